@@ -1,0 +1,73 @@
+# Everything a person runs. Paths are relative, so that a checkout may lie anywhere.
+PYTHON ?= python3
+PORT ?= 8000
+LOCAL_DIR ?= .local
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --require-hashes
+UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint bench lock clean
+
+help: ## what can be done here
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.dev ## everything for working on it, into .venv
+
+run: $(VENV)/.local ## serve the API, data below LOCAL_DIR=.local, on PORT=8000
+	@CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-disk}" CRUDSTACK_DATA_DIR="$${CRUDSTACK_DATA_DIR:-$(LOCAL_DIR)/data}" \
+	  exec $(BIN)/crudstack serve --host 127.0.0.1 --port $(PORT)
+
+test: $(VENV)/.dev ## the whole suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## format, rules, types, direction of dependencies
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(VENV)/.dev .local/bench/specstar/.done .local/bench/pocketbase/.done ## benchmarks into benchmarks/RESULTS.md (ARGS=--help)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+# A virtual environment that uv works in; uv comes from PATH, or into it by pip. Stamps, not directories, mark what is complete.
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "crudstack needs Python 3.11 or later as '$(PYTHON)': install it, or say make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || \
+	  { rm -rf $(VENV); echo "'$(PYTHON)' cannot make virtual environments: sudo apt-get install python3-venv" >&2; exit 1; }
+	@command -v uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt || \
+	  { echo "uv could not be installed: check the network, or install uv yourself and try again" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.local: requirements/local.txt pyproject.toml $(VENV)/.venv
+	@$(UV_PIP) -r requirements/local.txt
+	@$(UV_SELF)
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt requirements/examples.txt $(VENV)/.local
+	@$(UV_PIP) -r requirements/dev.txt
+	@$(UV_PIP) --no-deps -r requirements/examples.txt
+	@touch $@
+
+.local/bench/%/.done: requirements/%.txt $(VENV)/.venv
+	@uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" venv --quiet --clear --python $(BIN)/python $(@D)
+	@uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(@D)/bin/python --require-hashes -r $<
+	@touch $@
+
+LOCK = uv="$$(command -v uv || echo $(BIN)/uv)"; "$$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
+
+lock: $(VENV)/.venv ## lock the newest versions that the ranges in pyproject.toml allow
+	@$(LOCK) pyproject.toml -o requirements/app.txt --upgrade
+	@$(LOCK) pyproject.toml --extra local -o requirements/local.txt --upgrade
+	@$(LOCK) pyproject.toml --extra local --group dev -o requirements/dev.txt --upgrade
+	@$(LOCK) --group examples --no-deps -o requirements/examples.txt --upgrade
+	@$(LOCK) --group specstar -o requirements/specstar.txt --upgrade
+	@$(LOCK) --group pocketbase -o requirements/pocketbase.txt --upgrade
+	@echo uv | $(LOCK) - -o requirements/uv.txt --upgrade
+
+clean: ## remove .venv and caches; data in LOCAL_DIR stays
+	@rm -rf $(VENV) .local/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -not -path './.local/*' -prune -exec rm -rf {} +

@@ -1,0 +1,124 @@
+"""What can go wrong, in the words of the engine.
+
+Every error that a caller may meet is a `CrudError`; its `type` is stable and is what the HTTP API answers as the
+problem's `type`, its `status` the HTTP status. The message says what was found, what was expected and what to do. It is shown to
+clients, so it never holds a secret, a path or a traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong in a request.
+
+    `pointer` is a JSON Pointer (RFC 6901) into the body, or `?name` for a parameter of the query string.
+    """
+
+    pointer: str
+    detail: str
+
+
+class CrudError(Exception):
+    """Base of everything that the engine raises on purpose."""
+
+    type: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Internal error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, detail: str, faults: tuple[Fault, ...] = ()) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.faults = faults
+        self.operation: int | None = None  # which one of a batch it was
+
+
+class InvalidData(CrudError, ValueError):
+    """A body, a patch or an id that does not fit the model."""
+
+    type, title, status = "invalid-data", "The data does not fit the model", 422
+
+
+class InvalidQuery(CrudError, ValueError):
+    """A filter, a sort key, a limit or a cursor that means nothing here."""
+
+    type, title, status = "invalid-query", "The query cannot be answered", 400
+
+
+class ResourceNotFound(CrudError, LookupError):
+    """No resource has this id."""
+
+    type, title, status = "not-found", "Not found", 404
+
+
+class RevisionNotFound(CrudError, LookupError):
+    """The resource has no revision of this number, or retention removed it."""
+
+    type, title, status = "revision-not-found", "No such revision", 404
+
+
+class ResourceDeleted(CrudError):
+    """The resource is deleted: it can be restored or purged, and read where the caller asks for deleted ones."""
+
+    type, title, status = "deleted", "The resource is deleted", 410
+
+
+class VersionConflict(CrudError):
+    """The resource is not in the state that the change expected; nothing was changed."""
+
+    type, title, status = "version-conflict", "The resource has changed", 412
+
+
+class WriteContention(CrudError):
+    """Other writers kept changing the resource while a write without an expectation was tried; nothing was changed."""
+
+    type, title, status = "write-contention", "Too many writers at once", 409
+
+
+class UniqueConflict(CrudError):
+    """Another resource, possibly a deleted one, holds a value that must be unique; nothing was changed."""
+
+    type, title, status = "unique-conflict", "The value is taken", 409
+
+
+class RevisionIsStable(CrudError):
+    """`modify` was asked of a revision that is stable, and a stable revision never changes."""
+
+    type, title, status = "revision-is-stable", "A stable revision never changes", 409
+
+
+class PatchConflict(CrudError):
+    """A `test` of a JSON Patch failed, or it names a place that the document does not have."""
+
+    type, title, status = "patch-conflict", "The patch does not apply", 409
+
+
+class StaleGeneration(CrudError):
+    """A body was written under a generation that is already being swept; the storage writes it again, callers never see this."""
+
+    type, title, status = "stale-generation", "Written under a swept generation", 503
+
+
+class StoreUnavailable(CrudError):
+    """The store could not do it now and certainly did not do it; try again."""
+
+    type, title, status = "store-unavailable", "The store is unavailable", 503
+
+
+class OutcomeUnknown(CrudError):
+    """The store cannot say whether the write happened; read before trying again."""
+
+    type, title, status = "outcome-unknown", "The outcome is unknown", 503
+
+
+class StoreDamaged(CrudError):
+    """Something that was stored cannot be read back."""
+
+    type, title, status = "store-damaged", "Stored data cannot be read", 500
+
+
+class ConfigError(CrudError, ValueError):
+    """The program was put together wrongly: a model, an index or a setting. Raised at start, not by requests."""
+
+    type, title, status = "misconfigured", "The service is misconfigured", 500

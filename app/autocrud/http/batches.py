@@ -1,0 +1,161 @@
+"""The operations of `POST /{model}/batch`.
+
+    {"operations": [{"op": "create", "data": {...}}, {"op": "patch", "id": "7", "if_match": "\\"3-...\\"", "patch": {...}}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Raw, Struct
+
+from ..errors import CrudError, Fault, InvalidData
+from ..resource_manager.basic import Status, Version
+from ..resource_manager.codec import Codec, invalid_data, parse_json
+from ..resource_manager.core import MAX_BATCH
+from ..resource_manager.operations import (
+    Create,
+    Delete,
+    Modify,
+    Operation,
+    Patch,
+    Publish,
+    Purge,
+    Restore,
+    Switch,
+    Update,
+)
+from .conditions import parse_version
+from .patching import json_patch, merge_patch
+from .problems import PreconditionRequired
+
+
+class _Operation(Struct, tag_field="op", forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class CreateOperation(_Operation, tag="create"):
+    data: Raw
+    id: str | None = None
+    status: Status = "stable"
+
+
+class _OnExisting(_Operation, forbid_unknown_fields=True, kw_only=True):
+    id: str
+    if_match: str | None = None
+
+
+class UpdateOperation(_OnExisting, tag="update"):
+    data: Raw
+    status: Status = "stable"
+
+
+class ModifyOperation(_OnExisting, tag="modify"):
+    data: Raw
+
+
+class PatchOperation(_OnExisting, tag="patch"):
+    """`patch` is a merge patch if it is an object, a JSON Patch if it is a list."""
+
+    patch: dict[str, Any] | list[dict[str, Any]]
+    mode: Literal["update", "modify"] = "update"
+    status: Status = "stable"
+
+
+class PublishOperation(_OnExisting, tag="publish"):
+    pass
+
+
+class SwitchOperation(_OnExisting, tag="switch"):
+    revision: int
+
+
+class DeleteOperation(_OnExisting, tag="delete"):
+    pass
+
+
+class RestoreOperation(_OnExisting, tag="restore"):
+    pass
+
+
+class PurgeOperation(_OnExisting, tag="purge"):
+    pass
+
+
+AnyOperation = (
+    CreateOperation
+    | UpdateOperation
+    | ModifyOperation
+    | PatchOperation
+    | PublishOperation
+    | SwitchOperation
+    | DeleteOperation
+    | RestoreOperation
+    | PurgeOperation
+)
+
+
+class Batch(Struct, forbid_unknown_fields=True):
+    operations: list[AnyOperation]
+
+
+_decode = msgspec.json.Decoder(Batch).decode
+
+
+def parse(body: bytes, codec: Codec[Any], check_id: Any, *, require_if_match: bool) -> list[Operation]:
+    """The operations of a request body. `check_id` raises for ids that cannot be chosen over HTTP."""
+    parse_json(body)  # for keys that stand twice
+    try:
+        batch = _decode(body)
+    except msgspec.ValidationError as error:
+        raise invalid_data(error) from None
+    if not 1 <= len(batch.operations) <= MAX_BATCH:
+        detail = f"expected 1 to {MAX_BATCH} operations, got {len(batch.operations)}"
+        raise InvalidData(detail, (Fault("/operations", detail),))
+    return [_parsed(at, given, codec, check_id, require_if_match) for at, given in enumerate(batch.operations)]
+
+
+def _parsed(at: int, given: AnyOperation, codec: Codec[Any], check_id: Any, require_if_match: bool) -> Operation:
+    try:
+        if isinstance(given, CreateOperation):
+            if given.id is not None:
+                check_id(given.id)
+            return Create(codec.parse(bytes(given.data)), given.id, given.status)
+        if given.if_match is None and require_if_match:
+            raise PreconditionRequired("send the ETag of the state you mean to change as if_match")
+        return _on_existing(given, codec)
+    except CrudError as error:
+        raise located(error, at) from None
+
+
+def _on_existing(given: Any, codec: Codec[Any]) -> Operation:
+    on: dict[str, Any] = {"resource_id": given.id, "expect": _expect(given.if_match)}
+    match given:
+        case UpdateOperation(data=data, status=status):
+            return Update(**on, data=codec.parse(bytes(data)), status=status)
+        case ModifyOperation(data=data):
+            return Modify(**on, data=codec.parse(bytes(data)))
+        case PatchOperation(patch=patch, mode=mode, status=status):
+            if mode == "modify" and status != "stable":
+                raise InvalidData("modify keeps the status", (Fault("/status", "modify keeps the status"),))
+            apply = merge_patch(patch) if isinstance(patch, dict) else json_patch(patch)
+            return Patch(**on, apply=apply, mode=mode, status=status)
+        case SwitchOperation(revision=revision):
+            return Switch(**on, revision=revision)
+    simple = {"PublishOperation": Publish, "DeleteOperation": Delete, "RestoreOperation": Restore, "PurgeOperation": Purge}
+    operation: Operation = simple[type(given).__name__](**on)
+    return operation
+
+
+def _expect(etag: str | None) -> Version | None:
+    return None if etag is None or etag == "*" else parse_version(etag)
+
+
+def located(error: CrudError, at: int) -> CrudError:
+    """The same error, with pointers that start at the operation."""
+    faults: Sequence[Fault] = error.faults or (Fault("", error.detail),)
+    error.faults = tuple(Fault(f"/operations/{at}{fault.pointer}", fault.detail) for fault in faults)
+    error.detail = f"operation {at}: {error.detail}"
+    return error

@@ -1,0 +1,81 @@
+"""Conditional requests (RFC 9110, 13): ETags, If-Match, If-None-Match."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import InvalidQuery, VersionConflict
+from ..resource_manager.basic import ResourceMeta, Version
+from .messages import Request
+from .problems import PreconditionRequired
+
+_ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+_VERSION = re.compile(r"([0-9]{1,18})-([0-9a-f]{16})")
+NO_STATE = Version(-1, "")  # what an ETag that is none of ours names: no resource is ever in it
+
+
+class InvalidCondition(InvalidQuery):
+    type, title = "invalid-condition", "The condition cannot be understood"
+
+
+def etags(header: str) -> list[tuple[bool, str]]:
+    """The entity tags of a header as (weak, opaque). InvalidCondition if it is no list of them."""
+    tags, at = [], 0
+    while True:
+        match = _ETAG.match(header, at)
+        if match is None:
+            raise InvalidCondition(f'expected * or a list of ETags like "1-0123456789abcdef", got {header[:100]!r}')
+        tags.append((match[1] is not None, match[2]))
+        rest = header[match.end() :].lstrip()
+        if not rest:
+            return tags
+        if not rest.startswith(","):
+            raise InvalidCondition(f"expected a comma between ETags, got {header[:100]!r}")
+        at = len(header) - len(rest[1:].lstrip())
+
+
+def version_of(opaque: str) -> Version:
+    match = _VERSION.fullmatch(opaque)
+    return Version(int(match[1]), match[2]) if match else NO_STATE
+
+
+def expected(request: Request, required: bool) -> list[Version] | None:
+    """The states that If-Match allows, None for any. Weak tags never match."""
+    header = request.header(b"if-match")
+    if header is None:
+        if required:
+            raise PreconditionRequired("send the ETag of the state you mean to change as If-Match")
+        return None
+    if header.strip() == "*":
+        return None
+    return [NO_STATE if weak else version_of(opaque) for weak, opaque in etags(header)]
+
+
+def parse_version(etag: str) -> Version:
+    """One ETag out of a body."""
+    ((weak, opaque),) = etags(etag) if etag.count('"') == 2 else [(True, "")]
+    return NO_STATE if weak else version_of(opaque)
+
+
+def not_modified(request: Request, meta: ResourceMeta) -> bool:
+    """Whether If-None-Match says that the client has this state already."""
+    header = request.header(b"if-none-match")
+    if header is None:
+        return False
+    return header.strip() == "*" or any(f'"{opaque}"' == meta.etag for _, opaque in etags(header))
+
+
+def creates(request: Request) -> bool:
+    """Whether a PUT says `If-None-Match: *`: make it, only if it is not there."""
+    header = request.header(b"if-none-match")
+    if header is None:
+        return False
+    if header.strip() != "*":
+        raise InvalidCondition("a PUT takes only * as If-None-Match; use If-Match to name a state")
+    if request.header(b"if-match") is not None:
+        raise InvalidCondition("If-Match and If-None-Match: * cannot both hold")
+    return True
+
+
+def conflict(resource_id: str) -> VersionConflict:
+    return VersionConflict(f"resource {resource_id!r} is in none of the states that If-Match names")

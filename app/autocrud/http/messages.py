@@ -1,0 +1,139 @@
+"""A request and a response, as thin as ASGI allows: the hot routes spend no time in a framework's."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from ..errors import CrudError, Fault, InvalidQuery
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+JSON = b"application/json"
+
+
+class BodyTooLarge(CrudError):
+    type, title, status = "body-too-large", "The body is too large", 413
+
+
+class UnsupportedMediaType(CrudError):
+    """The body's content type is none that this route takes; `accept` is the header that says which are."""
+
+    type, title, status = "unsupported-media-type", "This content type is not taken here", 415
+
+
+class ClientGone(Exception):
+    """The client closed the connection while its body was read; nobody is there to be answered."""
+
+
+class Response(NamedTuple):
+    status: int
+    body: bytes = b""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    content_type: bytes = JSON
+
+    async def send(self, send: Send, *, head: bool = False) -> None:
+        headers = [*self.headers]
+        if self.status not in (204, 304):
+            headers.append((b"content-type", self.content_type))
+            headers.append((b"content-length", b"%d" % len(self.body)))
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if head else self.body})
+
+
+class Request:
+    """`rest` is what follows the model's path, split at slashes."""
+
+    __slots__ = ("_max_body", "_receive", "by", "rest", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive, rest: list[str], max_body: int, by: str) -> None:
+        self.scope, self.rest, self.by = scope, rest, by
+        self._receive, self._max_body = receive, max_body
+
+    @property
+    def path(self) -> str:
+        """The path as the client wrote it, for links."""
+        raw: bytes | None = self.scope.get("raw_path")
+        return raw.split(b"?")[0].decode("latin-1") if raw else str(self.scope["path"])
+
+    def header(self, name: bytes) -> str | None:
+        """A header, by lower-case name; several of the same name are one list (RFC 9110, 5.3)."""
+        values = [value.decode("latin-1") for key, value in self.scope["headers"] if key == name]
+        return ", ".join(values) if values else None
+
+    def parameters(self) -> list[tuple[str, str]]:
+        """The query string, decoded. InvalidQuery if it is not UTF-8."""
+        raw: bytes = self.scope["query_string"]
+        if not raw:
+            return []
+        try:
+            return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=1000)
+        except ValueError:
+            raise InvalidQuery("the query string is not percent-encoded UTF-8, or has over 1,000 parameters") from None
+
+    def options(self, *allowed: str) -> dict[str, str]:
+        """The query string where each parameter stands at most once and all are allowed."""
+        if not self.scope["query_string"]:
+            return {}
+        found: dict[str, str] = {}
+        for name, value in self.parameters():
+            if name not in allowed:
+                raise unknown_parameter(name, allowed)
+            if name in found:
+                raise bad_parameter(name, "given twice")
+            found[name] = value
+        return found
+
+    async def body(self, *content_types: str) -> bytes:
+        """The whole body. UnsupportedMediaType unless it is of one of these types (none sent counts as JSON)."""
+        self.content_type(*content_types)
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body: bytes = message.get("body", b"")
+        if not message.get("more_body", False) and len(body) <= self._max_body:
+            return body
+        chunks, size = [body], len(body)
+        while size <= self._max_body and message.get("more_body", False):
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            chunks.append(chunk)
+        if size > self._max_body:
+            raise BodyTooLarge(f"expected at most {self._max_body} bytes")
+        return b"".join(chunks)
+
+    def content_type(self, *expected: str) -> str:
+        given = self.header(b"content-type")
+        media = "application/json" if given is None else given.partition(";")[0].strip().lower()
+        if media not in (expected or ("application/json",)):
+            wanted = ", ".join(expected or ("application/json",))
+            raise UnsupportedMediaType(f"expected {wanted}, got {media or 'an empty content type'}")
+        return media
+
+
+def bad_parameter(name: str, detail: str) -> InvalidQuery:
+    return InvalidQuery(f"{name}: {detail}", (Fault(f"?{name}", detail),))
+
+
+def unknown_parameter(name: str, allowed: Iterable[str]) -> InvalidQuery:
+    known = ", ".join(allowed)
+    return bad_parameter(name, f"unknown parameter; expected {f'one of {known}' if known else 'none'}")
+
+
+def integer(name: str, text: str, least: int, most: int) -> int:
+    """A whole number in a query string."""
+    if text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most:
+        return int(text)
+    raise bad_parameter(name, f"expected a whole number from {least} to {most}, got {text[:60]!r}")
+
+
+def flag(name: str, text: str) -> bool:
+    if text in ("true", "false"):
+        return text == "true"
+    raise bad_parameter(name, f"expected true or false, got {text[:60]!r}")

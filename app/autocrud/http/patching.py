@@ -1,0 +1,75 @@
+"""The two patch formats as functions of JSON trees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import Fault, InvalidData, PatchConflict
+from ..resource_manager.codec import parse_json
+
+MERGE_PATCH = "application/merge-patch+json"
+JSON_PATCH = "application/json-patch+json"
+PATCH_TYPES = (MERGE_PATCH, "application/json", JSON_PATCH)
+
+
+def parse(body: bytes, media: str) -> Callable[[Any], Any]:
+    """The patch in a request body. InvalidData if it is none."""
+    patch = parse_json(body)
+    return json_patch(patch) if media == JSON_PATCH else merge_patch(patch)
+
+
+def merge_patch(patch: Any) -> Callable[[Any], Any]:
+    if not isinstance(patch, dict):
+        raise _invalid("a merge patch of a resource is a JSON object")
+    return lambda target: _merge(target, patch)
+
+
+def _merge(target: Any, patch: Any) -> Any:
+    """RFC 7396, section 2."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = _merge(result.get(key), value)
+    return result
+
+
+def json_patch(operations: Any) -> Callable[[Any], Any]:
+    from jsonpatch import InvalidJsonPatch, JsonPatch, JsonPatchException, JsonPointerException
+
+    if not isinstance(operations, list) or not all(isinstance(operation, dict) for operation in operations):
+        raise _invalid("a JSON Patch is a list of operations")
+    try:
+        patch = JsonPatch(operations)
+    except (InvalidJsonPatch, JsonPointerException, TypeError, AttributeError, KeyError) as error:
+        raise _invalid(f"this is no JSON Patch: {error}") from None
+
+    def apply(target: Any) -> Any:
+        try:
+            return patch.apply(copy.deepcopy(target))
+        except InvalidJsonPatch as error:
+            raise _invalid(f"this is no JSON Patch: {error}") from None
+        except (JsonPatchException, JsonPointerException) as error:
+            raise PatchConflict(f"the patch does not apply: {error}", (Fault("", str(error)),)) from None
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            # jsonpatch leaves some misuse to Python: an index on a scalar, for one
+            raise PatchConflict("the patch names a place that the data does not have", (Fault("", str(error)),)) from None
+
+    return apply
+
+
+def diff(old: Any, new: Any) -> list[dict[str, Any]]:
+    """What leads from one JSON tree to another, as JSON Patch."""
+    from jsonpatch import make_patch
+
+    operations: list[dict[str, Any]] = make_patch(old, new).patch
+    return operations
+
+
+def _invalid(detail: str) -> InvalidData:
+    return InvalidData(detail, (Fault("", detail),))

@@ -1,0 +1,49 @@
+"""Errors as problem details (RFC 9457): stable types, every fault with its place, never a traceback."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+
+from ..errors import CrudError, StoreUnavailable, WriteContention
+from .messages import Response, UnsupportedMediaType
+
+log = logging.getLogger("crudstack.http")
+
+CONTENT_TYPE = b"application/problem+json"
+_encode = msgspec.json.Encoder().encode
+
+
+class NoSuchRoute(CrudError):
+    type, title, status = "no-such-route", "Not found", 404
+
+
+class MethodNotAllowed(CrudError):
+    type, title, status = "method-not-allowed", "This method is not allowed here", 405
+
+
+class PreconditionRequired(CrudError):
+    type, title, status = "precondition-required", "If-Match is required", 428
+
+
+def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Response:
+    """The answer that tells this error."""
+    problem: dict[str, Any] = {
+        "type": f"urn:crudstack:{error.type}",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+    }
+    if error.faults:
+        problem["errors"] = [{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults]
+    if isinstance(error, StoreUnavailable | WriteContention):
+        headers = (*headers, (b"retry-after", b"1"))
+    return Response(error.status, _encode(problem), headers, CONTENT_TYPE)
+
+
+def unexpected(error: Exception, method: str, path: str) -> Response:
+    """The answer to a defect of ours: the log gets all of it, the client nothing."""
+    log.error("%s %s failed", method, path, exc_info=error)
+    return response(CrudError("the server failed; its log says why"))

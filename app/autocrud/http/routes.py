@@ -1,0 +1,410 @@
+"""What each path and method of one model does.
+
+`ModelRoutes` is an ASGI application for everything below `/{model}`. One object answers all methods of a path, so a 405 can list them,
+and its errors are problem details whatever it was mounted on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from ..errors import CrudError, Fault, InvalidData
+from ..resource_manager.basic import Page, ResourceMeta, RevisionInfo, Status, Version
+from ..resource_manager.codec import canonical_json, invalid_data, parse_json, project
+from ..resource_manager.core import Resource, ResourceManager
+from ..resource_manager.operations import Delete, Purge
+from . import batches, conditions, patching, problems, searching
+from .messages import (
+    ClientGone,
+    Receive,
+    Request,
+    Response,
+    Scope,
+    Send,
+    UnsupportedMediaType,
+    bad_parameter,
+    flag,
+    integer,
+)
+
+Handler = Callable[[Request], Awaitable[Response]]
+Handlers = dict[str, Handler]
+
+ID_PATTERN = r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,127}"
+RESERVED_IDS = frozenset({"batch", "count"})
+MAX_REVISION = 2**31
+
+_id = re.compile(ID_PATTERN)
+_encode = msgspec.json.Encoder().encode
+
+
+class SwitchBody(Struct, forbid_unknown_fields=True):
+    revision: int
+
+
+_decode_switch = msgspec.json.Decoder(SwitchBody).decode
+
+
+class ModelRoutes:
+    """`require_if_match`: writes without If-Match are answered 428. `max_body`: bytes."""
+
+    def __init__(self, manager: ResourceManager[Any], *, require_if_match: bool, max_body: int) -> None:
+        self._manager = manager
+        self._require_if_match = require_if_match
+        self._max_body = max_body
+        self._collection: Handlers = {"GET": self._list, "POST": self._create}
+        self._fixed: dict[str, Handlers] = {"count": {"GET": self._count}, "batch": {"POST": self._batch}}
+        self._resource: Handlers = {
+            "GET": self._get,
+            "PUT": self._put,
+            "PATCH": self._patch,
+            "DELETE": self._delete,
+        }
+        self._below: dict[str, Handlers] = {
+            "data": {"GET": self._get_data},
+            "publish": {"POST": self._publish},
+            "switch": {"POST": self._switch},
+            "restore": {"POST": self._restore},
+            "purge": {"POST": self._purge},
+            "revisions": {"GET": self._revisions},
+            "diff": {"GET": self._diff},
+        }
+        self._revision: Handlers = {"GET": self._get_revision}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        rest = scope["path_params"].get("rest")
+        request = Request(scope, receive, [] if rest is None else rest.split("/"), self._max_body, "anonymous")
+        method = scope["method"]
+        try:
+            response = await self._answer(request, method)
+        except UnsupportedMediaType as error:
+            accept = b"accept-patch" if method == "PATCH" else b"accept"
+            types = ", ".join(patching.PATCH_TYPES) if method == "PATCH" else "application/json"
+            response = problems.response(error, ((accept, types.encode()),))
+        except CrudError as error:
+            response = problems.response(error)
+        except ClientGone:
+            return
+        except Exception as error:
+            response = problems.unexpected(error, method, scope["path"])
+        await response.send(send, head=method == "HEAD")
+
+    async def _answer(self, request: Request, method: str) -> Response:
+        handlers = self._handlers(request.rest)
+        if handlers is None:
+            raise problems.NoSuchRoute(f"there is nothing at {request.path}")
+        handler = handlers.get("GET" if method == "HEAD" else method)
+        if handler is None:
+            allowed = ", ".join([*handlers, *(["HEAD"] if "GET" in handlers else [])])
+            error = problems.MethodNotAllowed(f"expected one of {allowed}, got {method}")
+            return problems.response(error, ((b"allow", allowed.encode()),))
+        return await handler(request)
+
+    def _handlers(self, rest: list[str]) -> Handlers | None:
+        match rest:
+            case []:
+                return self._collection
+            case [name] if name in self._fixed:
+                return self._fixed[name]
+            case [_]:
+                return self._resource
+            case [_, below]:
+                return self._below.get(below)
+            case [_, "revisions", _]:
+                return self._revision
+        return None
+
+    # The collection
+
+    async def _create(self, request: Request) -> Response:
+        status = parse_status(request.options("status"))
+        document = self._manager.codec.parse(await request.body())
+        created = await self._manager.create(document, status=status, by=request.by)
+        location = f"{request.path}/{created.meta.resource_id}".encode("latin-1")
+        return resource_response(created, 201, ((b"location", location),))
+
+    async def _list(self, request: Request) -> Response:
+        search = searching.parse_search(request, self._manager.codec, self._manager.name)
+        from_index = not search.data or search.fields is not None and set(search.fields) <= set(self._manager.codec.fields)
+        items: list[bytes]
+        if from_index:
+            hits = await self._manager.find(search.query)
+            next_ = hits.next
+            if search.fields is None:
+                items = [b'{"meta":%b}' % _encode(hit.meta) for hit in hits.items]
+            else:
+                items = [envelope(hit.meta, projected(hit.shown, search.fields)) for hit in hits.items]
+        else:
+            page = await self._manager.search(search.query)
+            next_ = page.next
+            if search.fields is None:
+                items = [envelope(found.meta, found.json) for found in page.items]
+            else:
+                items = [envelope(found.meta, projected(found.json, search.fields)) for found in page.items]
+        cursor = None if next_ is None else searching.encode_cursor(next_, search.cursor_scope)
+        return page_response(request, items, cursor)
+
+    async def _count(self, request: Request) -> Response:
+        count = await self._manager.count(searching.parse_count(request, self._manager.codec))
+        return Response(200, b'{"count":%d}' % count)
+
+    async def _batch(self, request: Request) -> Response:
+        request.options()
+        operations = batches.parse(
+            await request.body(), self._manager.codec, check_id, require_if_match=self._require_if_match
+        )
+        try:
+            results = await self._manager.batch(operations, by=request.by)
+        except CrudError as error:
+            raise error if error.operation is None else batches.located(error, error.operation) from None
+        shown = []
+        for operation, result in zip(operations, results, strict=True):
+            if isinstance(result, Resource):
+                shown.append(envelope(result.meta, result.json))
+            else:
+                assert isinstance(operation, Delete | Purge)
+                shown.append(b'{"meta":%b}' % _encode(result))
+        return Response(200, b'{"results":[%b]}' % b",".join(shown))
+
+    # One resource
+
+    async def _get(self, request: Request) -> Response:
+        options = request.options("revision", "fields", "include_deleted")
+        resource, unchanged = await self._read(request, options)
+        if unchanged is not None:
+            return unchanged
+        if "fields" in options:
+            fields = searching.parse_fields(options["fields"], self._manager.codec)
+            shown = Resource(self._manager.codec, resource.meta, projected(resource.json, fields), resource.info)
+            return resource_response(shown, 200)
+        return resource_response(resource, 200)
+
+    async def _get_data(self, request: Request) -> Response:
+        options = request.options("revision", "fields", "include_deleted")
+        resource, unchanged = await self._read(request, options)
+        if unchanged is not None:
+            return unchanged
+        body = resource.json
+        if "fields" in options:
+            body = projected(body, searching.parse_fields(options["fields"], self._manager.codec))
+        return Response(200, body, (etag(resource.meta),))
+
+    async def _read(self, request: Request, options: dict[str, str]) -> tuple[Resource[Any], Response | None]:
+        resource_id = known_id(request.rest[0])
+        include_deleted = include_deleted_of(options)
+        revision = integer("revision", options["revision"], 1, MAX_REVISION) if "revision" in options else None
+        if "fields" in options:
+            searching.parse_fields(options["fields"], self._manager.codec)
+        resource = await self._manager.get(resource_id, revision=revision, include_deleted=include_deleted)
+        if conditions.not_modified(request, resource.meta):
+            return resource, Response(304, b"", (etag(resource.meta),))
+        return resource, None
+
+    async def _put(self, request: Request) -> Response:
+        options = request.options("status", "mode")
+        modify = parse_mode(options)
+        status = parse_status(options)
+        document = self._manager.codec.parse(await request.body())
+        if conditions.creates(request):
+            if modify:
+                raise bad_parameter("mode", "what is not there cannot be modified")
+            check_id(request.rest[0])
+            created = await self._manager.create(
+                document, resource_id=request.rest[0], status=status, by=request.by
+            )
+            return resource_response(created, 201, ((b"location", request.path.encode("latin-1")),))
+        resource_id, expect = await self._target(request)
+        if modify:
+            changed = await self._manager.modify(resource_id, document, expect=expect, by=request.by)
+        else:
+            changed = await self._manager.update(resource_id, document, expect=expect, status=status, by=request.by)
+        return resource_response(changed, 200)
+
+    async def _patch(self, request: Request) -> Response:
+        options = request.options("status", "mode")
+        mode = "modify" if parse_mode(options) else "update"
+        status = parse_status(options)
+        media = request.content_type(*patching.PATCH_TYPES)
+        apply = patching.parse(await request.body(*patching.PATCH_TYPES), media)
+        resource_id, expect = await self._target(request)
+        changed = await self._manager.patch(
+            resource_id,
+            apply,
+            expect=expect,
+            mode="modify" if mode == "modify" else "update",
+            status=status,
+            by=request.by,
+        )
+        return resource_response(changed, 200)
+
+    async def _delete(self, request: Request) -> Response:
+        request.options()
+        resource_id, expect = await self._target(request)
+        meta = await self._manager.delete(resource_id, expect=expect, by=request.by)
+        return Response(204, b"", (etag(meta),))
+
+    async def _publish(self, request: Request) -> Response:
+        request.options()
+        resource_id, expect = await self._target(request)
+        return resource_response(await self._manager.publish(resource_id, expect=expect, by=request.by), 200)
+
+    async def _switch(self, request: Request) -> Response:
+        request.options()
+        body = await request.body()
+        parse_json(body)
+        try:
+            revision = _decode_switch(body).revision
+        except msgspec.ValidationError as error:
+            raise invalid_data(error) from None
+        if not 1 <= revision <= MAX_REVISION:
+            detail = f"expected a number from 1, got {revision}"
+            raise InvalidData(f"revision: {detail}", (Fault("/revision", detail),))
+        resource_id, expect = await self._target(request)
+        return resource_response(await self._manager.switch(resource_id, revision, expect=expect, by=request.by), 200)
+
+    async def _restore(self, request: Request) -> Response:
+        request.options()
+        resource_id, expect = await self._target(request)
+        return resource_response(await self._manager.restore(resource_id, expect=expect, by=request.by), 200)
+
+    async def _purge(self, request: Request) -> Response:
+        request.options()
+        resource_id, expect = await self._target(request)
+        erased_by = await self._manager.purge(resource_id, expect=expect, by=request.by)
+        return Response(202, _encode({"erased_by": erased_by}))
+
+    async def _target(self, request: Request) -> tuple[str, Version | None]:
+        """The resource that a write is about, and the state that it must be in."""
+        resource_id = known_id(request.rest[0])
+        allowed = conditions.expected(request, self._require_if_match)
+        if allowed is None or len(allowed) == 1:
+            return resource_id, allowed[0] if allowed else None
+        meta = await self._manager.meta(resource_id, include_deleted=True)
+        current = Version(meta.version, meta.nonce)
+        if current not in allowed:
+            raise conditions.conflict(resource_id)
+        return resource_id, current
+
+    # History
+
+    async def _revisions(self, request: Request) -> Response:
+        options = request.options("limit", "cursor", "include_deleted")
+        resource_id = known_id(request.rest[0])
+        limit = integer("limit", options["limit"], 1, 200) if "limit" in options else searching.DEFAULT_LIMIT
+        scope = searching.revisions_scope(self._manager.name, resource_id)
+        before = None
+        if "cursor" in options:
+            (before,) = searching.decode_cursor(options["cursor"], scope, 1)
+            if not isinstance(before, int):
+                raise bad_parameter("cursor", "expected the next_cursor of an answer")
+        page: Page[RevisionInfo] = await self._manager.revisions(
+            resource_id, before=before, limit=limit, include_deleted=include_deleted_of(options)
+        )
+        cursor = None if page.next is None else searching.encode_cursor((page.next,), scope)
+        return page_response(request, [_encode(info) for info in page.items], cursor)
+
+    async def _get_revision(self, request: Request) -> Response:
+        options = request.options("include_deleted")
+        resource_id, number = known_id(request.rest[0]), request.rest[2]
+        if not (number.isascii() and number.isdigit() and len(number) < 11 and 1 <= int(number) <= MAX_REVISION):
+            raise problems.NoSuchRoute(f"there is nothing at {request.path}")
+        include_deleted = include_deleted_of(options)
+        resource = await self._manager.get(resource_id, revision=int(number), include_deleted=include_deleted)
+        return Response(200, b'{"meta":%b,"data":%b}' % (_encode(resource.info), resource.json))
+
+    async def _diff(self, request: Request) -> Response:
+        options = request.options("from", "to", "include_deleted")
+        resource_id = known_id(request.rest[0])
+        if "from" not in options:
+            raise bad_parameter("from", "expected the number of a revision; `to` defaults to the current one")
+        include_deleted = include_deleted_of(options)
+        trees = []
+        for name in ("from", "to"):
+            revision = integer(name, options[name], 1, MAX_REVISION) if name in options else None
+            found = await self._manager.get(resource_id, revision=revision, include_deleted=include_deleted)
+            trees.append(json.loads(found.json))
+        return Response(200, _encode(patching.diff(*trees)), (), patching.JSON_PATCH.encode())
+
+
+def check_id(resource_id: str) -> None:
+    """InvalidData unless a client may choose this id."""
+    if _id.fullmatch(resource_id) is None or resource_id in RESERVED_IDS:
+        detail = (
+            f"expected 1 to 128 of A-Z a-z 0-9 . _ ~ -, no dot at the start, none of {', '.join(sorted(RESERVED_IDS))};"
+            f" got {resource_id[:140]!r}"
+        )
+        raise InvalidData(f"this id cannot be chosen: {detail}", (Fault("/id", detail),))
+
+
+def known_id(resource_id: str) -> str:
+    """The id of a path, if a resource can have it at all."""
+    if _id.fullmatch(resource_id) is None:
+        raise problems.NoSuchRoute(f"there is no resource {resource_id[:140]!r}")
+    return resource_id
+
+
+def include_deleted_of(options: dict[str, str]) -> bool:
+    return "include_deleted" in options and flag("include_deleted", options["include_deleted"])
+
+
+def parse_status(options: dict[str, str]) -> Status:
+    status = options.get("status", "stable")
+    if status == "draft" or status == "stable":
+        return status
+    raise bad_parameter("status", f"expected draft or stable, got {status[:60]!r}")
+
+
+def parse_mode(options: dict[str, str]) -> bool:
+    """Whether the current draft is to be modified in place."""
+    mode = options.get("mode", "update")
+    if mode not in ("update", "modify"):
+        raise bad_parameter("mode", f"expected update or modify, got {mode[:60]!r}")
+    if mode == "modify" and "status" in options:
+        raise bad_parameter("status", "modify keeps the status; publish makes a draft stable")
+    return mode == "modify"
+
+
+def etag(meta: ResourceMeta) -> tuple[bytes, bytes]:
+    return b"etag", meta.etag.encode()
+
+
+def envelope(meta: ResourceMeta, data: bytes) -> bytes:
+    return b'{"meta":%b,"data":%b}' % (_encode(meta), data)
+
+
+def resource_response(
+    resource: Resource[Any], status: int, headers: tuple[tuple[bytes, bytes], ...] = ()
+) -> Response:
+    meta, info = resource.meta, resource.info
+    if info is not None:  # the metadata tells of the revision that is shown; the ETag stays the resource's
+        meta = replace(
+            meta,
+            revision=info.revision,
+            uid=info.uid,
+            status=info.status,
+            data_hash=info.data_hash,
+            encoding=info.encoding,
+            schema_version=info.schema_version,
+        )
+    return Response(status, envelope(meta, resource.json), (etag(meta), *headers))
+
+
+def projected(data: bytes, fields: list[str]) -> bytes:
+    return canonical_json(project(json.loads(data), fields))
+
+
+def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:
+    """A page, and the link to the next one (RFC 8288)."""
+    body = b'{"items":[%b],"next_cursor":%b}' % (b",".join(items), b"null" if cursor is None else b'"%b"' % cursor.encode())
+    if cursor is None:
+        return Response(200, body)
+    kept = [part for part in request.scope["query_string"].split(b"&") if part and not part.startswith(b"cursor=")]
+    query = b"&".join([*kept, b"cursor=" + cursor.encode()])
+    return Response(200, body, ((b"link", b'<%b?%b>; rel="next"' % (request.path.encode("latin-1"), query)),))

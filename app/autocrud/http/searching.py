@@ -1,0 +1,185 @@
+"""A query string as a Query, and opaque cursors.
+
+    ?author=alice&views[gte]=10&tags[contains]=x&state[in]=a,b&meta.created_time[gte]=2026-01-01T00:00:00Z&sort=-views,author&limit=20
+
+A comma or a backslash inside a value of `[in]` is written with a backslash before it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import msgspec
+
+from ..query import (
+    MAX_LIMIT,
+    MAX_VALUES,
+    SET_OPS,
+    STATE_OPS,
+    And,
+    Compare,
+    Cursor,
+    Filter,
+    Op,
+    Query,
+    Sort,
+    invalid,
+    resolve_compare,
+    resolve_name,
+    resolve_sort,
+)
+from ..resource_manager.codec import Codec
+from ..values import INT_MAX, INT_MIN, Key
+from .messages import Request, bad_parameter, flag, integer
+
+LIST_PARAMETERS = ("sort", "limit", "cursor", "fields", "data", "include_deleted")
+COUNT_PARAMETERS = ("include_deleted",)
+OPS = frozenset(get_args(Op))
+DEFAULT_LIMIT = 50
+MAX_SORT_KEYS = 8
+
+_CONDITION = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<op>[a-z_]+)\])?")
+_PARTS = re.compile(r"((?:[^\\,]|\\.)*)(?:,|$)", re.DOTALL)
+
+
+class Search(NamedTuple):
+    """What a list asks for. `fields`: only these of the data; `data`: whether any."""
+
+    query: Query
+    fields: list[str] | None
+    data: bool
+    cursor_scope: bytes  # what a cursor of this list must have been made for
+
+
+def parse_search(request: Request, codec: Codec[Any], model: str) -> Search:
+    parameters = _parameters(request)
+    conditions = _conditions(parameters, codec, LIST_PARAMETERS)
+    sort = _sort(parameters.get("sort"), codec)
+    limit = integer("limit", parameters["limit"], 1, MAX_LIMIT) if "limit" in parameters else DEFAULT_LIMIT
+    include_deleted = "include_deleted" in parameters and flag("include_deleted", parameters["include_deleted"])
+    data = flag("data", parameters["data"]) if "data" in parameters else True
+    fields = parse_fields(parameters["fields"], codec) if "fields" in parameters else None
+    if fields is not None and not data:
+        raise bad_parameter("fields", "data=false leaves nothing to choose fields of")
+    scope = _scope(model, sort, conditions, include_deleted)
+    after = decode_cursor(parameters["cursor"], scope, len(sort) + 1) if "cursor" in parameters else None
+    query = Query(where=_all(conditions), sort=sort, limit=limit, after=after, include_deleted=include_deleted)
+    return Search(query, fields, data, scope)
+
+
+def parse_count(request: Request, codec: Codec[Any]) -> Query:
+    parameters = _parameters(request)
+    conditions = _conditions(parameters, codec, COUNT_PARAMETERS)
+    include_deleted = "include_deleted" in parameters and flag("include_deleted", parameters["include_deleted"])
+    return Query(where=_all(conditions), include_deleted=include_deleted)
+
+
+def parse_fields(text: str, codec: Codec[Any]) -> list[str]:
+    """The paths of `fields=a,b.c`; all must be there in the model."""
+    paths = text.split(",")
+    for path in paths:
+        if not codec.has_path(path):
+            raise bad_parameter("fields", f"the model has no field {path[:100]!r}")
+    return paths
+
+
+def _parameters(request: Request) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in request.parameters():
+        if name in found:
+            raise bad_parameter(name, "given twice; for several values use [in], for a range [gte] and [lt]")
+        found[name] = value
+    return found
+
+
+def _conditions(parameters: dict[str, str], codec: Codec[Any], known: tuple[str, ...]) -> list[Filter]:
+    conditions: list[Filter] = []
+    for parameter, text in parameters.items():
+        if parameter in known:
+            continue
+        match = _CONDITION.fullmatch(parameter)
+        name = match["name"] if match else parameter
+        if match is None or name not in codec.fields and not name.startswith("meta."):
+            indexed = ", ".join(sorted(codec.fields)) or "none"
+            detail = f"unknown parameter; expected {', '.join(known)}, or an indexed field ({indexed}) or one of meta"
+            raise bad_parameter(parameter, detail)
+        op = match["op"] or "eq"
+        if op not in OPS:
+            raise bad_parameter(parameter, f"unknown operator {op!r}; expected one of {', '.join(sorted(OPS))}")
+        name, kind = resolve_name(name, codec.fields, parameter)
+        try:
+            value = _value(op, text, kind.parse)
+        except ValueError as error:
+            raise invalid(parameter, str(error)) from None
+        condition = Compare(name, op, value)  # type: ignore[arg-type] # an Op, as checked above
+        resolve_compare(condition, codec.fields, parameter)
+        conditions.append(condition)
+    return conditions
+
+
+def _value(op: str, text: str, parse: Callable[[str], Any]) -> Any:
+    if op in STATE_OPS:
+        if text not in ("true", "false"):
+            raise ValueError(f"expected true or false, got {text[:60]!r}")
+        return text == "true"
+    if op in SET_OPS:
+        return tuple(parse(part) for part in split(text))
+    return parse(text)
+
+
+def split(text: str) -> list[str]:
+    """The values of a list with commas between; a backslash takes the next character as it is."""
+    parts, at = [], 0
+    while True:
+        match = _PARTS.match(text, at)
+        if match is None:
+            raise ValueError("expected a character after the backslash")
+        parts.append(re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL))
+        if len(parts) > MAX_VALUES:
+            raise ValueError(f"expected at most {MAX_VALUES} values")
+        if not match[0].endswith(",") or match.end(1) == match.end():
+            return parts
+        at = match.end()
+
+
+def _sort(text: str | None, codec: Codec[Any]) -> tuple[Sort, ...]:
+    if text is None:
+        return ()
+    keys = [resolve_sort(Sort.of(part), codec.fields) for part in text.split(",")]
+    if len(keys) > MAX_SORT_KEYS:
+        raise invalid("sort", f"expected at most {MAX_SORT_KEYS} keys")
+    return tuple(keys)
+
+
+def _all(conditions: list[Filter]) -> Filter | None:
+    return None if not conditions else conditions[0] if len(conditions) == 1 else And(tuple(conditions))
+
+
+def _scope(*parts: Any) -> bytes:
+    return hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).digest()[:9]
+
+
+def revisions_scope(model: str, resource_id: str) -> bytes:
+    return _scope(model, "revisions", resource_id)
+
+
+def encode_cursor(cursor: Cursor, scope: bytes) -> str:
+    return base64.urlsafe_b64encode(scope + msgspec.msgpack.encode(cursor)).decode().rstrip("=")
+
+
+def decode_cursor(text: str, scope: bytes, length: int) -> Cursor:
+    """What `encode_cursor` encoded; InvalidQuery for everything else, the cursor of another list too."""
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        cursor = msgspec.msgpack.decode(raw[len(scope) :], type=list[Key | None])
+    except (ValueError, msgspec.DecodeError):
+        raise invalid("cursor", "expected the next_cursor of an answer") from None
+    if raw[: len(scope)] != scope or len(cursor) != length:
+        raise invalid("cursor", "this cursor belongs to another model, filter or sort order")
+    if any(isinstance(key, int) and not INT_MIN <= key <= INT_MAX for key in cursor):
+        raise invalid("cursor", "expected the next_cursor of an answer")
+    return tuple(cursor)

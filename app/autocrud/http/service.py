@@ -1,0 +1,131 @@
+"""Everything that is not one model's: healthz, readyz, and putting it all onto an application or a router."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute, Route, Router
+
+from ..errors import CrudError
+from ..resource_manager.core import ResourceManager
+from . import docs, problems
+from .messages import Receive, Request, Response, Scope, Send
+from .openapi import Description, describe
+from .routes import ModelRoutes
+
+READY_TIMEOUT_S = 2.0
+_encode = msgspec.json.Encoder().encode
+
+Managers = Mapping[str, ResourceManager[Any]]
+Lifespan = Callable[[], contextlib.AbstractAsyncContextManager[None]]
+
+
+class Endpoint:
+    """One path with GET and HEAD."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope["method"]
+        if method not in ("GET", "HEAD"):
+            error = problems.MethodNotAllowed(f"expected one of GET, HEAD, got {method}")
+            response = problems.response(error, ((b"allow", b"GET, HEAD"),))
+        else:
+            try:
+                Request(scope, receive, [], 0, "").options()
+                response = await self._answer()
+            except CrudError as error:
+                response = problems.response(error)
+            except Exception as error:
+                response = problems.unexpected(error, method, scope["path"])
+        await response.send(send, head=method == "HEAD")
+
+
+def routes(managers: Managers, *, require_if_match: bool, max_body: int) -> list[BaseRoute]:
+    """The routes of all models. Two for each, whatever it offers: what follows is looked up, not tried one by one."""
+
+    async def healthz() -> Response:
+        return Response(200, b'{"status":"ok"}')
+
+    async def readyz() -> Response:
+        return await ready(managers)
+
+    made: list[BaseRoute] = [
+        Route("/healthz", Endpoint(healthz), include_in_schema=False),
+        Route("/readyz", Endpoint(readyz), include_in_schema=False),
+    ]
+    for name, manager in managers.items():
+        endpoint = ModelRoutes(manager, require_if_match=require_if_match, max_body=max_body)
+        made += [
+            Route(f"/{name}", endpoint, include_in_schema=False),
+            Route(f"/{name}/{{rest:path}}", endpoint, include_in_schema=False),
+        ]
+    return made
+
+
+async def ready(managers: Managers) -> Response:
+    """Whether each model's stores answer, and which of them would not survive a crash."""
+
+    async def check(manager: ResourceManager[Any]) -> str:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await manager.open()
+                await manager.storage.health()
+        except TimeoutError:
+            return f"no answer within {READY_TIMEOUT_S:g} s"
+        except CrudError as error:
+            return error.detail
+        except Exception as error:
+            problems.log.error("readyz: %s", manager.name, exc_info=error)
+            return "the store failed; the log says why"
+        return "ready"
+
+    states = await asyncio.gather(*(check(manager) for manager in managers.values()))
+    all_ready = all(state == "ready" for state in states)
+    answer = {
+        "status": "ready" if all_ready else "unavailable",
+        "models": {
+            name: {"status": state, "durable": manager.storage.durable}
+            for (name, manager), state in zip(managers.items(), states, strict=True)
+        },
+        "not_durable": [name for name, manager in managers.items() if not manager.storage.durable],
+    }
+    return Response(200 if all_ready else 503, _encode(answer))
+
+
+def mount(target: Any, made: list[BaseRoute], lifespan: Lifespan, managers: Managers) -> None:
+    """Put the routes onto an application or a router, and the lifespan around what it has."""
+    router: Router = target.router if isinstance(target, Starlette) else target
+    router.routes.extend(made)
+    around = router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def both(app: Any) -> AsyncIterator[Any]:
+        async with around(app) as state, lifespan():
+            yield state
+
+    router.lifespan_context = both
+    if hasattr(target, "openapi") and hasattr(target, "openapi_url"):  # a FastAPI application
+        describe_application(target, managers, prefix="")
+
+
+def describe_application(app: Any, managers: Managers, prefix: str) -> None:
+    """Add the models to an application's OpenAPI, and give it a docs page whose assets are local."""
+    generate = app.openapi
+    merged: dict[int, dict[str, Any]] = {}
+
+    def openapi() -> dict[str, Any]:
+        own = generate()
+        if id(own) not in merged:  # FastAPI keeps its own until routes change
+            merged.clear()
+            merged[id(own)] = describe(Description(managers, prefix), own)
+        return merged[id(own)]
+
+    app.openapi = openapi
+    docs.replace(app)

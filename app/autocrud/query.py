@@ -1,0 +1,242 @@
+"""Query: what to find, in which order, from where on; one meaning for every store.
+
+    Query(where=field("author").eq("alice") & field("views").gte(10), sort=("-meta.created_time",), limit=20)
+
+A name is an indexed field of the model or, with the prefix `meta.`, one of `META_FIELDS` (without the prefix where no
+indexed field has that name). Filters follow SQL's three-valued logic: a comparison with a field that is null or missing is
+unknown, `Not(unknown)` is unknown, and only what is true is found. `is_null` is true for both null and missing; `exists` is true for what is present,
+null included. Strings compare by code point, and `contains` respects case. Sorting puts null and missing first ascending and
+last descending; ties are broken by ascending id. A page's cursor holds the sort keys of its last row, so rows written
+meanwhile never shift a page.
+
+Stores get a query that `resolve` has checked: names are canonical and values are keys (see `values`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from .errors import Fault, InvalidQuery
+from .values import Key, Kind, kind_of
+
+Op = Literal[
+    "eq", "ne", "lt", "lte", "gt", "gte", "in", "not_in", "contains", "starts_with", "ends_with", "is_null", "exists"
+]
+TEXT_OPS: tuple[Op, ...] = ("contains", "starts_with", "ends_with")
+SET_OPS: tuple[Op, ...] = ("in", "not_in")
+STATE_OPS: tuple[Op, ...] = ("is_null", "exists")  # they take true or false
+SCALAR_OPS: tuple[Op, ...] = ("eq", "ne", "lt", "lte", "gt", "gte", *SET_OPS, *STATE_OPS)
+
+MAX_LIMIT = 200
+MAX_CONDITIONS = 200
+MAX_VALUES = 1000
+
+META_FIELDS: dict[str, Kind] = {
+    name: kind_of(type_)
+    for name, type_ in {
+        "resource_id": str,
+        "version": int,
+        "revision": int,
+        "total_revision_count": int,
+        "schema_version": int,
+        "status": Literal["draft", "stable"],
+        "is_deleted": bool,
+        "created_time": dt.datetime,
+        "updated_time": dt.datetime,
+        "created_by": str,
+        "updated_by": str,
+    }.items()
+}
+
+
+class Filter(Struct, frozen=True):
+    """A condition; combine with `&`, `|` and `~`."""
+
+    def __and__(self, other: Filter) -> Filter:
+        return And((self, other))
+
+    def __or__(self, other: Filter) -> Filter:
+        return Or((self, other))
+
+    def __invert__(self) -> Filter:
+        return Not(self)
+
+
+class Compare(Filter, frozen=True):
+    """`field op value`; `in` and `not_in` take a sequence, `is_null` and `exists` a bool."""
+
+    field: str
+    op: Op
+    value: Any
+
+
+class And(Filter, frozen=True):
+    of: tuple[Filter, ...]
+
+
+class Or(Filter, frozen=True):
+    of: tuple[Filter, ...]
+
+
+class Not(Filter, frozen=True):
+    of: Filter
+
+
+class field(Struct, frozen=True):  # noqa: N801 - reads as a word in a query, like a function
+    """The start of a condition: `field("views").gte(10)`."""
+
+    name: str
+
+    def eq(self, value: Any) -> Filter:
+        return Compare(self.name, "eq", value)
+
+    def ne(self, value: Any) -> Filter:
+        return Compare(self.name, "ne", value)
+
+    def lt(self, value: Any) -> Filter:
+        return Compare(self.name, "lt", value)
+
+    def lte(self, value: Any) -> Filter:
+        return Compare(self.name, "lte", value)
+
+    def gt(self, value: Any) -> Filter:
+        return Compare(self.name, "gt", value)
+
+    def gte(self, value: Any) -> Filter:
+        return Compare(self.name, "gte", value)
+
+    def in_(self, values: Iterable[Any]) -> Filter:
+        return Compare(self.name, "in", tuple(values))
+
+    def not_in(self, values: Iterable[Any]) -> Filter:
+        return Compare(self.name, "not_in", tuple(values))
+
+    def contains(self, value: Any) -> Filter:
+        return Compare(self.name, "contains", value)
+
+    def starts_with(self, value: str) -> Filter:
+        return Compare(self.name, "starts_with", value)
+
+    def ends_with(self, value: str) -> Filter:
+        return Compare(self.name, "ends_with", value)
+
+    def is_null(self, yes: bool = True) -> Filter:
+        return Compare(self.name, "is_null", yes)
+
+    def exists(self, yes: bool = True) -> Filter:
+        return Compare(self.name, "exists", yes)
+
+
+class Sort(Struct, frozen=True):
+    field: str
+    descending: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Sort:
+        """`"-views"` is views, descending."""
+        return cls(text[1:], True) if text.startswith("-") else cls(text)
+
+
+Cursor = tuple[Key | None, ...]  # the sort keys of a page's last row, then its id
+
+
+class Query(Struct, frozen=True, kw_only=True):
+    """What to find. `limit` is 1 to 200; `after` is the `next` of the page before."""
+
+    where: Filter | None = None
+    sort: tuple[str | Sort, ...] = ()
+    limit: int = 50
+    after: Cursor | None = None
+    include_deleted: bool = False
+
+    def resolve(self, fields: Mapping[str, Kind]) -> Query:
+        """This query with canonical names, keys for values and `Sort`s for sort keys.
+
+        `fields` maps the model's indexed fields to their kinds. Raises InvalidQuery that names every fault.
+        """
+        if type(self.limit) is not int or not 1 <= self.limit <= MAX_LIMIT:
+            raise invalid("limit", f"expected 1 to {MAX_LIMIT}, got {self.limit}")
+        sort = tuple(resolve_sort(key if isinstance(key, Sort) else Sort.of(key), fields) for key in self.sort)
+        if self.after is not None and len(self.after) != len(sort) + 1:
+            raise invalid("cursor", "this cursor belongs to another sort order")
+        where = None if self.where is None else _resolve(self.where, fields, [MAX_CONDITIONS])
+        return replace(self, where=where, sort=sort)
+
+
+def invalid(parameter: str, detail: str) -> InvalidQuery:
+    """The error that `parameter` of a query is wrong."""
+    return InvalidQuery(f"{parameter}: {detail}", (Fault(f"?{parameter}", detail),))
+
+
+def resolve_name(name: str, fields: Mapping[str, Kind], parameter: str) -> tuple[str, Kind]:
+    """The canonical name and kind of an indexed or metadata field; InvalidQuery names those that there are."""
+    if name in fields:
+        return name, fields[name]
+    bare = name.removeprefix("meta.")
+    if bare in META_FIELDS:
+        return f"meta.{bare}", META_FIELDS[bare]
+    known = ", ".join(sorted(fields)) or "none"
+    raise invalid(
+        parameter,
+        f"{name!r} is not indexed; indexed fields: {known}; metadata: {', '.join('meta.' + name for name in META_FIELDS)}",
+    )
+
+
+def resolve_sort(key: Sort, fields: Mapping[str, Kind]) -> Sort:
+    name, kind = resolve_name(key.field, fields, "sort")
+    if kind.is_list:
+        raise invalid("sort", f"{key.field!r} is a list, and lists have no order")
+    return Sort(name, key.descending)
+
+
+def ops_of(kind: Kind) -> tuple[Op, ...]:
+    """The operators that apply to a kind."""
+    if kind.is_list:
+        return ("contains",)
+    return SCALAR_OPS + TEXT_OPS if kind.is_text else SCALAR_OPS
+
+
+def resolve_compare(condition: Compare, fields: Mapping[str, Kind], parameter: str | None = None) -> Compare:
+    """One condition with its canonical name and keys for values; `parameter` is what errors call it."""
+    parameter = parameter or f"{condition.field}[{condition.op}]"
+    name, kind = resolve_name(condition.field, fields, parameter)
+    if condition.op not in ops_of(kind):
+        raise invalid(parameter, f"{condition.op!r} does not apply to {kind.name}; these do: {', '.join(ops_of(kind))}")
+    value = condition.value
+    if condition.op in STATE_OPS:
+        if type(value) is not bool:
+            raise invalid(parameter, "expected true or false")
+        return Compare(name, condition.op, value)
+    try:
+        if condition.op in SET_OPS:
+            if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+                raise ValueError("expected a sequence of values")
+            if len(value) > MAX_VALUES:
+                raise ValueError(f"expected at most {MAX_VALUES} values, got {len(value)}")
+            return Compare(name, condition.op, tuple(kind.key(element) for element in value))
+        if value is None:
+            raise ValueError("nothing compares with null; use is_null")
+        return Compare(name, condition.op, kind.key(value))
+    except ValueError as error:
+        raise invalid(parameter, str(error)) from None
+
+
+def _resolve(where: Filter, fields: Mapping[str, Kind], left: list[int]) -> Filter:
+    left[0] -= 1
+    if left[0] < 0:
+        raise invalid("where", f"expected at most {MAX_CONDITIONS} conditions")
+    match where:
+        case Compare():
+            return resolve_compare(where, fields)
+        case And():
+            return And(tuple(_resolve(part, fields, left) for part in where.of))
+        case Or():
+            return Or(tuple(_resolve(part, fields, left) for part in where.of))
+        case Not():
+            return Not(_resolve(where.of, fields, left))
+    raise invalid("where", f"expected a Filter, got {type(where).__name__}")

@@ -1,0 +1,396 @@
+"""The contracts between the engine and its stores, and the metadata that they carry.
+
+    ResourceManager -> IStorage (SimpleStorage) -> MetaStore + ResourceStore
+
+- A **MetaStore** is the truth. One atomic `commit` carries a resource's metadata, the record of a revision and its index.
+- A **ResourceStore** holds immutable bodies by uid. A body is put first and committed second; a body without a commit is an
+  invisible orphan that `maintain` sweeps.
+
+Everything is `async` and may be called from several event loops at once. A store that keeps what it is given through a
+crash says `durable = True`. Only the abstract methods must be written by whoever makes a store; `tests/conformance` tells
+whether they keep their word.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+
+from msgspec import UNSET, Struct, UnsetType
+
+from ..query import Cursor, Query
+from ..values import Key, Kind
+
+T = TypeVar("T")
+
+Status = Literal["draft", "stable"]
+
+
+class Encoding(enum.Enum):
+    """How a body is stored. Each stored body names its own, so changing the setting leaves old data readable."""
+
+    json = "json"
+    msgpack = "msgpack"
+
+
+class ResourceMeta(Struct, frozen=True, kw_only=True):
+    """A resource's metadata: its state after the last commit.
+
+    `version` grows by one at every commit and `nonce` is random at every commit; together they are the ETag.
+    `revision` is the number of the current revision, `uid` the address of its body, and `status`, `data_hash` (SHA-256 of the
+    canonical JSON, hex) and `encoding` are that revision's. Revisions are numbered from 1 to `total_revision_count`;
+    retention may have removed some. Times are UTC.
+    """
+
+    resource_id: str
+    version: int
+    nonce: str
+    revision: int
+    total_revision_count: int
+    schema_version: int
+    status: Status
+    is_deleted: bool
+    uid: str
+    data_hash: str
+    encoding: Encoding
+    created_time: dt.datetime
+    updated_time: dt.datetime
+    created_by: str
+    updated_by: str
+
+    @property
+    def etag(self) -> str:
+        return f'"{self.version}-{self.nonce}"'
+
+
+class RevisionInfo(Struct, frozen=True, kw_only=True):
+    """The record of one revision. `parent` is the revision that it was made from, None for the first."""
+
+    uid: str
+    resource_id: str
+    revision: int
+    parent: int | None
+    schema_version: int
+    status: Status
+    data_hash: str
+    encoding: Encoding
+    created_time: dt.datetime
+    updated_time: dt.datetime
+    created_by: str
+    updated_by: str
+
+
+class Version(NamedTuple):
+    """A state of a resource, exactly."""
+
+    version: int
+    nonce: str
+
+
+Expect = Literal["absent", "any"] | Version
+"""What a change replaces: nothing, whatever is there (or nothing), or exactly one state."""
+
+
+class IndexEntry(Struct, frozen=True):
+    """What can be searched of a revision.
+
+    keys     the indexed fields' keys (see `values`); a list of keys for a list, None for null or missing
+    missing  the indexed fields that are not there at all
+    shown    the indexed fields as JSON, shaped as in the data
+    """
+
+    keys: dict[str, Key | list[Key] | None]
+    missing: tuple[str, ...]
+    shown: bytes
+
+
+class Change(Struct, frozen=True, kw_only=True):
+    """One resource's part of a commit.
+
+    meta    the new metadata; with `expect="any"` the store sets the version to the one after what it replaces
+    record  a revision's new or changed record, if it has one
+    index   what the current revision is found by; None leaves it as it is
+    expect  what the change replaces
+    drop    uids of revisions whose records go (retention, or a draft's former body)
+    purge   erase the resource and all its records
+    """
+
+    meta: ResourceMeta
+    record: RevisionInfo | None
+    index: IndexEntry | None
+    expect: Expect
+    drop: tuple[str, ...] = ()
+    purge: bool = False
+
+
+class IndexedField:
+    """A field that can be searched: `IndexedField("email", str, unique=True)`; dots reach into nested data.
+
+    Without a type it is taken from the model.
+    """
+
+    __slots__ = ("name", "type", "unique")
+
+    def __init__(self, name: str, type: Any = None, unique: bool = False) -> None:
+        self.name, self.type, self.unique = name, type, unique
+
+
+class ModelSpec(Struct, frozen=True):
+    """What a store learns of a model when it is bound."""
+
+    name: str
+    fields: Mapping[str, Kind] = {}
+    unique: tuple[str, ...] = ()
+    schema_version: int = 1
+    encoding: Encoding | None = None  # as given to add_model or AutoCRUD; a store's own argument wins
+
+
+class Page(Struct, Generic[T], frozen=True):
+    """Some items; `next` is where the next page starts, None at the end."""
+
+    items: list[T]
+    next: Any = None
+
+
+class Hit(NamedTuple):
+    """A resource that was found, with its indexed fields as JSON."""
+
+    meta: ResourceMeta
+    shown: bytes
+
+
+class Reindex(NamedTuple):
+    """A new index entry for a resource, valid only while it is in this state."""
+
+    resource_id: str
+    expect: Version
+    index: IndexEntry
+
+
+class Store(ABC):
+    """What MetaStores and ResourceStores share."""
+
+    durable: ClassVar[bool] = False
+
+    def bind(self, spec: ModelSpec) -> None:
+        """Learn the model; called once, before anything else. No I/O here."""
+        return None
+
+    async def health(self) -> None:
+        """Raise StoreUnavailable unless the store can answer now."""
+        return None
+
+    async def erase(self, now: dt.datetime) -> dt.datetime:
+        """Remove the traces of what was deleted, and say when the last one will be gone."""
+        return now
+
+    async def close(self) -> None:
+        """Give back what is open; the store may be used again afterwards."""
+        return None
+
+
+class MetaStore(Store):
+    """The truth: metadata, records of revisions, and the index."""
+
+    authoritative: ClassVar[bool] = True
+    """False: the ResourceStore's records, if it keeps them, are the commit, and this store follows them."""
+
+    async def generation(self) -> int:
+        """The number that the uids of new bodies start with. Only a store that sweeps orphans needs more than one."""
+        return 0
+
+    async def advance_generation(self) -> int:
+        """Start a new generation and return its number: from now on bodies older than number - 1 cannot be committed."""
+        return 0
+
+    @abstractmethod
+    async def get(self, resource_id: str) -> ResourceMeta:
+        """The metadata, of a deleted resource too; ResourceNotFound."""
+
+    @abstractmethod
+    async def commit(self, changes: Sequence[Change]) -> list[ResourceMeta]:
+        """Apply all changes or none, in order, in one atomic step that also decides their expectations.
+
+        Raises VersionConflict, UniqueConflict (looked at once all changes are applied, so a batch may swap values),
+        StaleGeneration (a record's uid is older than generation - 1), StoreUnavailable (surely not done) or OutcomeUnknown.
+        """
+
+    @abstractmethod
+    async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
+        """One record; RevisionNotFound."""
+
+    @abstractmethod
+    async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
+        """Records, newest first, with numbers below `before`; `next` is the number to go on from."""
+
+    @abstractmethod
+    async def search(self, query: Query) -> Page[Hit]:
+        """What a resolved query finds."""
+
+    @abstractmethod
+    async def count(self, query: Query) -> int:
+        """How many a resolved query finds; its sort, limit and cursor do not matter."""
+
+    @abstractmethod
+    def scan(self) -> AsyncIterator[ResourceMeta]:
+        """Everything, deleted resources too, by ascending id."""
+
+    async def unreferenced(self, uids: Sequence[str]) -> list[str]:
+        """Those uids that no record refers to."""
+        return []
+
+    async def outdated(self, limit: int) -> list[ResourceMeta]:
+        """Resources whose index was made for other indexed fields than the bound ones."""
+        return []
+
+    async def reindex(self, entries: Sequence[Reindex]) -> None:
+        """Replace index entries where the resource is still in the expected state; versions stay. UniqueConflict."""
+        raise AssertionError("a store that reports outdated entries takes new ones")
+
+    def follow(self, changes: Sequence[Change]) -> None:
+        """Only where not authoritative: apply what records have decided. Called in the order of their commits."""
+        raise AssertionError("only a store that is not authoritative follows")
+
+    async def holder(self, name: str, key: Key) -> str | None:
+        """Only where not authoritative: the id of the resource that holds this value of a unique field."""
+        raise AssertionError("only a store that is not authoritative follows")
+
+
+class ResourceStore(Store):
+    """Immutable bodies by uid. A uid is `{generation}/{uuid7}`."""
+
+    encoding: Encoding | None = None
+    """The encoding that was given to the store itself, if any."""
+
+    keeps_records: ClassVar[bool] = False
+    """Whether the records methods below work: then a MetaStore that is not authoritative is rebuilt from them."""
+
+    @abstractmethod
+    async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
+        """Store a body. Putting the same uid again stores the same."""
+
+    @abstractmethod
+    async def get_many(self, uids: Sequence[str]) -> list[bytes]:
+        """Bodies in the order asked; StoreDamaged if one is missing."""
+
+    @abstractmethod
+    async def delete(self, uids: Sequence[str]) -> None:
+        """Remove bodies; those that are not there are no error."""
+
+    async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
+        """Uids of earlier generations, ascending, after the given one: candidates for the sweep."""
+        return []
+
+    def own(self) -> None:
+        """Claim to be the only process that writes here, until `close`; ConfigError if another one does."""
+        raise AssertionError("only where keeps_records")
+
+    async def put_records(self, changes: Sequence[Change], then: Callable[[Sequence[Change]], None]) -> None:
+        """Commit as MetaStore.commit does, unique fields aside, and call `then` before anyone is told, in commit order."""
+        raise AssertionError("only where keeps_records")
+
+    def records(self) -> AsyncIterator[Change]:
+        """Everything that was committed and not purged: for each resource its records, then its metadata, as changes
+        without an index."""
+        raise AssertionError("only where keeps_records")
+
+
+class Write(NamedTuple):
+    """A change, and the body that its record names (None where the body exists already)."""
+
+    change: Change
+    body: bytes | None
+
+
+class IStorage(ABC):
+    """One model's storage as the ResourceManager sees it: bodies and metadata together."""
+
+    @property
+    @abstractmethod
+    def durable(self) -> bool:
+        """Whether what was acknowledged survives a crash."""
+
+    @property
+    @abstractmethod
+    def encoding(self) -> Encoding:
+        """How new bodies are to be encoded."""
+
+    @abstractmethod
+    def bind(self, spec: ModelSpec) -> None: ...
+
+    @abstractmethod
+    async def open(self, index: Callable[[bytes, Encoding], IndexEntry]) -> None:
+        """Make the storage ready: rebuild what is not durable, bring the index up to the bound fields.
+
+        `index` makes an entry of a body. Called again it does nothing that was done.
+        """
+
+    @abstractmethod
+    def new_uid(self) -> str: ...
+
+    @abstractmethod
+    async def get(self, resource_id: str) -> ResourceMeta: ...
+
+    @abstractmethod
+    async def bodies(self, uids: Sequence[str]) -> list[bytes]: ...
+
+    @abstractmethod
+    async def commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+        """Put the bodies, then commit the changes; bodies that no longer belong to a record go afterwards."""
+
+    @abstractmethod
+    async def revision(self, resource_id: str, revision: int) -> RevisionInfo: ...
+
+    @abstractmethod
+    async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]: ...
+
+    @abstractmethod
+    async def search(self, query: Query) -> Page[Hit]: ...
+
+    @abstractmethod
+    async def count(self, query: Query) -> int: ...
+
+    @abstractmethod
+    def scan(self) -> AsyncIterator[ResourceMeta]: ...
+
+    @abstractmethod
+    async def health(self) -> None: ...
+
+    @abstractmethod
+    async def maintain(self, budget_s: float) -> None:
+        """Housekeeping for at most about `budget_s` seconds."""
+
+    @abstractmethod
+    async def erase(self, now: dt.datetime) -> dt.datetime:
+        """Remove the traces of what was purged, and say when the last one will be gone."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+__all__ = [
+    "UNSET",
+    "Change",
+    "Cursor",
+    "Encoding",
+    "Expect",
+    "Hit",
+    "IStorage",
+    "IndexEntry",
+    "IndexedField",
+    "MetaStore",
+    "ModelSpec",
+    "Page",
+    "Reindex",
+    "ResourceMeta",
+    "ResourceStore",
+    "RevisionInfo",
+    "Status",
+    "Store",
+    "UnsetType",
+    "Version",
+    "Write",
+]

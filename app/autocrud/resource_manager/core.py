@@ -1,0 +1,382 @@
+"""ResourceManager: one model's resources and their revisions, from Python.
+
+    manager = crud.resource_manager(Article)
+    created = await manager.create(Article(title="Sun", content="...", author="alice"), by="alice")
+    await manager.update(created.meta.resource_id, Article(...), expect=created.version)
+    page = await manager.search(Query(where=field("author").eq("alice"), sort=("-meta.created_time",)))
+
+The rules are in `operations`, what is stored how in `simple_storage`. Every method may raise what `errors` names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import logging
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+from ..errors import CrudError, InvalidData, InvalidQuery, ResourceNotFound, StoreDamaged, VersionConflict, WriteContention
+from ..query import MAX_LIMIT, Query
+from .basic import Encoding, Hit, IndexEntry, IStorage, ModelSpec, Page, ResourceMeta, RevisionInfo, Status, Version
+from .checks import storable_id
+from .codec import Codec, Document
+from .operations import (
+    Create,
+    Delete,
+    Expire,
+    Modify,
+    Operation,
+    Patch,
+    Plan,
+    Publish,
+    Purge,
+    Restore,
+    Retention,
+    State,
+    Switch,
+    Update,
+    deleted,
+)
+from .simple_storage import SimpleStorage
+
+T = TypeVar("T")
+
+log = logging.getLogger("crudstack.manager")
+
+MAX_BATCH = 100
+MAX_ATTEMPTS = 16
+ANONYMOUS = "anonymous"
+
+
+class Resource(Generic[T]):
+    """A resource with its data. `info` is the record of the revision, where one was asked for."""
+
+    __slots__ = ("_codec", "info", "json", "meta")
+
+    def __init__(self, codec: Codec[T], meta: ResourceMeta, json: bytes, info: RevisionInfo | None = None) -> None:
+        self._codec, self.meta, self.json, self.info = codec, meta, json, info
+
+    @property
+    def data(self) -> T:
+        return self._codec.decode(self.json, Encoding.json)
+
+    @property
+    def version(self) -> Version:
+        return Version(self.meta.version, self.meta.nonce)
+
+
+class ResourceManager(Generic[T]):
+    """Made by `AutoCRUD.add_model`; see there for the arguments."""
+
+    def __init__(
+        self,
+        name: str,
+        codec: Codec[T],
+        storage: IStorage,
+        *,
+        encoding: Encoding | None,
+        schema_version: int,
+        retention: Retention | None,
+        clock: Callable[[], dt.datetime],
+    ) -> None:
+        self.name, self.codec, self.storage = name, codec, storage
+        self.schema_version, self.retention = schema_version, retention
+        self._clock = clock
+        self._opened = False
+        self._queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]]
+        self._queues = weakref.WeakKeyDictionary()
+        self._expire_after = ""
+        storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
+
+    async def open(self) -> None:
+        """Make the storage ready; done by the first use, or earlier so that errors show at start."""
+        if not self._opened:
+            await self.storage.open(self._index)
+            self._opened = True
+
+    def _index(self, body: bytes, encoding: Encoding) -> IndexEntry:
+        return self.codec.index(self.codec.decode(body, encoding))
+
+    # Reading
+
+    async def meta(self, resource_id: str, *, include_deleted: bool = False) -> ResourceMeta:
+        if not self._opened:
+            await self.open()
+        meta = await self.storage.get(resource_id)
+        if meta.is_deleted and not include_deleted:
+            raise deleted(resource_id)
+        return meta
+
+    async def get(self, resource_id: str, *, revision: int | None = None, include_deleted: bool = False) -> Resource[T]:
+        """The current revision, or the given one. ResourceNotFound, RevisionNotFound, ResourceDeleted."""
+        for _ in range(MAX_ATTEMPTS):
+            meta = await self.meta(resource_id, include_deleted=include_deleted)
+            info = None if revision is None else await self.storage.revision(resource_id, _number(revision))
+            uid, encoding = (meta.uid, meta.encoding) if info is None else (info.uid, info.encoding)
+            try:
+                (body,) = await self.storage.bodies([uid])
+            except StoreDamaged:
+                # Somebody may have replaced a draft, or purged, between the two reads; only if nobody did is the body lost.
+                if await self.storage.get(resource_id) == meta:
+                    raise
+                continue
+            return Resource(self.codec, meta, self.codec.to_json(body, encoding), info)
+        raise contention()
+
+    async def revisions(
+        self, resource_id: str, *, before: int | None = None, limit: int = 50, include_deleted: bool = False
+    ) -> Page[RevisionInfo]:
+        """History, newest first; `next` of a page is the `before` of the following one."""
+        await self.meta(resource_id, include_deleted=include_deleted)
+        if not 1 <= limit <= MAX_LIMIT:
+            raise InvalidQuery(f"limit: expected 1 to {MAX_LIMIT}, got {limit}")
+        return await self.storage.revisions(resource_id, before if before is None else _number(before), limit)
+
+    async def search(self, query: Query | None = None) -> Page[Resource[T]]:
+        """What the query finds, with data."""
+        for _ in range(MAX_ATTEMPTS):
+            page = await self.find(query)
+            try:
+                bodies = await self.storage.bodies([hit.meta.uid for hit in page.items])
+            except StoreDamaged:
+                again = await self.find(query)  # as in `get`
+                if [hit.meta for hit in again.items] != [hit.meta for hit in page.items]:
+                    continue
+                return Page([found for hit in page.items if (found := await self._readable(hit)) is not None], page.next)
+            to_json, codec = self.codec.to_json, self.codec
+            items = [
+                Resource(codec, hit.meta, to_json(body, hit.meta.encoding))
+                for hit, body in zip(page.items, bodies, strict=True)
+            ]
+            return Page(items, page.next)
+        raise contention()
+
+    async def _readable(self, hit: Hit) -> Resource[T] | None:
+        """The resource, or None if its body is lost: one damaged body must not hide all others."""
+        try:
+            return await self.get(hit.meta.resource_id, include_deleted=True)
+        except StoreDamaged as error:
+            log.error("%s %s is left out of a search: %s", self.name, hit.meta.resource_id, error)
+            return None
+
+    async def find(self, query: Query | None = None) -> Page[Hit]:
+        """What the query finds, from the index alone."""
+        if not self._opened:
+            await self.open()
+        return await self.storage.search((query or Query()).resolve(self.codec.fields))
+
+    async def count(self, query: Query | None = None) -> int:
+        if not self._opened:
+            await self.open()
+        return await self.storage.count((query or Query()).resolve(self.codec.fields))
+
+    # Writing
+
+    async def create(
+        self, data: T | Document[T], *, resource_id: str | None = None, status: Status = "stable", by: str = ANONYMOUS
+    ) -> Resource[T]:
+        """A new resource; VersionConflict if the chosen id is taken."""
+        return await self._one(Create(data, resource_id, status), by)
+
+    async def update(
+        self,
+        resource_id: str,
+        data: T | Document[T],
+        *,
+        expect: Version | None = None,
+        status: Status = "stable",
+        by: str = ANONYMOUS,
+    ) -> Resource[T]:
+        return await self._one(Update(resource_id=resource_id, expect=expect, data=data, status=status), by)
+
+    async def modify(
+        self, resource_id: str, data: T | Document[T], *, expect: Version | None = None, by: str = ANONYMOUS
+    ) -> Resource[T]:
+        return await self._one(Modify(resource_id=resource_id, expect=expect, data=data), by)
+
+    async def patch(
+        self,
+        resource_id: str,
+        apply: Callable[[Any], Any],
+        *,
+        expect: Version | None = None,
+        mode: Literal["update", "modify"] = "update",
+        status: Status = "stable",
+        by: str = ANONYMOUS,
+    ) -> Resource[T]:
+        """Update or modify with what `apply` makes of the current data as a JSON tree."""
+        return await self._one(
+            Patch(resource_id=resource_id, expect=expect, apply=apply, mode=mode, status=status), by
+        )
+
+    async def publish(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> Resource[T]:
+        return await self._one(Publish(resource_id=resource_id, expect=expect), by)
+
+    async def switch(
+        self, resource_id: str, revision: int, *, expect: Version | None = None, by: str = ANONYMOUS
+    ) -> Resource[T]:
+        return await self._one(Switch(resource_id=resource_id, expect=expect, revision=_number(revision)), by)
+
+    async def delete(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> ResourceMeta:
+        (state,) = await self._commit([Delete(resource_id=resource_id, expect=expect)], by)
+        return state.meta
+
+    async def restore(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> Resource[T]:
+        return await self._one(Restore(resource_id=resource_id, expect=expect), by)
+
+    async def purge(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> dt.datetime:
+        """Erase; the time by which the last trace is gone."""
+        await self._commit([Purge(resource_id=resource_id, expect=expect)], by)
+        return await self.storage.erase(self._clock())
+
+    async def batch(self, operations: Sequence[Operation], *, by: str = ANONYMOUS) -> list[Resource[T] | ResourceMeta]:
+        """All operations or none, each seeing the ones before it. Deleted and purged resources come back as metadata."""
+        if not 1 <= len(operations) <= MAX_BATCH:
+            raise InvalidData(f"expected 1 to {MAX_BATCH} operations, got {len(operations)}")
+        states = await self._commit(operations, by)
+        if any(isinstance(operation, Purge) for operation in operations):
+            await self.storage.erase(self._clock())
+        return [
+            state.meta if isinstance(operation, Delete | Purge) else await self._resource(state)
+            for operation, state in zip(operations, states, strict=True)
+        ]
+
+    async def _one(self, operation: Operation, by: str) -> Resource[T]:
+        (state,) = await self._commit([operation], by)
+        return await self._resource(state)
+
+    async def _resource(self, state: State) -> Resource[T]:
+        if state.json is None:
+            (body,) = await self.storage.bodies([state.meta.uid])
+            state.json = self.codec.to_json(body, state.meta.encoding)
+        return Resource(self.codec, state.meta, state.json)
+
+    async def _commit(self, operations: Sequence[Operation], by: str) -> list[State]:
+        """Plan and commit, again where somebody was faster.
+
+        Planning again is always right: an operation that named a state is checked against the new one and fails for good; one that
+        did not is meant for whatever is there. From the second attempt on, the writers of this event loop take turns at a resource,
+        so that only other processes and loops can be faster.
+        """
+        if not self._opened:
+            await self.open()
+        for operation in operations:
+            if operation.resource_id is not None:
+                _check_id(operation.resource_id)
+        committed = await self._attempt(operations, by)
+        if committed is not None:
+            return committed
+        async with self._turn(operations):
+            for attempt in range(MAX_ATTEMPTS):
+                committed = await self._attempt(operations, by)
+                if committed is not None:
+                    return committed
+                await asyncio.sleep(0.001 * attempt)  # let whoever is in the middle of it finish
+        raise contention()
+
+    async def _attempt(self, operations: Sequence[Operation], by: str) -> list[State] | None:
+        plan = Plan(
+            self.storage,
+            self.codec,
+            schema_version=self.schema_version,
+            retention=self.retention,
+            by=by,
+            now=self._clock(),
+        )
+        states = []
+        for at, operation in enumerate(operations):
+            try:
+                states.append(await plan.add(operation))
+            except CrudError as error:
+                error.operation = at
+                raise
+        if plan.writes:
+            try:
+                committed = await self.storage.commit(plan.writes)
+            except VersionConflict:
+                return None
+            # The storage may have put bodies under other uids.
+            latest = {meta.resource_id: meta for meta in committed}
+            for state in states:
+                meta = latest.get(state.meta.resource_id)
+                if meta is not None and meta.version == state.meta.version:
+                    state.meta = meta
+        return states
+
+    def _turn(self, operations: Sequence[Operation]) -> asyncio.Lock:
+        """A lock for the first resource: turns only save work, they decide nothing."""
+        locks = self._queues.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
+        key = next((operation.resource_id for operation in operations if operation.resource_id is not None), "")
+        lock = locks.get(key)
+        if lock is None:
+            lock = locks[key] = asyncio.Lock()
+        return lock
+
+    # Keeping house
+
+    async def maintain(self, budget_s: float) -> None:
+        """Housekeeping: revisions whose days are over, orphaned bodies. Where the time ends, the next call goes on."""
+        await self.open()
+        deadline = time.monotonic() + budget_s
+        if self.retention is not None and self.retention.days is not None:
+            await self._expire(deadline)
+        await self.storage.maintain(max(0.0, deadline - time.monotonic()))
+
+    async def close(self) -> None:
+        """Give back what is open; the next use opens it again."""
+        self._opened = False
+        await self.storage.close()
+
+    async def _expire(self, deadline: float) -> None:
+        async for meta in self.storage.scan():
+            if meta.resource_id <= self._expire_after or meta.total_revision_count == 1:
+                continue
+            if time.monotonic() > deadline:
+                return
+            await self._expire_one(meta)
+            self._expire_after = meta.resource_id
+        self._expire_after = ""
+
+    async def _expire_one(self, meta: ResourceMeta) -> None:
+        with contextlib.suppress(ResourceNotFound):  # purged meanwhile
+            await self._commit([Expire(resource_id=meta.resource_id)], "retention")
+
+
+def contention() -> WriteContention:
+    return WriteContention("other writers kept changing the resource; nothing was changed, try again")
+
+
+def _check_id(resource_id: str) -> None:
+    if not isinstance(resource_id, str) or not resource_id:
+        raise InvalidData("a resource id is a string that is not empty")
+    try:
+        storable_id(resource_id)
+    except ValueError as error:
+        raise InvalidData(str(error)) from None
+
+
+def _number(revision: int) -> int:
+    """A revision number that fits into every store; larger ones simply do not exist."""
+    return min(max(revision, 0), 2**62)
+
+
+__all__ = [
+    "MAX_BATCH",
+    "Create",
+    "Delete",
+    "Modify",
+    "Patch",
+    "Publish",
+    "Purge",
+    "Resource",
+    "ResourceManager",
+    "Restore",
+    "Retention",
+    "SimpleStorage",
+    "Switch",
+    "Update",
+]

@@ -1,0 +1,1 @@
+"""MetaStores: the truth about resources."""

@@ -1,0 +1,114 @@
+"""MetaStores on this machine: in memory, and in one SQLite file.
+
+    MemoryMetaStore()                    gone with the process, unless records beside the bodies keep it (see SimpleStorage)
+    DiskMetaStore(rootdir="data/meta")   `rootdir/index.sqlite`, shared safely by several processes; local disks only
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ...query import Query
+from ...values import Key
+from ..basic import Change, Encoding, Hit, MetaStore, ModelSpec, Page, Reindex, ResourceMeta, RevisionInfo
+from ..sqlite.database import FileDatabase, MemoryDatabase
+from ..sqlite.tables import ResourceTables
+
+SCAN_PAGE = 500
+
+
+class _TablesMetaStore(MetaStore):
+    """A MetaStore whose truth is `ResourceTables` in a database."""
+
+    _db: MemoryDatabase | FileDatabase
+    _tables: ResourceTables
+
+    def __init__(self, encoding: Encoding | None = None) -> None:
+        self._encoding = encoding
+
+    async def generation(self) -> int:
+        return await self._db.read(self._tables.generation, quick=True)
+
+    async def advance_generation(self) -> int:
+        return await self._db.write(self._tables.advance_generation)
+
+    async def get(self, resource_id: str) -> ResourceMeta:
+        tables = self._tables
+        return await self._db.read(lambda db: tables.get(db, resource_id), quick=True)
+
+    async def commit(self, changes: Sequence[Change]) -> list[ResourceMeta]:
+        return await self._db.write(lambda db: self._tables.commit(db, changes))
+
+    async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
+        return await self._db.read(lambda db: self._tables.revision(db, resource_id, revision), quick=True)
+
+    async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
+        return await self._db.read(lambda db: self._tables.revisions(db, resource_id, before, limit))
+
+    async def search(self, query: Query) -> Page[Hit]:
+        return await self._db.read(lambda db: self._tables.search(db, query))
+
+    async def count(self, query: Query) -> int:
+        return await self._db.read(lambda db: self._tables.count(db, query))
+
+    async def scan(self) -> AsyncIterator[ResourceMeta]:
+        after = ""
+        while page := await self._db.read(lambda db, after=after: self._tables.scan(db, after, SCAN_PAGE)):
+            for meta in page:
+                yield meta
+            after = page[-1].resource_id
+
+    async def unreferenced(self, uids: Sequence[str]) -> list[str]:
+        return await self._db.read(lambda db: self._tables.unreferenced(db, uids))
+
+    async def outdated(self, limit: int) -> list[ResourceMeta]:
+        return await self._db.read(lambda db: self._tables.outdated(db, limit))
+
+    async def reindex(self, entries: Sequence[Reindex]) -> None:
+        await self._db.write(lambda db: self._tables.reindex(db, entries))
+
+    async def health(self) -> None:
+        await self._db.read(self._tables.generation)
+
+    async def close(self) -> None:
+        await self._db.close()
+
+
+class MemoryMetaStore(_TablesMetaStore):
+    authoritative: ClassVar[bool] = False
+
+    _db: MemoryDatabase
+
+    def __init__(self, encoding: Encoding | None = None) -> None:
+        super().__init__(encoding)
+        self.bind(ModelSpec("unbound"))
+
+    def bind(self, spec: ModelSpec) -> None:
+        self._tables = ResourceTables(spec, self._encoding)
+        self._db = MemoryDatabase(self._tables.create)
+
+    def follow(self, changes: Sequence[Change]) -> None:
+        self._db.run(lambda db: self._tables.follow(db, changes))
+
+    async def holder(self, name: str, key: Key) -> str | None:
+        return await self._db.read(lambda db: self._tables.holder(db, name, key), quick=True)
+
+
+class DiskMetaStore(_TablesMetaStore):
+    durable: ClassVar[bool] = True
+
+    def __init__(self, rootdir: str | Path, encoding: Encoding | None = None) -> None:
+        super().__init__(encoding)
+        self._path = Path(rootdir) / "index.sqlite"
+        self.bind(ModelSpec("unbound"))
+
+    async def erase(self, now: dt.datetime) -> dt.datetime:
+        await self._db.checkpoint()
+        return now
+
+    def bind(self, spec: ModelSpec) -> None:
+        self._tables = ResourceTables(spec, self._encoding)
+        self._db = FileDatabase(self._path, self._tables.create)

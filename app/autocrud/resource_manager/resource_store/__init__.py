@@ -1,0 +1,1 @@
+"""ResourceStores: immutable bodies."""

@@ -1,0 +1,154 @@
+"""ResourceStores on this machine: in memory, and in one SQLite file.
+
+    MemoryResourceStore()                    gone with the process
+    DiskResourceStore(rootdir="data/data")   `rootdir/bodies.sqlite`, shared safely by several processes; local disks only
+
+One file for all bodies, because a file for each costs two syncs at every create and a directory of a million entries, and because
+no id ever becomes a path.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import fcntl
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import apsw
+import msgspec
+
+from ...errors import ConfigError, StoreDamaged
+from ..basic import Change, Encoding, ModelSpec, ResourceStore, RevisionInfo
+from ..sqlite.database import FileDatabase
+from ..sqlite.tables import ResourceTables
+
+SCAN_PAGE = 500
+
+
+class MemoryResourceStore(ResourceStore):
+    def __init__(self, encoding: Encoding | None = None) -> None:
+        self.encoding = encoding
+        self._bodies: dict[str, bytes] = {}
+
+    async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
+        self._bodies[uid] = body
+
+    async def get_many(self, uids: Sequence[str]) -> list[bytes]:
+        try:
+            return [self._bodies[uid] for uid in uids]
+        except KeyError as error:
+            raise _lost(error.args[0]) from None
+
+    async def delete(self, uids: Sequence[str]) -> None:
+        for uid in uids:
+            self._bodies.pop(uid, None)
+
+
+def _lost(uid: str) -> StoreDamaged:
+    return StoreDamaged(f"the body {uid} is missing")
+
+
+class DiskResourceStore(ResourceStore):
+    """Bodies, and records for a MetaStore that is not durable, as rows of `bodies.sqlite`."""
+
+    durable: ClassVar[bool] = True
+    keeps_records: ClassVar[bool] = True
+
+    def __init__(self, rootdir: str | Path, encoding: Encoding | None = None) -> None:
+        self.encoding = encoding
+        self.rootdir = Path(rootdir)
+        self._owned: int | None = None
+        self.bind(ModelSpec("unbound"))
+
+    def bind(self, spec: ModelSpec) -> None:
+        # Records need no index: searches are the MetaStore's.
+        self._records = ResourceTables(msgspec.structs.replace(spec, fields={}, unique=()))
+        self._db = FileDatabase(self.rootdir / "bodies.sqlite", self._create)
+
+    def _create(self, connection: apsw.Connection) -> None:
+        connection.execute("CREATE TABLE IF NOT EXISTS bodies (uid TEXT PRIMARY KEY, body BLOB NOT NULL)")
+        self._records.create(connection)
+
+    async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
+        await self._db.write(lambda db: db.execute("INSERT OR REPLACE INTO bodies VALUES (?, ?)", (uid, body)) and None)
+
+    async def get_many(self, uids: Sequence[str]) -> list[bytes]:
+        return await self._db.read(lambda db: _bodies(db, uids))
+
+    async def delete(self, uids: Sequence[str]) -> None:
+        rows = [(uid,) for uid in uids]
+        await self._db.write(lambda db: db.executemany("DELETE FROM bodies WHERE uid = ?", rows) and None)
+
+    async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
+        # Uids compare as text, so the number is compared by itself: '10/...' < '9/...'.
+        return await self._db.read(
+            lambda db: [
+                row[0]
+                for row in db.execute(
+                    "SELECT uid FROM bodies WHERE uid > ? AND CAST(uid AS INTEGER) < ? ORDER BY uid LIMIT ?",
+                    (after, generation, limit),
+                ).fetchall()
+            ]
+        )
+
+    def own(self) -> None:
+        if self._owned is None:
+            self.rootdir.mkdir(parents=True, exist_ok=True)
+            self._owned = os.open(self.rootdir / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._owned, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._disown()
+                raise ConfigError(
+                    f"{self.rootdir} is in use by another process: an index in memory needs the directory for itself;"
+                    " stop the other process, or use the storage kind 'disk', which several processes share"
+                ) from None
+
+    def _disown(self) -> None:
+        if self._owned is not None:
+            os.close(self._owned)
+            self._owned = None
+
+    async def put_records(self, changes: Sequence[Change], then: Callable[[Sequence[Change]], None]) -> None:
+        await self._db.write(lambda db: self._records.commit(db, changes), after=lambda: then(changes))
+
+    async def records(self) -> AsyncIterator[Change]:
+        after = ""
+        while page := await self._db.read(lambda db, after=after: self._page(db, after)):
+            for change in page:
+                yield change
+            after = page[-1].meta.resource_id
+
+    def _page(self, connection: apsw.Connection, after: str) -> list[Change]:
+        return [
+            Change(meta=meta, record=record, index=None, expect="any")
+            for meta in self._records.scan(connection, after, SCAN_PAGE)
+            for record in self._records.records(connection, meta.resource_id)
+        ]
+
+    async def health(self) -> None:
+        await self._db.read(lambda db: db.execute("SELECT 1 FROM bodies LIMIT 1").get)
+
+    async def erase(self, now: dt.datetime) -> dt.datetime:
+        await self._db.checkpoint()
+        return now
+
+    async def close(self) -> None:
+        await self._db.close()
+        self._disown()
+
+
+def _bodies(connection: apsw.Connection, uids: Sequence[str]) -> list[bytes]:
+    if len(uids) == 1:
+        body = connection.execute("SELECT body FROM bodies WHERE uid = ?", uids).get
+        if body is None:
+            raise _lost(uids[0])
+        return [body]
+    marks = ", ".join("?" * len(uids))
+    found = dict(connection.execute(f"SELECT uid, body FROM bodies WHERE uid IN ({marks})", uids).fetchall())
+    try:
+        return [found[uid] for uid in uids]
+    except KeyError as error:
+        raise _lost(error.args[0]) from None

@@ -1,0 +1,293 @@
+"""SimpleStorage: any MetaStore with any ResourceStore.
+
+    SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir="data/article"))
+
+Invariants:
+
+- M1 *A commit never names a body that is not there.* Bodies are put first; the commit follows when all are stored.
+- M2 *A body that is swept cannot be committed.* A uid starts with the generation under which it was put. The sweep first advances
+  the generation to g, then removes bodies older than g - 1 that no record names; the MetaStore refuses to commit those same uids
+  in the step that commits, and the body is put again under a new one. No clock decides.
+- M3 *Exactly one thing is the commit.* An authoritative MetaStore is. Where it is not (memory) and the ResourceStore keeps records
+  (disk), the record is the commit, and the MetaStore follows the records in the order of their commits; it is rebuilt from them
+  at start. One process owns such a root, so unique values can be decided in this process: a value is reserved before the record is
+  written and released after the MetaStore has followed, hence every rival finds either the reservation or the holder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import datetime as dt
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from msgspec.structs import replace
+from uuid_utils.compat import uuid7
+
+from ..errors import ConfigError, CrudError, OutcomeUnknown, StaleGeneration, UniqueConflict
+from ..query import Query
+from ..values import Key
+from .basic import (
+    Change,
+    Encoding,
+    Hit,
+    IndexEntry,
+    IStorage,
+    MetaStore,
+    ModelSpec,
+    Page,
+    Reindex,
+    ResourceMeta,
+    ResourceStore,
+    RevisionInfo,
+    Version,
+    Write,
+)
+from .checks import taken
+from .codec import IndexOf
+
+log = logging.getLogger("crudstack.storage")
+
+REINDEX_PAGE = 200
+SWEEP_PAGE = 1000
+
+
+class SimpleStorage(IStorage):
+    def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
+        self.meta_store = meta_store
+        self.resource_store = resource_store
+        self._follows = not meta_store.authoritative and resource_store.keeps_records
+        self._spec = ModelSpec("unbound")
+        self._generation = 0
+        self._sweep_after = ""
+        self._state = threading.Lock()  # guards the two below
+        self._opening: concurrent.futures.Future[None] | None = None
+        self._reserved: dict[tuple[str, Key], list[str]] = {}  # who is about to take a value, once for each write
+
+    @property
+    def durable(self) -> bool:
+        return self.resource_store.durable and (self.meta_store.durable or self._follows)
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.resource_store.encoding or self._spec.encoding or Encoding.json
+
+    def bind(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self.meta_store.bind(spec)
+        self.resource_store.bind(spec)
+
+    # Opening
+
+    async def open(self, index: IndexOf) -> None:
+        with self._state:
+            opening, mine = self._opening, self._opening is None
+            if opening is None:
+                opening = self._opening = concurrent.futures.Future()
+        if mine:
+            # A task of its own: whoever asked first may be cancelled, while others wait for the same.
+            asyncio.get_running_loop().create_task(self._open_and_tell(index, opening))
+        await asyncio.shield(asyncio.wrap_future(opening))
+
+    async def _open_and_tell(self, index: IndexOf, opening: concurrent.futures.Future[None]) -> None:
+        try:
+            await self._open(index)
+        except BaseException as error:
+            with self._state:
+                self._opening = None  # the next one tries again
+            opening.set_exception(error)
+        else:
+            opening.set_result(None)
+
+    async def _open(self, index: IndexOf) -> None:
+        if self._follows:
+            self.resource_store.own()
+            await self._rebuild()
+        self._generation = await self.meta_store.generation()
+        while outdated := await self.meta_store.outdated(REINDEX_PAGE):
+            await self._reindex(outdated, index)
+
+    async def _rebuild(self) -> None:
+        batch: list[Change] = []
+        async for change in self.resource_store.records():
+            batch.append(change)
+            if len(batch) >= REINDEX_PAGE:
+                await asyncio.to_thread(self.meta_store.follow, batch)
+                batch = []
+        await asyncio.to_thread(self.meta_store.follow, batch)
+        # Nobody else writes here, so what no record names was left by a crash.
+        after = ""
+        while uids := await self.resource_store.older_than(1, after, SWEEP_PAGE):
+            await self.resource_store.delete(await self.meta_store.unreferenced(uids))
+            after = uids[-1]
+
+    async def _reindex(self, outdated: Sequence[ResourceMeta], index: IndexOf) -> None:
+        entries = [await self._entry(meta, index) for meta in outdated]
+        try:
+            await self.meta_store.reindex(entries)
+        except UniqueConflict as error:
+            raise ConfigError(
+                f"model {self._spec.name!r}: a field was declared unique, but stored resources share a value ({error});"
+                " change one of them with the earlier program, or declare the field without unique=True"
+            ) from None
+
+    async def _entry(self, meta: ResourceMeta, index: IndexOf) -> Reindex:
+        try:
+            (body,) = await self.resource_store.get_many([meta.uid])
+            entry = index(body, meta.encoding)
+        except Exception as error:
+            # One unreadable body must not keep everything else from being found.
+            log.error("%s %s cannot be indexed: %s", self._spec.name, meta.resource_id, error)
+            entry = IndexEntry({}, tuple(self._spec.fields), b"{}")
+        return Reindex(meta.resource_id, Version(meta.version, meta.nonce), entry)
+
+    # Reading
+
+    def new_uid(self) -> str:
+        return f"{self._generation}/{uuid7()}"
+
+    async def get(self, resource_id: str) -> ResourceMeta:
+        return await self.meta_store.get(resource_id)
+
+    async def bodies(self, uids: Sequence[str]) -> list[bytes]:
+        return await self.resource_store.get_many(uids) if uids else []
+
+    async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
+        return await self.meta_store.revision(resource_id, revision)
+
+    async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
+        return await self.meta_store.revisions(resource_id, before, limit)
+
+    async def search(self, query: Query) -> Page[Hit]:
+        return await self.meta_store.search(query)
+
+    async def count(self, query: Query) -> int:
+        return await self.meta_store.count(query)
+
+    def scan(self) -> AsyncIterator[ResourceMeta]:
+        return self.meta_store.scan()
+
+    # Writing
+
+    async def commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+        while True:
+            put = await self._put_bodies(writes)
+            changes = [write.change for write in writes]
+            try:
+                committed = await self._commit(changes)
+                break
+            except StaleGeneration:
+                await self._forget(put)
+                self._generation = await self.meta_store.generation()
+                writes = [self._renewed(write) for write in writes]
+            except OutcomeUnknown:
+                raise  # the bodies may be needed
+            except CrudError:
+                await self._forget(put)
+                raise
+        await self._forget([uid for change in changes for uid in change.drop])
+        return committed
+
+    async def _put_bodies(self, writes: Sequence[Write]) -> list[str]:
+        bodies = [(write.change.record, write.body) for write in writes if write.body is not None]
+        puts = [self.resource_store.put(info.uid, info, body) for info, body in bodies if info is not None]
+        if len(puts) == 1:
+            await puts[0]
+        elif puts:
+            await asyncio.gather(*puts)
+        return [info.uid for info, _ in bodies if info is not None]
+
+    async def _forget(self, uids: Sequence[str]) -> None:
+        """Remove bodies that nothing names. What stays is found by the sweep, so failing is no error of the write."""
+        if uids:
+            try:
+                await self.resource_store.delete(uids)
+            except CrudError as error:
+                log.warning("%s: %d bodies stay until the next sweep: %s", self._spec.name, len(uids), error)
+
+    def _renewed(self, write: Write) -> Write:
+        """The same write with its body under a new uid."""
+        change, body = write
+        if body is None or change.record is None:
+            return write
+        uid = self.new_uid()
+        meta = replace(change.meta, uid=uid) if change.meta.uid == change.record.uid else change.meta
+        return Write(replace(change, meta=meta, record=replace(change.record, uid=uid)), body)
+
+    async def _commit(self, changes: Sequence[Change]) -> list[ResourceMeta]:
+        if not self._follows:
+            return await self.meta_store.commit(changes)
+        # Reservations must outlive the commit, so it goes on where the one who asked does not.
+        return await asyncio.shield(asyncio.create_task(self._commit_records(changes)))
+
+    async def _commit_records(self, changes: Sequence[Change]) -> list[ResourceMeta]:
+        async with self._unique_values(changes):
+            await self.resource_store.put_records(changes, then=self.meta_store.follow)
+        return [change.meta for change in changes]
+
+    @contextlib.asynccontextmanager
+    async def _unique_values(self, changes: Sequence[Change]) -> AsyncIterator[None]:
+        """Hold the unique values that the changes end with; UniqueConflict if another resource has or takes one."""
+        final = {change.meta.resource_id: change for change in changes if change.purge or change.index is not None}
+        wanted = [
+            (name, key, resource_id)
+            for resource_id, change in final.items()
+            if not change.purge and change.index is not None
+            for name in self._spec.unique
+            if (key := change.index.keys.get(name)) is not None and not isinstance(key, list)
+        ]
+        held: list[tuple[tuple[str, Key], str]] = []
+        try:
+            with self._state:
+                for name, key, resource_id in wanted:
+                    takers = self._reserved.setdefault((name, key), [])
+                    if any(taker != resource_id for taker in takers):
+                        raise taken(name)
+                    takers.append(resource_id)
+                    held.append(((name, key), resource_id))
+            for name, key, resource_id in wanted:
+                holder = await self.meta_store.holder(name, key)
+                if holder not in (None, resource_id) and holder not in final:  # else it gives the value up here
+                    raise taken(name)
+            yield
+        finally:
+            with self._state:
+                for value, resource_id in held:
+                    self._reserved[value].remove(resource_id)
+                    if not self._reserved[value]:
+                        del self._reserved[value]
+
+    # Keeping house
+
+    async def health(self) -> None:
+        await self.meta_store.health()
+        await self.resource_store.health()
+
+    async def maintain(self, budget_s: float) -> None:
+        """Sweep orphaned bodies; where the time ends, the next call goes on."""
+        if self._follows:
+            return  # swept whenever it is opened
+        deadline = time.monotonic() + budget_s
+        if not self._sweep_after:
+            self._generation = await self.meta_store.advance_generation()
+        while time.monotonic() < deadline:
+            uids = await self.resource_store.older_than(self._generation - 1, self._sweep_after, SWEEP_PAGE)
+            if not uids:
+                self._sweep_after = ""
+                return
+            await self.resource_store.delete(await self.meta_store.unreferenced(uids))
+            self._sweep_after = uids[-1]
+
+    async def erase(self, now: dt.datetime) -> dt.datetime:
+        erased = [await self.meta_store.erase(now), await self.resource_store.erase(now)]
+        return max(erased)
+
+    async def close(self) -> None:
+        with self._state:
+            self._opening = None
+        await self.meta_store.close()
+        await self.resource_store.close()

@@ -1,0 +1,321 @@
+"""The tables of a MetaStore in SQLite, and its contract as plain functions of a connection.
+
+Whoever calls decides about transactions: `commit` and `reindex` must run inside one. The same tables serve the memory and disk
+MetaStores and the records beside the bodies.
+
+    resources    a row each: its document, the columns that queries compare, and one column `f:{name}` for each indexed field
+    list_values  the elements of indexed lists
+    revisions    the records
+    specs        fingerprints of the sets of indexed fields that rows were written under
+    settings     generation
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import apsw
+import msgspec
+
+from ...errors import ConfigError, RevisionNotFound, StaleGeneration
+from ...query import Query
+from ...values import Key, datetime_key
+from ..basic import (
+    Change,
+    Encoding,
+    Hit,
+    IndexEntry,
+    ModelSpec,
+    Page,
+    Reindex,
+    ResourceMeta,
+    RevisionInfo,
+    Version,
+)
+from ..checks import check_expectation, generation_of, missing, storable_id, taken
+from . import sql
+
+META_COLUMNS = (
+    "id",
+    "version",
+    "nonce",
+    "revision",
+    "total_revision_count",
+    "schema_version",
+    "status",
+    "is_deleted",
+    "created_time",
+    "updated_time",
+    "created_by",
+    "updated_by",
+    "doc",
+)
+TABLES = """
+CREATE TABLE IF NOT EXISTS resources (
+  rid INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, version INTEGER NOT NULL, nonce TEXT NOT NULL,
+  revision INTEGER NOT NULL, total_revision_count INTEGER NOT NULL, schema_version INTEGER NOT NULL,
+  status TEXT NOT NULL, is_deleted INTEGER NOT NULL, created_time INTEGER NOT NULL, updated_time INTEGER NOT NULL,
+  created_by TEXT NOT NULL, updated_by TEXT NOT NULL, doc NOT NULL, shown BLOB, missing TEXT, spec INTEGER);
+CREATE INDEX IF NOT EXISTS by_id ON resources (is_deleted, id);
+CREATE INDEX IF NOT EXISTS by_created ON resources (is_deleted, created_time, id);
+CREATE INDEX IF NOT EXISTS by_updated ON resources (is_deleted, updated_time, id);
+CREATE INDEX IF NOT EXISTS by_spec ON resources (spec);
+CREATE TABLE IF NOT EXISTS list_values (field TEXT, value, rid INTEGER, PRIMARY KEY (field, value, rid)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS list_values_by_rid ON list_values (rid);
+CREATE TABLE IF NOT EXISTS revisions (
+  rid INTEGER, revision INTEGER, uid TEXT NOT NULL UNIQUE, doc NOT NULL, PRIMARY KEY (rid, revision)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+INSERT OR IGNORE INTO settings VALUES ('format', 1), ('generation', 0);
+"""
+FORMAT = 1
+
+_codecs: dict[Encoding, Callable[[Any], bytes]] = {
+    Encoding.json: msgspec.json.Encoder().encode,
+    Encoding.msgpack: msgspec.msgpack.Encoder().encode,
+}
+_meta_json, _meta_msgpack = msgspec.json.Decoder(ResourceMeta), msgspec.msgpack.Decoder(ResourceMeta)
+_info_json, _info_msgpack = msgspec.json.Decoder(RevisionInfo), msgspec.msgpack.Decoder(RevisionInfo)
+
+
+def _meta(doc: str | bytes) -> ResourceMeta:
+    """A document is text if it is JSON and a blob if it is MessagePack."""
+    return _meta_json.decode(doc) if type(doc) is str else _meta_msgpack.decode(doc)
+
+
+def _info(doc: str | bytes) -> RevisionInfo:
+    return _info_json.decode(doc) if type(doc) is str else _info_msgpack.decode(doc)
+
+
+class ResourceTables:
+    """The tables of one model. `create` must have run on the database before anything else."""
+
+    def __init__(self, spec: ModelSpec, encoding: Encoding | None = None) -> None:
+        self.spec = spec
+        self.encoding = encoding or Encoding.json
+        self._encode = _codecs[self.encoding]
+        self._lists = [name for name, kind in spec.fields.items() if kind.is_list]
+        names = [*META_COLUMNS, "shown", "missing", "spec", *(sql.column(name) for name in spec.fields)]
+        self._insert = f"INSERT INTO resources ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+        self._update = f"UPDATE resources SET {', '.join(f'{name} = ?' for name in names)} WHERE rid = ?"
+        self._update_meta = f"UPDATE resources SET {', '.join(f'{name} = ?' for name in META_COLUMNS)} WHERE rid = ?"
+        index_names = names[len(META_COLUMNS) :]
+        self._update_index = f"UPDATE resources SET {', '.join(f'{name} = ?' for name in index_names)} WHERE rid = ?"
+        described = sorted(f"{name}\n{kind.name}" for name, kind in spec.fields.items())
+        self._fingerprint = hashlib.sha256("\n\n".join(described).encode()).hexdigest()[:16]
+        self._spec_id = 0
+
+    def create(self, connection: apsw.Connection) -> None:
+        """Make or complete the schema. Several versions of the program may do this, one after the other."""
+        connection.execute(TABLES)
+        found = connection.execute("SELECT value FROM settings WHERE name = 'format'").get
+        if found != FORMAT:
+            raise ConfigError(f"the database of model {self.spec.name!r} has format {found}, this program knows {FORMAT}")
+        present = {row[1] for row in connection.execute("PRAGMA table_info(resources)")}
+        for name in self.spec.fields:
+            if sql.index_column(name) not in present:
+                connection.execute(f"ALTER TABLE resources ADD COLUMN {sql.column(name)}")
+            if name not in self._lists:
+                index = sql.quoted(f"by_{sql.index_column(name)}")
+                connection.execute(
+                    f"CREATE INDEX IF NOT EXISTS {index} ON resources (is_deleted, {sql.column(name)}, id)"
+                )
+        connection.execute("INSERT OR IGNORE INTO specs (fingerprint) VALUES (?)", (self._fingerprint,))
+        self._spec_id = connection.execute("SELECT id FROM specs WHERE fingerprint = ?", (self._fingerprint,)).get
+
+    # Reading
+
+    def get(self, connection: apsw.Connection, resource_id: str) -> ResourceMeta:
+        doc = connection.execute("SELECT doc FROM resources WHERE id = ?", (storable_id(resource_id),)).get
+        if doc is None:
+            raise missing(resource_id)
+        return _meta(doc)
+
+    def revision(self, connection: apsw.Connection, resource_id: str, revision: int) -> RevisionInfo:
+        doc = connection.execute(
+            "SELECT v.doc FROM revisions v JOIN resources r USING (rid) WHERE r.id = ? AND v.revision = ?",
+            (storable_id(resource_id), revision),
+        ).get
+        if doc is None:
+            raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
+        return _info(doc)
+
+    def revisions(
+        self, connection: apsw.Connection, resource_id: str, before: int | None, limit: int
+    ) -> Page[RevisionInfo]:
+        rows = connection.execute(
+            "SELECT v.doc FROM revisions v JOIN resources r USING (rid)"
+            " WHERE r.id = ? AND v.revision < ? ORDER BY v.revision DESC LIMIT ?",
+            (storable_id(resource_id), 2**62 if before is None else before, limit + 1),
+        ).fetchall()
+        items = [_info(row[0]) for row in rows[:limit]]
+        return Page(items, items[-1].revision if len(rows) > limit else None)
+
+    def search(self, connection: apsw.Connection, query: Query) -> Page[Hit]:
+        rows = connection.execute(*sql.search(query, self.spec.fields)).fetchall()
+        found = rows[: query.limit]
+        next_ = tuple(found[-1][2:]) if len(rows) > query.limit else None
+        return Page([Hit(_meta(row[0]), row[1]) for row in found], next_)
+
+    def count(self, connection: apsw.Connection, query: Query) -> int:
+        return int(connection.execute(*sql.count(query, self.spec.fields)).get)
+
+    def scan(self, connection: apsw.Connection, after: str, limit: int) -> list[ResourceMeta]:
+        rows = connection.execute("SELECT doc FROM resources WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
+        return [_meta(row[0]) for row in rows.fetchall()]
+
+    def records(self, connection: apsw.Connection, resource_id: str) -> list[RevisionInfo]:
+        """All records of a resource, oldest first."""
+        rows = connection.execute(
+            "SELECT v.doc FROM revisions v JOIN resources r USING (rid) WHERE r.id = ? ORDER BY v.revision", (resource_id,)
+        )
+        return [_info(row[0]) for row in rows.fetchall()]
+
+    def unreferenced(self, connection: apsw.Connection, uids: Sequence[str]) -> list[str]:
+        return [
+            uid for uid in uids if connection.execute("SELECT 1 FROM revisions WHERE uid = ?", (uid,)).get is None
+        ]
+
+    def outdated(self, connection: apsw.Connection, limit: int) -> list[ResourceMeta]:
+        rows = connection.execute(
+            "SELECT doc FROM resources WHERE spec < ?1 UNION ALL SELECT doc FROM resources WHERE spec > ?1"
+            " UNION ALL SELECT doc FROM resources WHERE spec IS NULL LIMIT ?2",
+            (self._spec_id, limit),
+        )
+        return [_meta(row[0]) for row in rows.fetchall()]
+
+    def generation(self, connection: apsw.Connection) -> int:
+        return int(connection.execute("SELECT value FROM settings WHERE name = 'generation'").get)
+
+    def holder(self, connection: apsw.Connection, name: str, key: Key) -> str | None:
+        found: str | None = connection.execute(
+            f"SELECT id FROM resources WHERE is_deleted IN (0, 1) AND {sql.column(name)} = ?", (key,)
+        ).get
+        return found
+
+    # Writing, inside the caller's transaction
+
+    def advance_generation(self, connection: apsw.Connection) -> int:
+        connection.execute("UPDATE settings SET value = value + 1 WHERE name = 'generation'")
+        return self.generation(connection)
+
+    def commit(self, connection: apsw.Connection, changes: Sequence[Change]) -> list[ResourceMeta]:
+        generation = self.generation(connection)
+        committed = [self._apply(connection, change, generation) for change in changes]
+        for change in changes:
+            if change.index is not None and not change.purge:
+                self._check_unique(connection, change.meta.resource_id)
+        return committed
+
+    def follow(self, connection: apsw.Connection, changes: Sequence[Change]) -> None:
+        """Apply what was decided elsewhere, whatever is here."""
+        for change in changes:
+            self._apply(connection, msgspec.structs.replace(change, expect="any"), 0, follow=True)
+
+    def reindex(self, connection: apsw.Connection, entries: Iterable[Reindex]) -> None:
+        done = []
+        for resource_id, expect, index in entries:
+            row = connection.execute(
+                "SELECT rid FROM resources WHERE id = ? AND version = ? AND nonce = ?", (resource_id, *expect)
+            ).get
+            if row is not None:
+                connection.execute(self._update_index, (*self._index_row(index), row))
+                self._write_lists(connection, row, index)
+                done.append(resource_id)
+        for resource_id in done:
+            self._check_unique(connection, resource_id)
+
+    def _apply(
+        self, connection: apsw.Connection, change: Change, generation: int, follow: bool = False
+    ) -> ResourceMeta:
+        meta = change.meta
+        found = connection.execute(
+            "SELECT rid, version, nonce FROM resources WHERE id = ?", (storable_id(meta.resource_id),)
+        ).get
+        check_expectation(change.expect, meta.resource_id, None if found is None else Version(*found[1:]))
+        if change.record is not None and generation_of(change.record.uid) < generation - 1:
+            raise StaleGeneration(f"generation {change.record.uid} is older than {generation} - 1")
+        rid = None if found is None else found[0]
+        if change.purge:
+            if rid is not None:
+                for table in ("list_values", "revisions", "resources"):
+                    connection.execute(f"DELETE FROM {table} WHERE rid = ?", (rid,))
+            return meta
+        if change.expect == "any" and not follow:
+            meta = msgspec.structs.replace(meta, version=1 if found is None else found[1] + 1)
+        row = self._meta_row(meta)
+        if rid is None:
+            index = change.index
+            connection.execute(self._insert, (*row, *(self._no_index() if index is None else self._index_row(index))))
+            rid = connection.last_insert_rowid()
+        elif change.index is None:
+            connection.execute(self._update_meta, (*row, rid))
+        else:
+            connection.execute(self._update, (*row, *self._index_row(change.index), rid))
+        if change.index is not None and self._lists:
+            self._write_lists(connection, rid, change.index)
+        for uid in change.drop:
+            connection.execute("DELETE FROM revisions WHERE rid = ? AND uid = ?", (rid, uid))
+        if change.record is not None:
+            self.put_record(connection, rid, change.record)
+        return meta
+
+    def put_record(self, connection: apsw.Connection, rid: int, record: RevisionInfo) -> None:
+        connection.execute(
+            "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?)", (rid, record.revision, record.uid, self._doc(record))
+        )
+
+    def _doc(self, document: ResourceMeta | RevisionInfo) -> str | bytes:
+        encoded = self._encode(document)
+        return encoded.decode() if self.encoding is Encoding.json else encoded
+
+    def _meta_row(self, meta: ResourceMeta) -> tuple[Any, ...]:
+        return (
+            meta.resource_id,
+            meta.version,
+            meta.nonce,
+            meta.revision,
+            meta.total_revision_count,
+            meta.schema_version,
+            meta.status,
+            meta.is_deleted,
+            datetime_key(meta.created_time),
+            datetime_key(meta.updated_time),
+            meta.created_by,
+            meta.updated_by,
+            self._doc(meta),
+        )
+
+    def _index_row(self, index: IndexEntry) -> tuple[Any, ...]:
+        absent = "".join(f"\n{name}\n" for name in index.missing)
+        keys = index.keys
+        values = (
+            keys.get(name) if name not in self._lists else (None if keys.get(name) is None else 1)
+            for name in self.spec.fields
+        )
+        return (index.shown, absent, self._spec_id, *values)
+
+    def _no_index(self) -> tuple[Any, ...]:
+        return (None, "", None, *(None for _ in self.spec.fields))
+
+    def _write_lists(self, connection: apsw.Connection, rid: int, index: IndexEntry) -> None:
+        connection.execute("DELETE FROM list_values WHERE rid = ?", (rid,))
+        for name in self._lists:
+            values = index.keys.get(name)
+            if isinstance(values, list):
+                connection.executemany(
+                    "INSERT OR IGNORE INTO list_values VALUES (?, ?, ?)", [(name, value, rid) for value in values]
+                )
+
+    def _check_unique(self, connection: apsw.Connection, resource_id: str) -> None:
+        for name in self.spec.unique:
+            col = sql.column(name)
+            other = connection.execute(
+                f"SELECT 1 FROM resources o JOIN resources r ON o.is_deleted IN (0, 1) AND o.{col} = r.{col} AND o.rid <> r.rid"
+                " WHERE r.id = ?",
+                (resource_id,),
+            ).get
+            if other is not None:
+                raise taken(name)
