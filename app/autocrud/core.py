@@ -1,9 +1,9 @@
 """AutoCRUD: from Structs to a versioned CRUD service.
 
-    crud = AutoCRUD(storage_factory=DiskStorageFactory("./data"))
-    crud.add_model(Article, indexed_fields=[("author", str)])
-    app = FastAPI()
-    crud.apply(app)
+crud = AutoCRUD(storage_factory=DiskStorageFactory("./data"))
+crud.add_model(Article, indexed_fields=[("author", str)])
+app = FastAPI()
+crud.apply(app)
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ class AutoCRUD:
             if field in searching.LIST_PARAMETERS or field == "meta" or field.startswith("meta."):
                 raise ConfigError(f"{model.__name__}.{field} cannot be indexed: a parameter of searches has this name")
             if re.fullmatch(r"[^\[\]&=,;#\s]+", field) is None or field.startswith("-"):
-                raise ConfigError(f"{model.__name__}.{field} cannot be indexed: its name does not fit into a query string")
+                raise ConfigError(
+                    f"{model.__name__}.{field} cannot be indexed: its name does not fit into a query string"
+                )
         manager = ResourceManager(
             name,
             codec,

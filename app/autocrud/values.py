@@ -174,7 +174,7 @@ SCALARS: dict[Any, Kind] = {
 def _choice(name: str, type_: Any, values: dict[Any, Any]) -> Kind:
     """The kind of an enum or a Literal: `values` maps what the model holds to the plain value behind it."""
     plain = {type(value) for value in values.values()}
-    if not plain or not plain <= {str} and not plain <= {int}:
+    if not plain or (not plain <= {str} and not plain <= {int}):
         raise ValueError(f"{name} cannot be indexed: its values must be all str or all int")
     base = SCALARS[plain.pop()]
     by_text = {str(value): member for member, value in values.items()}

@@ -1,6 +1,6 @@
 """The operations of `POST /{model}/batch`.
 
-    {"operations": [{"op": "create", "data": {...}}, {"op": "patch", "id": "7", "if_match": "\\"3-...\\"", "patch": {...}}]}
+{"operations": [{"op": "create", "data": {...}}, {"op": "patch", "id": "7", "if_match": "\\"3-...\\"", "patch": {...}}]}
 """
 
 from __future__ import annotations
@@ -144,9 +144,15 @@ def _on_existing(given: Any, codec: Codec[Any]) -> Operation:
             return Patch(**on, apply=apply, mode=mode, status=status)
         case SwitchOperation(revision=revision):
             return Switch(**on, revision=revision)
-    simple = {"PublishOperation": Publish, "DeleteOperation": Delete, "RestoreOperation": Restore, "PurgeOperation": Purge}
-    operation: Operation = simple[type(given).__name__](**on)
-    return operation
+        case PublishOperation():
+            return Publish(**on)
+        case DeleteOperation():
+            return Delete(**on)
+        case RestoreOperation():
+            return Restore(**on)
+        case _:
+            assert isinstance(given, PurgeOperation)
+            return Purge(**on)
 
 
 def _expect(etag: str | None) -> Version | None:

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ..query import META_FIELDS, SET_OPS, STATE_OPS, ops_of
+from ..query import MAX_LIMIT, META_FIELDS, SET_OPS, STATE_OPS, ops_of
 from ..resource_manager.basic import ResourceMeta, RevisionInfo
 from ..resource_manager.core import MAX_BATCH, ResourceManager
 from ..values import INT_MAX, INT_MIN, Kind
 from . import batches
 from .patching import JSON_PATCH, MERGE_PATCH
 from .routes import ID_PATTERN, MAX_REVISION, SwitchBody
-from .searching import DEFAULT_LIMIT, MAX_LIMIT
+from .searching import DEFAULT_LIMIT
 
 Schema = dict[str, Any]
 REF = "#/components/schemas/{name}"
@@ -237,9 +237,11 @@ class _Model:
     def paths(self) -> dict[str, Schema]:
         base, one = f"/{self.name}", f"/{self.name}/{{id}}"
         resource, view = ref(f"{self.title}Resource"), ref(f"{self.title}View")
-        changed = {200: _json(resource, "the resource as it is now", ETAG)}
-        created = {201: _json(resource, "created", ETAG | {"Location": {"schema": {"type": "string"}}})}
-        unchanged: Schema = {304: {"description": "the client has this state", "headers": ETAG}}
+        changed: dict[int, Schema] = {200: _json(resource, "the resource as it is now", ETAG)}
+        created: dict[int, Schema] = {
+            201: _json(resource, "created", ETAG | {"Location": {"schema": {"type": "string"}}})
+        }
+        unchanged: dict[int, Schema] = {304: {"description": "the client has this state", "headers": ETAG}}
         write = (400, 404, 410, 412, 428, 500, 503)
         body = {"required": True, "content": {"application/json": {"schema": self.schema}}}
         reading = [ID, _query("revision", REVISION), self._fields(), INCLUDE_DELETED, IF_NONE_MATCH]
@@ -251,9 +253,11 @@ class _Model:
         }
         switch = {"required": True, "content": {"application/json": {"schema": ref("SwitchBody")}}}
         batch = {"required": True, "content": {"application/json": {"schema": ref(f"{self.title}Batch")}}}
-        gone: Schema = {204: {"description": "deleted; restore brings it back", "headers": ETAG}}
+        gone: dict[int, Schema] = {204: {"description": "deleted; restore brings it back", "headers": ETAG}}
         page = {
-            200: _json(ref(f"{self.title}Page"), "a page", {"Link": {"schema": {"type": "string"}, "description": "next"}})
+            200: _json(
+                ref(f"{self.title}Page"), "a page", {"Link": {"schema": {"type": "string"}, "description": "next"}}
+            )
         }
         return {
             base: {
@@ -305,7 +309,9 @@ class _Model:
                 "post": self._op("switch", [ID, IF_MATCH], changed, 409, 413, 415, 422, *write, body=switch)
             },
             f"{one}/restore": {
-                "post": self._op("restore", [ID, IF_MATCH], changed, *(status for status in (409, *write) if status != 410))
+                "post": self._op(
+                    "restore", [ID, IF_MATCH], changed, *(status for status in (409, *write) if status != 410)
+                )
             },
             f"{one}/purge": {
                 "post": self._op(
@@ -419,7 +425,7 @@ def value_schema(kind: Kind) -> Schema:
         schema = components[schema["$ref"].rpartition("/")[2]]
     schema = {key: value for key, value in schema.items() if key in ("type", "format", "enum", "pattern")}
     _bound(schema, kind)
-    if kind.name == "Decimal" or kind.name == "list of Decimal":
+    if kind.name in ("Decimal", "list of Decimal"):
         schema = {"type": "string", "pattern": r"^-?[0-9]{1,30}(\.[0-9]{1,30})?$"}
     return schema
 

@@ -58,7 +58,9 @@ def json_patch(operations: Any) -> Callable[[Any], Any]:
             raise PatchConflict(f"the patch does not apply: {error}", (Fault("", str(error)),)) from None
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             # jsonpatch leaves some misuse to Python: an index on a scalar, for one
-            raise PatchConflict("the patch names a place that the data does not have", (Fault("", str(error)),)) from None
+            raise PatchConflict(
+                "the patch names a place that the data does not have", (Fault("", str(error)),)
+            ) from None
 
     return apply
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from ..errors import CrudError, StoreUnavailable, WriteContention
-from .messages import Response, UnsupportedMediaType
+from .messages import Response
 
 log = logging.getLogger("crudstack.http")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from msgspec import Struct
@@ -132,7 +132,9 @@ class ModelRoutes:
 
     async def _list(self, request: Request) -> Response:
         search = searching.parse_search(request, self._manager.codec, self._manager.name)
-        from_index = not search.data or search.fields is not None and set(search.fields) <= set(self._manager.codec.fields)
+        from_index = not search.data or (
+            search.fields is not None and set(search.fields) <= set(self._manager.codec.fields)
+        )
         items: list[bytes]
         if from_index:
             hits = await self._manager.find(search.query)
@@ -216,9 +218,7 @@ class ModelRoutes:
             if modify:
                 raise bad_parameter("mode", "what is not there cannot be modified")
             check_id(request.rest[0])
-            created = await self._manager.create(
-                document, resource_id=request.rest[0], status=status, by=request.by
-            )
+            created = await self._manager.create(document, resource_id=request.rest[0], status=status, by=request.by)
             return resource_response(created, 201, ((b"location", request.path.encode("latin-1")),))
         resource_id, expect = await self._target(request)
         if modify:
@@ -301,9 +301,10 @@ class ModelRoutes:
         scope = searching.revisions_scope(self._manager.name, resource_id)
         before = None
         if "cursor" in options:
-            (before,) = searching.decode_cursor(options["cursor"], scope, 1)
-            if not isinstance(before, int):
+            (key,) = searching.decode_cursor(options["cursor"], scope, 1)
+            if not isinstance(key, int):
                 raise bad_parameter("cursor", "expected the next_cursor of an answer")
+            before = key
         page: Page[RevisionInfo] = await self._manager.revisions(
             resource_id, before=before, limit=limit, include_deleted=include_deleted_of(options)
         )
@@ -356,8 +357,8 @@ def include_deleted_of(options: dict[str, str]) -> bool:
 
 def parse_status(options: dict[str, str]) -> Status:
     status = options.get("status", "stable")
-    if status == "draft" or status == "stable":
-        return status
+    if status in ("draft", "stable"):
+        return cast("Status", status)
     raise bad_parameter("status", f"expected draft or stable, got {status[:60]!r}")
 
 
@@ -379,9 +380,7 @@ def envelope(meta: ResourceMeta, data: bytes) -> bytes:
     return b'{"meta":%b,"data":%b}' % (_encode(meta), data)
 
 
-def resource_response(
-    resource: Resource[Any], status: int, headers: tuple[tuple[bytes, bytes], ...] = ()
-) -> Response:
+def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Response:
     meta, info = resource.meta, resource.info
     if info is not None:  # the metadata tells of the revision that is shown; the ETag stays the resource's
         meta = replace(
@@ -402,7 +401,10 @@ def projected(data: bytes, fields: list[str]) -> bytes:
 
 def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:
     """A page, and the link to the next one (RFC 8288)."""
-    body = b'{"items":[%b],"next_cursor":%b}' % (b",".join(items), b"null" if cursor is None else b'"%b"' % cursor.encode())
+    body = b'{"items":[%b],"next_cursor":%b}' % (
+        b",".join(items),
+        b"null" if cursor is None else b'"%b"' % cursor.encode(),
+    )
     if cursor is None:
         return Response(200, body)
     kept = [part for part in request.scope["query_string"].split(b"&") if part and not part.startswith(b"cursor=")]

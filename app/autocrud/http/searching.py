@@ -103,7 +103,7 @@ def _conditions(parameters: dict[str, str], codec: Codec[Any], known: tuple[str,
             continue
         match = _CONDITION.fullmatch(parameter)
         name = match["name"] if match else parameter
-        if match is None or name not in codec.fields and not name.startswith("meta."):
+        if match is None or (name not in codec.fields and not name.startswith("meta.")):
             indexed = ", ".join(sorted(codec.fields)) or "none"
             detail = f"unknown parameter; expected {', '.join(known)}, or an indexed field ({indexed}) or one of meta"
             raise bad_parameter(parameter, detail)

@@ -167,10 +167,10 @@ class Reindex(NamedTuple):
 
     resource_id: str
     expect: Version
-    index: IndexEntry
+    entry: IndexEntry
 
 
-class Store(ABC):
+class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
     """What MetaStores and ResourceStores share."""
 
     durable: ClassVar[bool] = False

@@ -50,7 +50,9 @@ class Codec(Generic[T]):
             info = msgspec.inspect.type_info(model)
         except Exception as error:  # msgspec raises what it finds: TypeError, NameError of an annotation, ...
             raise ConfigError(f"{model!r} cannot be a model: {error}") from None
-        if not isinstance(info, msgspec.inspect.StructType | msgspec.inspect.DataclassType | msgspec.inspect.TypedDictType):
+        if not isinstance(
+            info, msgspec.inspect.StructType | msgspec.inspect.DataclassType | msgspec.inspect.TypedDictType
+        ):
             raise ConfigError(f"{model!r} cannot be a model: expected a msgspec Struct, a dataclass or a TypedDict")
         if isinstance(info, msgspec.inspect.StructType) and info.array_like:
             raise ConfigError(f"{model.__name__} cannot be a model: its data must be a JSON object, not array_like")
@@ -273,7 +275,9 @@ class _Path:
     def __init__(self, model: type, given: IndexedField) -> None:
         self.unique = given.unique
         owner: Any = model
-        self._steps: list[tuple[str, str, bool]] = []  # key in JSON, attribute or key in Python, whether a dict is stepped into
+        self._steps: list[
+            tuple[str, str, bool]
+        ] = []  # key in JSON, attribute or key in Python, whether a dict is stepped into
         self.omits_defaults = False
         for part in given.name.split("."):
             self.omits_defaults |= getattr(getattr(owner, "__struct_config__", None), "omit_defaults", False)

@@ -19,7 +19,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-from ..errors import CrudError, InvalidData, InvalidQuery, ResourceNotFound, StoreDamaged, VersionConflict, WriteContention
+from ..errors import (
+    CrudError,
+    InvalidData,
+    InvalidQuery,
+    ResourceNotFound,
+    StoreDamaged,
+    VersionConflict,
+    WriteContention,
+)
 from ..query import MAX_LIMIT, Query
 from .basic import Encoding, Hit, IndexEntry, IStorage, ModelSpec, Page, ResourceMeta, RevisionInfo, Status, Version
 from .checks import storable_id
@@ -87,7 +95,9 @@ class ResourceManager(Generic[T]):
         self.schema_version, self.retention = schema_version, retention
         self._clock = clock
         self._opened = False
-        self._queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]]
+        self._queues: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]
+        ]
         self._queues = weakref.WeakKeyDictionary()
         self._expire_after = ""
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
@@ -146,7 +156,9 @@ class ResourceManager(Generic[T]):
                 again = await self.find(query)  # as in `get`
                 if [hit.meta for hit in again.items] != [hit.meta for hit in page.items]:
                     continue
-                return Page([found for hit in page.items if (found := await self._readable(hit)) is not None], page.next)
+                return Page(
+                    [found for hit in page.items if (found := await self._readable(hit)) is not None], page.next
+                )
             to_json, codec = self.codec.to_json, self.codec
             items = [
                 Resource(codec, hit.meta, to_json(body, hit.meta.encoding))
@@ -209,9 +221,7 @@ class ResourceManager(Generic[T]):
         by: str = ANONYMOUS,
     ) -> Resource[T]:
         """Update or modify with what `apply` makes of the current data as a JSON tree."""
-        return await self._one(
-            Patch(resource_id=resource_id, expect=expect, apply=apply, mode=mode, status=status), by
-        )
+        return await self._one(Patch(resource_id=resource_id, expect=expect, apply=apply, mode=mode, status=status), by)
 
     async def publish(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> Resource[T]:
         return await self._one(Publish(resource_id=resource_id, expect=expect), by)

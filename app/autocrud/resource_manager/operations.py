@@ -120,7 +120,14 @@ class Plan(Generic[T]):
     """The writes of one attempt at a batch. `by` and `now` go into the metadata."""
 
     def __init__(
-        self, storage: IStorage, codec: Codec[T], *, schema_version: int, retention: Retention | None, by: str, now: dt.datetime
+        self,
+        storage: IStorage,
+        codec: Codec[T],
+        *,
+        schema_version: int,
+        retention: Retention | None,
+        by: str,
+        now: dt.datetime,
     ) -> None:
         self.writes: list[Write] = []
         self._storage, self._codec = storage, codec
@@ -143,7 +150,9 @@ class Plan(Generic[T]):
             raise deleted(meta.resource_id)
         match operation:
             case Update():
-                return self._append(state, self._codec.accept(operation.data), operation.status, await self._expired(meta, adding=1))
+                return self._append(
+                    state, self._codec.accept(operation.data), operation.status, await self._expired(meta, adding=1)
+                )
             case Modify():
                 return await self._replace(state, self._codec.accept(operation.data))
             case Patch():

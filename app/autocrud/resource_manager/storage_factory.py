@@ -1,8 +1,8 @@
 """One factory for each kind of storage. Your own takes a dozen lines:
 
-    class MyStorageFactory(IStorageFactory):
-        def build(self, model_name: str) -> IStorage:
-            return SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir=f"data/{model_name}"))
+class MyStorageFactory(IStorageFactory):
+    def build(self, model_name: str) -> IStorage:
+        return SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir=f"data/{model_name}"))
 """
 
 from __future__ import annotations

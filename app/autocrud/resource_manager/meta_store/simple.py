@@ -1,13 +1,14 @@
 """MetaStores on this machine: in memory, and in one SQLite file.
 
-    MemoryMetaStore()                    gone with the process, unless records beside the bodies keep it (see SimpleStorage)
-    DiskMetaStore(rootdir="data/meta")   `rootdir/index.sqlite`, shared safely by several processes; local disks only
+MemoryMetaStore()                    gone with the process, unless records beside the bodies keep it (see SimpleStorage)
+DiskMetaStore(rootdir="data/meta")   `rootdir/index.sqlite`, shared safely by several processes; local disks only
 """
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -56,7 +57,7 @@ class _TablesMetaStore(MetaStore):
 
     async def scan(self) -> AsyncIterator[ResourceMeta]:
         after = ""
-        while page := await self._db.read(lambda db, after=after: self._tables.scan(db, after, SCAN_PAGE)):
+        while page := await self._db.read(partial(self._tables.scan, after=after, limit=SCAN_PAGE)):
             for meta in page:
                 yield meta
             after = page[-1].resource_id
@@ -99,6 +100,8 @@ class MemoryMetaStore(_TablesMetaStore):
 
 class DiskMetaStore(_TablesMetaStore):
     durable: ClassVar[bool] = True
+
+    _db: FileDatabase
 
     def __init__(self, rootdir: str | Path, encoding: Encoding | None = None) -> None:
         super().__init__(encoding)

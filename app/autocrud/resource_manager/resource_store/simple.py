@@ -13,8 +13,9 @@ import datetime as dt
 import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import apsw
 import msgspec
@@ -85,8 +86,8 @@ class DiskResourceStore(ResourceStore):
         # Uids compare as text, so the number is compared by itself: '10/...' < '9/...'.
         return await self._db.read(
             lambda db: [
-                row[0]
-                for row in db.execute(
+                cast("str", uid)
+                for (uid,) in db.execute(
                     "SELECT uid FROM bodies WHERE uid > ? AND CAST(uid AS INTEGER) < ? ORDER BY uid LIMIT ?",
                     (after, generation, limit),
                 ).fetchall()
@@ -116,7 +117,7 @@ class DiskResourceStore(ResourceStore):
 
     async def records(self) -> AsyncIterator[Change]:
         after = ""
-        while page := await self._db.read(lambda db, after=after: self._page(db, after)):
+        while page := await self._db.read(partial(self._page, after=after)):
             for change in page:
                 yield change
             after = page[-1].meta.resource_id
@@ -145,9 +146,10 @@ def _bodies(connection: apsw.Connection, uids: Sequence[str]) -> list[bytes]:
         body = connection.execute("SELECT body FROM bodies WHERE uid = ?", uids).get
         if body is None:
             raise _lost(uids[0])
-        return [body]
+        return [cast("bytes", body)]
     marks = ", ".join("?" * len(uids))
-    found = dict(connection.execute(f"SELECT uid, body FROM bodies WHERE uid IN ({marks})", uids).fetchall())
+    rows: list[Any] = connection.execute(f"SELECT uid, body FROM bodies WHERE uid IN ({marks})", uids).fetchall()
+    found: dict[str, bytes] = dict(rows)
     try:
         return [found[uid] for uid in uids]
     except KeyError as error:

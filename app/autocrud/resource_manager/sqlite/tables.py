@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import apsw
 import msgspec
@@ -80,12 +80,12 @@ _meta_json, _meta_msgpack = msgspec.json.Decoder(ResourceMeta), msgspec.msgpack.
 _info_json, _info_msgpack = msgspec.json.Decoder(RevisionInfo), msgspec.msgpack.Decoder(RevisionInfo)
 
 
-def _meta(doc: str | bytes) -> ResourceMeta:
+def _meta(doc: Any) -> ResourceMeta:
     """A document is text if it is JSON and a blob if it is MessagePack."""
     return _meta_json.decode(doc) if type(doc) is str else _meta_msgpack.decode(doc)
 
 
-def _info(doc: str | bytes) -> RevisionInfo:
+def _info(doc: Any) -> RevisionInfo:
     return _info_json.decode(doc) if type(doc) is str else _info_msgpack.decode(doc)
 
 
@@ -112,7 +112,9 @@ class ResourceTables:
         connection.execute(TABLES)
         found = connection.execute("SELECT value FROM settings WHERE name = 'format'").get
         if found != FORMAT:
-            raise ConfigError(f"the database of model {self.spec.name!r} has format {found}, this program knows {FORMAT}")
+            raise ConfigError(
+                f"the database of model {self.spec.name!r} has format {found}, this program knows {FORMAT}"
+            )
         present = {row[1] for row in connection.execute("PRAGMA table_info(resources)")}
         for name in self.spec.fields:
             if sql.index_column(name) not in present:
@@ -157,7 +159,7 @@ class ResourceTables:
         rows = connection.execute(*sql.search(query, self.spec.fields)).fetchall()
         found = rows[: query.limit]
         next_ = tuple(found[-1][2:]) if len(rows) > query.limit else None
-        return Page([Hit(_meta(row[0]), row[1]) for row in found], next_)
+        return Page([Hit(_meta(doc), cast("bytes", shown)) for doc, shown, *_ in found], next_)
 
     def count(self, connection: apsw.Connection, query: Query) -> int:
         return int(connection.execute(*sql.count(query, self.spec.fields)).get)
@@ -169,14 +171,13 @@ class ResourceTables:
     def records(self, connection: apsw.Connection, resource_id: str) -> list[RevisionInfo]:
         """All records of a resource, oldest first."""
         rows = connection.execute(
-            "SELECT v.doc FROM revisions v JOIN resources r USING (rid) WHERE r.id = ? ORDER BY v.revision", (resource_id,)
+            "SELECT v.doc FROM revisions v JOIN resources r USING (rid) WHERE r.id = ? ORDER BY v.revision",
+            (resource_id,),
         )
         return [_info(row[0]) for row in rows.fetchall()]
 
     def unreferenced(self, connection: apsw.Connection, uids: Sequence[str]) -> list[str]:
-        return [
-            uid for uid in uids if connection.execute("SELECT 1 FROM revisions WHERE uid = ?", (uid,)).get is None
-        ]
+        return [uid for uid in uids if connection.execute("SELECT 1 FROM revisions WHERE uid = ?", (uid,)).get is None]
 
     def outdated(self, connection: apsw.Connection, limit: int) -> list[ResourceMeta]:
         rows = connection.execute(
@@ -216,13 +217,13 @@ class ResourceTables:
 
     def reindex(self, connection: apsw.Connection, entries: Iterable[Reindex]) -> None:
         done = []
-        for resource_id, expect, index in entries:
+        for resource_id, expect, entry in entries:
             row = connection.execute(
                 "SELECT rid FROM resources WHERE id = ? AND version = ? AND nonce = ?", (resource_id, *expect)
             ).get
             if row is not None:
-                connection.execute(self._update_index, (*self._index_row(index), row))
-                self._write_lists(connection, row, index)
+                connection.execute(self._update_index, (*self._index_row(entry), row))
+                self._write_lists(connection, row, entry)
                 done.append(resource_id)
         for resource_id in done:
             self._check_unique(connection, resource_id)
@@ -264,7 +265,8 @@ class ResourceTables:
 
     def put_record(self, connection: apsw.Connection, rid: int, record: RevisionInfo) -> None:
         connection.execute(
-            "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?)", (rid, record.revision, record.uid, self._doc(record))
+            "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?)",
+            (rid, record.revision, record.uid, self._doc(record)),
         )
 
     def _doc(self, document: ResourceMeta | RevisionInfo) -> str | bytes:

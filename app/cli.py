@@ -1,0 +1,126 @@
+"""The command line. A wrong or missing setting is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from typing import Annotated
+
+import uvicorn
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
+from fastapi import FastAPI
+
+from .autocrud.errors import ConfigError, CrudError, StoreUnavailable
+from .main import create_app
+from .settings import load
+
+cli = App(
+    name="crudstack",
+    help="A versioned CRUD HTTP API for the Structs in app/models.py.",
+    help_format="plaintext",
+    version_flags=[],
+)
+
+
+@cli.command
+def serve(
+    *,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 8000,
+    storage: str | None = None,
+    access_log: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Serve the API until Ctrl-C.
+
+    Settings come from CRUDSTACK_STORAGE and CRUDSTACK_DATA_DIR, or from CRUDSTACK_OUTPUTS (JSON, or the path of a file).
+
+    Parameters
+    ----------
+    host
+        The address to listen on. Anybody who reaches it can read and write.
+    port
+        The port to listen on; 0 takes a free one.
+    storage
+        memory, disk or memory-disk, instead of CRUDSTACK_STORAGE.
+    access_log
+        Log every request.
+    """
+    environment = dict(os.environ)
+    if storage is not None:
+        environment["CRUDSTACK_STORAGE"] = storage
+        environment.pop("CRUDSTACK_OUTPUTS", None)
+    app = create_app(load(environment))
+    _open(app)
+    listener = _listen(host, port)
+    config = uvicorn.Config(
+        app, access_log=access_log, log_level="info" if access_log else "warning", server_header=False
+    )
+    try:
+        _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}").run(sockets=[listener])
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+
+
+def _open(app: FastAPI) -> None:
+    """Open the stores, so that what is wrong with them shows before anything listens."""
+    logging.disable()  # it is said once, below
+    try:
+        asyncio.run(app.state.crud.open())
+    except StoreUnavailable as error:
+        raise ConfigError(
+            f"{error.detail} ({error.__cause__}); is CRUDSTACK_DATA_DIR a directory to write to?"
+        ) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class _Server(uvicorn.Server):
+    """Says where it serves as soon as it does."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, url: str) -> None:
+        super().__init__(config)
+        self._app, self._url = app, url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            managers = self._app.state.crud.managers
+            for name in managers:
+                print(f"  {self._url}/{name}")
+            if lost := [name for name, manager in managers.items() if not manager.storage.durable]:
+                print(f"  not durable, gone when this stops: {', '.join(lost)}")
+            print(f"docs at {self._url}/docs, Ctrl-C stops", flush=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {_shown(host)}:{port}: {error.strerror or error}; choose another --port"
+        ) from None
+    return listener
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        cli(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        print(f"crudstack: {error}".strip(), file=sys.stderr)
+        sys.exit(2)
+    except CrudError as error:
+        print(f"crudstack: {error.detail}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,117 @@
+"""Where the app learns what it runs on.
+
+`StackOutputs` is the one contract between what provisions storage and what uses it; `LocalOverrides` is what only a person's own machine
+adds. Both come from the environment:
+
+| variable | meaning |
+| --- | --- |
+| CRUDSTACK_OUTPUTS | StackOutputs as JSON, or the path of a file that holds it |
+| CRUDSTACK_STORAGE | instead of it: a storage kind, or a pair as JSON: `{"meta": "memory", "resource": "disk"}` |
+| CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
+| CRUDSTACK_DATA_DIR | the directory of the kinds that keep data on disk |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from .autocrud.errors import ConfigError
+
+Kind = Literal["memory", "disk", "memory-disk"]
+KINDS: tuple[Kind, ...] = ("memory", "disk", "memory-disk")
+
+
+class Pair(Struct, frozen=True, forbid_unknown_fields=True):
+    """A MetaStore and a ResourceStore by name, where no kind says what is wanted."""
+
+    meta: Literal["memory", "disk"]
+    resource: Literal["memory", "disk"]
+
+
+Storage = Kind | Pair
+
+
+class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a stack provides: names, endpoints and ARNs, never a secret."""
+
+    version: Literal[1]
+    storage: Storage
+    storage_overrides: dict[str, Storage] = {}
+    stage: str = "local"
+
+
+class LocalOverrides(Struct, frozen=True, kw_only=True):
+    """What only this machine knows."""
+
+    data_dir: str | None = None
+
+
+class Settings(Struct, frozen=True):
+    outputs: StackOutputs
+    local: LocalOverrides
+
+
+VARIABLES = ("CRUDSTACK_OUTPUTS", "CRUDSTACK_STORAGE", "CRUDSTACK_STORAGE_OVERRIDES", "CRUDSTACK_DATA_DIR")
+
+
+def load(environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings in the environment; ConfigError in one sentence that names what is wrong."""
+    for name in environment:
+        if name.startswith("CRUDSTACK_") and name not in VARIABLES:
+            raise ConfigError(f"{name} is no setting; there are {', '.join(VARIABLES)}")
+    given = {name: value for name in VARIABLES if (value := environment.get(name))}
+    local = LocalOverrides(data_dir=given.get("CRUDSTACK_DATA_DIR"))
+    if "CRUDSTACK_OUTPUTS" in given:
+        for name in ("CRUDSTACK_STORAGE", "CRUDSTACK_STORAGE_OVERRIDES"):
+            if name in given:
+                raise ConfigError(f"CRUDSTACK_OUTPUTS and {name} are both set: unset one of them")
+        return Settings(_outputs(given["CRUDSTACK_OUTPUTS"]), local)
+    if "CRUDSTACK_STORAGE" not in given:
+        raise ConfigError(f"CRUDSTACK_STORAGE is not set: expected one of {', '.join(KINDS)}, or set CRUDSTACK_OUTPUTS")
+    return Settings(
+        StackOutputs(
+            version=1,
+            storage=parse_storage(given["CRUDSTACK_STORAGE"], "CRUDSTACK_STORAGE"),
+            storage_overrides=_decoded(
+                given.get("CRUDSTACK_STORAGE_OVERRIDES", "{}"), dict[str, Storage], "CRUDSTACK_STORAGE_OVERRIDES"
+            ),
+        ),
+        local,
+    )
+
+
+def parse_storage(text: str, name: str) -> Storage:
+    """A kind, or a pair as JSON."""
+    if text.lstrip().startswith("{"):
+        pair: Pair = _decoded(text, Pair, name)
+        return pair
+    for kind in KINDS:
+        if text == kind:
+            return kind
+    raise ConfigError(f"{name} is {text!r}: expected one of {', '.join(KINDS)}, or a pair as JSON")
+
+
+def _outputs(text: str) -> StackOutputs:
+    if not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise ConfigError(f"CRUDSTACK_OUTPUTS names the file {text!r}, which cannot be read: {reason}") from None
+    outputs: StackOutputs = _decoded(text, StackOutputs, "CRUDSTACK_OUTPUTS")
+    return outputs
+
+
+def _decoded(text: str, type_: Any, name: str) -> Any:
+    try:
+        return msgspec.json.decode(text, type=type_)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name} does not fit: {error}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{name} is not JSON: {error}") from None
