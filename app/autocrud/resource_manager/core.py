@@ -95,10 +95,8 @@ class ResourceManager(Generic[T]):
         self.schema_version, self.retention = schema_version, retention
         self._clock = clock
         self._opened = False
-        self._queues: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]
-        ]
-        self._queues = weakref.WeakKeyDictionary()
+        self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]]
+        self._turns = weakref.WeakKeyDictionary()
         self._expire_after = ""
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
 
@@ -269,18 +267,23 @@ class ResourceManager(Generic[T]):
         """Plan and commit, again where somebody was faster.
 
         Planning again is always right: an operation that named a state is checked against the new one and fails for good; one that
-        did not is meant for whatever is there. From the second attempt on, the writers of this event loop take turns at a resource,
-        so that only other processes and loops can be faster.
+        did not is meant for whatever is there. Once a writer has lost, the writers of this event loop take turns at the resource, so
+        that only other processes and loops can be faster. Turns save work; they decide nothing.
         """
         if not self._opened:
             await self.open()
         for operation in operations:
             if operation.resource_id is not None:
                 _check_id(operation.resource_id)
-        committed = await self._attempt(operations, by)
-        if committed is not None:
-            return committed
-        async with self._turn(operations):
+        turns = self._turns.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
+        key = next((operation.resource_id for operation in operations if operation.resource_id is not None), "")
+        turn = turns.get(key)
+        if turn is None:
+            committed = await self._attempt(operations, by)
+            if committed is not None:
+                return committed
+            turn = turns.setdefault(key, asyncio.Lock())
+        async with turn:
             for attempt in range(MAX_ATTEMPTS):
                 committed = await self._attempt(operations, by)
                 if committed is not None:
@@ -316,15 +319,6 @@ class ResourceManager(Generic[T]):
                 if meta is not None and meta.version == state.meta.version:
                     state.meta = meta
         return states
-
-    def _turn(self, operations: Sequence[Operation]) -> asyncio.Lock:
-        """A lock for the first resource: turns only save work, they decide nothing."""
-        locks = self._queues.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
-        key = next((operation.resource_id for operation in operations if operation.resource_id is not None), "")
-        lock = locks.get(key)
-        if lock is None:
-            lock = locks[key] = asyncio.Lock()
-        return lock
 
     # Keeping house
 
