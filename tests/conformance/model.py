@@ -1,0 +1,103 @@
+"""A model with every kind of indexed field."""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from decimal import Decimal
+from typing import Literal
+from uuid import UUID
+
+from msgspec import UNSET, Struct, UnsetType
+
+from app.autocrud import Encoding, IndexedField
+from app.autocrud.resource_manager.codec import Codec
+from app.autocrud.resource_manager.core import ResourceManager
+from app.autocrud.resource_manager.operations import Retention
+from app.autocrud.resource_manager.storage_factory import IStorageFactory
+
+
+class Color(enum.Enum):
+    red = "red"
+    green = "green"
+
+
+class Level(enum.IntEnum):
+    low = 1
+    high = 2
+
+
+class Inner(Struct):
+    code: str | None = None
+
+
+class Item(Struct, kw_only=True):
+    text: str = ""
+    number: int | None = None
+    real: float | None = None
+    flag: bool = False
+    at: dt.datetime | None = None
+    day: dt.date = dt.date(2026, 1, 31)
+    key: UUID = UUID(int=0)
+    price: Decimal | None = None
+    color: Color = Color.red
+    level: Level = Level.low
+    choice: Literal["a", "b"] = "a"
+    tags: list[str] | None = None
+    numbers: list[int] = []
+    inner: Inner | None = None
+    maybe: str | UnsetType | None = UNSET
+    code: str | None = None  # unique
+    note: str = ""  # not indexed
+
+
+INDEXED = [
+    "text",
+    ("number", int),
+    ("real", float),
+    "flag",
+    "at",
+    "day",
+    "key",
+    "price",
+    "color",
+    "level",
+    "choice",
+    ("tags", list[str]),
+    "numbers",
+    "inner.code",
+    "maybe",
+    IndexedField("code", str, unique=True),
+]
+
+
+class Clock:
+    """Time that tests move."""
+
+    def __init__(self) -> None:
+        self.now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+
+    def __call__(self) -> dt.datetime:
+        self.now += dt.timedelta(microseconds=1)
+        return self.now
+
+
+def manage(
+    factory: IStorageFactory,
+    *,
+    encoding: Encoding | None = None,
+    retention: Retention | None = None,
+    clock: Clock | None = None,
+    indexed: list = INDEXED,
+    name: str = "item",
+) -> ResourceManager[Item]:
+    """A manager as AutoCRUD makes it."""
+    return ResourceManager(
+        name,
+        Codec(Item, indexed),
+        factory.build(name),
+        encoding=encoding,
+        schema_version=1,
+        retention=retention,
+        clock=clock or Clock(),
+    )

@@ -1,0 +1,701 @@
+"""Every promise that a storage makes, as tests. See `tests.conformance` for how to run it on yours."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import tempfile
+import threading
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from app.autocrud import Encoding, Query, Retention, field
+from app.autocrud.errors import (
+    ConfigError,
+    InvalidData,
+    ResourceDeleted,
+    ResourceNotFound,
+    RevisionIsStable,
+    RevisionNotFound,
+    UniqueConflict,
+    VersionConflict,
+)
+from app.autocrud.query import Sort
+from app.autocrud.resource_manager.core import ResourceManager
+from app.autocrud.resource_manager.operations import (
+    Create,
+    Delete,
+    Modify,
+    Patch,
+    Publish,
+    Purge,
+    Restore,
+    Switch,
+    Update,
+)
+from app.autocrud.resource_manager.storage_factory import IStorageFactory
+
+from . import reference
+from .model import INDEXED, Clock, Item, manage
+from .strategies import items, queries
+
+ROUNDS = 25
+
+
+class StorageConformance:
+    durable: ClassVar[bool] = False
+
+    @abstractmethod
+    def make(self, root: Path) -> IStorageFactory:
+        """The factory under test."""
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        return tmp_path
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    async def manager(self, root: Path, clock: Clock):
+        manager = manage(self.make(root), clock=clock)
+        yield manager
+        await manager.close()
+
+    # What it says about itself
+
+    def test_it_says_whether_it_is_durable(self, root):
+        assert manage(self.make(root)).storage.durable is self.durable
+
+    async def test_health(self, manager):
+        await manager.open()
+        await manager.storage.health()
+
+    # The rules of revisions
+
+    async def test_create_and_get(self, manager):
+        created = await manager.create(Item(text="a", tags=["x"]), by="alice")
+        meta = created.meta
+        assert (meta.version, meta.revision, meta.total_revision_count) == (1, 1, 1)
+        assert (meta.status, meta.is_deleted, meta.created_by, meta.updated_by) == ("stable", False, "alice", "alice")
+        found = await manager.get(meta.resource_id)
+        assert found.meta == meta
+        assert found.data == Item(text="a", tags=["x"])
+
+    async def test_create_under_a_chosen_id_once(self, manager):
+        await manager.create(Item(), resource_id="mine")
+        with pytest.raises(VersionConflict):
+            await manager.create(Item(text="other"), resource_id="mine")
+        assert (await manager.get("mine")).data == Item()
+
+    async def test_what_is_not_there(self, manager):
+        with pytest.raises(ResourceNotFound):
+            await manager.get("nothing")
+        with pytest.raises(ResourceNotFound):
+            await manager.update("nothing", Item())
+        created = await manager.create(Item())
+        with pytest.raises(RevisionNotFound):
+            await manager.get(created.meta.resource_id, revision=2)
+        with pytest.raises(RevisionNotFound):
+            await manager.get(created.meta.resource_id, revision=10**30)
+
+    async def test_update_appends(self, manager):
+        first = await manager.create(Item(text="1"), by="alice")
+        second = await manager.update(first.meta.resource_id, Item(text="2"), by="bob")
+        assert (second.meta.version, second.meta.revision, second.meta.total_revision_count) == (2, 2, 2)
+        assert (second.meta.created_by, second.meta.updated_by) == ("alice", "bob")
+        assert second.meta.nonce != first.meta.nonce
+        history = await manager.revisions(first.meta.resource_id)
+        assert [(info.revision, info.parent, info.created_by) for info in history.items] == [
+            (2, 1, "bob"),
+            (1, None, "alice"),
+        ]
+        assert (await manager.get(first.meta.resource_id, revision=1)).data == Item(text="1")
+
+    async def test_the_same_data_appends_nothing(self, manager):
+        created = await manager.create(Item(text="1"))
+        assert (await manager.update(created.meta.resource_id, Item(text="1"))).meta == created.meta
+        with pytest.raises(VersionConflict):
+            await manager.update(created.meta.resource_id, Item(text="1"), expect=created.version._replace(version=7))
+
+    async def test_drafts_are_modified_in_place_and_stable_revisions_never(self, manager):
+        draft = await manager.create(Item(text="1"), status="draft")
+        modified = await manager.modify(draft.meta.resource_id, Item(text="2"))
+        assert (modified.meta.revision, modified.meta.version, modified.meta.status) == (1, 2, "draft")
+        published = await manager.publish(draft.meta.resource_id)
+        assert (published.meta.status, published.meta.version) == ("stable", 3)
+        assert (await manager.publish(draft.meta.resource_id)).meta == published.meta
+        with pytest.raises(RevisionIsStable):
+            await manager.modify(draft.meta.resource_id, Item(text="3"))
+        with pytest.raises(RevisionIsStable):
+            await manager.patch(draft.meta.resource_id, lambda tree: tree | {"text": "3"}, mode="modify")
+        (info,) = (await manager.revisions(draft.meta.resource_id)).items
+        assert (info.status, info.revision) == ("stable", 1)
+        assert (await manager.get(draft.meta.resource_id)).data == Item(text="2")
+
+    async def test_switch_moves_the_current_revision_and_history_branches(self, manager):
+        created = await manager.create(Item(text="1"))
+        rid = created.meta.resource_id
+        await manager.update(rid, Item(text="2"))
+        switched = await manager.switch(rid, 1)
+        assert (switched.meta.revision, switched.meta.total_revision_count, switched.data) == (1, 2, Item(text="1"))
+        assert [hit.meta.resource_id for hit in (await manager.find(Query(where=field("text").eq("1")))).items] == [rid]
+        third = await manager.update(rid, Item(text="3"))
+        assert third.meta.revision == 3
+        history = await manager.revisions(rid)
+        assert [(info.revision, info.parent) for info in history.items] == [(3, 1), (2, 1), (1, None)]
+        with pytest.raises(RevisionNotFound):
+            await manager.switch(rid, 4)
+
+    async def test_switching_there_and_back_makes_a_new_state(self, manager):
+        created = await manager.create(Item(text="1"))
+        rid = created.meta.resource_id
+        second = await manager.update(rid, Item(text="2"))
+        await manager.switch(rid, 1)
+        await manager.switch(rid, 2)
+        with pytest.raises(VersionConflict):
+            await manager.update(rid, Item(text="3"), expect=second.version)
+
+    async def test_delete_hides_restore_brings_back_purge_erases(self, manager):
+        created = await manager.create(Item(text="1", code="c"))
+        rid = created.meta.resource_id
+        await manager.update(rid, Item(text="2", code="c"))
+        await manager.delete(rid)
+        for call in (manager.get(rid), manager.update(rid, Item()), manager.delete(rid), manager.publish(rid)):
+            with pytest.raises(ResourceDeleted):
+                await call
+        assert await manager.count() == 0
+        assert await manager.count(Query(include_deleted=True)) == 1
+        assert (await manager.get(rid, include_deleted=True)).data.text == "2"
+        with pytest.raises(UniqueConflict):
+            await manager.create(Item(code="c"))
+        restored = await manager.restore(rid)
+        assert restored.meta.is_deleted is False
+        assert (await manager.restore(rid)).meta == restored.meta
+        await manager.purge(rid)
+        with pytest.raises(ResourceNotFound):
+            await manager.get(rid, include_deleted=True)
+        assert await manager.count(Query(include_deleted=True)) == 0
+        again = await manager.create(Item(code="c"), resource_id=rid)
+        assert [info.revision for info in (await manager.revisions(rid)).items] == [1]
+        with pytest.raises(VersionConflict):  # a state of the purged one never comes back
+            await manager.update(rid, Item(), expect=created.version)
+        assert again.meta.version == created.meta.version
+
+    async def test_purge_removes_the_bodies(self, manager):
+        created = await manager.create(Item(text="1"))
+        rid = created.meta.resource_id
+        second = await manager.update(rid, Item(text="2"))
+        await manager.purge(rid)
+        for uid in (created.meta.uid, second.meta.uid):
+            with pytest.raises(Exception, match=uid):
+                await manager.storage.bodies([uid])
+
+    async def test_patch_is_applied_to_the_newest_state(self, manager):
+        created = await manager.create(Item(number=0))
+        rid = created.meta.resource_id
+        await asyncio.gather(
+            *(manager.patch(rid, lambda tree: tree | {"number": tree["number"] + 1}) for _ in range(20))
+        )
+        assert (await manager.get(rid)).data.number == 20
+
+    async def test_the_history_has_pages(self, manager):
+        created = await manager.create(Item(number=1))
+        for number in range(2, 8):
+            await manager.update(created.meta.resource_id, Item(number=number))
+        seen, before = [], None
+        while True:
+            page = await manager.revisions(created.meta.resource_id, before=before, limit=3)
+            seen += [info.revision for info in page.items]
+            if (before := page.next) is None:
+                break
+        assert seen == [7, 6, 5, 4, 3, 2, 1]
+
+    @pytest.mark.parametrize("keep", [1, 2, 3])
+    async def test_retention_keeps_the_last_n(self, root, keep):
+        manager = manage(self.make(root), retention=Retention(last=keep))
+        created = await manager.create(Item(number=1))
+        rid = created.meta.resource_id
+        for number in range(2, 7):
+            await manager.update(rid, Item(number=number))
+        assert [info.revision for info in (await manager.revisions(rid)).items] == list(range(6, 6 - keep, -1))
+        await manager.batch([Update(resource_id=rid, data=Item(number=number)) for number in (7, 8)])
+        assert [info.revision for info in (await manager.revisions(rid)).items] == list(range(8, 8 - keep, -1))
+        assert (await manager.get(rid)).data.number == 8
+        with pytest.raises(Exception, match=created.meta.uid):
+            await manager.storage.bodies([created.meta.uid])
+        await manager.close()
+
+    async def test_retention_of_days_spares_the_current_revision(self, root, clock):
+        import datetime as dt
+
+        manager = manage(self.make(root), retention=Retention(days=1), clock=clock)
+        created = await manager.create(Item(number=1))
+        rid = created.meta.resource_id
+        await manager.update(rid, Item(number=2))
+        await manager.switch(rid, 1)
+        clock.now += dt.timedelta(days=2)
+        await manager.maintain(60)
+        assert [info.revision for info in (await manager.revisions(rid)).items] == [1]
+        await manager.update(rid, Item(number=3))
+        assert [info.revision for info in (await manager.revisions(rid)).items] == [3]
+        await manager.close()
+
+    async def test_times_and_hashes(self, manager, clock):
+        created = await manager.create(Item(text="1"))
+        updated = await manager.update(created.meta.resource_id, Item(text="2"))
+        assert updated.meta.created_time == created.meta.created_time < updated.meta.updated_time <= clock.now
+        other = await manager.create(Item(text="2"))
+        assert other.meta.data_hash == updated.meta.data_hash != created.meta.data_hash
+
+    # Queries
+
+    def test_every_query_gives_what_the_reference_says(self):
+        """Results must be equal, order and pages included, for any data and any query."""
+        runner = asyncio.Runner()
+
+        @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @given(
+            st.lists(items, max_size=8),
+            st.lists(st.integers(0, 7), max_size=3),
+            st.lists(queries, min_size=1, max_size=6),
+        )
+        def check(data, touched, asked):
+            with tempfile.TemporaryDirectory() as directory:
+                runner.run(self._compare(manage(self.make(Path(directory))), data, touched, asked))
+
+        with runner:
+            check()
+
+    async def _compare(self, manager: ResourceManager[Item], data, touched, asked):
+        ids = [
+            (
+                await manager.create(replace(item, note=str(at)), status="draft" if at % 3 == 0 else "stable")
+            ).meta.resource_id
+            for at, item in enumerate(data)
+        ]
+        for at in touched:
+            if at < len(ids):
+                meta = (await manager.get(ids[at], include_deleted=True)).meta
+                await (manager.restore(ids[at]) if meta.is_deleted else manager.delete(ids[at]))
+        rows = [(found.meta, found.data) for found in [await manager.get(rid, include_deleted=True) for rid in ids]]
+        for query in asked:
+            expected = reference.answer(query, rows)
+            assert await manager.count(query) == len(expected)
+            assert await self._all(manager, query) == expected
+        await manager.close()
+
+    async def _all(self, manager, query) -> list[str]:
+        found, after = [], None
+        while True:
+            page = await manager.find(replace(query, after=after))
+            assert len(page.items) <= query.limit
+            found += [hit.meta.resource_id for hit in page.items]
+            if (after := page.next) is None:
+                return found
+
+    async def test_strings_compare_by_code_point(self, manager):
+        for text in ("10", "9", "a", "B", "ä", "\ue000", "😀"):
+            await manager.create(Item(text=text))
+        page = await manager.search(Query(where=field("text").gte("2"), sort=("text",)))
+        assert [found.data.text for found in page.items] == ["9", "B", "a", "ä", "\ue000", "😀"]
+
+    async def test_pages_stay_right_while_rows_are_written(self, manager):
+        for number in range(0, 20, 2):
+            await manager.create(Item(number=number))
+        seen, after, extra = [], None, itertools.count(1, 2)
+        while True:
+            page = await manager.search(Query(sort=("number",), limit=3, after=after))
+            seen += [found.data.number for found in page.items]
+            if (after := page.next) is None:
+                break
+            await manager.create(Item(number=-next(extra)))  # before the cursor: never seen, never shifts
+        assert seen == list(range(0, 20, 2))
+
+    async def test_a_search_follows_every_write(self, manager):
+        created = await manager.create(Item(text="a", tags=["x"]))
+        rid = created.meta.resource_id
+
+        async def found(where) -> bool:
+            return [hit.meta.resource_id for hit in (await manager.find(Query(where=where))).items] == [rid]
+
+        assert await found(field("tags").contains("x"))
+        await manager.update(rid, Item(text="b", tags=["y"]))
+        assert not await found(field("tags").contains("x"))
+        assert await found(field("tags").contains("y") & field("text").eq("b"))
+        await manager.delete(rid)
+        assert not await found(field("text").eq("b"))
+        await manager.restore(rid)
+        assert await found(field("text").eq("b"))
+
+    async def test_values_that_cannot_be_compared_are_refused(self, manager):
+        import datetime as dt
+
+        for item in (Item(at=dt.datetime(2026, 1, 1)), Item(number=2**63), Item(text="\0"), Item(tags=["\0"])):  # noqa: DTZ001
+            with pytest.raises(InvalidData):
+                await manager.create(item)
+        assert await manager.count() == 0
+
+    # Unique fields and batches
+
+    async def test_unique_values(self, manager):
+        first = await manager.create(Item(code="c"))
+        await manager.create(Item(code=None))
+        await manager.create(Item(code=None))
+        with pytest.raises(UniqueConflict):
+            await manager.create(Item(code="c"))
+        other = await manager.create(Item(code="d"))
+        with pytest.raises(UniqueConflict):
+            await manager.update(other.meta.resource_id, Item(code="c"))
+        await manager.update(first.meta.resource_id, Item(code="e"))
+        await manager.update(other.meta.resource_id, Item(code="c"))
+        assert await manager.count() == 4
+
+    async def test_a_batch_may_swap_unique_values(self, manager):
+        one, two = await manager.create(Item(code="1")), await manager.create(Item(code="2"))
+        await manager.batch(
+            [
+                Update(resource_id=one.meta.resource_id, data=Item(code="2")),
+                Update(resource_id=two.meta.resource_id, data=Item(code="1")),
+            ]
+        )
+        assert (await manager.get(one.meta.resource_id)).data.code == "2"
+        with pytest.raises(UniqueConflict):
+            await manager.batch([Create(Item(code="9")), Create(Item(code="9"))])
+        assert await manager.count() == 2
+
+    async def test_a_batch_is_all_or_nothing(self, manager):
+        one = await manager.create(Item(text="1", code="c"))
+        rid = one.meta.resource_id
+        for last in (
+            Create(Item(code="c")),
+            Update(resource_id="nothing", data=Item()),
+            Modify(resource_id=rid, data=Item(text="x")),
+        ):
+            with pytest.raises((UniqueConflict, ResourceNotFound, RevisionIsStable)):
+                await manager.batch(
+                    [Create(Item(text="new")), Update(resource_id=rid, data=Item(text="2", code="c")), last]
+                )
+        assert (await manager.get(rid)).meta == one.meta
+        assert await manager.count() == 1
+
+    async def test_operations_of_a_batch_see_each_other(self, manager):
+        results = await manager.batch(
+            [
+                Create(Item(number=1), "r", "draft"),
+                Modify(resource_id="r", data=Item(number=2)),
+                Publish(resource_id="r"),
+                Update(resource_id="r", data=Item(number=3)),
+                Patch(resource_id="r", apply=lambda tree: tree | {"number": tree["number"] + 1}),
+                Switch(resource_id="r", revision=2),
+                Delete(resource_id="r"),
+                Restore(resource_id="r"),
+                Switch(resource_id="r", revision=3),
+            ]
+        )
+        assert [getattr(result, "meta", result).version for result in results] == list(range(1, 10))
+        assert (await manager.get("r")).data.number == 4
+        assert [info.revision for info in (await manager.revisions("r")).items] == [3, 2, 1]
+        await manager.batch([Purge(resource_id="r"), Create(Item(number=9), "r")])
+        assert (await manager.get("r")).data.number == 9
+        assert [info.revision for info in (await manager.revisions("r")).items] == [1]
+
+    # Races
+
+    async def test_of_tasks_that_expect_one_state_one_wins(self, manager):
+        created = await manager.create(Item())
+        await self._race(
+            manager, created.meta.resource_id, ROUNDS, lambda call: asyncio.gather(*(call(at) for at in range(8)))
+        )
+
+    async def _race(self, manager, rid, rounds, run):
+        for round_ in range(rounds):
+            expect = (await manager.get(rid)).version
+
+            async def attempt(at, round_=round_, expect=expect):
+                try:
+                    await manager.update(rid, Item(text=f"{round_} {at}"), expect=expect)
+                except VersionConflict:
+                    return False
+                return True
+
+            assert sum(await run(attempt)) == 1
+        assert (await manager.get(rid)).meta.revision == rounds + 1
+
+    def test_of_event_loops_in_threads_one_wins(self, root):
+        manager = manage(self.make(root))
+        rid = asyncio.run(manager.create(Item())).meta.resource_id
+        for round_ in range(ROUNDS):
+            expect = asyncio.run(manager.get(rid)).version
+            won, barrier = [], threading.Barrier(2)
+
+            def attempt(at, round_=round_, expect=expect, won=won, barrier=barrier):
+                barrier.wait()
+                try:
+                    asyncio.run(manager.update(rid, Item(text=f"{round_} {at}"), expect=expect))
+                except VersionConflict:
+                    return
+                won.append(at)
+
+            threads = [threading.Thread(target=attempt, args=(at,)) for at in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(won) == 1
+        assert asyncio.run(manager.get(rid)).meta.revision == ROUNDS + 1
+        asyncio.run(manager.close())
+
+    async def test_concurrent_updates_are_all_kept(self, manager):
+        created = await manager.create(Item())
+        rid = created.meta.resource_id
+        await asyncio.gather(*(manager.update(rid, Item(number=number)) for number in range(200)))
+        meta = (await manager.get(rid)).meta
+        assert (meta.revision, meta.version) == (201, 201)
+        numbers = [(await manager.get(rid, revision=revision)).data.number for revision in range(2, 202)]
+        assert sorted(numbers) == list(range(200))
+
+    async def test_of_tasks_that_want_one_unique_value_one_gets_it(self, manager):
+        for round_ in range(ROUNDS):
+            results = await asyncio.gather(
+                *(manager.create(Item(code=f"{round_}")) for _ in range(8)), return_exceptions=True
+            )
+            assert sum(not isinstance(result, UniqueConflict) for result in results) == 1
+        assert await manager.count() == ROUNDS
+
+    async def test_of_tasks_that_want_one_id_one_gets_it(self, manager):
+        results = await asyncio.gather(
+            *(manager.create(Item(number=at), resource_id="id") for at in range(8)), return_exceptions=True
+        )
+        assert sum(not isinstance(result, VersionConflict) for result in results) == 1
+
+    # Hostile ids and bodies
+
+    @pytest.mark.parametrize(
+        "rid",
+        [
+            "../../x",
+            "..",
+            ".",
+            "a/b",
+            "/",
+            "x" * 300,
+            "😀",
+            "a b",
+            "%2e",
+            "'; DROP TABLE resources; --",
+            "A",
+            "con",
+            "\n",
+            "\ufeff",
+        ],
+    )
+    async def test_ids_are_only_names(self, manager, rid):
+        created = await manager.create(Item(text="1"), resource_id=rid)
+        assert created.meta.resource_id == rid
+        await manager.update(rid, Item(text="2"))
+        assert (await manager.get(rid)).data.text == "2"
+        assert [hit.meta.resource_id for hit in (await manager.find()).items] == [rid]
+        await manager.purge(rid)
+
+    async def test_ids_differ_by_case(self, manager):
+        await manager.create(Item(text="upper"), resource_id="Id")
+        await manager.create(Item(text="lower"), resource_id="id")
+        assert (await manager.get("Id")).data.text == "upper"
+        assert (await manager.get("id")).data.text == "lower"
+
+    @pytest.mark.parametrize("rid", ["\0", "a\0b", "\ud800", "a\udfff"])
+    async def test_ids_that_are_no_text_are_value_errors(self, manager, rid):
+        with pytest.raises(ValueError):
+            await manager.create(Item(), resource_id=rid)
+        with pytest.raises((ValueError, ResourceNotFound)):
+            await manager.get(rid)
+
+    async def test_small_and_large_bodies(self, manager):
+        large = "ä" * 2_500_000
+        created = await manager.create(Item(note=large))
+        assert (await manager.get(created.meta.resource_id)).data.note == large
+        empty = await manager.create(Item())
+        assert (await manager.get(empty.meta.resource_id)).data == Item()
+
+    # Keeping house
+
+    async def test_maintenance_loses_nothing_that_is_referred_to(self, manager):
+        created = await manager.create(Item(text="1"))
+        rid = created.meta.resource_id
+        for number in range(5):
+            await manager.update(rid, Item(number=number))
+            await manager.maintain(10)
+        for revision in range(1, 7):
+            await manager.get(rid, revision=revision)
+        assert await manager.count() == 1
+
+    async def test_a_commit_whose_body_was_put_before_a_sweep_is_not_lost(self, manager):
+        """The generation may advance as often as it likes between putting a body and committing it."""
+        await manager.open()
+        storage = manager.storage
+        commit, advanced = storage._commit, []
+
+        async def slow(changes):
+            if len(advanced) < 2:
+                for _ in range(3):
+                    await storage.maintain(10)
+                advanced.append(True)
+            return await commit(changes)
+
+        storage._commit = slow
+        created = await manager.create(Item(text="1"))
+        assert len(advanced) == 2 or not advanced[1:]
+        storage._commit = commit
+        assert (await manager.get(created.meta.resource_id)).data.text == "1"
+        page = await manager.search(Query(sort=(Sort("text"),)))
+        assert [found.data.text for found in page.items] == ["1"]
+
+
+class DurableConformance(StorageConformance):
+    """For storages that keep what they acknowledged."""
+
+    durable: ClassVar[bool] = True
+
+    async def test_bodies_of_both_encodings_live_side_by_side(self, root):
+        rich = Item(text="ä", real=1.5, tags=["x"], number=-1)
+        ids = {}
+        for encoding in Encoding:
+            manager = manage(self.make(root), encoding=encoding)
+            ids[encoding] = (await manager.create(replace(rich, code=encoding.value))).meta
+            await manager.close()
+        manager = manage(self.make(root))
+        for encoding, meta in ids.items():
+            assert (await manager.get(meta.resource_id)).data == replace(rich, code=encoding.value)
+        page = await manager.search()
+        assert {item.data.code for item in page.items} == {"json", "msgpack"}
+        await manager.close()
+
+    async def test_everything_is_there_after_a_restart(self, root, clock):
+        manager = manage(self.make(root), clock=clock)
+        kept = await manager.create(Item(text="kept", tags=["x"], code="c"), resource_id="kept", by="alice")
+        kept = await manager.update("kept", Item(text="kept 2", tags=["y"], code="c"), status="draft")
+        await manager.create(Item(text="deleted"), resource_id="deleted")
+        await manager.delete("deleted")
+        await manager.create(Item(text="purged"), resource_id="purged")
+        await manager.purge("purged")
+        history = await manager.revisions("kept")
+        await manager.close()
+        again = manage(self.make(root), clock=clock)
+        assert (await again.get("kept")).meta == kept.meta
+        assert (await again.get("kept", revision=1)).data.text == "kept"
+        assert (await again.revisions("kept")).items == history.items
+        assert (await again.get("deleted", include_deleted=True)).meta.is_deleted
+        assert await again.count(Query(include_deleted=True)) == 2
+        found = await again.find(Query(where=field("tags").contains("y")))
+        assert [hit.meta.resource_id for hit in found.items] == ["kept"]
+        with pytest.raises(UniqueConflict):
+            await again.create(Item(code="c"))
+        with pytest.raises(VersionConflict):
+            await again.create(Item(), resource_id="deleted")
+        await again.modify("kept", Item(text="kept 3"), expect=kept.version)
+        await again.close()
+
+    async def test_a_field_that_is_indexed_later_finds_what_was_there(self, root):
+        plain = manage(self.make(root), indexed=["text"])
+        await plain.create(Item(text="a", number=1, tags=["x"], code="c"))
+        await plain.create(Item(text="b", number=2))
+        await plain.close()
+        manager = manage(self.make(root), indexed=INDEXED)
+        page = await manager.search(Query(where=field("number").gte(1), sort=("-number",)))
+        assert [found.data.text for found in page.items] == ["b", "a"]
+        assert await manager.count(Query(where=field("tags").contains("x"))) == 1
+        with pytest.raises(UniqueConflict):
+            await manager.create(Item(code="c"))
+        await manager.close()
+
+    async def test_a_field_that_becomes_unique_must_be(self, root):
+        plain = manage(self.make(root), indexed=["text"])
+        await plain.create(Item(code="c"))
+        await plain.create(Item(code="c"))
+        await plain.close()
+        manager = manage(self.make(root))
+        with pytest.raises(ConfigError, match="unique"):
+            await manager.open()
+        await manager.close()
+
+
+class SharedConformance(DurableConformance):
+    """For storages that several processes may use at once. `make` is called in other processes too: no state of the test in it."""
+
+    def test_of_processes_that_expect_one_state_one_wins(self, root):
+        processes = 4
+        rid = asyncio.run(self._prepare(root))
+        context = multiprocessing.get_context("spawn")
+        barrier, outcomes = context.Barrier(processes), context.Queue()
+        started = [
+            context.Process(target=_race_in_process, args=(type(self), root, rid, at, barrier, outcomes))
+            for at in range(processes)
+        ]
+        for process in started:
+            process.start()
+        results = [outcomes.get(timeout=120) for _ in started]
+        for process in started:
+            process.join()
+        wins = [sum(result[round_] for result in results) for round_ in range(ROUNDS)]
+        assert wins == [1] * ROUNDS
+
+        async def check():
+            manager = manage(self.make(root))
+            assert (await manager.get(rid)).meta.revision == ROUNDS + 1
+            assert await manager.count(Query(where=field("text").eq("unique"))) == 1
+            await manager.close()
+
+        asyncio.run(check())
+
+    async def _prepare(self, root) -> str:
+        manager = manage(self.make(root))
+        created = await manager.create(Item())
+        await manager.close()
+        return created.meta.resource_id
+
+
+class OwnedConformance(DurableConformance):
+    """For storages that one process owns."""
+
+    def test_a_second_process_is_refused(self, root):
+        manager = manage(self.make(root))
+        asyncio.run(manager.open())
+        with pytest.raises(ConfigError, match="another process"):
+            asyncio.run(manage(self.make(root)).open())
+        asyncio.run(manager.close())
+        again = manage(self.make(root))
+        asyncio.run(again.open())
+        asyncio.run(again.close())
+
+
+def _race_in_process(conformance, root, rid, at, barrier, outcomes):
+    asyncio.run(_race_rounds(conformance, root, rid, at, barrier, outcomes))
+
+
+async def _race_rounds(conformance, root, rid, at, barrier, outcomes):
+    manager = manage(conformance().make(root))
+    won = []
+    for round_ in range(ROUNDS):
+        expect = (await manager.get(rid)).version
+        barrier.wait(60)
+        try:
+            await manager.update(rid, Item(text=f"{round_} {at}"), expect=expect)
+            won.append(1)
+        except VersionConflict:
+            won.append(0)
+        barrier.wait(60)
+    try:
+        await manager.create(Item(text="unique", code="one"))
+    except UniqueConflict:
+        pass
+    await manager.close()
+    outcomes.put(won)

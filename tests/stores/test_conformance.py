@@ -1,0 +1,56 @@
+"""The matrix: every storage and composition against the one suite. Nothing in it is skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.autocrud import Encoding
+from app.autocrud.resource_manager.basic import IStorage
+from app.autocrud.resource_manager.core import SimpleStorage
+from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
+from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
+from app.autocrud.resource_manager.storage_factory import (
+    DiskStorageFactory,
+    IStorageFactory,
+    MemoryDiskStorageFactory,
+    MemoryStorageFactory,
+)
+from tests.conformance import OwnedConformance, SharedConformance, StorageConformance
+
+
+class TestMemory(StorageConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return MemoryStorageFactory()
+
+
+class TestMemoryAsMessagePack(StorageConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return MemoryStorageFactory(Encoding.msgpack)
+
+
+class TestDisk(SharedConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return DiskStorageFactory(root)
+
+
+class MessagePackOnDisk(IStorageFactory):
+    """A factory of one's own, in a dozen lines."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def build(self, model_name: str) -> IStorage:
+        return SimpleStorage(
+            DiskMetaStore(self.root / "meta" / model_name, encoding=Encoding.msgpack),
+            DiskResourceStore(self.root / "bodies" / model_name, encoding=Encoding.msgpack),
+        )
+
+
+class TestCustomFactory(SharedConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return MessagePackOnDisk(root)
+
+
+class TestMemoryDisk(OwnedConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return MemoryDiskStorageFactory(root)
