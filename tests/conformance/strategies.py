@@ -16,47 +16,68 @@ from .model import INDEXED, Color, Inner, Item, Level
 
 FIELDS = Codec(Item, INDEXED).fields
 
-texts = st.sampled_from(
-    ["", "a", "A", "ab", "b", "aB", "%", "_", "a%", "'", '"', "\\", "ä", "z", "é", "\ue000", "😀", "😀x", "\U0010ffff"]
-)
+TEXTS = [
+    "",
+    "a",
+    "A",
+    "ab",
+    "b",
+    "aB",
+    "%",
+    "_",
+    "a%",
+    "'",
+    '"',
+    "\\",
+    "ä",
+    "z",
+    "é",
+    "\ue000",
+    "😀",
+    "😀x",
+    "\U0010ffff",
+]
+texts = st.sampled_from(TEXTS)
 texts |= st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=4)
-integers = st.sampled_from([0, 1, -1, 2, 10, 9, 2**63 - 1, -(2**63), 2**53 + 1, 2**53])
-reals = st.sampled_from([0.0, -0.0, 1.0, 1.5, -1.5, 1e300, -1e300, 5e-324, float(2**53)])
-times = st.sampled_from(
-    [
-        dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
-        dt.datetime(2026, 1, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=1))),  # the same moment
-        dt.datetime(2026, 1, 1, 0, 0, 0, 1, tzinfo=dt.UTC),
-        dt.datetime(1, 1, 1, 12, tzinfo=dt.UTC),
-        dt.datetime(9999, 12, 31, tzinfo=dt.UTC),
-        dt.datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC),
-    ]
-)
-days = st.sampled_from([dt.date(1, 1, 1), dt.date(2026, 1, 31), dt.date(2026, 2, 1), dt.date(9999, 12, 31)])
-uuids = st.sampled_from([UUID(int=0), UUID(int=1), UUID(int=2**128 - 1), UUID(int=10 << 120)])
-prices = st.sampled_from(
-    [
-        Decimal(text)
-        for text in (
-            "0",
-            "-0",
-            "1",
-            "1.0",
-            "1.00",
-            "10",
-            "9",
-            "-1",
-            "-1.5",
-            "-1.55",
-            "0.1",
-            "0.10",
-            "1E+30",
-            "1E-30",
-            "-1E-30",
-            "12345678901234567890.123456789",
-        )
-    ]
-)
+INTEGERS = [0, 1, -1, 2, 10, 9, 2**63 - 1, -(2**63), 2**53 + 1, 2**53]
+integers = st.sampled_from(INTEGERS)
+REALS = [0.0, -0.0, 1.0, 1.5, -1.5, 1e300, -1e300, 5e-324, float(2**53)]
+reals = st.sampled_from(REALS)
+TIMES = [
+    dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+    dt.datetime(2026, 1, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=1))),  # the same moment
+    dt.datetime(2026, 1, 1, 0, 0, 0, 1, tzinfo=dt.UTC),
+    dt.datetime(1, 1, 1, 12, tzinfo=dt.UTC),
+    dt.datetime(9999, 12, 31, tzinfo=dt.UTC),
+    dt.datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC),
+]
+times = st.sampled_from(TIMES)
+DAYS = [dt.date(1, 1, 1), dt.date(2026, 1, 31), dt.date(2026, 2, 1), dt.date(9999, 12, 31)]
+days = st.sampled_from(DAYS)
+UUIDS = [UUID(int=0), UUID(int=1), UUID(int=2**128 - 1), UUID(int=10 << 120)]
+uuids = st.sampled_from(UUIDS)
+PRICES = [
+    Decimal(text)
+    for text in (
+        "0",
+        "-0",
+        "1",
+        "1.0",
+        "1.00",
+        "10",
+        "9",
+        "-1",
+        "-1.5",
+        "-1.55",
+        "0.1",
+        "0.10",
+        "1E+30",
+        "1E-30",
+        "-1E-30",
+        "12345678901234567890.123456789",
+    )
+]
+prices = st.sampled_from(PRICES)
 
 VALUES = {
     "str": texts,
@@ -73,6 +94,24 @@ VALUES = {
     "list of str": texts,
     "list of int": integers,
 }
+
+SAMPLES = {
+    "text": TEXTS,
+    "number": [None, *INTEGERS],
+    "real": [None, *REALS],
+    "flag": [False, True],
+    "at": [None, *TIMES],
+    "day": DAYS,
+    "key": UUIDS,
+    "price": [None, *PRICES],
+    "color": list(Color),
+    "level": list(Level),
+    "choice": ["a", "b"],
+    "tags": [None, [], *([text] for text in TEXTS), TEXTS],
+    "numbers": [[], *([number] for number in INTEGERS), INTEGERS],
+    "maybe": [UNSET, None, *TEXTS],
+}
+"""Everything that each field may hold, for the test that tries it all."""
 
 items = st.builds(
     Item,

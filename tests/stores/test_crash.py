@@ -1,0 +1,29 @@
+"""kill -9, and a loss of power, at every step of a disk write: old or new content, and nothing that was acknowledged is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(kind: str, mode: str, start: str, directory, stride: int) -> dict:
+    command = [sys.executable, "-m", "tests.stores.crash_worker", kind, mode, start, str(directory), str(stride)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcome = json.loads(done.stdout)
+    assert outcome["failures"] == [], done.stderr[-3000:]
+    return outcome
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory-disk"])
+@pytest.mark.parametrize("mode", ["kill", "half", "power"])
+def test_dying_at_every_step_of_the_writes(kind, mode, tmp_path):
+    assert run(kind, mode, "opened", tmp_path, 3 if kind == "disk" else 2)["steps"] > 100
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory-disk"])
+def test_dying_while_the_store_is_made(kind, tmp_path):
+    assert run(kind, "kill", "new", tmp_path, 5)["steps"] > 60
