@@ -58,11 +58,26 @@ def closed(properties: Mapping[str, Schema], required: list[str] | None = None) 
 
 
 def _close(schemas: dict[str, Schema]) -> dict[str, Schema]:
-    """Unknown fields are refused at every depth; msgspec does not know that we do."""
+    """What msgspec does not say of its types: unknown fields are refused at every depth, sets take an element twice, and decimals
+    may be numbers."""
     for schema in schemas.values():
         if "properties" in schema:
             schema.setdefault("additionalProperties", False)
+        _correct(schema)
     return schemas
+
+
+def _correct(schema: Any) -> None:
+    if isinstance(schema, list):
+        for part in schema:
+            _correct(part)
+    if isinstance(schema, dict):
+        if schema.get("type") == "array":
+            schema.pop("uniqueItems", None)
+        if schema.get("format") == "decimal" and schema.get("type") == "string":
+            schema["type"] = ["string", "number"]
+        for part in schema.values():
+            _correct(part)
 
 
 def _shared() -> dict[str, Schema]:

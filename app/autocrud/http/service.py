@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.routing import BaseRoute, Route, Router
 
 from ..errors import CrudError
@@ -17,6 +18,16 @@ from . import docs, problems
 from .messages import Receive, Request, Response, Scope, Send
 from .openapi import Description, describe
 from .routes import ModelRoutes
+
+
+
+class _Anything(PathConvertor):
+    """The rest of a path, line breaks included: whatever stands there, the engine answers."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("anything", _Anything())
 
 READY_TIMEOUT_S = 2.0
 _encode = msgspec.json.Encoder().encode
@@ -64,7 +75,7 @@ def routes(managers: Managers, *, require_if_match: bool, max_body: int) -> list
         endpoint = ModelRoutes(manager, require_if_match=require_if_match, max_body=max_body)
         made += [
             Route(f"/{name}", endpoint, include_in_schema=False),
-            Route(f"/{name}/{{rest:path}}", endpoint, include_in_schema=False),
+            Route(f"/{name}/{{rest:anything}}", endpoint, include_in_schema=False),
         ]
     return made
 
