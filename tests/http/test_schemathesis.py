@@ -66,7 +66,9 @@ def configuration() -> SchemathesisConfig:
     return SchemathesisConfig.from_dict(
         {
             "generation": {"max-examples": EXAMPLES, "deterministic": True},
-            "checks": {"negative_data_rejection": {"expected-statuses": ["400", "404", "405", "410", "412", "415", "422"]}},
+            "checks": {
+                "negative_data_rejection": {"expected-statuses": ["400", "404", "405", "410", "412", "415", "422"]}
+            },
             "operations": operations,
         }
     )
@@ -80,7 +82,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=configurati
 
 
 @schema.hook
-def map_path_parameters(context, path_parameters):
+def map_path_parameters(context, path_parameters):  # noqa: ARG001 - the signature of a hook
     """Half of the ids that are made up become one that is there."""
     if path_parameters and isinstance(path_parameters.get("id"), str) and len(path_parameters["id"]) % 2:
         path_parameters["id"] = KNOWN

@@ -96,7 +96,7 @@ def _shared() -> dict[str, Schema]:
     schemas["Fault"] = closed({"pointer": {"type": "string"}, "detail": {"type": "string"}})
     schemas["Count"] = closed({"count": {"type": "integer", "minimum": 0}})
     schemas["Purged"] = closed({"erased_by": {"type": "string", "format": "date-time"}})
-    schemas["PatchOperation"] = closed(
+    schemas["JsonPatchOperation"] = closed(
         {
             "op": {"type": "string", "enum": ["add", "remove", "replace", "move", "copy", "test"]},
             "path": {"type": "string"},
@@ -235,7 +235,8 @@ class _Model:
         for name in schemas:
             text = text.replace(REF.format(name=name) + '"', REF.format(name=self.title + name) + '"')
         renamed: dict[str, Schema] = {self.title + name: schema for name, schema in json.loads(text).items()}
-        for schema in renamed.values():
+        for name, schema in renamed.items():
+            schema["title"] = name
             if "data" in schema["properties"]:
                 schema["properties"]["data"] = self.schema
             if "id" in schema["properties"] and "null" in str(schema["properties"]["id"]):
@@ -243,7 +244,7 @@ class _Model:
             if "revision" in schema["properties"]:
                 schema["properties"]["revision"] = REVISION
             if "patch" in schema["properties"]:
-                operations = {"type": "array", "items": ref("PatchOperation")}
+                operations = {"type": "array", "items": ref("JsonPatchOperation")}
                 schema["properties"]["patch"] = {"anyOf": [ref(f"{self.title}MergePatch"), operations]}
             schema["additionalProperties"] = False
         renamed[f"{self.title}Batch"]["properties"]["operations"] |= {"minItems": 1, "maxItems": MAX_BATCH}
@@ -264,7 +265,7 @@ class _Model:
         patches: Schema = {
             MERGE_PATCH: {"schema": ref(f"{self.title}MergePatch")},
             "application/json": {"schema": ref(f"{self.title}MergePatch")},
-            JSON_PATCH: {"schema": {"type": "array", "items": ref("PatchOperation")}},
+            JSON_PATCH: {"schema": {"type": "array", "items": ref("JsonPatchOperation")}},
         }
         switch = {"required": True, "content": {"application/json": {"schema": ref("SwitchBody")}}}
         batch = {"required": True, "content": {"application/json": {"schema": ref(f"{self.title}Batch")}}}
@@ -361,7 +362,7 @@ class _Model:
                         _query("to", REVISION, "default: the current revision"),
                         INCLUDE_DELETED,
                     ],
-                    {200: _json({"type": "array", "items": ref("PatchOperation")}, "JSON Patch", media=JSON_PATCH)},
+                    {200: _json({"type": "array", "items": ref("JsonPatchOperation")}, "JSON Patch", media=JSON_PATCH)},
                     *read,
                 )
             },

@@ -2,7 +2,8 @@
 
     ?author=alice&views[gte]=10&tags[contains]=x&state[in]=a,b&meta.created_time[gte]=2026-01-01T00:00:00Z&sort=-views,author&limit=20
 
-A comma or a backslash inside a value of `[in]` is written with a backslash before it.
+A comma or a backslash inside a value of `[in]` is written with a backslash before it. `[in]`, `[not_in]`, `sort` and `fields` may as
+well be repeated, as many clients send lists.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from .messages import Request, bad_parameter, flag, integer
 
 LIST_PARAMETERS = ("sort", "limit", "cursor", "fields", "data", "include_deleted")
 COUNT_PARAMETERS = ("include_deleted",)
+LIST_VALUED = ("sort", "fields")
 OPS = frozenset(get_args(Op))
 DEFAULT_LIMIT = 50
 MAX_SORT_KEYS = 8
@@ -90,9 +92,12 @@ def parse_fields(text: str, codec: Codec[Any]) -> list[str]:
 def _parameters(request: Request) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in request.parameters():
-        if name in found:
+        if name not in found:
+            found[name] = value
+        elif name in LIST_VALUED or name.endswith(("[in]", "[not_in]")):
+            found[name] += f",{value}"
+        else:
             raise bad_parameter(name, "given twice; for several values use [in], for a range [gte] and [lt]")
-        found[name] = value
     return found
 
 

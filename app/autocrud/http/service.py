@@ -20,7 +20,6 @@ from .openapi import Description, describe
 from .routes import ModelRoutes
 
 
-
 class _Anything(PathConvertor):
     """The rest of a path, line breaks included: whatever stands there, the engine answers."""
 

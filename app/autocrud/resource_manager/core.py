@@ -95,7 +95,9 @@ class ResourceManager(Generic[T]):
         self.schema_version, self.retention = schema_version, retention
         self._clock = clock
         self._opened = False
-        self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]]
+        self._turns: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]
+        ]
         self._turns = weakref.WeakKeyDictionary()
         self._expire_after = ""
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))

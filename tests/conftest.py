@@ -1,0 +1,53 @@
+"""What several tests need: a server of one's own, on a free loopback port, stopped by its pid."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+class Server:
+    """`crudstack serve` as a process."""
+
+    def __init__(self, storage: str, data_dir: Path, *arguments: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CRUDSTACK_")}
+        environment |= {"CRUDSTACK_STORAGE": storage, "CRUDSTACK_DATA_DIR": str(data_dir)}
+        command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        self.said = []
+        for line in self.process.stdout:
+            self.said.append(line.strip())
+            if line.startswith("docs at "):
+                self.url = line.removeprefix("docs at ").partition("/docs")[0]
+                return
+        raise AssertionError(f"the server ended with {self.process.wait()} and said {self.said}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(30) == 0
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Start servers; what still runs at the end is stopped."""
+    with contextlib.ExitStack() as stack:
+
+        def start(storage: str, data_dir: Path, *arguments: str) -> Server:
+            server = Server(storage, data_dir, *arguments)
+            stack.callback(server.process.stdout.close)
+            stack.callback(server.kill)
+            return server
+
+        yield start
