@@ -10,7 +10,6 @@ import sys
 import httpx
 import pytest
 
-
 CONFIG = "package_name_override: generated_client\npost_hooks: []\n"
 
 

@@ -13,7 +13,7 @@ from msgspec import Raw, Struct
 
 from ..errors import CrudError, Fault, InvalidData
 from ..resource_manager.basic import Status, Version
-from ..resource_manager.codec import Codec, invalid_data, parse_json
+from ..resource_manager.codec import Codec, Document, invalid_data, parse_json
 from ..resource_manager.core import MAX_BATCH
 from ..resource_manager.operations import (
     Create,
@@ -122,7 +122,7 @@ def _parsed(at: int, given: AnyOperation, codec: Codec[Any], check_id: Any, requ
         if isinstance(given, CreateOperation):
             if given.id is not None:
                 check_id(given.id)
-            return Create(codec.parse(bytes(given.data)), given.id, given.status)
+            return Create(_document(given.data, codec), given.id, given.status)
         if given.if_match is None and require_if_match:
             raise PreconditionRequired("send the ETag of the state you mean to change as if_match")
         return _on_existing(given, codec)
@@ -134,9 +134,9 @@ def _on_existing(given: Any, codec: Codec[Any]) -> Operation:
     on: dict[str, Any] = {"resource_id": given.id, "expect": _expect(given.if_match)}
     match given:
         case UpdateOperation(data=data, status=status):
-            return Update(**on, data=codec.parse(bytes(data)), status=status)
+            return Update(**on, data=_document(data, codec), status=status)
         case ModifyOperation(data=data):
-            return Modify(**on, data=codec.parse(bytes(data)))
+            return Modify(**on, data=_document(data, codec))
         case PatchOperation(patch=patch, mode=mode, status=status):
             if mode == "modify" and status != "stable":
                 raise InvalidData("modify keeps the status", (Fault("/status", "modify keeps the status"),))
@@ -153,6 +153,19 @@ def _on_existing(given: Any, codec: Codec[Any]) -> Operation:
         case _:
             assert isinstance(given, PurgeOperation)
             return Purge(**on)
+
+
+def _document(data: Raw, codec: Codec[Any]) -> Document[Any]:
+    try:
+        return codec.parse(bytes(data))
+    except InvalidData as error:
+        error.faults = in_data(error.faults)
+        raise
+
+
+def in_data(faults: Sequence[Fault]) -> tuple[Fault, ...]:
+    """Faults of a document, as faults of the operation that it is the data of."""
+    return tuple(Fault(f"/data{fault.pointer}", fault.detail) for fault in faults)
 
 
 def _expect(etag: str | None) -> Version | None:

@@ -165,7 +165,10 @@ class ModelRoutes:
         try:
             results = await self._manager.batch(operations, by=request.by)
         except CrudError as error:
-            raise error if error.operation is None else batches.located(error, error.operation) from None
+            if error.operation is None:
+                raise
+            error.faults = batches.in_data(error.faults)  # what planning finds wrong in a place, it finds in the data
+            raise batches.located(error, error.operation) from None
         shown = []
         for operation, result in zip(operations, results, strict=True):
             if isinstance(result, Resource):

@@ -1,0 +1,118 @@
+"""Settings, wiring and the command line: a wrong or missing setting is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from app import main, wiring
+from app.autocrud.errors import ConfigError
+from app.autocrud.resource_manager.storage_factory import (
+    DiskStorageFactory,
+    MemoryDiskStorageFactory,
+    MemoryStorageFactory,
+)
+from app.settings import load
+
+
+def factory(tmp_path, **environment):
+    return wiring.storage_factory(load({"CRUDSTACK_DATA_DIR": str(tmp_path)} | environment))
+
+
+@pytest.mark.parametrize(
+    ("storage", "expected"),
+    [
+        ("memory", MemoryStorageFactory),
+        ("disk", DiskStorageFactory),
+        ("memory-disk", MemoryDiskStorageFactory),
+        ('{"meta": "memory", "resource": "memory"}', MemoryStorageFactory),
+        ('{"meta": "disk", "resource": "disk"}', DiskStorageFactory),
+        ('{"meta": "memory", "resource": "disk"}', MemoryDiskStorageFactory),
+    ],
+)
+def test_every_kind_has_its_factory(tmp_path, storage, expected):
+    assert type(factory(tmp_path, CRUDSTACK_STORAGE=storage).default) is expected
+    outputs = json.dumps({"version": 1, "storage": json.loads(storage) if storage.startswith("{") else storage})
+    assert type(factory(tmp_path, CRUDSTACK_OUTPUTS=outputs).default) is expected
+    (tmp_path / "outputs.json").write_text(outputs)
+    assert type(factory(tmp_path, CRUDSTACK_OUTPUTS=str(tmp_path / "outputs.json")).default) is expected
+
+
+def test_models_may_have_a_kind_of_their_own(tmp_path):
+    environment = {"CRUDSTACK_STORAGE": "disk", "CRUDSTACK_STORAGE_OVERRIDES": '{"user": "memory"}'}
+    app = main.create_app(load(environment | {"CRUDSTACK_DATA_DIR": str(tmp_path)}))
+    durable = {name: manager.storage.durable for name, manager in app.state.crud.managers.items()}
+    assert durable == {"article": True, "airport": True, "user": False}
+
+
+WRONG = [
+    ({}, "CRUDSTACK_STORAGE is not set"),
+    ({"CRUDSTACK_STORAGE": "tape"}, "'tape': expected one of memory, disk, memory-disk"),
+    ({"CRUDSTACK_STORAGE": "disk"}, "CRUDSTACK_DATA_DIR is not set"),
+    ({"CRUDSTACK_STORAGE": '{"meta": "disk", "resource": "memory"}', "CRUDSTACK_DATA_DIR": "x"}, "would lose bodies"),
+    ({"CRUDSTACK_STORAGE": '{"meta": "disk"}'}, "missing required field `resource`"),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": "{"}, "CRUDSTACK_STORAGE_OVERRIDES is not JSON"),
+    (
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": '{"nobody": "memory"}'},
+        "names the model 'nobody'",
+    ),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_DATADIR": "x"}, "CRUDSTACK_DATADIR is no setting"),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_OUTPUTS": "{}"}, "both set"),
+    ({"CRUDSTACK_OUTPUTS": '{"version": 2, "storage": "memory"}'}, "`$.version`"),
+    ({"CRUDSTACK_OUTPUTS": '{"version": 1}'}, "missing required field `storage`"),
+    ({"CRUDSTACK_OUTPUTS": '{"version": 1, "storage": "memory", "x": 1}'}, "unknown field `x`"),
+    ({"CRUDSTACK_OUTPUTS": "/nowhere/outputs.json"}, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("environment", "says"), WRONG)
+def test_a_wrong_setting_is_named(environment, says):
+    with pytest.raises(ConfigError, match=".") as raised:
+        main.create_app(load(environment))
+    assert says in str(raised.value)
+
+
+def crudstack(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from app.cli import main; main()", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["serve"], {}),
+        (["serve", "--storage", "tape"], {}),
+        (["serve", "--port", "70000"], {"CRUDSTACK_STORAGE": "memory"}),
+        (["serve", "--prot", "1"], {"CRUDSTACK_STORAGE": "memory"}),
+        (["fly"], {}),
+        (["serve", "--host", "256.0.0.1"], {"CRUDSTACK_STORAGE": "memory"}),
+        (["serve"], {"CRUDSTACK_STORAGE": "disk", "CRUDSTACK_DATA_DIR": "/proc/nothing"}),
+    ],
+)
+def test_the_command_line_fails_with_one_sentence(arguments, environment):
+    done = crudstack(*arguments, **environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("crudstack: ")
+
+
+def test_a_port_that_is_taken(serve, tmp_path):
+    server = serve("memory", tmp_path)
+    done = crudstack("serve", "--port", server.url.rpartition(":")[2], CRUDSTACK_STORAGE="memory")
+    assert (done.returncode, "Address already in use" in done.stderr) == (2, True)
+
+
+def test_a_second_owner_is_refused(serve, tmp_path):
+    serve("memory-disk", tmp_path)
+    done = crudstack("serve", "--port", "0", CRUDSTACK_STORAGE="memory-disk", CRUDSTACK_DATA_DIR=str(tmp_path))
+    assert (done.returncode, "in use by another process" in done.stderr) == (2, True)
+
+
+def test_help_names_every_option():
+    text = crudstack("serve", "--help").stdout
+    for option in ("--host", "--port", "--storage", "--access-log"):
+        assert option in text
