@@ -70,7 +70,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("environment", "says"), WRONG)
 def test_a_wrong_setting_is_named(environment, says):
-    with pytest.raises(ConfigError, match=".") as raised:
+    with pytest.raises(ConfigError) as raised:
         main.create_app(load(environment))
     assert says in str(raised.value)
 

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from .errors import Fault, InvalidQuery
 from .values import Key, Kind, kind_of
@@ -154,7 +153,7 @@ class Query(Struct, frozen=True, kw_only=True):
     after: Cursor | None = None
     include_deleted: bool = False
 
-    def resolve(self, fields: Mapping[str, Kind]) -> Query:
+    def resolve(self, fields: Mapping[str, Kind]) -> Resolved:
         """This query with canonical names, keys for values and `Sort`s for sort keys.
 
         `fields` maps the model's indexed fields to their kinds. Raises InvalidQuery that names every fault.
@@ -165,7 +164,16 @@ class Query(Struct, frozen=True, kw_only=True):
         if self.after is not None and len(self.after) != len(sort) + 1:
             raise invalid("cursor", "this cursor belongs to another sort order")
         where = None if self.where is None else _resolve(self.where, fields, [MAX_CONDITIONS])
-        return replace(self, where=where, sort=sort)
+        return Resolved(
+            where=where, sort=sort, limit=self.limit, after=self.after, include_deleted=self.include_deleted
+        )
+
+
+class Resolved(Query, frozen=True, kw_only=True):
+    """A query as stores get it: canonical names, keys for values, `Sort`s for sort keys."""
+
+    def resolve(self, fields: Mapping[str, Kind]) -> Resolved:
+        return self
 
 
 def invalid(parameter: str, detail: str) -> InvalidQuery:

@@ -65,14 +65,8 @@ class Request:
         return ", ".join(values) if values else None
 
     def parameters(self) -> list[tuple[str, str]]:
-        """The query string, decoded. InvalidQuery if it is not UTF-8."""
-        raw: bytes = self.scope["query_string"]
-        if not raw:
-            return []
-        try:
-            return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=1000)
-        except ValueError:
-            raise InvalidQuery("the query string is not percent-encoded UTF-8, or has over 1,000 parameters") from None
+        """The query string, decoded."""
+        return parse_parameters(self.scope["query_string"])
 
     def options(self, *allowed: str) -> dict[str, str]:
         """The query string where each parameter stands at most once and all are allowed."""
@@ -115,6 +109,16 @@ class Request:
             wanted = ", ".join(expected or ("application/json",))
             raise UnsupportedMediaType(f"expected {wanted}, got {media or 'an empty content type'}")
         return media
+
+
+def parse_parameters(raw: bytes) -> list[tuple[str, str]]:
+    """The parameters of a query string. InvalidQuery if it is not UTF-8."""
+    if not raw:
+        return []
+    try:
+        return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=1000)
+    except ValueError:
+        raise InvalidQuery("the query string is not percent-encoded UTF-8, or has over 1,000 parameters") from None
 
 
 def bad_parameter(name: str, detail: str) -> InvalidQuery:

@@ -6,6 +6,7 @@ and its errors are problem details whatever it was mounted on.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -32,6 +33,7 @@ from .messages import (
     bad_parameter,
     flag,
     integer,
+    parse_parameters,
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -77,6 +79,10 @@ class ModelRoutes:
             "diff": {"GET": self._diff},
         }
         self._revision: Handlers = {"GET": self._get_revision}
+        # What a query string means does not change, and clients ask for the same few lists again and again.
+        self._parse = functools.lru_cache(maxsize=512)(
+            lambda raw: searching.parse_search(parse_parameters(raw), manager.codec, manager.name)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         rest = scope["path_params"].get("rest")
@@ -131,7 +137,7 @@ class ModelRoutes:
         return resource_response(created, 201, ((b"location", location),))
 
     async def _list(self, request: Request) -> Response:
-        search = searching.parse_search(request, self._manager.codec, self._manager.name)
+        search = self._parse(request.scope["query_string"])
         from_index = not search.data or (
             search.fields is not None and set(search.fields) <= set(self._manager.codec.fields)
         )
@@ -140,21 +146,21 @@ class ModelRoutes:
             hits = await self._manager.find(search.query)
             next_ = hits.next
             if search.fields is None:
-                items = [b'{"meta":%b}' % _encode(hit.meta) for hit in hits.items]
+                items = [b'{"meta":%b}' % hit.document for hit in hits.items]
             else:
-                items = [envelope(hit.meta, projected(hit.shown, search.fields)) for hit in hits.items]
+                items = [envelope(hit.document, projected(hit.shown, search.fields)) for hit in hits.items]
         else:
             page = await self._manager.search(search.query)
             next_ = page.next
             if search.fields is None:
-                items = [envelope(found.meta, found.json) for found in page.items]
+                items = [b'{"meta":%b,"data":%b}' % (found.meta_json, found.json) for found in page.items]
             else:
-                items = [envelope(found.meta, projected(found.json, search.fields)) for found in page.items]
+                items = [envelope(found.meta_json, projected(found.json, search.fields)) for found in page.items]
         cursor = None if next_ is None else searching.encode_cursor(next_, search.cursor_scope)
         return page_response(request, items, cursor)
 
     async def _count(self, request: Request) -> Response:
-        count = await self._manager.count(searching.parse_count(request, self._manager.codec))
+        count = await self._manager.count(searching.parse_count(request.parameters(), self._manager.codec))
         return Response(200, b'{"count":%d}' % count)
 
     async def _batch(self, request: Request) -> Response:
@@ -172,7 +178,7 @@ class ModelRoutes:
         shown = []
         for operation, result in zip(operations, results, strict=True):
             if isinstance(result, Resource):
-                shown.append(envelope(result.meta, result.json))
+                shown.append(envelope(result.meta_json, result.json))
             else:
                 assert isinstance(operation, Delete | Purge)
                 shown.append(b'{"meta":%b}' % _encode(result))
@@ -379,8 +385,8 @@ def etag(meta: ResourceMeta) -> tuple[bytes, bytes]:
     return b"etag", meta.etag.encode()
 
 
-def envelope(meta: ResourceMeta, data: bytes) -> bytes:
-    return b'{"meta":%b,"data":%b}' % (_encode(meta), data)
+def envelope(meta: bytes, data: bytes) -> bytes:
+    return b'{"meta":%b,"data":%b}' % (meta, data)
 
 
 def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Response:
@@ -395,7 +401,7 @@ def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple
             encoding=info.encoding,
             schema_version=info.schema_version,
         )
-    return Response(status, envelope(meta, resource.json), (etag(meta), *headers))
+    return Response(status, envelope(_encode(meta), resource.json), (etag(meta), *headers))
 
 
 def projected(data: bytes, fields: list[str]) -> bytes:

@@ -35,7 +35,7 @@ from ..query import (
 )
 from ..resource_manager.codec import Codec
 from ..values import INT_MAX, INT_MIN, Key
-from .messages import Request, bad_parameter, flag, integer
+from .messages import bad_parameter, flag, integer
 
 LIST_PARAMETERS = ("sort", "limit", "cursor", "fields", "data", "include_deleted")
 COUNT_PARAMETERS = ("include_deleted",)
@@ -57,8 +57,8 @@ class Search(NamedTuple):
     cursor_scope: bytes  # what a cursor of this list must have been made for
 
 
-def parse_search(request: Request, codec: Codec[Any], model: str) -> Search:
-    parameters = _parameters(request)
+def parse_search(given: list[tuple[str, str]], codec: Codec[Any], model: str) -> Search:
+    parameters = _distinct(given)
     conditions = _conditions(parameters, codec, LIST_PARAMETERS)
     sort = _sort(parameters.get("sort"), codec)
     limit = integer("limit", parameters["limit"], 1, MAX_LIMIT) if "limit" in parameters else DEFAULT_LIMIT
@@ -70,11 +70,11 @@ def parse_search(request: Request, codec: Codec[Any], model: str) -> Search:
     scope = _scope(model, sort, conditions, include_deleted)
     after = decode_cursor(parameters["cursor"], scope, len(sort) + 1) if "cursor" in parameters else None
     query = Query(where=_all(conditions), sort=sort, limit=limit, after=after, include_deleted=include_deleted)
-    return Search(query, fields, data, scope)
+    return Search(query.resolve(codec.fields), fields, data, scope)
 
 
-def parse_count(request: Request, codec: Codec[Any]) -> Query:
-    parameters = _parameters(request)
+def parse_count(given: list[tuple[str, str]], codec: Codec[Any]) -> Query:
+    parameters = _distinct(given)
     conditions = _conditions(parameters, codec, COUNT_PARAMETERS)
     include_deleted = "include_deleted" in parameters and flag("include_deleted", parameters["include_deleted"])
     return Query(where=_all(conditions), include_deleted=include_deleted)
@@ -89,9 +89,9 @@ def parse_fields(text: str, codec: Codec[Any]) -> list[str]:
     return paths
 
 
-def _parameters(request: Request) -> dict[str, str]:
+def _distinct(given: list[tuple[str, str]]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, value in request.parameters():
+    for name, value in given:
         if name not in found:
             found[name] = value
         elif name in LIST_VALUED or name.endswith(("[in]", "[not_in]")):

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from ..query import Cursor, Query
@@ -155,11 +156,29 @@ class Page(Struct, Generic[T], frozen=True):
     next: Any = None
 
 
-class Hit(NamedTuple):
-    """A resource that was found, with its indexed fields as JSON."""
+_meta_decoder = msgspec.json.Decoder(ResourceMeta)
+_encode_json = msgspec.json.Encoder().encode
 
-    meta: ResourceMeta
+
+class Hit(NamedTuple):
+    """A resource that was found.
+
+    `document` is its ResourceMeta as JSON, which most callers pass on as it is; `meta` decodes it. `uid` and `encoding` lead to the body,
+    `shown` is the indexed fields as JSON.
+    """
+
+    document: bytes
+    uid: str
+    encoding: Encoding
     shown: bytes
+
+    @classmethod
+    def of(cls, meta: ResourceMeta, shown: bytes) -> Hit:
+        return cls(_encode_json(meta), meta.uid, meta.encoding, shown)
+
+    @property
+    def meta(self) -> ResourceMeta:
+        return _meta_decoder.decode(self.document)
 
 
 class Reindex(NamedTuple):
@@ -174,6 +193,9 @@ class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
     """What MetaStores and ResourceStores share."""
 
     durable: ClassVar[bool] = False
+
+    blocking: ClassVar[bool] = False
+    """True: its reads wait for a disk, each in a thread; the methods that end in `_now` wait in the caller's."""
 
     def bind(self, spec: ModelSpec) -> None:
         """Learn the model; called once, before anything else. No I/O here."""
@@ -230,6 +252,14 @@ class MetaStore(Store):
     async def search(self, query: Query) -> Page[Hit]:
         """What a resolved query finds."""
 
+    def get_now(self, resource_id: str) -> ResourceMeta:
+        """`get`, only where `blocking`."""
+        raise AssertionError("only where blocking")
+
+    def search_now(self, query: Query) -> Page[Hit]:
+        """`search`, only where `blocking`."""
+        raise AssertionError("only where blocking")
+
     @abstractmethod
     async def count(self, query: Query) -> int:
         """How many a resolved query finds; its sort, limit and cursor do not matter."""
@@ -247,7 +277,8 @@ class MetaStore(Store):
         return []
 
     async def reindex(self, entries: Sequence[Reindex]) -> None:
-        """Replace index entries where the resource is still in the expected state; versions stay. UniqueConflict."""
+        """Replace index entries where the resource is still in the expected state; versions stay. UniqueConflict. Without entries:
+        take note that nothing is outdated, if so."""
         raise AssertionError("a store that reports outdated entries takes new ones")
 
     def follow(self, changes: Sequence[Change]) -> None:
@@ -275,6 +306,10 @@ class ResourceStore(Store):
     @abstractmethod
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         """Bodies in the order asked; StoreDamaged if one is missing."""
+
+    def get_many_now(self, uids: Sequence[str]) -> list[bytes]:
+        """`get_many`, only where `blocking`."""
+        raise AssertionError("only where blocking")
 
     @abstractmethod
     async def delete(self, uids: Sequence[str]) -> None:
@@ -336,6 +371,17 @@ class IStorage(ABC):
 
     @abstractmethod
     async def bodies(self, uids: Sequence[str]) -> list[bytes]: ...
+
+    async def get_with_body(self, resource_id: str) -> tuple[ResourceMeta, bytes]:
+        """The metadata and the current body. StoreDamaged too where somebody replaced the body between the two reads."""
+        meta = await self.get(resource_id)
+        (body,) = await self.bodies([meta.uid])
+        return meta, body
+
+    async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
+        """What a query finds and the bodies of it, as `get_with_body`."""
+        page = await self.search(query)
+        return page, await self.bodies([hit.uid for hit in page.items])
 
     @abstractmethod
     async def commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:

@@ -19,6 +19,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
+import msgspec
+
 from ..errors import (
     CrudError,
     InvalidData,
@@ -60,13 +62,30 @@ MAX_ATTEMPTS = 16
 ANONYMOUS = "anonymous"
 
 
+_decode_meta = msgspec.json.Decoder(ResourceMeta).decode
+_encode = msgspec.json.Encoder().encode
+
+
 class Resource(Generic[T]):
-    """A resource with its data. `info` is the record of the revision, where one was asked for."""
+    """A resource with its data, each as an object and as JSON. `info` is the record of the revision, where one was asked for."""
 
-    __slots__ = ("_codec", "info", "json", "meta")
+    __slots__ = ("_codec", "_meta", "info", "json")
 
-    def __init__(self, codec: Codec[T], meta: ResourceMeta, json: bytes, info: RevisionInfo | None = None) -> None:
-        self._codec, self.meta, self.json, self.info = codec, meta, json, info
+    def __init__(
+        self, codec: Codec[T], meta: ResourceMeta | bytes, json: bytes, info: RevisionInfo | None = None
+    ) -> None:
+        self._codec, self._meta, self.json, self.info = codec, meta, json, info
+
+    @property
+    def meta(self) -> ResourceMeta:
+        meta = self._meta
+        if isinstance(meta, bytes):
+            meta = self._meta = _decode_meta(meta)
+        return meta
+
+    @property
+    def meta_json(self) -> bytes:
+        return self._meta if isinstance(self._meta, bytes) else _encode(self._meta)
 
     @property
     def data(self) -> T:
@@ -123,19 +142,36 @@ class ResourceManager(Generic[T]):
 
     async def get(self, resource_id: str, *, revision: int | None = None, include_deleted: bool = False) -> Resource[T]:
         """The current revision, or the given one. ResourceNotFound, RevisionNotFound, ResourceDeleted."""
+        if not self._opened:
+            await self.open()
         for _ in range(MAX_ATTEMPTS):
-            meta = await self.meta(resource_id, include_deleted=include_deleted)
-            info = None if revision is None else await self.storage.revision(resource_id, _number(revision))
-            uid, encoding = (meta.uid, meta.encoding) if info is None else (info.uid, info.encoding)
             try:
-                (body,) = await self.storage.bodies([uid])
+                if revision is None:
+                    meta, body = await self.storage.get_with_body(resource_id)
+                    if meta.is_deleted and not include_deleted:
+                        raise deleted(resource_id)
+                    return Resource(self.codec, meta, self.codec.to_json(body, meta.encoding))
+                meta = await self.meta(resource_id, include_deleted=include_deleted)
+                info = await self.storage.revision(resource_id, _number(revision))
+                (body,) = await self.storage.bodies([info.uid])
+                return Resource(self.codec, meta, self.codec.to_json(body, info.encoding), info)
             except StoreDamaged:
                 # Somebody may have replaced a draft, or purged, between the two reads; only if nobody did is the body lost.
+                await self._still_lost(resource_id, revision)
+        raise contention()
+
+    async def _still_lost(self, resource_id: str, revision: int | None) -> None:
+        """Raise StoreDamaged if the body is missing although its record has not changed in between."""
+        for _ in range(2):
+            meta = await self.storage.get(resource_id)
+            info = meta if revision is None else await self.storage.revision(resource_id, _number(revision))
+            try:
+                await self.storage.bodies([info.uid])
+            except StoreDamaged:
                 if await self.storage.get(resource_id) == meta:
                     raise
-                continue
-            return Resource(self.codec, meta, self.codec.to_json(body, encoding), info)
-        raise contention()
+            else:
+                return
 
     async def revisions(
         self, resource_id: str, *, before: int | None = None, limit: int = 50, include_deleted: bool = False
@@ -148,29 +184,30 @@ class ResourceManager(Generic[T]):
 
     async def search(self, query: Query | None = None) -> Page[Resource[T]]:
         """What the query finds, with data."""
-        for _ in range(MAX_ATTEMPTS):
-            page = await self.find(query)
-            try:
-                bodies = await self.storage.bodies([hit.meta.uid for hit in page.items])
-            except StoreDamaged:
-                again = await self.find(query)  # as in `get`
-                if [hit.meta for hit in again.items] != [hit.meta for hit in page.items]:
-                    continue
-                return Page(
-                    [found for hit in page.items if (found := await self._readable(hit)) is not None], page.next
-                )
-            to_json, codec = self.codec.to_json, self.codec
+        if not self._opened:
+            await self.open()
+        resolved = (query or Query()).resolve(self.codec.fields)
+        codec = self.codec
+        try:
+            page, bodies = await self.storage.search_with_bodies(resolved)
+        except StoreDamaged:
+            # A draft was replaced in between, or a body is lost; one by one tells, and one that is lost must not hide all others.
+            page = await self.storage.search(resolved)
+            return Page([found for hit in page.items if (found := await self._readable(hit)) is not None], page.next)
+        if all(hit.encoding is Encoding.json for hit in page.items):
+            items = [Resource(codec, hit.document, body) for hit, body in zip(page.items, bodies, strict=True)]
+        else:
             items = [
-                Resource(codec, hit.meta, to_json(body, hit.meta.encoding))
+                Resource(codec, hit.document, codec.to_json(body, hit.encoding))
                 for hit, body in zip(page.items, bodies, strict=True)
             ]
-            return Page(items, page.next)
-        raise contention()
+        return Page(items, page.next)
 
     async def _readable(self, hit: Hit) -> Resource[T] | None:
-        """The resource, or None if its body is lost: one damaged body must not hide all others."""
         try:
             return await self.get(hit.meta.resource_id, include_deleted=True)
+        except ResourceNotFound:
+            return None
         except StoreDamaged as error:
             log.error("%s %s is left out of a search: %s", self.name, hit.meta.resource_id, error)
             return None

@@ -49,6 +49,7 @@ from .basic import (
 )
 from .checks import taken
 from .codec import IndexOf
+from .threads import in_thread
 
 log = logging.getLogger("crudstack.storage")
 
@@ -60,6 +61,7 @@ class SimpleStorage(IStorage):
     def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
         self.meta_store = meta_store
         self.resource_store = resource_store
+        self._blocking = meta_store.blocking and resource_store.blocking
         self._follows = not meta_store.authoritative and resource_store.keeps_records
         self._spec = ModelSpec("unbound")
         self._generation = 0
@@ -110,6 +112,7 @@ class SimpleStorage(IStorage):
         self._generation = await self.meta_store.generation()
         while outdated := await self.meta_store.outdated(REINDEX_PAGE):
             await self._reindex(outdated, index)
+        await self.meta_store.reindex([])
 
     async def _rebuild(self) -> None:
         batch: list[Change] = []
@@ -155,6 +158,27 @@ class SimpleStorage(IStorage):
 
     async def bodies(self, uids: Sequence[str]) -> list[bytes]:
         return await self.resource_store.get_many(uids) if uids else []
+
+    async def get_with_body(self, resource_id: str) -> tuple[ResourceMeta, bytes]:
+        if not self._blocking:
+            return await super().get_with_body(resource_id)
+
+        def read() -> tuple[ResourceMeta, bytes]:  # both in one trip to a thread
+            meta = self.meta_store.get_now(resource_id)
+            (body,) = self.resource_store.get_many_now([meta.uid])
+            return meta, body
+
+        return await in_thread(read)
+
+    async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
+        if not self._blocking:
+            return await super().search_with_bodies(query)
+
+        def read() -> tuple[Page[Hit], list[bytes]]:
+            page = self.meta_store.search_now(query)
+            return page, self.resource_store.get_many_now([hit.uid for hit in page.items])
+
+        return await in_thread(read)
 
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         return await self.meta_store.revision(resource_id, revision)

@@ -69,7 +69,10 @@ class _TablesMetaStore(MetaStore):
         return await self._db.read(lambda db: self._tables.outdated(db, limit))
 
     async def reindex(self, entries: Sequence[Reindex]) -> None:
-        await self._db.write(lambda db: self._tables.reindex(db, entries))
+        if entries:
+            await self._db.write(lambda db: self._tables.reindex(db, entries))
+        elif await self._db.read(self._tables.stale):
+            await self._db.write(self._tables.settled)
 
     async def health(self) -> None:
         await self._db.read(self._tables.generation)
@@ -100,6 +103,7 @@ class MemoryMetaStore(_TablesMetaStore):
 
 class DiskMetaStore(_TablesMetaStore):
     durable: ClassVar[bool] = True
+    blocking: ClassVar[bool] = True
 
     _db: FileDatabase
 
@@ -107,6 +111,12 @@ class DiskMetaStore(_TablesMetaStore):
         super().__init__(encoding)
         self._path = Path(rootdir) / "index.sqlite"
         self.bind(ModelSpec("unbound"))
+
+    def get_now(self, resource_id: str) -> ResourceMeta:
+        return self._db.read_now(lambda db: self._tables.get(db, resource_id))
+
+    def search_now(self, query: Query) -> Page[Hit]:
+        return self._db.read_now(lambda db: self._tables.search(db, query))
 
     async def erase(self, now: dt.datetime) -> dt.datetime:
         await self._db.checkpoint()

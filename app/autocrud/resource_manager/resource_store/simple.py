@@ -55,6 +55,7 @@ class DiskResourceStore(ResourceStore):
     """Bodies, and records for a MetaStore that is not durable, as rows of `bodies.sqlite`."""
 
     durable: ClassVar[bool] = True
+    blocking: ClassVar[bool] = True
     keeps_records: ClassVar[bool] = True
 
     def __init__(self, rootdir: str | Path, encoding: Encoding | None = None) -> None:
@@ -77,6 +78,9 @@ class DiskResourceStore(ResourceStore):
 
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         return await self._db.read(lambda db: _bodies(db, uids))
+
+    def get_many_now(self, uids: Sequence[str]) -> list[bytes]:
+        return self._db.read_now(lambda db: _bodies(db, uids)) if uids else []
 
     async def delete(self, uids: Sequence[str]) -> None:
         rows = [(uid,) for uid in uids]

@@ -27,13 +27,13 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import apsw
 
 from ...errors import CrudError, OutcomeUnknown, StoreDamaged, StoreUnavailable
+from ..threads import in_thread
 
 T = TypeVar("T")
 Work = Callable[[apsw.Connection], T]
@@ -45,9 +45,6 @@ MAX_GROUP = 500
 
 WRITE_TIMEOUT_S = 10.0
 """How long a write waits for its turn before it is given up."""
-
-THREADS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="crudstack-sqlite")
-"""For reads, of all databases together; they hold no locks that another one of them waits for."""
 
 
 def translated(error: apsw.Error) -> CrudError:
@@ -95,7 +92,7 @@ class MemoryDatabase:
                 return self._run(work)
             finally:
                 self._lock.release()
-        return await asyncio.get_running_loop().run_in_executor(THREADS, self.run, work)
+        return await in_thread(lambda: self.run(work))
 
     async def write(self, work: Work[T], after: Callable[[], None] | None = None) -> T:
         result = await self.read(work, quick=True)
@@ -179,7 +176,7 @@ class FileDatabase:
         self._idle: list[apsw.Connection] = []
 
     async def read(self, work: Work[T], *, quick: bool = False) -> T:
-        return await asyncio.get_running_loop().run_in_executor(THREADS, self._read, work)
+        return await in_thread(lambda: self.read_now(work))
 
     async def write(self, work: Work[T], after: Callable[[], None] | None = None) -> T:
         """Run `work` in a transaction together with whatever waits at the same time; durable when this returns.
@@ -199,14 +196,14 @@ class FileDatabase:
 
     async def checkpoint(self) -> None:
         """Move the log into the file and empty it, so that what was deleted leaves no trace in it."""
-        await asyncio.get_running_loop().run_in_executor(THREADS, self._checkpoint)
+        await in_thread(self._checkpoint)
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._close)
 
     # The rest runs in threads.
 
-    def _read(self, work: Work[T]) -> T:
+    def read_now(self, work: Work[T]) -> T:
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -254,7 +251,7 @@ class FileDatabase:
 
     def _checkpoint(self) -> None:
         with self._lock().held():
-            self._read(lambda db: db.pragma("wal_checkpoint(truncate)"))
+            self.read_now(lambda db: db.pragma("wal_checkpoint(truncate)"))
 
     def _start(self) -> None:
         with self._state:

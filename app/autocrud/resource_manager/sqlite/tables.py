@@ -7,14 +7,19 @@ MetaStores and the records beside the bodies.
     list_values  the elements of indexed lists
     revisions    the records
     specs        fingerprints of the sets of indexed fields that rows were written under
-    settings     generation
+    state        one row: `generation`; `live`, how many resources are not deleted; `spec`, the fingerprint that this database was last
+                 opened for; `stale`, whether rows may have been indexed for another one
+
+Invariant: if a row's spec is not `state.spec`, `stale` is 1. Opening for another spec sets it, and so does a commit by a process that was
+opened for another one; only a pass over all rows that found none left clears it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import apsw
 import msgspec
@@ -50,6 +55,8 @@ META_COLUMNS = (
     "updated_time",
     "created_by",
     "updated_by",
+    "uid",
+    "encoding",
     "doc",
 )
 TABLES = """
@@ -57,20 +64,21 @@ CREATE TABLE IF NOT EXISTS resources (
   rid INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, version INTEGER NOT NULL, nonce TEXT NOT NULL,
   revision INTEGER NOT NULL, total_revision_count INTEGER NOT NULL, schema_version INTEGER NOT NULL,
   status TEXT NOT NULL, is_deleted INTEGER NOT NULL, created_time INTEGER NOT NULL, updated_time INTEGER NOT NULL,
-  created_by TEXT NOT NULL, updated_by TEXT NOT NULL, doc NOT NULL, shown BLOB, missing TEXT, spec INTEGER);
-CREATE INDEX IF NOT EXISTS by_id ON resources (is_deleted, id);
+  created_by TEXT NOT NULL, updated_by TEXT NOT NULL, uid TEXT NOT NULL, encoding TEXT NOT NULL, doc BLOB NOT NULL,
+  shown BLOB, missing TEXT, spec INTEGER);
 CREATE INDEX IF NOT EXISTS by_created ON resources (is_deleted, created_time, id);
 CREATE INDEX IF NOT EXISTS by_updated ON resources (is_deleted, updated_time, id);
-CREATE INDEX IF NOT EXISTS by_spec ON resources (spec);
 CREATE TABLE IF NOT EXISTS list_values (field TEXT, value, rid INTEGER, PRIMARY KEY (field, value, rid)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS list_values_by_rid ON list_values (rid);
 CREATE TABLE IF NOT EXISTS revisions (
-  rid INTEGER, revision INTEGER, uid TEXT NOT NULL UNIQUE, doc NOT NULL, PRIMARY KEY (rid, revision)) WITHOUT ROWID;
+  rid INTEGER, revision INTEGER, uid TEXT NOT NULL UNIQUE, doc BLOB NOT NULL, PRIMARY KEY (rid, revision)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE);
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-INSERT OR IGNORE INTO settings VALUES ('format', 1), ('generation', 0);
+CREATE TABLE IF NOT EXISTS state (
+  one INTEGER PRIMARY KEY CHECK (one = 1), format INTEGER, generation INTEGER, live INTEGER, spec INTEGER, stale INTEGER);
+INSERT OR IGNORE INTO state VALUES (1, 1, 0, 0, 0, 0);
 """
 FORMAT = 1
+ENCODINGS = {encoding.value: encoding for encoding in Encoding}
 
 _codecs: dict[Encoding, Callable[[Any], bytes]] = {
     Encoding.json: msgspec.json.Encoder().encode,
@@ -80,13 +88,17 @@ _meta_json, _meta_msgpack = msgspec.json.Decoder(ResourceMeta), msgspec.msgpack.
 _info_json, _info_msgpack = msgspec.json.Decoder(RevisionInfo), msgspec.msgpack.Decoder(RevisionInfo)
 
 
+def _is_json(doc: bytes) -> bool:
+    """A document of ours is JSON or MessagePack; no map of MessagePack starts with a brace."""
+    return doc[0] == 0x7B
+
+
 def _meta(doc: Any) -> ResourceMeta:
-    """A document is text if it is JSON and a blob if it is MessagePack."""
-    return _meta_json.decode(doc) if type(doc) is str else _meta_msgpack.decode(doc)
+    return _meta_json.decode(doc) if _is_json(doc) else _meta_msgpack.decode(doc)
 
 
 def _info(doc: Any) -> RevisionInfo:
-    return _info_json.decode(doc) if type(doc) is str else _info_msgpack.decode(doc)
+    return _info_json.decode(doc) if _is_json(doc) else _info_msgpack.decode(doc)
 
 
 class ResourceTables:
@@ -96,6 +108,7 @@ class ResourceTables:
         self.spec = spec
         self.encoding = encoding or Encoding.json
         self._encode = _codecs[self.encoding]
+        self._search = functools.lru_cache(maxsize=512)(lambda query: sql.search(query, spec.fields))
         self._lists = [name for name, kind in spec.fields.items() if kind.is_list]
         names = [*META_COLUMNS, "shown", "missing", "spec", *(sql.column(name) for name in spec.fields)]
         self._insert = f"INSERT INTO resources ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
@@ -110,7 +123,7 @@ class ResourceTables:
     def create(self, connection: apsw.Connection) -> None:
         """Make or complete the schema. Several versions of the program may do this, one after the other."""
         connection.execute(TABLES)
-        found = connection.execute("SELECT value FROM settings WHERE name = 'format'").get
+        found = connection.execute("SELECT format FROM state").get
         if found != FORMAT:
             raise ConfigError(
                 f"the database of model {self.spec.name!r} has format {found}, this program knows {FORMAT}"
@@ -126,6 +139,7 @@ class ResourceTables:
                 )
         connection.execute("INSERT OR IGNORE INTO specs (fingerprint) VALUES (?)", (self._fingerprint,))
         self._spec_id = connection.execute("SELECT id FROM specs WHERE fingerprint = ?", (self._fingerprint,)).get
+        connection.execute("UPDATE state SET spec = ?1, stale = 1 WHERE spec <> ?1", (self._spec_id,))
 
     # Reading
 
@@ -156,12 +170,18 @@ class ResourceTables:
         return Page(items, items[-1].revision if len(rows) > limit else None)
 
     def search(self, connection: apsw.Connection, query: Query) -> Page[Hit]:
-        rows = connection.execute(*sql.search(query, self.spec.fields)).fetchall()
-        found = rows[: query.limit]
-        next_ = tuple(found[-1][2:]) if len(rows) > query.limit else None
-        return Page([Hit(_meta(doc), cast("bytes", shown)) for doc, shown, *_ in found], next_)
+        rows: list[Any] = connection.execute(*self._search(query)).fetchall()
+        next_ = None
+        if len(rows) > query.limit:
+            rows.pop()
+            next_ = tuple(rows[-1][4:])
+        if self.encoding is Encoding.json and all(_is_json(row[0]) for row in rows):
+            return Page([Hit(row[0], row[1], ENCODINGS[row[2]], row[3]) for row in rows], next_)
+        return Page([Hit.of(_meta(row[0]), row[3]) for row in rows], next_)
 
     def count(self, connection: apsw.Connection, query: Query) -> int:
+        if query.where is None and not query.include_deleted:
+            return int(connection.execute("SELECT live FROM state").get)
         return int(connection.execute(*sql.count(query, self.spec.fields)).get)
 
     def scan(self, connection: apsw.Connection, after: str, limit: int) -> list[ResourceMeta]:
@@ -180,15 +200,23 @@ class ResourceTables:
         return [uid for uid in uids if connection.execute("SELECT 1 FROM revisions WHERE uid = ?", (uid,)).get is None]
 
     def outdated(self, connection: apsw.Connection, limit: int) -> list[ResourceMeta]:
-        rows = connection.execute(
-            "SELECT doc FROM resources WHERE spec < ?1 UNION ALL SELECT doc FROM resources WHERE spec > ?1"
-            " UNION ALL SELECT doc FROM resources WHERE spec IS NULL LIMIT ?2",
-            (self._spec_id, limit),
-        )
+        if not self.stale(connection):
+            return []
+        rows = connection.execute("SELECT doc FROM resources WHERE spec IS NOT ? LIMIT ?", (self._spec_id, limit))
         return [_meta(row[0]) for row in rows.fetchall()]
 
+    def stale(self, connection: apsw.Connection) -> bool:
+        return bool(connection.execute("SELECT stale FROM state").get)
+
+    def settled(self, connection: apsw.Connection) -> None:
+        """Note that all rows are indexed for the bound fields, if they are; in a transaction, so that nobody writes meanwhile."""
+        connection.execute(
+            "UPDATE state SET stale = 0 WHERE spec = ?1 AND NOT EXISTS (SELECT 1 FROM resources WHERE spec IS NOT ?1)",
+            (self._spec_id,),
+        )
+
     def generation(self, connection: apsw.Connection) -> int:
-        return int(connection.execute("SELECT value FROM settings WHERE name = 'generation'").get)
+        return int(connection.execute("SELECT generation FROM state").get)
 
     def holder(self, connection: apsw.Connection, name: str, key: Key) -> str | None:
         found: str | None = connection.execute(
@@ -199,11 +227,13 @@ class ResourceTables:
     # Writing, inside the caller's transaction
 
     def advance_generation(self, connection: apsw.Connection) -> int:
-        connection.execute("UPDATE settings SET value = value + 1 WHERE name = 'generation'")
+        connection.execute("UPDATE state SET generation = generation + 1")
         return self.generation(connection)
 
     def commit(self, connection: apsw.Connection, changes: Sequence[Change]) -> list[ResourceMeta]:
-        generation = self.generation(connection)
+        generation, spec, stale = connection.execute("SELECT generation, spec, stale FROM state").get
+        if spec != self._spec_id and not stale:
+            connection.execute("UPDATE state SET stale = 1")
         committed = [self._apply(connection, change, generation) for change in changes]
         for change in changes:
             if change.index is not None and not change.purge:
@@ -233,12 +263,15 @@ class ResourceTables:
     ) -> ResourceMeta:
         meta = change.meta
         found = connection.execute(
-            "SELECT rid, version, nonce FROM resources WHERE id = ?", (storable_id(meta.resource_id),)
+            "SELECT rid, version, nonce, is_deleted FROM resources WHERE id = ?", (storable_id(meta.resource_id),)
         ).get
-        check_expectation(change.expect, meta.resource_id, None if found is None else Version(*found[1:]))
+        check_expectation(change.expect, meta.resource_id, None if found is None else Version(*found[1:3]))
         if change.record is not None and generation_of(change.record.uid) < generation - 1:
             raise StaleGeneration(f"generation {change.record.uid} is older than {generation} - 1")
-        rid = None if found is None else found[0]
+        rid, was_live = (None, False) if found is None else (found[0], not found[3])
+        live = not change.purge and not meta.is_deleted
+        if live != was_live:
+            connection.execute("UPDATE state SET live = live + ?", (1 if live else -1,))
         if change.purge:
             if rid is not None:
                 for table in ("list_values", "revisions", "resources"):
@@ -266,12 +299,8 @@ class ResourceTables:
     def put_record(self, connection: apsw.Connection, rid: int, record: RevisionInfo) -> None:
         connection.execute(
             "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?)",
-            (rid, record.revision, record.uid, self._doc(record)),
+            (rid, record.revision, record.uid, self._encode(record)),
         )
-
-    def _doc(self, document: ResourceMeta | RevisionInfo) -> str | bytes:
-        encoded = self._encode(document)
-        return encoded.decode() if self.encoding is Encoding.json else encoded
 
     def _meta_row(self, meta: ResourceMeta) -> tuple[Any, ...]:
         return (
@@ -287,7 +316,9 @@ class ResourceTables:
             datetime_key(meta.updated_time),
             meta.created_by,
             meta.updated_by,
-            self._doc(meta),
+            meta.uid,
+            meta.encoding.value,
+            self._encode(meta),
         )
 
     def _index_row(self, index: IndexEntry) -> tuple[Any, ...]:

@@ -1,0 +1,20 @@
+"""The data: 10,000 articles of about 350 bytes, a hundred by each author, views from 0 to 9,999. Imports nothing of anyone."""
+
+from __future__ import annotations
+
+COUNT = 10_000
+CONTENT = "lorem ipsum dolor sit amet " * 11
+
+
+def article(number: int) -> dict[str, object]:
+    return {
+        "title": f"Title {number}",
+        "content": CONTENT,
+        "author": f"author{number % 100:02}",
+        "published": number % 3 == 0,
+        "views": number * 7919 % COUNT,
+    }
+
+
+AUTHOR = "author07"
+VIEWS = 5_000
