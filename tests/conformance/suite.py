@@ -563,12 +563,12 @@ class StorageConformance:
         storage = manager.storage
         commit, advanced = storage._commit, []
 
-        async def slow(changes):
+        async def slow(writes):
             if len(advanced) < 2:
                 for _ in range(3):
                     await storage.maintain(10)
                 advanced.append(True)
-            return await commit(changes)
+            return await commit(writes)
 
         storage._commit = slow
         created = await manager.create(Item(text="1"))

@@ -189,13 +189,17 @@ class Reindex(NamedTuple):
     entry: IndexEntry
 
 
+class Write(NamedTuple):
+    """A change, and the body that its record names (None where the body exists already)."""
+
+    change: Change
+    body: bytes | None
+
+
 class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
     """What MetaStores and ResourceStores share."""
 
     durable: ClassVar[bool] = False
-
-    blocking: ClassVar[bool] = False
-    """True: its reads wait for a disk, each in a thread; the methods that end in `_now` wait in the caller's."""
 
     def bind(self, spec: ModelSpec) -> None:
         """Learn the model; called once, before anything else. No I/O here."""
@@ -252,14 +256,6 @@ class MetaStore(Store):
     async def search(self, query: Query) -> Page[Hit]:
         """What a resolved query finds."""
 
-    def get_now(self, resource_id: str) -> ResourceMeta:
-        """`get`, only where `blocking`."""
-        raise AssertionError("only where blocking")
-
-    def search_now(self, query: Query) -> Page[Hit]:
-        """`search`, only where `blocking`."""
-        raise AssertionError("only where blocking")
-
     @abstractmethod
     async def count(self, query: Query) -> int:
         """How many a resolved query finds; its sort, limit and cursor do not matter."""
@@ -307,10 +303,6 @@ class ResourceStore(Store):
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         """Bodies in the order asked; StoreDamaged if one is missing."""
 
-    def get_many_now(self, uids: Sequence[str]) -> list[bytes]:
-        """`get_many`, only where `blocking`."""
-        raise AssertionError("only where blocking")
-
     @abstractmethod
     async def delete(self, uids: Sequence[str]) -> None:
         """Remove bodies; those that are not there are no error."""
@@ -323,21 +315,15 @@ class ResourceStore(Store):
         """Claim to be the only process that writes here, until `close`; ConfigError if another one does."""
         raise AssertionError("only where keeps_records")
 
-    async def put_records(self, changes: Sequence[Change], then: Callable[[Sequence[Change]], None]) -> None:
-        """Commit as MetaStore.commit does, unique fields aside, and call `then` before anyone is told, in commit order."""
+    async def put_records(self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None]) -> None:
+        """Put the bodies and commit as MetaStore.commit does, unique fields aside, all or nothing; call `then` before anyone is told,
+        in commit order."""
         raise AssertionError("only where keeps_records")
 
     def records(self) -> AsyncIterator[Change]:
         """Everything that was committed and not purged: for each resource its records, then its metadata, as changes
         without an index."""
         raise AssertionError("only where keeps_records")
-
-
-class Write(NamedTuple):
-    """A change, and the body that its record names (None where the body exists already)."""
-
-    change: Change
-    body: bytes | None
 
 
 class IStorage(ABC):

@@ -49,7 +49,9 @@ from .basic import (
 )
 from .checks import taken
 from .codec import IndexOf
-from .threads import in_thread
+from .disk_pair import DiskPair
+from .meta_store.simple import DiskMetaStore
+from .resource_store.simple import DiskResourceStore
 
 log = logging.getLogger("crudstack.storage")
 
@@ -61,7 +63,9 @@ class SimpleStorage(IStorage):
     def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
         self.meta_store = meta_store
         self.resource_store = resource_store
-        self._blocking = meta_store.blocking and resource_store.blocking
+        self._pair: DiskPair | None = None
+        if isinstance(meta_store, DiskMetaStore) and isinstance(resource_store, DiskResourceStore):
+            self._pair = DiskPair(meta_store, resource_store)
         self._follows = not meta_store.authoritative and resource_store.keeps_records
         self._spec = ModelSpec("unbound")
         self._generation = 0
@@ -160,25 +164,14 @@ class SimpleStorage(IStorage):
         return await self.resource_store.get_many(uids) if uids else []
 
     async def get_with_body(self, resource_id: str) -> tuple[ResourceMeta, bytes]:
-        if not self._blocking:
-            return await super().get_with_body(resource_id)
-
-        def read() -> tuple[ResourceMeta, bytes]:  # both in one trip to a thread
-            meta = self.meta_store.get_now(resource_id)
-            (body,) = self.resource_store.get_many_now([meta.uid])
-            return meta, body
-
-        return await in_thread(read)
+        if self._pair is not None:
+            return await self._pair.get_with_body(resource_id)
+        return await super().get_with_body(resource_id)
 
     async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
-        if not self._blocking:
-            return await super().search_with_bodies(query)
-
-        def read() -> tuple[Page[Hit], list[bytes]]:
-            page = self.meta_store.search_now(query)
-            return page, self.resource_store.get_many_now([hit.uid for hit in page.items])
-
-        return await in_thread(read)
+        if self._pair is not None:
+            return await self._pair.search_with_bodies(query)
+        return await super().search_with_bodies(query)
 
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         return await self.meta_store.revision(resource_id, revision)
@@ -199,31 +192,20 @@ class SimpleStorage(IStorage):
 
     async def commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:
         while True:
-            put = await self._put_bodies(writes)
-            changes = [write.change for write in writes]
             try:
-                committed = await self._commit(changes)
+                committed = await self._commit(writes)
                 break
             except StaleGeneration:
-                await self._forget(put)
+                await self._forget(_bodies_of(writes))
                 self._generation = await self.meta_store.generation()
                 writes = [self._renewed(write) for write in writes]
             except OutcomeUnknown:
                 raise  # the bodies may be needed
             except CrudError:
-                await self._forget(put)
+                await self._forget(_bodies_of(writes))
                 raise
-        await self._forget([uid for change in changes for uid in change.drop])
+        await self._forget([uid for write in writes for uid in write.change.drop])
         return committed
-
-    async def _put_bodies(self, writes: Sequence[Write]) -> list[str]:
-        bodies = [(write.change.record, write.body) for write in writes if write.body is not None]
-        puts = [self.resource_store.put(info.uid, info, body) for info, body in bodies if info is not None]
-        if len(puts) == 1:
-            await puts[0]
-        elif puts:
-            await asyncio.gather(*puts)
-        return [info.uid for info, _ in bodies if info is not None]
 
     async def _forget(self, uids: Sequence[str]) -> None:
         """Remove bodies that nothing names. What stays is found by the sweep, so failing is no error of the write."""
@@ -242,15 +224,27 @@ class SimpleStorage(IStorage):
         meta = replace(change.meta, uid=uid) if change.meta.uid == change.record.uid else change.meta
         return Write(replace(change, meta=meta, record=replace(change.record, uid=uid)), body)
 
-    async def _commit(self, changes: Sequence[Change]) -> list[ResourceMeta]:
-        if not self._follows:
-            return await self.meta_store.commit(changes)
-        # Reservations must outlive the commit, so it goes on where the one who asked does not.
-        return await asyncio.shield(asyncio.create_task(self._commit_records(changes)))
+    async def _commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+        if self._follows:
+            # Reservations must outlive the commit, so it goes on where the one who asked does not.
+            return await asyncio.shield(asyncio.create_task(self._commit_records(writes)))
+        if self._pair is not None:
+            return await self._pair.commit(writes)
+        puts = [
+            self.resource_store.put(change.record.uid, change.record, body)
+            for change, body in writes
+            if change.record is not None and body is not None
+        ]
+        if len(puts) == 1:
+            await puts[0]
+        elif puts:
+            await asyncio.gather(*puts)
+        return await self.meta_store.commit([write.change for write in writes])
 
-    async def _commit_records(self, changes: Sequence[Change]) -> list[ResourceMeta]:
+    async def _commit_records(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+        changes = [write.change for write in writes]
         async with self._unique_values(changes):
-            await self.resource_store.put_records(changes, then=self.meta_store.follow)
+            await self.resource_store.put_records(writes, then=self.meta_store.follow)
         return [change.meta for change in changes]
 
     @contextlib.asynccontextmanager
@@ -315,3 +309,7 @@ class SimpleStorage(IStorage):
             self._opening = None
         await self.meta_store.close()
         await self.resource_store.close()
+
+
+def _bodies_of(writes: Sequence[Write]) -> list[str]:
+    return [change.record.uid for change, body in writes if change.record is not None and body is not None]

@@ -21,8 +21,8 @@ import apsw
 import msgspec
 
 from ...errors import ConfigError, StoreDamaged
-from ..basic import Change, Encoding, ModelSpec, ResourceStore, RevisionInfo
-from ..sqlite.database import FileDatabase
+from ..basic import Change, Encoding, ModelSpec, ResourceStore, RevisionInfo, Write
+from ..sqlite.database import FileDatabase, Stage
 from ..sqlite.tables import ResourceTables
 
 SCAN_PAGE = 500
@@ -55,7 +55,6 @@ class DiskResourceStore(ResourceStore):
     """Bodies, and records for a MetaStore that is not durable, as rows of `bodies.sqlite`."""
 
     durable: ClassVar[bool] = True
-    blocking: ClassVar[bool] = True
     keeps_records: ClassVar[bool] = True
 
     def __init__(self, rootdir: str | Path, encoding: Encoding | None = None) -> None:
@@ -74,7 +73,11 @@ class DiskResourceStore(ResourceStore):
         self._records.create(connection)
 
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
-        await self._db.write(lambda db: db.execute("INSERT OR REPLACE INTO bodies VALUES (?, ?)", (uid, body)) and None)
+        await self._db.write(lambda db: _put(db, [(uid, body)]))
+
+    def put_stage(self, bodies: Sequence[tuple[str, bytes]]) -> Stage:
+        """Putting bodies, as the stage of a larger write."""
+        return Stage(self._db, lambda db: _put(db, bodies))
 
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         return await self._db.read(lambda db: _bodies(db, uids))
@@ -116,8 +119,17 @@ class DiskResourceStore(ResourceStore):
             os.close(self._owned)
             self._owned = None
 
-    async def put_records(self, changes: Sequence[Change], then: Callable[[Sequence[Change]], None]) -> None:
-        await self._db.write(lambda db: self._records.commit(db, changes), after=lambda: then(changes))
+    async def put_records(self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None]) -> None:
+        changes = [write.change for write in writes]
+        bodies = [
+            (change.record.uid, body) for change, body in writes if change.record is not None and body is not None
+        ]
+
+        def work(connection: apsw.Connection) -> None:
+            _put(connection, bodies)
+            self._records.commit(connection, changes)
+
+        await self._db.write(work, after=lambda: then(changes))
 
     async def records(self) -> AsyncIterator[Change]:
         after = ""
@@ -143,6 +155,11 @@ class DiskResourceStore(ResourceStore):
     async def close(self) -> None:
         await self._db.close()
         self._disown()
+
+
+def _put(connection: apsw.Connection, bodies: Sequence[tuple[str, bytes]]) -> None:
+    for body in bodies:
+        connection.execute("INSERT OR REPLACE INTO bodies VALUES (?, ?)", body)
 
 
 def _bodies(connection: apsw.Connection, uids: Sequence[str]) -> list[bytes]:

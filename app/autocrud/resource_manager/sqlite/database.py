@@ -7,11 +7,12 @@ Invariants of FileDatabase:
 
 - W1 *Acknowledged is durable.* A write's future is settled only after COMMIT returned, in WAL mode with synchronous=FULL
   (the log is synced before COMMIT returns). A crash before that leaves the file without the write, or with it, never with half.
-- W2 *One writer at a time.* Only the committer thread writes, and only while it holds the file lock, which every process takes;
+- W2 *One writer at a time.* Only a committer thread writes, and only while it holds the file lock, which every process takes;
   so BEGIN IMMEDIATE never waits and `work` decides upon the newest state.
 - W3 *A write that was given up was not done.* It can be given up only before the committer claims it (a ticket that one side
   can take); afterwards its outcome is told, however long that takes.
-- W4 *Order.* `after` callbacks run in the order of commits, before the writer is told.
+- W4 *Order.* `after` callbacks run in the order of commits, before the writer is told. A stage of a write begins when those before it
+  are durable.
 
 The file lock is two flocks: whoever wants the lock waits at the gate first, so a process that writes without pause cannot
 overtake one that waits (SQLite's own busy wait is unfair: 331 ms seen).
@@ -26,9 +27,9 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import apsw
 
@@ -130,26 +131,42 @@ class FileLock:
         os.close(self._lock)
 
 
-class _Job(Generic[T]):
-    """A write that waits for its turn. Whoever pops the ticket decides what becomes of it (W3)."""
+class Stage(NamedTuple):
+    """A write as a part of a larger one: `work` in a transaction of `database`."""
 
-    __slots__ = ("after", "error", "future", "loop", "result", "ticket", "work")
+    database: FileDatabase
+    work: Work[Any]
 
-    def __init__(self, work: Work[T], after: Callable[[], None] | None, loop: asyncio.AbstractEventLoop) -> None:
-        self.work, self.after, self.loop = work, after, loop
-        self.future: asyncio.Future[T] = loop.create_future()
+
+class _Job:
+    """A write that waits for its turn: stages, each durable before the next begins. Whoever pops the ticket decides (W3)."""
+
+    __slots__ = ("after", "claimed", "error", "future", "loop", "results", "stages", "ticket")
+
+    def __init__(
+        self, stages: Sequence[Stage], after: Callable[[], None] | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.stages, self.after, self.loop = stages, after, loop
+        self.future: asyncio.Future[list[Any]] = loop.create_future()
         self.ticket = [True]
-        self.result: Any = None
+        self.claimed = False
+        self.results: list[Any] = []
         self.error: BaseException | None = None
 
     def claim(self) -> bool:
+        """For the committer: whether the job is its own."""
+        if not self.claimed:
+            self.claimed = self._take()
+        return self.claimed
+
+    def _take(self) -> bool:
         try:
             return self.ticket.pop()
         except IndexError:
             return False
 
     def give_up(self) -> None:
-        if self.claim() and not self.future.done():
+        if self._take() and not self.future.done():
             self.future.set_exception(
                 StoreUnavailable(f"the database was busy for {WRITE_TIMEOUT_S:g} s; nothing was changed, try again")
             )
@@ -158,34 +175,28 @@ class _Job(Generic[T]):
         if self.future.done():  # the one who asked is gone
             return
         if self.error is None:
-            self.future.set_result(self.result)
+            self.future.set_result(self.results)
         else:
             self.future.set_exception(self.error)
 
 
-class FileDatabase:
-    """A SQLite file on a local disk. Opened at the first use; directories are made."""
+class Committer:
+    """The one thread that writes to some databases. Writes that wait at the same time share their commits."""
 
-    def __init__(self, path: Path, schema: Work[None]) -> None:
-        self.path = path
-        self._schema = schema
-        self._state = threading.Lock()  # guards the four below
-        self._file_lock: FileLock | None = None
-        self._committer: threading.Thread | None = None
-        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
-        self._idle: list[apsw.Connection] = []
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._state = threading.Lock()
 
-    async def read(self, work: Work[T], *, quick: bool = False) -> T:
-        return await in_thread(lambda: self.read_now(work))
+    async def write(self, stages: Sequence[Stage], after: Callable[[], None] | None = None) -> list[Any]:
+        """Do the stages in turn; what each returned. All are durable when this returns, and none is done twice.
 
-    async def write(self, work: Work[T], after: Callable[[], None] | None = None) -> T:
-        """Run `work` in a transaction together with whatever waits at the same time; durable when this returns.
-
-        `after` runs in the committer thread once the write is durable. A write that is cancelled may still happen.
+        Where a stage fails, those before it stay done. `after` runs in the committer's thread, before anyone is told. A write that is
+        cancelled may still happen.
         """
         loop = asyncio.get_running_loop()
-        job = _Job(work, after, loop)
-        if self._committer is None:
+        job = _Job(stages, after, loop)
+        if self._thread is None:
             self._start()
         self._jobs.put(job)
         timer = loop.call_later(WRITE_TIMEOUT_S, job.give_up)
@@ -193,6 +204,77 @@ class FileDatabase:
             return await job.future
         finally:
             timer.cancel()
+
+    def stop(self) -> None:
+        """Do what waits, then end the thread; the next write starts another one."""
+        with self._state:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._jobs.put(None)
+            thread.join()
+
+    def _start(self) -> None:
+        with self._state:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="crudstack-commit", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        running = True
+        while running:
+            taken = [self._jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while taken[-1] is not None and len(taken) < MAX_GROUP:
+                    taken.append(self._jobs.get_nowait())
+            running = taken[-1] is not None
+            jobs = [job for job in taken if job is not None]
+            for number in range(max((len(job.stages) for job in jobs), default=0)):
+                groups: dict[FileDatabase, list[_Job]] = {}
+                for job in jobs:
+                    if job.error is None and number < len(job.stages):
+                        groups.setdefault(job.stages[number].database, []).append(job)
+                for database, group in groups.items():
+                    self._commit(database, group, number)
+            for job in jobs:
+                if job.claimed and job.error is None and job.after is not None:
+                    try:
+                        job.after()
+                    except BaseException as error:  # the others are durable and must hear it
+                        job.error = error
+            _settle([job for job in jobs if job.claimed])
+
+    def _commit(self, database: FileDatabase, group: list[_Job], number: int) -> None:
+        try:
+            with database.writing() as connection:
+                # Claimed only now: while another process holds the lock, a write may still be given up.
+                if not _transact(connection, [job for job in group if job.claim()], number):
+                    database.discard_writer()
+        except BaseException as error:  # the thread must live, and nobody may wait for ever
+            for job in group:
+                if job.claim() and job.error is None:
+                    job.error = error
+
+
+class FileDatabase:
+    """A SQLite file on a local disk. Opened at the first use; directories are made."""
+
+    def __init__(self, path: Path, schema: Work[None]) -> None:
+        self.path = path
+        self.committer = Committer()
+        self._schema = schema
+        self._state = threading.Lock()  # guards the file lock
+        self._file_lock: FileLock | None = None
+        self._writer: apsw.Connection | None = None  # used and changed only under the file lock
+        self._idle: list[apsw.Connection] = []
+
+    async def read(self, work: Work[T], *, quick: bool = False) -> T:
+        return await in_thread(lambda: self.read_now(work))
+
+    async def write(self, work: Work[T], after: Callable[[], None] | None = None) -> T:
+        """Run `work` in a transaction, durable when this returns; see Committer.write."""
+        (result,) = await self.committer.write([Stage(self, work)], after)
+        done: T = result
+        return done
 
     async def checkpoint(self) -> None:
         """Move the log into the file and empty it, so that what was deleted leaves no trace in it."""
@@ -215,7 +297,21 @@ class FileDatabase:
         finally:
             self._idle.append(connection)
 
-    def _lock(self) -> FileLock:
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[apsw.Connection]:
+        """The writing connection, under the file lock. For committers alone."""
+        with self._opened().held():
+            if self._writer is None:
+                self._writer = self._connect()
+            yield self._writer
+
+    def discard_writer(self) -> None:
+        """Close the writing connection, under the file lock: after a failed commit it may know less than the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _file(self) -> FileLock:
         """The file lock; whoever asks first in this process makes the file and brings its schema up."""
         with self._state:
             if self._file_lock is None:
@@ -237,67 +333,35 @@ class FileDatabase:
                 self._file_lock = lock
             return self._file_lock
 
-    def _connect(self) -> apsw.Connection:
+    def _opened(self) -> FileLock:
         try:
-            self._lock()
-            connection = apsw.Connection(str(self.path))
-            _configure(connection)
+            return self._file()
         except apsw.Error as error:
             raise translated(error) from error
         except OSError as error:
             log.error("%s: %s", self.path, error)
             raise StoreUnavailable("the data directory cannot be used") from error
+
+    def _connect(self) -> apsw.Connection:
+        self._opened()
+        try:
+            connection = apsw.Connection(str(self.path))
+            _configure(connection)
+        except apsw.Error as error:
+            raise translated(error) from error
         return connection
 
     def _checkpoint(self) -> None:
-        with self._lock().held():
+        with self._file().held():
             self.read_now(lambda db: db.pragma("wal_checkpoint(truncate)"))
 
-    def _start(self) -> None:
-        with self._state:
-            if self._committer is None:
-                self._committer = threading.Thread(target=self._commit_forever, name="crudstack-commit", daemon=True)
-                self._committer.start()
-
-    def _commit_forever(self) -> None:
-        connection: apsw.Connection | None = None
-        running = True
-        while running:
-            jobs = [self._jobs.get()]
-            if jobs[0] is None:
-                break
-            claimed: list[_Job[Any]] = []
-            try:
-                if connection is None:
-                    connection = self._connect()
-                with self._lock().held():
-                    with contextlib.suppress(queue.Empty):
-                        while len(jobs) < MAX_GROUP and jobs[-1] is not None:
-                            jobs.append(self._jobs.get_nowait())
-                    running = jobs[-1] is not None
-                    claimed = [job for job in jobs if job is not None and job.claim()]
-                    if not _transact(connection, claimed):
-                        connection.close()
-                        connection = None
-            except BaseException as error:  # the thread must live, and nobody may wait for ever
-                claimed = claimed or [job for job in jobs if job is not None and job.claim()]
-                for job in claimed:
-                    job.error = error
-            _settle(claimed)
-        if connection is not None:
-            with self._lock().held():
-                connection.close()
-
     def _close(self) -> None:
-        with self._state:
-            committer, self._committer = self._committer, None
-        if committer is not None:
-            self._jobs.put(None)
-            committer.join()
+        self.committer.stop()
         with self._state:
             lock, self._file_lock = self._file_lock, None
         if lock is not None:
             with lock.held():  # the last one to close moves the log into the file
+                self.discard_writer()
                 while self._idle:
                     self._idle.pop().close()
             lock.close()
@@ -309,16 +373,17 @@ def _configure(connection: apsw.Connection) -> None:
     connection.pragma("secure_delete", "on")  # what is purged is overwritten, not only unlinked
 
 
-def _transact(connection: apsw.Connection, jobs: list[_Job[Any]]) -> bool:
-    """Run jobs in one transaction, each all or nothing. False: the connection must not be used again."""
+def _transact(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
+    """Run a stage of jobs in one transaction, each all or nothing. False: the connection must not be used again."""
     if not jobs:
         return True
     try:
         connection.execute("BEGIN IMMEDIATE")
-        for job in jobs:
-            _attempt(connection, job, alone=len(jobs) == 1)
-            if not connection.in_transaction:  # SQLite gave the whole transaction up
-                raise apsw.AbortError("the transaction was rolled back")
+        if not _attempt(connection, jobs, number, savepoints=False):
+            # A job failed half way. Savepoints take it back alone, but cost every job two statements, so only now.
+            connection.execute("ROLLBACK")
+            connection.execute("BEGIN IMMEDIATE")
+            _attempt(connection, jobs, number, savepoints=True)
     except apsw.Error as error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
@@ -327,8 +392,7 @@ def _transact(connection: apsw.Connection, jobs: list[_Job[Any]]) -> bool:
         return False
     done = [job for job in jobs if job.error is None]
     try:
-        if connection.in_transaction:
-            connection.execute("COMMIT" if done else "ROLLBACK")
+        connection.execute("COMMIT" if done else "ROLLBACK")
     except apsw.Error as error:
         failure = translated(error)
         if not isinstance(error, apsw.FullError | apsw.BusyError):
@@ -339,33 +403,37 @@ def _transact(connection: apsw.Connection, jobs: list[_Job[Any]]) -> bool:
         for job in done:
             job.error = failure
         return False
-    for job in done:
-        if job.after is not None:
-            try:
-                job.after()
-            except BaseException as error:  # the others are durable and must hear it
-                job.error = error
     return True
 
 
-def _attempt(connection: apsw.Connection, job: _Job[Any], alone: bool) -> None:
-    if not alone:
-        connection.execute("SAVEPOINT job")
-    try:
-        job.result = job.work(connection)
-    except apsw.FullError:
-        raise  # nobody's write would fit
-    except BaseException as error:
-        job.error = translated(error) if isinstance(error, apsw.Error) else error
-        if not alone and connection.in_transaction:
-            connection.execute("ROLLBACK TO job")
-    if not alone and connection.in_transaction:
-        connection.execute("RELEASE job")
+def _attempt(connection: apsw.Connection, jobs: list[_Job], number: int, *, savepoints: bool) -> bool:
+    """Run the jobs, keeping their results or errors. False: one failed after it had changed something, without a savepoint."""
+    for job in jobs:
+        del job.results[number:]
+        job.error = None
+        if savepoints:
+            connection.execute("SAVEPOINT job")
+        before = connection.total_changes()
+        try:
+            job.results.append(job.stages[number].work(connection))
+        except apsw.FullError:
+            raise  # nobody's write would fit
+        except BaseException as error:
+            job.error = translated(error) if isinstance(error, apsw.Error) else error
+            if not connection.in_transaction:
+                raise apsw.AbortError("the transaction was rolled back") from error
+            if savepoints:
+                connection.execute("ROLLBACK TO job")
+            elif connection.total_changes() != before:
+                return False
+        if savepoints:
+            connection.execute("RELEASE job")
+    return True
 
 
-def _settle(jobs: list[_Job[Any]]) -> None:
+def _settle(jobs: list[_Job]) -> None:
     """Tell the ones who wait, one wake-up for each event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[_Job[Any]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
     for job in jobs:
         by_loop.setdefault(job.loop, []).append(job)
     for loop, settled in by_loop.items():
@@ -373,6 +441,6 @@ def _settle(jobs: list[_Job[Any]]) -> None:
             loop.call_soon_threadsafe(_settle_here, settled)
 
 
-def _settle_here(jobs: list[_Job[Any]]) -> None:
+def _settle_here(jobs: list[_Job]) -> None:
     for job in jobs:
         job.settle()

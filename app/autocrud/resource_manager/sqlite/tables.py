@@ -76,6 +76,12 @@ CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fingerprint TEXT NOT N
 CREATE TABLE IF NOT EXISTS state (
   one INTEGER PRIMARY KEY CHECK (one = 1), format INTEGER, generation INTEGER, live INTEGER, spec INTEGER, stale INTEGER);
 INSERT OR IGNORE INTO state VALUES (1, 1, 0, 0, 0, 0);
+CREATE TRIGGER IF NOT EXISTS live_insert AFTER INSERT ON resources WHEN NOT NEW.is_deleted
+  BEGIN UPDATE state SET live = live + 1; END;
+CREATE TRIGGER IF NOT EXISTS live_delete AFTER DELETE ON resources WHEN NOT OLD.is_deleted
+  BEGIN UPDATE state SET live = live - 1; END;
+CREATE TRIGGER IF NOT EXISTS live_update AFTER UPDATE OF is_deleted ON resources WHEN OLD.is_deleted <> NEW.is_deleted
+  BEGIN UPDATE state SET live = live + OLD.is_deleted - NEW.is_deleted; END;
 """
 FORMAT = 1
 ENCODINGS = {encoding.value: encoding for encoding in Encoding}
@@ -231,10 +237,7 @@ class ResourceTables:
         return self.generation(connection)
 
     def commit(self, connection: apsw.Connection, changes: Sequence[Change]) -> list[ResourceMeta]:
-        generation, spec, stale = connection.execute("SELECT generation, spec, stale FROM state").get
-        if spec != self._spec_id and not stale:
-            connection.execute("UPDATE state SET stale = 1")
-        committed = [self._apply(connection, change, generation) for change in changes]
+        committed = [self._apply(connection, change) for change in changes]
         for change in changes:
             if change.index is not None and not change.purge:
                 self._check_unique(connection, change.meta.resource_id)
@@ -243,7 +246,7 @@ class ResourceTables:
     def follow(self, connection: apsw.Connection, changes: Sequence[Change]) -> None:
         """Apply what was decided elsewhere, whatever is here."""
         for change in changes:
-            self._apply(connection, msgspec.structs.replace(change, expect="any"), 0, follow=True)
+            self._apply(connection, msgspec.structs.replace(change, expect="any"), follow=True)
 
     def reindex(self, connection: apsw.Connection, entries: Iterable[Reindex]) -> None:
         done = []
@@ -258,27 +261,25 @@ class ResourceTables:
         for resource_id in done:
             self._check_unique(connection, resource_id)
 
-    def _apply(
-        self, connection: apsw.Connection, change: Change, generation: int, follow: bool = False
-    ) -> ResourceMeta:
+    def _apply(self, connection: apsw.Connection, change: Change, *, follow: bool = False) -> ResourceMeta:
         meta = change.meta
-        found = connection.execute(
-            "SELECT rid, version, nonce, is_deleted FROM resources WHERE id = ?", (storable_id(meta.resource_id),)
+        # Everything is checked before anything is changed, so that a conflict leaves nothing to take back.
+        generation, spec, stale, rid, version, nonce = connection.execute(
+            "SELECT generation, s.spec, stale, rid, r.version, r.nonce FROM state s LEFT JOIN resources r ON r.id = ?",
+            (storable_id(meta.resource_id),),
         ).get
-        check_expectation(change.expect, meta.resource_id, None if found is None else Version(*found[1:3]))
-        if change.record is not None and generation_of(change.record.uid) < generation - 1:
+        check_expectation(change.expect, meta.resource_id, None if rid is None else Version(version, nonce))
+        if not follow and change.record is not None and generation_of(change.record.uid) < generation - 1:
             raise StaleGeneration(f"generation {change.record.uid} is older than {generation} - 1")
-        rid, was_live = (None, False) if found is None else (found[0], not found[3])
-        live = not change.purge and not meta.is_deleted
-        if live != was_live:
-            connection.execute("UPDATE state SET live = live + ?", (1 if live else -1,))
+        if spec != self._spec_id and not stale:
+            connection.execute("UPDATE state SET stale = 1")
         if change.purge:
             if rid is not None:
                 for table in ("list_values", "revisions", "resources"):
                     connection.execute(f"DELETE FROM {table} WHERE rid = ?", (rid,))
             return meta
         if change.expect == "any" and not follow:
-            meta = msgspec.structs.replace(meta, version=1 if found is None else found[1] + 1)
+            meta = msgspec.structs.replace(meta, version=1 if rid is None else version + 1)
         row = self._meta_row(meta)
         if rid is None:
             index = change.index
