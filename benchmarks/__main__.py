@@ -102,7 +102,9 @@ def over_http(progress: Progress, kind: str, rows: list[str], rounds: int, secon
                     writer.check()
     note = "What an answered write survives: " + ", ".join(f"{peer.name} {peer.durability}" for peer in peers) + "."
     if writer is not None:
-        note += f" Another process wrote {writer.written} articles to our directory meanwhile, and each was seen at once."
+        note += (
+            f" Another process wrote {writer.written} articles to our directory meanwhile, and each was seen at once."
+        )
     title = f"Over HTTP, {kind}"
     return [report.markdown(title, note, table, ours.name, [peer.name for peer in peers]), report.raw(title, table)]
 
@@ -139,7 +141,9 @@ class SecondWriter:
             got = httpx.get(f"{self.ours.url}/article/{self.last}")
             counted = httpx.get(f"{self.ours.url}/article/count?author=second").json()["count"]
         if got.status_code != 200 or counted != self.written:
-            raise RuntimeError(f"another process wrote {self.written} articles, crudstack shows {counted}: a stale answer")
+            raise RuntimeError(
+                f"another process wrote {self.written} articles, crudstack shows {counted}: a stale answer"
+            )
 
     def end(self) -> None:
         self._ended.set()
@@ -168,7 +172,9 @@ def engines(progress: Progress, kind: str, rounds: int) -> list[str]:
     for _ in progress.track(range(rounds), description=f"{kind}: engines without HTTP"):
         for name, command in scripts.items():
             with tempfile.TemporaryDirectory() as directory:
-                for row, cpu in msgspec.json.decode(_output([*command, kind, directory]), type=dict[str, float]).items():
+                for row, cpu in msgspec.json.decode(
+                    _output([*command, kind, directory]), type=dict[str, float]
+                ).items():
                     table.setdefault(row, {}).setdefault(name, Cell([], [])).cpu.append(cpu)
     title = f"Without HTTP, {kind}"
     note = "CPU microseconds of one call, one after the other, data decoded."
@@ -207,7 +213,9 @@ def cold_starts(progress: Progress, rounds: int) -> list[str]:
 
 def _output(command: list[str]) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, preexec_fn=on_first_core)  # noqa: PLW1509 - one thread here
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, preexec_fn=on_first_core
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     return done.stdout

@@ -211,7 +211,9 @@ class PocketBase(Peer):
         super().start()
         with httpx.Client(base_url=self.url) as client:
             token = client.post("/api/collections/_superusers/auth-with-password", json=self.account).json()["token"]
-            client.post("/api/collections", json=self._collection(), headers={"authorization": token}).raise_for_status()
+            client.post(
+                "/api/collections", json=self._collection(), headers={"authorization": token}
+            ).raise_for_status()
 
     @staticmethod
     def _collection() -> dict[str, Any]:

@@ -56,7 +56,12 @@ def markdown(title: str, note: str, table: Table, ours: str, peers: Sequence[str
 
 def raw(title: str, table: Table) -> str:
     """Every round of every cell, for whoever wants to see how steady it was."""
-    lines = [f"### {title}", "", _line(["row", "peer", "CPU of each round", "requests a second of each round"]), _line(["---"] * 4)]
+    lines = [
+        f"### {title}",
+        "",
+        _line(["row", "peer", "CPU of each round", "requests a second of each round"]),
+        _line(["---"] * 4),
+    ]
     for row, cells in table.items():
         for peer, cell in cells.items():
             cpu = " ".join(f"{value:.0f}" for value in cell.cpu)

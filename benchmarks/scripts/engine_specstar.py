@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from specstar.query_types import (  # noqa: E402
+from specstar.query_types import (
     DataSearchCondition,
     DataSearchOperator,
     ResourceDataSearchSort,
@@ -18,8 +18,8 @@ from specstar.query_types import (  # noqa: E402
     ResourceMetaSortDirection,
 )
 
-from benchmarks.article import AUTHOR, COUNT, VIEWS, article  # noqa: E402
-from benchmarks.scripts.specstar_server import Article, specstar  # noqa: E402
+from benchmarks.article import AUTHOR, COUNT, VIEWS, article
+from benchmarks.scripts.specstar_server import Article, specstar
 
 manager = specstar(sys.argv[1], sys.argv[2]).get_resource_manager(Article)
 ids = [manager.create(Article(**article(number))).resource_id for number in range(COUNT)]

@@ -62,9 +62,11 @@ def page(name: str, sql: str, parameters: tuple[Any, ...], limit: int) -> Respon
 
 async def get(request: Request) -> Response:
     def work() -> Response:
-        row = connection().execute(
-            "SELECT meta, data, etag FROM article WHERE id = ?", (request.path_params["id"],)
-        ).fetchone()
+        row = (
+            connection()
+            .execute("SELECT meta, data, etag FROM article WHERE id = ?", (request.path_params["id"],))
+            .fetchone()
+        )
         if row is None:
             return Response(status_code=404)
         body = b'{"meta":%b,"data":%b}' % (row[0], row[1])

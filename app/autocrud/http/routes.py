@@ -150,12 +150,12 @@ class ModelRoutes:
             else:
                 items = [envelope(hit.document, projected(hit.shown, search.fields)) for hit in hits.items]
         else:
-            page = await self._manager.search(search.query)
+            page = await self._manager.search_json(search.query)
             next_ = page.next
             if search.fields is None:
-                items = [b'{"meta":%b,"data":%b}' % (found.meta_json, found.json) for found in page.items]
+                items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
             else:
-                items = [envelope(found.meta_json, projected(found.json, search.fields)) for found in page.items]
+                items = [envelope(meta, projected(data, search.fields)) for meta, data in page.items]
         cursor = None if next_ is None else searching.encode_cursor(next_, search.cursor_scope)
         return page_response(request, items, cursor)
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 Status = Literal["draft", "stable"]
 
 
-class Encoding(enum.Enum):
+class Encoding(enum.StrEnum):
     """How a body is stored. Each stored body names its own, so changing the setting leaves old data readable."""
 
     json = "json"
@@ -163,13 +163,13 @@ _encode_json = msgspec.json.Encoder().encode
 class Hit(NamedTuple):
     """A resource that was found.
 
-    `document` is its ResourceMeta as JSON, which most callers pass on as it is; `meta` decodes it. `uid` and `encoding` lead to the body,
-    `shown` is the indexed fields as JSON.
+    `document` is its ResourceMeta as JSON, which most callers pass on as it is; `meta` decodes it. `uid` and `encoding` (the value of
+    an Encoding) lead to the body, `shown` is the indexed fields as JSON.
     """
 
     document: bytes
     uid: str
-    encoding: Encoding
+    encoding: str
     shown: bytes
 
     @classmethod

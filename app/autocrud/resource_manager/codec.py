@@ -98,7 +98,7 @@ class Codec(Generic[T]):
 
     def encode(self, document: Document[T], encoding: Encoding) -> bytes:
         """The body to store."""
-        if encoding is Encoding.json:
+        if encoding == Encoding.json:
             return document.json
         try:
             return _msgpack(document.data)
@@ -106,13 +106,13 @@ class Codec(Generic[T]):
             detail = "integers outside 64 bits cannot be stored as MessagePack"
             raise InvalidData(detail, (Fault("", detail),)) from None
 
-    def decode(self, body: bytes, encoding: Encoding) -> T:
+    def decode(self, body: bytes, encoding: str) -> T:
         """A stored body."""
-        return self._json.decode(body) if encoding is Encoding.json else self._msgpack.decode(body)
+        return self._json.decode(body) if encoding == Encoding.json else self._msgpack.decode(body)
 
-    def to_json(self, body: bytes, encoding: Encoding) -> bytes:
+    def to_json(self, body: bytes, encoding: str) -> bytes:
         """A stored body as JSON; free for bodies that are."""
-        return body if encoding is Encoding.json else canonical_json(self._msgpack.decode(body))
+        return body if encoding == Encoding.json else canonical_json(self._msgpack.decode(body))
 
     def has_path(self, path: str) -> bool:
         """Whether `a.b` can be there in the JSON of the data."""

@@ -184,28 +184,29 @@ class ResourceManager(Generic[T]):
 
     async def search(self, query: Query | None = None) -> Page[Resource[T]]:
         """What the query finds, with data."""
+        page = await self.search_json(query)
+        return Page([Resource(self.codec, document, json) for document, json in page.items], page.next)
+
+    async def search_json(self, query: Query | None = None) -> Page[tuple[bytes, bytes]]:
+        """What the query finds, each as the JSON of its metadata and of its data."""
         if not self._opened:
             await self.open()
         resolved = (query or Query()).resolve(self.codec.fields)
-        codec = self.codec
         try:
             page, bodies = await self.storage.search_with_bodies(resolved)
         except StoreDamaged:
             # A draft was replaced in between, or a body is lost; one by one tells, and one that is lost must not hide all others.
             page = await self.storage.search(resolved)
             return Page([found for hit in page.items if (found := await self._readable(hit)) is not None], page.next)
-        if all(hit.encoding is Encoding.json for hit in page.items):
-            items = [Resource(codec, hit.document, body) for hit, body in zip(page.items, bodies, strict=True)]
-        else:
-            items = [
-                Resource(codec, hit.document, codec.to_json(body, hit.encoding))
-                for hit, body in zip(page.items, bodies, strict=True)
-            ]
-        return Page(items, page.next)
+        if not {hit.encoding for hit in page.items} <= {Encoding.json}:
+            to_json = self.codec.to_json
+            bodies = [to_json(body, hit.encoding) for hit, body in zip(page.items, bodies, strict=True)]
+        return Page([(hit.document, body) for hit, body in zip(page.items, bodies, strict=True)], page.next)
 
-    async def _readable(self, hit: Hit) -> Resource[T] | None:
+    async def _readable(self, hit: Hit) -> tuple[bytes, bytes] | None:
         try:
-            return await self.get(hit.meta.resource_id, include_deleted=True)
+            found = await self.get(hit.meta.resource_id, include_deleted=True)
+            return found.meta_json, found.json
         except ResourceNotFound:
             return None
         except StoreDamaged as error:

@@ -43,17 +43,17 @@ def index_column(name: str) -> str:
 def search(query: Query, fields: Mapping[str, Kind]) -> Statement:
     """Rows of (doc, uid, encoding, shown, sort keys..., id), one more than the limit so that the end shows."""
     sort = cast("tuple[Sort, ...]", query.sort)
-    keys = [column(key.field) for key in sort] + ["id"]
+    columns = [column(key.field) for key in sort] + ["id"]
     where, params = _where(query, fields)
     if not sort and query.where is None:
         where = f"+{where}"  # the order by id comes from the index of ids; one that starts with is_deleted would have to be sorted
     if query.after is not None:
         where += f" AND {_after(sort, query.after, params)}"
     directions = ["DESC" if key.descending else "ASC" for key in sort] + ["ASC"]
-    order = ", ".join(f"{key} {direction}" for key, direction in zip(keys, directions, strict=True))
+    order = ", ".join(f"{key} {direction}" for key, direction in zip(columns, directions, strict=True))
     params.append(query.limit + 1)
     return Statement(
-        f"SELECT doc, uid, encoding, shown, {', '.join(keys)} FROM resources WHERE {where} ORDER BY {order} LIMIT ?",
+        f"SELECT doc, uid, encoding, shown, {', '.join(columns)} FROM resources WHERE {where} ORDER BY {order} LIMIT ?",
         params,
     )
 

@@ -84,7 +84,7 @@ CREATE TRIGGER IF NOT EXISTS live_update AFTER UPDATE OF is_deleted ON resources
   BEGIN UPDATE state SET live = live + OLD.is_deleted - NEW.is_deleted; END;
 """
 FORMAT = 1
-ENCODINGS = {encoding.value: encoding for encoding in Encoding}
+BRACE = ord("{")
 
 _codecs: dict[Encoding, Callable[[Any], bytes]] = {
     Encoding.json: msgspec.json.Encoder().encode,
@@ -96,7 +96,7 @@ _info_json, _info_msgpack = msgspec.json.Decoder(RevisionInfo), msgspec.msgpack.
 
 def _is_json(doc: bytes) -> bool:
     """A document of ours is JSON or MessagePack; no map of MessagePack starts with a brace."""
-    return doc[0] == 0x7B
+    return doc[0] == BRACE
 
 
 def _meta(doc: Any) -> ResourceMeta:
@@ -180,9 +180,9 @@ class ResourceTables:
         next_ = None
         if len(rows) > query.limit:
             rows.pop()
-            next_ = tuple(rows[-1][4:])
-        if self.encoding is Encoding.json and all(_is_json(row[0]) for row in rows):
-            return Page([Hit(row[0], row[1], ENCODINGS[row[2]], row[3]) for row in rows], next_)
+            next_ = rows[-1][4:]
+        if {row[0][0] for row in rows} <= {BRACE}:
+            return Page([Hit(row[0], row[1], row[2], row[3]) for row in rows], next_)
         return Page([Hit.of(_meta(row[0]), row[3]) for row in rows], next_)
 
     def count(self, connection: apsw.Connection, query: Query) -> int:
