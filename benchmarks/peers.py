@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import httpx
@@ -200,7 +200,7 @@ class Specstar(Peer):
 class PocketBase(Peer):
     name = "pocketbase"
     durability = "written, not synced at every write"
-    account = {"identity": "bench@example.org", "password": "benchmarks-only"}
+    account: ClassVar[dict[str, str]] = {"identity": "bench@example.org", "password": "benchmarks-only"}
 
     def command(self) -> list[str]:
         return [str(POCKETBASE), "serve", "--http", f"127.0.0.1:{self.port}", "--dir", str(self.directory)]

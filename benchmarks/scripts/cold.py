@@ -78,8 +78,7 @@ def application() -> Any:
 if who == "fastapi":
     import fastapi  # noqa: F401
 else:
-    path = "/model0" if who == "crudstack" else "/model0"
-    status = asyncio.run(answer(application(), path))
+    status = asyncio.run(answer(application(), "/model0"))
     if status != 200:
         sys.exit(f"{who} answered {status}")
 print(time.process_time() * 1e3)

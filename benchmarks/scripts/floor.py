@@ -88,7 +88,7 @@ async def find(request: Request) -> Response:
     return await in_thread(lambda: page("list", sql, (), limit))
 
 
-async def count(request: Request) -> Response:
+async def count(_: Request) -> Response:
     def work() -> Response:
         (found,) = connection().execute("SELECT count(*) FROM article").fetchone()
         return Response(b'{"count":%d}' % found, media_type="application/json")

@@ -1,0 +1,63 @@
+"""README and the example run as they stand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def steps() -> list[tuple[str, list[str]]]:
+    """Each command of the tour, with what its answer must contain. A command ends where a line has no backslash or open quote."""
+    found: list[tuple[str, list[str]]] = []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        command = ""
+        for line in block.splitlines():
+            if line.startswith("#> "):
+                found[-1][1].append(line.removeprefix("#> "))
+                continue
+            command += line + "\n"
+            if not line.endswith("\\") and command.count("'") % 2 == 0:
+                found.append((command, []))
+                command = ""
+    return found
+
+
+def test_the_tour(serve, tmp_path):
+    server = serve("disk", tmp_path)
+    tour = steps()
+    assert len(tour) >= 19
+    script = "set -euo pipefail\n" + "".join(
+        f"{command}\nprintf '\\n=== {at} ===\\n'\n" for at, (command, _) in enumerate(tour)
+    )
+    script = script.replace("localhost:8000", server.url)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = re.split(r"\n=== \d+ ===\n", done.stdout)
+    for (command, expected), answer in zip(tour, answers, strict=False):
+        for text in expected:
+            assert text in answer, f"{command}\nanswered\n{answer}"
+
+
+def test_the_commands_are_there():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE)) <= targets
+
+
+def test_the_rooms_are_there():
+    for path in re.findall(r"^\| `([^`]+/[^`]*)`", README, re.MULTILINE):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_airports(serve, tmp_path):
+    server = serve("disk", tmp_path)
+    command = [sys.executable, str(ROOT / "examples/airports.py"), "--url", server.url]
+    for revisions in (3, 5):  # a second run loads nothing twice, and goes on with the history
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "100"})
+        assert done.returncode == 0, done.stderr
+        assert "3,376 airports" in done.stdout
+        assert f"│ {revisions} " in done.stdout

@@ -1,0 +1,89 @@
+"""The server as a process: killed, copied, and two at once."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+
+import httpx
+
+
+def write_until_killed(url: str, name: str, acknowledged: list[tuple[str, str]]) -> None:
+    """Create and update articles; note each answer. Ends when the server does."""
+    with httpx.Client(base_url=url, timeout=30) as client:
+        number = 0
+        try:
+            while True:
+                number += 1
+                body = {"title": f"{name} {number}", "content": "", "author": name}
+                created = client.post("/article", json=body)
+                assert created.status_code == 201
+                path = created.headers["location"]
+                acknowledged.append((path, body["title"]))
+                updated = client.patch(path, json={"title": f"{name} {number} again"})
+                assert updated.status_code == 200
+                acknowledged.append((path, f"{name} {number} again"))
+        except httpx.TransportError:
+            return
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged(serve, tmp_path):
+    seen: dict[str, str] = {}
+    for _ in range(3):
+        server = serve("disk", tmp_path)
+        acknowledged: list[list[tuple[str, str]]] = [[] for _ in range(4)]
+        threads = [
+            threading.Thread(target=write_until_killed, args=(server.url, f"writer{at}", acknowledged[at]))
+            for at in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        while sum(map(len, acknowledged)) < 120:
+            threads[0].join(0.01)
+        server.kill()
+        for thread in threads:
+            thread.join()
+        again = serve("disk", tmp_path)
+        for writer in acknowledged:
+            seen.update(writer)
+        with httpx.Client(base_url=again.url) as client:
+            for path, title in seen.items():
+                found = client.get(f"{path}/data").json()["title"]
+                assert found in (title, f"{title} again"), path  # the last update may have happened unheard
+                seen[path] = found
+            assert client.get("/article/count").json()["count"] >= len(seen)
+        again.stop()
+
+
+def test_of_two_servers_on_one_directory_one_wins(serve, tmp_path):
+    one, two = serve("disk", tmp_path), serve("disk", tmp_path)
+    with httpx.Client(base_url=one.url) as first, httpx.Client(base_url=two.url) as second:
+        created = first.post("/article", json={"title": "0", "content": "", "author": "a"})
+        path, etag = created.headers["location"], created.headers["etag"]
+        for round_ in range(30):
+            answers = {}
+
+            def attempt(name, client, round_=round_, etag=etag, answers=answers):
+                answers[name] = client.patch(path, json={"title": f"{round_} {name}"}, headers={"if-match": etag})
+
+            threads = [threading.Thread(target=attempt, args=pair) for pair in (("one", first), ("two", second))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sorted(answer.status_code for answer in answers.values()) == [200, 412]
+            etag = next(answer.headers["etag"] for answer in answers.values() if answer.status_code == 200)
+            assert first.get(path).headers["etag"] == second.get(path).headers["etag"] == etag
+        assert first.get(path).json()["meta"]["revision"] == 31
+
+
+def test_a_copied_directory_opens_equal(serve, tmp_path):
+    server = serve("disk", tmp_path / "here")
+    with httpx.Client(base_url=server.url) as client:
+        for number in range(20):
+            client.post("/article", json={"title": str(number), "content": "", "author": "a"})
+        before = client.get("/article?limit=200").content
+    server.stop()
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    again = serve("disk", tmp_path / "there")
+    assert httpx.get(f"{again.url}/article?limit=200").content == before
