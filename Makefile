@@ -9,7 +9,7 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench lock clean
+.PHONY: help setup run test lint mutants bench lock clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,6 +28,9 @@ lint: $(VENV)/.dev ## format, rules, types, direction of dependencies
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+mutants: $(VENV)/.dev ## planted defects that the suite must find (long; leaves the tree as it was)
+	@$(BIN)/python -m tests.mutants
 
 bench: $(VENV)/.dev .local/bench/specstar/.done .local/bench/pocketbase/.done ## benchmarks into benchmarks/RESULTS.md (ARGS=--help)
 	@$(BIN)/python -m benchmarks $(ARGS)

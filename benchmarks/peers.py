@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ ROWS = ("get", "list 20", "list 100", "filter", "range + sort", "count", "create
 BODY = json.dumps({**article(7), "title": "Title %d"})
 
 
-class Peer:
+class Peer(ABC):
     """A server with the articles in it. `durability` says what an answered write survives."""
 
     name = ""
@@ -39,8 +40,9 @@ class Peer:
         self.port = port
         self.ids: list[str] = []
 
+    @abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """What starts the server."""
 
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -66,12 +68,13 @@ class Peer:
             for number in range(COUNT):
                 self.ids.append(self.create(client, article(number)))
 
+    @abstractmethod
     def create(self, client: httpx.Client, body: Mapping[str, object]) -> str:
-        raise NotImplementedError
+        """The id of a new article."""
 
+    @abstractmethod
     def requests(self) -> dict[str, Requests]:
         """What each row sends."""
-        raise NotImplementedError
 
     def of_rest(self, lists: Mapping[str, str], method: str = "PUT") -> dict[str, Requests]:
         """The rows of an API at /article, given the paths of its lists."""
@@ -103,6 +106,10 @@ class Ours(Peer):
     def command(self) -> list[str]:
         return [sys.executable, "-m", "benchmarks.scripts.ours", self.kind, str(self.directory), str(self.port)]
 
+    def create(self, client: httpx.Client, body: Mapping[str, object]) -> str:
+        created = client.post("/article", json=body).raise_for_status().json()
+        return str(created["meta"]["resource_id"])
+
     def load(self) -> None:
         with httpx.Client(base_url=self.url, timeout=60) as client:
             for start in range(0, COUNT, 100):
@@ -114,14 +121,14 @@ class Ours(Peer):
         return self.of_rest(OUR_LISTS)
 
 
-class Floor(Peer):
+class Floor(Ours):
     """Loaded with the documents that ours answered, so that its answers can be compared byte for byte."""
 
     name = "floor"
     durability = "synced to disk"
 
     def __init__(self, ours: Ours, directory: Path, port: int) -> None:
-        super().__init__(directory, port)
+        super().__init__("disk", directory, port)
         self.ours = ours
 
     def command(self) -> list[str]:
@@ -157,9 +164,6 @@ class Floor(Peer):
             mine, theirs = httpx.get(self.url + path), httpx.get(self.ours.url + path)
             if mine.content != theirs.content:
                 raise RuntimeError(f"the floor answers {path} otherwise than crudstack does")
-
-    def requests(self) -> dict[str, Requests]:
-        return self.of_rest(OUR_LISTS)
 
 
 class Specstar(Peer):

@@ -170,7 +170,7 @@ class AutoCRUD:
     async def maintain(self, budget_s: float = MAINTAIN_BUDGET_S) -> None:
         """Housekeeping of all models inside a time budget; what is left is done by the next call."""
         for manager in self._managers.values():
-            await manager.maintain(budget_s / len(self._managers))
+            await manager.maintain(budget_s / len(self._managers))  # each has its share, so none waits for ever
 
     async def close(self) -> None:
         """Close all stores; they may be used again."""

@@ -685,6 +685,17 @@ class SharedConformance(DurableConformance):
 class OwnedConformance(DurableConformance):
     """For storages that one process owns."""
 
+    async def test_an_owner_that_comes_back_sees_what_another_one_did(self, root):
+        first, second = manage(self.make(root)), manage(self.make(root))
+        for rid in ("kept", "purged"):
+            await first.create(Item(text=rid), resource_id=rid)
+        await first.close()
+        await second.purge("purged")
+        await second.update("kept", Item(text="changed"))
+        await second.close()
+        assert [found.data.text for found in (await first.search()).items] == ["changed"]
+        await first.close()
+
     def test_a_second_process_is_refused(self, root):
         manager = manage(self.make(root))
         asyncio.run(manager.open())

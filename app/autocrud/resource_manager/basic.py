@@ -202,7 +202,7 @@ class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
     durable: ClassVar[bool] = False
 
     def bind(self, spec: ModelSpec) -> None:
-        """Learn the model; called once, before anything else. No I/O here."""
+        """Learn the model; called before anything else. No I/O here. A store in memory starts empty."""
         return None
 
     async def health(self) -> None:

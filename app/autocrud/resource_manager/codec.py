@@ -23,6 +23,9 @@ from .basic import UNSET, Encoding, IndexedField, IndexEntry
 
 T = TypeVar("T")
 
+IndexOf = Callable[[bytes, Encoding], IndexEntry]
+"""Makes the index entry of a stored body."""
+
 MISSING = UNSET  # what a path that leads nowhere yields; msgspec's own word for a field that is not there
 canonical_json = msgspec.json.Encoder(order="deterministic").encode
 _msgpack = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -355,6 +358,3 @@ def project(tree: Any, paths: Sequence[str]) -> dict[str, Any]:
                 into = into.setdefault(name, {})
             into[last] = source[last]
     return result
-
-
-IndexOf = Callable[[bytes, Encoding], IndexEntry]

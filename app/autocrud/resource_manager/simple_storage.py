@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Sequence
 from msgspec.structs import replace
 from uuid_utils.compat import uuid7
 
-from ..errors import ConfigError, CrudError, OutcomeUnknown, StaleGeneration, UniqueConflict
+from ..errors import ConfigError, CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable, UniqueConflict
 from ..query import Query
 from ..values import Key
 from .basic import (
@@ -72,6 +72,7 @@ class SimpleStorage(IStorage):
         self._sweep_after = ""
         self._state = threading.Lock()  # guards the two below
         self._opening: concurrent.futures.Future[None] | None = None
+        self._opener: asyncio.Task[None] | None = None  # held, or it might be collected while it runs
         self._reserved: dict[tuple[str, Key], list[str]] = {}  # who is about to take a value, once for each write
 
     @property
@@ -96,7 +97,7 @@ class SimpleStorage(IStorage):
                 opening = self._opening = concurrent.futures.Future()
         if mine:
             # A task of its own: whoever asked first may be cancelled, while others wait for the same.
-            asyncio.get_running_loop().create_task(self._open_and_tell(index, opening))
+            self._opener = asyncio.get_running_loop().create_task(self._open_and_tell(index, opening))
         await asyncio.shield(asyncio.wrap_future(opening))
 
     async def _open_and_tell(self, index: IndexOf, opening: concurrent.futures.Future[None]) -> None:
@@ -105,6 +106,9 @@ class SimpleStorage(IStorage):
         except BaseException as error:
             with self._state:
                 self._opening = None  # the next one tries again
+            if isinstance(error, asyncio.CancelledError):
+                opening.set_exception(StoreUnavailable("the store was stopped while it was opened; try again"))
+                raise
             opening.set_exception(error)
         else:
             opening.set_result(None)
@@ -119,6 +123,7 @@ class SimpleStorage(IStorage):
         await self.meta_store.reindex([])
 
     async def _rebuild(self) -> None:
+        self.meta_store.bind(self._spec)  # empty again: another process may have owned the records since the last time
         batch: list[Change] = []
         async for change in self.resource_store.records():
             batch.append(change)

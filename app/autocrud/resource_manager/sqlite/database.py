@@ -278,7 +278,7 @@ class FileDatabase:
 
     async def checkpoint(self) -> None:
         """Move the log into the file and empty it, so that what was deleted leaves no trace in it."""
-        await in_thread(self._checkpoint)
+        await asyncio.to_thread(self._checkpoint)  # it may wait for other processes, which threads for reads must not
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._close)

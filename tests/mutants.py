@@ -1,0 +1,115 @@
+"""Planted defects that the suite must find, on demand: `make mutants`. A guard whose removal no test notices is no guard.
+
+Each mutant replaces a text in a file, runs the tests that should notice, and puts the file back.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STORES = ["tests/stores/test_conformance.py"]
+CRASH = ["tests/stores/test_crash.py"]
+HTTP = ["tests/http/test_routes.py"]
+M = "app/autocrud/resource_manager/"
+H = "app/autocrud/http/"
+
+MUTANTS = [
+    ("expectations are not checked", M + "checks.py", 'if expect == "any" or', "if True or", STORES),
+    (
+        "a negated list search forgets null",
+        M + "sqlite/sql.py",
+        'else f"CASE WHEN {col} IS NULL THEN NULL ELSE {has} END"',
+        "else has",
+        STORES,
+    ),
+    (
+        "contains ignores case",
+        M + "sqlite/sql.py",
+        'return f"instr({col}, ?) > 0"',
+        "return f\"{col} LIKE '%' || ? || '%'\"",
+        STORES,
+    ),
+    ("a descending page loses null", M + "sqlite/sql.py", "({col} < ? OR {col} IS NULL)", "({col} < ?)", STORES),
+    (
+        "a cursor stops at null",
+        M + "sqlite/sql.py",
+        'equal += f"{col} IS ? AND "',
+        'equal += f"{col} = ? AND "',
+        STORES,
+    ),
+    ("swept bodies may be committed", M + "sqlite/tables.py", "< generation - 1:", "< generation - 100:", STORES),
+    ("unique values are not unique", M + "sqlite/tables.py", "raise taken(name)", "pass", STORES),
+    (
+        "a rival of a reservation is let in",
+        M + "simple_storage.py",
+        "if any(taker != resource_id for taker in takers):",
+        "if False:",
+        STORES,
+    ),
+    (
+        "negative decimals sort by length",
+        "app/autocrud/values.py",
+        'return f"0{text.translate(NINES)}:"',
+        'return f"0{text.translate(NINES)}"',
+        STORES,
+    ),
+    ("the same data appends", M + "operations.py", "if digest == meta.data_hash:", "if False:", STORES),
+    ("stable revisions are modified", M + "operations.py", 'if meta.status != "draft":', "if False:", STORES),
+    (
+        "a failed write of a group stays half done",
+        M + "sqlite/database.py",
+        "elif connection.total_changes() != before:",
+        "elif False:",
+        STORES,
+    ),
+    (
+        "nobody notes rows of another index",
+        M + "sqlite/tables.py",
+        "SET spec = ?1, stale = 1",
+        "SET spec = ?1, stale = 0",
+        STORES,
+    ),
+    (
+        "acknowledged before it is synced",
+        M + "sqlite/database.py",
+        '"synchronous", "full"',
+        '"synchronous", "normal"',
+        CRASH,
+    ),
+    ("unknown fields are dropped", M + "codec.py", "if faults:", "if False:", HTTP),
+    ("keys may stand twice", M + "codec.py", "if len(found) != len(pairs):", "if False:", HTTP),
+    ("cursors of other lists are taken", H + "searching.py", "if raw[: len(scope)] != scope or", "if", HTTP),
+    (
+        "weak ETags match",
+        H + "conditions.py",
+        "NO_STATE if weak else version_of(opaque) for",
+        "version_of(opaque) for",
+        HTTP,
+    ),
+    ("bodies have no limit", H + "messages.py", "if size > self._max_body:", "if False:", HTTP),
+]
+
+
+def main() -> None:
+    survived = 0
+    for name, file, old, new, tests in MUTANTS:
+        path = ROOT / file
+        source = path.read_text()
+        if old not in source:
+            sys.exit(f"{name}: {old!r} is not in {file} any more; write the mutant anew")
+        path.write_text(source.replace(old, new))
+        try:
+            run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+            killed = subprocess.run(run, cwd=ROOT, capture_output=True, check=False).returncode != 0
+        finally:
+            path.write_text(source)
+        survived += not killed
+        print(f"{'killed  ' if killed else 'SURVIVED'} {name}", flush=True)
+    sys.exit(1 if survived else 0)
+
+
+if __name__ == "__main__":
+    main()
