@@ -17,7 +17,7 @@ help: ## what can be done here
 setup: $(VENV)/.dev ## everything for working on it, into .venv
 
 run: $(VENV)/.local ## serve the API, data below LOCAL_DIR=.local, on PORT=8000
-	@CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-disk}" CRUDSTACK_DATA_DIR="$${CRUDSTACK_DATA_DIR:-$(LOCAL_DIR)/data}" \
+	@CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo disk)}" CRUDSTACK_DATA_DIR="$${CRUDSTACK_DATA_DIR:-$(LOCAL_DIR)/data}" \
 	  exec $(BIN)/crudstack serve --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV)/.dev ## the whole suite
