@@ -66,17 +66,18 @@ def routes(managers: Managers, *, require_if_match: bool, max_body: int) -> list
     async def readyz() -> Response:
         return await ready(managers)
 
-    made: list[BaseRoute] = [
-        Route("/healthz", Endpoint(healthz), include_in_schema=False),
-        Route("/readyz", Endpoint(readyz), include_in_schema=False),
-    ]
+    made: list[BaseRoute] = []
     for name, manager in managers.items():
         endpoint = ModelRoutes(manager, require_if_match=require_if_match, max_body=max_body)
         made += [
             Route(f"/{name}", endpoint, include_in_schema=False),
             Route(f"/{name}/{{rest:anything}}", endpoint, include_in_schema=False),
         ]
-    return made
+    return [
+        *made,
+        Route("/healthz", Endpoint(healthz), include_in_schema=False),
+        Route("/readyz", Endpoint(readyz), include_in_schema=False),
+    ]
 
 
 async def ready(managers: Managers) -> Response:

@@ -73,7 +73,7 @@ class Codec(Generic[T]):
             data = self._json.decode(body)
             canonical = canonical_json(data)
             if canonical != body:  # equal bytes hold neither an unknown field nor a key twice
-                tree = json.loads(body, object_pairs_hook=_distinct)
+                tree = _strict_json(body.decode())
                 faults = tuple(self._unknown.faults(tree))
                 if faults:
                     raise InvalidData(f"the data has fields that {self.model.__name__} does not have", faults)
@@ -170,11 +170,14 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_strict_json = json.JSONDecoder(object_pairs_hook=_distinct).decode
+
+
 def parse_json(body: bytes) -> Any:
     """JSON from outside that has no model: a patch, or an envelope. InvalidData."""
     try:
         msgspec.json.decode(body)  # stricter than json: no NaN, UTF-8 only
-        return json.loads(body, object_pairs_hook=_distinct)
+        return _strict_json(body.decode())
     except msgspec.DecodeError as error:
         raise InvalidData(f"the body is not JSON: {error}", (Fault("", str(error)),)) from None
     except RecursionError:
@@ -201,6 +204,17 @@ def escaped(key: str) -> str:
     return key.replace("~", "~0").replace("/", "~1")
 
 
+_SCALARS = (
+    msgspec.inspect.StrType,
+    msgspec.inspect.IntType,
+    msgspec.inspect.FloatType,
+    msgspec.inspect.BoolType,
+    msgspec.inspect.DateTimeType,
+    msgspec.inspect.UUIDType,
+    msgspec.inspect.EnumType,
+)
+
+
 class _UnknownFields:
     """Finds the fields of a JSON tree that a type does not have, at every depth.
 
@@ -209,7 +223,7 @@ class _UnknownFields:
 
     def __init__(self, root: msgspec.inspect.Type) -> None:
         self._root = root
-        self._fields: dict[type, dict[str, msgspec.inspect.Type]] = {}
+        self._fields: dict[type, tuple[dict[str, msgspec.inspect.Type], bool]] = {}
 
     def faults(self, tree: Any) -> Iterator[Fault]:
         return self._walk(self._root, tree, "")
@@ -219,7 +233,9 @@ class _UnknownFields:
         if isinstance(value, dict):
             match node:
                 case i.StructType() | i.DataclassType() | i.TypedDictType():
-                    fields = self._fields_of(node)
+                    fields, flat = self._fields_of(node)
+                    if flat and value.keys() <= fields.keys():
+                        return
                     for key, inner in value.items():
                         at = f"{pointer}/{escaped(key)}"
                         if key not in fields:
@@ -263,12 +279,13 @@ class _UnknownFields:
             if tag_field is None or value.get(tag_field) == member.tag:
                 yield from self._walk(member, value, pointer)
 
-    def _fields_of(self, node: Any) -> dict[str, msgspec.inspect.Type]:
+    def _fields_of(self, node: Any) -> tuple[dict[str, msgspec.inspect.Type], bool]:
+        """The fields by name in JSON, and whether none of them could hold an object."""
         if node.cls not in self._fields:
             fields = {field.encode_name: field.type for field in node.fields}
             if getattr(node, "tag_field", None) is not None:
                 fields[node.tag_field] = msgspec.inspect.AnyType()
-            self._fields[node.cls] = fields
+            self._fields[node.cls] = fields, all(type(type_) in _SCALARS for type_ in fields.values())
         return self._fields[node.cls]
 
 

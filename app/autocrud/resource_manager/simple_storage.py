@@ -26,7 +26,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from msgspec.structs import replace
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from ..errors import ConfigError, CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable, UniqueConflict
 from ..query import Query

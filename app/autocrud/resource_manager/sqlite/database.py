@@ -67,39 +67,48 @@ class MemoryDatabase:
         self._schema: Work[None] | None = schema
 
     def run(self, work: Work[T]) -> T:
-        """Do it now, waiting for the lock; all or nothing."""
+        """Write now, waiting for the lock; all or nothing."""
         with self._lock:
-            return self._run(work)
+            return self._transact(work)
 
-    def _run(self, work: Work[T]) -> T:
-        connection = self._connection
-        if self._schema is not None:
-            self._schema(connection)
-            self._schema = None
-        connection.execute("SAVEPOINT work")
+    def _transact(self, work: Work[T]) -> T:
+        connection = self._opened()
+        connection.execute("BEGIN")
         try:
             result = work(connection)
         except BaseException:
-            connection.execute("ROLLBACK TO work")
+            connection.execute("ROLLBACK")
             raise
-        finally:
-            connection.execute("RELEASE work")
+        connection.execute("COMMIT")
         return result
+
+    def _opened(self) -> apsw.Connection:
+        if self._schema is not None:
+            self._schema(self._connection)
+            self._schema = None
+        return self._connection
 
     async def read(self, work: Work[T], *, quick: bool = False) -> T:
         """`quick` promises microseconds: then it runs here if nobody holds the lock."""
         if quick and self._lock.acquire(blocking=False):
             try:
-                return self._run(work)
+                return work(self._opened())
+            finally:
+                self._lock.release()
+
+        def locked() -> T:
+            with self._lock:
+                return work(self._opened())
+
+        return await in_thread(locked)
+
+    async def write(self, work: Work[T]) -> T:
+        if self._lock.acquire(blocking=False):
+            try:
+                return self._transact(work)
             finally:
                 self._lock.release()
         return await in_thread(lambda: self.run(work))
-
-    async def write(self, work: Work[T], after: Callable[[], None] | None = None) -> T:
-        result = await self.read(work, quick=True)
-        if after is not None:
-            after()
-        return result
 
     async def close(self) -> None:
         """Nothing to give back: closing must not lose what a later event loop wants to read."""
