@@ -315,7 +315,10 @@ class ResourceManager(Generic[T]):
         for operation in operations:
             if operation.resource_id is not None:
                 _check_id(operation.resource_id)
-        turns = self._turns.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
+        loop = asyncio.get_running_loop()
+        turns = self._turns.get(loop)
+        if turns is None:
+            turns = self._turns.setdefault(loop, weakref.WeakValueDictionary())
         key = next((operation.resource_id for operation in operations if operation.resource_id is not None), "")
         turn = turns.get(key)
         if turn is None:
