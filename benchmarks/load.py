@@ -55,7 +55,8 @@ def cpu_ticks(pid: int) -> int:
 
 
 SLOW = 20
-"""Under so many requests a second a run takes longer: CPU time is counted in hundredths of a second."""
+"""Under so many requests a second a run takes longer and asks one thing at a time: CPU time is counted in hundredths of a second, and
+what is not finished at the end is not counted at all."""
 
 
 def measure(url: str, pid: int, requests: Requests, seconds: int) -> Sample:
@@ -63,17 +64,19 @@ def measure(url: str, pid: int, requests: Requests, seconds: int) -> Sample:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as paths:
         paths.write("\n".join(requests.paths))
         paths.flush()
-        warm, warm_us, _, _ = _wrk(url, paths.name, requests, 1)
+        connections = CONNECTIONS
+        warm, warm_us, _, _ = _wrk(url, paths.name, requests, 1, connections)
         if warm / warm_us * 1e6 < SLOW:
-            seconds = max(seconds, 5)
+            seconds, connections = max(seconds, 5), 1
         before = cpu_ticks(pid)
-        done, duration_us, status, broken = _wrk(url, paths.name, requests, seconds)
+        done, duration_us, status, broken = _wrk(url, paths.name, requests, seconds, connections)
         ticks = cpu_ticks(pid) - before
-    return Sample(done / duration_us * 1e6, ticks / TICKS * 1e6 / max(done, 1), status + broken)
+    # A server that finished nothing has no figure.
+    return Sample(done / duration_us * 1e6, ticks / TICKS * 1e6 / max(done, 1), status + broken + (done == 0))
 
 
-def _wrk(url: str, paths: str, requests: Requests, seconds: int) -> list[int]:
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "10s", "-s", str(LUA), url]
+def _wrk(url: str, paths: str, requests: Requests, seconds: int, connections: int) -> list[int]:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(LUA), url]
     command += ["--", paths, requests.method, requests.body, str(next(_numbers))]
     said = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=on_last_core)
     line = next((line for line in said.stdout.splitlines() if line.startswith("RESULT ")), None)
