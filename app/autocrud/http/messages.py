@@ -61,8 +61,8 @@ class Request:
 
     def header(self, name: bytes) -> str | None:
         """A header, by lower-case name; several of the same name are one list (RFC 9110, 5.3)."""
-        values = [value.decode("latin-1") for key, value in self.scope["headers"] if key == name]
-        return ", ".join(values) if values else None
+        values = [value for key, value in self.scope["headers"] if key == name]
+        return b", ".join(values).decode("latin-1") if values else None
 
     def parameters(self) -> list[tuple[str, str]]:
         """The query string, decoded."""
@@ -104,6 +104,8 @@ class Request:
 
     def content_type(self, *expected: str) -> str:
         given = self.header(b"content-type")
+        if given == "application/json" and not expected:
+            return given
         media = "application/json" if given is None else given.partition(";")[0].strip().lower()
         if media not in (expected or ("application/json",)):
             wanted = ", ".join(expected or ("application/json",))

@@ -312,20 +312,17 @@ class ResourceManager(Generic[T]):
         """
         if not self._opened:
             await self.open()
+        key = ""
         for operation in operations:
             if operation.resource_id is not None:
                 _check_id(operation.resource_id)
-        loop = asyncio.get_running_loop()
-        turns = self._turns.get(loop)
-        if turns is None:
-            turns = self._turns.setdefault(loop, weakref.WeakValueDictionary())
-        key = next((operation.resource_id for operation in operations if operation.resource_id is not None), "")
-        turn = turns.get(key)
+                key = key or operation.resource_id
+        turn = self._turns_of_loop().get(key) if self._turns else None
         if turn is None:
             committed = await self._attempt(operations, by)
             if committed is not None:
                 return committed
-            turn = turns.setdefault(key, asyncio.Lock())
+            turn = self._turns_of_loop().setdefault(key, asyncio.Lock())
         async with turn:
             for attempt in range(MAX_ATTEMPTS):
                 committed = await self._attempt(operations, by)
@@ -333,6 +330,9 @@ class ResourceManager(Generic[T]):
                     return committed
                 await asyncio.sleep(0.001 * attempt)  # let whoever is in the middle of it finish
         raise contention()
+
+    def _turns_of_loop(self) -> weakref.WeakValueDictionary[str, asyncio.Lock]:
+        return self._turns.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
 
     async def _attempt(self, operations: Sequence[Operation], by: str) -> list[State] | None:
         plan = Plan(
@@ -355,12 +355,11 @@ class ResourceManager(Generic[T]):
                 committed = await self.storage.commit(plan.writes)
             except VersionConflict:
                 return None
-            # The storage may have put bodies under other uids.
-            latest = {meta.resource_id: meta for meta in committed}
-            for state in states:
-                meta = latest.get(state.meta.resource_id)
-                if meta is not None and meta.version == state.meta.version:
-                    state.meta = meta
+            for write, meta in zip(plan.writes, committed, strict=True):
+                if meta is not write.change.meta:  # the storage put the body under another uid
+                    for state in states:
+                        if state.meta is write.change.meta:
+                            state.meta = meta
         return states
 
     # Keeping house

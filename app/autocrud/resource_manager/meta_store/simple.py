@@ -91,7 +91,7 @@ class MemoryMetaStore(_TablesMetaStore):
         self.bind(ModelSpec("unbound"))
 
     def bind(self, spec: ModelSpec) -> None:
-        self._tables = ResourceTables(spec, self._encoding)
+        self._tables = ResourceTables(spec, self._encoding, lazy=True)
         self._db = MemoryDatabase(self._tables.create)
 
     def follow(self, changes: Sequence[Change]) -> None:

@@ -66,12 +66,10 @@ CREATE TABLE IF NOT EXISTS resources (
   status TEXT NOT NULL, is_deleted INTEGER NOT NULL, created_time INTEGER NOT NULL, updated_time INTEGER NOT NULL,
   created_by TEXT NOT NULL, updated_by TEXT NOT NULL, uid TEXT NOT NULL, encoding TEXT NOT NULL, doc BLOB NOT NULL,
   shown BLOB, missing TEXT, spec INTEGER);
-CREATE INDEX IF NOT EXISTS by_created ON resources (is_deleted, created_time, id);
-CREATE INDEX IF NOT EXISTS by_updated ON resources (is_deleted, updated_time, id);
 CREATE TABLE IF NOT EXISTS list_values (field TEXT, value, rid INTEGER, PRIMARY KEY (field, value, rid)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS list_values_by_rid ON list_values (rid);
 CREATE TABLE IF NOT EXISTS revisions (
-  rid INTEGER, revision INTEGER, uid TEXT NOT NULL UNIQUE, doc BLOB NOT NULL, PRIMARY KEY (rid, revision)) WITHOUT ROWID;
+  rid INTEGER, revision INTEGER, uid TEXT NOT NULL, doc BLOB NOT NULL, PRIMARY KEY (rid, revision)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS state (
   one INTEGER PRIMARY KEY CHECK (one = 1), format INTEGER, generation INTEGER, live INTEGER, spec INTEGER, stale INTEGER);
@@ -83,6 +81,13 @@ CREATE TRIGGER IF NOT EXISTS live_delete AFTER DELETE ON resources WHEN NOT OLD.
 CREATE TRIGGER IF NOT EXISTS live_update AFTER UPDATE OF is_deleted ON resources WHEN OLD.is_deleted <> NEW.is_deleted
   BEGIN UPDATE state SET live = live + OLD.is_deleted - NEW.is_deleted; END;
 """
+INDEXES = {
+    "created_time": "CREATE INDEX IF NOT EXISTS by_created ON resources (is_deleted, created_time, id)",
+    "updated_time": "CREATE INDEX IF NOT EXISTS by_updated ON resources (is_deleted, updated_time, id)",
+    "uid = ?": "CREATE UNIQUE INDEX IF NOT EXISTS by_uid ON revisions (uid)",
+}
+"""What makes each index, by the text of a statement that it serves."""
+
 FORMAT = 1
 BRACE = ord("{")
 
@@ -108,10 +113,14 @@ def _info(doc: Any) -> RevisionInfo:
 
 
 class ResourceTables:
-    """The tables of one model. `create` must have run on the database before anything else."""
+    """The tables of one model. `create` must have run on the database before anything else.
 
-    def __init__(self, spec: ModelSpec, encoding: Encoding | None = None) -> None:
-        self.spec = spec
+    `lazy`: an index is made by the first statement that it serves, so that writes pay only for those that somebody uses. For one
+    connection that nobody shares.
+    """
+
+    def __init__(self, spec: ModelSpec, encoding: Encoding | None = None, *, lazy: bool = False) -> None:
+        self.spec, self._lazy = spec, lazy
         self.encoding = encoding or Encoding.json
         self._encode = _codecs[self.encoding]
         self._search = functools.lru_cache(maxsize=512)(lambda query: sql.search(query, spec.fields))
@@ -125,6 +134,7 @@ class ResourceTables:
         described = sorted(f"{name}\n{kind.name}" for name, kind in spec.fields.items())
         self._fingerprint = hashlib.sha256("\n\n".join(described).encode()).hexdigest()[:16]
         self._spec_id = 0
+        self._unmade: dict[str, str] = {}
 
     def create(self, connection: apsw.Connection) -> None:
         """Make or complete the schema. Several versions of the program may do this, one after the other."""
@@ -135,19 +145,30 @@ class ResourceTables:
                 f"the database of model {self.spec.name!r} has format {found}, this program knows {FORMAT}"
             )
         present = {row[1] for row in connection.execute("PRAGMA table_info(resources)")}
+        indexes = dict(INDEXES)
         for name in self.spec.fields:
+            column = sql.column(name)
             if sql.index_column(name) not in present:
-                connection.execute(f"ALTER TABLE resources ADD COLUMN {sql.column(name)}")
+                connection.execute(f"ALTER TABLE resources ADD COLUMN {column}")
             if name not in self._lists:
                 index = sql.quoted(f"by_{sql.index_column(name)}")
-                connection.execute(
-                    f"CREATE INDEX IF NOT EXISTS {index} ON resources (is_deleted, {sql.column(name)}, id)"
-                )
+                indexes[column] = f"CREATE INDEX IF NOT EXISTS {index} ON resources (is_deleted, {column}, id)"
+        now = map(sql.column, self.spec.unique) if self._lazy else tuple(indexes)
+        for served in now:
+            connection.execute(indexes.pop(served))
+        self._unmade = indexes
         connection.execute("INSERT OR IGNORE INTO specs (fingerprint) VALUES (?)", (self._fingerprint,))
         self._spec_id = connection.execute("SELECT id FROM specs WHERE fingerprint = ?", (self._fingerprint,)).get
         connection.execute("UPDATE state SET spec = ?1, stale = 1 WHERE spec <> ?1", (self._spec_id,))
 
     # Reading
+
+    def _indexed(self, connection: apsw.Connection, statement: str) -> str:
+        """The statement, once the indexes are made that may serve it."""
+        if self._unmade:
+            for served in [served for served in self._unmade if served in statement]:
+                connection.execute(self._unmade.pop(served))
+        return statement
 
     def get(self, connection: apsw.Connection, resource_id: str) -> ResourceMeta:
         doc = connection.execute("SELECT doc FROM resources WHERE id = ?", (storable_id(resource_id),)).get
@@ -176,7 +197,8 @@ class ResourceTables:
         return Page(items, items[-1].revision if len(rows) > limit else None)
 
     def search(self, connection: apsw.Connection, query: Query) -> Page[Hit]:
-        rows: list[Any] = connection.execute(*self._search(query)).fetchall()
+        statement, params = self._search(query)
+        rows: list[Any] = connection.execute(self._indexed(connection, statement), params).fetchall()
         next_ = None
         if len(rows) > query.limit:
             rows.pop()
@@ -188,7 +210,8 @@ class ResourceTables:
     def count(self, connection: apsw.Connection, query: Query) -> int:
         if query.where is None and not query.include_deleted:
             return int(connection.execute("SELECT live FROM state").get)
-        return int(connection.execute(*sql.count(query, self.spec.fields)).get)
+        statement, params = sql.count(query, self.spec.fields)
+        return int(connection.execute(self._indexed(connection, statement), params).get)
 
     def scan(self, connection: apsw.Connection, after: str, limit: int) -> list[ResourceMeta]:
         rows = connection.execute("SELECT doc FROM resources WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
@@ -203,7 +226,8 @@ class ResourceTables:
         return [_info(row[0]) for row in rows.fetchall()]
 
     def unreferenced(self, connection: apsw.Connection, uids: Sequence[str]) -> list[str]:
-        return [uid for uid in uids if connection.execute("SELECT 1 FROM revisions WHERE uid = ?", (uid,)).get is None]
+        statement = self._indexed(connection, "SELECT 1 FROM revisions WHERE uid = ?")
+        return [uid for uid in uids if connection.execute(statement, (uid,)).get is None]
 
     def outdated(self, connection: apsw.Connection, limit: int) -> list[ResourceMeta]:
         if not self.stale(connection):
@@ -304,6 +328,7 @@ class ResourceTables:
         )
 
     def _meta_row(self, meta: ResourceMeta) -> tuple[Any, ...]:
+        created = datetime_key(meta.created_time)
         return (
             meta.resource_id,
             meta.version,
@@ -313,8 +338,8 @@ class ResourceTables:
             meta.schema_version,
             meta.status,
             meta.is_deleted,
-            datetime_key(meta.created_time),
-            datetime_key(meta.updated_time),
+            created,
+            created if meta.updated_time is meta.created_time else datetime_key(meta.updated_time),
             meta.created_by,
             meta.updated_by,
             meta.uid,
@@ -323,13 +348,11 @@ class ResourceTables:
         )
 
     def _index_row(self, index: IndexEntry) -> tuple[Any, ...]:
-        absent = "".join(f"\n{name}\n" for name in index.missing)
+        absent = "".join([f"\n{name}\n" for name in index.missing]) if index.missing else ""
         keys = index.keys
-        values = (
-            keys.get(name) if name not in self._lists else (None if keys.get(name) is None else 1)
-            for name in self.spec.fields
-        )
-        return (index.shown, absent, self._spec_id, *values)
+        if self._lists:  # a list's column only says that it is there
+            keys = {name: 1 if isinstance(key, list) else key for name, key in keys.items()}
+        return (index.shown, absent, self._spec_id, *map(keys.get, self.spec.fields))
 
     def _no_index(self) -> tuple[Any, ...]:
         return (None, "", None, *(None for _ in self.spec.fields))

@@ -1,0 +1,52 @@
+"""Every search by one field is served by an index, in memory too, where indexes are made when they are first of use."""
+
+from __future__ import annotations
+
+import contextlib
+
+import apsw
+import pytest
+
+from app.autocrud.query import Query, Sort, field
+from app.autocrud.resource_manager.basic import ModelSpec
+from app.autocrud.resource_manager.sqlite import sql
+from app.autocrud.resource_manager.sqlite.tables import ResourceTables
+from app.autocrud.values import SCALARS
+
+FIELDS = {"author": SCALARS[str], "views": SCALARS[int]}
+QUERIES = {
+    "equality": (Query(where=field("author").eq("a")), "f:author"),
+    "one of": (Query(where=field("author").in_(["a", "b"])), "f:author"),
+    "prefix": (Query(where=field("author").starts_with("a")), "f:author"),
+    "range and sort": (Query(where=field("views").gte(3), sort=(Sort("views", descending=True),)), "f:views"),
+    "sort by creation": (Query(sort=("-meta.created_time",)), "created"),
+    "sort by update": (Query(sort=("meta.updated_time",)), "updated"),
+    "by id": (Query(), "sqlite_autoindex_resources_1"),
+}
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["all at once", "when of use"])
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_search_uses_its_index(name: str, lazy: bool) -> None:
+    query, index = QUERIES[name]
+    tables = ResourceTables(ModelSpec("article", FIELDS), lazy=lazy)
+    with contextlib.closing(apsw.Connection(":memory:")) as connection:
+        tables.create(connection)
+        resolved = query.resolve(FIELDS)
+        tables.search(connection, resolved)
+        statement, params = sql.search(resolved, FIELDS)
+        plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", params))
+    assert f"USING INDEX {'' if index.startswith('sqlite') else 'by_'}{index}" in plan
+    if query.sort:  # resources that share a value may have to be sorted by id, all of them not
+        assert "TEMP B-TREE FOR ORDER BY" not in plan
+
+
+def test_uids_are_looked_up_by_an_index() -> None:
+    tables = ResourceTables(ModelSpec("article", FIELDS), lazy=True)
+    with contextlib.closing(apsw.Connection(":memory:")) as connection:
+        tables.create(connection)
+        assert tables.unreferenced(connection, ["0/a"]) == ["0/a"]
+        plan = " ".join(
+            row[3] for row in connection.execute("EXPLAIN QUERY PLAN SELECT 1 FROM revisions WHERE uid = ?", ("a",))
+        )
+    assert "by_uid" in plan

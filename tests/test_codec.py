@@ -1,0 +1,65 @@
+"""The quick look at a body never accepts what the careful one refuses."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+from msgspec import Struct
+
+from app.autocrud.errors import InvalidData
+from app.autocrud.resource_manager.codec import Codec
+
+
+class Flat(Struct):
+    title: str
+    count: int = 0
+    note: str | None = None
+
+
+KEYS = st.sampled_from(["title", "count", "note", "other", 'ti"tle', "t\\u0069tle"])
+VALUES = st.one_of(
+    st.integers(-5, 5),
+    st.none(),
+    st.text(max_size=5),
+    st.sampled_from(["title", '"', "\\", '","count":"', '"count":1']),
+)
+
+
+def _strictly_valid(body: bytes) -> bool:
+    pairs: list[tuple[str, object]] = []
+    json.loads(body, object_pairs_hook=pairs.extend)
+    data = dict(pairs)
+    types_fit = (
+        type(data.get("title")) is str
+        and type(data.get("count", 0)) is int
+        and isinstance(data.get("note"), str | None)
+    )
+    return len(data) == len(pairs) and data.keys() <= {"title", "count", "note"} and types_fit
+
+
+@given(
+    st.lists(st.tuples(KEYS, VALUES), max_size=5),
+    st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t:")]),
+    st.booleans(),
+)
+@example([("title", "a"), ("title", "b")], (",", ":"), False)
+@example([("title", "a"), ("t\\u0069tle", "b")], (", ", ": "), True)
+@example([("title", 'a":"b')], (", ", ": "), True)
+def test_a_body_is_taken_exactly_if_its_keys_are_known_and_stand_once(
+    pairs: list[tuple[str, object]], separators: tuple[str, str], raw_keys: bool
+) -> None:
+    comma, colon = separators
+    shown = [
+        (f'"{key}"' if raw_keys and "\\" in key else json.dumps(key)) + colon + json.dumps(value, ensure_ascii=False)
+        for key, value in pairs
+    ]
+    body = ("{" + comma.join(shown) + "}").encode()
+    codec = Codec(Flat)
+    try:
+        codec.parse(body)
+    except InvalidData:
+        assert not _strictly_valid(body)
+    else:
+        assert _strictly_valid(body)
