@@ -63,9 +63,9 @@ $(VENV)/.dev: requirements/dev.txt requirements/examples.txt $(VENV)/.local
 LOCK = uv="$$(command -v uv || echo $(BIN)/uv)"; "$$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
 lock: $(VENV)/.venv ## lock the newest versions that the ranges in pyproject.toml allow
-	@$(LOCK) pyproject.toml -o requirements/app.txt --upgrade
-	@$(LOCK) pyproject.toml --extra local -o requirements/local.txt --upgrade
 	@$(LOCK) pyproject.toml --extra local --group dev -o requirements/dev.txt --upgrade
+	@$(LOCK) pyproject.toml --extra local -c requirements/dev.txt -o requirements/local.txt --upgrade
+	@$(LOCK) pyproject.toml --extra s3 -c requirements/dev.txt -o requirements/app.txt --upgrade
 	@$(LOCK) --group examples --no-deps -o requirements/examples.txt --upgrade
 	@$(LOCK) --group specstar -o requirements/specstar.txt --upgrade
 	@$(LOCK) --group pocketbase -o requirements/pocketbase.txt --upgrade

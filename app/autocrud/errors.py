@@ -122,3 +122,21 @@ class ConfigError(CrudError, ValueError):
     """The program was put together wrongly: a model, an index or a setting. Raised at start, not by requests."""
 
     type, title, status = "misconfigured", "The service is misconfigured", 500
+
+
+class MetadataTooLarge(CrudError):
+    """Metadata and indexed fields travel in a log, which long ones would fill."""
+
+    type, title, status = "metadata-too-large", "The metadata and indexed fields are too large", 413
+
+
+class HeadLost(StoreDamaged):
+    """What is in the bucket is not, or is older than, what was there before: somebody removed or replaced it."""
+
+    type, title, status = "head-lost", "The store in the bucket was removed or replaced", 500
+
+
+class ConditionalWritesUnsupported(ConfigError):
+    """The object storage ignores If-Match or If-None-Match, without which writers would overwrite each other."""
+
+    type, title, status = "conditional-writes-unsupported", "The object storage ignores conditions", 500

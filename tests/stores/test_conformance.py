@@ -8,14 +8,16 @@ from app.autocrud import Encoding
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
+from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import (
     DiskStorageFactory,
     IStorageFactory,
     MemoryDiskStorageFactory,
     MemoryStorageFactory,
+    S3StorageFactory,
 )
-from tests.conformance import OwnedConformance, SharedConformance, StorageConformance
+from tests.conformance import DurableConformance, OwnedConformance, SharedConformance, StorageConformance
 
 
 class TestMemory(StorageConformance):
@@ -54,3 +56,11 @@ class TestCustomFactory(SharedConformance):
 class TestMemoryDisk(OwnedConformance):
     def make(self, root: Path) -> IStorageFactory:
         return MemoryDiskStorageFactory(root)
+
+
+_doubles: dict[Path, MemoryObjectStore] = {}
+
+
+class TestS3SqliteOnTheDouble(DurableConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return S3StorageFactory("double", object_store=_doubles.setdefault(root, MemoryObjectStore()))

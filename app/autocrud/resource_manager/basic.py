@@ -224,6 +224,17 @@ class MetaStore(Store):
     authoritative: ClassVar[bool] = True
     """False: the ResourceStore's records, if it keeps them, are the commit, and this store follows them."""
 
+    peeks: ClassVar[bool] = False
+    """Whether `peek` may be out of date, and cheaper than `get` for it."""
+
+    async def peek(self, resource_id: str) -> ResourceMeta:
+        """As `get`, but perhaps an earlier state: to build a change upon, whose expectation `commit` checks. Never to answer from."""
+        return await self.get(resource_id)
+
+    async def maintain(self, budget_s: float) -> None:
+        """The store's own housekeeping, for at most about `budget_s` seconds."""
+        return None
+
     async def generation(self) -> int:
         """The number that the uids of new bodies start with. Only a store that sweeps orphans needs more than one."""
         return 0
@@ -354,6 +365,15 @@ class IStorage(ABC):
 
     @abstractmethod
     async def get(self, resource_id: str) -> ResourceMeta: ...
+
+    @property
+    def peeks(self) -> bool:
+        """Whether `peek` may be out of date: then what is refused because of it is looked at again."""
+        return False
+
+    async def peek(self, resource_id: str) -> ResourceMeta:
+        """As MetaStore.peek."""
+        return await self.get(resource_id)
 
     @abstractmethod
     async def bodies(self, uids: Sequence[str]) -> list[bytes]: ...

@@ -335,6 +335,18 @@ class ResourceManager(Generic[T]):
         return self._turns.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
 
     async def _attempt(self, operations: Sequence[Operation], by: str) -> list[State] | None:
+        """The states that the operations leave; None if somebody was faster."""
+        if self.storage.peeks:
+            try:
+                plan, states = await self._plan(operations, by, peek=True)
+            except CrudError:
+                plan = None
+            if plan is not None and len(plan.writes) == len(operations):
+                return await self._commit_plan(plan, states)
+        plan, states = await self._plan(operations, by, peek=False)
+        return await self._commit_plan(plan, states)
+
+    async def _plan(self, operations: Sequence[Operation], by: str, *, peek: bool) -> tuple[Plan[T], list[State]]:
         plan = Plan(
             self.storage,
             self.codec,
@@ -342,6 +354,7 @@ class ResourceManager(Generic[T]):
             retention=self.retention,
             by=by,
             now=self._clock(),
+            peek=peek,
         )
         states = []
         for at, operation in enumerate(operations):
@@ -350,6 +363,9 @@ class ResourceManager(Generic[T]):
             except CrudError as error:
                 error.operation = at
                 raise
+        return plan, states
+
+    async def _commit_plan(self, plan: Plan[T], states: list[State]) -> list[State] | None:
         if plan.writes:
             try:
                 committed = await self.storage.commit(plan.writes)

@@ -117,7 +117,8 @@ class State(Struct):
 
 
 class Plan(Generic[T]):
-    """The writes of one attempt at a batch. `by` and `now` go into the metadata."""
+    """The writes of one attempt at a batch. `by` and `now` go into the metadata. `peek`: build upon states that may be out of date; then
+    only the writes count, for their expectations are checked, and nothing that is refused or answered without a write."""
 
     def __init__(
         self,
@@ -128,7 +129,9 @@ class Plan(Generic[T]):
         retention: Retention | None,
         by: str,
         now: dt.datetime,
+        peek: bool = False,
     ) -> None:
+        self._get = storage.peek if peek else storage.get
         self.writes: list[Write] = []
         self._storage, self._codec = storage, codec
         self._schema_version, self._retention = schema_version, retention
@@ -177,7 +180,7 @@ class Plan(Generic[T]):
     async def _state(self, resource_id: str) -> State | None:
         if resource_id not in self._states:
             try:
-                self._states[resource_id] = State(await self._storage.get(resource_id))
+                self._states[resource_id] = State(await self._get(resource_id))
             except ResourceNotFound:
                 self._states[resource_id] = None
         return self._states[resource_id]

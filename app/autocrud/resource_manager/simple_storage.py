@@ -165,6 +165,13 @@ class SimpleStorage(IStorage):
     async def get(self, resource_id: str) -> ResourceMeta:
         return await self.meta_store.get(resource_id)
 
+    @property
+    def peeks(self) -> bool:
+        return self.meta_store.peeks
+
+    async def peek(self, resource_id: str) -> ResourceMeta:
+        return await self.meta_store.peek(resource_id)
+
     async def bodies(self, uids: Sequence[str]) -> list[bytes]:
         return await self.resource_store.get_many(uids) if uids else []
 
@@ -295,6 +302,7 @@ class SimpleStorage(IStorage):
         if self._follows:
             return  # swept whenever it is opened
         deadline = time.monotonic() + budget_s
+        await self.meta_store.maintain(budget_s / 2)
         if not self._sweep_after:
             self._generation = await self.meta_store.advance_generation()
         while time.monotonic() < deadline:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .basic import Encoding, IStorage
 from .meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .resource_store.simple import DiskResourceStore, MemoryResourceStore
 from .simple_storage import SimpleStorage
+
+if TYPE_CHECKING:
+    from .meta_store.sqlite3 import Consistency
+    from .object_store import ObjectStore
 
 
 class IStorageFactory(ABC):
@@ -53,3 +58,53 @@ class MemoryDiskStorageFactory(IStorageFactory):
 
     def build(self, model_name: str) -> IStorage:
         return SimpleStorage(MemoryMetaStore(), DiskResourceStore(self.data_dir / model_name))
+
+
+class S3StorageFactory(IStorageFactory):
+    """S3 and nothing else: `{prefix}meta/{model}.sqlite/` is the index, `{prefix}data/{model}/` the bodies. Durable; any number of processes and
+    machines may share the bucket.
+
+    local_dir, consistency   as S3SqliteMetaStore takes them
+    sync_interval            the same; None where nothing may run between requests
+    object_store             instead of bucket and endpoint
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        endpoint_url: str | None = None,
+        access_key_id: str | None = None,
+        secret_access_key: str | None = None,
+        region_name: str | None = "us-east-1",
+        *,
+        prefix: str = "",
+        local_dir: str | Path | None = None,
+        consistency: Consistency = "strong",
+        sync_interval: float | None = 5.0,
+        object_store: ObjectStore | None = None,
+    ) -> None:
+        self.bucket, self.prefix, self.endpoint_url, self.region_name = bucket, prefix, endpoint_url, region_name
+        self.access_key_id, self.secret_access_key = access_key_id, secret_access_key
+        self.local_dir, self.consistency, self.sync_interval = local_dir, consistency, sync_interval
+        self.object_store = object_store
+
+    def build(self, model_name: str) -> IStorage:
+        from .meta_store.sqlite3 import S3SqliteMetaStore
+        from .object_store import s3
+        from .resource_store.s3 import S3ResourceStore
+
+        objects = self.object_store or s3(
+            self.bucket, self.endpoint_url, self.access_key_id, self.secret_access_key, self.region_name
+        )
+        meta_store = S3SqliteMetaStore(
+            self.bucket,
+            f"{self.prefix}meta/{model_name}.sqlite",
+            self.endpoint_url,
+            sync_interval=self.sync_interval,
+            consistency=self.consistency,
+            local_dir=self.local_dir,
+            object_store=objects,
+        )
+        return SimpleStorage(
+            meta_store, S3ResourceStore(self.bucket, f"{self.prefix}data/{model_name}/", object_store=objects)
+        )

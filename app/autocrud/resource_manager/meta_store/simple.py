@@ -70,7 +70,7 @@ class _TablesMetaStore(MetaStore):
 
     async def reindex(self, entries: Sequence[Reindex]) -> None:
         if entries:
-            await self._db.write(lambda db: self._tables.reindex(db, entries))
+            await self._db.write(lambda db: self._tables.reindex(db, entries) and None)
         elif await self._db.read(self._tables.stale):
             await self._db.write(self._tables.settled)
 

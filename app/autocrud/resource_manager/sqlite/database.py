@@ -64,7 +64,7 @@ class MemoryDatabase:
     def __init__(self, schema: Work[None]) -> None:
         self._lock = threading.Lock()
         self._connection = apsw.Connection(":memory:")
-        _keep_plans(self._connection)
+        keep_plans(self._connection)
         self._schema: Work[None] | None = schema
 
     def run(self, work: Work[T]) -> T:
@@ -377,14 +377,14 @@ class FileDatabase:
             lock.close()
 
 
-def _keep_plans(connection: apsw.Connection) -> None:
+def keep_plans(connection: apsw.Connection) -> None:
     """A statement is planned once. Otherwise SQLite plans those whose parameters it could look up in statistics again for each
     execution, and we keep no statistics: four microseconds of a read's six."""
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
 
 
 def _configure(connection: apsw.Connection) -> None:
-    _keep_plans(connection)
+    keep_plans(connection)
     connection.set_busy_timeout(5000)  # only recovery after a crash and the last close make a connection wait (W2)
     connection.pragma("synchronous", "full")
     connection.pragma("secure_delete", "on")  # what is purged is overwritten, not only unlinked

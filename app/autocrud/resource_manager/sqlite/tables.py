@@ -6,20 +6,21 @@ MetaStores and the records beside the bodies.
     resources    a row each: its document, the columns that queries compare, and one column `f:{name}` for each indexed field
     list_values  the elements of indexed lists
     revisions    the records
-    specs        fingerprints of the sets of indexed fields that rows were written under
-    state        one row: `generation`; `live`, how many resources are not deleted; `spec`, the fingerprint that this database was last
+    specs        the sets of indexed fields, with their kinds, that rows were written under
+    state        one row: `generation`; `live`, how many resources are not deleted; `spec`, the set that this database was last
                  opened for; `stale`, whether rows may have been indexed for another one
 
+A row is outdated if the set it was written under does not cover the bound fields.
+
 Invariant: if a row's spec is not `state.spec`, `stale` is 1. Opening for another spec sets it, and so does a commit by a process that was
-opened for another one; only a pass over all rows that found none left clears it.
+opened for another one; only a pass over all rows that found none outdated clears it.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, cast
 
 import apsw
 import msgspec
@@ -70,7 +71,7 @@ CREATE TABLE IF NOT EXISTS list_values (field TEXT, value, rid INTEGER, PRIMARY 
 CREATE INDEX IF NOT EXISTS list_values_by_rid ON list_values (rid);
 CREATE TABLE IF NOT EXISTS revisions (
   rid INTEGER, revision INTEGER, uid TEXT NOT NULL, doc BLOB NOT NULL, PRIMARY KEY (rid, revision)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fields TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS state (
   one INTEGER PRIMARY KEY CHECK (one = 1), format INTEGER, generation INTEGER, live INTEGER, spec INTEGER, stale INTEGER);
 INSERT OR IGNORE INTO state VALUES (1, 1, 0, 0, 0, 0);
@@ -84,15 +85,16 @@ CREATE TRIGGER IF NOT EXISTS live_update AFTER UPDATE OF is_deleted ON resources
 INDEXES = {
     "created_time": "CREATE INDEX IF NOT EXISTS by_created ON resources (is_deleted, created_time, id)",
     "updated_time": "CREATE INDEX IF NOT EXISTS by_updated ON resources (is_deleted, updated_time, id)",
-    "uid = ?": "CREATE UNIQUE INDEX IF NOT EXISTS by_uid ON revisions (uid)",
+    "uid = ?": "CREATE INDEX IF NOT EXISTS by_uid ON revisions (uid)",
 }
 """What makes each index, by the text of a statement that it serves."""
 
 FORMAT = 1
 BRACE = ord("{")
 
+_json = msgspec.json.Encoder().encode
 _codecs: dict[Encoding, Callable[[Any], bytes]] = {
-    Encoding.json: msgspec.json.Encoder().encode,
+    Encoding.json: _json,
     Encoding.msgpack: msgspec.msgpack.Encoder().encode,
 }
 _meta_json, _meta_msgpack = msgspec.json.Decoder(ResourceMeta), msgspec.msgpack.Decoder(ResourceMeta)
@@ -131,9 +133,9 @@ class ResourceTables:
         self._update_meta = f"UPDATE resources SET {', '.join(f'{name} = ?' for name in META_COLUMNS)} WHERE rid = ?"
         index_names = names[len(META_COLUMNS) :]
         self._update_index = f"UPDATE resources SET {', '.join(f'{name} = ?' for name in index_names)} WHERE rid = ?"
-        described = sorted(f"{name}\n{kind.name}" for name, kind in spec.fields.items())
-        self._fingerprint = hashlib.sha256("\n\n".join(described).encode()).hexdigest()[:16]
+        self.kinds = {name: spec.fields[name].name for name in sorted(spec.fields)}
         self._spec_id = 0
+        self._covering = "0"  # the ids of the sets that cover the bound fields, for SQL
         self._unmade: dict[str, str] = {}
 
     def create(self, connection: apsw.Connection) -> None:
@@ -157,8 +159,15 @@ class ResourceTables:
         for served in now:
             connection.execute(indexes.pop(served))
         self._unmade = indexes
-        connection.execute("INSERT OR IGNORE INTO specs (fingerprint) VALUES (?)", (self._fingerprint,))
-        self._spec_id = connection.execute("SELECT id FROM specs WHERE fingerprint = ?", (self._fingerprint,)).get
+        fields = _json(self.kinds).decode()
+        connection.execute("INSERT OR IGNORE INTO specs (fields) VALUES (?)", (fields,))
+        self._spec_id = connection.execute("SELECT id FROM specs WHERE fields = ?", (fields,)).get
+        covering = [
+            str(number)
+            for number, text in connection.execute("SELECT id, fields FROM specs").fetchall()
+            if self.kinds.items() <= msgspec.json.decode(str(text)).items()
+        ]
+        self._covering = ", ".join(covering)
         connection.execute("UPDATE state SET spec = ?1, stale = 1 WHERE spec <> ?1", (self._spec_id,))
 
     # Reading
@@ -232,7 +241,7 @@ class ResourceTables:
     def outdated(self, connection: apsw.Connection, limit: int) -> list[ResourceMeta]:
         if not self.stale(connection):
             return []
-        rows = connection.execute("SELECT doc FROM resources WHERE spec IS NOT ? LIMIT ?", (self._spec_id, limit))
+        rows = connection.execute(f"SELECT doc FROM resources WHERE {self._outdated} LIMIT ?", (limit,))
         return [_meta(row[0]) for row in rows.fetchall()]
 
     def stale(self, connection: apsw.Connection) -> bool:
@@ -241,9 +250,13 @@ class ResourceTables:
     def settled(self, connection: apsw.Connection) -> None:
         """Note that all rows are indexed for the bound fields, if they are; in a transaction, so that nobody writes meanwhile."""
         connection.execute(
-            "UPDATE state SET stale = 0 WHERE spec = ?1 AND NOT EXISTS (SELECT 1 FROM resources WHERE spec IS NOT ?1)",
+            f"UPDATE state SET stale = 0 WHERE spec = ? AND NOT EXISTS (SELECT 1 FROM resources WHERE {self._outdated})",
             (self._spec_id,),
         )
+
+    @property
+    def _outdated(self) -> str:
+        return f"(spec IS NULL OR spec NOT IN ({self._covering}))"
 
     def generation(self, connection: apsw.Connection) -> int:
         return int(connection.execute("SELECT generation FROM state").get)
@@ -260,19 +273,51 @@ class ResourceTables:
         connection.execute("UPDATE state SET generation = generation + 1")
         return self.generation(connection)
 
-    def commit(self, connection: apsw.Connection, changes: Sequence[Change]) -> list[ResourceMeta]:
+    def commit(
+        self, connection: apsw.Connection, changes: Sequence[Change], unique: Collection[str] | None = None
+    ) -> list[ResourceMeta]:
+        """`unique`: the fields to be kept unique, if not those of the spec."""
         committed = [self._apply(connection, change) for change in changes]
         for change in changes:
             if change.index is not None and not change.purge:
-                self._check_unique(connection, change.meta.resource_id)
+                self._check_unique(connection, change.meta.resource_id, unique)
         return committed
+
+    def purge(self, connection: apsw.Connection, resource_id: str) -> None:
+        """Remove what there is of a resource."""
+        rid = connection.execute("SELECT rid FROM resources WHERE id = ?", (resource_id,)).get
+        if rid is not None:
+            for table in ("list_values", "revisions", "resources"):
+                connection.execute(f"DELETE FROM {table} WHERE rid = ?", (rid,))
+
+    def put_index(self, connection: apsw.Connection, resource_id: str, entry: IndexEntry) -> None:
+        """Replace a resource's index entry."""
+        rid = connection.execute("SELECT rid FROM resources WHERE id = ?", (resource_id,)).get
+        if rid is not None:
+            connection.execute(self._update_index, (*self._index_row(entry), rid))
+            self._write_lists(connection, cast("int", rid), entry)
+
+    def set_generation(self, connection: apsw.Connection, generation: int) -> None:
+        connection.execute("UPDATE state SET generation = ?1 WHERE generation <> ?1", (generation,))
+
+    def mark_outdated(self, connection: apsw.Connection, resource_id: str) -> None:
+        """Note that a resource's index lacks bound fields."""
+        connection.execute("UPDATE resources SET spec = NULL WHERE id = ?", (resource_id,))
+        connection.execute("UPDATE state SET stale = 1")
+
+    def duplicated(self, connection: apsw.Connection, name: str) -> bool:
+        """Whether resources share a value of this field."""
+        col = sql.column(name)
+        shared = f"SELECT 1 FROM resources WHERE {col} IS NOT NULL GROUP BY {col} HAVING count(*) > 1 LIMIT 1"
+        return connection.execute(shared).get is not None
 
     def follow(self, connection: apsw.Connection, changes: Sequence[Change]) -> None:
         """Apply what was decided elsewhere, whatever is here."""
         for change in changes:
             self._apply(connection, msgspec.structs.replace(change, expect="any"), follow=True)
 
-    def reindex(self, connection: apsw.Connection, entries: Iterable[Reindex]) -> None:
+    def reindex(self, connection: apsw.Connection, entries: Iterable[Reindex]) -> list[str]:
+        """The ids of those that were still in the expected state."""
         done = []
         for resource_id, expect, entry in entries:
             row = connection.execute(
@@ -284,6 +329,7 @@ class ResourceTables:
                 done.append(resource_id)
         for resource_id in done:
             self._check_unique(connection, resource_id)
+        return done
 
     def _apply(self, connection: apsw.Connection, change: Change, *, follow: bool = False) -> ResourceMeta:
         meta = change.meta
@@ -298,9 +344,7 @@ class ResourceTables:
         if spec != self._spec_id and not stale:
             connection.execute("UPDATE state SET stale = 1")
         if change.purge:
-            if rid is not None:
-                for table in ("list_values", "revisions", "resources"):
-                    connection.execute(f"DELETE FROM {table} WHERE rid = ?", (rid,))
+            self.purge(connection, meta.resource_id)
             return meta
         if change.expect == "any" and not follow:
             meta = msgspec.structs.replace(meta, version=1 if rid is None else version + 1)
@@ -366,8 +410,10 @@ class ResourceTables:
                     "INSERT OR IGNORE INTO list_values VALUES (?, ?, ?)", [(name, value, rid) for value in values]
                 )
 
-    def _check_unique(self, connection: apsw.Connection, resource_id: str) -> None:
-        for name in self.spec.unique:
+    def _check_unique(
+        self, connection: apsw.Connection, resource_id: str, unique: Collection[str] | None = None
+    ) -> None:
+        for name in self.spec.unique if unique is None else unique:
             col = sql.column(name)
             other = connection.execute(
                 f"SELECT 1 FROM resources o JOIN resources r ON o.is_deleted IN (0, 1) AND o.{col} = r.{col} AND o.rid <> r.rid"

@@ -1,0 +1,280 @@
+"""S3SqliteMetaStore: a SQLite index whose durable home is S3. The protocol is in `s3_sqlite`.
+
+S3SqliteMetaStore(bucket="my-app", key="meta/article.sqlite")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import hashlib
+import logging
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
+
+import apsw
+
+from ...errors import ConfigError, CrudError
+from ...query import Query
+from ..basic import Change, Encoding, Hit, MetaStore, ModelSpec, Page, Reindex, ResourceMeta, RevisionInfo
+from ..object_store import ObjectStore, s3
+from ..s3_sqlite.committer import Committer, Edit
+from ..s3_sqlite.housekeeping import Housekeeping
+from ..s3_sqlite.local_copy import Work
+from ..s3_sqlite.replica import Replica
+from ..sqlite.tables import ResourceTables
+from .simple import SCAN_PAGE
+
+T = TypeVar("T")
+
+log = logging.getLogger("crudstack.s3sqlite")
+
+Consistency = Literal["strong", "bounded", "local"]
+
+
+class S3SqliteMetaStore(MetaStore):
+    """
+    bucket, key        everything lies below `{key}/`; a plain database that `export` wrote to `key` itself is imported once
+    endpoint_url ...   of the storage; without keys the ambient credentials are used, session token included
+    encoding           of the documents in the local copy
+    auto_sync          True: durable before acknowledged; there is no other way
+    sync_interval      seconds after a write until merges and snapshots that became due are made, None: only in `maintain`; never about
+                       durability. And the default of max_staleness
+    enable_locking     True: the swap cannot be turned off
+    consistency        of reads. "strong": a read that starts after an acknowledgement sees it. "bounded": unless the last check was sent
+                       less than `max_staleness` seconds ago. "local": what this instance knows
+    tail_bytes         of the newest records, which travel with each write
+    max_batch          transactions that share a swap at most
+    linger_ms          how long the first of a batch waits for others
+    snapshot_ratio     a snapshot is made when the log is larger than so many times the last one
+    local_dir          where the local copy lies, below a name of its own; processes may share it; never a network file system. None: a
+                       temporary directory of this process
+    export_key         where `export` writes
+    object_store       instead of bucket and endpoint
+    """
+
+    durable: ClassVar[bool] = True
+    peeks: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        bucket: str,
+        key: str,
+        endpoint_url: str | None = None,
+        access_key_id: str | None = None,
+        secret_access_key: str | None = None,
+        region_name: str | None = None,
+        encoding: Encoding | None = None,
+        auto_sync: bool = True,
+        sync_interval: float | None = 5.0,
+        enable_locking: bool = True,
+        *,
+        consistency: Consistency = "strong",
+        max_staleness: float | None = None,
+        tail_bytes: int = 32768,
+        max_batch: int = 500,
+        linger_ms: float = 0,
+        snapshot_ratio: float = 0.5,
+        local_dir: str | Path | None = None,
+        export_key: str | None = None,
+        object_store: ObjectStore | None = None,
+    ) -> None:
+        if not enable_locking:
+            raise ValueError("enable_locking=False: the swap cannot be turned off, writers would overwrite each other")
+        if not auto_sync:
+            raise ValueError(
+                "auto_sync=False: a write that is not in S3 is not acknowledged; use `batch` to write many at once"
+            )
+        if consistency not in ("strong", "bounded", "local"):
+            raise ValueError(f"consistency: expected strong, bounded or local, got {consistency!r}")
+        if export_key == key:
+            raise ValueError("export_key must not be key: what lies there is imported")
+        if tail_bytes < 1024 or max_batch < 1 or snapshot_ratio <= 0:
+            raise ValueError("expected tail_bytes >= 1024, max_batch >= 1 and snapshot_ratio > 0")
+        self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
+        self._key, self._encoding, self._export_key = key.rstrip("/"), encoding, export_key
+        self._interval = sync_interval
+        self._consistency = consistency
+        self._staleness = max_staleness if max_staleness is not None else (sync_interval or 0.0)
+        self._tail_bytes, self._max_batch, self._linger_s = tail_bytes, max_batch, linger_ms / 1000
+        self._ratio = snapshot_ratio
+        name = hashlib.sha256(f"{endpoint_url}\n{bucket}\n{self._key}".encode()).hexdigest()[:16]
+        self._directory = None if local_dir is None else Path(local_dir) / name
+        self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
+        self.bind(ModelSpec("unbound"))
+
+    def bind(self, spec: ModelSpec) -> None:
+        self._tables = ResourceTables(spec, self._encoding)
+        self._replica = Replica(self._objects, self._key, self._tables, self._directory)
+
+    def _room(self) -> _Room:
+        """What belongs to the event loop that asks."""
+        loop = asyncio.get_running_loop()
+        room = self._rooms.get(loop)
+        if room is None:
+            room = self._rooms.setdefault(
+                loop,
+                _Room(self._replica, self._tail_bytes, self._max_batch, self._linger_s, self._ratio, self._interval),
+            )
+        return room
+
+    # Reading
+
+    async def _read(self, work: Callable[[apsw.Connection], T]) -> T:
+        """Read the local copy, once it is as new as the consistency asks for."""
+        replica, room = self._replica, self._room()
+        await replica.open()
+        if self._consistency == "strong":
+            await replica.checked()
+        elif self._consistency == "bounded":
+            now = room.loop.time()
+            if now - room.checked_at > self._staleness:
+                await replica.checked()
+                room.checked_at = now  # when it was sent, or earlier
+        return await replica.read(work)
+
+    async def get(self, resource_id: str) -> ResourceMeta:
+        return await self._read(lambda db: self._tables.get(db, resource_id))
+
+    async def peek(self, resource_id: str) -> ResourceMeta:
+        await self._replica.open()
+        return await self._replica.read(lambda db: self._tables.get(db, resource_id))
+
+    async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
+        return await self._read(lambda db: self._tables.revision(db, resource_id, revision))
+
+    async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
+        return await self._read(lambda db: self._tables.revisions(db, resource_id, before, limit))
+
+    async def search(self, query: Query) -> Page[Hit]:
+        return await self._read(lambda db: self._tables.search(db, query))
+
+    async def count(self, query: Query) -> int:
+        return await self._read(lambda db: self._tables.count(db, query))
+
+    async def scan(self) -> AsyncIterator[ResourceMeta]:
+        after = ""
+        while page := await self._read(partial(self._tables.scan, after=after, limit=SCAN_PAGE)):
+            for meta in page:
+                yield meta
+            after = page[-1].resource_id
+
+    async def unreferenced(self, uids: Sequence[str]) -> list[str]:
+        return await self._read(lambda db: self._tables.unreferenced(db, uids))
+
+    async def outdated(self, limit: int) -> list[ResourceMeta]:
+        return await self._read(lambda db: self._tables.outdated(db, limit))
+
+    async def generation(self) -> int:
+        return await self._read(self._tables.generation)
+
+    async def health(self) -> None:
+        await self._replica.open()
+        await self._replica.checked()
+
+    # Writing
+
+    async def commit(self, changes: Sequence[Change]) -> list[ResourceMeta]:
+        return await self._write(Work(changes=changes))
+
+    async def _write(self, work: Work) -> list[ResourceMeta]:
+        await self._replica.open()
+        return await self._room().commit(work)
+
+    async def reindex(self, entries: Sequence[Reindex]) -> None:
+        if entries:
+            await self._write(Work(entries=entries))
+        elif await self._read(self._tables.stale):
+            await self._replica.blocking(lambda copy: copy.settle())
+
+    async def advance_generation(self) -> int:
+        await self._replica.open()
+        await self._room().committer.edit(Edit(lambda head: head.next(sweep=head.sweep + 1)))
+        return await self.generation()
+
+    # Keeping house
+
+    async def maintain(self, budget_s: float) -> None:
+        """Merges and snapshots that are due, then the removal of what nothing refers to; what does not fit is left to the next time."""
+        await self._replica.open()
+        room, deadline = self._room(), time.monotonic() + budget_s
+        await room.keep_house(deadline)
+        if time.monotonic() < deadline:
+            await room.housekeeping.collect()
+
+    async def erase(self, now: dt.datetime) -> dt.datetime:
+        """Make a snapshot without what was purged, and remove the log and the snapshots before it. A bucket with versions keeps them until
+        its own rules remove them."""
+        await self._replica.open()
+        room = self._room()
+        await room.housekeeping.snapshot(forget=True)
+        await room.housekeeping.collect()
+        await self._replica.blocking(lambda copy: copy.checkpoint())
+        return now
+
+    async def export(self, path: str | Path | None = None) -> None:
+        """Write the database as one plain SQLite file: to `path`, or as the object `export_key`."""
+        await self._read(self._tables.generation)  # as new as the consistency asks for
+        if path is not None:
+            await self._replica.blocking(lambda copy: copy.copy_to(Path(path)))
+        elif self._export_key is None:
+            raise ConfigError("export: give a path, or the store an export_key")
+        else:
+            await self._replica.export(self._export_key)
+
+    async def close(self) -> None:
+        loop = asyncio.get_running_loop()
+        room = self._rooms.pop(loop, None)
+        if room is not None:
+            await room.close()
+        await self._replica.close()
+
+
+class _Room:
+    """What a store has for each event loop."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        tail_bytes: int,
+        max_batch: int,
+        linger_s: float,
+        ratio: float,
+        interval: float | None,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.checked_at = float("-inf")
+        self.committer = Committer(replica, tail_bytes=tail_bytes, max_batch=max_batch, linger_s=linger_s)
+        self.housekeeping = Housekeeping(replica, self.committer, snapshot_ratio=ratio, tail_bytes=tail_bytes)
+        self._replica, self._interval = replica, interval
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def commit(self, work: Work) -> list[ResourceMeta]:
+        committed = await self.committer.commit(work)
+        if self._keeping is None and self._interval is not None:
+            self._keeping = self.loop.create_task(self._keep_house_later(self._interval))
+        return committed
+
+    async def _keep_house_later(self, seconds: float) -> None:
+        """Some time after a write. A task of this loop: frozen with it half way, it harms nobody."""
+        try:
+            await asyncio.sleep(seconds)
+            await self.keep_house(time.monotonic() + seconds)
+        except CrudError as error:
+            log.warning("housekeeping: %s", error)
+        finally:
+            self._keeping = None
+
+    async def keep_house(self, deadline: float) -> None:
+        while time.monotonic() < deadline and await self.housekeeping.step():
+            pass
+
+    async def close(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+        await self.committer.idle()

@@ -1,0 +1,252 @@
+"""The port to object storage: what the engine asks of S3, and nothing more.
+
+    S3ObjectStore(bucket, ...)   S3 and whatever speaks its protocol
+    MemoryObjectStore()          a double in memory (object_store_double): atomic, with faults and latency as wished
+
+A conditional PUT is the only step of the engine that decides between writers, so its outcome has a type: `Stored`, `Lost` or `Unknown`.
+Nothing retries it. Everything else may be repeated without harm, and is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from ..errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig, S3Store
+
+log = logging.getLogger("crudstack.s3")
+
+CONCURRENT_GETS = 32
+
+
+class Object(NamedTuple):
+    body: bytes
+    etag: str
+
+
+class Listed(NamedTuple):
+    key: str
+    size: int
+    modified: datetime
+
+
+class Stored(NamedTuple):
+    """The conditional PUT took place."""
+
+    etag: str
+
+
+class Lost(NamedTuple):
+    """Somebody else was there (409, 412), or nothing was (404). For a client that does not retry this one was not stored."""
+
+
+class Unknown(NamedTuple):
+    """No answer, or one that decides nothing: it may have been stored, and may be stored later."""
+
+    reason: str
+
+
+class Unchanged(NamedTuple):
+    """The object still has the ETag that was asked about (304)."""
+
+
+UNCHANGED: Final = Unchanged()
+Outcome = Stored | Lost | Unknown
+
+
+class ObjectStore(ABC):
+    """Keys are relative to the bucket. Reads and unconditional writes raise StoreUnavailable when they cannot be done."""
+
+    @abstractmethod
+    async def get(self, key: str) -> Object | None:
+        """The object, None if there is none."""
+
+    @abstractmethod
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        """The object, unless it still has this ETag."""
+
+    @abstractmethod
+    async def put(self, key: str, body: bytes) -> None:
+        """Write, whatever is there."""
+
+    @abstractmethod
+    async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        """Replace exactly the object with this ETag; with None: create what is not there. Sent once, never retried."""
+
+    @abstractmethod
+    def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
+        """Objects whose keys start with `prefix`, ascending, after the given key."""
+
+    @abstractmethod
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+
+    @abstractmethod
+    async def download(self, key: str, path: Path) -> bool:
+        """Stream an object into a file; False if there is none."""
+
+    @abstractmethod
+    async def upload(self, key: str, path: Path) -> None:
+        """Stream a file into an object."""
+
+    @abstractmethod
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+        """A URL that allows this one request until it expires."""
+
+
+class S3ObjectStore(ObjectStore):
+    """One bucket, through obstore.
+
+    Without keys the ambient credentials are used (environment with session token, web identity, container, instance), renewed as they
+    expire. An endpoint means path-style addresses, and plain HTTP is allowed where it says so. Clients share connections: see `s3`.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        endpoint_url: str | None = None,
+        access_key_id: str | None = None,
+        secret_access_key: str | None = None,
+        region_name: str | None = None,
+        session_token: str | None = None,
+    ) -> None:
+        import obstore
+        from obstore import exceptions
+        from obstore.store import S3Store
+
+        self._obstore, self._errors = obstore, exceptions
+        self._missing = (FileNotFoundError, exceptions.NotFoundError)
+        self._failed = (exceptions.BaseError, OSError)  # obstore raises Python's own errors where there are any
+        options: dict[str, Any] = {"virtual_hosted_style_request": False}
+        if endpoint_url is not None:
+            options["endpoint"] = endpoint_url.rstrip("/")
+        if region_name is not None:
+            options["region"] = region_name
+        if access_key_id is not None:
+            # As a provider, because a session token of the environment belongs to other keys than these.
+            options["credential_provider"] = lambda: {
+                "access_key_id": access_key_id,
+                "secret_access_key": secret_access_key,
+                "token": session_token,
+                "expires_at": None,
+            }
+
+        def client(client_options: ClientConfig, retry_config: RetryConfig) -> S3Store:
+            http: ClientConfig = {"allow_http": True, "connect_timeout": "3s", **client_options}
+            return S3Store(bucket, client_options=http, retry_config=retry_config, **options)
+
+        patient: RetryConfig = {"max_retries": 4, "retry_timeout": timedelta(seconds=15)}
+        self._swaps = client({"timeout": "10s"}, {"max_retries": 0})
+        self._objects = client({"timeout": "20s"}, patient)
+        self._files = client({"timeout": "1h", "read_timeout": "30s"}, patient)
+
+    async def get(self, key: str) -> Object | None:
+        try:
+            return await self._read(key, {})
+        except self._failed as error:
+            if isinstance(error, self._missing):
+                return None
+            raise _unavailable("GET", key, error) from error
+
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        try:
+            return await self._read(key, {"if_none_match": etag})
+        except self._failed as error:
+            if isinstance(error, self._errors.NotModifiedError):
+                return UNCHANGED
+            if isinstance(error, self._missing):
+                return None
+            raise _unavailable("GET", key, error) from error
+
+    async def _read(self, key: str, options: Any) -> Object:
+        result = await self._obstore.get_async(self._objects, key, options=options)
+        etag = result.meta["e_tag"]
+        return Object(bytes(await result.bytes_async()), etag or "")
+
+    async def put(self, key: str, body: bytes) -> None:
+        try:
+            await self._obstore.put_async(self._objects, key, body)
+        except self._failed as error:
+            raise _unavailable("PUT", key, error) from error
+
+    async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        mode: Any = "create" if etag is None else {"e_tag": etag}
+        errors = self._errors
+        try:
+            result = await self._obstore.put_async(self._swaps, key, body, mode=mode, use_multipart=False)
+        except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
+            return Lost()
+        except Exception as error:  # whatever it is, it does not say that nothing was stored
+            log.warning("PUT %s: %s", key, error)
+            return Unknown(type(error).__name__)
+        new = result["e_tag"]
+        return Stored(new) if new else Unknown("the answer has no ETag")
+
+    async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
+        # obstore lists below folders: the prefix up to its last slash, the rest is compared here.
+        folder = prefix.rpartition("/")[0]
+        try:
+            stream = self._obstore.list(self._objects, folder or None, offset=after or None, chunk_size=1000)
+            async for page in stream:
+                for meta in sorted(page, key=lambda meta: meta["path"]):
+                    if meta["path"].startswith(prefix):
+                        yield Listed(meta["path"], meta["size"], meta["last_modified"])
+        except self._failed as error:
+            raise _unavailable("LIST", prefix, error) from error
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        try:
+            await self._obstore.delete_async(self._objects, keys)
+        except self._missing:
+            for key in keys if len(keys) > 1 else ():
+                await self.delete([key])
+        except self._failed as error:
+            raise _unavailable("DELETE", keys[0], error) from error
+
+    async def download(self, key: str, path: Path) -> bool:
+        try:
+            result = await self._obstore.get_async(self._files, key)
+            with await asyncio.to_thread(path.open, "wb") as file:
+                async for chunk in result.stream(min_chunk_size=8 * 1024 * 1024):
+                    await asyncio.to_thread(file.write, chunk)
+        except self._missing:
+            return False
+        except self._failed as error:
+            raise _unavailable("GET", key, error) from error
+        return True
+
+    async def upload(self, key: str, path: Path) -> None:
+        try:
+            await self._obstore.put_async(self._files, key, path)
+        except self._failed as error:
+            raise _unavailable("PUT", key, error) from error
+
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+        return await self._obstore.sign_async(self._objects, method, key, timedelta(seconds=seconds))
+
+
+@functools.lru_cache(maxsize=64)
+def s3(
+    bucket: str,
+    endpoint_url: str | None = None,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    region_name: str | None = None,
+) -> S3ObjectStore:
+    """The client of this bucket: one for all stores of the process, so that they share connections."""
+    return S3ObjectStore(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
+
+
+def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
+    """The details, an address for one, go to the log and not to clients."""
+    log.error("%s %s: %s: %s", method, key, type(error).__name__, error)
+    return StoreUnavailable("the object storage cannot be used right now; nothing was changed")

@@ -1,0 +1,137 @@
+"""An object store in memory, for tests and simulations: atomic, with faults and latency as wished.
+
+    store = MemoryObjectStore()
+    store.fault = lambda request: LOST_ANSWER if request.op == "put_if" else None
+    store.latency = lambda request: 0.020
+
+Latency passes on the event loop's clock, so on one with virtual time it costs none. `requests` counts what was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ..errors import StoreUnavailable
+from .object_store import UNCHANGED, Listed, Lost, Object, ObjectStore, Outcome, Stored, Unchanged, Unknown
+
+Op = Literal["get", "get_if", "put", "put_if", "list", "delete"]
+
+
+class Call(NamedTuple):
+    op: Op
+    key: str
+    size: int = 0
+
+
+class Fault(NamedTuple):
+    """`answer` is what the client hears: "unknown" (a time-out, 5xx, 403, ...) or "lost" (409, 412). `applied`: whether the request takes
+    effect all the same; `late`: so many seconds afterwards."""
+
+    answer: Literal["unknown", "lost"] = "unknown"
+    applied: bool = False
+    late: float | None = None
+
+
+REFUSED = Fault()
+LOST_ANSWER = Fault(applied=True)
+FALSE_CONFLICT = Fault("lost")
+
+
+class MemoryObjectStore(ObjectStore):
+    def __init__(self) -> None:
+        self.objects: dict[str, Object] = {}
+        self.requests: Counter[str] = Counter()
+        self.bytes_put = 0
+        self.fault: Callable[[Call], Fault | None] = lambda _: None
+        self.latency: Callable[[Call], float] = lambda _: 0.0
+        self._lock = threading.Lock()
+        self._late: set[asyncio.Task[None]] = set()
+
+    async def _arrive(self, call: Call) -> Fault | None:
+        self.requests[call.op] += 1
+        self.bytes_put += call.size
+        delay = self.latency(call)
+        if delay:
+            await asyncio.sleep(delay)
+        return self.fault(call)
+
+    async def get(self, key: str) -> Object | None:
+        if await self._arrive(Call("get", key)):
+            raise _down()
+        return self.objects.get(key)
+
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        if await self._arrive(Call("get_if", key)):
+            raise _down()
+        found = self.objects.get(key)
+        return UNCHANGED if found is not None and found.etag == etag else found
+
+    async def put(self, key: str, body: bytes) -> None:
+        fault = await self._arrive(Call("put", key, len(body)))
+        if fault is None or fault.applied:
+            self._store(key, body)
+        if fault is not None:
+            raise _down()
+
+    def _store(self, key: str, body: bytes) -> str:
+        etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'  # as S3's: of the content alone
+        self.objects[key] = Object(bytes(body), etag)
+        return etag
+
+    def _swap(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        with self._lock:
+            found = self.objects.get(key)
+            if (None if found is None else found.etag) != etag:
+                return Lost()
+            return Stored(self._store(key, body))
+
+    async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        fault = await self._arrive(Call("put_if", key, len(body)))
+        if fault is None:
+            return self._swap(key, body, etag)
+        if fault.late is not None:
+            self._late.add(task := asyncio.create_task(self._land(fault.late, key, body, etag)))
+            task.add_done_callback(self._late.discard)
+        elif fault.applied:
+            self._swap(key, body, etag)
+        return Lost() if fault.answer == "lost" else Unknown("injected")
+
+    async def _land(self, seconds: float, key: str, body: bytes, etag: str | None) -> None:
+        await asyncio.sleep(seconds)
+        self._swap(key, body, etag)
+
+    async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
+        if await self._arrive(Call("list", prefix)):
+            raise _down()
+        for key in sorted(self.objects):
+            if key.startswith(prefix) and key > after and (found := self.objects.get(key)) is not None:
+                yield Listed(key, len(found.body), datetime.now(UTC))
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        if await self._arrive(Call("delete", keys[0] if keys else "")):
+            raise _down()
+        for key in keys:
+            self.objects.pop(key, None)
+
+    async def download(self, key: str, path: Path) -> bool:
+        found = await self.get(key)
+        if found is not None:
+            await asyncio.to_thread(path.write_bytes, found.body)
+        return found is not None
+
+    async def upload(self, key: str, path: Path) -> None:
+        await self.put(key, await asyncio.to_thread(path.read_bytes))
+
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+        return f"memory:///{key}?method={method}&expires={seconds}"
+
+
+def _down() -> StoreUnavailable:
+    return StoreUnavailable("the object storage cannot be used right now; nothing was changed")

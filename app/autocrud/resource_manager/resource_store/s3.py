@@ -1,0 +1,68 @@
+"""Bodies on S3: one PUT a revision, one GET a read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ...errors import StoreDamaged
+from ..basic import Encoding, ResourceStore, RevisionInfo
+from ..object_store import CONCURRENT_GETS, ObjectStore, s3
+
+
+class S3ResourceStore(ResourceStore):
+    """Bodies at `{prefix}{uid}`. Without keys the ambient credentials are used; `object_store` takes the place of bucket and endpoint."""
+
+    durable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        endpoint_url: str | None = None,
+        access_key_id: str | None = None,
+        secret_access_key: str | None = None,
+        region_name: str | None = None,
+        encoding: Encoding | None = None,
+        *,
+        object_store: ObjectStore | None = None,
+    ) -> None:
+        self.encoding = encoding
+        self._prefix = prefix
+        self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
+
+    async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
+        await self._objects.put(self._prefix + uid, body)
+
+    async def get_many(self, uids: Sequence[str]) -> list[bytes]:
+        if len(uids) == 1:
+            return [await self._get(uids[0])]
+        turns = asyncio.Semaphore(CONCURRENT_GETS)
+
+        async def one(uid: str) -> bytes:
+            async with turns:
+                return await self._get(uid)
+
+        return await asyncio.gather(*map(one, uids))
+
+    async def _get(self, uid: str) -> bytes:
+        found = await self._objects.get(self._prefix + uid)
+        if found is None:
+            raise StoreDamaged(f"the body {uid} is missing")
+        return found.body
+
+    async def delete(self, uids: Sequence[str]) -> None:
+        if uids:
+            await self._objects.delete([self._prefix + uid for uid in uids])
+
+    async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
+        found: list[str] = []
+        async for listed in self._objects.list(self._prefix, self._prefix + after if after else ""):
+            uid = listed.key.removeprefix(self._prefix)
+            number = uid.partition("/")[0]
+            if number.isdigit() and int(number) < generation:
+                found.append(uid)
+                if len(found) == limit:
+                    break
+        return found

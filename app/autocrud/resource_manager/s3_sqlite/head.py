@@ -1,0 +1,245 @@
+"""What stands in the bucket below `{key}/`.
+
+    HEAD                               replaced only by If-Match: the swap
+    BORN                               the id of the store, written once
+    seg/{ver}-{first}-{uuid}           records; immutable
+    snap/{ver}-{seq}-{uuid}.sqlite     an ordinary SQLite file; immutable
+
+A name starts with the version of the HEAD that may be the first to refer to it. So a name whose version is not above HEAD's, and which HEAD
+does not contain, can never be referred to again (I2).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from ...errors import ConfigError, MetadataTooLarge, StoreDamaged
+from ..basic import Change, IndexEntry, ResourceMeta, RevisionInfo
+
+FORMAT = 1
+MAX_METADATA = 256 * 1024
+"""Bytes of one resource's metadata and indexed fields: they travel in every log."""
+
+
+class Record(NamedTuple):
+    """One transaction: `ops` is a MessagePack list of Op. `time` is microseconds since 1970, never below the one before."""
+
+    seq: int
+    txid: bytes
+    time: int
+    ops: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.ops) + 40
+
+
+class Segment(NamedTuple):
+    """An object that holds the records first to last."""
+
+    key: str
+    first: int
+    last: int
+    size: int
+
+
+class Snapshot(NamedTuple):
+    key: str
+    seq: int
+    size: int
+    sha256: str
+
+
+class Pending(NamedTuple):
+    """A snapshot or a merged segment that is being made; `log_size`: all bytes that were ever logged when it began."""
+
+    key: str
+    ver: int
+    log_size: int
+
+
+class Schema(Struct, frozen=True):
+    """The sets of indexed fields that records were written under, by number as text, with their kinds; and the fields that are unique."""
+
+    specs: dict[str, dict[str, str]] = {}
+    unique: tuple[str, ...] = ()
+
+
+class Head(Struct, frozen=True, kw_only=True):
+    fmt: int = FORMAT
+    store: str
+    born: bool = False
+    ver: int = 1
+    seq: int = 0
+    nonce: bytes = b""
+    snap: Snapshot | None = None
+    segs: tuple[Segment, ...] = ()
+    tail: tuple[Record, ...] = ()
+    pend: tuple[Pending, ...] = ()
+    sweep: int = 0
+    logged: int = 0  # bytes of records, ever
+    schema: Schema = Schema()
+    imported: str | None = None  # ETag of the plain database that this store began with
+    others: dict[str, Any] = {}  # keys of later versions, kept as they are
+
+    def next(self, **changes: Any) -> Head:
+        """The HEAD that may replace this one: one version up, with bytes that no other has (I1, I7)."""
+        return replace(self, ver=self.ver + 1, nonce=os.urandom(8), **changes)
+
+    def encode(self) -> bytes:
+        known = {name: getattr(self, name) for name in _KNOWN}
+        return _encode({**self.others, **known})
+
+    @property
+    def log_size(self) -> int:
+        """Bytes between the snapshot and here."""
+        return sum(segment.size for segment in self.segs) + sum(record.size for record in self.tail)
+
+    @property
+    def keys(self) -> set[str]:
+        """Every object that this HEAD refers to."""
+        named = {segment.key for segment in self.segs} | {pending.key for pending in self.pend}
+        return named if self.snap is None else named | {self.snap.key}
+
+
+_KNOWN = tuple(name for name in Head.__struct_fields__ if name != "others")
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+_records = msgspec.msgpack.Decoder(list[Record]).decode
+
+
+def decode_head(body: bytes) -> Head:
+    """StoreDamaged for what is no HEAD, ConfigError for one of a later format."""
+    try:
+        raw = _decode(body)
+        found = raw["fmt"]
+        if found != FORMAT:
+            raise ConfigError(
+                f"the store in the bucket has format {found}, this program knows {FORMAT}: deploy a newer one"
+            )
+        others = {key: value for key, value in raw.items() if key not in _KNOWN}
+        return replace(msgspec.convert(raw, Head), others=others)
+    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
+        raise StoreDamaged(f"HEAD cannot be read: {error}") from None
+
+
+def encode_segment(records: Sequence[Record]) -> bytes:
+    return _encode(records)
+
+
+def decode_segment(body: bytes) -> list[Record]:
+    try:
+        return _records(body)
+    except msgspec.MsgspecError as error:
+        raise StoreDamaged(f"a segment cannot be read: {error}") from None
+
+
+def segment_key(prefix: str, ver: int, first: int) -> str:
+    return f"{prefix}seg/{ver:012d}-{first:012d}-{uuid4().hex}"
+
+
+def snapshot_key(prefix: str, ver: int, seq: int) -> str:
+    return f"{prefix}snap/{ver:012d}-{seq:012d}-{uuid4().hex}.sqlite"
+
+
+def version_in(key: str) -> int | None:
+    """The version in the name of a segment or snapshot; None for a name that is none of ours."""
+    number = key.rpartition("/")[2].partition("-")[0]
+    return int(number) if number.isdigit() else None
+
+
+# Records
+
+
+class Indexed(Struct, frozen=True, array_like=True):
+    """An index entry, and the number of the set of fields (in Schema.specs) that it was made for."""
+
+    spec: str
+    keys: dict[str, Any]
+    missing: tuple[str, ...]
+    shown: bytes
+
+
+class Op(Struct, frozen=True, omit_defaults=True, rename={"resource_id": "id"}):
+    """What happened to one resource. Documents, not columns: every reader derives its own tables from it.
+
+    put    its new metadata; `record` is what a revision's record has that the metadata does not say; `index` None: as it was
+    index  a new index entry for the state it is in
+    purge  it is gone
+    """
+
+    kind: str
+    resource_id: str
+    meta: ResourceMeta | None = None
+    record: dict[str, Any] | None = None
+    index: Indexed | None = None
+    drop: tuple[str, ...] = ()
+
+
+_op_list = msgspec.msgpack.Decoder(list[Op]).decode
+
+
+def _expected(meta: ResourceMeta) -> dict[str, Any]:
+    """The record of a revision that was made by the change that left this metadata."""
+    return {
+        "uid": meta.uid,
+        "resource_id": meta.resource_id,
+        "revision": meta.revision,
+        "parent": meta.revision - 1 or None,
+        "schema_version": meta.schema_version,
+        "status": meta.status,
+        "data_hash": meta.data_hash,
+        "encoding": meta.encoding,
+        "created_time": meta.updated_time,
+        "updated_time": meta.updated_time,
+        "created_by": meta.updated_by,
+        "updated_by": meta.updated_by,
+    }
+
+
+def op_of(change: Change, meta: ResourceMeta, spec: str) -> Op:
+    """The op of a change that left `meta`."""
+    if change.purge:
+        return Op("purge", meta.resource_id)
+    record = None
+    if change.record is not None:
+        expected = _expected(meta)
+        record = {name: value for name in expected if (value := getattr(change.record, name)) != expected[name]}
+    return Op("put", meta.resource_id, meta, record, indexed(change.index, spec), change.drop)
+
+
+def indexed(entry: IndexEntry | None, spec: str) -> Indexed | None:
+    return None if entry is None else Indexed(spec, entry.keys, entry.missing, entry.shown)
+
+
+def record_of(op: Op) -> RevisionInfo | None:
+    if op.record is None or op.meta is None:
+        return None
+    return msgspec.convert({**_expected(op.meta), **op.record}, RevisionInfo)
+
+
+def encode_ops(ops: Sequence[Op]) -> bytes:
+    """MetadataTooLarge if one is."""
+    encoded = [_encode(op) for op in ops]
+    for op, size in zip(ops, map(len, encoded), strict=True):
+        if size > MAX_METADATA:
+            raise MetadataTooLarge(
+                f"the metadata and indexed fields of {op.resource_id!r} take {size} bytes; at most {MAX_METADATA}"
+            )
+    return _encode([msgspec.Raw(part) for part in encoded])
+
+
+def decode_ops(ops: bytes) -> list[Op]:
+    return _op_list(ops)
+
+
+def microseconds(now: dt.datetime) -> int:
+    return int(now.timestamp() * 1_000_000)

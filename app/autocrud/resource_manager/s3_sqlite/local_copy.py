@@ -1,0 +1,352 @@
+"""The SQLite file that reads are served from: a cache of what is in the bucket, at some HEAD.
+
+Invariants:
+
+- I4 *Replay is unconditional, deterministic and cannot fail*: it applies what was decided; unique values are a query of whoever
+  decides, never an index of the tables.
+- I5 *store, seq, ver and ETag commit with the rows.* So a 304 for the ETag that a connection reads is a promise about the rows that it
+  reads then or later.
+- A copy never goes back: what is older than its version changes nothing.
+
+Several processes may share a file. Writing transactions, which are short and never wait for the network, take turns under a file lock; whoever
+does not get it within two seconds raises `CopyBusy` and uses a copy of its own. A file is never replaced: a new one gets a new name, and
+`current` is switched to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+from uuid import uuid4
+
+import apsw
+
+from ...errors import ConfigError, CrudError, StoreUnavailable
+from ..basic import Change, IndexEntry, Reindex, ResourceMeta
+from ..sqlite.database import keep_plans
+from ..sqlite.tables import ResourceTables
+from .head import Head, Op, Record, Schema, decode_head, decode_ops, encode_ops, indexed, op_of, record_of
+
+T = TypeVar("T")
+
+log = logging.getLogger("crudstack.s3sqlite")
+
+LOCK_TIMEOUT_S = 2.0
+WINDOW = 8192
+"""Records whose txids a copy remembers."""
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS copy (
+  one INTEGER PRIMARY KEY CHECK (one = 1), store TEXT, seq INTEGER, ver INTEGER, etag TEXT, head BLOB);
+INSERT OR IGNORE INTO copy VALUES (1, '', 0, 0, '', x'');
+CREATE TABLE IF NOT EXISTS recent (seq INTEGER PRIMARY KEY, txid BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS recent_by_txid ON recent (txid);
+"""
+
+
+class CopyBusy(Exception):
+    """Another process holds the file's lock, perhaps because it was stopped."""
+
+
+class State(NamedTuple):
+    """Where a copy is. `etag` is empty before the first HEAD."""
+
+    store: str
+    seq: int
+    ver: int
+    etag: str
+
+
+class Attempt(NamedTuple):
+    """What became of a transaction when it was tried at the copy's state: `ops` and `metas`, or the `error` that it would be answered with."""
+
+    ops: bytes
+    metas: list[ResourceMeta]
+    error: CrudError | None
+
+
+class Trial(NamedTuple):
+    """Transactions tried one after the other at one state. Nothing of it stays in the copy."""
+
+    state: State
+    head: Head
+    schema: Schema
+    attempts: list[Attempt]
+
+
+class Work(NamedTuple):
+    """What a transaction wants: changes, or index entries for states."""
+
+    changes: Sequence[Change] = ()
+    entries: Sequence[Reindex] = ()
+
+
+class LocalCopy:
+    """One file. Everything here blocks; it runs in threads."""
+
+    def __init__(self, path: Path, tables: ResourceTables) -> None:
+        self.path, self.tables = path, tables
+        self._mutex = threading.Lock()
+        self._lock = os.open(path.parent / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._idle: list[apsw.Connection] = []
+        try:
+            with self._writing() as connection:
+                connection.execute(TABLES)
+                tables.create(connection)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def remove(self) -> None:
+        """Delete the file; connections that are still open go on reading it."""
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                Path(f"{self.path}{suffix}").unlink()
+
+    # Reading
+
+    def read(self, work: Callable[[apsw.Connection], T]) -> T:
+        with self._connection() as connection:
+            return work(connection)
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[apsw.Connection]:
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+        try:
+            yield connection
+        except apsw.Error:
+            connection.close()  # it may know less than the file
+            raise
+        else:
+            self._idle.append(connection)
+
+    def _connect(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self.path))
+        keep_plans(connection)
+        connection.set_busy_timeout(2000)
+        connection.pragma("journal_mode", "wal")
+        connection.pragma("synchronous", "normal")  # a cache: what a crash takes is fetched again
+        connection.pragma("secure_delete", "on")
+        return connection
+
+    def state(self) -> State:
+        return self.read(_state)
+
+    def head(self) -> tuple[State, Head]:
+        """Where the copy is, and the HEAD of that moment. StoreUnavailable before the first one."""
+        row: Any = self.read(lambda db: db.execute("SELECT store, seq, ver, etag, head FROM copy").get)
+        if not row[4]:
+            raise StoreUnavailable("the local copy is new; try again")
+        return State(*row[:4]), decode_head(row[4])
+
+    def found(self, txids: Sequence[bytes]) -> tuple[State, dict[bytes, int]]:
+        """Where the copy is, and those transactions that are in the history there, with their numbers: all of one moment."""
+
+        def look(db: apsw.Connection) -> tuple[State, dict[bytes, int]]:
+            db.execute("BEGIN")
+            try:
+                rows = [(txid, db.execute("SELECT seq FROM recent WHERE txid = ?", (txid,)).get) for txid in txids]
+                return _state(db), {txid: seq for txid, seq in rows if seq is not None}
+            finally:
+                db.execute("COMMIT")
+
+        return self.read(look)
+
+    # Writing
+
+    @contextlib.contextmanager
+    def _writing(self, *, keep: bool = True) -> Iterator[apsw.Connection]:
+        """A transaction under the file lock; rolled back if it fails, or if it is not to be kept."""
+        with self._mutex, self._exclusive(), self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                _roll_back(connection)
+                raise
+            connection.execute("COMMIT" if keep else "ROLLBACK")
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise CopyBusy from None
+                time.sleep(0.001)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def advance(self, records: Sequence[Record], head: Head, etag: str, body: bytes) -> bool:
+        """Bring the copy to this HEAD, whose records above its own `records` holds. False: there is a gap, somebody switched files."""
+        with self._writing() as connection:
+            state = _state(connection)
+            if state.ver >= head.ver:
+                return True  # somebody was faster
+            new = [record for record in records if record.seq > state.seq]
+            if (new[0].seq if new else head.seq + 1) != state.seq + 1:
+                return False
+            for record in new:
+                self._replay(connection, head.schema, record)
+            connection.execute("DELETE FROM recent WHERE seq <= ?", (head.seq - WINDOW,))
+            self.tables.set_generation(connection, head.sweep)
+            connection.execute(
+                "UPDATE copy SET store = ?, seq = ?, ver = ?, etag = ?, head = ?",
+                (head.store, head.seq, head.ver, etag, body),
+            )
+        return True
+
+    def _replay(self, connection: apsw.Connection, schema: Schema, record: Record) -> None:
+        for op in decode_ops(record.ops):
+            entry, complete = (None, True) if op.index is None else self._entry(schema, op)
+            if op.kind == "purge":
+                self.tables.purge(connection, op.resource_id)
+            elif op.kind == "index" and entry is not None:
+                self.tables.put_index(connection, op.resource_id, entry)
+            elif op.kind == "put" and op.meta is not None:
+                change = Change(meta=op.meta, record=record_of(op), index=entry, expect="any", drop=op.drop)
+                self.tables.follow(connection, [change])
+            if not complete:
+                self.tables.mark_outdated(connection, op.resource_id)
+        connection.execute("INSERT OR REPLACE INTO recent VALUES (?, ?)", (record.seq, record.txid))
+
+    def _entry(self, schema: Schema, op: Op) -> tuple[IndexEntry, bool]:
+        """The index entry for the bound fields, and whether it says something of each."""
+        index = op.index
+        assert index is not None
+        theirs, mine = schema.specs.get(index.spec, {}), self.tables.kinds
+        covered = {name for name, kind in mine.items() if theirs.get(name) == kind}
+        keys = {name: key for name, key in index.keys.items() if name in covered}
+        return IndexEntry(keys, index.missing, index.shown), len(covered) == len(mine)
+
+    def attempt(self, works: Sequence[Work]) -> Trial:
+        """Try transactions at the state of the copy, each seeing those before it that succeeded. CrudErrors are their answers."""
+        with self._writing(keep=False) as connection:
+            state = _state(connection)
+            body = connection.execute("SELECT head FROM copy").get
+            if not body:
+                raise StoreUnavailable("the local copy is new; try again")
+            head = decode_head(body)
+            schema, spec = self._schema(connection, head.schema)
+            attempts = []
+            for work in works:
+                connection.execute("SAVEPOINT attempt")
+                try:
+                    attempts.append(self._attempt(connection, work, spec, schema.unique))
+                except CrudError as error:
+                    connection.execute("ROLLBACK TO attempt")
+                    attempts.append(Attempt(b"", [], error))
+                connection.execute("RELEASE attempt")
+        return Trial(state, head, schema, attempts)
+
+    def _attempt(self, connection: apsw.Connection, work: Work, spec: str, unique: Sequence[str]) -> Attempt:
+        if work.entries:
+            done = set(self.tables.reindex(connection, work.entries))
+            ops = [
+                Op("index", entry.resource_id, index=indexed(entry.entry, spec))
+                for entry in work.entries
+                if entry.resource_id in done
+            ]
+            return Attempt(encode_ops(ops) if ops else b"", [], None)
+        metas = self.tables.commit(connection, work.changes, unique)
+        ops = [op_of(change, meta, spec) for change, meta in zip(work.changes, metas, strict=True)]
+        return Attempt(encode_ops(ops), metas, None)
+
+    def _schema(self, connection: apsw.Connection, schema: Schema) -> tuple[Schema, str]:
+        """The schema with the bound fields in it, and their number. Every writer keeps every unique field unique; ConfigError if it cannot."""
+        kinds, specs = self.tables.kinds, dict(schema.specs)
+        spec = next((number for number, fields in specs.items() if fields == kinds), None)
+        if spec is None:
+            spec = str(len(specs) + 1)
+            specs[spec] = kinds
+        added = [name for name in self.tables.spec.unique if name not in schema.unique]
+        for name in added:
+            if self.tables.duplicated(connection, name):
+                raise ConfigError(
+                    f"model {self.tables.spec.name!r}: {name} was declared unique, but stored resources share a value; change one of them"
+                    " with the earlier program, or declare the field without unique=True"
+                )
+        for name in schema.unique:
+            if name not in kinds:
+                raise ConfigError(
+                    f"model {self.tables.spec.name!r}: {name} is unique in the bucket, but this program does not index it; index it,"
+                    " or stop the older program"
+                )
+        return Schema(specs, (*schema.unique, *added)), spec
+
+    def settle(self) -> None:
+        """Note that no row is outdated, if so."""
+        with self._writing() as connection:
+            self.tables.settled(connection)
+
+    def checkpoint(self) -> None:
+        """Empty the write-ahead log, so that what was erased leaves no trace in it."""
+        with self._mutex, self._exclusive(), self._connection() as connection:
+            connection.pragma("wal_checkpoint(truncate)")
+
+    def copy_to(self, path: Path) -> int:
+        """Write a compact copy of the file, and return its seq."""
+        with contextlib.closing(self._connect()) as connection:
+            connection.execute("VACUUM INTO ?", (str(path),))
+        with contextlib.closing(apsw.Connection(str(path))) as copied:
+            seq = cast("int", copied.execute("SELECT seq FROM copy").get)
+            # Where it was is no matter of whoever loads it: the HEAD that names it is.
+            copied.execute("UPDATE copy SET ver = 0, etag = '', head = x''")
+            check = copied.pragma("quick_check")
+            if check != "ok":
+                raise apsw.CorruptError(f"quick_check: {check}")
+        return seq
+
+
+def _state(connection: apsw.Connection) -> State:
+    row: Any = connection.execute("SELECT store, seq, ver, etag FROM copy").get
+    return State(*row)
+
+
+def _roll_back(connection: apsw.Connection) -> None:
+    with contextlib.suppress(apsw.Error):  # some errors have rolled back already
+        connection.execute("ROLLBACK")
+
+
+# Files
+
+
+def new_path(directory: Path) -> Path:
+    return directory / f"copy-{uuid4().hex}.sqlite"
+
+
+def current_path(directory: Path) -> Path | None:
+    """The file that the processes of this directory use, if there is one."""
+    try:
+        path = directory / (directory / "current").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return path if path.suffix == ".sqlite" and path.parent == directory and path.is_file() else None
+
+
+def make_current(path: Path) -> None:
+    temporary = path.parent / f"current-{uuid4().hex}"
+    temporary.write_text(path.name)
+    temporary.replace(path.parent / "current")

@@ -1,0 +1,422 @@
+"""A local copy that is kept up with HEAD.
+
+Reads are strong: a conditional GET of HEAD, with the ETag that the copy's rows were committed with, proves that these rows are the newest; if it
+brings a newer HEAD, the copy catches up first. A check may be shared only by reads that began before it was sent.
+
+Birth: HEAD and BORN are created, never re-created. A copy that has seen a HEAD, or a BORN without one, means that somebody removed it, and a new
+HEAD would let writers who slept through that be acknowledged into another history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+import apsw
+
+from ...errors import (
+    ConditionalWritesUnsupported,
+    ConfigError,
+    HeadLost,
+    StoreDamaged,
+    StoreUnavailable,
+)
+from ..object_store import UNCHANGED, Object, ObjectStore, Stored, Unknown
+from ..sqlite.database import translated
+from ..sqlite.tables import ResourceTables
+from ..threads import in_thread
+from .head import Head, Record, Snapshot, decode_head, decode_segment, snapshot_key
+from .local_copy import CopyBusy, LocalCopy, State, current_path, make_current, new_path
+
+T = TypeVar("T")
+
+log = logging.getLogger("crudstack.s3sqlite")
+
+NOTHING = State("", 0, 0, "")
+MAX_ROUNDS = 100
+
+
+class _Gone(Exception):
+    """An object that a HEAD refers to is not there: that HEAD is old, or the store is damaged."""
+
+
+class Replica:
+    """`prefix` ends with a slash. `directory`: where the copy lies, None for a temporary one of this process."""
+
+    def __init__(self, objects: ObjectStore, key: str, tables: ResourceTables, directory: Path | None) -> None:
+        self.objects, self.key, self.prefix, self.tables = objects, key, f"{key}/", tables
+        self.head_key, self.born_key = f"{key}/HEAD", f"{key}/BORN"
+        self._given = directory
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._mutex = threading.Lock()
+        self._copy: LocalCopy | None = None
+        self._seen = NOTHING  # the newest HEAD that this process knew, should its copy be lost
+        self._confirmed = ""  # the store whose birth this process has confirmed
+        self._opened = False
+        self._openings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+        self._checks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Checks] = weakref.WeakKeyDictionary()
+
+    # Opening
+
+    async def open(self) -> None:
+        """Open or make the copy, bring it up, and see that the storage honours conditions."""
+        if self._opened:
+            return
+        loop = asyncio.get_running_loop()
+        async with self._openings.setdefault(loop, asyncio.Lock()):
+            if self._opened:
+                return
+            await self._blocking(self._open_copy)
+            await self.check()
+            head = await self.head()
+            await asyncio.gather(self._probe(head.store), self._refuse_old_writers(head))
+            self._opened = True
+
+    async def close(self) -> None:
+        self._opened = False
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            await self._blocking(copy.close)
+        temporary, self._temporary = self._temporary, None
+        if temporary is not None:
+            await self._blocking(temporary.cleanup)
+
+    @property
+    def copy(self) -> LocalCopy:
+        if self._copy is None:
+            raise StoreUnavailable("the store is not open")
+        return self._copy
+
+    async def head(self) -> Head:
+        """HEAD as the copy knows it."""
+        _, head = await self.blocking(lambda copy: copy.head())
+        return head
+
+    @property
+    def directory(self) -> Path:
+        if self._given is not None and self._temporary is None:
+            self._given.mkdir(parents=True, exist_ok=True)
+            return self._given
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="crudstack-", ignore_cleanup_errors=True)
+        return Path(self._temporary.name)
+
+    def _open_copy(self) -> None:
+        with self._mutex:
+            if self._copy is not None:
+                return
+            try:
+                path = current_path(self.directory)
+                if path is not None:
+                    try:
+                        self._copy = LocalCopy(path, self.tables)
+                        self._seen = max(self._seen, self._copy.state(), key=lambda state: state.ver)
+                    except apsw.Error as error:
+                        log.warning("%s cannot be used and is made again: %s", path, error)
+                    else:
+                        return
+                self._switch(LocalCopy(new_path(self.directory), self.tables))
+            except CopyBusy:
+                self._private()
+            except OSError as error:
+                log.error("%s: %s", self._given, error)
+                raise StoreUnavailable("the directory of the local copy cannot be used") from error
+
+    def _switch(self, copy: LocalCopy) -> None:
+        """Use another file from now on. Whoever reads the old one may finish."""
+        make_current(copy.path)
+        old, self._copy = self._copy, copy
+        if old is not None:
+            old.remove()
+
+    def _private(self) -> None:
+        """Leave the shared directory to whoever holds its lock."""
+        log.warning("%s: the lock cannot be had; this process makes a copy of its own", self._given)
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="crudstack-", ignore_cleanup_errors=True)
+        self._copy = LocalCopy(new_path(Path(self._temporary.name)), self.tables)
+
+    def _replace(self, lost: LocalCopy) -> None:
+        """Begin with an empty copy, unless somebody has already."""
+        with self._mutex:
+            if self._copy is lost:
+                try:
+                    self._switch(LocalCopy(new_path(self.directory), self.tables))
+                except CopyBusy:
+                    self._private()
+
+    # Running things on the copy
+
+    async def _blocking(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+
+    async def blocking(self, work: Callable[[LocalCopy], T]) -> T:
+        """Run something on the copy in a thread; a copy that is torn, or whose lock cannot be had, is replaced."""
+        return await self._on_copy(work, self._blocking)
+
+    async def read(self, work: Callable[[apsw.Connection], T]) -> T:
+        return await self._on_copy(lambda copy: copy.read(work), in_thread)
+
+    async def _on_copy(self, work: Callable[[LocalCopy], T], run: Callable[..., object]) -> T:
+        for last in (False, False, True):
+            copy = self.copy
+            try:
+                result: T = await run(lambda copy=copy: work(copy))  # type: ignore[misc]
+                return result
+            except CopyBusy:
+                if last:
+                    raise StoreUnavailable("the local copy is locked; nothing was changed") from None
+                await self._blocking(lambda: self._mutexed(self._private))
+            except apsw.Error as error:
+                if last or not isinstance(
+                    error, apsw.CorruptError | apsw.NotADBError | apsw.CantOpenError | apsw.SchemaChangeError
+                ):
+                    raise translated(error) from error
+                log.warning("%s is torn and is made again: %s", copy.path, error)
+                await self._blocking(lambda copy=copy: self._replace(copy))  # type: ignore[misc]
+            await self.check()
+        raise AssertionError("unreachable")
+
+    def _mutexed(self, work: Callable[[], None]) -> None:
+        with self._mutex:
+            work()
+
+    # Checking
+
+    async def check(self) -> None:
+        """Make the copy as new as HEAD is at some moment after this call began."""
+        for _ in range(MAX_ROUNDS):
+            state = await in_thread(self.copy.state)
+            if state.etag:
+                got = await self.objects.get_if_changed(self.head_key, state.etag)
+            else:
+                got = await self.objects.get(self.head_key)
+            if got is UNCHANGED:
+                return
+            if got is None:
+                await self._give_birth(max(state, self._seen, key=lambda one: one.ver))
+            elif isinstance(got, Object) and await self.catch_up(got, state):
+                return
+        raise StoreUnavailable("HEAD kept changing; nothing was changed, try again")
+
+    async def checked(self) -> None:
+        """`check`, shared with others who wait for the same."""
+        loop = asyncio.get_running_loop()
+        checks = self._checks.get(loop)
+        if checks is None:
+            checks = self._checks.setdefault(loop, _Checks(self.check))
+        await checks.next()
+
+    async def catch_up(self, got: Object, known: State = NOTHING) -> bool:
+        """Bring the copy to a HEAD that was got after `known` was its state. False: get HEAD again."""
+        head = decode_head(got.body)
+        self._check_lineage(head, max(known, self._seen, key=lambda state: state.ver) if known.ver else known)
+        await self._confirm_birth(head)
+        copy = self.copy
+        for _ in range(MAX_ROUNDS):
+            copy = self.copy
+            state = await in_thread(copy.state)
+            if state.ver >= head.ver and state.store == head.store:
+                return True
+            try:
+                records = await self._missing(head, state)
+                if records is None:
+                    await self._load_snapshot(head, copy)
+                    continue
+            except _Gone as gone:
+                again = await self.objects.get(self.head_key)
+                if again is not None and again.etag == got.etag:
+                    raise StoreDamaged(f"{gone} is missing, although HEAD refers to it") from None
+                return False
+            if await self._advance(copy, records, head, got):
+                self._seen = max(self._seen, State(head.store, head.seq, head.ver, got.etag), key=lambda one: one.ver)
+                return True
+        raise StoreUnavailable("the local copy could not be brought up; try again")
+
+    async def _advance(self, copy: LocalCopy, records: list[Record], head: Head, got: Object) -> bool:
+        try:
+            return await self._blocking(lambda: copy.advance(records, head, got.etag, got.body))
+        except CopyBusy:
+            await self._blocking(lambda: self._mutexed(self._private))
+            return False
+        except (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError) as error:
+            log.warning("%s is torn and is made again: %s", copy.path, error)
+            await self._blocking(lambda: self._replace(copy))
+            return False
+        except apsw.Error as error:
+            raise translated(error) from error
+
+    def _check_lineage(self, head: Head, known: State) -> None:
+        if known.store and known.store != head.store:
+            raise HeadLost(
+                f"{self.head_key} is of another store than the local copy: somebody replaced it; if that was meant, remove the local copy"
+            )
+        if head.ver < known.ver or head.seq < known.seq:
+            raise HeadLost(
+                f"{self.head_key} is at version {head.ver}, and was at {known.ver}: somebody put an old one back;"
+                " if that was meant, remove the local copy"
+            )
+
+    async def _missing(self, head: Head, state: State) -> list[Record] | None:
+        """The records between the copy and HEAD; None if a snapshot is needed, or is less to read."""
+        first = head.tail[0].seq if head.tail else head.seq + 1
+        if state.seq + 1 >= first:
+            return list(head.tail)
+        segments = [segment for segment in head.segs if segment.last > state.seq]
+        snapshot_helps = head.snap is not None and head.snap.seq > state.seq
+        if not segments or segments[0].first > state.seq + 1:
+            if snapshot_helps:
+                return None
+            raise StoreDamaged(f"{self.head_key} lacks the records after {state.seq}")
+        if head.snap is not None and snapshot_helps and sum(segment.size for segment in segments) > head.snap.size:
+            return None
+        got = await asyncio.gather(*(self.objects.get(segment.key) for segment in segments))
+        records: list[Record] = []
+        for segment, one in zip(segments, got, strict=True):
+            if one is None:
+                raise _Gone(segment.key)
+            records += decode_segment(one.body)
+        return [*records, *head.tail]
+
+    async def _load_snapshot(self, head: Head, old: LocalCopy) -> None:
+        snapshot = head.snap
+        assert snapshot is not None
+        path = new_path(self.directory)
+        try:
+            if not await self.objects.download(snapshot.key, path):
+                raise _Gone(snapshot.key)
+            if await self._blocking(lambda: sha256_of(path)) != snapshot.sha256:
+                raise StoreDamaged(f"{snapshot.key} is not what was uploaded")
+            await self._blocking(lambda: self._use(LocalCopy(path, self.tables), old))
+        except BaseException:
+            if self._copy is None or self._copy.path != path:
+                path.unlink(missing_ok=True)
+            raise
+
+    def _use(self, loaded: LocalCopy, old: LocalCopy) -> None:
+        with self._mutex:
+            if self._copy is old:
+                self._switch(loaded)
+            else:
+                loaded.close()
+                loaded.remove()
+
+    async def export(self, key: str) -> None:
+        """Write a compact copy to an object."""
+        path = new_path(self.directory)
+        try:
+            await self.blocking(lambda copy: copy.copy_to(path))
+            await self.objects.upload(key, path)
+        finally:
+            await self._blocking(lambda: path.unlink(missing_ok=True))
+
+    # Birth
+
+    async def _give_birth(self, known: State) -> None:
+        if known.store or await self.objects.get(self.born_key) is not None:
+            raise HeadLost(
+                f"{self.head_key} is missing, although the store was in use: somebody removed it; put it back, or remove all"
+            )
+        head = await self._imported()
+        if head is None:
+            head = Head(store=uuid4().hex, nonce=os.urandom(8))
+        await self.objects.put_if(self.head_key, head.encode(), None)  # whatever came of it: HEAD is read next
+
+    async def _imported(self) -> Head | None:
+        """A HEAD that begins with the plain database at `key`, if there is one."""
+        plain = await self.objects.get(self.key)
+        if plain is None:
+            return None
+        seq = await self._blocking(lambda: _exported_seq(plain.body, self.directory, self.key))
+        key = snapshot_key(self.prefix, 1, seq)
+        await self.objects.put(key, plain.body)
+        snapshot = Snapshot(key, seq, len(plain.body), hashlib.sha256(plain.body).hexdigest())
+        return Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, snap=snapshot, imported=plain.etag)
+
+    async def _confirm_birth(self, head: Head) -> None:
+        """Nobody reads or commits upon a HEAD whose birth is not certain: two may have been created, one after the other was removed."""
+        if head.born or self._confirmed == head.store:
+            return
+        store = head.store.encode()
+        outcome = await self.objects.put_if(self.born_key, store, None)
+        if not isinstance(outcome, Stored):
+            found = await self.objects.get(self.born_key)
+            if found is None:
+                raise StoreUnavailable("the store could not be created; try again")
+            if found.body != store:
+                raise HeadLost(f"{self.born_key} names another store than {self.head_key}: somebody removed a HEAD")
+        self._confirmed = head.store
+
+    async def _probe(self, store: str) -> None:
+        """See that conditions are honoured. A storage that ignores them overwrites BORN with what it holds already."""
+        body = store.encode()
+        impossible = f'"{"0" * 32}"'
+        outcomes = await asyncio.gather(
+            self.objects.put_if(self.born_key, body, None), self.objects.put_if(self.born_key, body, impossible)
+        )
+        for condition, outcome in zip(("If-None-Match", "If-Match"), outcomes, strict=True):
+            if isinstance(outcome, Stored):
+                raise ConditionalWritesUnsupported(
+                    f"the object storage ignores {condition}, so writers would overwrite each other; use one that honours it (S3 does)"
+                )
+            if isinstance(outcome, Unknown):
+                raise StoreUnavailable("the object storage did not say whether it honours conditions; try again")
+
+    async def _refuse_old_writers(self, head: Head) -> None:
+        if head.imported is not None:
+            found = await self.objects.get_if_changed(self.key, head.imported)
+            if isinstance(found, Object):
+                raise ConfigError(
+                    f"{self.key} has changed since it was imported: an earlier deployment still writes to it; stop it, and remove that object"
+                )
+
+
+class _Checks:
+    """Shares checks within an event loop: one runs, and those who come meanwhile wait for the next."""
+
+    def __init__(self, check: Callable[[], object]) -> None:
+        self._check = check
+        self._running: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None
+
+    async def next(self) -> None:
+        if self._next is None:
+            self._next = asyncio.create_task(self._run(self._running))
+        await asyncio.shield(self._next)
+
+    async def _run(self, previous: asyncio.Task[None] | None) -> None:
+        if previous is not None:
+            await asyncio.wait([previous])
+        # From here on the check is being sent: who comes now waits for the next one.
+        self._running, self._next = self._next, None
+        await self._check()  # type: ignore[misc]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _exported_seq(body: bytes, directory: Path, key: str) -> int:
+    """The seq of a database that `export` wrote; ConfigError for any other."""
+    path = new_path(directory)
+    path.write_bytes(body)
+    connection = None
+    try:
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        return int(connection.execute("SELECT seq FROM copy JOIN state").get)
+    except (apsw.Error, TypeError) as error:
+        raise ConfigError(f"{key} is no database that crudstack exported ({error}); move it away") from None
+    finally:
+        if connection is not None:
+            connection.close()
+        path.unlink(missing_ok=True)
