@@ -16,9 +16,11 @@ help: ## what can be done here
 
 setup: $(VENV)/.dev ## everything for working on it, into .venv
 
-run: $(VENV)/.local ## serve the API, data below LOCAL_DIR=.local, on PORT=8000
-	@CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo disk)}" CRUDSTACK_DATA_DIR="$${CRUDSTACK_DATA_DIR:-$(LOCAL_DIR)/data}" \
-	  exec $(BIN)/crudstack serve --host 127.0.0.1 --port $(PORT)
+run: $(VENV)/.local ## serve the API on PORT=8000, on an S3 of its own with its data below LOCAL_DIR=.local
+	@CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo s3-sqlite)}" \
+	  CRUDSTACK_BUCKET="$${CRUDSTACK_BUCKET:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo crudstack)}" \
+	  CRUDSTACK_DATA_DIR="$${CRUDSTACK_DATA_DIR:-$(LOCAL_DIR)/data}" \
+	  exec $(BIN)/crudstack serve --host 127.0.0.1 --port $(PORT) --local-s3 --make-bucket
 
 test: $(VENV)/.dev ## the whole suite
 	@$(BIN)/python -m pytest $(ARGS)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import uvicorn
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 from fastapi import FastAPI
+from msgspec.structs import replace
 
+from . import local_s3 as buckets
 from .autocrud.errors import ConfigError, CrudError, StoreUnavailable
 from .main import create_app
-from .settings import load
+from .settings import LocalOverrides, load
+from .wiring import needs_s3
 
 cli = App(
     name="crudstack",
@@ -32,11 +37,14 @@ def serve(
     host: str = "127.0.0.1",
     port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 8000,
     storage: str | None = None,
+    local_s3: Annotated[bool, Parameter(negative="")] = False,
+    make_bucket: Annotated[bool, Parameter(negative="")] = False,
     access_log: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Serve the API until Ctrl-C.
 
-    Settings come from CRUDSTACK_STORAGE and CRUDSTACK_DATA_DIR, or from CRUDSTACK_OUTPUTS (JSON, or the path of a file).
+    Settings come from CRUDSTACK_STORAGE, CRUDSTACK_DATA_DIR, CRUDSTACK_BUCKET and the like, or from CRUDSTACK_OUTPUTS (JSON, or the path
+    of a file).
 
     Parameters
     ----------
@@ -45,7 +53,11 @@ def serve(
     port
         The port to listen on; 0 takes a free one.
     storage
-        memory, disk or memory-disk, instead of CRUDSTACK_STORAGE.
+        s3-sqlite, disk, memory-disk or memory, instead of CRUDSTACK_STORAGE.
+    local_s3
+        Run an S3 of its own (ministack) with its data in CRUDSTACK_DATA_DIR, unless an endpoint is set.
+    make_bucket
+        Make the bucket if it is not there.
     access_log
         Log every request.
     """
@@ -53,7 +65,28 @@ def serve(
     if storage is not None:
         environment["CRUDSTACK_STORAGE"] = storage
         environment.pop("CRUDSTACK_OUTPUTS", None)
-    app = create_app(load(environment))
+    settings = load(environment)
+    with contextlib.ExitStack() as running:
+        if needs_s3(settings):
+            if local_s3 and settings.local.s3_endpoint_url is None:
+                settings = replace(settings, local=_start_s3(settings.local, running))
+            if make_bucket and settings.outputs.bucket is not None:
+                buckets.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, settings.outputs.region)
+        _serve(create_app(settings), host, port, access_log=access_log)
+
+
+def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOverrides:
+    """Run an S3 as long as `running`, and take keys that it accepts."""
+    if local.data_dir is None:
+        raise ConfigError("CRUDSTACK_DATA_DIR is not set: --local-s3 keeps its data in that directory")
+    url = running.enter_context(buckets.ministack(Path(local.data_dir) / "ministack"))
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        os.environ.pop(name, None)
+    os.environ.update(buckets.LOCAL_KEYS)
+    return replace(local, s3_endpoint_url=url)
+
+
+def _serve(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
     _open(app)
     listener = _listen(host, port)
     config = uvicorn.Config(
@@ -72,7 +105,8 @@ def _open(app: FastAPI) -> None:
         asyncio.run(app.state.crud.open())
     except StoreUnavailable as error:
         raise ConfigError(
-            f"{error.detail} ({error.__cause__}); is CRUDSTACK_DATA_DIR a directory to write to?"
+            f"{error.detail} ({str(error.__cause__).partition(chr(10))[0]}); is CRUDSTACK_DATA_DIR a directory to write to, and do"
+            " endpoint and credentials fit?"
         ) from None
     finally:
         logging.disable(logging.NOTSET)

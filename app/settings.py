@@ -8,7 +8,11 @@ adds. Both come from the environment:
 | CRUDSTACK_OUTPUTS | StackOutputs as JSON, or the path of a file that holds it |
 | CRUDSTACK_STORAGE | instead of it: a storage kind, or a pair as JSON: `{"meta": "memory", "resource": "disk"}` |
 | CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
-| CRUDSTACK_DATA_DIR | the directory of the kinds that keep data on disk |
+| CRUDSTACK_DATA_DIR | the directory of the kinds that keep data on disk; for s3-sqlite where the local copies lie, if anywhere |
+| CRUDSTACK_BUCKET, CRUDSTACK_PREFIX, CRUDSTACK_REGION | the bucket of s3-sqlite, what its keys start with, its region |
+| CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are understood too |
+
+Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role.
 """
 
 from __future__ import annotations
@@ -23,15 +27,15 @@ from msgspec import Struct
 
 from .autocrud.errors import ConfigError
 
-Kind = Literal["memory", "disk", "memory-disk"]
-KINDS: tuple[Kind, ...] = ("memory", "disk", "memory-disk")
+Kind = Literal["s3-sqlite", "disk", "memory-disk", "memory"]
+KINDS: tuple[Kind, ...] = ("s3-sqlite", "disk", "memory-disk", "memory")
 
 
 class Pair(Struct, frozen=True, forbid_unknown_fields=True):
     """A MetaStore and a ResourceStore by name, where no kind says what is wanted."""
 
-    meta: Literal["memory", "disk"]
-    resource: Literal["memory", "disk"]
+    meta: Literal["memory", "disk", "s3-sqlite"]
+    resource: Literal["memory", "disk", "s3"]
 
 
 Storage = Kind | Pair
@@ -44,12 +48,16 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     storage: Storage
     storage_overrides: dict[str, Storage] = {}
     stage: str = "local"
+    bucket: str | None = None
+    prefix: str = ""
+    region: str | None = None
 
 
 class LocalOverrides(Struct, frozen=True, kw_only=True):
     """What only this machine knows."""
 
     data_dir: str | None = None
+    s3_endpoint_url: str | None = None
 
 
 class Settings(Struct, frozen=True):
@@ -57,7 +65,15 @@ class Settings(Struct, frozen=True):
     local: LocalOverrides
 
 
-VARIABLES = ("CRUDSTACK_OUTPUTS", "CRUDSTACK_STORAGE", "CRUDSTACK_STORAGE_OVERRIDES", "CRUDSTACK_DATA_DIR")
+STACK_VARIABLES = (
+    "CRUDSTACK_STORAGE",
+    "CRUDSTACK_STORAGE_OVERRIDES",
+    "CRUDSTACK_BUCKET",
+    "CRUDSTACK_PREFIX",
+    "CRUDSTACK_REGION",
+)
+VARIABLES = ("CRUDSTACK_OUTPUTS", *STACK_VARIABLES, "CRUDSTACK_DATA_DIR", "CRUDSTACK_S3_ENDPOINT_URL")
+ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
 def load(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -66,9 +82,12 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
         if name.startswith("CRUDSTACK_") and name not in VARIABLES:
             raise ConfigError(f"{name} is no setting; there are {', '.join(VARIABLES)}")
     given = {name: value for name in VARIABLES if (value := environment.get(name))}
-    local = LocalOverrides(data_dir=given.get("CRUDSTACK_DATA_DIR"))
+    endpoint = next((value for name in ENDPOINT_VARIABLES if (value := environment.get(name))), None)
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"the S3 endpoint is {endpoint!r}: expected a URL, like http://127.0.0.1:9000")
+    local = LocalOverrides(data_dir=given.get("CRUDSTACK_DATA_DIR"), s3_endpoint_url=endpoint)
     if "CRUDSTACK_OUTPUTS" in given:
-        for name in ("CRUDSTACK_STORAGE", "CRUDSTACK_STORAGE_OVERRIDES"):
+        for name in STACK_VARIABLES:
             if name in given:
                 raise ConfigError(f"CRUDSTACK_OUTPUTS and {name} are both set: unset one of them")
         return Settings(_outputs(given["CRUDSTACK_OUTPUTS"]), local)
@@ -81,6 +100,9 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
             storage_overrides=_decoded(
                 given.get("CRUDSTACK_STORAGE_OVERRIDES", "{}"), dict[str, Storage], "CRUDSTACK_STORAGE_OVERRIDES"
             ),
+            bucket=given.get("CRUDSTACK_BUCKET"),
+            prefix=given.get("CRUDSTACK_PREFIX", ""),
+            region=given.get("CRUDSTACK_REGION"),
         ),
         local,
     )

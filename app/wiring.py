@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 from .autocrud.errors import ConfigError
@@ -11,6 +13,7 @@ from .autocrud.resource_manager.storage_factory import (
     IStorageFactory,
     MemoryDiskStorageFactory,
     MemoryStorageFactory,
+    S3StorageFactory,
 )
 from .settings import KINDS, Kind, Settings, Storage
 
@@ -18,6 +21,7 @@ PAIRS: dict[tuple[str, str], Kind] = {
     ("memory", "memory"): "memory",
     ("disk", "disk"): "disk",
     ("memory", "disk"): "memory-disk",
+    ("s3-sqlite", "s3"): "s3-sqlite",
 }
 
 
@@ -42,11 +46,40 @@ def _factory(storage: Storage, settings: Settings) -> IStorageFactory:
     kind = kind_of(storage)
     if kind == "memory":
         return MemoryStorageFactory()
+    if kind == "s3-sqlite":
+        return _s3(settings)
     if settings.local.data_dir is None:
         raise ConfigError(f"CRUDSTACK_DATA_DIR is not set: storage {kind!r} keeps its data in that directory")
     # Resolved now, so that a later change of the working directory does not move the data.
     root = Path(settings.local.data_dir).expanduser().absolute()
     return DiskStorageFactory(root) if kind == "disk" else MemoryDiskStorageFactory(root)
+
+
+def _s3(settings: Settings) -> S3StorageFactory:
+    outputs, local = settings.outputs, settings.local
+    if outputs.bucket is None:
+        raise ConfigError("CRUDSTACK_BUCKET is not set: storage 's3-sqlite' keeps its data in that bucket")
+    copies = None
+    if local.data_dir is not None:
+        where = hashlib.sha256(f"{local.s3_endpoint_url}".encode()).hexdigest()[:8]
+        copies = Path(local.data_dir).expanduser().absolute() / "copies" / where
+    prefix = outputs.prefix and f"{outputs.prefix.rstrip('/')}/"
+    return S3StorageFactory(
+        outputs.bucket,
+        local.s3_endpoint_url,
+        region_name=outputs.region
+        or os.environ.get("AWS_REGION")
+        or os.environ.get("AWS_DEFAULT_REGION")
+        or "us-east-1",
+        prefix=prefix,
+        local_dir=copies,
+    )
+
+
+def needs_s3(settings: Settings) -> bool:
+    """Whether any model is stored on S3."""
+    outputs = settings.outputs
+    return "s3-sqlite" in map(kind_of, (outputs.storage, *outputs.storage_overrides.values()))
 
 
 def kind_of(storage: Storage) -> Kind:
@@ -56,7 +89,7 @@ def kind_of(storage: Storage) -> Kind:
     kind = PAIRS.get((storage.meta, storage.resource))
     if kind is None:
         raise ConfigError(
-            f"storage {{meta: {storage.meta}, resource: {storage.resource}}} would lose bodies that it lists;"
+            f"storage {{meta: {storage.meta}, resource: {storage.resource}}} is no pair that keeps what it lists;"
             f" expected one of {', '.join(KINDS)}"
         )
     return kind

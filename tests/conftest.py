@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.services import ministack_s3, seaweed_s3
+
+__all__ = ["ministack_s3", "seaweed_s3", "serve"]
+
 
 class Server:
     """`crudstack serve` as a process."""

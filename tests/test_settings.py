@@ -50,9 +50,17 @@ def test_models_may_have_a_kind_of_their_own(tmp_path):
 
 WRONG = [
     ({}, "CRUDSTACK_STORAGE is not set"),
-    ({"CRUDSTACK_STORAGE": "tape"}, "'tape': expected one of memory, disk, memory-disk"),
+    ({"CRUDSTACK_STORAGE": "tape"}, "'tape': expected one of s3-sqlite, disk, memory-disk, memory"),
     ({"CRUDSTACK_STORAGE": "disk"}, "CRUDSTACK_DATA_DIR is not set"),
-    ({"CRUDSTACK_STORAGE": '{"meta": "disk", "resource": "memory"}', "CRUDSTACK_DATA_DIR": "x"}, "would lose bodies"),
+    ({"CRUDSTACK_STORAGE": "s3-sqlite"}, "CRUDSTACK_BUCKET is not set"),
+    (
+        {"CRUDSTACK_STORAGE": "s3-sqlite", "CRUDSTACK_BUCKET": "b", "CRUDSTACK_S3_ENDPOINT_URL": "localhost:9000"},
+        "expected a URL",
+    ),
+    (
+        {"CRUDSTACK_STORAGE": '{"meta": "disk", "resource": "memory"}', "CRUDSTACK_DATA_DIR": "x"},
+        "is no pair that keeps",
+    ),
     ({"CRUDSTACK_STORAGE": '{"meta": "disk"}'}, "missing required field `resource`"),
     ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": "{"}, "CRUDSTACK_STORAGE_OVERRIDES is not JSON"),
     (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from app.autocrud import Encoding
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
@@ -18,6 +20,7 @@ from app.autocrud.resource_manager.storage_factory import (
     S3StorageFactory,
 )
 from tests.conformance import DurableConformance, OwnedConformance, SharedConformance, StorageConformance
+from tests.services import BUCKET, given
 
 
 class TestMemory(StorageConformance):
@@ -64,3 +67,25 @@ _doubles: dict[Path, MemoryObjectStore] = {}
 class TestS3SqliteOnTheDouble(DurableConformance):
     def make(self, root: Path) -> IStorageFactory:
         return S3StorageFactory("double", object_store=_doubles.setdefault(root, MemoryObjectStore()))
+
+
+@pytest.mark.usefixtures("ministack_s3")
+class TestS3SqliteOnMinistack(SharedConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return S3StorageFactory(BUCKET, *given("TEST_MINISTACK"), prefix=f"{root.name}/")
+
+
+@pytest.mark.usefixtures("ministack_s3")
+class TestS3SqliteWithOneCopyForAll(SharedConformance):
+    """Processes that share a directory, and with it the local copy."""
+
+    def make(self, root: Path) -> IStorageFactory:
+        return S3StorageFactory(BUCKET, *given("TEST_MINISTACK"), prefix=f"{root.name}/", local_dir=root)
+
+
+@pytest.mark.usefixtures("seaweed_s3")
+class TestS3SqliteOnSeaweed(DurableConformance):
+    """A server that checks signatures. It is slow under contention, so processes race elsewhere."""
+
+    def make(self, root: Path) -> IStorageFactory:
+        return S3StorageFactory(BUCKET, *given("TEST_SEAWEED"), prefix=f"{root.name}/")

@@ -51,8 +51,8 @@ class S3SqliteMetaStore(MetaStore):
     max_batch          transactions that share a swap at most
     linger_ms          how long the first of a batch waits for others
     snapshot_ratio     a snapshot is made when the log is larger than so many times the last one
-    local_dir          where the local copy lies, below a name of its own; processes may share it; never a network file system. None: a
-                       temporary directory of this process
+    local_dir          where the local copy lies, below a name made of bucket and key; processes may share it; for one endpoint only, and
+                       never a network file system. None: a temporary directory of this process
     export_key         where `export` writes
     object_store       instead of bucket and endpoint
     """
@@ -102,7 +102,7 @@ class S3SqliteMetaStore(MetaStore):
         self._staleness = max_staleness if max_staleness is not None else (sync_interval or 0.0)
         self._tail_bytes, self._max_batch, self._linger_s = tail_bytes, max_batch, linger_ms / 1000
         self._ratio = snapshot_ratio
-        name = hashlib.sha256(f"{endpoint_url}\n{bucket}\n{self._key}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{bucket}\n{self._key}".encode()).hexdigest()[:16]
         self._directory = None if local_dir is None else Path(local_dir) / name
         self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
         self.bind(ModelSpec("unbound"))

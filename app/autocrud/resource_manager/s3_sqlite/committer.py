@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreUnavailable, WriteContention
+from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged, StoreUnavailable, WriteContention
 from ..basic import ResourceMeta
 from ..object_store import UNCHANGED, Object, Stored, Unknown
 from .head import Head, Record, Segment, encode_segment, microseconds, segment_key
@@ -115,7 +115,7 @@ class Committer:
         while waiting:
             try:
                 settled = await self._swap(waiting)
-            except ConfigError as error:
+            except (ConfigError, StoreDamaged) as error:  # waiting does not help
                 _answer_all(waiting, error)
                 return
             except (

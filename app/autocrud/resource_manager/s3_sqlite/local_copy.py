@@ -30,7 +30,7 @@ import apsw
 
 from ...errors import ConfigError, CrudError, StoreUnavailable
 from ..basic import Change, IndexEntry, Reindex, ResourceMeta
-from ..sqlite.database import keep_plans
+from ..sqlite.database import empty_log, keep_plans
 from ..sqlite.tables import ResourceTables
 from .head import Head, Op, Record, Schema, decode_head, decode_ops, encode_ops, indexed, op_of, record_of
 
@@ -304,7 +304,7 @@ class LocalCopy:
     def checkpoint(self) -> None:
         """Empty the write-ahead log, so that what was erased leaves no trace in it."""
         with self._mutex, self._exclusive(), self._connection() as connection:
-            connection.pragma("wal_checkpoint(truncate)")
+            empty_log(connection)
 
     def copy_to(self, path: Path) -> int:
         """Write a compact copy of the file, and return its seq."""
@@ -312,7 +312,8 @@ class LocalCopy:
             connection.execute("VACUUM INTO ?", (str(path),))
         with contextlib.closing(apsw.Connection(str(path))) as copied:
             seq = cast("int", copied.execute("SELECT seq FROM copy").get)
-            # Where it was is no matter of whoever loads it: the HEAD that names it is.
+            # Where it was is no matter of whoever loads it: the HEAD that names it is. What HEAD held is overwritten.
+            copied.pragma("secure_delete", "on")
             copied.execute("UPDATE copy SET ver = 0, etag = '', head = x''")
             check = copied.pragma("quick_check")
             if check != "ok":

@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import weakref
@@ -43,6 +44,9 @@ log = logging.getLogger("crudstack.s3sqlite")
 
 NOTHING = State("", 0, 0, "")
 MAX_ROUNDS = 100
+MAX_BIRTHS = 5
+TORN = (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.SQLError)
+"""What SQLite says of a file that is damaged, or of which too much is gone."""
 
 
 class _Gone(Exception):
@@ -56,7 +60,8 @@ class Replica:
         self.objects, self.key, self.prefix, self.tables = objects, key, f"{key}/", tables
         self.head_key, self.born_key = f"{key}/HEAD", f"{key}/BORN"
         self._given = directory
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: Path | None = None
+        self._clean: weakref.finalize[..., Replica] | None = None
         self._mutex = threading.Lock()
         self._copy: LocalCopy | None = None
         self._seen = NOTHING  # the newest HEAD that this process knew, should its copy be lost
@@ -86,9 +91,9 @@ class Replica:
         copy, self._copy = self._copy, None
         if copy is not None:
             await self._blocking(copy.close)
-        temporary, self._temporary = self._temporary, None
-        if temporary is not None:
-            await self._blocking(temporary.cleanup)
+        clean, self._clean, self._temporary = self._clean, None, None
+        if clean is not None:
+            await self._blocking(clean)
 
     @property
     def copy(self) -> LocalCopy:
@@ -106,9 +111,14 @@ class Replica:
         if self._given is not None and self._temporary is None:
             self._given.mkdir(parents=True, exist_ok=True)
             return self._given
+        return self._own_directory()
+
+    def _own_directory(self) -> Path:
+        """A directory of this process, gone with it."""
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="crudstack-", ignore_cleanup_errors=True)
-        return Path(self._temporary.name)
+            self._temporary = Path(tempfile.mkdtemp(prefix="crudstack-"))
+            self._clean = weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        return self._temporary
 
     def _open_copy(self) -> None:
         with self._mutex:
@@ -141,9 +151,7 @@ class Replica:
     def _private(self) -> None:
         """Leave the shared directory to whoever holds its lock."""
         log.warning("%s: the lock cannot be had; this process makes a copy of its own", self._given)
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="crudstack-", ignore_cleanup_errors=True)
-        self._copy = LocalCopy(new_path(Path(self._temporary.name)), self.tables)
+        self._copy = LocalCopy(new_path(self._own_directory()), self.tables)
 
     def _replace(self, lost: LocalCopy) -> None:
         """Begin with an empty copy, unless somebody has already."""
@@ -177,14 +185,22 @@ class Replica:
                     raise StoreUnavailable("the local copy is locked; nothing was changed") from None
                 await self._blocking(lambda: self._mutexed(self._private))
             except apsw.Error as error:
-                if last or not isinstance(
-                    error, apsw.CorruptError | apsw.NotADBError | apsw.CantOpenError | apsw.SchemaChangeError
-                ):
+                if last or not isinstance(error, TORN):
                     raise translated(error) from error
                 log.warning("%s is torn and is made again: %s", copy.path, error)
                 await self._blocking(lambda copy=copy: self._replace(copy))  # type: ignore[misc]
             await self.check()
         raise AssertionError("unreachable")
+
+    async def _state(self) -> State:
+        """Where the copy is; a torn one is replaced by an empty one, which is nowhere."""
+        copy = self.copy
+        try:
+            return await in_thread(copy.state)
+        except TORN as error:
+            log.warning("%s is torn and is made again: %s", copy.path, error)
+            await self._blocking(lambda: self._replace(copy))
+            return await in_thread(self.copy.state)
 
     def _mutexed(self, work: Callable[[], None]) -> None:
         with self._mutex:
@@ -194,8 +210,9 @@ class Replica:
 
     async def check(self) -> None:
         """Make the copy as new as HEAD is at some moment after this call began."""
+        births = 0
         for _ in range(MAX_ROUNDS):
-            state = await in_thread(self.copy.state)
+            state = await self._state()
             if state.etag:
                 got = await self.objects.get_if_changed(self.head_key, state.etag)
             else:
@@ -203,6 +220,11 @@ class Replica:
             if got is UNCHANGED:
                 return
             if got is None:
+                births += 1
+                if births > MAX_BIRTHS:
+                    raise ConfigError(
+                        f"{self.head_key} cannot be created: does the bucket exist, and may this program write to it?"
+                    )
                 await self._give_birth(max(state, self._seen, key=lambda one: one.ver))
             elif isinstance(got, Object) and await self.catch_up(got, state):
                 return
@@ -221,10 +243,9 @@ class Replica:
         head = decode_head(got.body)
         self._check_lineage(head, max(known, self._seen, key=lambda state: state.ver) if known.ver else known)
         await self._confirm_birth(head)
-        copy = self.copy
         for _ in range(MAX_ROUNDS):
+            state = await self._state()
             copy = self.copy
-            state = await in_thread(copy.state)
             if state.ver >= head.ver and state.store == head.store:
                 return True
             try:
@@ -248,7 +269,7 @@ class Replica:
         except CopyBusy:
             await self._blocking(lambda: self._mutexed(self._private))
             return False
-        except (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError) as error:
+        except TORN as error:
             log.warning("%s is torn and is made again: %s", copy.path, error)
             await self._blocking(lambda: self._replace(copy))
             return False

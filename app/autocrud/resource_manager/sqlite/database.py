@@ -363,7 +363,7 @@ class FileDatabase:
 
     def _checkpoint(self) -> None:
         with self._file().held():
-            self.read_now(lambda db: db.pragma("wal_checkpoint(truncate)"))
+            self.read_now(empty_log)
 
     def _close(self) -> None:
         self.committer.stop()
@@ -375,6 +375,14 @@ class FileDatabase:
                 while self._idle:
                     self._idle.pop().close()
             lock.close()
+
+
+def empty_log(connection: apsw.Connection) -> None:
+    """Move the write-ahead log into the file and empty it. Where somebody reads without pause, a later one does."""
+    try:
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    except apsw.BusyError as error:
+        log.warning("traces of what was purged stay in the log until its next checkpoint: %s", error)
 
 
 def keep_plans(connection: apsw.Connection) -> None:

@@ -1,0 +1,106 @@
+"""Real servers for the tests: on loopback, on free ports, in temporary directories, stopped by pid.
+
+A fixture's address also goes into the environment, where processes that a test starts find it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+from app.autocrud.resource_manager.object_store import S3ObjectStore, s3
+from app.local_s3 import make_bucket, ministack
+
+BUCKET = "tests"
+WEED = Path(sys.executable).with_name("weed")
+
+
+class S3Server(NamedTuple):
+    url: str
+    access_key_id: str
+    secret_access_key: str
+
+    def object_store(self) -> S3ObjectStore:
+        return s3(BUCKET, self.url, self.access_key_id, self.secret_access_key, "us-east-1")
+
+
+@pytest.fixture(scope="session")
+def ministack_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with ministack(tmp_path_factory.mktemp("ministack")) as url:
+        server = S3Server(url, "local", "local")
+        os.environ["TEST_MINISTACK"] = json.dumps(server)
+        httpx.put(f"{url}/{BUCKET}").raise_for_status()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def seaweed_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server that checks signatures."""
+    directory = tmp_path_factory.mktemp("seaweed")
+    server = S3Server("", "weed-key", "weed-secret-0123456789")
+    credentials = [{"accessKey": server.access_key_id, "secretKey": server.secret_access_key}]
+    identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    config = directory / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    ports = _ports(4)
+    names = ("s3", "master", "volume", "filer")
+    command = [str(WEED), "mini", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={config}"]
+    command += [f"-{name}.port={port}" for name, port in zip(names, ports, strict=True)]
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        server = server._replace(url=f"http://127.0.0.1:{ports[0]}")
+        _make_bucket(server, process, directory / "log")
+        os.environ["TEST_SEAWEED"] = json.dumps(server)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _make_bucket(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    environment = {"AWS_ACCESS_KEY_ID": server.access_key_id, "AWS_SECRET_ACCESS_KEY": server.secret_access_key}
+    os.environ.update(environment)
+    deadline = time.monotonic() + 60
+    try:
+        while True:
+            with contextlib.suppress(Exception):
+                make_bucket(BUCKET, server.url, "us-east-1")
+                return
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.2)
+    finally:
+        for name in environment:
+            del os.environ[name]
+
+
+def _ports(count: int) -> list[int]:
+    """Free ports whose neighbours 10,000 above are free too: SeaweedFS takes both."""
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        for port in range(20000 + os.getpid() % 5000, 32000):
+            with contextlib.suppress(OSError):
+                for one in (port, port + 10000):
+                    probe = held.enter_context(socket.socket())
+                    probe.bind(("127.0.0.1", one))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise AssertionError("there are no free ports")
+
+
+def given(name: str) -> S3Server:
+    """The server of a fixture, in whatever process."""
+    return S3Server(*json.loads(os.environ[name]))

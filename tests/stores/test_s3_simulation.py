@@ -1,0 +1,182 @@
+"""Several instances, one bucket, and everything that can go wrong at once, on virtual time and from one seed.
+
+Each write carries a token of its own. Afterwards the history that a fresh instance reads must contain every token that was acknowledged
+exactly once, none that was refused, and each of the others at most once; revisions are dense; of the writers that named a version at most
+one succeeded; and a read that began after an acknowledgement saw it.
+
+`SIMULATIONS=1000 pytest tests/stores/test_s3_simulation.py` runs more seeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from msgspec import Struct
+
+from app.autocrud import AutoCRUD
+from app.autocrud.errors import CrudError, OutcomeUnknown, ResourceNotFound
+from app.autocrud.resource_manager.basic import IndexedField
+from app.autocrud.resource_manager.object_store_double import (
+    FALSE_CONFLICT,
+    LOST_ANSWER,
+    REFUSED,
+    Call,
+    Fault,
+    MemoryObjectStore,
+)
+from app.autocrud.resource_manager.s3_sqlite import housekeeping
+from app.autocrud.resource_manager.storage_factory import S3StorageFactory
+from tests import virtual_time
+
+SEEDS = range(int(os.environ.get("SIMULATIONS", "60")))
+INSTANCES, WRITERS, STEPS = 3, 3, 14
+RESOURCES = ("a", "b", "c")
+# A write that was refused for one of these reasons must not have happened.
+FAULTS = (REFUSED, LOST_ANSWER, FALSE_CONFLICT, Fault("lost", applied=True))
+
+
+class Note(Struct):
+    token: str
+    name: str | None = None
+
+
+class World:
+    def __init__(self, seed: int, root: Path) -> None:
+        self.random = random.Random(seed)
+        self.root = root
+        self.objects = MemoryObjectStore()
+        self.objects.latency = lambda _: self.random.expovariate(1 / 0.02)
+        self.trouble = self.random.choice([0.0, 0.02, 0.1, 0.3])
+        self.acknowledged: dict[str, tuple[str, int]] = {}
+        self.unknown: set[str] = set()
+        self.refused: set[str] = set()
+        self.winners: Counter[tuple[str, int, str]] = Counter()
+        self.newest: Counter[str] = Counter()  # the highest version of a resource that was acknowledged
+        self.made = 0
+        self.objects.fault = self.fault
+
+    def fault(self, call: Call) -> Fault | None:
+        if call.op == "list" or self.random.random() >= self.trouble:
+            return None
+        if call.op == "put_if" and self.random.random() < 0.3:
+            return Fault(self.random.choice(["unknown", "lost"]), late=self.random.expovariate(1 / 2.0))
+        return self.random.choice(FAULTS)
+
+    def manager(self):
+        self.made += 1
+        local = self.root / str(self.random.randrange(2)) if self.random.random() < 0.3 else None
+        factory = S3StorageFactory("double", object_store=self.objects, local_dir=local, sync_interval=1.0)
+        crud = AutoCRUD(storage_factory=factory)
+        return crud.add_model(Note, indexed_fields=["token", IndexedField("name", unique=True)])
+
+    async def instance(self, number: int) -> None:
+        """Some writers on one instance, which dies and comes back."""
+        for life in range(2):
+            manager = self.manager()
+            tasks = [
+                asyncio.create_task(self.writer(manager, f"{number}.{life}.{writer}")) for writer in range(WRITERS)
+            ]
+            if self.random.random() < 0.4:
+                await asyncio.sleep(self.random.uniform(0, 1.5))
+                await self.kill(manager, tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for task in tasks:
+                if not task.cancelled() and task.exception() is not None:
+                    raise task.exception()
+
+    async def kill(self, manager, tasks) -> None:
+        """Stop everything of an instance where it stands; what is under way to S3 may still arrive."""
+        store = manager.storage.meta_store
+        room = store._room()
+        for task in (room.committer._running, room._keeping, *tasks):
+            if task is not None:
+                task.cancel()
+        await asyncio.sleep(0)
+
+    async def writer(self, manager, name: str) -> None:
+        for step in range(STEPS):
+            token = f"{name}.{step}"
+            with contextlib.suppress(CrudError):
+                await self.step(manager, token)
+            await asyncio.sleep(self.random.uniform(0, 0.1))
+
+    async def step(self, manager, token: str) -> None:
+        rid = self.random.choice(RESOURCES)
+        known = self.newest[rid]
+        expect = None
+        note = Note(token, self.random.choice([None, "x", "y"]))
+        try:
+            found = await manager.meta(rid)
+        except ResourceNotFound:
+            assert known == 0, f"{rid} was acknowledged and is not there"
+            found = None
+        else:
+            assert found.version >= known, f"{rid}: read version {found.version} after {known} was acknowledged"
+        self.unknown.add(token)  # from here on, until the answer says otherwise
+        try:
+            if found is None:
+                done = await manager.create(note, resource_id=rid)
+            else:
+                if self.random.random() < 0.5:
+                    current = await manager.get(rid)
+                    expect = current.version
+                done = await manager.update(rid, note, expect=expect)
+        except OutcomeUnknown:
+            raise
+        except CrudError:
+            self.unknown.discard(token)
+            self.refused.add(token)
+            raise
+        self.unknown.discard(token)
+        self.acknowledged[token] = (rid, done.meta.revision)
+        self.newest[rid] = max(self.newest[rid], done.meta.version)
+        if expect is not None:
+            self.winners[rid, *expect] += 1
+
+    async def check(self) -> None:
+        self.objects.fault = lambda _: None
+        await asyncio.sleep(100)  # what was late has arrived
+        reader = self.manager()
+        tokens: Counter[str] = Counter()
+        places: dict[str, tuple[str, int]] = {}
+        for rid in RESOURCES:
+            try:
+                meta = await reader.meta(rid)
+            except ResourceNotFound:
+                continue
+            numbers = [info.revision for info in (await reader.revisions(rid, limit=200)).items]
+            assert numbers == list(range(meta.total_revision_count, 0, -1))
+            assert meta.version >= self.newest[rid]
+            for number in numbers:
+                token = (await reader.get(rid, revision=number)).data.token
+                tokens[token] += 1
+                places[token] = rid, number
+        assert not [token for token, count in tokens.items() if count > 1], "something happened twice"
+        for token, place in self.acknowledged.items():
+            assert places.get(token) == place, f"{token} was acknowledged as {place} and is {places.get(token)}"
+        assert not self.refused & tokens.keys(), "something was refused and happened"
+        assert tokens.keys() <= self.acknowledged.keys() | self.unknown
+        assert all(count == 1 for count in self.winners.values()), "two writers won one version"
+        names = [hit.shown for hit in (await reader.find()).items if b'"name":"' in hit.shown]
+        assert len({shown.partition(b'"name":')[2] for shown in names}) == len(names), "a unique value is shared"
+        await reader.maintain(60)
+        assert await self.manager().count() == await reader.count()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_history_breaks_a_promise(seed, tmp_path, monkeypatch):
+    monkeypatch.setattr(housekeeping, "LEAST_LOG", 5_000)
+
+    async def main() -> int:
+        world = World(seed, tmp_path)
+        await asyncio.gather(*(world.instance(number) for number in range(INSTANCES)))
+        await world.check()
+        return len(world.acknowledged)
+
+    assert virtual_time.run(main()) > 0
