@@ -1,5 +1,7 @@
 """Planted defects that the suite must find, on demand: `make mutants`. A guard whose removal no test notices is no guard.
 
+`python -m tests.mutants s3_sqlite` tries those of files whose path contains that.
+
 Each mutant replaces a text in a file, runs the tests that should notice, and puts the file back.
 """
 
@@ -13,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 STORES = ["tests/stores/test_conformance.py"]
 CRASH = ["tests/stores/test_crash.py"]
 HTTP = ["tests/http/test_routes.py"]
+S3 = ["tests/stores/test_s3_sqlite.py", "tests/stores/test_s3_simulation.py"]
+P = "app/autocrud/resource_manager/s3_sqlite/"
 M = "app/autocrud/resource_manager/"
 H = "app/autocrud/http/"
 
@@ -90,12 +94,61 @@ MUTANTS = [
         HTTP,
     ),
     ("bodies have no limit", H + "messages.py", "if size > self._max_body:", "if False:", HTTP),
+    ("nobody looks for the txid", P + "committer.py", "if seq is not None:", "if False:", S3),
+    ("a rejection is not confirmed", P + "committer.py", "if found is UNCHANGED:", "if True:", S3),
+    (
+        "a 304 counts while an own PUT may land",
+        P + "committer.py",
+        "if not accepted and self._unresolved != etag:",
+        "if not accepted:",
+        S3,
+    ),
+    ("absence is conclusive at once", P + "committer.py", "elif not self._unresolved:", "else:", S3),
+    ("absence is conclusive for ever", P + "committer.py", ">= WINDOW:", ">= 10**9:", S3),
+    (
+        "an answer before the swap",
+        P + "committer.py",
+        '        outcome = await self._objects.put_if(self._replica.head_key, body, etag)\n        if isinstance(outcome, Stored):\n            self._unresolved = ""\n            await',
+        '        _answer(waiting, trial)\n        outcome = await self._objects.put_if(self._replica.head_key, body, etag)\n        if isinstance(outcome, Stored):\n            self._unresolved = ""\n            await',
+        S3,
+    ),
+    ("everything unknown is collected", P + "housekeeping.py", "version <= head.ver and ", "", S3),
+    (
+        "a result is installed though its announcement is gone",
+        P + "housekeeping.py",
+        "if not any(one.key == key for one in head.pend):",
+        "if False:",
+        S3,
+    ),
+    (
+        "merged though its inputs changed",
+        P + "housekeeping.py",
+        "if at is None or head.segs[at : at + len(run)] != tuple(run):",
+        "if at is None:",
+        S3,
+    ),
+    (
+        "a check that is under way is shared",
+        P + "replica.py",
+        "        self._running, self._next = self._next, None\n        await self._check()  # type: ignore[misc]",
+        "        await self._check()  # type: ignore[misc]\n        self._running, self._next = self._next, None",
+        S3,
+    ),
+    ("a missing HEAD is made again", P + "replica.py", "if known.store or await", "if False and await", S3),
+    ("an old HEAD is taken", P + "replica.py", "if head.ver < known.ver or head.seq < known.seq:", "if False:", S3),
+    ("another store is taken", P + "replica.py", "if known.store and known.store != head.store:", "if False:", S3),
+    ("HEADs may be equal", P + "head.py", "nonce=os.urandom(8), **changes", 'nonce=b"", **changes', S3),
+    ("unique only for this version", P + "local_copy.py", "for name in schema.unique:", "for name in ():", S3),
+    ("snapshots are taken as they come", P + "replica.py", "!= snapshot.sha256:", "== b'':", S3),
 ]
 
 
 def main() -> None:
     survived = 0
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for name, file, old, new, tests in MUTANTS:
+        if wanted not in file:
+            continue
         path = ROOT / file
         source = path.read_text()
         if old not in source:

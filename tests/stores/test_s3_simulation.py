@@ -21,7 +21,8 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import CrudError, OutcomeUnknown, ResourceNotFound
-from app.autocrud.resource_manager.basic import IndexedField
+from app.autocrud.resource_manager.basic import IndexedField, IStorage
+from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.object_store_double import (
     FALSE_CONFLICT,
     LOST_ANSWER,
@@ -30,8 +31,10 @@ from app.autocrud.resource_manager.object_store_double import (
     Fault,
     MemoryObjectStore,
 )
+from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.s3_sqlite import housekeeping
-from app.autocrud.resource_manager.storage_factory import S3StorageFactory
+from app.autocrud.resource_manager.simple_storage import SimpleStorage
+from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests import virtual_time
 
 SEEDS = range(int(os.environ.get("SIMULATIONS", "60")))
@@ -44,6 +47,19 @@ FAULTS = (REFUSED, LOST_ANSWER, FALSE_CONFLICT, Fault("lost", applied=True))
 class Note(Struct):
     token: str
     name: str | None = None
+
+
+class SmallTails(IStorageFactory):
+    """Everything happens often: segments, merges, snapshots."""
+
+    def __init__(self, objects: MemoryObjectStore, local_dir: Path | None) -> None:
+        self.objects, self.local_dir = objects, local_dir
+
+    def build(self, model_name: str) -> IStorage:
+        meta_store = S3SqliteMetaStore(
+            "double", "meta", object_store=self.objects, local_dir=self.local_dir, sync_interval=0.3, tail_bytes=1024
+        )
+        return SimpleStorage(meta_store, S3ResourceStore("double", "data/", object_store=self.objects))
 
 
 class World:
@@ -71,8 +87,7 @@ class World:
     def manager(self):
         self.made += 1
         local = self.root / str(self.random.randrange(2)) if self.random.random() < 0.3 else None
-        factory = S3StorageFactory("double", object_store=self.objects, local_dir=local, sync_interval=1.0)
-        crud = AutoCRUD(storage_factory=factory)
+        crud = AutoCRUD(storage_factory=SmallTails(self.objects, local))
         return crud.add_model(Note, indexed_fields=["token", IndexedField("name", unique=True)])
 
     async def instance(self, number: int) -> None:
@@ -104,6 +119,8 @@ class World:
             token = f"{name}.{step}"
             with contextlib.suppress(CrudError):
                 await self.step(manager, token)
+                if self.random.random() < 0.05:
+                    await manager.maintain(10)
             await asyncio.sleep(self.random.uniform(0, 0.1))
 
     async def step(self, manager, token: str) -> None:
@@ -171,7 +188,9 @@ class World:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_history_breaks_a_promise(seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(housekeeping, "LEAST_LOG", 5_000)
+    monkeypatch.setattr(housekeeping, "LEAST_LOG", 20_000)
+    monkeypatch.setattr(housekeeping, "ABANDONED", 8_000)
+    monkeypatch.setattr(housekeeping, "FANOUT", 3)
 
     async def main() -> int:
         world = World(seed, tmp_path)

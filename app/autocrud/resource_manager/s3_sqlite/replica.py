@@ -343,10 +343,17 @@ class Replica:
     # Birth
 
     async def _give_birth(self, known: State) -> None:
-        if known.store or await self.objects.get(self.born_key) is not None:
-            raise HeadLost(
-                f"{self.head_key} is missing, although the store was in use: somebody removed it; put it back, or remove all"
-            )
+        lost = HeadLost(
+            f"{self.head_key} is missing, although the store was in use: somebody removed it; put it back, or remove all"
+        )
+        if known.store:
+            raise lost
+        if await self.objects.get(self.born_key) is not None:
+            if (
+                await self.objects.get(self.head_key) is None
+            ):  # HEAD is there before BORN, so only now its absence means something
+                raise lost
+            return
         head = await self._imported()
         if head is None:
             head = Head(store=uuid4().hex, nonce=os.urandom(8))
@@ -412,6 +419,9 @@ class _Checks:
     async def next(self) -> None:
         if self._next is None:
             self._next = asyncio.create_task(self._run(self._running))
+            self._next.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )  # heard even if nobody waits any more
         await asyncio.shield(self._next)
 
     async def _run(self, previous: asyncio.Task[None] | None) -> None:
