@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.services import ministack_s3, seaweed_s3
+from tests.services import BUCKET, S3Server, ministack_s3, seaweed_s3
 
 __all__ = ["ministack_s3", "seaweed_s3", "serve"]
 
@@ -20,9 +21,18 @@ __all__ = ["ministack_s3", "seaweed_s3", "serve"]
 class Server:
     """`crudstack serve` as a process."""
 
-    def __init__(self, storage: str, data_dir: Path, *arguments: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CRUDSTACK_")}
-        environment |= {"CRUDSTACK_STORAGE": storage, "CRUDSTACK_DATA_DIR": str(data_dir)}
+    def __init__(
+        self, storage: str, data_dir: Path, *arguments: str, s3: S3Server | None = None, prefix: str = ""
+    ) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("CRUDSTACK_", "AWS_"))}
+        environment |= {"CRUDSTACK_STORAGE": storage, "CRUDSTACK_DATA_DIR": str(data_dir), "CRUDSTACK_BUCKET": BUCKET}
+        if s3 is not None:
+            environment |= {
+                "CRUDSTACK_S3_ENDPOINT_URL": s3.url,
+                "CRUDSTACK_PREFIX": prefix,
+                "AWS_ACCESS_KEY_ID": s3.access_key_id,
+                "AWS_SECRET_ACCESS_KEY": s3.secret_access_key,
+            }
         command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         self.said = []
@@ -48,8 +58,8 @@ def serve() -> Iterator[Callable[..., Server]]:
     """Start servers; what still runs at the end is stopped."""
     with contextlib.ExitStack() as stack:
 
-        def start(storage: str, data_dir: Path, *arguments: str) -> Server:
-            server = Server(storage, data_dir, *arguments)
+        def start(storage: str, data_dir: Path, *arguments: str, **s3: Any) -> Server:
+            server = Server(storage, data_dir, *arguments, **s3)
             stack.callback(server.process.stdout.close)
             stack.callback(server.kill)
             return server

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -27,8 +29,9 @@ def steps() -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_the_tour(serve, tmp_path):
-    server = serve("disk", tmp_path)
+@pytest.mark.parametrize("kind", ["s3-sqlite", "disk"])
+def test_the_tour(serve, tmp_path, kind):
+    server = serve(kind, tmp_path, "--local-s3", "--make-bucket")
     tour = steps()
     assert len(tour) >= 19
     script = "set -euo pipefail\n" + "".join(

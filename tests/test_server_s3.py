@@ -1,0 +1,128 @@
+"""Servers on one bucket: killed, stopped, raced, and everything killed at once."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import threading
+
+import httpx
+import pytest
+
+from tests.test_server import write_until_killed
+
+
+@pytest.fixture
+def on_bucket(serve, ministack_s3, tmp_path):
+    """Start servers that share nothing but a bucket."""
+    numbers = itertools.count()
+    return lambda: serve("s3-sqlite", tmp_path / str(next(numbers)), s3=ministack_s3, prefix=tmp_path.name)
+
+
+def check(url: str, seen: dict[str, str]) -> None:
+    """Everything that was acknowledged is there; the last update of each may have happened unheard."""
+    with httpx.Client(base_url=url, timeout=30) as client:
+        for path, title in seen.items():
+            found = client.get(f"{path}/data").raise_for_status().json()["title"]
+            assert found in (title, f"{title} again"), path
+        assert client.get("/article/count").json()["count"] >= len(seen)
+
+
+def test_kill_9_of_servers_on_one_bucket_loses_nothing(on_bucket):
+    seen: dict[str, str] = {}
+    survivor = on_bucket()
+    for _ in range(4):
+        doomed = on_bucket()
+        acknowledged: list[list[tuple[str, str]]] = [[] for _ in range(4)]
+        threads = [
+            threading.Thread(target=write_until_killed, args=(doomed.url, f"writer{at}", acknowledged[at]))
+            for at in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        with httpx.Client(base_url=survivor.url, timeout=30) as client:
+            while sum(map(len, acknowledged)) < 100:
+                created = client.post("/article", json={"title": "survivor", "content": "", "author": "s"})
+                seen[created.headers["location"]] = "survivor"
+        doomed.kill()
+        for thread in threads:
+            thread.join()
+        for writer in acknowledged:
+            seen.update(writer)
+        check(survivor.url, seen)
+    check(on_bucket().url, seen)
+    survivor.stop()
+
+
+def test_a_server_that_was_stopped_for_a_while_goes_on_rightly(on_bucket):
+    """Its PUTs arrive late, its copy is old, and others have collected what it knew."""
+    frozen, other = on_bucket(), on_bucket()
+    acknowledged: list[tuple[str, str]] = []
+    writer = threading.Thread(target=write_until_killed, args=(frozen.url, "frozen", acknowledged))
+    writer.start()
+    seen: dict[str, str] = {}
+    with httpx.Client(base_url=other.url, timeout=30) as client:
+        for round_ in range(4):
+            while len(acknowledged) < 20 * (round_ + 1):
+                writer.join(0.01)
+            frozen.process.send_signal(signal.SIGSTOP)
+            for number in range(60):
+                created = client.post("/article", json={"title": f"{number}", "content": "", "author": "o"})
+                seen[created.headers["location"]] = f"{number}"
+            frozen.process.send_signal(signal.SIGCONT)
+    while len(acknowledged) < 100:
+        writer.join(0.01)
+    frozen.kill()
+    writer.join()
+    check(other.url, seen | dict(acknowledged))
+
+
+def test_of_four_servers_one_wins_each_round(on_bucket):
+    servers = [on_bucket() for _ in range(4)]
+    clients = [httpx.Client(base_url=server.url, timeout=30) for server in servers]
+    created = clients[0].post("/article", json={"title": "0", "content": "", "author": "a"})
+    path, etag = created.headers["location"], created.headers["etag"]
+    rounds = 15
+    for round_ in range(rounds):
+        answers: dict[int, httpx.Response] = {}
+
+        def attempt(at, round_=round_, etag=etag, answers=answers):
+            answers[at] = clients[at].patch(path, json={"title": f"{round_}.{at}"}, headers={"if-match": etag})
+
+        threads = [threading.Thread(target=attempt, args=(at,)) for at in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(answer.status_code for answer in answers.values()) == [200, 412, 412, 412]
+        (winner,) = (answer for answer in answers.values() if answer.status_code == 200)
+        etag = winner.headers["etag"]
+        for client in clients:  # acknowledged on one server, read on every other
+            assert client.get(path).headers["etag"] == etag
+    revisions = clients[3].get(f"{path}/revisions?limit=200").json()["items"]
+    assert [one["revision"] for one in revisions] == list(range(rounds + 1, 0, -1))
+    for client in clients:
+        client.close()
+
+
+def test_everything_killed_at_once_and_started_again(serve, tmp_path):
+    seen: dict[str, str] = {}
+    for _ in range(2):
+        server = serve("s3-sqlite", tmp_path, "--local-s3", "--make-bucket")
+        check(server.url, seen)
+        acknowledged: list[tuple[str, str]] = []
+        writer = threading.Thread(target=write_until_killed, args=(server.url, "writer", acknowledged))
+        writer.start()
+        while len(acknowledged) < 40:
+            writer.join(0.01)
+        children = subprocess.run(["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True, check=True)
+        for pid in children.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        server.kill()
+        writer.join()
+        seen.update(acknowledged)
+    server = serve("s3-sqlite", tmp_path, "--local-s3", "--make-bucket")
+    check(server.url, seen)
+    server.stop()
