@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
-from . import report
+from . import report, s3
 from .load import measure, on_first_core, require_wrk
 from .peers import POCKETBASE, ROOT, ROWS, SPECSTAR, Floor, Ours, Peer, PocketBase, Specstar
 from .report import Cell
 
-PARTS = ("cold", "engine", "memory", "disk")
+PARTS = ("cold", "engine", "memory", "disk", "s3")
 PORT = 18_100
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="which rows over HTTP (all)")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything runs in turn (5)")
     parser.add_argument("--seconds", type=int, default=1, help="how long a row of a peer runs in a round (1)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000], help="for s3")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/RESULTS.md", help="where to write")
     options = parser.parse_args()
     require_wrk()
@@ -51,6 +52,8 @@ def main() -> None:
         for kind in ("memory", "disk"):
             if kind in options.parts:
                 sections += over_http(progress, kind, options.rows, options.rounds, options.seconds)
+        if "s3" in options.parts:
+            sections += s3.sections(progress, 2.0 * options.seconds, options.sizes)
     tables, rounds = sections[1::2], sections[2::2]
     Console(width=160).print(Markdown("\n".join([sections[0], *tables])))
     options.results.write_text("\n".join([sections[0], *tables, "## Raw numbers\n", *rounds]))

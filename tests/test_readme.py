@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from app.autocrud.resource_manager import storage_factory
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -64,3 +66,13 @@ def test_the_airports(serve, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "3,376 airports" in done.stdout
         assert f"│ {revisions} " in done.stdout
+
+
+def test_the_examples_of_the_pages_run():
+    names = {name: getattr(storage_factory, name) for name in dir(storage_factory)}
+    found = 0
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            exec(compile(block, page.name, "exec"), dict(names))  # noqa: S102 - it is our own page
+            found += 1
+    assert found >= 1

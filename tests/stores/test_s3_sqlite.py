@@ -521,6 +521,33 @@ async def test_a_snapshot_of_somebody_who_died_is_abandoned_and_collected(object
     assert {key for key in objects.objects if "/snap/" in key} == {head.snap.key}
 
 
+async def test_a_snapshot_that_was_abandoned_is_not_installed(objects, monkeypatch):
+    """Whoever made it slept so long that others gave it up and removed it."""
+    monkeypatch.setattr("app.autocrud.resource_manager.s3_sqlite.housekeeping.ABANDONED", 10_000)
+    sleeper, other = instance(objects), instance(objects)
+    await sleeper.create(Note("0"))
+    upload, uploaded, awake = objects.upload, asyncio.Event(), asyncio.Event()
+
+    async def slow(key, path):
+        await upload(key, path)
+        uploaded.set()
+        await awake.wait()
+
+    objects.upload = slow
+    task = asyncio.create_task(meta_store(sleeper)._room().housekeeping.snapshot(forget=True))
+    await uploaded.wait()
+    objects.upload = upload
+    for number in range(100):
+        await other.create(Note(f"note {number}"))
+    await meta_store(other)._room().housekeeping._announce(lambda head: f"{KEY}/snap/{head.ver + 1:012d}-other")
+    await other.maintain(30)
+    awake.set()
+    assert not await task
+    head = head_of(objects)
+    assert head.snap is None or head.snap.key in objects.objects
+    assert await instance(objects).count() == 101
+
+
 async def test_purge_leaves_no_trace(objects, tmp_path):
     manager = instance(objects, tmp_path)
     kept = await manager.create(Note("kept"))

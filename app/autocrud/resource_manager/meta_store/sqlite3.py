@@ -23,6 +23,7 @@ from ...query import Query
 from ..basic import Change, Encoding, Hit, MetaStore, ModelSpec, Page, Reindex, ResourceMeta, RevisionInfo
 from ..object_store import ObjectStore, s3
 from ..s3_sqlite.committer import Committer, Edit
+from ..s3_sqlite.head import Head
 from ..s3_sqlite.housekeeping import Housekeeping
 from ..s3_sqlite.local_copy import Work
 from ..s3_sqlite.replica import Replica
@@ -215,6 +216,11 @@ class S3SqliteMetaStore(MetaStore):
         await room.housekeeping.collect()
         await self._replica.blocking(lambda copy: copy.checkpoint())
         return now
+
+    async def head(self) -> Head:
+        """HEAD as this instance knows it, for whoever wants to look at it."""
+        await self._replica.open()
+        return await self._replica.head()
 
     async def export(self, path: str | Path | None = None) -> None:
         """Write the database as one plain SQLite file: to `path`, or as the object `export_key`."""

@@ -144,6 +144,7 @@ class LocalCopy:
         connection.pragma("journal_mode", "wal")
         connection.pragma("synchronous", "normal")  # a cache: what a crash takes is fetched again
         connection.pragma("secure_delete", "on")
+        connection.pragma("cache_size", -64 * 1024)  # KiB; a long replay must not spill into the log
         return connection
 
     def state(self) -> State:

@@ -349,9 +349,8 @@ class Replica:
         if known.store:
             raise lost
         if await self.objects.get(self.born_key) is not None:
-            if (
-                await self.objects.get(self.head_key) is None
-            ):  # HEAD is there before BORN, so only now its absence means something
+            # HEAD is there before BORN, so only now its absence means something.
+            if await self.objects.get(self.head_key) is None:
                 raise lost
             return
         head = await self._imported()
