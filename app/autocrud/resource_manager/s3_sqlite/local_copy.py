@@ -89,10 +89,14 @@ class Work(NamedTuple):
 
 
 class LocalCopy:
-    """One file. Everything here blocks; it runs in threads."""
+    """One file. Everything here blocks; it runs in threads.
 
-    def __init__(self, path: Path, tables: ResourceTables) -> None:
-        self.path, self.tables = path, tables
+    `building`: nobody else knows the file yet, so nothing is kept for a roll-back until `built` is called; a file that is not finished is
+    thrown away.
+    """
+
+    def __init__(self, path: Path, tables: ResourceTables, *, building: bool = False) -> None:
+        self.path, self.tables, self._building = path, tables, building
         self._mutex = threading.Lock()
         self._lock = os.open(path.parent / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._idle: list[apsw.Connection] = []
@@ -105,11 +109,19 @@ class LocalCopy:
             raise
 
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+        self._close_idle()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def built(self) -> None:
+        """The file is complete; from now on it may be shared."""
+        self._close_idle()
+        self._building = False
+
+    def _close_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
 
     def remove(self) -> None:
         """Delete the file; connections that are still open go on reading it."""
@@ -141,8 +153,12 @@ class LocalCopy:
         connection = apsw.Connection(str(self.path))
         keep_plans(connection)
         connection.set_busy_timeout(2000)
-        connection.pragma("journal_mode", "wal")
-        connection.pragma("synchronous", "normal")  # a cache: what a crash takes is fetched again
+        if self._building:
+            connection.pragma("journal_mode", "off")
+            connection.pragma("synchronous", "off")
+        else:
+            connection.pragma("journal_mode", "wal")
+            connection.pragma("synchronous", "normal")  # a cache: what a crash takes is fetched again
         connection.pragma("secure_delete", "on")
         connection.pragma("cache_size", -64 * 1024)  # KiB; a long replay must not spill into the log
         return connection
@@ -186,6 +202,9 @@ class LocalCopy:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
+        if self._building:
+            yield
+            return
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
             try:
