@@ -52,6 +52,7 @@ from .codec import IndexOf
 from .disk_pair import DiskPair
 from .meta_store.simple import DiskMetaStore
 from .resource_store.simple import DiskResourceStore
+from .threads import outlived
 
 log = logging.getLogger("crudstack.storage")
 
@@ -98,7 +99,7 @@ class SimpleStorage(IStorage):
         if mine:
             # A task of its own: whoever asked first may be cancelled, while others wait for the same.
             self._opener = asyncio.get_running_loop().create_task(self._open_and_tell(index, opening))
-        await asyncio.shield(asyncio.wrap_future(opening))
+        await outlived(asyncio.wrap_future(opening))
 
     async def _open_and_tell(self, index: IndexOf, opening: concurrent.futures.Future[None]) -> None:
         try:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged, StoreUnavailable, WriteContention
 from ..basic import ResourceMeta
 from ..object_store import UNCHANGED, Object, Stored, Unknown
+from ..threads import outlived
 from .head import Head, Record, Segment, encode_segment, microseconds, segment_key
 from .local_copy import WINDOW, Trial, Work
 from .replica import Replica
@@ -83,7 +84,7 @@ class Committer:
         self._queue.append(transaction)
         if self._running is None:
             self._running = self._loop.create_task(self._run())
-        return await asyncio.shield(transaction.future)
+        return await outlived(transaction.future)
 
     async def idle(self) -> None:
         """Wait until nothing is on its way."""

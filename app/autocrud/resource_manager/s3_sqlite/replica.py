@@ -34,7 +34,7 @@ from ...errors import (
 from ..object_store import UNCHANGED, Object, ObjectStore, Stored, Unknown
 from ..sqlite.database import translated
 from ..sqlite.tables import ResourceTables
-from ..threads import in_thread
+from ..threads import in_thread, outlived
 from .head import Head, Record, Snapshot, decode_head, decode_segment, snapshot_key
 from .local_copy import CopyBusy, LocalCopy, State, current_path, make_current, new_path
 
@@ -430,12 +430,9 @@ class _Checks:
         self._next: asyncio.Task[None] | None = None
 
     async def next(self) -> None:
-        if self._next is None:
+        if self._next is None or self._next.done():  # done: cancelled before it began
             self._next = asyncio.create_task(self._run(self._running))
-            self._next.add_done_callback(
-                lambda task: task.cancelled() or task.exception()
-            )  # heard even if nobody waits any more
-        await asyncio.shield(self._next)
+        await outlived(self._next)
 
     async def _run(self, previous: asyncio.Task[None] | None) -> None:
         if previous is not None:
