@@ -53,7 +53,7 @@ def main() -> None:
             if kind in options.parts:
                 sections += over_http(progress, kind, options.rows, options.rounds, options.seconds)
         if "s3" in options.parts:
-            sections += s3.sections(progress, 2.0 * options.seconds, options.sizes)
+            sections += s3.sections(progress, 2.0 * options.seconds, options.sizes, SPECSTAR)
     tables, rounds = sections[1::2], sections[2::2]
     Console(width=160).print(Markdown("\n".join([sections[0], *tables])))
     options.results.write_text("\n".join([sections[0], *tables, "## Raw numbers\n", *rounds]))

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 from msgspec import Struct
 from rich.progress import Progress
 
@@ -23,6 +27,7 @@ from app.autocrud.resource_manager.core import Resource, ResourceManager
 from app.autocrud.resource_manager.object_store_double import Call, Fault, MemoryObjectStore
 from app.autocrud.resource_manager.operations import Create
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
+from app.local_s3 import ministack
 
 LATENCIES = ((0.020, 0.010), (0.060, 0.020))
 INSTANCES, WRITERS = (1, 2, 8), (1, 8, 64)
@@ -75,10 +80,30 @@ def table(title: str, note: str, head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
-def sections(progress: Progress, seconds: float, sizes: list[int]) -> list[str]:
+def beside_specstar(progress: Progress, specstar: Path) -> str:
+    """Creates on a local S3 server, which both share."""
+    scripts = {"crudstack": (sys.executable, "s3_ours.py"), "specstar": (str(specstar), "s3_specstar.py")}
+    found: dict[str, dict[str, list[float] | str]] = {}
+    with tempfile.TemporaryDirectory() as directory, ministack(Path(directory)) as url:
+        httpx.put(f"{url}/bench").raise_for_status()
+        for name, (python, script) in progress.track(scripts.items(), description="s3: beside specstar"):
+            command = [python, str(Path(__file__).parent / "scripts" / script), url, "bench"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found[name] = json.loads(said.splitlines()[-1])
+    rows = [[row, *(_speed(found[name][row]) for name in scripts)] for row in found["crudstack"]]
+    note = "200 creates on ministack: creates a second, and CPU of the process for each. specstar uploads its whole database at every write."
+    return table("S3-SQLite: beside specstar", note, ["", *scripts], rows)
+
+
+def _speed(figures: list[float] | str) -> str:
+    return figures if isinstance(figures, str) else f"{figures[0]:,.0f}/s, {figures[1]:,.0f} us"
+
+
+def sections(progress: Progress, seconds: float, sizes: list[int], specstar: Path) -> list[str]:
     """Tables, each followed by an empty string where others have raw numbers."""
     made = [asyncio.run(quiet(progress)), asyncio.run(grid(progress, seconds))]
     made.append(asyncio.run(growth(progress, sizes)))
+    made.append(beside_specstar(progress, specstar))
     return [part for table_ in made for part in (table_, "")]
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import threading
 
 import httpx
@@ -126,3 +127,32 @@ def test_everything_killed_at_once_and_started_again(serve, tmp_path):
     server = serve("s3-sqlite", tmp_path, "--local-s3", "--make-bucket")
     check(server.url, seen)
     server.stop()
+
+
+def test_a_given_endpoint_with_real_signatures(serve, seaweed_s3, tmp_path):
+    server = serve("s3-sqlite", tmp_path, "--make-bucket", "--local-s3", s3=seaweed_s3, prefix=tmp_path.name)
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        created = client.post("/article", json={"title": "Sun", "content": "", "author": "a"})
+        assert created.status_code == 201
+        assert client.get(created.headers["location"]).json()["data"]["title"] == "Sun"
+        assert client.get("/readyz").json()["not_durable"] == []
+    assert not list(tmp_path.rglob("ministack*"))
+    server.stop()
+
+
+def test_wrong_keys_are_said_in_one_sentence(seaweed_s3, tmp_path):
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CRUDSTACK_STORAGE": "s3-sqlite",
+        "CRUDSTACK_BUCKET": "tests",
+        "CRUDSTACK_DATA_DIR": str(tmp_path),
+        "CRUDSTACK_S3_ENDPOINT_URL": seaweed_s3.url,
+        "AWS_ACCESS_KEY_ID": seaweed_s3.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": "wrong-secret",
+    }
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("crudstack: the object storage cannot be used right now")
+    assert done.stderr.count("\n") == 1
+    assert "wrong-secret" not in done.stderr
