@@ -365,6 +365,22 @@ async def test_processes_whose_lock_is_held_use_copies_of_their_own(objects, tmp
     await second.storage.close()
 
 
+async def test_what_killed_processes_left_is_removed_after_a_day(objects, tmp_path):
+    manager = instance(objects, tmp_path)
+    await manager.create(Note("0"))
+    (current,) = copies(tmp_path)
+    old, young = current.with_name("copy-old.sqlite-wal"), current.with_name("copy-young.sqlite")
+    for path in (old, young):
+        path.write_text("left")
+    for path in (old, current):
+        os.utime(path, (0, 0))
+    await instance(objects, tmp_path).count()
+    assert not old.exists()
+    assert young.exists()
+    assert current.exists()
+    await manager.storage.close()
+
+
 async def test_a_full_disk_loses_no_acknowledged_write(objects, tmp_path, monkeypatch):
     manager = instance(objects, tmp_path)
     created = await manager.create(Note("0"))

@@ -39,6 +39,7 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.s3sqlite")
 
 LOCK_TIMEOUT_S = 2.0
+LEFTOVER_S = 24 * 3600.0
 WINDOW = 8192
 """Records whose txids a copy remembers."""
 
@@ -371,3 +372,13 @@ def make_current(path: Path) -> None:
     temporary = path.parent / f"current-{uuid4().hex}"
     temporary.write_text(path.name)
     temporary.replace(path.parent / "current")
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove files that processes left which were killed. A file that somebody still works with is younger than a day; one that somebody
+    only reads stays readable for them."""
+    current = current_path(directory)
+    for path in directory.glob("c*-*"):
+        with contextlib.suppress(OSError):
+            if not (current and path.name.startswith(current.name)) and path.stat().st_mtime < time.time() - LEFTOVER_S:
+                path.unlink()
