@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 from msgspec import Struct
@@ -28,6 +29,8 @@ from app.autocrud.resource_manager.object_store_double import Call, Fault, Memor
 from app.autocrud.resource_manager.operations import Create
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from app.local_s3 import ministack
+
+T = TypeVar("T")
 
 LATENCIES = ((0.020, 0.010), (0.060, 0.020))
 INSTANCES, WRITERS = (1, 2, 8), (1, 8, 64)
@@ -57,10 +60,10 @@ class Timed(MemoryObjectStore):
         super().__init__()
         self.waited = 0.0
 
-    async def _arrive(self, call: Call) -> Fault | None:
+    async def _serve(self, call: Call, work: Callable[[Fault | None], T]) -> T:
         began = time.perf_counter()
         try:
-            return await super()._arrive(call)
+            return await super()._serve(call, work)
         finally:
             self.waited += time.perf_counter() - began
 

@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from ..errors import StoreUnavailable
 from .object_store import UNCHANGED, Listed, Lost, Object, ObjectStore, Outcome, Stored, Unchanged, Unknown
 
+T = TypeVar("T")
 Op = Literal["get", "get_if", "put", "put_if", "list", "delete"]
 
 
@@ -54,31 +55,42 @@ class MemoryObjectStore(ObjectStore):
         self._lock = threading.Lock()
         self._late: set[asyncio.Task[None]] = set()
 
-    async def _arrive(self, call: Call) -> Fault | None:
+    async def _serve(self, call: Call, work: Callable[[Fault | None], T]) -> T:
+        """Half of the latency passes before the request takes effect, half before its answer is there: answers may be out of date."""
         self.requests[call.op] += 1
         self.bytes_put += call.size
         delay = self.latency(call)
         if delay:
-            await asyncio.sleep(delay)
-        return self.fault(call)
+            await asyncio.sleep(delay / 2)
+        try:
+            return work(self.fault(call))
+        finally:
+            if delay:
+                await asyncio.sleep(delay / 2)
 
     async def get(self, key: str) -> Object | None:
-        if await self._arrive(Call("get", key)):
+        return await self._serve(Call("get", key), lambda fault: self._found(fault, key))
+
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        def work(fault: Fault | None) -> Object | Unchanged | None:
+            found = self._found(fault, key)
+            return UNCHANGED if found is not None and found.etag == etag else found
+
+        return await self._serve(Call("get_if", key), work)
+
+    def _found(self, fault: Fault | None, key: str) -> Object | None:
+        if fault is not None:
             raise _down()
         return self.objects.get(key)
 
-    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
-        if await self._arrive(Call("get_if", key)):
-            raise _down()
-        found = self.objects.get(key)
-        return UNCHANGED if found is not None and found.etag == etag else found
-
     async def put(self, key: str, body: bytes) -> None:
-        fault = await self._arrive(Call("put", key, len(body)))
-        if fault is None or fault.applied:
-            self._store(key, body)
-        if fault is not None:
-            raise _down()
+        def work(fault: Fault | None) -> None:
+            if fault is None or fault.applied:
+                self._store(key, body)
+            if fault is not None:
+                raise _down()
+
+        await self._serve(Call("put", key, len(body)), work)
 
     def _store(self, key: str, body: bytes) -> str:
         etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'  # as S3's: of the content alone
@@ -93,32 +105,41 @@ class MemoryObjectStore(ObjectStore):
             return Stored(self._store(key, body))
 
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
-        fault = await self._arrive(Call("put_if", key, len(body)))
-        if fault is None:
-            return self._swap(key, body, etag)
-        if fault.late is not None:
-            self._late.add(task := asyncio.create_task(self._land(fault.late, key, body, etag)))
-            task.add_done_callback(self._late.discard)
-        elif fault.applied:
-            self._swap(key, body, etag)
-        return Lost() if fault.answer == "lost" else Unknown("injected")
+        def work(fault: Fault | None) -> Outcome:
+            if fault is None:
+                return self._swap(key, body, etag)
+            if fault.late is not None:
+                self._late.add(task := asyncio.create_task(self._land(fault.late, key, body, etag)))
+                task.add_done_callback(self._late.discard)
+            elif fault.applied:
+                self._swap(key, body, etag)
+            return Lost() if fault.answer == "lost" else Unknown("injected")
+
+        return await self._serve(Call("put_if", key, len(body)), work)
 
     async def _land(self, seconds: float, key: str, body: bytes, etag: str | None) -> None:
         await asyncio.sleep(seconds)
         self._swap(key, body, etag)
 
     async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
-        if await self._arrive(Call("list", prefix)):
-            raise _down()
-        for key in sorted(self.objects):
-            if key.startswith(prefix) and key > after and (found := self.objects.get(key)) is not None:
-                yield Listed(key, len(found.body), datetime.now(UTC))
+        def work(fault: Fault | None) -> Sequence[Listed]:
+            if fault is not None:
+                raise _down()
+            now = datetime.now(UTC)
+            keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
+            return [Listed(key, len(self.objects[key].body), now) for key in keys]
+
+        for listed in await self._serve(Call("list", prefix), work):
+            yield listed
 
     async def delete(self, keys: Sequence[str]) -> None:
-        if await self._arrive(Call("delete", keys[0] if keys else "")):
-            raise _down()
-        for key in keys:
-            self.objects.pop(key, None)
+        def work(fault: Fault | None) -> None:
+            if fault is not None:
+                raise _down()
+            for key in keys:
+                self.objects.pop(key, None)
+
+        await self._serve(Call("delete", keys[0] if keys else ""), work)
 
     async def download(self, key: str, path: Path) -> bool:
         found = await self.get(key)

@@ -218,6 +218,9 @@ class Replica:
         births = 0
         for _ in range(MAX_ROUNDS):
             state = await self._state()
+            known = max(
+                state, self._seen, key=lambda one: one.ver
+            )  # what may be expected of an answer to what is asked now
             if state.etag:
                 got = await self.objects.get_if_changed(self.head_key, state.etag)
             else:
@@ -230,8 +233,8 @@ class Replica:
                     raise ConfigError(
                         f"{self.head_key} cannot be created: does the bucket exist, and may this program write to it?"
                     )
-                await self._give_birth(max(state, self._seen, key=lambda one: one.ver))
-            elif isinstance(got, Object) and await self.catch_up(got, state):
+                await self._give_birth(known)
+            elif isinstance(got, Object) and await self.catch_up(got, known):
                 return
         raise StoreUnavailable("HEAD kept changing; nothing was changed, try again")
 
@@ -244,9 +247,9 @@ class Replica:
         await checks.next()
 
     async def catch_up(self, got: Object, known: State = NOTHING) -> bool:
-        """Bring the copy to a HEAD that was got after `known` was its state. False: get HEAD again."""
+        """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again."""
         head = decode_head(got.body)
-        self._check_lineage(head, max(known, self._seen, key=lambda state: state.ver) if known.ver else known)
+        self._check_lineage(head, known)
         await self._confirm_birth(head)
         for _ in range(MAX_ROUNDS):
             state = await self._state()
