@@ -135,6 +135,13 @@ MUTANTS = [
         S3,
     ),
     ("an old HEAD is taken", P + "replica.py", "if head.ver < known.ver or head.seq < known.seq:", "if False:", S3),
+    (
+        "what is known is known at the answer",
+        P + "replica.py",
+        "        self._check_lineage(head, known)\n",
+        "        self._check_lineage(head, max(known, self._seen, key=lambda one: one.ver))\n",
+        S3,
+    ),
     ("another store is taken", P + "replica.py", "if known.store and known.store != head.store:", "if False:", S3),
     ("HEADs may be equal", P + "head.py", "nonce=os.urandom(8), **changes", 'nonce=b"", **changes', S3),
     ("unique only for this version", P + "local_copy.py", "for name in schema.unique:", "for name in ():", S3),

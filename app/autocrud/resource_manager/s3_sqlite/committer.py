@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged, StoreUnavailable, WriteContention
 from ..basic import ResourceMeta
-from ..object_store import UNCHANGED, Object, Stored, Unknown
+from ..object_store import UNCHANGED, Object, Stored
 from ..threads import outlived
 from .head import Head, Record, Segment, encode_segment, microseconds, segment_key
 from .local_copy import WINDOW, Trial, Work
@@ -174,10 +174,10 @@ class Committer:
             await self._advance(head, Object(body, outcome.etag))
             _answer(waiting, trial)
             return True
-        if isinstance(outcome, Unknown):
-            self._unresolved = etag
-            log.info("%s: the outcome of version %d is unknown (%s)", self._replica.head_key, head.ver, outcome.reason)
-        await self._find(waiting)  # after a conflict too: it may be our own success, repeated by something on the way
+        # After a conflict too: it may be our own success, repeated by something on the way, and if HEAD has not moved it was none.
+        self._unresolved = etag
+        log.info("%s: version %d: %s", self._replica.head_key, head.ver, outcome)
+        await self._find(waiting)
         return False
 
     async def _with(self, base: Head, trial: Trial, records: Sequence[Record]) -> Head:
@@ -250,8 +250,7 @@ class Committer:
                     self._unresolved = ""
                     await self._advance(head, Object(body, outcome.etag))
                     return head
-                if isinstance(outcome, Unknown):
-                    self._unresolved = state.etag
+                self._unresolved = state.etag
                 await self._replica.check()
                 now = await self._replica.blocking(lambda copy: copy.state())
                 if now.etag != self._unresolved:
