@@ -186,7 +186,7 @@ class S3ObjectStore(ObjectStore):
         except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
             return Lost()
         except Exception as error:  # whatever it is, it does not say that nothing was stored
-            log.warning("PUT %s: %s", key, error)
+            log.warning("PUT %s: %s", key, _first_line(error))
             return Unknown(type(error).__name__)
         new = result["e_tag"]
         return Stored(new) if new else Unknown("the answer has no ETag")
@@ -248,5 +248,10 @@ def s3(
 
 def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
     """The details, an address for one, go to the log and not to clients."""
-    log.error("%s %s: %s: %s", method, key, type(error).__name__, error)
+    log.error("%s %s: %s: %s", method, key, type(error).__name__, _first_line(error))
     return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
+
+
+def _first_line(error: Exception) -> str:
+    """obstore adds pages of its own state."""
+    return str(error).partition("\n")[0]
