@@ -699,6 +699,31 @@ def test_bounded_reads_check_no_more_often_than_they_must(objects):
     virtual_time.run(main())
 
 
+async def test_local_reads_wait_for_an_own_write_that_the_copy_lacks(objects, monkeypatch):
+    crud = AutoCRUD(storage_factory=S3StorageFactory("double", object_store=objects, consistency="local"))
+    manager = crud.add_model(Note, indexed_fields=["text"])
+    created = await manager.create(Note("0"))
+    advance = local_copy.LocalCopy.advance
+
+    def fails(*_):
+        raise apsw.FullError("database or disk is full")
+
+    monkeypatch.setattr(local_copy.LocalCopy, "advance", fails)
+    await manager.update(created.meta.resource_id, Note("1"))
+    with pytest.raises(StoreUnavailable):
+        await manager.get(created.meta.resource_id)
+    monkeypatch.setattr(local_copy.LocalCopy, "advance", advance)
+    assert (await manager.get(created.meta.resource_id)).data.text == "1"
+
+
+async def test_the_sweep_never_believes_an_old_copy(objects):
+    crud = AutoCRUD(storage_factory=S3StorageFactory("double", object_store=objects, consistency="local"))
+    behind = crud.add_model(Note, indexed_fields=["text"])
+    await behind.create(Note("0"))
+    created = await instance(objects, fields=("text",)).create(Note("1"))
+    assert await meta_store(behind).unreferenced([created.meta.uid, "0/none"]) == ["0/none"]
+
+
 async def test_no_two_heads_have_equal_bytes(objects):
     """ETags are content hashes: of two writers that send the same bytes both would believe that theirs were stored."""
     manager = instance(objects)

@@ -129,7 +129,7 @@ class S3SqliteMetaStore(MetaStore):
         """Read the local copy, once it is as new as the consistency asks for."""
         replica, room = self._replica, self._room()
         await replica.open()
-        if self._consistency == "strong":
+        if self._consistency == "strong" or replica.behind:
             await replica.checked()
         elif self._consistency == "bounded":
             now = room.loop.time()
@@ -165,7 +165,10 @@ class S3SqliteMetaStore(MetaStore):
             after = page[-1].resource_id
 
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
-        return await self._read(lambda db: self._tables.unreferenced(db, uids))
+        # Whatever the consistency of reads: what this finds is removed.
+        await self._replica.open()
+        await self._replica.checked()
+        return await self._replica.read(lambda db: self._tables.unreferenced(db, uids))
 
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         return await self._read(lambda db: self._tables.outdated(db, limit))

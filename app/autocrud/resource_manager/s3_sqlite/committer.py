@@ -40,7 +40,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 
 
 class Transaction:
-    __slots__ = ("base", "future", "metas", "seqs", "time", "txid", "uncertain", "work")
+    __slots__ = ("base", "future", "seqs", "time", "txid", "uncertain", "work")
 
     def __init__(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
         self.work = work
@@ -119,9 +119,8 @@ class Committer:
             except (ConfigError, StoreDamaged) as error:  # waiting does not help
                 _answer_all(waiting, error)
                 return
-            except (
-                CrudError
-            ) as error:  # S3 or the copy cannot be used now; whose outcome is open waits for a better moment
+            except CrudError as error:
+                # S3 or the copy cannot be used now; whose outcome is open waits for a better moment.
                 if self._loop.time() + pause > deadline or not any(one.uncertain for one in waiting):
                     _answer_all(waiting, error)
                     return
@@ -208,10 +207,11 @@ class Committer:
         )
 
     async def _advance(self, head: Head, got: Object) -> None:
-        """Bring the copy up to our own swap. If it cannot be, the next read will: its ETag is still the old one."""
+        """Bring the copy up to our own swap. If it cannot be, the next read must: its ETag is still the old one."""
         try:
             await self._replica.catch_up(got)
         except CrudError as error:
+            self._replica.behind = True
             log.warning(
                 "%s: version %d is stored, but the local copy is behind: %s", self._replica.head_key, head.ver, error
             )

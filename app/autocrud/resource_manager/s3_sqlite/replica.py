@@ -68,6 +68,7 @@ class Replica:
         self._copy: LocalCopy | None = None
         self._seen = NOTHING  # the newest HEAD that this process knew, should its copy be lost
         self._confirmed = ""  # the store whose birth this process has confirmed
+        self.behind = False  # an own swap is stored that the copy lacks: no read, of whatever consistency, before it has caught up
         self._opened = False
         self._openings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._checks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Checks] = weakref.WeakKeyDictionary()
@@ -133,7 +134,7 @@ class Replica:
                 if path is not None:
                     try:
                         self._copy = LocalCopy(path, self.tables)
-                        self._seen = max(self._seen, self._copy.state(), key=lambda state: state.ver)
+                        self._seen = _newer(self._seen, self._copy.state())
                     except apsw.Error as error:
                         log.warning("%s cannot be used and is made again: %s", path, error)
                     else:
@@ -218,9 +219,7 @@ class Replica:
         births = 0
         for _ in range(MAX_ROUNDS):
             state = await self._state()
-            known = max(
-                state, self._seen, key=lambda one: one.ver
-            )  # what may be expected of an answer to what is asked now
+            known = _newer(state, self._seen)  # what may be expected of an answer to what is asked now
             if state.etag:
                 got = await self.objects.get_if_changed(self.head_key, state.etag)
             else:
@@ -245,6 +244,7 @@ class Replica:
         if checks is None:
             checks = self._checks.setdefault(loop, _Checks(self.check))
         await checks.next()
+        self.behind = False
 
     async def catch_up(self, got: Object, known: State = NOTHING) -> bool:
         """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again."""
@@ -267,7 +267,7 @@ class Replica:
                     raise StoreDamaged(f"{gone} is missing, although HEAD refers to it") from None
                 return False
             if await self._advance(copy, records, head, got):
-                self._seen = max(self._seen, State(head.store, head.seq, head.ver, got.etag), key=lambda one: one.ver)
+                self._seen = _newer(self._seen, State(head.store, head.seq, head.ver, got.etag))
                 return True
         raise StoreUnavailable("the local copy could not be brought up; try again")
 
@@ -446,6 +446,10 @@ class _Checks:
         # From here on the check is being sent: who comes now waits for the next one.
         self._running, self._next = self._next, None
         await self._check()  # type: ignore[misc]
+
+
+def _newer(one: State, other: State) -> State:
+    return max(one, other, key=lambda state: state.ver)
 
 
 def sha256_of(path: Path) -> str:
