@@ -129,7 +129,7 @@ class S3SqliteMetaStore(MetaStore):
         """Read the local copy, once it is as new as the consistency asks for."""
         replica, room = self._replica, self._room()
         await replica.open()
-        if self._consistency == "strong" or replica.behind:
+        if self._consistency == "strong" or replica.owed:
             await replica.checked()
         elif self._consistency == "bounded":
             now = room.loop.time()

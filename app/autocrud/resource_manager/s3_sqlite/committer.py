@@ -211,7 +211,7 @@ class Committer:
         try:
             await self._replica.catch_up(got)
         except CrudError as error:
-            self._replica.behind = True
+            self._replica.owed = head.ver
             log.warning(
                 "%s: version %d is stored, but the local copy is behind: %s", self._replica.head_key, head.ver, error
             )

@@ -68,7 +68,7 @@ class Replica:
         self._copy: LocalCopy | None = None
         self._seen = NOTHING  # the newest HEAD that this process knew, should its copy be lost
         self._confirmed = ""  # the store whose birth this process has confirmed
-        self.behind = False  # an own swap is stored that the copy lacks: no read, of whatever consistency, before it has caught up
+        self.owed = 0  # the version of an own swap that the copy lacks: no read, of whatever consistency, before it has caught up
         self._opened = False
         self._openings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._checks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Checks] = weakref.WeakKeyDictionary()
@@ -225,6 +225,7 @@ class Replica:
             else:
                 got = await self.objects.get(self.head_key)
             if got is UNCHANGED:
+                self._paid(state.ver)
                 return
             if got is None:
                 births += 1
@@ -244,7 +245,6 @@ class Replica:
         if checks is None:
             checks = self._checks.setdefault(loop, _Checks(self.check))
         await checks.next()
-        self.behind = False
 
     async def catch_up(self, got: Object, known: State = NOTHING) -> bool:
         """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again."""
@@ -255,6 +255,7 @@ class Replica:
             state = await self._state()
             copy = self.copy
             if state.ver >= head.ver and state.store == head.store:
+                self._paid(state.ver)
                 return True
             try:
                 records = await self._missing(head, state)
@@ -267,9 +268,15 @@ class Replica:
                     raise StoreDamaged(f"{gone} is missing, although HEAD refers to it") from None
                 return False
             if await self._advance(copy, records, head, got):
+                self._paid(head.ver)
                 self._seen = _newer(self._seen, State(head.store, head.seq, head.ver, got.etag))
                 return True
         raise StoreUnavailable("the local copy could not be brought up; try again")
+
+    def _paid(self, version: int) -> None:
+        """Note that the copy has reached a version."""
+        if version >= self.owed:
+            self.owed = 0
 
     async def _advance(self, copy: LocalCopy, records: list[Record], head: Head, got: Object) -> bool:
         try:
