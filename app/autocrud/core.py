@@ -16,8 +16,11 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
+from .access import Authorize, Permissions
 from .errors import ConfigError, CrudError
 from .http import searching, service
+from .http.guard import Authenticate
+from .http.routes import Policy
 from .resource_manager.basic import Encoding, IndexedField
 from .resource_manager.codec import Codec
 from .resource_manager.core import ResourceManager
@@ -56,7 +59,10 @@ class AutoCRUD:
     encoding          of new bodies, where neither the store nor the model names one
     model_naming      how a class becomes a name in URLs: "kebab", "snake", "same" or a function
     require_if_match  answer 428 to writes that do not say which state they mean to change
+    authenticate      who asks: a function of the request that gives a Principal, or raises Unauthenticated; default: anybody may ask
+    authorize         what they may do, see `access`; default: everything
     max_body          of a request, in bytes
+    fits              whether the body of an answer can be sent; a write whose answer cannot is answered without its data
     clock             the current time, aware; for tests
     """
 
@@ -67,7 +73,10 @@ class AutoCRUD:
         model_naming: str | Callable[[str], str] = "kebab",
         *,
         require_if_match: bool = False,
+        authenticate: Authenticate | None = None,
+        authorize: Authorize | None = None,
         max_body: int = MAX_BODY,
+        fits: Callable[[bytes], bool] = lambda _: True,
         clock: Callable[[], dt.datetime] = utc_now,
     ) -> None:
         if isinstance(model_naming, str) and model_naming not in NAMINGS:
@@ -75,7 +84,8 @@ class AutoCRUD:
         self.storage_factory = storage_factory or MemoryStorageFactory()
         self.encoding = encoding
         self._naming = NAMINGS[model_naming] if isinstance(model_naming, str) else model_naming
-        self._require_if_match, self._max_body, self._clock = require_if_match, max_body, clock
+        self._policy = Policy(authenticate, authorize, require_if_match, max_body, fits)
+        self._clock = clock
         self._managers: dict[str, ResourceManager[Any]] = {}
         self._applied = False
 
@@ -152,13 +162,20 @@ class AutoCRUD:
         An application also gets the OpenAPI description and a docs page with local assets. Stores are opened at its start-up, or at
         their first use where there is no start-up (Lambda), and closed at its shutdown.
         """
-        made = service.routes(self._managers, require_if_match=self._require_if_match, max_body=self._max_body)
-        service.mount(app_or_router, made, self._lifespan, self._managers)
+        authorize = self._policy.authorize
+        if isinstance(authorize, Permissions) and (unknown := authorize.models - set(self._managers)):
+            raise ConfigError(
+                f"permissions name the model {min(unknown)!r}; there are {', '.join(self._managers)} and *"
+            )
+        made = service.routes(self._managers, self._policy)
+        authenticated = self._policy.authenticate is not None
+        service.mount(app_or_router, made, self._lifespan, self._managers, authenticated=authenticated)
         self._applied = True
 
     def describe(self, app: Any, prefix: str = "") -> None:
         """Add the models to the OpenAPI of an application that included a router which they were applied to."""
-        service.describe_application(app, self._managers, prefix)
+        authenticated = self._policy.authenticate is not None
+        service.describe_application(app, self._managers, prefix, authenticated=authenticated)
 
     async def open(self) -> None:
         """Make all stores ready: directories, schemas, indexes. Errors show here instead of at the first request."""

@@ -94,6 +94,24 @@ class PatchConflict(CrudError):
     type, title, status = "patch-conflict", "The patch does not apply", 409
 
 
+class KeyReused(CrudError, ValueError):
+    """The Idempotency-Key belongs to another request; nothing was changed."""
+
+    type, title, status = "idempotency-key-reused", "The key belongs to another request", 422
+
+
+class KeyInFlight(CrudError):
+    """The first request with this Idempotency-Key is not answered yet."""
+
+    type, title, status = "idempotency-key-in-flight", "The first request is still under way", 409
+
+
+class AnswerGone(CrudError):
+    """The request with this Idempotency-Key was done, but what it left has been replaced or purged, so its answer cannot be told again."""
+
+    type, title, status = "answer-gone", "This was done, and its result is gone", 410
+
+
 class StaleGeneration(CrudError):
     """A body was written under a generation that is already being swept; the storage writes it again, callers never see this."""
 

@@ -15,7 +15,8 @@ Stores get a query that `resolve` has checked: names are canonical and values ar
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -248,3 +249,56 @@ def _resolve(where: Filter, fields: Mapping[str, Kind], left: list[int]) -> Filt
         case Not():
             return Not(_resolve(where.of, fields, left))
     raise invalid("where", f"expected a Filter, got {type(where).__name__}")
+
+
+def truth(where: Filter, keys: Mapping[str, Key | Sequence[Key] | None], missing: Collection[str]) -> bool | None:
+    """What a resolved filter says of one resource: true, false, or None for unknown. `keys` by canonical name; `missing`: those not there at
+    all, whose keys are None."""
+    match where:
+        case And():
+            parts: list[bool | None] = [truth(part, keys, missing) for part in where.of]
+            return False if False in parts else None if None in parts else True
+        case Or():
+            parts = [truth(part, keys, missing) for part in where.of]
+            return True if True in parts else None if None in parts else False
+        case Not():
+            inner = truth(where.of, keys, missing)
+            return None if inner is None else not inner
+    assert isinstance(where, Compare)
+    found, value = keys[where.field], where.value
+    absent = where.field in missing
+    match where.op:
+        case "exists":
+            return absent is not bool(value)
+        case "is_null":
+            return (found is None) is bool(value)
+        case "in" | "not_in" if not value:
+            return where.op == "not_in"
+    return None if found is None else _COMPARISONS[where.op](found, value)
+
+
+_COMPARISONS: dict[Op, Callable[[Any, Any], bool]] = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "lte": operator.le,
+    "gt": operator.gt,
+    "gte": operator.ge,
+    "in": lambda found, values: found in values,
+    "not_in": lambda found, values: found not in values,
+    "contains": operator.contains,
+    "starts_with": str.startswith,
+    "ends_with": str.endswith,
+}
+
+
+def about_data(where: Filter) -> bool:
+    """Whether a resolved filter names anything but metadata."""
+    match where:
+        case Compare():
+            return not where.field.startswith("meta.")
+        case And() | Or():
+            return any(map(about_data, where.of))
+        case Not():
+            return about_data(where.of)
+    raise AssertionError("there are no other filters")

@@ -20,8 +20,11 @@ from msgspec.structs import replace
 
 from app.autocrud import Encoding, Query, Retention, field
 from app.autocrud.errors import (
+    AnswerGone,
     ConfigError,
     InvalidData,
+    KeyInFlight,
+    KeyReused,
     ResourceDeleted,
     ResourceNotFound,
     RevisionIsStable,
@@ -30,7 +33,8 @@ from app.autocrud.errors import (
     VersionConflict,
 )
 from app.autocrud.query import SET_OPS, STATE_OPS, Compare, Not, Sort, ops_of
-from app.autocrud.resource_manager.core import ResourceManager
+from app.autocrud.resource_manager.bounds import holds
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
 from app.autocrud.resource_manager.operations import (
     Create,
     Delete,
@@ -51,8 +55,13 @@ from .strategies import SAMPLES, items, queries
 ROUNDS = 25
 
 
+def keyed(key: str, name: str = "alice", request: str = "") -> Caller:
+    return Caller(name, key=IdempotencyKey(key, request))
+
+
 class StorageConformance:
     durable: ClassVar[bool] = False
+    shares: ClassVar[bool] = False  # whether two storages that `make` makes in one process are one
 
     @abstractmethod
     def make(self, root: Path) -> IStorageFactory:
@@ -293,7 +302,17 @@ class StorageConformance:
             expected = reference.answer(query, rows)
             assert await manager.count(query) == len(expected)
             assert await self._all(manager, query) == expected
+            assert await self._held(manager, query, rows) == set(expected)
         await manager.close()
+
+    async def _held(self, manager, query, rows) -> set[str]:
+        """What a filter finds when it is held against single resources, as permissions do."""
+        where, found = query.resolve(manager.codec.fields).where, set()
+        for meta, data in rows:
+            json = manager.codec.accept(data).json
+            if await holds(where, meta, lambda json=json: asyncio.sleep(0, json), manager.codec):
+                found.add(meta.resource_id)
+        return found if query.include_deleted else found - {meta.resource_id for meta, _ in rows if meta.is_deleted}
 
     async def _all(self, manager, query) -> list[str]:
         found, after = [], None
@@ -426,6 +445,134 @@ class StorageConformance:
         await manager.batch([Purge(resource_id="r"), Create(Item(number=9), "r")])
         assert (await manager.get("r")).data.number == 9
         assert [info.revision for info in (await manager.revisions("r")).items] == [1]
+
+    # Idempotency-Keys
+
+    async def test_under_a_key_a_write_happens_once(self, manager):
+        first = await manager.create(Item(number=1), status="draft", by=keyed("create"))
+        rid = first.meta.resource_id
+        calls = {
+            "update": lambda by: manager.update(rid, Item(number=2), status="draft", by=by),
+            "patch": lambda by: manager.patch(
+                rid, lambda tree: tree | {"number": tree["number"] + 1}, status="draft", by=by
+            ),
+            "publish": lambda by: manager.publish(rid, by=by),
+            "switch": lambda by: manager.switch(rid, 2, by=by),
+            "delete": lambda by: manager.delete(rid, by=by),
+            "restore": lambda by: manager.restore(rid, by=by),
+        }
+        answers = {}
+        for name, call in calls.items():
+            by = keyed(name)
+            answers[name] = await call(by)
+            assert not by.key.replayed
+        now = (await manager.get(rid)).meta
+        for name, call in calls.items():
+            by = keyed(name)
+            again, told = await call(by), answers[name]
+            assert by.key.replayed
+            assert getattr(again, "meta", again) == getattr(told, "meta", told)
+            assert getattr(again, "json", b"") == getattr(told, "json", b"")
+        assert (await manager.create(Item(number=1), status="draft", by=keyed("create"))).meta == first.meta
+        assert (await manager.get(rid)).meta == now
+        assert await manager.count() == 1
+
+    async def test_a_key_belongs_to_one_request_of_one_caller(self, manager):
+        first = await manager.create(Item(text="1"), by=keyed("k", request="1"))
+        with pytest.raises(KeyReused):
+            await manager.create(Item(text="2"), by=keyed("k", request="2"))
+        other = await manager.create(Item(text="1"), by=keyed("k", "bob", request="1"))
+        assert other.meta.resource_id != first.meta.resource_id
+        assert await manager.count() == 2
+
+    async def test_what_changed_nothing_is_remembered_too(self, manager):
+        created = await manager.create(Item(text="1"))
+        rid = created.meta.resource_id
+        assert (await manager.update(rid, Item(text="1"), by=keyed("k"))).meta == created.meta
+        newer = await manager.update(rid, Item(text="2"))
+        assert (await manager.update(rid, Item(text="1"), by=keyed("k"))).meta == created.meta
+        assert (await manager.get(rid)).meta == newer.meta
+
+    async def test_what_was_refused_may_be_asked_again(self, manager):
+        with pytest.raises(ResourceNotFound):
+            await manager.update("r", Item(text="1"), by=keyed("k"))
+        await manager.create(Item(), resource_id="r")
+        assert (await manager.update("r", Item(text="1"), by=keyed("k"))).data.text == "1"
+
+    async def test_a_batch_under_a_key(self, manager):
+        await manager.create(Item(number=1), resource_id="old")
+        same = Update(resource_id="old", data=Item(number=1))
+        add = Patch(resource_id="old", apply=lambda tree: tree | {"number": tree["number"] + 1})
+        operations = [Create(Item(), "new"), same, add, add, Delete(resource_id="new")]
+        first = await manager.batch(operations, by=keyed("k"))
+        await manager.update("old", Item(number=100))
+        again = await manager.batch(operations, by=keyed("k"))
+        assert [getattr(one, "meta", one) for one in again] == [getattr(one, "meta", one) for one in first]
+        assert [one.data.number for one in again[1:4]] == [1, 2, 3]
+        assert (await manager.get("old")).data.number == 100
+
+    async def test_what_is_purged_is_forgotten_but_not_done_again(self, manager):
+        await manager.create(Item(text="1"), resource_id="r", by=keyed("create"))
+        await manager.purge("r", by=keyed("purge"))
+        with pytest.raises(AnswerGone):
+            await manager.create(Item(text="1"), resource_id="r", by=keyed("create"))
+        again = await manager.create(Item(text="2"), resource_id="r")
+        await manager.purge("r", by=keyed("purge"))
+        assert (await manager.get("r")).meta == again.meta
+
+    async def test_an_answer_whose_draft_was_modified_since(self, manager):
+        draft = await manager.create(Item(text="1"), status="draft", by=keyed("create"))
+        rid = draft.meta.resource_id
+        patched = await manager.patch(rid, lambda tree: tree | {"text": "2"}, mode="modify", by=keyed("patch"))
+        assert patched.data.text == "2"
+        await manager.modify(rid, Item(text="3"))
+        told = await manager.create(Item(text="1"), status="draft", by=keyed("create"))
+        assert (told.meta, told.data.text) == (draft.meta, "1")  # the request holds what the store no longer has
+        with pytest.raises(AnswerGone):
+            await manager.patch(rid, lambda tree: tree | {"text": "2"}, mode="modify", by=keyed("patch"))
+        assert (await manager.get(rid)).data.text == "3"
+
+    async def test_a_key_is_remembered_for_a_day(self, manager, clock):
+        import datetime as dt
+
+        await manager.create(Item(), by=keyed("k"))
+        clock.now += dt.timedelta(hours=23)
+        await manager.create(Item(), by=keyed("other"))
+        await manager.create(Item(), by=keyed("k"))
+        assert await manager.count() == 2
+
+    async def test_of_tasks_with_one_key_one_writes(self, manager):
+        for round_ in range(ROUNDS):
+            answers = await asyncio.gather(
+                *(manager.create(Item(number=round_), by=keyed(f"{round_}")) for _ in range(8)), return_exceptions=True
+            )
+            assert sum(not isinstance(answer, KeyInFlight) for answer in answers) >= 1
+            told = await manager.create(Item(number=round_), by=keyed(f"{round_}"))
+            assert {one.meta.etag for one in answers if not isinstance(one, KeyInFlight)} == {told.meta.etag}
+        assert await manager.count() == ROUNDS
+
+    def test_of_event_loops_with_one_key_one_writes(self, root):
+        """The keys that are in flight are known to one process; so here two managers meet in the store."""
+        managers = [manage(self.make(root)), manage(self.make(root))] if self.shares else [manage(self.make(root))] * 2
+        etags = [[], []]
+        barrier = threading.Barrier(2, timeout=60)
+
+        async def write(at):
+            for round_ in range(ROUNDS):
+                await asyncio.to_thread(barrier.wait)
+                with contextlib.suppress(KeyInFlight):
+                    etags[at].append((await managers[at].create(Item(number=round_), by=keyed(f"{round_}"))).meta.etag)
+            await asyncio.to_thread(barrier.wait)
+            await managers[at].close()
+
+        threads = [threading.Thread(target=lambda at=at: asyncio.run(write(at))) for at in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({*etags[0], *etags[1]}) == ROUNDS
+        if self.shares:
+            assert etags[0] == etags[1]
 
     # Races
 
@@ -563,12 +710,12 @@ class StorageConformance:
         storage = manager.storage
         commit, advanced = storage._commit, []
 
-        async def slow(writes):
+        async def slow(writes, once):
             if len(advanced) < 2:
                 for _ in range(3):
                     await storage.maintain(10)
                 advanced.append(True)
-            return await commit(writes)
+            return await commit(writes, once)
 
         storage._commit = slow
         created = await manager.create(Item(text="1"))
@@ -606,6 +753,7 @@ class DurableConformance(StorageConformance):
         await manager.delete("deleted")
         await manager.create(Item(text="purged"), resource_id="purged")
         await manager.purge("purged")
+        once = await manager.create(Item(text="once"), resource_id="once", by=keyed("k"))
         history = await manager.revisions("kept")
         await manager.close()
         again = manage(self.make(root), clock=clock)
@@ -613,7 +761,8 @@ class DurableConformance(StorageConformance):
         assert (await again.get("kept", revision=1)).data.text == "kept"
         assert (await again.revisions("kept")).items == history.items
         assert (await again.get("deleted", include_deleted=True)).meta.is_deleted
-        assert await again.count(Query(include_deleted=True)) == 2
+        assert (await again.create(Item(text="once"), resource_id="once", by=keyed("k"))).meta == once.meta
+        assert await again.count(Query(include_deleted=True)) == 3
         found = await again.find(Query(where=field("tags").contains("y")))
         assert [hit.meta.resource_id for hit in found.items] == ["kept"]
         with pytest.raises(UniqueConflict):
@@ -650,6 +799,8 @@ class DurableConformance(StorageConformance):
 class SharedConformance(DurableConformance):
     """For storages that several processes may use at once. `make` is called in other processes too: no state of the test in it."""
 
+    shares: ClassVar[bool] = True
+
     def test_of_processes_that_expect_one_state_one_wins(self, root):
         processes = 4
         rid = asyncio.run(self._prepare(root))
@@ -671,6 +822,7 @@ class SharedConformance(DurableConformance):
             manager = manage(self.make(root))
             assert (await manager.get(rid)).meta.revision == ROUNDS + 1
             assert await manager.count(Query(where=field("text").eq("unique"))) == 1
+            assert await manager.count(Query(where=field("text").starts_with("key "))) == ROUNDS
             await manager.close()
 
         asyncio.run(check())
@@ -722,6 +874,7 @@ async def _race_rounds(conformance, root, rid, at, barrier, outcomes):
             won.append(1)
         except VersionConflict:
             won.append(0)
+        await manager.create(Item(text=f"key {round_}"), by=keyed(f"{round_}"))
         barrier.wait(60)
     with contextlib.suppress(UniqueConflict):
         await manager.create(Item(text="unique", code="one"))

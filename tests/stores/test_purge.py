@@ -6,6 +6,7 @@ import pytest
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
 
 
@@ -19,7 +20,8 @@ async def test_purge_leaves_no_trace(tmp_path, kind):
     manager = crud.add_model(Note, indexed_fields=["text"])
     for number in range(20):
         await manager.create(Note(f"kept {number}"))
-    created = await manager.create(Note("secret text"))
+    by = Caller("alice", key=IdempotencyKey("k"))
+    created = await manager.create(Note("secret text"), resource_id="secret id", by=by)
     await manager.update(created.meta.resource_id, Note("secret text again"))
     await manager.purge(created.meta.resource_id)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

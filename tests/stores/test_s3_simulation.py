@@ -1,6 +1,6 @@
 """Several instances, one bucket, and everything that can go wrong at once, on virtual time and from one seed.
 
-Each write carries a token of its own. Afterwards the history that a fresh instance reads must contain every token that was acknowledged
+Each write carries a token of its own; some carry an Idempotency-Key too, and are asked for again elsewhere if nobody heard what became of them. Afterwards the history that a fresh instance reads must contain every token that was acknowledged
 exactly once, none that was refused, and each of the others at most once; revisions are dense; of the writers that named a version at most
 one succeeded; and a read that began after an acknowledgement saw it.
 
@@ -21,6 +21,7 @@ from msgspec import Struct
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError, CrudError, OutcomeUnknown, ResourceNotFound, StoreDamaged
 from app.autocrud.resource_manager.basic import IndexedField, IStorage
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.object_store_double import (
     FALSE_CONFLICT,
@@ -74,6 +75,8 @@ class World:
         self.winners: Counter[tuple[str, int, str]] = Counter()
         self.newest: Counter[str] = Counter()  # the highest version of a resource that was acknowledged
         self.made = 0
+        self.again: list[tuple[str, Note]] = []  # writes under a key whose outcome nobody heard
+        self.heard_again = 0
         self.objects.fault = self.fault
 
     def fault(self, call: Call) -> Fault | None:
@@ -117,6 +120,8 @@ class World:
         for step in range(STEPS):
             token = f"{name}.{step}"
             try:
+                if self.again and self.random.random() < 0.5:
+                    await self.ask_again(manager)
                 await self.step(manager, token)
                 if self.random.random() < 0.05:
                     await manager.maintain(10)
@@ -138,16 +143,19 @@ class World:
             found = None
         else:
             assert found.version >= known, f"{rid}: read version {found.version} after {known} was acknowledged"
+        by = Caller("writer", key=IdempotencyKey(token, rid) if self.random.random() < 0.5 else None)
         self.unknown.add(token)  # from here on, until the answer says otherwise
         try:
             if found is None:
-                done = await manager.create(note, resource_id=rid)
+                done = await manager.create(note, resource_id=rid, by=by)
             else:
                 if self.random.random() < 0.5:
                     current = await manager.get(rid)
                     expect = current.version
-                done = await manager.update(rid, note, expect=expect)
-        except OutcomeUnknown:
+                done = await manager.update(rid, note, expect=expect, by=by)
+        except (OutcomeUnknown, asyncio.CancelledError):
+            if by.key is not None:
+                self.again.append((rid, note))
             raise
         except CrudError:
             self.unknown.discard(token)
@@ -158,6 +166,20 @@ class World:
         self.newest[rid] = max(self.newest[rid], done.meta.version)
         if expect is not None:
             self.winners[rid, *expect] += 1
+
+    async def ask_again(self, manager) -> None:
+        """With the same key, as a client does that heard nothing. A refusal says nothing of the first time, which may still arrive."""
+        rid, note = self.again.pop(self.random.randrange(len(self.again)))
+        by = Caller("writer", key=IdempotencyKey(note.token, rid))
+        try:
+            done = await manager.update(rid, note, by=by)
+        except BaseException:
+            self.again.append((rid, note))
+            raise
+        self.heard_again += by.key.replayed
+        self.unknown.discard(note.token)
+        self.acknowledged[note.token] = (rid, done.meta.revision)
+        self.newest[rid] = max(self.newest[rid], done.meta.version)
 
     async def check(self) -> None:
         self.objects.fault = lambda _: None

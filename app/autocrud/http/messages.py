@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
+from ..access import ANONYMOUS
 from ..errors import CrudError, Fault, InvalidQuery
+from ..resource_manager.caller import Caller
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -30,10 +32,13 @@ class ClientGone(Exception):
 
 
 class Response(NamedTuple):
+    """`brief` is what is said of a write whose full answer cannot be sent, because it would be too large."""
+
     status: int
     body: bytes = b""
     headers: tuple[tuple[bytes, bytes], ...] = ()
     content_type: bytes = JSON
+    brief: bytes | None = None
 
     async def send(self, send: Send, *, head: bool = False) -> None:
         headers = [*self.headers]
@@ -47,11 +52,17 @@ class Response(NamedTuple):
 class Request:
     """`rest` is what follows the model's path, split at slashes."""
 
-    __slots__ = ("_max_body", "_receive", "by", "rest", "scope")
+    __slots__ = ("_max_body", "_read", "_receive", "by", "rest", "scope")
 
-    def __init__(self, scope: Scope, receive: Receive, rest: list[str], max_body: int, by: str) -> None:
-        self.scope, self.rest, self.by = scope, rest, by
+    def __init__(self, scope: Scope, receive: Receive, rest: list[str], max_body: int) -> None:
+        self.scope, self.rest = scope, rest
+        self.by = Caller(ANONYMOUS.name)
         self._receive, self._max_body = receive, max_body
+        self._read: bytes | None = None
+
+    @property
+    def receive(self) -> Receive:
+        return self._receive
 
     @property
     def path(self) -> str:
@@ -84,6 +95,15 @@ class Request:
     async def body(self, *content_types: str) -> bytes:
         """The whole body. UnsupportedMediaType unless it is of one of these types (none sent counts as JSON)."""
         self.content_type(*content_types)
+        return await self.raw_body()
+
+    async def raw_body(self) -> bytes:
+        """The whole body, whatever its type."""
+        if self._read is None:
+            self._read = await self._receive_all()
+        return self._read
+
+    async def _receive_all(self) -> bytes:
         message = await self._receive()
         if message["type"] == "http.disconnect":
             raise ClientGone

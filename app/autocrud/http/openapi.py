@@ -16,7 +16,7 @@ from ..resource_manager.core import MAX_BATCH, ResourceManager
 from ..values import INT_MAX, INT_MIN, Kind
 from . import batches
 from .patching import JSON_PATCH, MERGE_PATCH
-from .routes import ID_PATTERN, MAX_REVISION, SwitchBody
+from .routes import ID_PATTERN, KEY_PATTERN, MAX_REVISION, SwitchBody
 from .searching import DEFAULT_LIMIT
 
 Schema = dict[str, Any]
@@ -26,6 +26,7 @@ REF = "#/components/schemas/{name}"
 class Description(NamedTuple):
     managers: Mapping[str, ResourceManager[Any]]
     prefix: str
+    authenticated: bool  # whether callers must sign in
 
 
 def describe(description: Description, own: dict[str, Any]) -> dict[str, Any]:
@@ -35,9 +36,12 @@ def describe(description: Description, own: dict[str, Any]) -> dict[str, Any]:
     schemas = merged.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(_shared())
     prefix = description.prefix
-    paths = {f"{prefix}/healthz": {"get": _healthz()}, f"{prefix}/readyz": {"get": _readyz()}}
+    paths = {f"{prefix}/healthz": {"get": _healthz()}, f"{prefix}/readyz": {"get": _readyz(description)}}
+    if description.authenticated:
+        schemes = merged["components"].setdefault("securitySchemes", {})
+        schemes["bearer"] = {"type": "http", "scheme": "bearer"}
     for name, manager in description.managers.items():
-        model = _Model(name, manager)
+        model = _Model(name, manager, description)
         schemas.update(model.schemas())
         paths.update({f"{prefix}{path}": item for path, item in model.paths().items()})
     merged.setdefault("paths", {}).update(paths)
@@ -112,6 +116,8 @@ def _shared() -> dict[str, Schema]:
 CURSOR: Schema = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 ERRORS = {
     400: "The query string or a condition means nothing here",
+    401: "Sign in first",
+    403: "This is not allowed",
     404: "There is no such resource, revision or route",
     409: "The state, or a unique value of another resource, does not allow it",
     410: "The resource is deleted",
@@ -136,7 +142,15 @@ def _healthz() -> Schema:
     }
 
 
-def _readyz() -> Schema:
+def _signed_in(description: Description, operation: Schema) -> Schema:
+    """The operation, and what it takes to be let in."""
+    if not description.authenticated:
+        return operation
+    responses = _responses({}, 401, 403) | operation["responses"]
+    return operation | {"security": [{"bearer": []}], "responses": dict(sorted(responses.items()))}
+
+
+def _readyz(description: Description) -> Schema:
     model = closed({"status": {"type": "string"}, "durable": {"type": "boolean"}})
     answer = closed(
         {
@@ -145,7 +159,7 @@ def _readyz() -> Schema:
             "not_durable": {"type": "array", "items": {"type": "string"}},
         }
     )
-    return {
+    operation = {
         "operationId": "readyz",
         "summary": "Do the stores answer, and which would not survive a crash",
         "tags": ["service"],
@@ -154,6 +168,7 @@ def _readyz() -> Schema:
             "503": _json(answer, "some do not"),
         },
     }
+    return _signed_in(description, operation)
 
 
 def _json(schema: Schema, description: str, headers: Schema | None = None, media: str = "application/json") -> Schema:
@@ -185,6 +200,8 @@ MODE = _query(
     "mode", {"type": "string", "enum": ["update", "modify"], "default": "update"}, "modify: edit the draft in place"
 )
 IF_MATCH = _header("If-Match", "the ETag of the state to change, or *")
+KEY = _header("Idempotency-Key", "a name of this request, which then happens once: asking again gives the first answer")
+KEY["schema"] = {"type": "string", "pattern": f"^{KEY_PATTERN}$", "minLength": 1, "maxLength": 255}
 IF_NONE_MATCH = _header("If-None-Match", "ETags of states that the client has")
 CREATE_ONLY = _header("If-None-Match", "`*`: create under this id, only if nothing has it")
 LIMIT = _query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT})
@@ -201,7 +218,8 @@ ID = {
 class _Model:
     """The paths and schemas of one model."""
 
-    def __init__(self, name: str, manager: ResourceManager[Any]) -> None:
+    def __init__(self, name: str, manager: ResourceManager[Any], description: Description) -> None:
+        self._description = description
         self.name, self.codec = name, manager.codec
         self.snake = name.replace("-", "_")
         self.title = "".join(part[:1].upper() + part[1:] for part in self.snake.split("_"))
@@ -258,7 +276,8 @@ class _Model:
             201: _json(resource, "created", ETAG | {"Location": {"schema": {"type": "string"}}})
         }
         unchanged: dict[int, Schema] = {304: {"description": "the client has this state", "headers": ETAG}}
-        write = (400, 404, 410, 412, 428, 500, 503)
+        create = (400, 409, 410, 413, 422, 500, 503)
+        write = (404, 412, 428, *create)
         body = {"required": True, "content": {"application/json": {"schema": self.schema}}}
         reading = [ID, _query("revision", REVISION), self._fields(), INCLUDE_DELETED, IF_NONE_MATCH]
         read = (400, 404, 410, 500, 503)
@@ -278,7 +297,7 @@ class _Model:
         return {
             base: {
                 "get": self._op("list", [*self._search(), *self._filters()], page, 400, 500, 503),
-                "post": self._op("create", [STATUS], created, 400, 409, 413, 415, 422, 500, 503, body=body),
+                "post": self._op("create", [STATUS, KEY], created, 415, *create, body=body),
             },
             f"{base}/count": {
                 "get": self._op(
@@ -288,9 +307,9 @@ class _Model:
             f"{base}/batch": {
                 "post": self._op(
                     "batch",
-                    [],
+                    [KEY],
                     {200: _json(ref(f"{self.title}Results"), "all were done")},
-                    *(409, 413, 415, 422, *write),
+                    *(415, *write),
                     body=batch,
                 )
             },
@@ -298,19 +317,19 @@ class _Model:
                 "get": self._op("get", reading, {200: _json(view, "the resource", ETAG)} | unchanged, *read),
                 "put": self._op(
                     "update",
-                    [ID, STATUS, MODE, IF_MATCH, CREATE_ONLY],
+                    [ID, STATUS, MODE, IF_MATCH, CREATE_ONLY, KEY],
                     changed | created,
-                    *(409, 413, 415, 422, *write),
+                    *(415, *write),
                     body=body,
                 ),
                 "patch": self._op(
                     "patch",
-                    [ID, STATUS, MODE, IF_MATCH],
+                    [ID, STATUS, MODE, IF_MATCH, KEY],
                     changed,
-                    *(409, 413, 415, 422, *write),
+                    *(415, *write),
                     body={"required": True, "content": patches},
                 ),
-                "delete": self._op("delete", [ID, IF_MATCH], gone, 409, *write),
+                "delete": self._op("delete", [ID, IF_MATCH, KEY], gone, *write),
             },
             f"{one}/data": {
                 "get": self._op(
@@ -320,21 +339,15 @@ class _Model:
                     *read,
                 )
             },
-            f"{one}/publish": {"post": self._op("publish", [ID, IF_MATCH], changed, 409, *write)},
-            f"{one}/switch": {
-                "post": self._op("switch", [ID, IF_MATCH], changed, 409, 413, 415, 422, *write, body=switch)
-            },
-            f"{one}/restore": {
-                "post": self._op(
-                    "restore", [ID, IF_MATCH], changed, *(status for status in (409, *write) if status != 410)
-                )
-            },
+            f"{one}/publish": {"post": self._op("publish", [ID, IF_MATCH, KEY], changed, *write)},
+            f"{one}/switch": {"post": self._op("switch", [ID, IF_MATCH, KEY], changed, 415, *write, body=switch)},
+            f"{one}/restore": {"post": self._op("restore", [ID, IF_MATCH, KEY], changed, *write)},
             f"{one}/purge": {
                 "post": self._op(
                     "purge",
-                    [ID, IF_MATCH],
+                    [ID, IF_MATCH, KEY],
                     {202: _json(ref("Purged"), "erased; `erased_by` says when the last trace is gone")},
-                    *(status for status in (409, *write) if status != 410),
+                    *write,
                 )
             },
             f"{one}/revisions": {
@@ -378,7 +391,7 @@ class _Model:
             "parameters": parameters,
             "responses": _responses(good, *sorted(set(errors))),
         }
-        return operation | ({"requestBody": body} if body else {})
+        return _signed_in(self._description, operation | ({"requestBody": body} if body else {}))
 
     def _search(self) -> list[Schema]:
         sortable = [name for name, kind in self.codec.fields.items() if not kind.is_list]

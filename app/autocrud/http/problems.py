@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from ..errors import CrudError, StoreUnavailable, WriteContention
+from ..access import Unauthenticated
+from ..errors import CrudError, KeyInFlight, StoreUnavailable, WriteContention
 from .messages import Response
 
 log = logging.getLogger("crudstack.http")
@@ -24,6 +25,10 @@ class MethodNotAllowed(CrudError):
     type, title, status = "method-not-allowed", "This method is not allowed here", 405
 
 
+class ResponseTooLarge(CrudError):
+    type, title, status = "response-too-large", "The answer is too large to be sent", 400
+
+
 class PreconditionRequired(CrudError):
     type, title, status = "precondition-required", "If-Match is required", 428
 
@@ -38,8 +43,10 @@ def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) ->
     }
     if error.faults:
         problem["errors"] = [{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults]
-    if isinstance(error, StoreUnavailable | WriteContention):
+    if isinstance(error, StoreUnavailable | WriteContention | KeyInFlight):
         headers = (*headers, (b"retry-after", b"1"))
+    if isinstance(error, Unauthenticated):
+        headers = (*headers, (b"www-authenticate", error.challenge.encode()))
     return Response(error.status, _encode(problem), headers, CONTENT_TYPE)
 
 

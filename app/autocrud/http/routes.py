@@ -7,21 +7,25 @@ and its errors are problem details whatever it was mounted on.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..errors import CrudError, Fault, InvalidData
+from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
+from ..errors import ConfigError, CrudError, Fault, InvalidData
+from ..query import And, Filter, Query
 from ..resource_manager.basic import Page, ResourceMeta, RevisionInfo, Status, Version
 from ..resource_manager.codec import canonical_json, invalid_data, parse_json, project
-from ..resource_manager.core import Resource, ResourceManager
-from ..resource_manager.operations import Delete, Purge
+from ..resource_manager.core import Bounds, Caller, IdempotencyKey, Resource, ResourceManager
+from ..resource_manager.operations import ACTIONS, Delete, Purge
 from . import batches, conditions, patching, problems, searching
+from .guard import PRINCIPAL, Authenticate, principal
 from .messages import (
     ClientGone,
     Receive,
@@ -37,13 +41,28 @@ from .messages import (
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
-Handlers = dict[str, Handler]
+
+
+class Door(NamedTuple):
+    """What a method of a path does, and the action that it needs to be allowed; None: it asks for itself."""
+
+    action: Action | None
+    handler: Handler
+
+
+Doors = dict[str, Door]
 
 ID_PATTERN = r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,127}"
+KEY_PATTERN = r"[!-~]{1,255}"
 RESERVED_IDS = frozenset({"batch", "count"})
 MAX_REVISION = 2**31
+MAX_PAGE = 4 * 1024 * 1024
+"""Bytes after which a page ends early, everywhere: an answer of AWS Lambda ends at 6 MB, and base64 takes a third more."""
+ROUTE = "crudstack.route"
+"""Where in the scope the template of the path is noted, for whoever keeps a log."""
 
 _id = re.compile(ID_PATTERN)
+_key = re.compile(KEY_PATTERN)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -54,31 +73,47 @@ class SwitchBody(Struct, forbid_unknown_fields=True):
 _decode_switch = msgspec.json.Decoder(SwitchBody).decode
 
 
-class ModelRoutes:
-    """`require_if_match`: writes without If-Match are answered 428. `max_body`: bytes."""
+class Policy(NamedTuple):
+    """What holds for all routes of all models.
 
-    def __init__(self, manager: ResourceManager[Any], *, require_if_match: bool, max_body: int) -> None:
-        self._manager = manager
-        self._require_if_match = require_if_match
-        self._max_body = max_body
-        self._collection: Handlers = {"GET": self._list, "POST": self._create}
-        self._fixed: dict[str, Handlers] = {"count": {"GET": self._count}, "batch": {"POST": self._batch}}
-        self._resource: Handlers = {
-            "GET": self._get,
-            "PUT": self._put,
-            "PATCH": self._patch,
-            "DELETE": self._delete,
+    authenticate, authorize  who asks, and what they may do; None: everybody, everything
+    require_if_match         writes without If-Match are answered 428
+    max_body                 bytes of a request
+    fits                     whether an answer's body can be sent
+    """
+
+    authenticate: Authenticate | None
+    authorize: Authorize | None
+    require_if_match: bool
+    max_body: int
+    fits: Callable[[bytes], bool]
+
+
+class ModelRoutes:
+    def __init__(self, manager: ResourceManager[Any], policy: Policy) -> None:
+        self._manager, self._policy = manager, policy
+        self._require_if_match = policy.require_if_match
+        self._collection: Doors = {"GET": Door("read", self._list), "POST": Door("create", self._create)}
+        self._fixed: dict[str, Doors] = {
+            "count": {"GET": Door("read", self._count)},
+            "batch": {"POST": Door(None, self._batch)},
         }
-        self._below: dict[str, Handlers] = {
-            "data": {"GET": self._get_data},
-            "publish": {"POST": self._publish},
-            "switch": {"POST": self._switch},
-            "restore": {"POST": self._restore},
-            "purge": {"POST": self._purge},
-            "revisions": {"GET": self._revisions},
-            "diff": {"GET": self._diff},
+        self._resource: Doors = {
+            "GET": Door("read", self._get),
+            "PUT": Door(None, self._put),
+            "PATCH": Door("update", self._patch),
+            "DELETE": Door("delete", self._delete),
         }
-        self._revision: Handlers = {"GET": self._get_revision}
+        self._below: dict[str, Doors] = {
+            "data": {"GET": Door("read", self._get_data)},
+            "publish": {"POST": Door("update", self._publish)},
+            "switch": {"POST": Door("update", self._switch)},
+            "restore": {"POST": Door("delete", self._restore)},
+            "purge": {"POST": Door("purge", self._purge)},
+            "revisions": {"GET": Door("read", self._revisions)},
+            "diff": {"GET": Door("read", self._diff)},
+        }
+        self._revision: Doors = {"GET": Door("read", self._get_revision)}
         # What a query string means does not change, and clients ask for the same few lists again and again.
         self._parse = functools.lru_cache(maxsize=512)(
             lambda raw: searching.parse_search(parse_parameters(raw), manager.codec, manager.name)
@@ -86,10 +121,10 @@ class ModelRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         rest = scope["path_params"].get("rest")
-        request = Request(scope, receive, [] if rest is None else rest.split("/"), self._max_body, "anonymous")
+        request = Request(scope, receive, [] if rest is None else rest.split("/"), self._policy.max_body)
         method = scope["method"]
         try:
-            response = await self._answer(request, method)
+            response = self._sendable(await self._answer(request, method))
         except UnsupportedMediaType as error:
             accept = b"accept-patch" if method == "PATCH" else b"accept"
             types = ", ".join(patching.PATCH_TYPES) if method == "PATCH" else "application/json"
@@ -103,29 +138,81 @@ class ModelRoutes:
         await response.send(send, head=method == "HEAD")
 
     async def _answer(self, request: Request, method: str) -> Response:
-        handlers = self._handlers(request.rest)
-        if handlers is None:
+        if self._policy.authenticate is not None:
+            who = await principal(self._policy.authenticate, request.scope, request.receive)
+            request.by = Caller(who.name)
+        template, doors = self._doors(request.rest)
+        if doors is None:
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
-        handler = handlers.get("GET" if method == "HEAD" else method)
-        if handler is None:
-            allowed = ", ".join([*handlers, *(["HEAD"] if "GET" in handlers else [])])
+        request.scope[ROUTE] = f"/{self._manager.name}{template}"
+        door = doors.get("GET" if method == "HEAD" else method)
+        if door is None:
+            allowed = ", ".join([*doors, *(["HEAD"] if "GET" in doors else [])])
             error = problems.MethodNotAllowed(f"expected one of {allowed}, got {method}")
             return problems.response(error, ((b"allow", allowed.encode()),))
-        return await handler(request)
+        if door.action is not None:
+            await self._allow(request, door.action)
+        if method in ("GET", "HEAD"):
+            return await door.handler(request)
+        key = await idempotency_key(request, method)
+        if key is None:
+            return await door.handler(request)
+        request.by = request.by._replace(key=key)
+        response = await door.handler(request)
+        return (
+            response._replace(headers=(*response.headers, (b"idempotency-replayed", b"true")))
+            if key.replayed
+            else response
+        )
 
-    def _handlers(self, rest: list[str]) -> Handlers | None:
+    def _doors(self, rest: list[str]) -> tuple[str, Doors | None]:
+        """The template of a path below the model, and what is there."""
         match rest:
             case []:
-                return self._collection
+                return "", self._collection
             case [name] if name in self._fixed:
-                return self._fixed[name]
+                return f"/{name}", self._fixed[name]
             case [_]:
-                return self._resource
+                return "/{id}", self._resource
             case [_, below]:
-                return self._below.get(below)
+                return f"/{{id}}/{below}", self._below.get(below)
             case [_, "revisions", _]:
-                return self._revision
-        return None
+                return "/{id}/revisions/{n}", self._revision
+        return "", None
+
+    async def _allow(self, request: Request, *actions: Action) -> None:
+        """Raise Forbidden unless the caller may do all of this to some resources; the bounds of the caller say to which."""
+        if self._policy.authorize is None:
+            return
+        who = request.scope.get(PRINCIPAL, ANONYMOUS)
+        found: dict[Action, Filter | None] = {}
+        # Who changes a resource sees it in the answer, so changing takes reading; creating does not.
+        needed = actions if set(actions) == {"create"} else ("read", *actions)
+        for action in dict.fromkeys(needed):
+            answer = await allowed(self._policy.authorize, who, action, self._manager.name)
+            if answer is False:
+                raise Forbidden(f"you may not {action} resources of this model")
+            found[action] = None if answer is True else self._resolved(answer)
+        request.by = request.by._replace(bounds=Bounds(found.get("read"), found))
+
+    def _resolved(self, where: Filter | bool) -> Filter | None:
+        assert isinstance(where, Filter)
+        try:
+            return Query(where=where).resolve(self._manager.codec.fields).where
+        except CrudError as error:
+            raise ConfigError(
+                f"authorize answered a filter that means nothing for {self._manager.name!r}: {error}"
+            ) from None
+
+    def _sendable(self, response: Response) -> Response:
+        """The response, or what takes its place if it is too large to be sent."""
+        if self._policy.fits(response.body):
+            return response
+        if response.brief is not None:
+            return response._replace(body=response.brief)
+        raise problems.ResponseTooLarge(
+            f"the answer has {len(response.body)} bytes, too many to be sent; ask for single fields= of it"
+        )
 
     # The collection
 
@@ -138,29 +225,37 @@ class ModelRoutes:
 
     async def _list(self, request: Request) -> Response:
         search = self._parse(request.scope["query_string"])
+        search = search._replace(query=narrowed(search.query, request.by))
         from_index = not search.data or (
             search.fields is not None and set(search.fields) <= set(self._manager.codec.fields)
         )
         items: list[bytes]
-        if from_index:
-            hits = await self._manager.find(search.query)
-            next_ = hits.next
-            if search.fields is None:
-                items = [b'{"meta":%b}' % hit.document for hit in hits.items]
+        query = search.query
+        while True:
+            if from_index:
+                hits = await self._manager.find(query)
+                next_ = hits.next
+                if search.fields is None:
+                    items = [b'{"meta":%b}' % hit.document for hit in hits.items]
+                else:
+                    items = [envelope(hit.document, projected(hit.shown, search.fields)) for hit in hits.items]
             else:
-                items = [envelope(hit.document, projected(hit.shown, search.fields)) for hit in hits.items]
-        else:
-            page = await self._manager.search_json(search.query)
-            next_ = page.next
-            if search.fields is None:
-                items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
-            else:
-                items = [envelope(meta, projected(data, search.fields)) for meta, data in page.items]
+                page = await self._manager.search_json(query)
+                next_ = page.next
+                if search.fields is None:
+                    items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
+                else:
+                    items = [envelope(meta, projected(data, search.fields)) for meta, data in page.items]
+            fitting = how_many_fit(items)
+            if fitting == len(items):
+                break
+            query = replace(query, limit=fitting)  # again, for the cursor that stands after the last one that fits
         cursor = None if next_ is None else searching.encode_cursor(next_, search.cursor_scope)
         return page_response(request, items, cursor)
 
     async def _count(self, request: Request) -> Response:
-        count = await self._manager.count(searching.parse_count(request.parameters(), self._manager.codec))
+        query = searching.parse_count(request.parameters(), self._manager.codec)
+        count = await self._manager.count(narrowed(query.resolve(self._manager.codec.fields), request.by))
         return Response(200, b'{"count":%d}' % count)
 
     async def _batch(self, request: Request) -> Response:
@@ -168,6 +263,7 @@ class ModelRoutes:
         operations = batches.parse(
             await request.body(), self._manager.codec, check_id, require_if_match=self._require_if_match
         )
+        await self._allow(request, *dict.fromkeys(ACTIONS[type(operation)] for operation in operations))
         try:
             results = await self._manager.batch(operations, by=request.by)
         except CrudError as error:
@@ -175,14 +271,17 @@ class ModelRoutes:
                 raise
             error.faults = batches.in_data(error.faults)  # what planning finds wrong in a place, it finds in the data
             raise batches.located(error, error.operation) from None
-        shown = []
+        shown, brief = [], []
         for operation, result in zip(operations, results, strict=True):
             if isinstance(result, Resource):
                 shown.append(envelope(result.meta_json, result.json))
+                brief.append(b'{"meta":%b}' % result.meta_json)
             else:
                 assert isinstance(operation, Delete | Purge)
                 shown.append(b'{"meta":%b}' % _encode(result))
-        return Response(200, b'{"results":[%b]}' % b",".join(shown))
+                brief.append(shown[-1])
+        full, short = (b'{"results":[%b]}' % b",".join(results) for results in (shown, brief))
+        return Response(200, full, brief=short)
 
     # One resource
 
@@ -213,17 +312,21 @@ class ModelRoutes:
         revision = integer("revision", options["revision"], 1, MAX_REVISION) if "revision" in options else None
         if "fields" in options:
             searching.parse_fields(options["fields"], self._manager.codec)
-        resource = await self._manager.get(resource_id, revision=revision, include_deleted=include_deleted)
+        resource = await self._manager.get(
+            resource_id, revision=revision, include_deleted=include_deleted, within=sight(request.by)
+        )
         if conditions.not_modified(request, resource.meta):
             return resource, Response(304, b"", (etag(resource.meta),))
         return resource, None
 
     async def _put(self, request: Request) -> Response:
+        creates = conditions.creates(request)
+        await self._allow(request, "create" if creates else "update")
         options = request.options("status", "mode")
         modify = parse_mode(options)
         status = parse_status(options)
         document = self._manager.codec.parse(await request.body())
-        if conditions.creates(request):
+        if creates:
             if modify:
                 raise bad_parameter("mode", "what is not there cannot be modified")
             check_id(request.rest[0])
@@ -295,7 +398,7 @@ class ModelRoutes:
         allowed = conditions.expected(request, self._require_if_match)
         if allowed is None or len(allowed) == 1:
             return resource_id, allowed[0] if allowed else None
-        meta = await self._manager.meta(resource_id, include_deleted=True)
+        meta = await self._manager.meta(resource_id, include_deleted=True, within=sight(request.by))
         current = Version(meta.version, meta.nonce)
         if current not in allowed:
             raise conditions.conflict(resource_id)
@@ -315,7 +418,11 @@ class ModelRoutes:
                 raise bad_parameter("cursor", "expected the next_cursor of an answer")
             before = key
         page: Page[RevisionInfo] = await self._manager.revisions(
-            resource_id, before=before, limit=limit, include_deleted=include_deleted_of(options)
+            resource_id,
+            before=before,
+            limit=limit,
+            include_deleted=include_deleted_of(options),
+            within=sight(request.by),
         )
         cursor = None if page.next is None else searching.encode_cursor((page.next,), scope)
         return page_response(request, [_encode(info) for info in page.items], cursor)
@@ -326,7 +433,9 @@ class ModelRoutes:
         if not (number.isascii() and number.isdigit() and len(number) < 11 and 1 <= int(number) <= MAX_REVISION):
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
         include_deleted = include_deleted_of(options)
-        resource = await self._manager.get(resource_id, revision=int(number), include_deleted=include_deleted)
+        resource = await self._manager.get(
+            resource_id, revision=int(number), include_deleted=include_deleted, within=sight(request.by)
+        )
         return Response(200, b'{"meta":%b,"data":%b}' % (_encode(resource.info), resource.json))
 
     async def _diff(self, request: Request) -> Response:
@@ -338,9 +447,48 @@ class ModelRoutes:
         trees = []
         for name in ("from", "to"):
             revision = integer(name, options[name], 1, MAX_REVISION) if name in options else None
-            found = await self._manager.get(resource_id, revision=revision, include_deleted=include_deleted)
+            found = await self._manager.get(
+                resource_id, revision=revision, include_deleted=include_deleted, within=sight(request.by)
+            )
             trees.append(json.loads(found.json))
         return Response(200, _encode(patching.diff(*trees)), (), patching.JSON_PATCH.encode())
+
+
+async def idempotency_key(request: Request, method: str) -> IdempotencyKey | None:
+    """The Idempotency-Key of a request, with all that makes it this request; conditions are none of it, for a client that asks again may
+    have read meanwhile."""
+    given = request.header(b"idempotency-key")
+    if given is None:
+        return None
+    if _key.fullmatch(given) is None:
+        raise conditions.InvalidCondition(f"Idempotency-Key: expected 1 to 255 visible characters, got {given[:60]!r}")
+    media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()
+    body = hashlib.sha256(await request.raw_body()).hexdigest()
+    query = request.scope["query_string"].decode("latin-1")
+    return IdempotencyKey(given, "\n".join((method, request.scope["path"], query, media, body)))
+
+
+def sight(by: Caller) -> Filter | None:
+    """What there is for a caller."""
+    return None if by.bounds is None else by.bounds.read
+
+
+def narrowed(query: Query, by: Caller) -> Query:
+    """A resolved query that finds only what there is for a caller."""
+    within = sight(by)
+    if within is None:
+        return query
+    return replace(query, where=within if query.where is None else And((query.where, within)))
+
+
+def how_many_fit(items: list[bytes]) -> int:
+    """How many of the items make a page of MAX_PAGE bytes; at least one."""
+    size = 0
+    for at, item in enumerate(items):
+        size += len(item) + 1
+        if size > MAX_PAGE and at:
+            return at
+    return len(items)
 
 
 def check_id(resource_id: str) -> None:
@@ -401,7 +549,8 @@ def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple
             encoding=info.encoding,
             schema_version=info.schema_version,
         )
-    return Response(status, envelope(_encode(meta), resource.json), (etag(meta), *headers))
+    document = _encode(meta)
+    return Response(status, envelope(document, resource.json), (etag(meta), *headers), brief=b'{"meta":%b}' % document)
 
 
 def projected(data: bytes, fields: list[str]) -> bytes:

@@ -15,9 +15,10 @@ from starlette.routing import BaseRoute, Route, Router
 from ..errors import CrudError
 from ..resource_manager.core import ResourceManager
 from . import docs, problems
+from .guard import Authenticate, principal
 from .messages import Receive, Request, Response, Scope, Send
 from .openapi import Description, describe
-from .routes import ModelRoutes
+from .routes import ROUTE, ModelRoutes, Policy
 
 
 class _Anything(PathConvertor):
@@ -38,26 +39,29 @@ Lifespan = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 class Endpoint:
     """One path with GET and HEAD."""
 
-    def __init__(self, answer: Callable[[], Any]) -> None:
-        self._answer = answer
+    def __init__(self, answer: Callable[[], Any], authenticate: Authenticate | None = None) -> None:
+        self._answer, self._authenticate = answer, authenticate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope["method"]
-        if method not in ("GET", "HEAD"):
-            error = problems.MethodNotAllowed(f"expected one of GET, HEAD, got {method}")
-            response = problems.response(error, ((b"allow", b"GET, HEAD"),))
-        else:
-            try:
-                Request(scope, receive, [], 0, "").options()
+        scope[ROUTE] = scope["path"]
+        try:
+            if self._authenticate is not None:
+                await principal(self._authenticate, scope, receive)
+            if method in ("GET", "HEAD"):
+                Request(scope, receive, [], 0).options()
                 response = await self._answer()
-            except CrudError as error:
-                response = problems.response(error)
-            except Exception as error:
-                response = problems.unexpected(error, method, scope["path"])
+            else:
+                error = problems.MethodNotAllowed(f"expected one of GET, HEAD, got {method}")
+                response = problems.response(error, ((b"allow", b"GET, HEAD"),))
+        except CrudError as error:
+            response = problems.response(error)
+        except Exception as error:
+            response = problems.unexpected(error, method, scope["path"])
         await response.send(send, head=method == "HEAD")
 
 
-def routes(managers: Managers, *, require_if_match: bool, max_body: int) -> list[BaseRoute]:
+def routes(managers: Managers, policy: Policy) -> list[BaseRoute]:
     """The routes of all models. Two for each, whatever it offers: what follows is looked up, not tried one by one."""
 
     async def healthz() -> Response:
@@ -68,7 +72,7 @@ def routes(managers: Managers, *, require_if_match: bool, max_body: int) -> list
 
     made: list[BaseRoute] = []
     for name, manager in managers.items():
-        endpoint = ModelRoutes(manager, require_if_match=require_if_match, max_body=max_body)
+        endpoint = ModelRoutes(manager, policy)
         made += [
             Route(f"/{name}", endpoint, include_in_schema=False),
             Route(f"/{name}/{{rest:anything}}", endpoint, include_in_schema=False),
@@ -76,7 +80,7 @@ def routes(managers: Managers, *, require_if_match: bool, max_body: int) -> list
     return [
         *made,
         Route("/healthz", Endpoint(healthz), include_in_schema=False),
-        Route("/readyz", Endpoint(readyz), include_in_schema=False),
+        Route("/readyz", Endpoint(readyz, policy.authenticate), include_in_schema=False),
     ]
 
 
@@ -110,7 +114,9 @@ async def ready(managers: Managers) -> Response:
     return Response(200 if all_ready else 503, _encode(answer))
 
 
-def mount(target: Any, made: list[BaseRoute], lifespan: Lifespan, managers: Managers) -> None:
+def mount(
+    target: Any, made: list[BaseRoute], lifespan: Lifespan, managers: Managers, *, authenticated: bool = False
+) -> None:
     """Put the routes onto an application or a router, and the lifespan around what it has."""
     router: Router = target.router if isinstance(target, Starlette) else target
     router.routes.extend(made)
@@ -123,10 +129,10 @@ def mount(target: Any, made: list[BaseRoute], lifespan: Lifespan, managers: Mana
 
     router.lifespan_context = both
     if hasattr(target, "openapi") and hasattr(target, "openapi_url"):  # a FastAPI application
-        describe_application(target, managers, prefix="")
+        describe_application(target, managers, prefix="", authenticated=authenticated)
 
 
-def describe_application(app: Any, managers: Managers, prefix: str) -> None:
+def describe_application(app: Any, managers: Managers, prefix: str, *, authenticated: bool) -> None:
     """Add the models to an application's OpenAPI, and give it a docs page whose assets are local."""
     generate = app.openapi
     merged: dict[int, dict[str, Any]] = {}
@@ -135,7 +141,7 @@ def describe_application(app: Any, managers: Managers, prefix: str) -> None:
         own = generate()
         if id(own) not in merged:  # FastAPI keeps its own until routes change
             merged.clear()
-            merged[id(own)] = describe(Description(managers, prefix), own)
+            merged[id(own)] = describe(Description(managers, prefix, authenticated), own)
         return merged[id(own)]
 
     app.openapi = openapi

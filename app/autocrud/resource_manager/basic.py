@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from ..errors import CrudError
 from ..query import Cursor, Query
 from ..values import Key, Kind
 
@@ -196,6 +197,41 @@ class Write(NamedTuple):
     body: bytes | None
 
 
+class Once(Struct, frozen=True, kw_only=True):
+    """An Idempotency-Key as stores see it: a part of the commit, so that the commit happens once.
+
+    key      who asked and under which key (SHA-256, hex)
+    request  what was asked (SHA-256, hex)
+    time     microseconds since 1970
+    results  what each operation left: the number of a change of this commit, the metadata where nothing was changed, or None where
+             nothing may be kept (a purge)
+    """
+
+    key: str
+    request: str
+    time: int
+    results: tuple[int | ResourceMeta | None, ...]
+
+
+class Done(NamedTuple):
+    """A commit that a key was part of: what was asked, and what it left; None where that was purged since."""
+
+    request: str
+    results: list[ResourceMeta | None]
+
+
+class DoneBefore(CrudError):
+    """What a commit raises whose key was part of an earlier one; callers never see this."""
+
+    def __init__(self, done: Done) -> None:
+        super().__init__("this key was used before")
+        self.done = done
+
+
+KEEP_KEYS_US = 24 * 3600 * 1_000_000
+"""How long a key is remembered at least, in the time of the commits that carry keys."""
+
+
 class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
     """What MetaStores and ResourceStores share."""
 
@@ -248,12 +284,17 @@ class MetaStore(Store):
         """The metadata, of a deleted resource too; ResourceNotFound."""
 
     @abstractmethod
-    async def commit(self, changes: Sequence[Change]) -> list[ResourceMeta]:
-        """Apply all changes or none, in order, in one atomic step that also decides their expectations.
+    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+        """Apply all changes or none, in order, in one atomic step that also decides their expectations, and remember `once` in it (with
+        it there may be no changes).
 
-        Raises VersionConflict, UniqueConflict (looked at once all changes are applied, so a batch may swap values),
+        Raises DoneBefore (its key was part of an earlier commit; looked at before anything else), VersionConflict, UniqueConflict (looked at once all changes are applied, so a batch may swap values),
         StaleGeneration (a record's uid is older than generation - 1), StoreUnavailable (surely not done) or OutcomeUnknown.
         """
+
+    @abstractmethod
+    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+        """The commit that a key was part of, for at least a day. `peek`: perhaps not yet one of a moment ago."""
 
     @abstractmethod
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
@@ -326,9 +367,15 @@ class ResourceStore(Store):
         """Claim to be the only process that writes here, until `close`; ConfigError if another one does."""
         raise AssertionError("only where keeps_records")
 
-    async def put_records(self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None]) -> None:
+    async def put_records(
+        self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None], once: Once | None = None
+    ) -> None:
         """Put the bodies and commit as MetaStore.commit does, unique fields aside, all or nothing; call `then` before anyone is told,
         in commit order."""
+        raise AssertionError("only where keeps_records")
+
+    async def done(self, key: str) -> Done | None:
+        """As MetaStore.done, for the commits of put_records."""
         raise AssertionError("only where keeps_records")
 
     def records(self) -> AsyncIterator[Change]:
@@ -390,8 +437,12 @@ class IStorage(ABC):
         return page, await self.bodies([hit.uid for hit in page.items])
 
     @abstractmethod
-    async def commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+    async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
         """Put the bodies, then commit the changes; bodies that no longer belong to a record go afterwards."""
+
+    @abstractmethod
+    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+        """As MetaStore.done."""
 
     @abstractmethod
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo: ...
@@ -427,6 +478,8 @@ __all__ = [
     "UNSET",
     "Change",
     "Cursor",
+    "Done",
+    "DoneBefore",
     "Encoding",
     "Expect",
     "Hit",
@@ -435,6 +488,7 @@ __all__ = [
     "IndexedField",
     "MetaStore",
     "ModelSpec",
+    "Once",
     "Page",
     "Reindex",
     "ResourceMeta",

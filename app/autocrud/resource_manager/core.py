@@ -10,29 +10,37 @@ The rules are in `operations`, what is stored how in `simple_storage`. Every met
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import datetime as dt
 import logging
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
 from ..errors import (
-    CrudError,
     InvalidData,
     InvalidQuery,
     ResourceNotFound,
     StoreDamaged,
-    VersionConflict,
-    WriteContention,
 )
-from ..query import MAX_LIMIT, Query
-from .basic import Encoding, Hit, IndexEntry, IStorage, ModelSpec, Page, ResourceMeta, RevisionInfo, Status, Version
-from .checks import storable_id
+from ..query import MAX_LIMIT, Filter, Query
+from .basic import (
+    Encoding,
+    Hit,
+    IndexEntry,
+    IStorage,
+    ModelSpec,
+    Page,
+    ResourceMeta,
+    RevisionInfo,
+    Status,
+    Version,
+)
+from .bounds import Bounds
+from .caller import Caller, IdempotencyKey
+from .checks import missing
 from .codec import Codec, Document
 from .operations import (
     Create,
@@ -41,7 +49,6 @@ from .operations import (
     Modify,
     Operation,
     Patch,
-    Plan,
     Publish,
     Purge,
     Restore,
@@ -52,13 +59,13 @@ from .operations import (
     deleted,
 )
 from .simple_storage import SimpleStorage
+from .writing import MAX_ATTEMPTS, Writer, contention
 
 T = TypeVar("T")
 
 log = logging.getLogger("crudstack.manager")
 
 MAX_BATCH = 100
-MAX_ATTEMPTS = 16
 ANONYMOUS = "anonymous"
 
 
@@ -114,11 +121,8 @@ class ResourceManager(Generic[T]):
         self.schema_version, self.retention = schema_version, retention
         self._clock = clock
         self._opened = False
-        self._turns: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]
-        ]
-        self._turns = weakref.WeakKeyDictionary()
         self._expire_after = ""
+        self._writer = Writer(storage, codec, schema_version=schema_version, retention=retention, clock=clock)
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
 
     async def open(self) -> None:
@@ -132,26 +136,49 @@ class ResourceManager(Generic[T]):
 
     # Reading
 
-    async def meta(self, resource_id: str, *, include_deleted: bool = False) -> ResourceMeta:
+    async def meta(
+        self, resource_id: str, *, include_deleted: bool = False, within: Filter | None = None
+    ) -> ResourceMeta:
+        """The metadata. `within`, a resolved filter: what it does not find is not there."""
         if not self._opened:
             await self.open()
         meta = await self.storage.get(resource_id)
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                if not await self._writer.holds(within, State(meta)):
+                    raise missing(resource_id)
+                break
+            except StoreDamaged:
+                # Somebody may have replaced a draft meanwhile; only if nobody did is the body lost.
+                before, meta = meta, await self.storage.get(resource_id)
+                if meta == before:
+                    raise
         if meta.is_deleted and not include_deleted:
             raise deleted(resource_id)
         return meta
 
-    async def get(self, resource_id: str, *, revision: int | None = None, include_deleted: bool = False) -> Resource[T]:
-        """The current revision, or the given one. ResourceNotFound, RevisionNotFound, ResourceDeleted."""
+    async def get(
+        self,
+        resource_id: str,
+        *,
+        revision: int | None = None,
+        include_deleted: bool = False,
+        within: Filter | None = None,
+    ) -> Resource[T]:
+        """The current revision, or the given one; `within` as for `meta`. ResourceNotFound, RevisionNotFound, ResourceDeleted."""
         if not self._opened:
             await self.open()
         for _ in range(MAX_ATTEMPTS):
             try:
                 if revision is None:
                     meta, body = await self.storage.get_with_body(resource_id)
+                    json = self.codec.to_json(body, meta.encoding)
+                    if within is not None and not await self._writer.holds(within, State(meta, json)):
+                        raise missing(resource_id)
                     if meta.is_deleted and not include_deleted:
                         raise deleted(resource_id)
-                    return Resource(self.codec, meta, self.codec.to_json(body, meta.encoding))
-                meta = await self.meta(resource_id, include_deleted=include_deleted)
+                    return Resource(self.codec, meta, json)
+                meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
                 info = await self.storage.revision(resource_id, _number(revision))
                 (body,) = await self.storage.bodies([info.uid])
                 return Resource(self.codec, meta, self.codec.to_json(body, info.encoding), info)
@@ -174,10 +201,16 @@ class ResourceManager(Generic[T]):
                 return
 
     async def revisions(
-        self, resource_id: str, *, before: int | None = None, limit: int = 50, include_deleted: bool = False
+        self,
+        resource_id: str,
+        *,
+        before: int | None = None,
+        limit: int = 50,
+        include_deleted: bool = False,
+        within: Filter | None = None,
     ) -> Page[RevisionInfo]:
         """History, newest first; `next` of a page is the `before` of the following one."""
-        await self.meta(resource_id, include_deleted=include_deleted)
+        await self.meta(resource_id, include_deleted=include_deleted, within=within)
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit: expected 1 to {MAX_LIMIT}, got {limit}")
         return await self.storage.revisions(resource_id, before if before is None else _number(before), limit)
@@ -227,7 +260,12 @@ class ResourceManager(Generic[T]):
     # Writing
 
     async def create(
-        self, data: T | Document[T], *, resource_id: str | None = None, status: Status = "stable", by: str = ANONYMOUS
+        self,
+        data: T | Document[T],
+        *,
+        resource_id: str | None = None,
+        status: Status = "stable",
+        by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
         """A new resource; VersionConflict if the chosen id is taken."""
         return await self._one(Create(data, resource_id, status), by)
@@ -239,12 +277,12 @@ class ResourceManager(Generic[T]):
         *,
         expect: Version | None = None,
         status: Status = "stable",
-        by: str = ANONYMOUS,
+        by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
         return await self._one(Update(resource_id=resource_id, expect=expect, data=data, status=status), by)
 
     async def modify(
-        self, resource_id: str, data: T | Document[T], *, expect: Version | None = None, by: str = ANONYMOUS
+        self, resource_id: str, data: T | Document[T], *, expect: Version | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
         return await self._one(Modify(resource_id=resource_id, expect=expect, data=data), by)
 
@@ -256,36 +294,46 @@ class ResourceManager(Generic[T]):
         expect: Version | None = None,
         mode: Literal["update", "modify"] = "update",
         status: Status = "stable",
-        by: str = ANONYMOUS,
+        by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
         """Update or modify with what `apply` makes of the current data as a JSON tree."""
         return await self._one(Patch(resource_id=resource_id, expect=expect, apply=apply, mode=mode, status=status), by)
 
-    async def publish(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> Resource[T]:
+    async def publish(
+        self, resource_id: str, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+    ) -> Resource[T]:
         return await self._one(Publish(resource_id=resource_id, expect=expect), by)
 
     async def switch(
-        self, resource_id: str, revision: int, *, expect: Version | None = None, by: str = ANONYMOUS
+        self, resource_id: str, revision: int, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
         return await self._one(Switch(resource_id=resource_id, expect=expect, revision=_number(revision)), by)
 
-    async def delete(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> ResourceMeta:
-        (state,) = await self._commit([Delete(resource_id=resource_id, expect=expect)], by)
+    async def delete(
+        self, resource_id: str, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+    ) -> ResourceMeta:
+        (state,) = await self._write([Delete(resource_id=resource_id, expect=expect)], by)
         return state.meta
 
-    async def restore(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> Resource[T]:
+    async def restore(
+        self, resource_id: str, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+    ) -> Resource[T]:
         return await self._one(Restore(resource_id=resource_id, expect=expect), by)
 
-    async def purge(self, resource_id: str, *, expect: Version | None = None, by: str = ANONYMOUS) -> dt.datetime:
+    async def purge(
+        self, resource_id: str, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+    ) -> dt.datetime:
         """Erase; the time by which the last trace is gone."""
-        await self._commit([Purge(resource_id=resource_id, expect=expect)], by)
+        await self._write([Purge(resource_id=resource_id, expect=expect)], by)
         return await self.storage.erase(self._clock())
 
-    async def batch(self, operations: Sequence[Operation], *, by: str = ANONYMOUS) -> list[Resource[T] | ResourceMeta]:
+    async def batch(
+        self, operations: Sequence[Operation], *, by: str | Caller = ANONYMOUS
+    ) -> list[Resource[T] | ResourceMeta]:
         """All operations or none, each seeing the ones before it. Deleted and purged resources come back as metadata."""
         if not 1 <= len(operations) <= MAX_BATCH:
             raise InvalidData(f"expected 1 to {MAX_BATCH} operations, got {len(operations)}")
-        states = await self._commit(operations, by)
+        states = await self._write(operations, by)
         if any(isinstance(operation, Purge) for operation in operations):
             await self.storage.erase(self._clock())
         return [
@@ -293,90 +341,17 @@ class ResourceManager(Generic[T]):
             for operation, state in zip(operations, states, strict=True)
         ]
 
-    async def _one(self, operation: Operation, by: str) -> Resource[T]:
-        (state,) = await self._commit([operation], by)
+    async def _write(self, operations: Sequence[Operation], by: str | Caller) -> list[State]:
+        if not self._opened:
+            await self.open()
+        return await self._writer.commit(operations, by)
+
+    async def _one(self, operation: Operation, by: str | Caller) -> Resource[T]:
+        (state,) = await self._write([operation], by)
         return await self._resource(state)
 
     async def _resource(self, state: State) -> Resource[T]:
-        if state.json is None:
-            (body,) = await self.storage.bodies([state.meta.uid])
-            state.json = self.codec.to_json(body, state.meta.encoding)
-        return Resource(self.codec, state.meta, state.json)
-
-    async def _commit(self, operations: Sequence[Operation], by: str) -> list[State]:
-        """Plan and commit, again where somebody was faster.
-
-        Planning again is always right: an operation that named a state is checked against the new one and fails for good; one that
-        did not is meant for whatever is there. Once a writer has lost, the writers of this event loop take turns at the resource, so
-        that only other processes and loops can be faster. Turns save work; they decide nothing.
-        """
-        if not self._opened:
-            await self.open()
-        key = ""
-        for operation in operations:
-            if operation.resource_id is not None:
-                _check_id(operation.resource_id)
-                key = key or operation.resource_id
-        turn = self._turns_of_loop().get(key) if self._turns else None
-        if turn is None:
-            committed = await self._attempt(operations, by)
-            if committed is not None:
-                return committed
-            turn = self._turns_of_loop().setdefault(key, asyncio.Lock())
-        async with turn:
-            for attempt in range(MAX_ATTEMPTS):
-                committed = await self._attempt(operations, by)
-                if committed is not None:
-                    return committed
-                await asyncio.sleep(0.001 * attempt)  # let whoever is in the middle of it finish
-        raise contention()
-
-    def _turns_of_loop(self) -> weakref.WeakValueDictionary[str, asyncio.Lock]:
-        return self._turns.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
-
-    async def _attempt(self, operations: Sequence[Operation], by: str) -> list[State] | None:
-        """The states that the operations leave; None if somebody was faster."""
-        if self.storage.peeks:
-            try:
-                plan, states = await self._plan(operations, by, peek=True)
-            except CrudError:
-                plan = None
-            if plan is not None and len(plan.writes) == len(operations):
-                return await self._commit_plan(plan, states)
-        plan, states = await self._plan(operations, by, peek=False)
-        return await self._commit_plan(plan, states)
-
-    async def _plan(self, operations: Sequence[Operation], by: str, *, peek: bool) -> tuple[Plan[T], list[State]]:
-        plan = Plan(
-            self.storage,
-            self.codec,
-            schema_version=self.schema_version,
-            retention=self.retention,
-            by=by,
-            now=self._clock(),
-            peek=peek,
-        )
-        states = []
-        for at, operation in enumerate(operations):
-            try:
-                states.append(await plan.add(operation))
-            except CrudError as error:
-                error.operation = at
-                raise
-        return plan, states
-
-    async def _commit_plan(self, plan: Plan[T], states: list[State]) -> list[State] | None:
-        if plan.writes:
-            try:
-                committed = await self.storage.commit(plan.writes)
-            except VersionConflict:
-                return None
-            for write, meta in zip(plan.writes, committed, strict=True):
-                if meta is not write.change.meta:  # the storage put the body under another uid
-                    for state in states:
-                        if state.meta is write.change.meta:
-                            state.meta = meta
-        return states
+        return Resource(self.codec, state.meta, await self._writer.json(state))
 
     # Keeping house
 
@@ -405,20 +380,7 @@ class ResourceManager(Generic[T]):
 
     async def _expire_one(self, meta: ResourceMeta) -> None:
         with contextlib.suppress(ResourceNotFound):  # purged meanwhile
-            await self._commit([Expire(resource_id=meta.resource_id)], "retention")
-
-
-def contention() -> WriteContention:
-    return WriteContention("other writers kept changing the resource; nothing was changed, try again")
-
-
-def _check_id(resource_id: str) -> None:
-    if not isinstance(resource_id, str) or not resource_id:
-        raise InvalidData("a resource id is a string that is not empty")
-    try:
-        storable_id(resource_id)
-    except ValueError as error:
-        raise InvalidData(str(error)) from None
+            await self._write([Expire(resource_id=meta.resource_id)], "retention")
 
 
 def _number(revision: int) -> int:
@@ -428,8 +390,11 @@ def _number(revision: int) -> int:
 
 __all__ = [
     "MAX_BATCH",
+    "Bounds",
+    "Caller",
     "Create",
     "Delete",
+    "IdempotencyKey",
     "Modify",
     "Patch",
     "Publish",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..query import Query
-from .basic import Hit, Page, ResourceMeta, Write
+from .basic import Hit, Once, Page, ResourceMeta, Write
 from .meta_store.simple import DiskMetaStore
 from .resource_store.simple import DiskResourceStore
 from .threads import in_thread
@@ -33,13 +33,13 @@ class DiskPair:
 
         return await in_thread(read)
 
-    async def commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+    async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
         """Put the bodies, and commit the changes once they are durable (M1), both by one committer."""
         changes = [write.change for write in writes]
         bodies = [
             (change.record.uid, body) for change, body in writes if change.record is not None and body is not None
         ]
-        commit = self._meta.commit_stage(changes)
+        commit = self._meta.commit_stage(changes, once)
         stages = [self._resource.put_stage(bodies), commit] if bodies else [commit]
         results = await commit.database.committer.write(stages)
         committed: list[ResourceMeta] = results[-1]

@@ -23,6 +23,7 @@ from msgspec.json import decode as decode_json
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
+from ..access import Action, Forbidden
 from ..errors import (
     CrudError,
     Fault,
@@ -32,7 +33,9 @@ from ..errors import (
     RevisionIsStable,
     VersionConflict,
 )
+from ..query import Filter
 from .basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Status, Version, Write
+from .bounds import Bounds, holds
 from .checks import check_expectation, missing
 from .codec import Codec, Document, canonical_json
 
@@ -109,6 +112,15 @@ class Expire(OnExisting, frozen=True, kw_only=True):
 Operation = Create[Any] | Update[Any] | Modify[Any] | Patch | Publish | Switch | Delete | Restore | Purge | Expire
 
 
+ACTIONS: dict[type[Any], Action] = {
+    Create: "create",
+    **dict.fromkeys((Update, Modify, Patch, Publish, Switch), "update"),
+    **dict.fromkeys((Delete, Restore), "delete"),
+    Purge: "purge",
+}
+"""What an operation is a case of, for those who say what is allowed."""
+
+
 class State(Struct):
     """A resource as a plan sees it. `json` is the current data, None until somebody needs it."""
 
@@ -129,18 +141,47 @@ class Plan(Generic[T]):
         retention: Retention | None,
         by: str,
         now: dt.datetime,
+        bounds: Bounds | None = None,
         peek: bool = False,
     ) -> None:
         self._get = storage.peek if peek else storage.get
         self.writes: list[Write] = []
         self._storage, self._codec = storage, codec
         self._schema_version, self._retention = schema_version, retention
-        self._by, self._now = by, now
+        self._by, self._now, self._bounds = by, now, bounds
         self._states: dict[str, State | None] = {}
         self._records: dict[tuple[str, int], RevisionInfo] = {}
 
     async def add(self, operation: Operation) -> State:
         """Plan one operation; the state that it leaves. Raises what the operation may not do."""
+        if self._bounds is None:
+            return await self._add(operation)
+        allowed = await self._allowed(self._bounds, operation)
+        state = await self._add(operation)
+        if isinstance(operation, Create | Update | Modify | Patch | Switch) and not await self._holds(allowed, state):
+            raise Forbidden("the resource would be none that you may write")
+        return state
+
+    async def _allowed(self, bounds: Bounds, operation: Operation) -> Filter | None:
+        """What the operation may be applied to; raises if its resource is nothing of that (B1, B2)."""
+        action = ACTIONS[type(operation)]
+        if action not in bounds.change:
+            raise Forbidden(f"you may not {action} resources of this model")
+        allowed = bounds.change[action]
+        if isinstance(operation, Create):
+            return allowed
+        state = await self._state(operation.resource_id)
+        if state is not None:
+            if not await self._holds(bounds.read, state):
+                raise missing(operation.resource_id)
+            if not await self._holds(allowed, state):
+                raise Forbidden(f"you may not {action} this resource")
+        return allowed
+
+    async def _holds(self, where: Filter | None, state: State) -> bool:
+        return await holds(where, state.meta, lambda: self.json(state), self._codec)
+
+    async def _add(self, operation: Operation) -> State:
         if isinstance(operation, Create):
             return await self._create(operation)
         state = await self._state(operation.resource_id)

@@ -33,12 +33,14 @@ from ..query import Query
 from ..values import Key
 from .basic import (
     Change,
+    Done,
     Encoding,
     Hit,
     IndexEntry,
     IStorage,
     MetaStore,
     ModelSpec,
+    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -203,10 +205,15 @@ class SimpleStorage(IStorage):
 
     # Writing
 
-    async def commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+        if self._follows:
+            return await self.resource_store.done(key)
+        return await self.meta_store.done(key, peek=peek)
+
+    async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
         while True:
             try:
-                committed = await self._commit(writes)
+                committed = await self._commit(writes, once)
                 break
             except StaleGeneration:
                 await self._forget(_bodies_of(writes))
@@ -237,12 +244,12 @@ class SimpleStorage(IStorage):
         meta = replace(change.meta, uid=uid) if change.meta.uid == change.record.uid else change.meta
         return Write(replace(change, meta=meta, record=replace(change.record, uid=uid)), body)
 
-    async def _commit(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+    async def _commit(self, writes: Sequence[Write], once: Once | None) -> list[ResourceMeta]:
         if self._follows:
             # Reservations must outlive the commit, so it goes on where the one who asked does not.
-            return await asyncio.shield(asyncio.create_task(self._commit_records(writes)))
+            return await asyncio.shield(asyncio.create_task(self._commit_records(writes, once)))
         if self._pair is not None:
-            return await self._pair.commit(writes)
+            return await self._pair.commit(writes, once)
         puts = [
             self.resource_store.put(change.record.uid, change.record, body)
             for change, body in writes
@@ -252,12 +259,12 @@ class SimpleStorage(IStorage):
             await puts[0]
         elif puts:
             await asyncio.gather(*puts)
-        return await self.meta_store.commit([write.change for write in writes])
+        return await self.meta_store.commit([write.change for write in writes], once)
 
-    async def _commit_records(self, writes: Sequence[Write]) -> list[ResourceMeta]:
+    async def _commit_records(self, writes: Sequence[Write], once: Once | None) -> list[ResourceMeta]:
         changes = [write.change for write in writes]
         async with self._unique_values(changes):
-            await self.resource_store.put_records(writes, then=self.meta_store.follow)
+            await self.resource_store.put_records(writes, self.meta_store.follow, once)
         return [change.meta for change in changes]
 
     @contextlib.asynccontextmanager

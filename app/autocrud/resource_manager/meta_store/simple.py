@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from ...query import Query
 from ...values import Key
-from ..basic import Change, Encoding, Hit, MetaStore, ModelSpec, Page, Reindex, ResourceMeta, RevisionInfo
+from ..basic import Change, Done, Encoding, Hit, MetaStore, ModelSpec, Once, Page, Reindex, ResourceMeta, RevisionInfo
 from ..sqlite.database import FileDatabase, MemoryDatabase, Stage
 from ..sqlite.tables import ResourceTables
 
@@ -40,8 +40,11 @@ class _TablesMetaStore(MetaStore):
         tables = self._tables
         return await self._db.read(lambda db: tables.get(db, resource_id), quick=True)
 
-    async def commit(self, changes: Sequence[Change]) -> list[ResourceMeta]:
-        return await self._db.write(lambda db: self._tables.commit(db, changes))
+    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+        return await self._db.write(lambda db: self._tables.commit(db, changes, once=once))
+
+    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+        return await self._db.read(lambda db: self._tables.done(db, key), quick=True)
 
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         return await self._db.read(lambda db: self._tables.revision(db, resource_id, revision), quick=True)
@@ -111,9 +114,9 @@ class DiskMetaStore(_TablesMetaStore):
         self._path = Path(rootdir) / "index.sqlite"
         self.bind(ModelSpec("unbound"))
 
-    def commit_stage(self, changes: Sequence[Change]) -> Stage:
+    def commit_stage(self, changes: Sequence[Change], once: Once | None = None) -> Stage:
         """`commit`, as the stage of a larger write."""
-        return Stage(self._db, lambda db: self._tables.commit(db, changes))
+        return Stage(self._db, lambda db: self._tables.commit(db, changes, once=once))
 
     # For DiskPair: the same without a trip to a thread of its own.
 

@@ -20,7 +20,7 @@ import apsw
 
 from ...errors import ConfigError, CrudError
 from ...query import Query
-from ..basic import Change, Encoding, Hit, MetaStore, ModelSpec, Page, Reindex, ResourceMeta, RevisionInfo
+from ..basic import Change, Done, Encoding, Hit, MetaStore, ModelSpec, Once, Page, Reindex, ResourceMeta, RevisionInfo
 from ..object_store import ObjectStore, s3
 from ..s3_sqlite.committer import Committer, Edit
 from ..s3_sqlite.head import Head
@@ -145,6 +145,12 @@ class S3SqliteMetaStore(MetaStore):
         await self._replica.open()
         return await self._replica.read(lambda db: self._tables.get(db, resource_id))
 
+    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+        await self._replica.open()
+        if not peek:  # whatever the consistency of reads: what this does not find is done
+            await self._replica.checked()
+        return await self._replica.read(lambda db: self._tables.done(db, key))
+
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         return await self._read(lambda db: self._tables.revision(db, resource_id, revision))
 
@@ -182,8 +188,8 @@ class S3SqliteMetaStore(MetaStore):
 
     # Writing
 
-    async def commit(self, changes: Sequence[Change]) -> list[ResourceMeta]:
-        return await self._write(Work(changes=changes))
+    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+        return await self._write(Work(changes=changes, once=once))
 
     async def _write(self, work: Work) -> list[ResourceMeta]:
         await self._replica.open()

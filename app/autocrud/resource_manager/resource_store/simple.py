@@ -21,7 +21,7 @@ import apsw
 import msgspec
 
 from ...errors import ConfigError, StoreDamaged
-from ..basic import Change, Encoding, ModelSpec, ResourceStore, RevisionInfo, Write
+from ..basic import Change, Done, Encoding, ModelSpec, Once, ResourceStore, RevisionInfo, Write
 from ..sqlite.database import FileDatabase, Stage
 from ..sqlite.tables import ResourceTables
 
@@ -119,7 +119,9 @@ class DiskResourceStore(ResourceStore):
             os.close(self._owned)
             self._owned = None
 
-    async def put_records(self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None]) -> None:
+    async def put_records(
+        self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None], once: Once | None = None
+    ) -> None:
         changes = [write.change for write in writes]
         bodies = [
             (change.record.uid, body) for change, body in writes if change.record is not None and body is not None
@@ -127,9 +129,12 @@ class DiskResourceStore(ResourceStore):
 
         def work(connection: apsw.Connection) -> None:
             _put(connection, bodies)
-            self._records.commit(connection, changes)
+            self._records.commit(connection, changes, once=once)
 
         await self._db.write(work, after=lambda: then(changes))
+
+    async def done(self, key: str) -> Done | None:
+        return await self._db.read(lambda db: self._records.done(db, key))
 
     async def records(self) -> AsyncIterator[Change]:
         after = ""

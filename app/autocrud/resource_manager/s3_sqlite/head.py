@@ -168,12 +168,20 @@ class Indexed(Struct, frozen=True, array_like=True):
     shown: bytes
 
 
+class Remembered(Struct, frozen=True, array_like=True):
+    """What is remembered of an Idempotency-Key: see `Once`. Numbers of changes are those of the ops of its record."""
+
+    request: str
+    results: tuple[int | ResourceMeta | None, ...]
+
+
 class Op(Struct, frozen=True, omit_defaults=True, rename={"resource_id": "id"}):
     """What happened to one resource. Documents, not columns: every reader derives its own tables from it.
 
     put    its new metadata; `record` is what a revision's record has that the metadata does not say; `index` None: as it was
     index  a new index entry for the state it is in
     purge  it is gone
+    once   no resource: the record carries an Idempotency-Key, whose hash stands for the id
     """
 
     kind: str
@@ -182,6 +190,7 @@ class Op(Struct, frozen=True, omit_defaults=True, rename={"resource_id": "id"}):
     record: dict[str, Any] | None = None
     index: Indexed | None = None
     drop: tuple[str, ...] = ()
+    once: Remembered | None = None
 
 
 _op_list = msgspec.msgpack.Decoder(list[Op]).decode

@@ -29,10 +29,10 @@ from uuid import uuid4
 import apsw
 
 from ...errors import ConfigError, CrudError, StoreUnavailable
-from ..basic import Change, IndexEntry, Reindex, ResourceMeta
+from ..basic import Change, IndexEntry, Once, Reindex, ResourceMeta
 from ..sqlite.database import empty_log, keep_plans
 from ..sqlite.tables import ResourceTables
-from .head import Head, Op, Record, Schema, decode_head, decode_ops, encode_ops, indexed, op_of, record_of
+from .head import Head, Op, Record, Remembered, Schema, decode_head, decode_ops, encode_ops, indexed, op_of, record_of
 
 T = TypeVar("T")
 
@@ -83,10 +83,11 @@ class Trial(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a transaction wants: changes, or index entries for states."""
+    """What a transaction wants: changes, perhaps under a key, or index entries for states."""
 
     changes: Sequence[Change] = ()
     entries: Sequence[Reindex] = ()
+    once: Once | None = None
 
 
 class LocalCopy:
@@ -240,7 +241,8 @@ class LocalCopy:
         return True
 
     def _replay(self, connection: apsw.Connection, schema: Schema, record: Record) -> None:
-        for op in decode_ops(record.ops):
+        ops = decode_ops(record.ops)
+        for op in ops:
             entry, complete = (None, True) if op.index is None else self._entry(schema, op)
             if op.kind == "purge":
                 self.tables.purge(connection, op.resource_id)
@@ -249,6 +251,10 @@ class LocalCopy:
             elif op.kind == "put" and op.meta is not None:
                 change = Change(meta=op.meta, record=record_of(op), index=entry, expect="any", drop=op.drop)
                 self.tables.follow(connection, [change])
+            elif op.kind == "once" and op.once is not None:
+                once = Once(key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results)
+                purged = [one.resource_id for one in ops if one.kind == "purge"]
+                self.tables.remember(connection, once, [one.meta for one in ops], purged)
             if not complete:
                 self.tables.mark_outdated(connection, op.resource_id)
         connection.execute("INSERT OR REPLACE INTO recent VALUES (?, ?)", (record.seq, record.txid))
@@ -291,8 +297,10 @@ class LocalCopy:
                 if entry.resource_id in done
             ]
             return Attempt(encode_ops(ops) if ops else b"", [], None)
-        metas = self.tables.commit(connection, work.changes, unique)
+        metas = self.tables.commit(connection, work.changes, unique, work.once)
         ops = [op_of(change, meta, spec) for change, meta in zip(work.changes, metas, strict=True)]
+        if work.once is not None:
+            ops.append(Op("once", work.once.key, once=Remembered(work.once.request, work.once.results)))
         return Attempt(encode_ops(ops), metas, None)
 
     def _schema(self, connection: apsw.Connection, schema: Schema) -> tuple[Schema, str]:

@@ -6,6 +6,7 @@ MetaStores and the records beside the bodies.
     resources    a row each: its document, the columns that queries compare, and one column `f:{name}` for each indexed field
     list_values  the elements of indexed lists
     revisions    the records
+    done         what the commits left that carried an Idempotency-Key: a row for each operation; `doc` is NULL once it was purged
     specs        the sets of indexed fields, with their kinds, that rows were written under
     state        one row: `generation`; `live`, how many resources are not deleted; `spec`, the set that this database was last
                  opened for; `stale`, whether rows may have been indexed for another one
@@ -29,11 +30,15 @@ from ...errors import ConfigError, RevisionNotFound, StaleGeneration
 from ...query import Query
 from ...values import Key, datetime_key
 from ..basic import (
+    KEEP_KEYS_US,
     Change,
+    Done,
+    DoneBefore,
     Encoding,
     Hit,
     IndexEntry,
     ModelSpec,
+    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -71,6 +76,10 @@ CREATE TABLE IF NOT EXISTS list_values (field TEXT, value, rid INTEGER, PRIMARY 
 CREATE INDEX IF NOT EXISTS list_values_by_rid ON list_values (rid);
 CREATE TABLE IF NOT EXISTS revisions (
   rid INTEGER, revision INTEGER, uid TEXT NOT NULL, doc BLOB NOT NULL, PRIMARY KEY (rid, revision)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS done (
+  key TEXT, operation INTEGER, request TEXT NOT NULL, time INTEGER NOT NULL, id TEXT, doc BLOB, PRIMARY KEY (key, operation)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS done_by_time ON done (time);
+CREATE INDEX IF NOT EXISTS done_by_id ON done (id) WHERE id IS NOT NULL;
 CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fields TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS state (
   one INTEGER PRIMARY KEY CHECK (one = 1), format INTEGER, generation INTEGER, live INTEGER, spec INTEGER, stale INTEGER);
@@ -258,6 +267,12 @@ class ResourceTables:
     def _outdated(self) -> str:
         return f"(spec IS NULL OR spec NOT IN ({self._covering}))"
 
+    def done(self, connection: apsw.Connection, key: str) -> Done | None:
+        rows = connection.execute("SELECT request, doc FROM done WHERE key = ? ORDER BY operation", (key,)).fetchall()
+        if not rows:
+            return None
+        return Done(cast("str", rows[0][0]), [None if doc is None else _meta(doc) for _, doc in rows])
+
     def generation(self, connection: apsw.Connection) -> int:
         return int(connection.execute("SELECT generation FROM state").get)
 
@@ -274,14 +289,36 @@ class ResourceTables:
         return self.generation(connection)
 
     def commit(
-        self, connection: apsw.Connection, changes: Sequence[Change], unique: Collection[str] | None = None
+        self,
+        connection: apsw.Connection,
+        changes: Sequence[Change],
+        unique: Collection[str] | None = None,
+        once: Once | None = None,
     ) -> list[ResourceMeta]:
         """`unique`: the fields to be kept unique, if not those of the spec."""
+        if once is not None and (done := self.done(connection, once.key)) is not None:
+            raise DoneBefore(done)
         committed = [self._apply(connection, change) for change in changes]
         for change in changes:
             if change.index is not None and not change.purge:
                 self._check_unique(connection, change.meta.resource_id, unique)
+        if once is not None:
+            self.remember(connection, once, committed, [change.meta.resource_id for change in changes if change.purge])
         return committed
+
+    def remember(
+        self, connection: apsw.Connection, once: Once, left: Sequence[ResourceMeta | None], purged: Collection[str]
+    ) -> None:
+        """Note that a key was used. `left`: the metadata after each change of its commit. Of what it `purged` nothing is kept."""
+        connection.execute("DELETE FROM done WHERE time < ?", (once.time - KEEP_KEYS_US,))
+        for at, result in enumerate(once.results):
+            meta = left[result] if isinstance(result, int) else result
+            kept = (
+                (None, None) if meta is None or meta.resource_id in purged else (meta.resource_id, self._encode(meta))
+            )
+            connection.execute(
+                "INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?)", (once.key, at, once.request, once.time, *kept)
+            )
 
     def purge(self, connection: apsw.Connection, resource_id: str) -> None:
         """Remove what there is of a resource."""
@@ -289,6 +326,7 @@ class ResourceTables:
         if rid is not None:
             for table in ("list_values", "revisions", "resources"):
                 connection.execute(f"DELETE FROM {table} WHERE rid = ?", (rid,))
+            connection.execute("UPDATE done SET id = NULL, doc = NULL WHERE id = ?", (resource_id,))
 
     def put_index(self, connection: apsw.Connection, resource_id: str, entry: IndexEntry) -> None:
         """Replace a resource's index entry."""

@@ -1,0 +1,220 @@
+"""How a ResourceManager writes: plan, commit, and again where somebody was faster; under an Idempotency-Key at most once.
+
+- O1 *A key is part of the commit that it names* (see `Once`), so whoever comes with it again, on whatever machine and after whatever
+  failure, finds that commit or none.
+- O2 *What was done is not planned again*: the key is looked up first, because what was done may no longer be possible. What is looked up
+  only spares work; the commit decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from ..errors import (
+    AnswerGone,
+    CrudError,
+    InvalidData,
+    KeyInFlight,
+    KeyReused,
+    StoreDamaged,
+    VersionConflict,
+    WriteContention,
+)
+from ..query import Filter
+from .basic import Done, DoneBefore, IStorage
+from .bounds import holds
+from .caller import Caller, HashedKey
+from .checks import storable_id
+from .codec import Codec
+from .operations import Create, Delete, Modify, Operation, Plan, Purge, Retention, State, Update
+
+T = TypeVar("T")
+
+MAX_ATTEMPTS = 16
+
+
+class Writer(Generic[T]):
+    def __init__(
+        self,
+        storage: IStorage,
+        codec: Codec[T],
+        *,
+        schema_version: int,
+        retention: Retention | None,
+        clock: Callable[[], dt.datetime],
+    ) -> None:
+        self._storage, self._codec, self._clock = storage, codec, clock
+        self._schema_version, self._retention = schema_version, retention
+        self._turns: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]
+        ]
+        self._turns = weakref.WeakKeyDictionary()
+        self._in_flight: set[str] = set()  # hashed keys of writes that this process has not answered yet
+
+    async def commit(self, operations: Sequence[Operation], by: str | Caller) -> list[State]:
+        """The states that the operations leave; under a key that was used before, those that they left then."""
+        caller = by if isinstance(by, Caller) else Caller(by)
+        key = caller.hashed_key()
+        if caller.key is None or key is None:
+            return await self._in_turn(operations, caller, None)
+        if key.key in self._in_flight:
+            raise KeyInFlight("the first request with this key is still under way; ask again in a moment")
+        self._in_flight.add(key.key)
+        try:
+            return await self._in_turn(operations, caller, key)
+        except DoneBefore as before:
+            caller.key.replayed = True
+            return await self._left(operations, caller, key, before.done)
+        finally:
+            self._in_flight.discard(key.key)
+
+    async def _left(self, operations: Sequence[Operation], caller: Caller, key: HashedKey, done: Done) -> list[State]:
+        """What a commit left that was done before. KeyReused, AnswerGone."""
+        if done.request != key.request or len(done.results) != len(operations):
+            raise KeyReused("this key belongs to another request; nothing was changed, take a new one")
+        if len(operations) == 1 and isinstance(operations[0], Purge):
+            return []
+        states = []
+        for operation, meta in zip(operations, done.results, strict=True):
+            if meta is None:
+                raise _answer_gone()
+            state = State(meta)
+            if isinstance(operation, Create | Update | Modify):
+                document = self._codec.accept(operation.data)
+                state.json = document.json if document.hash == meta.data_hash else None
+            try:
+                if not isinstance(operation, Delete):
+                    await self.json(state)
+                if caller.bounds is not None and not await self.holds(caller.bounds.read, state):
+                    raise _answer_gone()
+            except StoreDamaged:
+                raise _answer_gone() from None
+            states.append(state)
+        return states
+
+    async def _in_turn(self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None) -> list[State]:
+        """Plan and commit, again where somebody was faster.
+
+        Planning again is always right: an operation that named a state is checked against the new one and fails for good; one that
+        did not is meant for whatever is there. Once a writer has lost, the writers of this event loop take turns at the resource, so
+        that only other processes and loops can be faster. Turns save work; they decide nothing.
+        """
+        first = ""
+        for operation in operations:
+            if operation.resource_id is not None:
+                _check_id(operation.resource_id)
+                first = first or operation.resource_id
+        turn = self._turns_of_loop().get(first) if self._turns else None
+        if turn is None:
+            committed = await self._attempt(operations, caller, key)
+            if committed is not None:
+                return committed
+            turn = self._turns_of_loop().setdefault(first, asyncio.Lock())
+        async with turn:
+            for attempt in range(MAX_ATTEMPTS):
+                committed = await self._attempt(operations, caller, key, last=attempt == MAX_ATTEMPTS - 1)
+                if committed is not None:
+                    return committed
+                await asyncio.sleep(0.001 * attempt)  # let whoever is in the middle of it finish
+        raise contention()
+
+    def _turns_of_loop(self) -> weakref.WeakValueDictionary[str, asyncio.Lock]:
+        return self._turns.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
+
+    async def _attempt(
+        self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None, *, last: bool = False
+    ) -> list[State] | None:
+        """The states that the operations leave; None if somebody was faster. DoneBefore."""
+        if self._storage.peeks:
+            await self._refuse_again(key, peek=True)
+            try:
+                plan, states = await self._plan(operations, caller, peek=True)
+            except CrudError:
+                plan = None
+            if plan is not None and len(plan.writes) == len(operations):
+                return await self._commit_plan(plan, operations, states, key)
+        # What was done may not be possible again, so that comes before planning.
+        await self._refuse_again(key, peek=False)
+        try:
+            plan, states = await self._plan(operations, caller, peek=False)
+        except StoreDamaged:
+            if last:
+                raise
+            return None  # a body that is missing may be that of a draft which somebody has just replaced
+        return await self._commit_plan(plan, operations, states, key)
+
+    async def _refuse_again(self, key: HashedKey | None, *, peek: bool) -> None:
+        """DoneBefore if the key was used, as far as one can see: the commit decides."""
+        if key is not None and (done := await self._storage.done(key.key, peek=peek)) is not None:
+            raise DoneBefore(done)
+
+    async def _plan(
+        self, operations: Sequence[Operation], caller: Caller, *, peek: bool
+    ) -> tuple[Plan[T], list[State]]:
+        plan = Plan(
+            self._storage,
+            self._codec,
+            schema_version=self._schema_version,
+            retention=self._retention,
+            by=caller.name,
+            now=self._clock(),
+            bounds=caller.bounds,
+            peek=peek,
+        )
+        states = []
+        for at, operation in enumerate(operations):
+            try:
+                states.append(await plan.add(operation))
+            except CrudError as error:
+                error.operation = at
+                raise
+        return plan, states
+
+    async def _commit_plan(
+        self, plan: Plan[T], operations: Sequence[Operation], states: list[State], key: HashedKey | None
+    ) -> list[State] | None:
+        if plan.writes or key is not None:  # a key is remembered even where nothing changes
+            once = None if key is None else key.once(operations, states, plan.writes, self._clock())
+            try:
+                committed = await self._storage.commit(plan.writes, once)
+            except VersionConflict:
+                return None
+            for write, meta in zip(plan.writes, committed, strict=True):
+                if meta is not write.change.meta:  # the storage put the body under another uid
+                    for state in states:
+                        if state.meta is write.change.meta:
+                            state.meta = meta
+        return states
+
+    async def json(self, state: State) -> bytes:
+        """The data of a state; StoreDamaged."""
+        if state.json is None:
+            (body,) = await self._storage.bodies([state.meta.uid])
+            state.json = self._codec.to_json(body, state.meta.encoding)
+        return state.json
+
+    async def holds(self, where: Filter | None, state: State) -> bool:
+        return await holds(where, state.meta, lambda: self.json(state), self._codec)
+
+
+def _answer_gone() -> AnswerGone:
+    return AnswerGone(
+        "this was done; what it left has been replaced or purged since, so its answer cannot be told again"
+    )
+
+
+def contention() -> WriteContention:
+    return WriteContention("other writers kept changing the resource; nothing was changed, try again")
+
+
+def _check_id(resource_id: str) -> None:
+    if not isinstance(resource_id, str) or not resource_id:
+        raise InvalidData("a resource id is a string that is not empty")
+    try:
+        storable_id(resource_id)
+    except ValueError as error:
+        raise InvalidData(str(error)) from None
