@@ -9,7 +9,7 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint mutants bench lock clean
+.PHONY: help setup run test lint mutants bench package lock clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -64,14 +64,17 @@ $(VENV)/.dev: requirements/dev.txt requirements/examples.txt $(VENV)/.local
 
 LOCK = uv="$$(command -v uv || echo $(BIN)/uv)"; "$$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
+package: $(VENV)/.local ## the zip for AWS Lambda into dist/lambda.zip (ARGS=--host: one that runs here)
+	@$(BIN)/python -m infra.artifact $(ARGS)
+
 lock: $(VENV)/.venv ## lock the newest versions that the ranges in pyproject.toml allow
 	@$(LOCK) pyproject.toml --extra local --group dev -o requirements/dev.txt --upgrade
 	@$(LOCK) pyproject.toml --extra local -c requirements/dev.txt -o requirements/local.txt --upgrade
-	@$(LOCK) pyproject.toml --extra s3 -c requirements/dev.txt -o requirements/app.txt --upgrade
+	@$(LOCK) pyproject.toml --extra s3 --extra lambda -c requirements/dev.txt -o requirements/app.txt --upgrade
 	@$(LOCK) --group examples --no-deps -o requirements/examples.txt --upgrade
 	@$(LOCK) --group specstar -o requirements/specstar.txt --upgrade
 	@$(LOCK) --group pocketbase -o requirements/pocketbase.txt --upgrade
-	@echo uv | $(LOCK) - -o requirements/uv.txt --upgrade
+	@echo uv | { $(LOCK) - -o requirements/uv.txt --upgrade; }
 
 clean: ## remove .venv and caches; data in LOCAL_DIR stays
 	@rm -rf $(VENV) .local/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

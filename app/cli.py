@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import ipaddress
 import logging
 import os
+import secrets
 import socket
 import sys
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import uvicorn
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
@@ -20,7 +24,8 @@ from msgspec.structs import replace
 from . import local_s3 as buckets
 from .autocrud.errors import ConfigError, CrudError, StoreUnavailable
 from .main import create_app
-from .settings import LocalOverrides, load
+from .request_log import RequestLog
+from .settings import LocalOverrides, TokenAuth, load
 from .wiring import needs_s3
 
 cli = App(
@@ -29,6 +34,10 @@ cli = App(
     help_format="plaintext",
     version_flags=[],
 )
+
+
+tokens = App(name="token", help="Bearer tokens, for CRUDSTACK_AUTH.", help_format="plaintext", version_flags=[])
+cli.command(tokens)
 
 
 @cli.command
@@ -49,7 +58,7 @@ def serve(
     Parameters
     ----------
     host
-        The address to listen on. Anybody who reaches it can read and write.
+        The address to listen on. For one that others reach, CRUDSTACK_AUTH must say who is let in.
     port
         The port to listen on; 0 takes a free one.
     storage
@@ -59,13 +68,18 @@ def serve(
     make_bucket
         Make the bucket if it is not there.
     access_log
-        Log every request.
+        Write a line of JSON for every request.
     """
     environment = dict(os.environ)
     if storage is not None:
         environment["CRUDSTACK_STORAGE"] = storage
         environment.pop("CRUDSTACK_OUTPUTS", None)
     settings = load(environment)
+    if settings.outputs.auth is None and not _is_loopback(host):
+        raise ConfigError(
+            f"whoever reaches {host} could read and write: say in CRUDSTACK_AUTH who is let in (`crudstack token new` makes a token), or"
+            " CRUDSTACK_AUTH=none for everybody"
+        )
     with contextlib.ExitStack() as running:
         if needs_s3(settings):
             if local_s3 and settings.local.s3_endpoint_url is None:
@@ -73,6 +87,24 @@ def serve(
             if make_bucket and settings.outputs.bucket is not None:
                 buckets.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, settings.outputs.region)
         _serve(create_app(settings), host, port, access_log=access_log)
+
+
+@tokens.command
+def new() -> None:
+    """Make a token, and the setting that lets whoever has it in. It is shown once: only its SHA-256 is kept."""
+    token = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    setting = msgspec.json.encode(TokenAuth(token_sha256=digest)).decode()
+    print(f"token    {token}\nsetting  CRUDSTACK_AUTH='{setting}'")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOverrides:
@@ -89,9 +121,8 @@ def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOver
 def _serve(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
     _open(app)
     listener = _listen(host, port)
-    config = uvicorn.Config(
-        app, access_log=access_log, log_level="info" if access_log else "warning", server_header=False
-    )
+    served = RequestLog(app) if access_log else app
+    config = uvicorn.Config(served, access_log=False, log_level="warning", server_header=False)
     try:
         _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}").run(sockets=[listener])
     except KeyboardInterrupt:

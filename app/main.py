@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from . import models, settings, wiring
+from . import authentication, models, settings, wiring
 from .autocrud import AutoCRUD
 from .autocrud.errors import ConfigError
+from .autocrud.http.guard import Guard
 
 
-def create_app(given: settings.Settings | None = None) -> FastAPI:
-    """The API of `models` on the storage that the settings name (default: the environment's). ConfigError.
+def create_app(
+    given: settings.Settings | None = None,
+    *,
+    idle_work: bool = True,
+    fits: Callable[[bytes], bool] = lambda _: True,
+) -> FastAPI:
+    """The API of `models` on the storage that the settings name (default: the environment's), for whom they let in. ConfigError.
 
-    `app.state.crud` is the AutoCRUD behind it.
+    `app.state.crud` is the AutoCRUD behind it. `idle_work`: whether anything may run between requests; `fits`: see AutoCRUD.
     """
-    factory = wiring.storage_factory(given or settings.load())
-    crud = AutoCRUD(storage_factory=factory)
+    given = given or settings.load()
+    factory = wiring.storage_factory(given, idle_work=idle_work)
+    authenticate = authentication.authenticator(given.outputs.auth)
+    crud = AutoCRUD(storage_factory=factory, authenticate=authenticate, authorize=models.authorize, fits=fits)
     models.register(crud)
     for model in factory.overrides:
         if model not in crud.managers:
             raise ConfigError(f"storage_overrides names the model {model!r}; there are {', '.join(crud.managers)}")
     app = FastAPI(title="crudstack", version="1", redoc_url=None, exception_handlers={404: _problem, 405: _problem})
     crud.apply(app)
+    if authenticate is not None:  # whatever else the application answers: the description, the docs, what is not there
+        app.add_middleware(Guard, authenticate=authenticate)
     app.state.crud = crud
     return app
 

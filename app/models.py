@@ -11,6 +11,13 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from .autocrud import AutoCRUD, IndexedField
+from .autocrud.access import Authorize
+
+authorize: Authorize | None = None
+"""What those who are let in may do; None: everything. For example
+
+    Permissions({"article": {"read": anyone, "create": role("writer"), "*": [own, role("editor")]}, "*": {"*": role("admin")}})
+"""
 
 
 class Article(Struct):

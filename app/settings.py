@@ -12,6 +12,8 @@ adds. Both come from the environment:
 | CRUDSTACK_BUCKET, CRUDSTACK_PREFIX, CRUDSTACK_REGION | the bucket of s3-sqlite, what its keys start with, its region |
 | CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are understood too |
 
+| CRUDSTACK_AUTH | who is let in: `none`, or as JSON `{"mode": "token", "token_sha256": "..."}` or `{"mode": "jwt", "issuer": "...", "audiences": [...]}` |
+
 Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role.
 """
 
@@ -20,10 +22,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from .autocrud.errors import ConfigError
 
@@ -41,6 +43,32 @@ class Pair(Struct, frozen=True, forbid_unknown_fields=True):
 Storage = Kind | Pair
 
 
+class _Auth(Struct, frozen=True, forbid_unknown_fields=True, tag_field="mode", kw_only=True):
+    pass
+
+
+class NoAuth(_Auth, frozen=True, tag="none"):
+    """Everybody is let in and may do everything."""
+
+
+class TokenAuth(_Auth, frozen=True, tag="token", kw_only=True):
+    """Who has the token, of which only the SHA-256 is known here (hex)."""
+
+    token_sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class JwtAuth(_Auth, frozen=True, tag="jwt", kw_only=True):
+    """Whose JSON Web Token API Gateway has verified: it is of this issuer, and for one of these audiences."""
+
+    issuer: str
+    audiences: Annotated[list[str], Meta(min_length=1)]
+    name_claim: str = "sub"
+    roles_claim: str = "scope"
+
+
+Auth = NoAuth | TokenAuth | JwtAuth
+
+
 class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a stack provides: names, endpoints and ARNs, never a secret."""
 
@@ -51,6 +79,8 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     bucket: str | None = None
     prefix: str = ""
     region: str | None = None
+    auth: Auth | None = None
+    """None: nobody has said, which is for a person's own machine only."""
 
 
 class LocalOverrides(Struct, frozen=True, kw_only=True):
@@ -71,6 +101,7 @@ STACK_VARIABLES = (
     "CRUDSTACK_BUCKET",
     "CRUDSTACK_PREFIX",
     "CRUDSTACK_REGION",
+    "CRUDSTACK_AUTH",
 )
 VARIABLES = ("CRUDSTACK_OUTPUTS", *STACK_VARIABLES, "CRUDSTACK_DATA_DIR", "CRUDSTACK_S3_ENDPOINT_URL")
 ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -103,6 +134,7 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
             bucket=given.get("CRUDSTACK_BUCKET"),
             prefix=given.get("CRUDSTACK_PREFIX", ""),
             region=given.get("CRUDSTACK_REGION"),
+            auth=parse_auth(given["CRUDSTACK_AUTH"]) if "CRUDSTACK_AUTH" in given else None,
         ),
         local,
     )
@@ -117,6 +149,16 @@ def parse_storage(text: str, name: str) -> Storage:
         if text == kind:
             return kind
     raise ConfigError(f"{name} is {text!r}: expected one of {', '.join(KINDS)}, or a pair as JSON")
+
+
+def parse_auth(text: str) -> Auth:
+    """`none`, or who is let in as JSON."""
+    if text == "none":
+        return NoAuth()
+    if not text.lstrip().startswith("{"):
+        raise ConfigError('CRUDSTACK_AUTH: expected none, or JSON like {"mode": "token", "token_sha256": "..."}')
+    auth: Auth = _decoded(text, Auth, "CRUDSTACK_AUTH")
+    return auth
 
 
 def _outputs(text: str) -> StackOutputs:

@@ -35,19 +35,19 @@ class WiredStorageFactory(IStorageFactory):
         return self.overrides.get(model_name, self.default).build(model_name)
 
 
-def storage_factory(settings: Settings) -> WiredStorageFactory:
-    """ConfigError names a setting that is missing."""
+def storage_factory(settings: Settings, *, idle_work: bool = True) -> WiredStorageFactory:
+    """ConfigError names a setting that is missing. `idle_work`: whether anything may run between requests."""
     outputs = settings.outputs
-    overrides = {model: _factory(storage, settings) for model, storage in outputs.storage_overrides.items()}
-    return WiredStorageFactory(_factory(outputs.storage, settings), overrides)
+    overrides = {model: _factory(storage, settings, idle_work) for model, storage in outputs.storage_overrides.items()}
+    return WiredStorageFactory(_factory(outputs.storage, settings, idle_work), overrides)
 
 
-def _factory(storage: Storage, settings: Settings) -> IStorageFactory:
+def _factory(storage: Storage, settings: Settings, idle_work: bool) -> IStorageFactory:
     kind = kind_of(storage)
     if kind == "memory":
         return MemoryStorageFactory()
     if kind == "s3-sqlite":
-        return _s3(settings)
+        return _s3(settings, idle_work)
     if settings.local.data_dir is None:
         raise ConfigError(f"CRUDSTACK_DATA_DIR is not set: storage {kind!r} keeps its data in that directory")
     # Resolved now, so that a later change of the working directory does not move the data.
@@ -55,7 +55,7 @@ def _factory(storage: Storage, settings: Settings) -> IStorageFactory:
     return DiskStorageFactory(root) if kind == "disk" else MemoryDiskStorageFactory(root)
 
 
-def _s3(settings: Settings) -> S3StorageFactory:
+def _s3(settings: Settings, idle_work: bool) -> S3StorageFactory:
     outputs, local = settings.outputs, settings.local
     if outputs.bucket is None:
         raise ConfigError("CRUDSTACK_BUCKET is not set: storage 's3-sqlite' keeps its data in that bucket")
@@ -73,6 +73,7 @@ def _s3(settings: Settings) -> S3StorageFactory:
         or "us-east-1",
         prefix=prefix,
         local_dir=copies,
+        sync_interval=5.0 if idle_work else None,
     )
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -80,10 +81,13 @@ UNNEEDED = (
     "apsw/sqlite_extra*",  # SQLite's command line tools, as programs and extensions
     "apsw/trace.py",
     "apsw/unicode.py",
+    "idna/*",  # anyio asks for it when it looks up a host name that is not ASCII, which nothing here does
     "obstore/fsspec.py",
     "pydantic/mypy.py",
     "pydantic/v1/*",  # FastAPI only asks whether a model is one of these, and is content without
 )
+ELF = b"\x7fELF\x02\x01"
+"""How a library for 64 bits, little-endian, begins."""
 LICENCES = re.compile(r"LICEN[CS]E|COPYING|NOTICE|AUTHORS", re.IGNORECASE)
 NOT_DEPLOYED = ("cli.py", "local_s3.py")
 """Modules of the app for a person's own machine."""
@@ -329,12 +333,27 @@ def _add(path: Path, tree: Path) -> None:
         for name in _files(tree):
             if name in there:
                 raise ConfigError(f"{name} is in the app and in a wheel: rename one of them")
-            content = (tree / name).read_bytes()
+            content = _stripped((tree / name).read_bytes())
             info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             info.create_system = 3  # Unix: the permissions count
             info.external_attr = (0o100755 if _is_native(name, content) else 0o100644) << 16
             archive.writestr(info, content, zipfile.ZIP_DEFLATED, 9)
         archive.filelist.sort(key=lambda info: info.filename)  # the order of the directory that closes the zip
+
+
+def _stripped(content: bytes) -> bytes:
+    """A library without what no loader reads: the sections behind its segments, which only linkers and debuggers look at. Other files as they
+    are. (`strip` for another architecture than this machine's is rarely installed.)"""
+    if content[:6] != ELF:
+        return content
+    headers, size, count = *struct.unpack_from("<Q", content, 32), *struct.unpack_from("<HH", content, 54)
+    if not count:
+        return content
+    ends = (struct.unpack_from("<QQQQ", content, headers + at * size + 8) for at in range(count))
+    stripped = bytearray(content[: max(offset + length for offset, _, _, length in ends)])
+    struct.pack_into("<Q", stripped, 40, 0)  # where the sections are described,
+    struct.pack_into("<HHH", stripped, 58, 0, 0, 0)  # and how many there are: none
+    return bytes(stripped)
 
 
 def _described(path: Path, target: Target) -> Artifact:
@@ -366,7 +385,7 @@ def _verify(name: str, head: bytes, target: Target) -> None:
     if target.platform is None or not _is_native(name, head):
         return
     architecture = _architecture(target)
-    if head[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian
+    if head[:6] != ELF:
         raise ConfigError(f"{name} is no 64-bit ELF library, expected one for {architecture}: it does not fit Lambda")
     machine = int.from_bytes(head[18:20], "little")
     if machine != MACHINES[architecture]:

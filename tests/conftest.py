@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,15 @@ class Server:
     """`crudstack serve` as a process."""
 
     def __init__(
-        self, storage: str, data_dir: Path, *arguments: str, s3: S3Server | None = None, prefix: str = ""
+        self,
+        storage: str,
+        data_dir: Path,
+        *arguments: str,
+        s3: S3Server | None = None,
+        prefix: str = "",
+        environment: Mapping[str, str] = {},
     ) -> None:
+        more = environment
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("CRUDSTACK_", "AWS_"))}
         environment |= {"CRUDSTACK_STORAGE": storage, "CRUDSTACK_DATA_DIR": str(data_dir), "CRUDSTACK_BUCKET": BUCKET}
         if s3 is not None:
@@ -33,6 +40,7 @@ class Server:
                 "AWS_ACCESS_KEY_ID": s3.access_key_id,
                 "AWS_SECRET_ACCESS_KEY": s3.secret_access_key,
             }
+        environment |= more
         command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         self.said = []
@@ -47,10 +55,11 @@ class Server:
         self.process.kill()
         self.process.wait()
 
-    def stop(self) -> None:
+    def stop(self, *, close: bool = True) -> None:
         self.process.send_signal(signal.SIGINT)
         assert self.process.wait(30) == 0
-        self.process.stdout.close()
+        if close:
+            self.process.stdout.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,21 +32,30 @@ def steps() -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["s3-sqlite", "disk"])
-def test_the_tour(serve, tmp_path, kind):
-    server = serve(kind, tmp_path, "--local-s3", "--make-bucket")
+def tour_script(url: str) -> tuple[str, Callable[[str], None]]:
+    """The tour as a script against a server, and what checks its output."""
     tour = steps()
     assert len(tour) >= 19
     script = "set -euo pipefail\n" + "".join(
         f"{command}\nprintf '\\n=== {at} ===\\n'\n" for at, (command, _) in enumerate(tour)
     )
-    script = script.replace("localhost:8000", server.url)
+
+    def check(output: str) -> None:
+        answers = re.split(r"\n=== \d+ ===\n", output)
+        for (command, expected), answer in zip(tour, answers, strict=False):
+            for text in expected:
+                assert text in answer, f"{command}\nanswered\n{answer}"
+
+    return script.replace("localhost:8000", url), check
+
+
+@pytest.mark.parametrize("kind", ["s3-sqlite", "disk"])
+def test_the_tour(serve, tmp_path, kind):
+    server = serve(kind, tmp_path, "--local-s3", "--make-bucket")
+    script, check = tour_script(server.url)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    answers = re.split(r"\n=== \d+ ===\n", done.stdout)
-    for (command, expected), answer in zip(tour, answers, strict=False):
-        for text in expected:
-            assert text in answer, f"{command}\nanswered\n{answer}"
+    check(done.stdout)
 
 
 def test_the_commands_are_there():

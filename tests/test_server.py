@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
 
 import httpx
@@ -87,3 +90,34 @@ def test_a_copied_directory_opens_equal(serve, tmp_path):
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     again = serve("disk", tmp_path / "there")
     assert httpx.get(f"{again.url}/article?limit=200").content == before
+
+
+def test_a_token_lets_in_and_each_request_has_its_line(serve, tmp_path):
+    made = subprocess.run(
+        [sys.executable, "-c", "from app.cli import main; main()", "token", "new"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    token, setting = (line.split(maxsplit=1)[1] for line in made.stdout.splitlines())
+    auth = setting.removeprefix("CRUDSTACK_AUTH='").removesuffix("'")
+    server = serve("disk", tmp_path, "--access-log", environment={"CRUDSTACK_AUTH": auth})
+    signed = {"authorization": f"bearer {token}"}
+    body = {"title": "private title", "content": "", "author": "a"}
+    with httpx.Client(base_url=server.url) as client:
+        assert client.get("/healthz").status_code == 200
+        for path in ("/article", "/openapi.json", "/docs", "/nowhere", "/readyz"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"authorization": f"Bearer {token}x"}).status_code == 401
+        created = client.post("/article", json=body, headers=signed)
+        assert created.json()["meta"]["created_by"] == "token"
+        assert client.get("/docs", headers=signed).status_code == 200
+    server.stop(close=False)
+    said = server.process.stdout.read()
+    server.process.stdout.close()
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert [line["status"] for line in lines] == [200, *[401] * 10, 201, 200]
+    assert (lines[-2]["route"], lines[-2]["request_id"]) == ("/article", created.headers["x-request-id"])
+    assert "_aws" not in lines[0]
+    assert "private" not in said
+    assert token not in said

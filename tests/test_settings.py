@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from app import main, wiring
@@ -15,7 +16,7 @@ from app.autocrud.resource_manager.storage_factory import (
     MemoryDiskStorageFactory,
     MemoryStorageFactory,
 )
-from app.settings import load
+from app.settings import JwtAuth, NoAuth, TokenAuth, load
 
 
 def factory(tmp_path, **environment):
@@ -73,6 +74,21 @@ WRONG = [
     ({"CRUDSTACK_OUTPUTS": '{"version": 1}'}, "missing required field `storage`"),
     ({"CRUDSTACK_OUTPUTS": '{"version": 1, "storage": "memory", "x": 1}'}, "unknown field `x`"),
     ({"CRUDSTACK_OUTPUTS": "/nowhere/outputs.json"}, "cannot be read"),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": "a-secret-token"}, "CRUDSTACK_AUTH: expected none, or JSON"),
+    (
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "magic"}'},
+        "CRUDSTACK_AUTH does not fit: Invalid value",
+    ),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token"}'}, "missing required field `token_sha256`"),
+    (
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token", "token_sha256": "a-secret-token"}'},
+        "`$.token_sha256`",
+    ),
+    (
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "jwt", "issuer": "x", "audiences": []}'},
+        "`$.audiences`",
+    ),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "none", "x": 1}'}, "unknown field `x`"),
 ]
 
 
@@ -81,6 +97,23 @@ def test_a_wrong_setting_is_named(environment, says):
     with pytest.raises(ConfigError) as raised:
         main.create_app(load(environment))
     assert says in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("none", NoAuth()),
+        ('{"mode": "none"}', NoAuth()),
+        ('{"mode": "token", "token_sha256": "%s"}' % ("0f" * 32), TokenAuth(token_sha256="0f" * 32)),
+        ('{"mode": "jwt", "issuer": "i", "audiences": ["a"]}', JwtAuth(issuer="i", audiences=["a"])),
+    ],
+)
+def test_who_is_let_in(given, expected):
+    assert load({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": given}).outputs.auth == expected
+    outputs = {"version": 1, "storage": "memory", "auth": msgspec.to_builtins(expected)}
+    assert load({"CRUDSTACK_OUTPUTS": json.dumps(outputs)}).outputs.auth == expected
+    assert load({"CRUDSTACK_STORAGE": "memory"}).outputs.auth is None
 
 
 def crudstack(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -96,7 +129,10 @@ def crudstack(*arguments: str, **environment: str) -> subprocess.CompletedProces
         (["serve", "--port", "70000"], {"CRUDSTACK_STORAGE": "memory"}),
         (["serve", "--prot", "1"], {"CRUDSTACK_STORAGE": "memory"}),
         (["fly"], {}),
-        (["serve", "--host", "256.0.0.1"], {"CRUDSTACK_STORAGE": "memory"}),
+        (["serve", "--host", "256.0.0.1"], {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": "none"}),
+        (["serve", "--host", "0.0.0.0"], {"CRUDSTACK_STORAGE": "memory"}),  # noqa: S104 - it is refused
+        (["serve", "--host", "::"], {"CRUDSTACK_STORAGE": "memory"}),
+        (["serve", "--host", "some.host"], {"CRUDSTACK_STORAGE": "memory"}),
         (["serve"], {"CRUDSTACK_STORAGE": "disk", "CRUDSTACK_DATA_DIR": "/proc/nothing"}),
     ],
 )

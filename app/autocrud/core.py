@@ -185,9 +185,19 @@ class AutoCRUD:
             log.warning("not durable, gone when the process ends: %s", ", ".join(lost))
 
     async def maintain(self, budget_s: float = MAINTAIN_BUDGET_S) -> None:
-        """Housekeeping of all models inside a time budget; what is left is done by the next call."""
-        for manager in self._managers.values():
-            await manager.maintain(budget_s / len(self._managers))  # each has its share, so none waits for ever
+        """Housekeeping of all models inside a time budget; what is left is done by the next call.
+
+        Each has its share, so none waits for ever; where one fails the others are still done, and then its error is raised.
+        """
+        failed: Exception | None = None
+        for name, manager in self._managers.items():
+            try:
+                await manager.maintain(budget_s / len(self._managers))
+            except Exception as error:
+                log.warning("housekeeping of %s failed: %s", name, error)
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     async def close(self) -> None:
         """Close all stores; they may be used again."""

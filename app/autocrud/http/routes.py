@@ -124,7 +124,7 @@ class ModelRoutes:
         request = Request(scope, receive, [] if rest is None else rest.split("/"), self._policy.max_body)
         method = scope["method"]
         try:
-            response = self._sendable(await self._answer(request, method))
+            response = self._sendable(await self._answer(request, method), method)
         except UnsupportedMediaType as error:
             accept = b"accept-patch" if method == "PATCH" else b"accept"
             types = ", ".join(patching.PATCH_TYPES) if method == "PATCH" else "application/json"
@@ -204,11 +204,11 @@ class ModelRoutes:
                 f"authorize answered a filter that means nothing for {self._manager.name!r}: {error}"
             ) from None
 
-    def _sendable(self, response: Response) -> Response:
+    def _sendable(self, response: Response, method: str) -> Response:
         """The response, or what takes its place if it is too large to be sent."""
         if self._policy.fits(response.body):
             return response
-        if response.brief is not None:
+        if response.brief is not None and method not in ("GET", "HEAD"):  # what is written must be acknowledged
             return response._replace(body=response.brief)
         raise problems.ResponseTooLarge(
             f"the answer has {len(response.body)} bytes, too many to be sent; ask for single fields= of it"

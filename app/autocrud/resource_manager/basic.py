@@ -237,6 +237,9 @@ class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
 
     durable: ClassVar[bool] = False
 
+    remote: ClassVar[bool] = False
+    """Whether it is kept outside of this machine, and so outlives it."""
+
     def bind(self, spec: ModelSpec) -> None:
         """Learn the model; called before anything else. No I/O here. A store in memory starts empty."""
         return None
@@ -391,6 +394,11 @@ class IStorage(ABC):
     @abstractmethod
     def durable(self) -> bool:
         """Whether what was acknowledged survives a crash."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether it survives the loss of this machine too."""
+        return False
 
     @property
     @abstractmethod

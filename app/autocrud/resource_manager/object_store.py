@@ -13,7 +13,9 @@ import asyncio
 import functools
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextvars import ContextVar
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("crudstack.s3")
 
 CONCURRENT_GETS = 32
+
+REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", default=None)
+"""Where the requests that are made on somebody's behalf are counted, if they want to know. Commits that share a swap count for one of them."""
+
+
+def _count(method: str) -> None:
+    counter = REQUESTS.get()
+    if counter is not None:
+        counter[method] += 1
 
 
 class Object(NamedTuple):
@@ -168,17 +179,20 @@ class S3ObjectStore(ObjectStore):
             raise _unavailable("GET", key, error) from error
 
     async def _read(self, key: str, options: Any) -> Object:
+        _count("GET")
         result = await self._obstore.get_async(self._objects, key, options=options)
         etag = result.meta["e_tag"]
         return Object(bytes(await result.bytes_async()), etag or "")
 
     async def put(self, key: str, body: bytes) -> None:
+        _count("PUT")
         try:
             await self._obstore.put_async(self._objects, key, body)
         except self._failed as error:
             raise _unavailable("PUT", key, error) from error
 
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        _count("PUT")
         mode: Any = "create" if etag is None else {"e_tag": etag}
         errors = self._errors
         try:
@@ -197,6 +211,7 @@ class S3ObjectStore(ObjectStore):
         try:
             stream = self._obstore.list(self._objects, folder or None, offset=after or None, chunk_size=1000)
             async for page in stream:
+                _count("LIST")
                 for meta in sorted(page, key=lambda meta: meta["path"]):
                     if meta["path"].startswith(prefix):
                         yield Listed(meta["path"], meta["size"], meta["last_modified"])
@@ -204,6 +219,7 @@ class S3ObjectStore(ObjectStore):
             raise _unavailable("LIST", prefix, error) from error
 
     async def delete(self, keys: Sequence[str]) -> None:
+        _count("DELETE")
         try:
             await self._obstore.delete_async(self._objects, keys)
         except self._missing:
@@ -213,6 +229,7 @@ class S3ObjectStore(ObjectStore):
             raise _unavailable("DELETE", keys[0], error) from error
 
     async def download(self, key: str, path: Path) -> bool:
+        _count("GET")
         try:
             result = await self._obstore.get_async(self._files, key)
             with await asyncio.to_thread(path.open, "wb") as file:
@@ -225,6 +242,7 @@ class S3ObjectStore(ObjectStore):
         return True
 
     async def upload(self, key: str, path: Path) -> None:
+        _count("PUT")
         try:
             await self._obstore.put_async(self._files, key, path)
         except self._failed as error:

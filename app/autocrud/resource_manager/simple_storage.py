@@ -83,6 +83,10 @@ class SimpleStorage(IStorage):
         return self.resource_store.durable and (self.meta_store.durable or self._follows)
 
     @property
+    def remote(self) -> bool:
+        return self.durable and self.resource_store.remote and (self.meta_store.remote or self._follows)
+
+    @property
     def encoding(self) -> Encoding:
         return self.resource_store.encoding or self._spec.encoding or Encoding.json
 

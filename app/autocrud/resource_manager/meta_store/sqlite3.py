@@ -59,6 +59,7 @@ class S3SqliteMetaStore(MetaStore):
     """
 
     durable: ClassVar[bool] = True
+    remote: ClassVar[bool] = True
     peeks: ClassVar[bool] = True
 
     def __init__(

@@ -15,6 +15,7 @@ class S3ResourceStore(ResourceStore):
     """Bodies at `{prefix}{uid}`. Without keys the ambient credentials are used; `object_store` takes the place of bucket and endpoint."""
 
     durable: ClassVar[bool] = True
+    remote: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,0 +1,232 @@
+"""The app on AWS Lambda: events in, answers out.
+
+    HTTP requests (payload format 2.0 of an HTTP API or a function URL)  Mangum and the app
+    scheduled events, or {"crudstack": "maintain"}                       housekeeping, for as long as there is time
+
+Between invocations the machine may be frozen for hours and thawed, or never again. So nothing is left to run then: housekeeping has an event
+of its own. Event loop, connections and local copies stay, and are good or are made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import os
+import time
+from typing import Any, Literal
+from urllib.parse import quote
+
+import msgspec
+from mangum import Mangum
+from msgspec import Struct
+
+from .autocrud.errors import ConfigError, OutcomeUnknown, StoreUnavailable
+from .autocrud.http import problems
+from .autocrud.http.messages import Receive, Response, Scope, Send
+from .main import create_app
+from .request_log import RequestLog, write_line
+from .settings import Settings
+
+log = logging.getLogger("crudstack.lambda")
+
+TEXT_TYPES = ["text/", "application/json", "application/problem+json", "application/json-patch+json"]
+MAX_ANSWER = 6 * 1024 * 1024 - 64 * 1024
+"""Bytes of a body in the answer, as Lambda takes it: 6 MB, less what headers may need."""
+LARGE = MAX_ANSWER // 2
+MARGIN_S = 0.5
+"""How long before Lambda ends the function a request is answered at the latest."""
+LITERAL = "!$&'()*+,;=:@/-._~%"
+"""What may stand in a path as it is."""
+
+
+class _Http(Struct, rename="camel"):
+    method: str
+    path: str
+    source_ip: str
+
+
+class _RequestContext(Struct):
+    http: _Http
+
+
+class _HttpEvent(Struct, rename="camel"):
+    """What must be there for Mangum."""
+
+    version: Literal["2.0"]
+    raw_path: str
+    request_context: _RequestContext
+    raw_query_string: str = ""
+    headers: dict[str, str] = {}
+    cookies: list[str] | None = None
+    body: str | None = None
+    is_base64_encoded: bool = False
+
+    def check_text(self) -> None:
+        """ValueError for what is no text, or no base64. JSON can hold half a character."""
+        http = self.request_context.http
+        texts = [self.raw_path, self.raw_query_string, self.body or "", http.method, http.path, http.source_ip]
+        for text in (*texts, *self.headers, *self.headers.values(), *(self.cookies or ())):
+            text.encode()
+        if self.is_base64_encoded:
+            base64.b64decode(self.body or "", validate=True)
+
+
+class LambdaHandler:
+    """ConfigError for settings under which the app cannot run there."""
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.outputs.auth is None:
+            raise ConfigError(
+                'auth is not set: say who is let in, for example {"mode": "token", ...}; {"mode": "none"} lets everybody in'
+            )
+        app = create_app(settings, idle_work=False, fits=fits)
+        self._crud = app.state.crud
+        if lost := [name for name, manager in self._crud.managers.items() if not manager.storage.remote]:
+            raise ConfigError(
+                f"the storage of {', '.join(lost)} is in this function's memory or on its disk and would end with it: on Lambda use s3-sqlite"
+            )
+        # Set first, because it is what Mangum runs everything on; it lives as long as the process.
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        logging.getLogger("mangum.http").setLevel(logging.WARNING)  # it would log paths
+        service = os.environ.get("AWS_LAMBDA_FUNCTION_NAME", "crudstack")
+        logged = RequestLog(_InTime(app), service=service)
+        self._mangum = Mangum(_AsAsked(logged), lifespan="off", text_mime_types=TEXT_TYPES)
+
+    def __call__(self, event: Any, context: Any) -> dict[str, Any]:
+        if _is_scheduled(event):
+            return self._maintain(context)
+        _check(event)
+        try:
+            return _encoded(self._mangum(event, context))
+        except Exception as error:  # Mangum's own, of a header that no gateway sends; whoever asks gets an answer
+            return _answer(problems.unexpected(error, "a request", "that Mangum could not handle"))
+
+    def _maintain(self, context: Any) -> dict[str, Any]:
+        began = time.perf_counter()
+        budget = max(0.0, _left(context) - 2 * MARGIN_S)
+        line = {
+            "level": "INFO",
+            "message": "maintain",
+            "request_id": context.aws_request_id,
+            "budget_s": round(budget, 1),
+        }
+        try:
+            self._loop.run_until_complete(self._crud.maintain(budget))
+        except BaseException:
+            line |= {"level": "ERROR", "message": "maintain failed"}
+            raise
+        finally:
+            line["duration_ms"] = round((time.perf_counter() - began) * 1e3)
+            write_line(line)
+        return {"maintained": sorted(self._crud.managers), "duration_ms": line["duration_ms"]}
+
+
+def _is_scheduled(event: Any) -> bool:
+    return isinstance(event, dict) and (
+        event == {"crudstack": "maintain"} or event.get("detail-type") == "Scheduled Event"
+    )
+
+
+def _check(event: Any) -> None:
+    """ValueError for an event that is no HTTP request."""
+    if isinstance(event, dict) and "requestContext" in event:
+        try:
+            msgspec.convert(event, _HttpEvent).check_text()
+        except ValueError as error:
+            reason = f"it is no HTTP request of payload format 2.0: {error}"
+        else:
+            return
+    else:
+        keys = ", ".join(sorted(map(str, event))[:10]) if isinstance(event, dict) else type(event).__name__
+        reason = f"found {keys or 'an empty one'}"
+    raise ValueError(
+        f"this event cannot be handled: {reason}; expected a request of an HTTP API or a function URL (payload format 2.0), a scheduled event, "
+        'or {"crudstack": "maintain"}'
+    )
+
+
+def _left(context: Any) -> float:
+    """Seconds until Lambda ends this invocation."""
+    return float(context.get_remaining_time_in_millis()) / 1e3
+
+
+class _AsAsked:
+    """An application that is told the path as it was asked for.
+
+    A function URL hands it on as it was sent, an HTTP API decodes all of it but `%25`. Decoding once more gives the same `path` for both
+    (Mangum does); what no path can hold as it is, is escaped again for `raw_path`, from which links are made.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["raw_path"] = quote(scope["aws.event"]["rawPath"], safe=LITERAL, errors="replace").encode()
+        await self._app(scope, receive, send)
+
+
+class _InTime:
+    """An application that answers before Lambda ends the function: a 503 that says what is known, instead of nothing.
+
+    What was begun goes on when the machine is used again, or never; so a write's outcome is unknown then.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def sent(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(_left(scope["aws.context"]) - MARGIN_S):
+                await self._app(scope, receive, sent)
+        except TimeoutError:
+            if started:
+                raise
+            if scope["method"] in ("GET", "HEAD"):
+                response = problems.response(StoreUnavailable("there was no answer in time; try again"))
+            else:
+                response = problems.response(
+                    OutcomeUnknown(
+                        "the time was over before the outcome was known; ask again with the same Idempotency-Key, or look first"
+                    )
+                )
+            await response.send(send, head=scope["method"] == "HEAD")
+
+
+def fits(body: bytes) -> bool:
+    """Whether Lambda can send this body: as text, in which JSON's own characters take two bytes, or as base64."""
+    return len(body) < LARGE or min(_as_text(body), _as_base64(body)) <= MAX_ANSWER
+
+
+def _as_text(body: bytes) -> int:
+    separators = body.count(b"\xe2\x80\xa8") + body.count(
+        b"\xe2\x80\xa9"
+    )  # the runtime's encoder writes them as \u2028
+    return len(body) + body.count(b'"') + body.count(b"\\") + body.count(b"\n") + 3 * separators
+
+
+def _as_base64(body: bytes) -> int:
+    return (len(body) + 2) // 3 * 4
+
+
+def _answer(response: Response) -> dict[str, Any]:
+    headers = {"content-type": response.content_type.decode()}
+    return {"statusCode": response.status, "headers": headers, "body": response.body.decode(), "isBase64Encoded": False}
+
+
+def _encoded(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer with a large body in the smaller of its two forms."""
+    text = answer.get("body", "")
+    if len(text) >= LARGE and not answer.get("isBase64Encoded"):
+        body = text.encode()
+        if _as_base64(body) < _as_text(body):
+            return answer | {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
+    return answer

@@ -1,0 +1,106 @@
+"""One line of JSON for each request: what was asked of which route, how it ended, how long it took and what it asked of the storage.
+
+No path, query, header or body is in it: they hold ids, data and secrets. On Lambda the same line carries its metrics in CloudWatch's
+embedded format, so that no request waits for a metrics service.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+
+from .autocrud.http.messages import Receive, Scope, Send
+from .autocrud.http.routes import ROUTE
+from .autocrud.resource_manager.object_store import REQUESTS
+
+_encode = msgspec.json.Encoder().encode
+
+METRICS = [
+    {"Name": "duration_ms", "Unit": "Milliseconds"},
+    {"Name": "storage_requests", "Unit": "Count"},
+    {"Name": "cold_start", "Unit": "Count"},
+    {"Name": "failed", "Unit": "Count"},
+]
+
+
+def write_line(line: dict[str, Any]) -> None:
+    """A line of JSON on stdout, where Lambda and container platforms look for logs."""
+    sys.stdout.write(_encode(line).decode() + "\n")
+    sys.stdout.flush()
+
+
+class RequestLog:
+    """An application that says what each request came to. `service`: the name under which metrics are kept; None: none are."""
+
+    def __init__(
+        self, app: Any, *, service: str | None = None, write: Callable[[dict[str, Any]], None] = write_line
+    ) -> None:
+        self._app, self._service, self._write = app, service, write
+        self._cold = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        began, cold, self._cold = time.perf_counter(), self._cold, False
+        asked: Counter[str] = Counter()
+        status = 500
+
+        async def sent(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        counting = REQUESTS.set(asked)
+        try:
+            await self._app(scope, receive, sent)
+        finally:
+            REQUESTS.reset(counting)
+            duration = round((time.perf_counter() - began) * 1e3, 2)
+            self._write(self._line(scope, request_id, status, duration, asked, cold))
+
+    def _line(
+        self, scope: Scope, request_id: str, status: int, duration: float, asked: Counter[str], cold: bool
+    ) -> dict[str, Any]:
+        line: dict[str, Any] = {
+            "level": "ERROR" if status >= 500 else "INFO",
+            "message": "request",
+            "request_id": request_id,
+            "method": scope["method"] if scope["method"] in METHODS else "other",
+            "route": _route(scope),
+            "status": status,
+            "duration_ms": duration,
+            "storage_requests": asked.total(),
+            "storage": dict(asked),
+            "cold_start": int(cold),
+            "failed": int(status >= 500),
+        }
+        if self._service is not None:
+            metrics = {"Namespace": "crudstack", "Dimensions": [["service"]], "Metrics": METRICS}
+            line["service"] = self._service
+            line["_aws"] = {"Timestamp": int(time.time() * 1e3), "CloudWatchMetrics": [metrics]}
+        return line
+
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def _route(scope: Scope) -> str:
+    """The template of the path, never the path itself."""
+    found = scope.get(ROUTE) or getattr(scope.get("route"), "path", None)
+    return found if isinstance(found, str) else "none"
+
+
+def _request_id(scope: Scope) -> str:
+    """Lambda's, under which its own lines stand; elsewhere a new one. One that a client sends would be a client's text in our log."""
+    given = getattr(scope.get("aws.context"), "aws_request_id", None)
+    return given if isinstance(given, str) and given else str(uuid4())

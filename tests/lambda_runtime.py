@@ -1,0 +1,351 @@
+"""Lambda on this machine: the real runtime client (awslambdaric) on the unpacked zip, against a Runtime API of our own.
+
+    with Instance(task, python, environment) as instance:
+        answer = instance.invoke(http_event("GET", "/article"))
+
+What AWS does and we rely on is done here too: one invocation at a time, a deadline after which the process is killed, a freeze between
+invocations (SIGSTOP), 6 MB for an event and for an answer, and events as the two gateways write them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote, urlsplit
+from uuid import uuid4
+
+from infra import artifact
+
+ROOT = Path(__file__).parent.parent
+MAX_EVENT = 6 * 1024 * 1024
+MAX_RESPONSE = 6_291_556
+ARN = "arn:aws:lambda:us-east-1:123456789012:function:crudstack"
+
+
+class InvocationFailed(Exception):
+    """The function raised, or ended. `error` is what the runtime reported."""
+
+    def __init__(self, error: Any) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Answer(NamedTuple):
+    """An answer as an HTTP client would see it."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    raw: dict[str, Any]
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Task(NamedTuple):
+    """An unpacked zip, and the Python and runtime client to run it with."""
+
+    directory: Path
+    python: Path
+    client: Path
+
+
+def unpack(version: str, directory: Path) -> Task:
+    """A host build for this version of Python, and the runtime client for it. ConfigError if that Python is not here."""
+    built = artifact.build(directory / "host.zip", target=artifact.host(version))
+    with zipfile.ZipFile(built.path) as archive:
+        archive.extractall(directory / "task")
+    python = artifact.interpreter(version)
+    locked = (ROOT / "requirements/dev.txt").read_text()
+    wanted = ("awslambdaric", "simplejson", "snapshot-restore-py")
+    blocks = re.findall(r"^\S+==(?:.*\\\n)*.*\n", locked, re.MULTILINE)
+    requirements = directory / "client.txt"
+    requirements.write_text("".join(block for block in blocks if block.partition("==")[0] in wanted))
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    command = [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--python", str(python)]
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    command += ["--target", str(directory / "client"), "-r", str(requirements)]
+    subprocess.run(command, check=True, env=environment)
+    return Task(directory / "task", python, directory / "client")
+
+
+class Instance:
+    """One execution environment."""
+
+    def __init__(self, task: Task, environment: dict[str, str], directory: Path) -> None:
+        self._events: queue.Queue[tuple[str, bytes, float] | None] = queue.Queue()
+        self._answers: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self._server = _runtime_api(self._events, self._answers)
+        self._log = directory / f"lambda-{uuid4().hex}.log"
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+        environment = (
+            kept
+            | {
+                "AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{self._server.server_port}",
+                "AWS_LAMBDA_FUNCTION_NAME": "crudstack-test",
+                "AWS_EXECUTION_ENV": "AWS_Lambda_python3.13",
+                "LAMBDA_TASK_ROOT": str(task.directory),
+                "PYTHONPATH": f"{task.directory}{os.pathsep}{task.client}",
+                "TMPDIR": str(directory),
+            }
+            | environment
+        )
+        command = [str(task.python), "-S", "-m", "awslambdaric", "app.handler.handler"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=task.directory, env=environment, stdout=log, stderr=log)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._events.put(None)  # whoever still waits for one
+        self._server.shutdown()
+        self._server.server_close()
+
+    def invoke(self, event: Any, seconds: float = 29.0) -> Any:
+        """What the handler returned. InvocationFailed; TimeoutError after so many seconds, and then the process is killed, as on AWS."""
+        payload = json.dumps(event).encode()
+        assert len(json.dumps(event, ensure_ascii=False).encode("utf-8", "surrogatepass")) <= MAX_EVENT, (
+            "AWS refuses this event"
+        )
+        request_id = str(uuid4())
+        deadline = time.monotonic() + seconds
+        self._events.put((request_id, payload, time.time() + seconds))
+        while True:
+            try:
+                kind, body = self._answers.get(timeout=0.05)
+            except queue.Empty:
+                if self.process.poll() is not None:
+                    raise InvocationFailed({"errorMessage": self.log()}) from None
+                if time.monotonic() > deadline:
+                    self.kill()
+                    raise TimeoutError from None
+                continue
+            if kind != "response":
+                raise InvocationFailed(json.loads(body))
+            assert len(body) <= MAX_RESPONSE, "AWS refuses this answer: Response payload size exceeded"
+            return json.loads(body)
+
+    def request(self, method: str, path: str, seconds: float = 29.0, **how: Any) -> Answer:
+        """Ask over HTTP, as a gateway does."""
+        return seen(self.invoke(http_event(method, path, **how), seconds))
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of the log that are JSON."""
+        return [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+
+    def resources(self) -> tuple[int, int]:
+        """Resident memory in KiB, and open files and connections."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        resident = re.search(r"VmRSS:\s+(\d+)", status)
+        assert resident is not None
+        return int(resident[1]), len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+
+def _runtime_api(events: Any, answers: Any) -> ThreadingHTTPServer:
+    """https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html"""
+
+    class Api(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+        wbufsize = -1
+
+        def do_GET(self) -> None:
+            event = events.get()
+            if event is None:
+                events.put(None)
+                self.close_connection = True
+                return
+            request_id, payload, deadline = event
+            headers = {
+                "Lambda-Runtime-Aws-Request-Id": request_id,
+                "Lambda-Runtime-Deadline-Ms": str(int(deadline * 1000)),
+                "Lambda-Runtime-Invoked-Function-Arn": ARN,
+                "Lambda-Runtime-Trace-Id": "Root=1-5bef4de7-ad49b0e87f6ef6c87fc2e700;Sampled=1",
+                "Content-Type": "application/json",
+            }
+            self._send(200, payload, headers)
+
+        def do_POST(self) -> None:
+            body = self._body()
+            kind = self.path.rpartition("/")[2]
+            answers.put(("init" if "/init/" in self.path else kind, body))
+            self._send(202, b'{"status":"OK"}', {})
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
+
+        def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    server.daemon_threads = True
+    server.block_on_close = False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+# Events
+
+
+def http_event(
+    method: str,
+    path: str,
+    *,
+    headers: dict[str, str] | None = None,
+    body: bytes | str | None = None,
+    json_body: Any = None,
+    gateway: str = "http-api",
+    claims: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """An event of payload format 2.0. `path` is encoded, with its query.
+
+    An HTTP API decodes the path but for `%25` (middleapi/standard-server#93 has captures of both), a function URL hands it on as it is.
+    """
+    headers = {name.lower(): value for name, value in (headers or {}).items()}
+    if json_body is not None:
+        body = json.dumps(json_body, ensure_ascii=False)
+        headers.setdefault("content-type", "application/json")
+    url = urlsplit(path)
+    shown = decoded(url.path) if gateway == "http-api" else url.path
+    host = (
+        "abc123.execute-api.us-east-1.amazonaws.com" if gateway == "http-api" else "abc123.lambda-url.us-east-1.on.aws"
+    )
+    context: dict[str, Any] = {
+        "accountId": "123456789012" if gateway == "http-api" else "anonymous",
+        "apiId": "abc123",
+        "domainName": host,
+        "domainPrefix": "abc123",
+        "http": {
+            "method": method,
+            "path": shown,
+            "protocol": "HTTP/1.1",
+            "sourceIp": "203.0.113.1",
+            "userAgent": "test",
+        },
+        "requestId": "JKJaXmPLvHcESHA=",
+        "routeKey": "$default",
+        "stage": "$default",
+        "time": "24/Nov/2026:22:00:00 +0000",
+        "timeEpoch": int(time.time() * 1000),
+    }
+    if claims is not None:
+        context["authorizer"] = {"jwt": {"claims": claims, "scopes": None}}
+    event: dict[str, Any] = {
+        "version": "2.0",
+        "routeKey": "$default",
+        "rawPath": shown,
+        "rawQueryString": url.query,
+        "headers": {"host": host, "x-forwarded-port": "443", "x-forwarded-proto": "https", **headers},
+        "requestContext": context,
+        "isBase64Encoded": isinstance(body, bytes),
+    }
+    if body is not None:
+        event["body"] = base64.b64encode(body).decode() if isinstance(body, bytes) else body
+    return event
+
+
+def decoded(path: str) -> str:
+    """A path as an HTTP API decodes it."""
+
+    def run(match: re.Match[str]) -> str:
+        raw = bytes.fromhex(match[0].replace("%", ""))
+        return "%25".join(part.decode("utf-8", "replace") for part in raw.split(b"%"))
+
+    return re.sub(r"(?:%[0-9A-Fa-f]{2})+", run, path)
+
+
+def seen(returned: dict[str, Any]) -> Answer:
+    """What a client gets of what the handler returned."""
+    body = returned.get("body") or ""
+    raw = base64.b64decode(body) if returned.get("isBase64Encoded") else body.encode()
+    return Answer(returned["statusCode"], returned.get("headers") or {}, raw, returned)
+
+
+class Gateway:
+    """An HTTP API in front of instances, which take turns; one request each at a time."""
+
+    def __init__(self, instances: list[Instance]) -> None:
+        free: queue.Queue[Instance] = queue.Queue()
+        for instance in instances:
+            free.put(instance)
+
+        class Front(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                length = int(self.headers.get("Content-Length", 0))
+                body = self.rfile.read(length).decode() if length else None
+                path = quote(self.path, safe="/?&=%[]+,:;@!$'()*-._~")
+                instance = free.get()
+                try:
+                    answer = instance.request(self.command, path, headers=dict(self.headers), body=body)
+                finally:
+                    free.put(instance)
+                self.send_response(answer.status)
+                for name, value in answer.headers.items():
+                    if name != "content-length":
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(answer.body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(answer.body)
+
+            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_any  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Front)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,462 @@
+"""The zip through the real runtime client: cold starts, a thousand warm calls, bad events, limits, cut connections, freezes, time-outs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from app.autocrud.errors import ConfigError
+from infra.artifact import interpreter
+from tests.lambda_runtime import Gateway, Instance, InvocationFailed, http_event, unpack
+from tests.services import BUCKET
+from tests.tcp_proxy import TcpProxy
+from tests.test_readme import tour_script
+
+TOKEN = "a-very-secret-token-0123456789"  # noqa: S105 - of these tests
+ARTICLE = {"title": "Sun", "content": "It shines.", "author": "alice"}
+SIGNED_IN = {"authorization": f"Bearer {TOKEN}"}
+
+
+def other_version() -> list[str]:
+    """Lambda's Python, where it can be had; `make package` and tests/infra fail with a sentence where it cannot."""
+    try:
+        interpreter("3.13")
+    except ConfigError:
+        return []
+    return ["3.13"]
+
+
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+VERSIONS = list(dict.fromkeys([HERE, *other_version()]))
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def each_task(request, tmp_path_factory):
+    return unpack(request.param, tmp_path_factory.mktemp(f"task-{request.param}"))
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """What runs on Lambda's version of Python, or else on this one."""
+    return unpack(VERSIONS[-1], tmp_path_factory.mktemp("task"))
+
+
+def settings(s3, prefix: str, url: str | None = None, **outputs) -> dict[str, str]:
+    token = {"mode": "token", "token_sha256": hashlib.sha256(TOKEN.encode()).hexdigest()}
+    stack = {"version": 1, "storage": "s3-sqlite", "bucket": BUCKET, "prefix": prefix, "auth": token, **outputs}
+    return {
+        "CRUDSTACK_OUTPUTS": json.dumps(stack),
+        "AWS_ENDPOINT_URL_S3": url or s3.url,
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": s3.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": s3.secret_access_key,
+    }
+
+
+@pytest.fixture
+def instance(ministack_s3, tmp_path, task):
+    """Start instances that share a bucket."""
+    with contextlib.ExitStack() as stack:
+        yield lambda url=None, task=task, **outputs: stack.enter_context(
+            Instance(task, settings(ministack_s3, tmp_path.name, url, **outputs), tmp_path)
+        )
+
+
+def ask(one: Instance, method: str, path: str, **how):
+    headers = {**SIGNED_IN, **how.pop("headers", {})}
+    return one.request(method, path, headers=headers, **how)
+
+
+def test_the_tour_on_every_python(ministack_s3, tmp_path, each_task):
+    """Two instances take turns, so that every request meets the other's writes."""
+    environment = settings(ministack_s3, tmp_path.name)
+    with Instance(each_task, environment, tmp_path) as one, Instance(each_task, environment, tmp_path) as two:
+        with Gateway([one, two]) as gateway:
+            script, check = tour_script(gateway.url)
+            signed = f"curl() {{ command curl -H 'Authorization: Bearer {TOKEN}' \"$@\"; }}\n"
+            done = subprocess.run(["bash", "-c", signed + script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        check(done.stdout)
+        for log in (one.log(), two.log()):
+            assert TOKEN not in log
+            assert "It shines" not in log
+
+
+def test_cold_and_warm(instance):
+    one = instance()
+    assert one.request("GET", "/healthz").status == 200
+    created = ask(one, "POST", "/article", json_body=ARTICLE)
+    assert created.status == 201
+    path = created.headers["location"]
+    for _ in range(300):
+        assert ask(one, "GET", path).status == 200
+    before = one.resources()
+    for number in range(1000):
+        if number % 10:
+            assert ask(one, "GET", path).status == 200
+        else:
+            assert ask(one, "PATCH", path, json_body={"title": f"{number}"}).status == 200
+    memory, files = one.resources()
+    assert files <= before[1], "connections or files grew"
+    assert memory <= before[0] + 8 * 1024, f"memory grew from {before[0]} KiB to {memory}"
+    lines = [line for line in one.lines() if line["message"] == "request"]
+    assert [line["cold_start"] for line in lines] == [1] + [0] * 1301
+    assert {line["route"] for line in lines} == {"/healthz", "/article", "/article/{id}"}
+    (create,) = (line for line in lines if line["method"] == "POST")
+    assert create["storage"]["PUT"] >= 2
+    assert create["storage_requests"] == sum(create["storage"].values())
+    reads = [line["storage"] for line in lines if line["method"] == "GET" and line["route"] == "/article/{id}"]
+    assert all(read == {"GET": 2} for read in reads[1:])
+
+
+def test_one_line_a_request(instance):
+    one = instance()
+    answer = ask(one, "POST", "/article?status=draft", json_body=ARTICLE | {"title": "a secret title"})
+    ask(one, "GET", "/article?author=private-author")
+    ask(one, "GET", "/nowhere/private-path")
+    one.request("GET", "/article", headers={"authorization": "Bearer wrong-secret"})
+    ask(one, "PATCH", answer.headers["location"], json_body={"title": 1})
+    lines = one.lines()
+    assert [(line["route"], line["status"]) for line in lines] == [
+        ("/article", 201),
+        ("/article", 200),
+        ("none", 404),
+        ("none", 401),
+        ("/article/{id}", 422),
+    ]
+    for line in lines:
+        assert re.fullmatch(r"[0-9a-f-]{36}", line["request_id"])
+        (metrics,) = line["_aws"]["CloudWatchMetrics"]
+        assert metrics["Dimensions"] == [["service"]]
+        assert {metric["Name"] for metric in metrics["Metrics"]} <= line.keys()
+        assert line["service"] == "crudstack-test"
+    assert answer.headers["x-request-id"] == lines[0]["request_id"]
+    for secret in ("secret", "private", TOKEN, answer.json()["meta"]["resource_id"]):
+        assert secret not in one.log()
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {},
+        None,
+        [],
+        "x",
+        7,
+        {"Records": [{"eventSource": "aws:s3"}]},
+        {"httpMethod": "GET", "path": "/", "requestContext": {}, "resource": "/"},
+        {**http_event("GET", "/article"), "version": "1.0"},
+        {**http_event("GET", "/article"), "requestContext": {}},
+        {**http_event("GET", "/article"), "requestContext": None},
+        {**http_event("GET", "/article"), "headers": None},
+        {**http_event("GET", "/article"), "headers": {"a": 1}},
+        {**http_event("GET", "/article"), "rawPath": 7},
+        {**http_event("GET", "/article"), "body": {"a": 1}},
+        {**http_event("POST", "/article"), "body": "***", "isBase64Encoded": True},
+        {**http_event("POST", "/article"), "body": "\ud800"},
+        {**http_event("GET", "/article"), "headers": {"x": "\udfff"}},
+    ],
+)
+def test_bad_events_are_told_apart(shared, event):
+    with pytest.raises(InvocationFailed) as failed:
+        shared.invoke(event)
+    said = failed.value.error
+    assert said["errorType"] == "ValueError"
+    assert said["errorMessage"].startswith("this event cannot be handled: ")
+    assert "scheduled event" in said["errorMessage"]
+    assert shared.request("GET", "/healthz").status == 200
+
+
+@pytest.fixture(scope="module")
+def shared(ministack_s3, tmp_path_factory, task):
+    """An instance for tests that leave it as it was."""
+    directory = tmp_path_factory.mktemp("shared")
+    with Instance(task, settings(ministack_s3, directory.name), directory) as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "a:b:c"},
+        {"host": "[::1]:80"},
+        {"x-forwarded-port": "x"},
+        {"host": ""},
+        {"content-type": "é"},
+        {"cookie": "a=b"},
+    ],
+)
+def test_odd_headers_get_an_answer(shared, headers):
+    answer = shared.invoke(http_event("GET", "/article", headers=headers))
+    assert answer["statusCode"] in (401, 500)
+    assert "Traceback" not in answer["body"]
+
+
+@pytest.mark.parametrize("gateway", ["http-api", "function-url"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/%61rticle/a%7Eb",
+        "/article/%C3%A4",
+        "/article/a%2Fb",
+        "/article/a%252Fb",
+        "/article/a%20b%3Fc",
+        "/article/%ff",
+        "/caf%C3%A9",
+    ],
+)
+def test_paths_with_encoded_characters(shared, gateway, path):
+    """Neither gateway makes another resource of it, and links lead where they should."""
+    ids = {"/%61rticle/a%7Eb": "a~b"}
+    answer = ask(shared, "PUT", path, gateway=gateway, json_body=ARTICLE, headers={"if-none-match": "*"})
+    if path in ids:
+        assert answer.status in (201, 412)
+        assert ask(shared, "GET", path, gateway=gateway).json()["meta"]["resource_id"] == ids[path]
+    else:
+        assert answer.status in (404, 422), answer.body
+    if answer.status == 201:
+        assert answer.headers["location"] in (path, "/article/a~b")
+        assert ask(shared, "GET", answer.headers["location"], gateway=gateway).status == 200
+
+
+def test_a_query_with_encoded_characters(shared):
+    created = ask(shared, "POST", "/article", json_body=ARTICLE | {"author": "ä&=+ b"})
+    found = ask(shared, "GET", "/article?author=%C3%A4%26%3D%2B%20b&limit=1")
+    assert [item["meta"]["resource_id"] for item in found.json()["items"]] == [created.json()["meta"]["resource_id"]]
+
+
+def test_bodies_at_the_limits(instance):
+    one = instance()
+    for text in ("x" * 5_900_000, "ä" * 2_900_000, '"\\' * 500_000 + "\u2028" * 300_000):
+        created = ask(one, "POST", "/article", json_body=ARTICLE | {"content": text})
+        assert created.status == 201
+        path = created.headers["location"]
+        assert created.json()["meta"]["resource_id"] == path.rpartition("/")[2]
+        whole = ask(one, "GET", path)
+        if whole.status == 200:
+            assert whole.json()["data"]["content"] == text
+        else:
+            assert (whole.status, whole.json()["type"]) == (400, "urn:crudstack:response-too-large")
+        assert ask(one, "GET", f"{path}?fields=title").json()["data"] == {"title": "Sun"}
+        assert ask(one, "PATCH", path, json_body={"title": "Moon"}).status == 200
+    page = ask(one, "GET", "/article").json()
+    assert (len(page["items"]), page["next_cursor"] is None) == (1, False)
+    binary = json.dumps(ARTICLE | {"content": "y" * 4_000_000}).encode()
+    sent = ask(one, "POST", "/article", body=binary, headers={"content-type": "application/json"})
+    assert sent.status == 201
+    assert ask(one, "GET", f"{sent.headers['location']}/data").json()["content"] == "y" * 4_000_000
+
+
+def test_what_was_written_but_cannot_be_told_is_told_briefly(instance):
+    """A patch may make more of a resource than one answer holds; it is acknowledged all the same."""
+    one = instance()
+    path = ask(one, "POST", "/article", json_body=ARTICLE | {"content": "x" * 3_500_000}).headers["location"]
+    grown = ask(one, "PATCH", path, json_body={"title": '"' * 1_500_000})
+    assert grown.status == 200
+    assert (set(grown.json()), grown.json()["meta"]["revision"]) == ({"meta"}, 2)
+    assert ask(one, "GET", path).status == 400
+    assert len(ask(one, "GET", f"{path}?fields=content").json()["data"]["content"]) == 3_500_000
+
+
+def test_connections_that_were_cut_cost_no_request(instance, ministack_s3):
+    with TcpProxy(ministack_s3.url) as proxy:
+        one = instance(proxy.url)
+        path = ask(one, "POST", "/article", json_body=ARTICLE).headers["location"]
+        for number in range(20):
+            one.freeze()
+            cut = proxy.cut()
+            one.thaw()
+            if number % 2:
+                assert ask(one, "PATCH", path, json_body={"title": f"{number}"}).status == 200
+            else:
+                assert ask(one, "GET", path).status == 200
+            assert cut >= 1
+        assert ask(one, "GET", path).json()["meta"]["revision"] == 11
+
+
+def test_frozen_while_another_instance_writes(instance):
+    frozen, other = instance(), instance()
+    path = ask(frozen, "POST", "/article", json_body=ARTICLE).headers["location"]
+    for round_ in range(5):
+        frozen.freeze()
+        for number in range(30):
+            changed = ask(other, "PATCH", path, json_body={"title": f"{round_} {number}"})
+            assert changed.status == 200
+        other.invoke({"crudstack": "maintain"})
+        frozen.thaw()
+        seen = ask(frozen, "GET", path)
+        assert (seen.headers["etag"], seen.json()["data"]["title"]) == (changed.headers["etag"], f"{round_} 29")
+        stale = ask(frozen, "PATCH", path, json_body={"title": "stale"}, headers={"if-match": '"1-0000000000000000"'})
+        assert stale.status == 412
+        assert ask(frozen, "POST", "/article", json_body=ARTICLE | {"title": f"{round_}"}).status == 201
+    assert ask(other, "GET", "/article/count").json() == {"count": 6}
+    revisions = ask(other, "GET", f"{path}/revisions?limit=200").json()["items"]
+    assert [one["revision"] for one in revisions] == list(range(151, 0, -1))
+
+
+def test_two_instances_write_at_once_and_are_frozen_at_any_moment(instance):
+    instances, acknowledged, ended = [instance(), instance()], [[], []], threading.Event()
+
+    def write(at):
+        for number in itertools.count():
+            if ended.is_set():
+                return
+            created = ask(instances[at], "POST", "/article", json_body=ARTICLE | {"title": f"{at}.{number}"})
+            assert created.status in (201, 503), created.body
+            if created.status == 201:
+                acknowledged[at].append((created.headers["location"], f"{at}.{number}"))
+
+    threads = [threading.Thread(target=write, args=(at,)) for at in range(2)]
+    for thread in threads:
+        thread.start()
+    for round_ in range(12):
+        goal = len(acknowledged[1 - round_ % 2]) + 8
+        instances[round_ % 2].freeze()
+        while len(acknowledged[1 - round_ % 2]) < goal:
+            threads[0].join(0.005)
+        instances[round_ % 2].thaw()
+    ended.set()
+    for thread in threads:
+        thread.join()
+    for path, title in itertools.chain(*acknowledged):
+        for one in instances:
+            assert ask(one, "GET", f"{path}/data").json()["title"] == title
+
+
+def test_the_time_ends_in_the_middle_of_a_write(instance, ministack_s3):
+    """The answer to the swap is held up: the client hears 503 in time, and with the same key it is done once, wherever it asks."""
+    key = {"idempotency-key": "order-17"}
+    with TcpProxy(ministack_s3.url) as proxy:
+        slow, other = instance(proxy.url), instance()
+        assert ask(slow, "POST", "/article", json_body=ARTICLE).status == 201
+        proxy.hold()
+        late = ask(slow, "POST", "/article", json_body=ARTICLE | {"title": "once"}, headers=key, seconds=2.5)
+        assert (late.status, late.json()["type"]) == (503, "urn:crudstack:outcome-unknown")
+        first = ask(other, "POST", "/article", json_body=ARTICLE | {"title": "once"}, headers=key)
+        assert first.status == 201
+        proxy.release()
+        again = ask(slow, "POST", "/article", json_body=ARTICLE | {"title": "once"}, headers=key)
+        assert (again.status, again.body) == (201, first.body)
+        assert again.headers["idempotency-replayed"] == "true"
+        assert ask(slow, "GET", "/article/count").json() == {"count": 2}
+        proxy.hold()
+        read = ask(slow, "GET", "/article/count", seconds=2.0)
+        assert (read.status, read.json()["type"]) == (503, "urn:crudstack:store-unavailable")
+
+
+def test_killed_in_the_middle_of_a_write(instance, ministack_s3):
+    with TcpProxy(ministack_s3.url) as proxy:
+        for number in range(6):
+            key = {"idempotency-key": f"key-{number}"}
+            doomed = instance(proxy.url)
+            assert doomed.request("GET", "/healthz").status == 200
+            proxy.hold()
+            asked = threading.Thread(target=_unheard, args=(doomed, key, number))
+            asked.start()
+            assert proxy.held.wait(20)
+            doomed.kill()
+            asked.join()
+            proxy.release()
+            proxy.cut()
+            told = [
+                ask(instance(), "POST", "/article", json_body=ARTICLE | {"title": f"{number}"}, headers=key)
+                for _ in range(2)
+            ]
+            assert [one.status for one in told] == [201, 201]
+            assert told[0].body == told[1].body
+    assert ask(instance(), "GET", "/article/count").json() == {"count": 6}
+
+
+def _unheard(doomed: Instance, key, number) -> None:
+    with pytest.raises(InvocationFailed):
+        ask(doomed, "POST", "/article", json_body=ARTICLE | {"title": f"{number}"}, headers=key)
+
+
+def test_scheduled_housekeeping(instance):
+    one = instance()
+    ask(one, "POST", "/article", json_body=ARTICLE)
+    scheduled = {"version": "0", "id": "1", "detail-type": "Scheduled Event", "source": "aws.events", "detail": {}}
+    assert one.invoke(scheduled, 10)["maintained"] == ["airport", "article", "user"]
+    (line,) = (line for line in one.lines() if line["message"] == "maintain")
+    assert 7 < line["budget_s"] <= 9
+
+
+def test_without_credentials_only_healthz_answers(instance):
+    one = instance()
+    assert one.request("GET", "/healthz").status == 200
+    for path in (
+        "/",
+        "/article",
+        "/article/x",
+        "/readyz",
+        "/openapi.json",
+        "/docs",
+        "/healthz/",
+        "/healthz/../article",
+        "//article",
+        "/%68ealthz2",
+    ):
+        for headers in (
+            {},
+            {"authorization": "Bearer "},
+            {"authorization": f"Basic {TOKEN}"},
+            {"authorization": TOKEN},
+            {"authorization": "Bearer é"},
+        ):
+            answer = one.request("GET", path, headers=headers)
+            assert (answer.status, answer.json()["type"]) == (401, "urn:crudstack:unauthenticated"), path
+    assert ask(one, "GET", "/openapi.json").status == 200
+
+
+def test_claims_that_api_gateway_verified(instance):
+    auth = {"mode": "jwt", "issuer": "https://issuer.example", "audiences": ["app"]}
+    one = instance(auth=auth)
+    good = {"iss": "https://issuer.example", "aud": "[app other]", "sub": "alice", "scope": "read write"}
+    created = one.request("POST", "/article", json_body=ARTICLE, claims=good)
+    assert (created.status, created.json()["meta"]["created_by"]) == (201, "alice")
+    for claims in (
+        None,
+        {},
+        good | {"iss": "https://other.example"},
+        good | {"aud": "other"},
+        {**good, "sub": ""},
+        {"sub": "alice"},
+    ):
+        assert one.request("GET", "/article", claims=claims, headers=SIGNED_IN).status == 401
+    assert one.request("GET", "/article", claims={**good, "aud": "", "client_id": "app"}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        ({"storage": "memory"}, "the storage of article, airport, user is in this function's memory"),
+        ({"storage_overrides": {"user": "memory"}}, "the storage of user is in this function's memory"),
+        ({"auth": None}, "auth is not set"),
+        ({"bucket": None}, "CRUDSTACK_BUCKET is not set"),
+        ({"storage": "disk"}, "CRUDSTACK_DATA_DIR is not set"),
+        ({"auth": {"mode": "token", "token_sha256": "short"}}, "auth.token_sha256"),
+    ],
+)
+def test_what_cannot_run_there_is_refused_in_one_sentence(instance, outputs, said):
+    with pytest.raises(InvocationFailed) as failed:
+        instance(**outputs).invoke({})
+    assert failed.value.error["errorType"] == "ConfigError"
+    assert said in failed.value.error["errorMessage"]
+    assert "\n" not in failed.value.error["errorMessage"]
+
+
+def test_the_disk_of_a_function_is_no_storage(ministack_s3, tmp_path, task):
+    environment = settings(ministack_s3, tmp_path.name, storage="disk") | {"CRUDSTACK_DATA_DIR": str(tmp_path)}
+    with Instance(task, environment, tmp_path) as one, pytest.raises(InvocationFailed) as failed:
+        one.invoke({})
+    assert "use s3-sqlite" in failed.value.error["errorMessage"]
+    assert not list(os.scandir(tmp_path / "article")) if (tmp_path / "article").exists() else True
