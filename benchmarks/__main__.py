@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
+from app.local_s3 import ministack
+from infra import artifact
+
 from . import report, s3
 from .load import measure, on_first_core, require_wrk
 from .peers import POCKETBASE, ROOT, ROWS, SPECSTAR, Floor, Ours, Peer, PocketBase, Specstar
 from .report import Cell
 
-PARTS = ("cold", "engine", "memory", "disk", "s3")
+PARTS = ("cold", "lambda", "engine", "memory", "disk", "s3")
 PORT = 18_100
 
 
@@ -39,13 +43,16 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000], help="for s3")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/RESULTS.md", help="where to write")
     options = parser.parse_args()
-    require_wrk()
+    if {"memory", "disk"} & set(options.parts):
+        require_wrk()
     if not (SPECSTAR.exists() and POCKETBASE.exists()):
         sys.exit("the peers are not installed: run `make bench`")
     sections = [_header()]
     with Progress(console=Console(stderr=True)) as progress:
         if "cold" in options.parts:
             sections += cold_starts(progress, options.rounds)
+        if "lambda" in options.parts:
+            sections += on_lambda(progress)
         if "engine" in options.parts:
             for kind in ("memory", "disk"):
                 sections += engines(progress, kind, options.rounds)
@@ -185,33 +192,67 @@ def engines(progress: Progress, kind: str, rounds: int) -> list[str]:
 
 
 def cold_starts(progress: Progress, rounds: int) -> list[str]:
-    """CPU milliseconds until the first answer, Python's own start included."""
+    """Milliseconds until the first answer, Python's own start included."""
     ours, theirs = sys.executable, str(SPECSTAR)
-    cases = {
-        "5 models": {
-            "crudstack disk": (ours, "crudstack", "disk", 5),
-            "crudstack memory": (ours, "crudstack", "memory", 5),
-            "specstar memory": (theirs, "specstar", "memory", 5),
-            "import fastapi": (ours, "fastapi", "-", 0),
-        },
-        "30 models": {
-            "crudstack disk": (ours, "crudstack", "disk", 30),
-            "crudstack memory": (ours, "crudstack", "memory", 30),
-            "specstar memory": (theirs, "specstar", "memory", 30),
-            "import fastapi": (ours, "fastapi", "-", 0),
-        },
+    peers = {
+        "crudstack s3-sqlite": (ours, "crudstack", "s3-sqlite"),
+        "handler s3-sqlite": (ours, "handler", "s3-sqlite"),
+        "crudstack disk": (ours, "crudstack", "disk"),
+        "crudstack memory": (ours, "crudstack", "memory"),
+        "with boto3": (ours, "boto3", "s3-sqlite"),
+        "specstar S3": (theirs, "specstar", "s3-sqlite"),
+        "specstar memory": (theirs, "specstar", "memory"),
+        "import fastapi": (ours, "fastapi", "-"),
     }
-    table = {row: {name: Cell([], []) for name in peers} for row, peers in cases.items()}
-    for at in progress.track(range(rounds + 1), description="cold starts"):
-        for row, peers in cases.items():
-            for name, (python, who, kind, models) in peers.items():
-                with tempfile.TemporaryDirectory() as directory:
-                    took = float(_output([python, "benchmarks/scripts/cold.py", who, kind, str(models), directory]))
-                if at:  # the first round only warms the bytecode
-                    table[row][name].cpu.append(took)
-    note = "CPU milliseconds of a fresh process: start of Python, import, app, first request through ASGI."
-    names = list(cases["5 models"])
-    return [report.markdown("Cold start", note, table, "crudstack disk", names), report.raw("Cold start", table)]
+    cpu, wall = ({f"{models} models": {name: Cell([], []) for name in peers} for models in (5, 30)} for _ in range(2))
+    with tempfile.TemporaryDirectory() as s3_directory, ministack(Path(s3_directory)) as url:
+        httpx.put(f"{url}/bench").raise_for_status()
+        for at in progress.track(range(rounds + 1), description="cold starts"):
+            for models in (5, 30):
+                for name, (python, who, kind) in peers.items():
+                    with tempfile.TemporaryDirectory() as directory:
+                        place = url if kind == "s3-sqlite" else directory
+                        command = [python, "benchmarks/scripts/cold.py", who, kind, str(models), place]
+                        took = msgspec.json.decode(_output([*command, str(time.time())]), type=tuple[float, float])
+                    if at:  # the first round warms the bytecode, and makes the stores
+                        cpu[f"{models} models"][name].cpu.append(took[0])
+                        wall[f"{models} models"][name].cpu.append(took[1])
+    first, names = "crudstack s3-sqlite", list(peers)
+    note = "of a fresh process: start of Python, import, app, first request. S3 is ministack on this machine, with the stores in it already."
+    return [
+        report.markdown("Cold start, CPU", f"CPU milliseconds {note}", cpu, first, names),
+        report.raw("Cold start, CPU", cpu),
+        report.markdown("Cold start, wall", f"Milliseconds {note}", wall, first, names),
+        report.raw("Cold start, wall", wall),
+    ]
+
+
+def on_lambda(progress: Progress) -> list[str]:
+    """What the handler adds to the app, and what is in the zip."""
+    task = progress.add_task("lambda", total=2)
+    warm = msgspec.json.decode(
+        _output([sys.executable, "-m", "benchmarks.scripts.lambda_warm"]), type=dict[str, tuple[float, float]]
+    )
+    progress.advance(task)
+    table = {
+        name: {"handler": Cell([handler], []), "bare ASGI app": Cell([bare], [])}
+        for name, (bare, handler) in warm.items()
+    }
+    note = "CPU microseconds of a warm call, on a storage in memory: the app alone, and from an event to an answer (Mangum, checks, the line of the log)."
+    with tempfile.TemporaryDirectory() as directory:
+        built = artifact.build(Path(directory) / "lambda.zip")
+        size = f"## The zip\n\nFor Lambda (arm64, Python 3.13), in bytes.\n\n```\n{_without_path(artifact.report(built))}\n```\n"
+    progress.advance(task)
+    return [
+        report.markdown("Warm on Lambda", note, table, "handler", ["handler", "bare ASGI app"]),
+        report.raw("Warm on Lambda", table),
+        size,
+        "",
+    ]
+
+
+def _without_path(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if "sha256" not in line and "dist-info" not in line)
 
 
 def _output(command: list[str]) -> str:

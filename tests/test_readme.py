@@ -35,7 +35,7 @@ def steps() -> list[tuple[str, list[str]]]:
 def tour_script(url: str) -> tuple[str, Callable[[str], None]]:
     """The tour as a script against a server, and what checks its output."""
     tour = steps()
-    assert len(tour) >= 19
+    assert len(tour) >= 22
     script = "set -euo pipefail\n" + "".join(
         f"{command}\nprintf '\\n=== {at} ===\\n'\n" for at, (command, _) in enumerate(tour)
     )

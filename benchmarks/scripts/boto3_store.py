@@ -1,0 +1,80 @@
+"""The port to S3 on boto3, as an app without obstore would have it: what it costs is the question, so only what a cold start and a read need."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from app.autocrud.resource_manager.object_store import (
+    UNCHANGED,
+    Listed,
+    Lost,
+    Object,
+    ObjectStore,
+    Outcome,
+    Stored,
+    Unchanged,
+)
+
+
+class Boto3ObjectStore(ObjectStore):
+    def __init__(self, bucket: str, url: str) -> None:
+        self._bucket = bucket
+        keys = {"aws_access_key_id": "local", "aws_secret_access_key": "local", "region_name": "us-east-1"}
+        self._client: Any = boto3.client("s3", endpoint_url=url, config=Config(s3={"addressing_style": "path"}), **keys)
+
+    async def _call(self, name: str, **arguments: Any) -> Any:
+        method = getattr(self._client, name)
+        return await asyncio.to_thread(lambda: method(Bucket=self._bucket, **arguments))
+
+    async def get(self, key: str) -> Object | None:
+        try:
+            found = await self._call("get_object", Key=key)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                return None
+            raise
+        return Object(found["Body"].read(), found["ETag"])
+
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        try:
+            found = await self._call("get_object", Key=key, IfNoneMatch=etag)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 304:
+                return UNCHANGED
+            return None
+        return Object(found["Body"].read(), found["ETag"])
+
+    async def put(self, key: str, body: bytes) -> None:
+        await self._call("put_object", Key=key, Body=body)
+
+    async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        try:
+            return Stored((await self._call("put_object", Key=key, Body=body, **condition))["ETag"])
+        except ClientError:
+            return Lost()
+
+    def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
+        raise AssertionError("a cold start lists nothing")
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        raise AssertionError("a cold start deletes nothing")
+
+    async def download(self, key: str, path: Path) -> bool:
+        found = await self.get(key)
+        if found is not None:
+            path.write_bytes(found.body)
+        return found is not None
+
+    async def upload(self, key: str, path: Path) -> None:
+        raise AssertionError("a cold start uploads nothing")
+
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+        raise AssertionError("a cold start signs nothing")
