@@ -1,0 +1,34 @@
+"""A cold start imports what it uses and nothing more. How long it takes is measured in the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+HEAVY = (
+    *("boto3", "botocore", "pulumi", "psycopg", "redis", "aio_pika", "cachetools", "diskcache"),
+    *("uvicorn", "uvloop", "httptools", "cyclopts", "rich", "ministack", "httpx", "fastapi_offline", "jsonpatch"),
+    *("unittest", "pdb", "sqlite3", "multiprocessing", "app.cli", "app.local_s3"),
+)
+
+
+def imported(statement: str) -> set[str]:
+    outputs = {"version": 1, "storage": "s3-sqlite", "bucket": "b", "auth": {"mode": "none"}}
+    environment = {"PATH": os.environ["PATH"], "CRUDSTACK_OUTPUTS": json.dumps(outputs)}
+    program = f"import sys\n{statement}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_handler_imports_nothing_heavy_that_it_does_not_use():
+    modules = imported("import app.handler")
+    assert {"app.handler", "fastapi", "mangum", "obstore", "apsw"} <= modules
+    assert not modules & set(HEAVY)
+
+
+def test_the_engine_on_disk_does_not_load_what_s3_needs():
+    modules = imported("from app.autocrud import AutoCRUD")
+    assert "app.autocrud.core" in modules
+    assert not modules & {*HEAVY, "obstore", "mangum", "app.autocrud.resource_manager.object_store"}
