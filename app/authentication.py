@@ -76,7 +76,7 @@ def _claims(event: Any) -> dict[str, Any] | None:
 
 
 def _words(claim: Any) -> list[str]:
-    """The values of a claim: a list, words with spaces between, or a list as API Gateway writes it, `[a b]`."""
+    """The values of a claim: a list, words with blanks between, or a list as API Gateway writes it, `[a b]`, whose values hold no blanks."""
     if isinstance(claim, str):
-        return claim.removeprefix("[").removesuffix("]").replace(",", " ").split()
+        return claim.removeprefix("[").removesuffix("]").split(" ")
     return [value for value in claim if isinstance(value, str)] if isinstance(claim, list) else []

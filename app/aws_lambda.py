@@ -13,6 +13,7 @@ import asyncio
 import base64
 import logging
 import os
+import re
 import time
 from typing import Any, Literal
 from urllib.parse import quote
@@ -23,7 +24,7 @@ from msgspec import Struct
 
 from .autocrud.errors import ConfigError, OutcomeUnknown, StoreUnavailable
 from .autocrud.http import problems
-from .autocrud.http.messages import Receive, Response, Scope, Send
+from .autocrud.http.messages import Receive, Scope, Send
 from .main import create_app
 from .request_log import RequestLog, write_line
 from .settings import Settings
@@ -98,10 +99,7 @@ class LambdaHandler:
         if _is_scheduled(event):
             return self._maintain(context)
         _check(event)
-        try:
-            return _encoded(self._mangum(event, context))
-        except Exception as error:  # Mangum's own, of a header that no gateway sends; whoever asks gets an answer
-            return _answer(problems.unexpected(error, "a request", "that Mangum could not handle"))
+        return _encoded(self._mangum(event | {"headers": _sound(event.get("headers", {}))}, context))
 
     def _maintain(self, context: Any) -> dict[str, Any]:
         began = time.perf_counter()
@@ -145,6 +143,22 @@ def _check(event: Any) -> None:
         f"this event cannot be handled: {reason}; expected a request of an HTTP API or a function URL (payload format 2.0), a scheduled event, "
         'or {"crudstack": "maintain"}'
     )
+
+
+def _sound(headers: dict[str, str]) -> dict[str, str]:
+    """The headers without those of the gateway that it did not write: Mangum makes addresses and ports of them, whatever they say."""
+    return {
+        name: value
+        for name, value in headers.items()
+        if (pattern := _GATEWAY_HEADERS.get(name.lower())) is None or pattern.fullmatch(value)
+    }
+
+
+_GATEWAY_HEADERS = {
+    "host": re.compile(r"[A-Za-z0-9._-]+(:\d{1,5})?"),
+    "x-forwarded-port": re.compile(r"\d{1,5}"),
+    "x-forwarded-proto": re.compile(r"https?"),
+}
 
 
 def _left(context: Any) -> float:
@@ -215,11 +229,6 @@ def _as_text(body: bytes) -> int:
 
 def _as_base64(body: bytes) -> int:
     return (len(body) + 2) // 3 * 4
-
-
-def _answer(response: Response) -> dict[str, Any]:
-    headers = {"content-type": response.content_type.decode()}
-    return {"statusCode": response.status, "headers": headers, "body": response.body.decode(), "isBase64Encoded": False}
 
 
 def _encoded(answer: dict[str, Any]) -> dict[str, Any]:

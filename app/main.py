@@ -47,8 +47,8 @@ async def _problem(request: Request, error: Any) -> JSONResponse:
         "type": "urn:crudstack:no-such-route",
         "title": "Not found" if error.status_code == 404 else "This method is not allowed here",
         "status": error.status_code,
-        "detail": f"there is nothing at {request.url.path}"
+        "detail": f"there is nothing at {request.scope['path']}"
         if error.status_code == 404
-        else f"{request.method} is not allowed at {request.url.path}",
+        else f"{request.method} is not allowed at {request.scope['path']}",
     }
     return JSONResponse(body, error.status_code, error.headers, media_type="application/problem+json")

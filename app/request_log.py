@@ -16,7 +16,7 @@ from uuid import uuid4
 import msgspec
 
 from .autocrud.http.messages import Receive, Scope, Send
-from .autocrud.http.routes import ROUTE
+from .autocrud.http.problems import ROUTE
 from .autocrud.resource_manager.object_store import REQUESTS
 
 _encode = msgspec.json.Encoder().encode

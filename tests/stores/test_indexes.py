@@ -9,7 +9,6 @@ import pytest
 
 from app.autocrud.query import Query, Sort, field
 from app.autocrud.resource_manager.basic import ModelSpec
-from app.autocrud.resource_manager.sqlite import sql
 from app.autocrud.resource_manager.sqlite.tables import ResourceTables
 from app.autocrud.values import SCALARS
 
@@ -34,7 +33,7 @@ def test_a_search_uses_its_index(name: str, lazy: bool) -> None:
         tables.create(connection)
         resolved = query.resolve(FIELDS)
         tables.search(connection, resolved)
-        statement, params = sql.search(resolved, FIELDS)
+        statement, params = tables._sql.search(resolved)
         plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", params))
     assert f"USING INDEX {'' if index.startswith('sqlite') else 'by_'}{index}" in plan
     if query.sort:  # resources that share a value may have to be sorted by id, all of them not

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..errors import InvalidQuery, VersionConflict
+from ..errors import InvalidQuery
 from ..resource_manager.basic import ResourceMeta, Version
 from .messages import Request
 from .problems import PreconditionRequired
@@ -75,7 +75,3 @@ def creates(request: Request) -> bool:
     if request.header(b"if-match") is not None:
         raise InvalidCondition("If-Match and If-None-Match: * cannot both hold")
     return True
-
-
-def conflict(resource_id: str) -> VersionConflict:
-    return VersionConflict(f"resource {resource_id!r} is in none of the states that If-Match names")

@@ -54,7 +54,7 @@ class Guard:
         except Unauthenticated as error:
             response = problems.response(error)
         except Exception as error:
-            response = problems.unexpected(error, scope["method"], scope["path"])
+            response = problems.unexpected(error, scope)
         else:
             await self._app(scope, receive, send)
             return

@@ -239,7 +239,9 @@ class _Model:
             f"{self.title}Page": closed(
                 {"items": {"type": "array", "items": ref(f"{self.title}View")}, "next_cursor": CURSOR}
             ),
-            f"{self.title}Result": closed({"meta": ref("ResourceMeta"), "data": model}, required=["meta"]),
+            f"{self.title}Result": closed(
+                {"meta": {"anyOf": [ref("ResourceMeta"), {"type": "null"}]}, "data": model}, required=["meta"]
+            ),
             f"{self.title}Results": closed({"results": {"type": "array", "items": ref(f"{self.title}Result")}}),
             f"{self.title}MergePatch": {"type": "object", "additionalProperties": True},
         }

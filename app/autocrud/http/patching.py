@@ -6,11 +6,14 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import Fault, InvalidData, PatchConflict
-from ..resource_manager.codec import parse_json
+from ..errors import Fault, InvalidData, InvalidQuery, PatchConflict
+from ..resource_manager.codec import canonical_json, parse_json
+from .problems import shortened
 
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
+MAX_COPIED = 6 * 1024 * 1024
+"""Bytes of JSON that the `copy` operations of one patch may copy."""
 PATCH_TYPES = (MERGE_PATCH, "application/json", JSON_PATCH)
 
 
@@ -45,17 +48,18 @@ def json_patch(operations: Any) -> Callable[[Any], Any]:
     if not isinstance(operations, list) or not all(isinstance(operation, dict) for operation in operations):
         raise _invalid("a JSON Patch is a list of operations")
     try:
-        patch = JsonPatch(operations)
+        JsonPatch(operations)
     except (InvalidJsonPatch, JsonPointerException, TypeError, AttributeError, KeyError) as error:
         raise _invalid(f"this is no JSON Patch: {error}") from None
 
     def apply(target: Any) -> Any:
         try:
-            return patch.apply(copy.deepcopy(target))
+            return _apply(operations, copy.deepcopy(target))
         except InvalidJsonPatch as error:
             raise _invalid(f"this is no JSON Patch: {error}") from None
         except (JsonPatchException, JsonPointerException) as error:
-            raise PatchConflict(f"the patch does not apply: {error}", (Fault("", str(error)),)) from None
+            said = shortened(str(error))  # it may quote the data
+            raise PatchConflict(f"the patch does not apply: {said}", (Fault("", said),)) from None
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             # jsonpatch leaves some misuse to Python: an index on a scalar, for one
             raise PatchConflict(
@@ -65,11 +69,29 @@ def json_patch(operations: Any) -> Callable[[Any], Any]:
     return apply
 
 
+def _apply(operations: list[dict[str, Any]], target: Any) -> Any:
+    """One operation after the other, so that what is copied can be counted: each copy may double the document."""
+    from jsonpatch import JsonPatch
+    from jsonpointer import JsonPointer
+
+    left = MAX_COPIED
+    for operation in operations:
+        if operation["op"] == "copy":
+            left -= len(canonical_json(JsonPointer(operation["from"]).resolve(target)))
+            if left < 0:
+                raise _invalid(f"the patch copies more than {MAX_COPIED} bytes")
+        target = JsonPatch([operation]).apply(target, in_place=True)
+    return target
+
+
 def diff(old: Any, new: Any) -> list[dict[str, Any]]:
     """What leads from one JSON tree to another, as JSON Patch."""
     from jsonpatch import make_patch
 
-    operations: list[dict[str, Any]] = make_patch(old, new).patch
+    try:
+        operations: list[dict[str, Any]] = make_patch(old, new).patch
+    except RecursionError:
+        raise InvalidQuery("the revisions are nested too deeply to be compared") from None
     return operations
 
 

@@ -9,11 +9,14 @@ import msgspec
 
 from ..access import Unauthenticated
 from ..errors import CrudError, KeyInFlight, StoreUnavailable, WriteContention
-from .messages import Response
+from .messages import Response, Scope
 
 log = logging.getLogger("crudstack.http")
 
 CONTENT_TYPE = b"application/problem+json"
+MAX_TEXT, MAX_FAULTS = 1000, 100
+ROUTE = "crudstack.route"
+"""Where in the scope the template of the path is noted, for logs."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -39,10 +42,13 @@ def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) ->
         "type": f"urn:crudstack:{error.type}",
         "title": error.title,
         "status": error.status,
-        "detail": error.detail,
+        "detail": shortened(error.detail),
     }
     if error.faults:
-        problem["errors"] = [{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults]
+        problem["errors"] = [
+            {"pointer": shortened(fault.pointer), "detail": shortened(fault.detail)}
+            for fault in error.faults[:MAX_FAULTS]
+        ]
     if isinstance(error, StoreUnavailable | WriteContention | KeyInFlight):
         headers = (*headers, (b"retry-after", b"1"))
     if isinstance(error, Unauthenticated):
@@ -50,7 +56,12 @@ def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) ->
     return Response(error.status, _encode(problem), headers, CONTENT_TYPE)
 
 
-def unexpected(error: Exception, method: str, path: str) -> Response:
-    """The answer to a defect of ours: the log gets all of it, the client nothing."""
-    log.error("%s %s failed", method, path, exc_info=error)
+def shortened(text: str) -> str:
+    """What fits into a message: texts of clients and libraries may be as long as a body."""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
+
+
+def unexpected(error: Exception, scope: Scope) -> Response:
+    """The answer to a defect of ours: the log gets all of it but the path, the client nothing."""
+    log.error("%s %s failed", scope["method"], scope.get(ROUTE, "none"), exc_info=error)
     return response(CrudError("the server failed; its log says why"))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 from msgspec import Struct
@@ -20,10 +20,10 @@ from msgspec.structs import replace
 from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
 from ..errors import ConfigError, CrudError, Fault, InvalidData
 from ..query import And, Filter, Query
-from ..resource_manager.basic import Page, ResourceMeta, RevisionInfo, Status, Version
+from ..resource_manager.basic import Page, ResourceMeta, RevisionInfo, Status
 from ..resource_manager.codec import canonical_json, invalid_data, parse_json, project
 from ..resource_manager.core import Bounds, Caller, IdempotencyKey, Resource, ResourceManager
-from ..resource_manager.operations import ACTIONS, Delete, Purge
+from ..resource_manager.operations import ACTIONS, Expected
 from . import batches, conditions, patching, problems, searching
 from .guard import PRINCIPAL, Authenticate, principal
 from .messages import (
@@ -58,8 +58,6 @@ RESERVED_IDS = frozenset({"batch", "count"})
 MAX_REVISION = 2**31
 MAX_PAGE = 4 * 1024 * 1024
 """Bytes after which a page ends early, everywhere: an answer of AWS Lambda ends at 6 MB, and base64 takes a third more."""
-ROUTE = "crudstack.route"
-"""Where in the scope the template of the path is noted, for whoever keeps a log."""
 
 _id = re.compile(ID_PATTERN)
 _key = re.compile(KEY_PATTERN)
@@ -134,7 +132,7 @@ class ModelRoutes:
         except ClientGone:
             return
         except Exception as error:
-            response = problems.unexpected(error, method, scope["path"])
+            response = problems.unexpected(error, scope)
         await response.send(send, head=method == "HEAD")
 
     async def _answer(self, request: Request, method: str) -> Response:
@@ -144,12 +142,12 @@ class ModelRoutes:
         template, doors = self._doors(request.rest)
         if doors is None:
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
-        request.scope[ROUTE] = f"/{self._manager.name}{template}"
+        request.scope[problems.ROUTE] = f"/{self._manager.name}{template}"
         door = doors.get("GET" if method == "HEAD" else method)
         if door is None:
-            allowed = ", ".join([*doors, *(["HEAD"] if "GET" in doors else [])])
-            error = problems.MethodNotAllowed(f"expected one of {allowed}, got {method}")
-            return problems.response(error, ((b"allow", allowed.encode()),))
+            methods = ", ".join([*doors, *(["HEAD"] if "GET" in doors else [])])
+            error = problems.MethodNotAllowed(f"expected one of {methods}, got {method}")
+            return problems.response(error, ((b"allow", methods.encode()),))
         if door.action is not None:
             await self._allow(request, door.action)
         if method in ("GET", "HEAD"):
@@ -211,7 +209,7 @@ class ModelRoutes:
         if response.brief is not None and method not in ("GET", "HEAD"):  # what is written must be acknowledged
             return response._replace(body=response.brief)
         raise problems.ResponseTooLarge(
-            f"the answer has {len(response.body)} bytes, too many to be sent; ask for single fields= of it"
+            f"the answer has {len(response.body)} bytes, too many to be sent; ask for less of it, by fields= where there is that"
         )
 
     # The collection
@@ -272,12 +270,11 @@ class ModelRoutes:
             error.faults = batches.in_data(error.faults)  # what planning finds wrong in a place, it finds in the data
             raise batches.located(error, error.operation) from None
         shown, brief = [], []
-        for operation, result in zip(operations, results, strict=True):
+        for result in results:
             if isinstance(result, Resource):
                 shown.append(envelope(result.meta_json, result.json))
                 brief.append(b'{"meta":%b}' % result.meta_json)
-            else:
-                assert isinstance(operation, Delete | Purge)
+            else:  # deleted, or purged, of which nothing is told
                 shown.append(b'{"meta":%b}' % _encode(result))
                 brief.append(shown[-1])
         full, short = (b'{"results":[%b]}' % b",".join(results) for results in (shown, brief))
@@ -332,7 +329,7 @@ class ModelRoutes:
             check_id(request.rest[0])
             created = await self._manager.create(document, resource_id=request.rest[0], status=status, by=request.by)
             return resource_response(created, 201, ((b"location", request.path.encode("latin-1")),))
-        resource_id, expect = await self._target(request)
+        resource_id, expect = self._target(request)
         if modify:
             changed = await self._manager.modify(resource_id, document, expect=expect, by=request.by)
         else:
@@ -341,16 +338,16 @@ class ModelRoutes:
 
     async def _patch(self, request: Request) -> Response:
         options = request.options("status", "mode")
-        mode = "modify" if parse_mode(options) else "update"
+        mode: Literal["modify", "update"] = "modify" if parse_mode(options) else "update"
         status = parse_status(options)
         media = request.content_type(*patching.PATCH_TYPES)
         apply = patching.parse(await request.body(*patching.PATCH_TYPES), media)
-        resource_id, expect = await self._target(request)
+        resource_id, expect = self._target(request)
         changed = await self._manager.patch(
             resource_id,
             apply,
             expect=expect,
-            mode="modify" if mode == "modify" else "update",
+            mode=mode,
             status=status,
             by=request.by,
         )
@@ -358,13 +355,13 @@ class ModelRoutes:
 
     async def _delete(self, request: Request) -> Response:
         request.options()
-        resource_id, expect = await self._target(request)
+        resource_id, expect = self._target(request)
         meta = await self._manager.delete(resource_id, expect=expect, by=request.by)
         return Response(204, b"", (etag(meta),))
 
     async def _publish(self, request: Request) -> Response:
         request.options()
-        resource_id, expect = await self._target(request)
+        resource_id, expect = self._target(request)
         return resource_response(await self._manager.publish(resource_id, expect=expect, by=request.by), 200)
 
     async def _switch(self, request: Request) -> Response:
@@ -378,31 +375,27 @@ class ModelRoutes:
         if not 1 <= revision <= MAX_REVISION:
             detail = f"expected a number from 1, got {revision}"
             raise InvalidData(f"revision: {detail}", (Fault("/revision", detail),))
-        resource_id, expect = await self._target(request)
+        resource_id, expect = self._target(request)
         return resource_response(await self._manager.switch(resource_id, revision, expect=expect, by=request.by), 200)
 
     async def _restore(self, request: Request) -> Response:
         request.options()
-        resource_id, expect = await self._target(request)
+        resource_id, expect = self._target(request)
         return resource_response(await self._manager.restore(resource_id, expect=expect, by=request.by), 200)
 
     async def _purge(self, request: Request) -> Response:
         request.options()
-        resource_id, expect = await self._target(request)
+        resource_id, expect = self._target(request)
         erased_by = await self._manager.purge(resource_id, expect=expect, by=request.by)
         return Response(202, _encode({"erased_by": erased_by}))
 
-    async def _target(self, request: Request) -> tuple[str, Version | None]:
-        """The resource that a write is about, and the state that it must be in."""
+    def _target(self, request: Request) -> tuple[str, Expected | None]:
+        """The resource that a write is about, and the states that it may be in."""
         resource_id = known_id(request.rest[0])
-        allowed = conditions.expected(request, self._require_if_match)
-        if allowed is None or len(allowed) == 1:
-            return resource_id, allowed[0] if allowed else None
-        meta = await self._manager.meta(resource_id, include_deleted=True, within=sight(request.by))
-        current = Version(meta.version, meta.nonce)
-        if current not in allowed:
-            raise conditions.conflict(resource_id)
-        return resource_id, current
+        states = conditions.expected(request, self._require_if_match)
+        if states is None:
+            return resource_id, None
+        return resource_id, states[0] if len(states) == 1 else frozenset(states)
 
     # History
 

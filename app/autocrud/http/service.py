@@ -18,7 +18,7 @@ from . import docs, problems
 from .guard import Authenticate, principal
 from .messages import Receive, Request, Response, Scope, Send
 from .openapi import Description, describe
-from .routes import ROUTE, ModelRoutes, Policy
+from .routes import ModelRoutes, Policy
 
 
 class _Anything(PathConvertor):
@@ -44,7 +44,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope["method"]
-        scope[ROUTE] = scope["path"]
+        scope[problems.ROUTE] = scope["path"]
         try:
             if self._authenticate is not None:
                 await principal(self._authenticate, scope, receive)
@@ -57,7 +57,7 @@ class Endpoint:
         except CrudError as error:
             response = problems.response(error)
         except Exception as error:
-            response = problems.unexpected(error, method, scope["path"])
+            response = problems.unexpected(error, scope)
         await response.send(send, head=method == "HEAD")
 
 

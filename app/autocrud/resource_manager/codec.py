@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import types
@@ -26,6 +27,7 @@ T = TypeVar("T")
 IndexOf = Callable[[bytes, Encoding], IndexEntry]
 """Makes the index entry of a stored body."""
 
+MAX_FAULTS = 100
 MISSING = UNSET  # what a path that leads nowhere yields; msgspec's own word for a field that is not there
 canonical_json = msgspec.json.Encoder(order="deterministic").encode
 _msgpack = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -73,7 +75,7 @@ class Codec(Generic[T]):
             data = self._json.decode(body)
             canonical = canonical_json(data)
             if canonical != body and not self._unknown.surely_none(body):
-                faults = tuple(self._unknown.faults(_strict_json(body.decode())))
+                faults = tuple(itertools.islice(self._unknown.faults(_strict_json(body.decode())), MAX_FAULTS))
                 if faults:
                     raise InvalidData(f"the data has fields that {self.model.__name__} does not have", faults)
         except msgspec.ValidationError as error:

@@ -22,8 +22,11 @@ import msgspec
 from ..errors import (
     InvalidData,
     InvalidQuery,
+    OutcomeUnknown,
+    ResourceDeleted,
     ResourceNotFound,
     StoreDamaged,
+    StoreUnavailable,
 )
 from ..query import MAX_LIMIT, Filter, Query
 from .basic import (
@@ -45,6 +48,7 @@ from .codec import Codec, Document
 from .operations import (
     Create,
     Delete,
+    Expected,
     Expire,
     Modify,
     Operation,
@@ -122,6 +126,7 @@ class ResourceManager(Generic[T]):
         self._clock = clock
         self._opened = False
         self._expire_after = ""
+        self._erase_owed = False
         self._writer = Writer(storage, codec, schema_version=schema_version, retention=retention, clock=clock)
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
 
@@ -181,11 +186,16 @@ class ResourceManager(Generic[T]):
                 meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
                 info = await self.storage.revision(resource_id, _number(revision))
                 (body,) = await self.storage.bodies([info.uid])
-                return Resource(self.codec, meta, self.codec.to_json(body, info.encoding), info)
+                if await self._is_still(meta, within) and info.revision <= meta.total_revision_count:
+                    return Resource(self.codec, meta, self.codec.to_json(body, info.encoding), info)
             except StoreDamaged:
                 # Somebody may have replaced a draft, or purged, between the two reads; only if nobody did is the body lost.
                 await self._still_lost(resource_id, revision)
         raise contention()
+
+    async def _is_still(self, meta: ResourceMeta, within: Filter | None) -> bool:
+        """Whether what was read after `meta` belongs to that state: rights to it are no rights to what came after."""
+        return within is None or await self.storage.get(meta.resource_id) == meta
 
     async def _still_lost(self, resource_id: str, revision: int | None) -> None:
         """Raise StoreDamaged if the body is missing although its record has not changed in between."""
@@ -210,10 +220,14 @@ class ResourceManager(Generic[T]):
         within: Filter | None = None,
     ) -> Page[RevisionInfo]:
         """History, newest first; `next` of a page is the `before` of the following one."""
-        await self.meta(resource_id, include_deleted=include_deleted, within=within)
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit: expected 1 to {MAX_LIMIT}, got {limit}")
-        return await self.storage.revisions(resource_id, before if before is None else _number(before), limit)
+        for _ in range(MAX_ATTEMPTS):
+            meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
+            page = await self.storage.revisions(resource_id, before if before is None else _number(before), limit)
+            if await self._is_still(meta, within):
+                return page
+        raise contention()
 
     async def search(self, query: Query | None = None) -> Page[Resource[T]]:
         """What the query finds, with data."""
@@ -230,17 +244,19 @@ class ResourceManager(Generic[T]):
         except StoreDamaged:
             # A draft was replaced in between, or a body is lost; one by one tells, and one that is lost must not hide all others.
             page = await self.storage.search(resolved)
-            return Page([found for hit in page.items if (found := await self._readable(hit)) is not None], page.next)
+            read = [await self._readable(hit, resolved) for hit in page.items]
+            return Page([found for found in read if found is not None], page.next)
         if not {hit.encoding for hit in page.items} <= {Encoding.json}:
             to_json = self.codec.to_json
             bodies = [to_json(body, hit.encoding) for hit, body in zip(page.items, bodies, strict=True)]
         return Page([(hit.document, body) for hit, body in zip(page.items, bodies, strict=True)], page.next)
 
-    async def _readable(self, hit: Hit) -> tuple[bytes, bytes] | None:
+    async def _readable(self, hit: Hit, query: Query) -> tuple[bytes, bytes] | None:
+        """What was found, as it is now; None if that is nothing that the query finds, or cannot be read."""
         try:
-            found = await self.get(hit.meta.resource_id, include_deleted=True)
+            found = await self.get(hit.meta.resource_id, include_deleted=query.include_deleted, within=query.where)
             return found.meta_json, found.json
-        except ResourceNotFound:
+        except (ResourceNotFound, ResourceDeleted):
             return None
         except StoreDamaged as error:
             log.error("%s %s is left out of a search: %s", self.name, hit.meta.resource_id, error)
@@ -275,14 +291,14 @@ class ResourceManager(Generic[T]):
         resource_id: str,
         data: T | Document[T],
         *,
-        expect: Version | None = None,
+        expect: Expected | None = None,
         status: Status = "stable",
         by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
         return await self._one(Update(resource_id=resource_id, expect=expect, data=data, status=status), by)
 
     async def modify(
-        self, resource_id: str, data: T | Document[T], *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+        self, resource_id: str, data: T | Document[T], *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
         return await self._one(Modify(resource_id=resource_id, expect=expect, data=data), by)
 
@@ -291,7 +307,7 @@ class ResourceManager(Generic[T]):
         resource_id: str,
         apply: Callable[[Any], Any],
         *,
-        expect: Version | None = None,
+        expect: Expected | None = None,
         mode: Literal["update", "modify"] = "update",
         status: Status = "stable",
         by: str | Caller = ANONYMOUS,
@@ -300,54 +316,72 @@ class ResourceManager(Generic[T]):
         return await self._one(Patch(resource_id=resource_id, expect=expect, apply=apply, mode=mode, status=status), by)
 
     async def publish(
-        self, resource_id: str, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+        self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
         return await self._one(Publish(resource_id=resource_id, expect=expect), by)
 
     async def switch(
-        self, resource_id: str, revision: int, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+        self, resource_id: str, revision: int, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
         return await self._one(Switch(resource_id=resource_id, expect=expect, revision=_number(revision)), by)
 
     async def delete(
-        self, resource_id: str, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+        self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> ResourceMeta:
         (state,) = await self._write([Delete(resource_id=resource_id, expect=expect)], by)
+        assert state is not None, "only what is purged leaves nothing"
         return state.meta
 
     async def restore(
-        self, resource_id: str, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+        self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
         return await self._one(Restore(resource_id=resource_id, expect=expect), by)
 
     async def purge(
-        self, resource_id: str, *, expect: Version | None = None, by: str | Caller = ANONYMOUS
+        self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> dt.datetime:
         """Erase; the time by which the last trace is gone."""
         await self._write([Purge(resource_id=resource_id, expect=expect)], by)
-        return await self.storage.erase(self._clock())
+        return await self._erase()
+
+    async def _erase(self) -> dt.datetime:
+        """Remove the traces of what was purged. The purge itself is done, whatever becomes of this."""
+        try:
+            return await self.storage.erase(self._clock())
+        except StoreUnavailable as error:
+            self._erase_owed = True
+            log.warning("%s: traces of what was purged stay until the next housekeeping: %s", self.name, error)
+            raise OutcomeUnknown(
+                "it is purged, but its last traces could not be erased yet; housekeeping tries again"
+            ) from error
 
     async def batch(
         self, operations: Sequence[Operation], *, by: str | Caller = ANONYMOUS
-    ) -> list[Resource[T] | ResourceMeta]:
-        """All operations or none, each seeing the ones before it. Deleted and purged resources come back as metadata."""
+    ) -> list[Resource[T] | ResourceMeta | None]:
+        """All operations or none, each seeing the ones before it. What is deleted comes back as metadata, what is purged as None."""
         if not 1 <= len(operations) <= MAX_BATCH:
             raise InvalidData(f"expected 1 to {MAX_BATCH} operations, got {len(operations)}")
         states = await self._write(operations, by)
         if any(isinstance(operation, Purge) for operation in operations):
-            await self.storage.erase(self._clock())
-        return [
-            state.meta if isinstance(operation, Delete | Purge) else await self._resource(state)
-            for operation, state in zip(operations, states, strict=True)
-        ]
+            await self._erase()
+        left: list[Resource[T] | ResourceMeta | None] = []
+        for operation, state in zip(operations, states, strict=True):
+            if state is None or isinstance(operation, Purge):
+                left.append(None)
+            elif isinstance(operation, Delete):
+                left.append(state.meta)
+            else:
+                left.append(await self._resource(state))
+        return left
 
-    async def _write(self, operations: Sequence[Operation], by: str | Caller) -> list[State]:
+    async def _write(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[State | None]:
         if not self._opened:
             await self.open()
         return await self._writer.commit(operations, by)
 
     async def _one(self, operation: Operation, by: str | Caller) -> Resource[T]:
         (state,) = await self._write([operation], by)
+        assert state is not None, "only what is purged leaves nothing"
         return await self._resource(state)
 
     async def _resource(self, state: State) -> Resource[T]:
@@ -359,6 +393,9 @@ class ResourceManager(Generic[T]):
         """Housekeeping: revisions whose days are over, orphaned bodies. Where the time ends, the next call goes on."""
         await self.open()
         deadline = time.monotonic() + budget_s
+        if self._erase_owed:
+            await self.storage.erase(self._clock())
+            self._erase_owed = False
         if self.retention is not None and self.retention.days is not None:
             await self._expire(deadline)
         await self.storage.maintain(max(0.0, deadline - time.monotonic()))

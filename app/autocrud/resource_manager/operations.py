@@ -61,11 +61,14 @@ class Create(Struct, Generic[T], frozen=True):
     status: Status = "stable"
 
 
+Expected = Version | frozenset[Version]
+
+
 class OnExisting(Struct, frozen=True, kw_only=True):
-    """An operation on a resource that exists; `expect` is the state it must be in, if the caller says."""
+    """An operation on a resource that exists; `expect` is the state it must be in, or those it may be in, if the caller says."""
 
     resource_id: str
-    expect: Version | None = None
+    expect: Expected | None = None
 
 
 class Update(OnExisting, Generic[T], frozen=True, kw_only=True):
@@ -158,7 +161,7 @@ class Plan(Generic[T]):
             return await self._add(operation)
         allowed = await self._allowed(self._bounds, operation)
         state = await self._add(operation)
-        if isinstance(operation, Create | Update | Modify | Patch | Switch) and not await self._holds(allowed, state):
+        if not isinstance(operation, Purge) and not await self._holds(allowed, state):
             raise Forbidden("the resource would be none that you may write")
         return state
 
@@ -189,7 +192,7 @@ class Plan(Generic[T]):
             raise missing(operation.resource_id)
         meta = state.meta
         if operation.expect is not None:
-            check_expectation(operation.expect, meta.resource_id, Version(meta.version, meta.nonce))
+            _check_expected(operation.expect, meta)
         if meta.is_deleted and not isinstance(operation, Restore | Purge | Expire):
             raise deleted(meta.resource_id)
         match operation:
@@ -453,6 +456,16 @@ class Plan(Generic[T]):
             self._records[meta.resource_id, record.revision] = record
         state = self._states[meta.resource_id] = State(meta, json)
         return state
+
+
+def _check_expected(expect: Expected, meta: ResourceMeta) -> None:
+    found = Version(meta.version, meta.nonce)
+    if isinstance(expect, Version):
+        check_expectation(expect, meta.resource_id, found)
+    elif found not in expect:
+        raise VersionConflict(
+            f"resource {meta.resource_id!r} is at version {meta.version}, none of those that were expected"
+        )
 
 
 def new_nonce() -> str:

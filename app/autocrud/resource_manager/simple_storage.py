@@ -60,6 +60,8 @@ log = logging.getLogger("crudstack.storage")
 
 REINDEX_PAGE = 200
 SWEEP_PAGE = 1000
+MAX_RENEWALS = 8
+"""How often bodies are written again because a sweep was faster: each time needs a whole sweep."""
 
 
 class SimpleStorage(IStorage):
@@ -215,19 +217,24 @@ class SimpleStorage(IStorage):
         return await self.meta_store.done(key, peek=peek)
 
     async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
-        while True:
+        for _ in range(MAX_RENEWALS):
             try:
                 committed = await self._commit(writes, once)
                 break
             except StaleGeneration:
                 await self._forget(_bodies_of(writes))
                 self._generation = await self.meta_store.generation()
-                writes = [self._renewed(write) for write in writes]
+                writes = self._renewed(writes)
             except OutcomeUnknown:
                 raise  # the bodies may be needed
             except CrudError:
                 await self._forget(_bodies_of(writes))
                 raise
+        else:
+            await self._forget(_bodies_of(writes))
+            raise StoreUnavailable(
+                "bodies were swept faster than they could be written; nothing was changed, try again"
+            )
         await self._forget([uid for write in writes for uid in write.change.drop])
         return committed
 
@@ -239,14 +246,21 @@ class SimpleStorage(IStorage):
             except CrudError as error:
                 log.warning("%s: %d bodies stay until the next sweep: %s", self._spec.name, len(uids), error)
 
-    def _renewed(self, write: Write) -> Write:
-        """The same write with its body under a new uid."""
-        change, body = write
-        if body is None or change.record is None:
-            return write
-        uid = self.new_uid()
-        meta = replace(change.meta, uid=uid) if change.meta.uid == change.record.uid else change.meta
-        return Write(replace(change, meta=meta, record=replace(change.record, uid=uid)), body)
+    def _renewed(self, writes: Sequence[Write]) -> list[Write]:
+        """The same writes with their bodies under new uids, wherever one of them names such a body: a later write of a batch may publish,
+        delete or drop what an earlier one brings."""
+        new = {uid: self.new_uid() for uid in _bodies_of(writes)}
+        renewed = []
+        for change, body in writes:
+            record = change.record
+            changed = replace(
+                change,
+                meta=replace(change.meta, uid=new.get(change.meta.uid, change.meta.uid)),
+                record=None if record is None else replace(record, uid=new.get(record.uid, record.uid)),
+                drop=tuple(new.get(uid, uid) for uid in change.drop),
+            )
+            renewed.append(Write(changed, body))
+        return renewed
 
     async def _commit(self, writes: Sequence[Write], once: Once | None) -> list[ResourceMeta]:
         if self._follows:

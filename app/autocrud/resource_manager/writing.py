@@ -25,10 +25,10 @@ from ..errors import (
     WriteContention,
 )
 from ..query import Filter
-from .basic import Done, DoneBefore, IStorage
+from .basic import Done, DoneBefore, IStorage, ResourceMeta
 from .bounds import holds
 from .caller import Caller, HashedKey
-from .checks import storable_id
+from .checks import missing, storable_id
 from .codec import Codec
 from .operations import Create, Delete, Modify, Operation, Plan, Purge, Retention, State, Update
 
@@ -55,7 +55,7 @@ class Writer(Generic[T]):
         self._turns = weakref.WeakKeyDictionary()
         self._in_flight: set[str] = set()  # hashed keys of writes that this process has not answered yet
 
-    async def commit(self, operations: Sequence[Operation], by: str | Caller) -> list[State]:
+    async def commit(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[State | None]:
         """The states that the operations leave; under a key that was used before, those that they left then."""
         caller = by if isinstance(by, Caller) else Caller(by)
         key = caller.hashed_key()
@@ -72,31 +72,45 @@ class Writer(Generic[T]):
         finally:
             self._in_flight.discard(key.key)
 
-    async def _left(self, operations: Sequence[Operation], caller: Caller, key: HashedKey, done: Done) -> list[State]:
+    async def _left(
+        self, operations: Sequence[Operation], caller: Caller, key: HashedKey, done: Done
+    ) -> Sequence[State | None]:
         """What a commit left that was done before. KeyReused, AnswerGone."""
         if done.request != key.request or len(done.results) != len(operations):
             raise KeyReused("this key belongs to another request; nothing was changed, take a new one")
-        if len(operations) == 1 and isinstance(operations[0], Purge):
-            return []
-        states = []
+        states: list[State | None] = []
         for operation, meta in zip(operations, done.results, strict=True):
+            if isinstance(operation, Purge):
+                states.append(None)
+                continue
+            within = None if caller.bounds is None else caller.bounds.read
+            if within is not None:  # what may not be read now is not there, whatever it was when the key was used
+                await self._check_sight(operation, meta, within)
             if meta is None:
                 raise _answer_gone()
             state = State(meta)
             if isinstance(operation, Create | Update | Modify):
                 document = self._codec.accept(operation.data)
                 state.json = document.json if document.hash == meta.data_hash else None
-            try:
-                if not isinstance(operation, Delete):
+            if not isinstance(operation, Delete):
+                try:
                     await self.json(state)
-                if caller.bounds is not None and not await self.holds(caller.bounds.read, state):
-                    raise _answer_gone()
-            except StoreDamaged:
-                raise _answer_gone() from None
+                except StoreDamaged:
+                    raise _answer_gone() from None
             states.append(state)
         return states
 
-    async def _in_turn(self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None) -> list[State]:
+    async def _check_sight(self, operation: Operation, meta: ResourceMeta | None, within: Filter) -> None:
+        """Raise ResourceNotFound unless the resource of an operation is there for the caller now."""
+        resource_id = meta.resource_id if meta is not None else operation.resource_id
+        if resource_id is None:
+            raise _answer_gone()
+        if not await self.holds(within, State(await self._storage.get(resource_id))):
+            raise missing(resource_id)
+
+    async def _in_turn(
+        self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None
+    ) -> Sequence[State | None]:
         """Plan and commit, again where somebody was faster.
 
         Planning again is always right: an operation that named a state is checked against the new one and fails for good; one that
@@ -127,7 +141,7 @@ class Writer(Generic[T]):
 
     async def _attempt(
         self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None, *, last: bool = False
-    ) -> list[State] | None:
+    ) -> Sequence[State | None] | None:
         """The states that the operations leave; None if somebody was faster. DoneBefore."""
         if self._storage.peeks:
             await self._refuse_again(key, peek=True)
@@ -176,7 +190,7 @@ class Writer(Generic[T]):
 
     async def _commit_plan(
         self, plan: Plan[T], operations: Sequence[Operation], states: list[State], key: HashedKey | None
-    ) -> list[State] | None:
+    ) -> Sequence[State | None] | None:
         if plan.writes or key is not None:  # a key is remembered even where nothing changes
             once = None if key is None else key.once(operations, states, plan.writes, self._clock())
             try:

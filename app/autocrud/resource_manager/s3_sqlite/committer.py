@@ -145,7 +145,12 @@ class Committer:
             if not waiting:
                 return True
         works = [transaction.work for transaction in waiting]
-        trial = await self._replica.blocking(lambda copy: copy.attempt(works))
+        doubtful = [transaction.txid for transaction in waiting if transaction.uncertain]
+        trial = await self._replica.blocking(lambda copy: copy.attempt(works, doubtful))
+        if trial.found or any(
+            one.uncertain and one.base is not None and trial.state.seq - one.base >= WINDOW for one in waiting
+        ):
+            return False  # the copy has moved since they were looked for: that comes first
         accepted = [(one, made) for one, made in zip(waiting, trial.attempts, strict=True) if made.ops]
         base, etag = trial.head, trial.state.etag
         if not accepted and self._unresolved != etag:

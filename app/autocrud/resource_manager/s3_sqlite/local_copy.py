@@ -80,6 +80,7 @@ class Trial(NamedTuple):
     head: Head
     schema: Schema
     attempts: list[Attempt]
+    found: bool = False  # one of the doubtful is in the history already: then nothing was tried
 
 
 class Work(NamedTuple):
@@ -253,7 +254,7 @@ class LocalCopy:
                 self.tables.follow(connection, [change])
             elif op.kind == "once" and op.once is not None:
                 once = Once(key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results)
-                purged = [one.resource_id for one in ops if one.kind == "purge"]
+                purged = {one.resource_id: at for at, one in enumerate(ops) if one.kind == "purge"}
                 self.tables.remember(connection, once, [one.meta for one in ops], purged)
             if not complete:
                 self.tables.mark_outdated(connection, op.resource_id)
@@ -268,10 +269,17 @@ class LocalCopy:
         keys = {name: key for name, key in index.keys.items() if name in covered}
         return IndexEntry(keys, index.missing, index.shown), len(covered) == len(mine)
 
-    def attempt(self, works: Sequence[Work]) -> Trial:
-        """Try transactions at the state of the copy, each seeing those before it that succeeded. CrudErrors are their answers."""
+    def attempt(self, works: Sequence[Work], doubtful: Sequence[bytes] = ()) -> Trial:
+        """Try transactions at the state of the copy, each seeing those before it that succeeded. CrudErrors are their answers.
+
+        `doubtful`: txids of those that may have happened. They are looked for in the same step, for the copy may have been brought up to
+        them since somebody looked: what happened must not be tried again, and then be refused because of itself.
+        """
         with self._writing(keep=False) as connection:
             state = _state(connection)
+            for txid in doubtful:
+                if connection.execute("SELECT 1 FROM recent WHERE txid = ?", (txid,)).get is not None:
+                    return Trial(state, Head(store=state.store), Schema(), [], found=True)
             body = connection.execute("SELECT head FROM copy").get
             if not body:
                 raise StoreUnavailable("the local copy is new; try again")

@@ -20,7 +20,7 @@ opened for another one; only a pass over all rows that found none outdated clear
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import apsw
@@ -46,6 +46,7 @@ from ..basic import (
     Version,
 )
 from ..checks import check_expectation, generation_of, missing, storable_id, taken
+from ..sql import quoted
 from . import sql
 
 META_COLUMNS = (
@@ -134,7 +135,8 @@ class ResourceTables:
         self.spec, self._lazy = spec, lazy
         self.encoding = encoding or Encoding.json
         self._encode = _codecs[self.encoding]
-        self._search = functools.lru_cache(maxsize=512)(lambda query: sql.search(query, spec.fields))
+        self._sql = sql.SqliteBuilder(sql.SqliteDialect(spec.fields), "resources")
+        self._search = functools.lru_cache(maxsize=512)(self._sql.search)
         self._lists = [name for name, kind in spec.fields.items() if kind.is_list]
         names = [*META_COLUMNS, "shown", "missing", "spec", *(sql.column(name) for name in spec.fields)]
         self._insert = f"INSERT INTO resources ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
@@ -162,7 +164,7 @@ class ResourceTables:
             if sql.index_column(name) not in present:
                 connection.execute(f"ALTER TABLE resources ADD COLUMN {column}")
             if name not in self._lists:
-                index = sql.quoted(f"by_{sql.index_column(name)}")
+                index = quoted(f"by_{sql.index_column(name)}")
                 indexes[column] = f"CREATE INDEX IF NOT EXISTS {index} ON resources (is_deleted, {column}, id)"
         now = map(sql.column, self.spec.unique) if self._lazy else tuple(indexes)
         for served in now:
@@ -228,7 +230,7 @@ class ResourceTables:
     def count(self, connection: apsw.Connection, query: Query) -> int:
         if query.where is None and not query.include_deleted:
             return int(connection.execute("SELECT live FROM state").get)
-        statement, params = sql.count(query, self.spec.fields)
+        statement, params = self._sql.count(query)
         return int(connection.execute(self._indexed(connection, statement), params).get)
 
     def scan(self, connection: apsw.Connection, after: str, limit: int) -> list[ResourceMeta]:
@@ -303,19 +305,21 @@ class ResourceTables:
             if change.index is not None and not change.purge:
                 self._check_unique(connection, change.meta.resource_id, unique)
         if once is not None:
-            self.remember(connection, once, committed, [change.meta.resource_id for change in changes if change.purge])
+            purged = {change.meta.resource_id: at for at, change in enumerate(changes) if change.purge}
+            self.remember(connection, once, committed, purged)
         return committed
 
     def remember(
-        self, connection: apsw.Connection, once: Once, left: Sequence[ResourceMeta | None], purged: Collection[str]
+        self, connection: apsw.Connection, once: Once, left: Sequence[ResourceMeta | None], purged: Mapping[str, int]
     ) -> None:
-        """Note that a key was used. `left`: the metadata after each change of its commit. Of what it `purged` nothing is kept."""
+        """Note that a key was used. `left`: the metadata after each change of its commit. `purged`: ids, and the numbers of the changes that
+        purged them; of what was before these nothing is kept."""
         connection.execute("DELETE FROM done WHERE time < ?", (once.time - KEEP_KEYS_US,))
         for at, result in enumerate(once.results):
             meta = left[result] if isinstance(result, int) else result
-            kept = (
-                (None, None) if meta is None or meta.resource_id in purged else (meta.resource_id, self._encode(meta))
-            )
+            at_change = result if isinstance(result, int) else -1
+            gone = meta is None or at_change <= purged.get(meta.resource_id, -2)
+            kept = (None, None) if meta is None or gone else (meta.resource_id, self._encode(meta))
             connection.execute(
                 "INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?)", (once.key, at, once.request, once.time, *kept)
             )
@@ -378,7 +382,7 @@ class ResourceTables:
         ).get
         check_expectation(change.expect, meta.resource_id, None if rid is None else Version(version, nonce))
         if not follow and change.record is not None and generation_of(change.record.uid) < generation - 1:
-            raise StaleGeneration(f"generation {change.record.uid} is older than {generation} - 1")
+            self._check_kept(connection, rid, change.record)
         if spec != self._spec_id and not stale:
             connection.execute("UPDATE state SET stale = 1")
         if change.purge:
@@ -402,6 +406,14 @@ class ResourceTables:
         if change.record is not None:
             self.put_record(connection, rid, change.record)
         return meta
+
+    def _check_kept(self, connection: apsw.Connection, rid: Any, record: RevisionInfo) -> None:
+        """Raise StaleGeneration for a body that a sweep may have removed: one that no record names yet. Publishing keeps an old body."""
+        kept = connection.execute(
+            "SELECT 1 FROM revisions WHERE rid = ? AND revision = ? AND uid = ?", (rid, record.revision, record.uid)
+        ).get
+        if kept is None:
+            raise StaleGeneration(f"{record.uid} is of a generation that may be swept already")
 
     def put_record(self, connection: apsw.Connection, rid: int, record: RevisionInfo) -> None:
         connection.execute(
