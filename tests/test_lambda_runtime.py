@@ -194,6 +194,7 @@ def shared(ministack_s3, tmp_path_factory, task):
         {"host": "a:b:c"},
         {"host": "[::1]:80"},
         {"x-forwarded-port": "x"},
+        {"x-forwarded-proto": "*"},
         {"host": ""},
         {"content-type": "é"},
         {"cookie": "a=b"},
@@ -201,8 +202,8 @@ def shared(ministack_s3, tmp_path_factory, task):
 )
 def test_odd_headers_get_an_answer(shared, headers):
     answer = shared.invoke(http_event("GET", "/article", headers=headers))
-    assert answer["statusCode"] in (401, 500)
-    assert "Traceback" not in answer["body"]
+    assert answer["statusCode"] == 401
+    assert answer["headers"]["content-type"] == "application/problem+json"
 
 
 @pytest.mark.parametrize("gateway", ["http-api", "function-url"])

@@ -510,6 +510,15 @@ class StorageConformance:
         assert [getattr(one, "meta", one) for one in again] == [getattr(one, "meta", one) for one in first]
         assert [one.data.number for one in again[1:4]] == [1, 2, 3]
         assert (await manager.get("old")).data.number == 100
+        again = [Purge(resource_id="old"), Create(Item(number=7), "old")]
+        first = await manager.batch(again, by=keyed("purging"))
+        assert (first[0], first[1].meta) == (None, (await manager.get("old")).meta)
+        told = await manager.batch(again, by=keyed("purging"))
+        assert (told[0], told[1].meta, told[1].json) == (None, first[1].meta, first[1].json)
+        for _ in range(2):
+            assert await manager.batch([Purge(resource_id="old")], by=keyed("alone")) == [None]
+        with pytest.raises(AnswerGone):
+            await manager.batch(again, by=keyed("purging"))
 
     async def test_what_is_purged_is_forgotten_but_not_done_again(self, manager):
         await manager.create(Item(text="1"), resource_id="r", by=keyed("create"))
@@ -724,6 +733,43 @@ class StorageConformance:
         assert (await manager.get(created.meta.resource_id)).data.text == "1"
         page = await manager.search(Query(sort=(Sort("text"),)))
         assert [found.data.text for found in page.items] == ["1"]
+
+    async def test_sweeps_in_between_change_no_batch(self, manager):
+        """A generation that was advanced elsewhere: bodies are put again, wherever the batch names them."""
+        batches = [
+            [Create(Item(number=1), "a", "draft"), Publish(resource_id="a")],
+            [Create(Item(number=2), "b"), Delete(resource_id="b"), Restore(resource_id="b")],
+            [
+                Create(Item(number=1), "c"),
+                Update(resource_id="c", data=Item(number=3)),
+                Switch(resource_id="c", revision=1),
+            ],
+            [Create(Item(number=1), "d", "draft"), Modify(resource_id="d", data=Item(number=4))],
+            [Create(Item(number=1), "e"), Purge(resource_id="e"), Create(Item(number=5), "e")],
+        ]
+        for operations in batches:
+            await self._swept_elsewhere(manager)
+            await manager.batch(operations)
+            await manager.maintain(10)
+        for rid, number in {"a": 1, "b": 2, "c": 1, "d": 4, "e": 5}.items():
+            assert (await manager.get(rid)).data.number == number
+        assert (await manager.get("c", revision=2)).data.number == 3
+
+    async def test_what_is_old_is_no_orphan(self, manager):
+        """Bodies that records name are never swept, so they may be published, deleted and restored however old they are."""
+        await manager.create(Item(number=1), resource_id="a", status="draft")
+        for _ in range(3):
+            await self._swept_elsewhere(manager)
+        assert (await manager.publish("a")).meta.status == "stable"
+        await manager.delete("a")
+        await manager.restore("a")
+        await manager.maintain(10)
+        assert (await manager.get("a")).data.number == 1
+
+    async def _swept_elsewhere(self, manager):
+        await manager.open()
+        for _ in range(2):
+            await manager.storage.meta_store.advance_generation()
 
 
 class DurableConformance(StorageConformance):

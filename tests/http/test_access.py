@@ -205,6 +205,81 @@ async def test_rights_are_decided_by_the_state_that_is_replaced():
         assert (await api.get(f"{path}/data", headers=by("bob"))).json()["title"] == "x"
 
 
+def of_author(principal, action, model):  # noqa: ARG001
+    return principal.name == "root" or field("author").eq(principal.name)
+
+
+@pytest.mark.parametrize("url", ["?revision=1", "/revisions", "/revisions/1", "/diff?from=1"])
+async def test_rights_to_one_state_are_no_rights_to_the_next(url):
+    """Between the check and the reading of history somebody purges the resource, and another makes it anew."""
+    crud = make_crud(authenticate=sign_in, authorize=of_author)
+    app = FastAPI()
+    crud.apply(app)
+    async with client_of(app) as api:
+        new = {"if-none-match": "*"}
+        await api.put("/note/n", json={"title": "hers", "author": "alice"}, headers=by("alice", **new))
+        storage, fired = crud.managers["note"].storage, []
+        name = "revisions" if url == "/revisions" else "revision"
+        read = getattr(storage, name)
+
+        async def meanwhile(*given):
+            if not fired:
+                fired.append(True)
+                await api.post("/note/n/purge", headers=by("root"))
+                await api.put("/note/n", json={"title": "SECRET", "author": "bob"}, headers=by("bob", **new))
+            return await read(*given)
+
+        setattr(storage, name, meanwhile)
+        answer = await api.get(f"/note/n{url}", headers=by("alice"))
+        problem(answer, 404, "not-found")
+        assert fired
+
+
+async def test_a_list_with_a_lost_body_shows_nothing_more():
+    crud = make_crud(authenticate=sign_in, authorize=of_author)
+    app = FastAPI()
+    crud.apply(app)
+    async with client_of(app) as api:
+        for rid in ("kept", "lost", "n"):
+            headers = by("alice", **{"if-none-match": "*"})
+            await api.put(f"/note/{rid}", json={"title": rid, "author": "alice"}, headers=headers)
+        manager = crud.managers["note"]
+        await manager.storage.resource_store.delete([(await manager.meta("lost")).uid])
+        readable = manager._readable
+
+        async def meanwhile(hit, query):
+            if hit.meta.resource_id == "n":
+                await api.patch("/note/n", json={"title": "SECRET", "author": "bob"}, headers=by("root"))
+            return await readable(hit, query)
+
+        manager._readable = meanwhile
+        found = (await api.get("/note", headers=by("alice"))).json()["items"]
+        assert [item["meta"]["resource_id"] for item in found] == ["kept"]
+
+
+async def test_a_key_shows_nothing_that_went_out_of_sight():
+    async with api_of(of_author) as api:
+        headers = by("alice", **{"if-none-match": "*"})
+        await api.put("/note/n", json={"title": "x", "author": "alice"}, headers=headers)
+        again = by("alice", **{"idempotency-key": "k"})
+        assert (await api.patch("/note/n", json={"views": 1}, headers=again)).status_code == 200
+        await api.patch("/note/n", json={"author": "bob"}, headers=by("root"))
+        for method, path in (("GET", "/note/n"), ("DELETE", "/note/n"), ("POST", "/note/n/purge")):
+            problem(await api.patch("/note/n", json={"views": 1}, headers=again), 404, "not-found")
+            await api.request(method, path, headers=by("bob"))
+        problem(await api.patch("/note/n", json={"views": 1}, headers=again), 404, "not-found")
+
+
+async def test_every_write_is_bound_by_what_it_leaves():
+    def drafts(principal, action, model):  # noqa: ARG001
+        return field("meta.status").eq("draft") if action == "update" else True
+
+    async with api_of(drafts) as api:
+        await api.put("/note/n?status=draft", json={"title": "x"}, headers=by("alice", **{"if-none-match": "*"}))
+        problem(await api.post("/note/n/publish", headers=by("alice")), 403, "forbidden")
+        assert (await api.patch("/note/n?mode=modify", json={"views": 1}, headers=by("alice"))).status_code == 200
+
+
 async def test_a_hook_may_be_async():
     async def slow_sign_in(request):
         await asyncio.sleep(0)

@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 
+from app.autocrud.errors import StoreUnavailable
+
 from .test_routes import MERGE, PATCH, problem
 
 
@@ -121,3 +123,48 @@ async def test_what_is_no_key(api, name):
 
 async def test_reading_takes_no_key(api, note):
     assert (await api.get(note[0], headers=key("a b"))).status_code == 200
+
+
+async def test_several_etags_and_a_key(api, note):
+    """The first answer comes before any condition is looked at, however many states the condition names."""
+    path, etag = note
+    headers = key("k", **{"if-match": f'{etag}, "7-0000000000000000"'})
+    first = await api.patch(path, json={"views": 5}, headers=headers)
+    same(await api.patch(path, json={"views": 5}, headers=headers), first)
+    problem(
+        await api.patch(path, json={"views": 6}, headers={"if-match": f'{etag}, "7-0000000000000000"'}),
+        412,
+        "version-conflict",
+    )
+    headers = key("p", **{"if-match": f'{first.headers["etag"]}, "7-0000000000000000"'})
+    assert [(await api.post(f"{path}/purge", headers=headers)).status_code for _ in range(2)] == [202, 202]
+
+
+async def test_a_batch_that_purges(api, note):
+    rid = note[0].rpartition("/")[2]
+    operations = [{"op": "purge", "id": rid}, {"op": "create", "id": rid, "data": {"title": "New"}}]
+    for body in ({"operations": operations}, {"operations": operations[:1]}):
+        name = f"{len(body['operations'])}"
+        first = await api.post("/note/batch", json=body, headers=key(name))
+        assert first.json()["results"][0] == {"meta": None}
+        same(await api.post("/note/batch", json=body, headers=key(name)), first)
+
+
+async def test_a_purge_whose_traces_stay_is_said_so_and_finished_later(api, crud, note, monkeypatch):
+    manager = crud.managers["note"]
+    erase, failing = manager.storage.erase, [True]
+
+    async def sometimes(now):
+        if failing:
+            raise StoreUnavailable("the storage cannot be used right now; nothing was changed")
+        failing.append("erased")
+        return await erase(now)
+
+    monkeypatch.setattr(manager.storage, "erase", sometimes)
+    problem(await api.post(f"{note[0]}/purge", headers=key("k")), 503, "outcome-unknown")
+    problem(await api.get(note[0]), 404, "not-found")
+    failing.clear()
+    await manager.maintain(10)
+    assert failing == ["erased"]
+    failing.clear()
+    assert (await api.post(f"{note[0]}/purge", headers=key("k"))).status_code == 202

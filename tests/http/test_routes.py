@@ -10,6 +10,7 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
 
+from app import main
 from app.autocrud.resource_manager.core import ResourceManager
 
 from .conftest import client_of, make_crud
@@ -427,3 +428,46 @@ async def test_the_description_is_openapi_31(api):
             assert schema["additionalProperties"] is False
     names = {parameter["name"] for parameter in document["paths"]["/note"]["get"]["parameters"]}
     assert {"views[gte]", "tags[contains]", "meta.created_time[gte]", "sort", "limit", "cursor"} <= names
+
+
+async def test_a_patch_that_doubles_the_data_again_and_again(api, note):
+    operations = [{"op": "copy", "from": "", "path": f"/k{number}"} for number in range(40)]
+    refused = problem(await api.patch(note[0], json=operations, headers=PATCH), 422, "invalid-data")
+    assert "copies more than" in refused["detail"]
+
+
+async def test_messages_have_a_length(api, note):
+    fields = {f"field-{number}": 1 for number in range(20_000)}
+    unknown = await api.post("/note", json={"title": "x", **fields})
+    assert len(unknown.json()["errors"]) == 100
+    test = [{"op": "test", "path": "/title", "value": "y" * 100_000}]
+    tested = await api.patch(note[0], json=test, headers=PATCH)
+    batch = await api.post("/note/batch", json={"operations": [{"op": "q" * 100_000}]})
+    for answer in (unknown, tested, batch):
+        assert answer.status_code in (409, 422)
+        assert len(answer.content) < 20_000
+
+
+async def test_no_scheme_makes_an_error(crud):
+    app = main_app(crud)
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/nowhere",
+        "raw_path": b"/nowhere",
+        "query_string": b"",
+        "headers": [],
+    }
+    await app(scope | {"scheme": "*", "root_path": "", "http_version": "1.1", "server": ("x", 1)}, None, send)
+    assert sent[0]["status"] == 404
+
+
+def main_app(crud):
+    app = FastAPI(exception_handlers={404: main._problem, 405: main._problem})
+    crud.apply(app)
+    return app

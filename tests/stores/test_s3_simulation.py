@@ -10,6 +10,7 @@ one succeeded; and a read that began after an acknowledgement saw it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from collections import Counter
@@ -99,13 +100,23 @@ class World:
             tasks = [
                 asyncio.create_task(self.writer(manager, f"{number}.{life}.{writer}")) for writer in range(WRITERS)
             ]
+            reader = asyncio.create_task(self.reader(manager))
             if self.random.random() < 0.4:
                 await asyncio.sleep(self.random.uniform(0, 1.5))
                 await self.kill(manager, tasks)
             await asyncio.gather(*tasks, return_exceptions=True)
+            reader.cancel()
+            await asyncio.wait([reader])
             for task in tasks:
                 if not task.cancelled() and task.exception() is not None:
                     raise task.exception()
+
+    async def reader(self, manager) -> None:
+        """Brings the copy up at any moment, between any two steps of the committer."""
+        while True:
+            await asyncio.sleep(self.random.expovariate(1 / 0.02))
+            with contextlib.suppress(CrudError):
+                await manager.count()
 
     async def kill(self, manager, tasks) -> None:
         """Stop everything of an instance where it stands; what is under way to S3 may still arrive."""

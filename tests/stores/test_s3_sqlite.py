@@ -27,9 +27,9 @@ from app.autocrud.errors import (
 )
 from app.autocrud.query import Query, field
 from app.autocrud.resource_manager.basic import Change, IndexedField
-from app.autocrud.resource_manager.core import ResourceManager
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
-from app.autocrud.resource_manager.object_store import Stored
+from app.autocrud.resource_manager.object_store import Stored, Unknown
 from app.autocrud.resource_manager.object_store_double import (
     FALSE_CONFLICT,
     LOST_ANSWER,
@@ -180,6 +180,38 @@ def test_a_rejection_waits_until_an_own_put_cannot_land_any_more(objects):
         assert (await manager.get(rid)).data.text == (await instance(objects).get(rid)).data.text == now
 
     virtual_time.run(main())
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_what_landed_late_is_not_refused_because_of_itself(objects, monkeypatch, key):
+    """A swap without an answer lands after the history was looked at, and a read brings the copy up before the next attempt."""
+    manager = instance(objects)
+    before = await manager.create(Note("one"), resource_id="a")
+    committer = meta_store(manager)._room().committer
+    late, put_if, find, looked = [], objects.put_if, committer._find, []
+
+    async def lost(name, body, etag):
+        if name == HEAD and not late:
+            late.append((name, body, etag))
+            return Unknown("time-out")
+        return await put_if(name, body, etag)
+
+    async def found_nothing(waiting):
+        await find(waiting)
+        looked.append(True)
+        if len(looked) == 2:
+            objects._swap(*late[0])
+            await manager.count()
+
+    monkeypatch.setattr(objects, "put_if", lost)
+    monkeypatch.setattr(committer, "_find", found_nothing)
+    by = Caller("alice", key=None if key is None else IdempotencyKey(key))
+    updated = await manager.update("a", Note("two"), expect=before.version, by=by)
+    assert len(looked) >= 2
+    assert (updated.meta.revision, updated.data.text) == (2, "two")
+    assert by.key is None or not by.key.replayed
+    assert (await manager.get("a")).data.text == "two"
+    await manager.close()
 
 
 def test_no_answer_at_all_is_an_unknown_outcome_and_never_a_failure(objects):

@@ -55,6 +55,8 @@ def json_patch(operations: Any) -> Callable[[Any], Any]:
     def apply(target: Any) -> Any:
         try:
             return _apply(operations, copy.deepcopy(target))
+        except InvalidData:
+            raise
         except InvalidJsonPatch as error:
             raise _invalid(f"this is no JSON Patch: {error}") from None
         except (JsonPatchException, JsonPointerException) as error:

@@ -1,0 +1,522 @@
+"""Caches of bodies: the contract, one in this process's memory, one on a local disk.
+
+    MemoryCache(max_size=100)
+    DiskCache(cache_dir="cache/article")     needs the extra `cache`, as MemoryCache does
+
+A cache may lose anything at any time, and never gives back anything but what was put: what it cannot do is a miss and a line in the log,
+not an error. Two things are different, because somebody relies on them: `delete` and `clear` raise StoreUnavailable where the entries
+might be read again, and a cache that cannot work at all raises ConfigError at its first use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import struct
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from ...errors import ConfigError, StoreUnavailable
+
+T = TypeVar("T")
+
+log = logging.getLogger("crudstack.cache")
+
+MAX_BYTES = 1024**3
+"""How large a DiskCache becomes if nothing else is said."""
+
+
+class Entry(NamedTuple):
+    """A body and how many seconds it may still be kept. Read from one cache and put into another it stays as old as it is."""
+
+    body: bytes
+    ttl_s: float
+
+
+class Cache(ABC):
+    """Bodies by key. Any text is a key. Several event loops may use one at once."""
+
+    hits: int = 0
+    misses: int = 0
+
+    async def get(self, key: str) -> bytes | None:
+        found = (await self.get_many([key])).get(key)
+        return None if found is None else found.body
+
+    async def put(self, key: str, body: bytes, ttl_s: float) -> None:
+        await self.put_many({key: Entry(body, ttl_s)})
+
+    @abstractmethod
+    async def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
+        """What is there of these. Each key is a hit or a miss."""
+
+    @abstractmethod
+    async def put_many(self, entries: Mapping[str, Entry]) -> None:
+        """Keep these in place of what was there; one whose time is over only removes it."""
+
+    @abstractmethod
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Remove entries, surely; those that are not there are no error."""
+
+    @abstractmethod
+    async def clear(self) -> None:
+        """Remove everything, surely."""
+
+    async def maintain(self, budget_s: float) -> None:
+        """Remove what has expired, for at most about `budget_s` seconds. Without it that happens little by little."""
+        return None
+
+    async def erase(self) -> None:
+        """Remove the traces of what was deleted."""
+        return None
+
+    async def close(self) -> None:
+        """Give back what is open; the cache may be used again afterwards."""
+        return None
+
+
+class MemoryCache(Cache):
+    """The `max_size` entries that were used last, in this process's memory.
+
+    `clock` tells seconds. It is the wall clock, because one that stands still while a machine sleeps would keep entries for longer.
+    """
+
+    def __init__(self, max_size: int = 100, *, clock: Callable[[], float] = time.time) -> None:
+        from cachetools import TLRUCache
+
+        if max_size < 1:
+            raise ConfigError(f"MemoryCache: max_size is {max_size}, expected at least 1")
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._entries: TLRUCache[str, tuple[bytes, float]] = TLRUCache(max_size, lambda _, kept, __: kept[1], clock)
+
+    async def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
+        with self._lock:
+            self._entries.expire()
+            now = self._clock()
+            kept = ((key, self._entries.get(key)) for key in keys)
+            found = {key: Entry(one[0], one[1] - now) for key, one in kept if one is not None and one[1] > now}
+            self.hits += len(found)
+            self.misses += len(keys) - len(found)
+        return found
+
+    async def put_many(self, entries: Mapping[str, Entry]) -> None:
+        with self._lock:
+            now = self._clock()
+            for key, (body, ttl_s) in entries.items():
+                if ttl_s > 0:
+                    self._entries[key] = (body, now + ttl_s)
+                else:
+                    self._entries.pop(key, None)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        with self._lock:
+            for key in keys:
+                self._entries.pop(key, None)
+
+    async def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    async def maintain(self, budget_s: float) -> None:
+        with self._lock:
+            self._entries.expire()
+
+
+class DiskCache(Cache):
+    """The entries that were used last, as many as fit into `max_bytes` (1 GiB), below a directory of a local disk.
+
+    They survive restarts, and several processes may share the directory. A body of more than a quarter of `max_bytes` is not kept: it would
+    drive out the rest. SQLite's log is not counted; it takes about 1 MB more.
+
+    Invariants:
+
+    - D1 *Nothing but what was put.* Each value is stored with its expiry and a SHA-256 over key, expiry and body, which diskcache has not.
+    - D2 *Damage costs entries, nothing else.* An index that cannot be read is left behind: the cache lives on, empty, in `life-{n + 1}`, and
+      `life-{n}` is removed. The names differ because SQLite removes the log of a database by its name, whosever it is by then. Other
+      processes see before each use that their index is gone.
+    - D3 *Deleted is deleted.* Where entries cannot be deleted one by one, everything is left behind as in D2.
+    - D4 *In order.* One thread does everything in the order it was asked for, so what is deleted does not come back by a put that was
+      asked for earlier. (And only the thread that opened one of diskcache's connections may close it.)
+
+    `clock` tells seconds; in tests it may be ahead of `time.time`, but not behind, because diskcache asks that one too.
+    """
+
+    def __init__(
+        self, cache_dir: str | Path, max_bytes: int | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        _driver()
+        self.cache_dir = Path(os.path.expandvars(cache_dir)).expanduser().absolute()  # as diskcache does
+        self.max_bytes = MAX_BYTES if max_bytes is None else max_bytes
+        if self.max_bytes < 1:
+            raise ConfigError(f"DiskCache: max_bytes is {max_bytes}, expected at least 1")
+        self._clock = clock
+        self._state = threading.Lock()  # guards the thread and the counters
+        self._thread: ThreadPoolExecutor | None = None
+        self._index: Any = None  # this and the rest belong to the thread
+        self._identity: tuple[int, int] | None = None
+        self._worked = False
+
+    async def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        if keys:
+            found = await self._try(lambda index: self._get(index, keys), found)
+        with self._state:
+            self.hits += len(found)
+            self.misses += len(keys) - len(found)
+        return found
+
+    async def put_many(self, entries: Mapping[str, Entry]) -> None:
+        if entries:
+            await self._try(lambda index: self._put(index, entries), None)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        if keys:
+            await self._surely(lambda index: _delete(index, [_address(key) for key in keys]))
+
+    async def clear(self) -> None:
+        await self._surely(lambda index: index.clear())
+
+    async def maintain(self, budget_s: float) -> None:
+        deadline = time.monotonic() + budget_s
+
+        def work(index: Any) -> None:
+            index.expire(now=self._clock())
+            _remove_strays(Path(index.directory), self._clock(), deadline)
+
+        await self._try(work, None)
+
+    async def erase(self) -> None:
+        def work(index: Any) -> None:
+            index.expire(now=self._clock())  # diskcache deletes only what has not expired
+            _empty_log(index)
+
+        await self._try(work, None)
+
+    async def close(self) -> None:
+        with self._state:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            try:
+                await asyncio.wrap_future(thread.submit(self._shut))
+            finally:
+                thread.shutdown()
+
+    # The thread
+
+    def _ask(self, work: Callable[[], T]) -> Future[T]:
+        with self._state:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, "crudstack-cache")
+            return self._thread.submit(work)
+
+    async def _try(self, work: Callable[[Any], T], otherwise: T) -> T:
+        """Do it, or say why not in the log and return `otherwise`."""
+
+        def attempt() -> T:
+            try:
+                return work(self._opened())
+            except ConfigError:
+                raise
+            except Exception as error:  # a damaged index fails in any way it likes
+                log.warning("%s: %s: %s; a miss", self.cache_dir, type(error).__name__, error)
+                if _is_damage(error):
+                    self._leave_behind()
+                elif not isinstance(error, _driver().Timeout):
+                    self._shut()
+                return otherwise
+
+        return await asyncio.wrap_future(self._ask(attempt))
+
+    async def _surely(self, work: Callable[[Any], object]) -> None:
+        def attempt() -> None:
+            try:
+                work(self._opened())
+            except ConfigError:
+                raise
+            except Exception as error:  # see above
+                log.warning("%s: %s: %s; it starts empty", self.cache_dir, type(error).__name__, error)
+                self._leave_behind()
+
+        try:
+            await asyncio.wrap_future(self._ask(attempt))
+        except OSError as error:
+            log.error("%s: %s", self.cache_dir, error)
+            raise StoreUnavailable(
+                "the cache on disk cannot be changed; what was to be removed may still be there"
+            ) from error
+
+    # Opening, in the thread
+
+    def _opened(self) -> Any:
+        if self._index is None or _identity(self._index) != self._identity:
+            self._shut()
+            try:
+                with self._lock_of_directory():
+                    self._index = self._open()
+            except OSError as error:
+                if self._worked or error.errno in TEMPORARY:
+                    raise
+                raise self._unusable(error) from error
+            self._identity = _identity(self._index)
+            self._worked = True
+        return self._index
+
+    def _open(self) -> Any:
+        number = self._life()
+        try:
+            return _driver().Index(self._directory(number), self.max_bytes)
+        except Exception as error:  # see `_is_damage`
+            if _sqlite_code(error) in UNUSABLE and not self._worked:
+                raise self._unusable(error) from error
+            if not _is_damage(error):
+                raise
+            log.warning("%s: %s: %s; it starts empty", self.cache_dir, type(error).__name__, error)
+        self._next_life(number)
+        return _driver().Index(self._directory(number + 1), self.max_bytes)
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        log.error("%s: %s", self.cache_dir, error)
+        reason = error.strerror if isinstance(error, OSError) else error
+        return ConfigError(
+            f"DiskCache: cache_dir must be a directory that can be written to ({reason}); its path is in the log"
+        )
+
+    def _leave_behind(self) -> None:
+        """Start empty, unless another process has done so since this one opened the index."""
+        number, identity = (
+            (None, None) if self._index is None else (_number(Path(self._index.directory)), self._identity)
+        )
+        gone = self._index is not None and _identity(self._index) != identity
+        self._shut()
+        if not gone:
+            with self._lock_of_directory():
+                current = self._life()
+                if number in (None, current):
+                    self._next_life(current)
+
+    def _shut(self) -> None:
+        index, self._index = self._index, None
+        if index is not None:
+            try:
+                index.close()
+            except Exception as error:  # what cannot be closed was damaged, and is not used again
+                log.warning("%s: %s", self.cache_dir, error)
+
+    @contextlib.contextmanager
+    def _lock_of_directory(self) -> Iterator[None]:
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.cache_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def _directory(self, life: int) -> Path:
+        return self.cache_dir / f"life-{life}"
+
+    def _life(self) -> int:
+        """The number of the life that counts. Those before it ended; what is left of them goes."""
+        *former, current = sorted({1, *filter(None, map(_number, self.cache_dir.iterdir()))})
+        for number in former:
+            shutil.rmtree(self._directory(number), ignore_errors=True)
+        return current
+
+    def _next_life(self, after: int) -> None:
+        with contextlib.suppress(OSError):  # a full disk: there is room as soon as the former life is gone
+            self._directory(after + 1).mkdir()
+        shutil.rmtree(self._directory(after), ignore_errors=True)
+        self._directory(after + 1).mkdir(exist_ok=True)
+
+    # Reading and writing, in the thread
+
+    def _get(self, index: Any, keys: Sequence[str]) -> dict[str, Entry]:
+        with index.transact():  # being used is written down, so one transaction for all
+            stored = {key: index.get(_address(key)) for key in keys}
+        found, useless = {}, []
+        now = self._clock()
+        for key, value in stored.items():
+            if value is None:
+                continue
+            entry = _unpacked(_address(key), value, now)
+            if entry is not None and entry.ttl_s > 0:
+                found[key] = entry
+            else:
+                useless.append(_address(key))
+                if entry is None:
+                    log.warning("%s: a damaged entry; a miss", self.cache_dir)
+        if useless:
+            _delete(index, useless)
+        return found
+
+    def _put(self, index: Any, entries: Mapping[str, Entry]) -> None:
+        now = self._clock()
+        for key, (body, ttl_s) in entries.items():
+            address, expires = _address(key), now + ttl_s
+            if ttl_s <= 0 or 4 * (HEADER.size + len(body)) > self.max_bytes:
+                _delete(index, [address])
+                continue
+            index.disk.written = None
+            try:
+                index.set(address, _packed(address, body, expires), expire=expires - time.time())
+            except BaseException:
+                if index.disk.written is not None:  # a file that no row names
+                    index.disk.remove(index.disk.written)
+                raise
+        if index.volume() > self.max_bytes:  # one put drives out one entry, which may have been smaller
+            index.cull()
+
+
+# A value on disk
+
+HEADER = struct.Struct(">d32s")
+
+
+def _address(key: str) -> bytes:
+    """What the index knows of a key: any text will do, and no key is too long."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _digest(address: bytes, body: bytes | memoryview, expires: float) -> bytes:
+    digest = hashlib.sha256(b"crudstack-cache-1" + struct.pack(">d", expires) + address)
+    digest.update(body)
+    return digest.digest()
+
+
+def _packed(address: bytes, body: bytes, expires: float) -> bytes:
+    return HEADER.pack(expires, _digest(address, body, expires)) + body
+
+
+def _unpacked(address: bytes, value: object, now: float) -> Entry | None:
+    """The entry, None if it is damaged."""
+    if not isinstance(value, bytes) or len(value) < HEADER.size:
+        return None
+    expires, digest = HEADER.unpack_from(value)
+    if digest != _digest(address, memoryview(value)[HEADER.size :], expires):
+        return None
+    return Entry(value[HEADER.size :], expires - now)
+
+
+# diskcache, in the thread
+
+TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
+"""Why a directory may be unusable just now."""
+
+# SQLite's result codes
+UNUSABLE = {3, 8, 14, 23}  # PERM, READONLY, CANTOPEN, AUTH
+UNHARMED = {5, 6, 7, 9, 13, 15, *UNUSABLE}  # BUSY, LOCKED, NOMEM, INTERRUPT, FULL, PROTOCOL
+
+STRAY_AFTER_S = 3600.0
+
+
+class _Driver(NamedTuple):
+    Index: Callable[[Path, int], Any]
+    Timeout: type[Exception]
+
+
+@functools.cache
+def _driver() -> _Driver:
+    """diskcache as it is used here; imported with the first DiskCache."""
+    import diskcache  # type: ignore[import-untyped]
+    from diskcache.core import MODE_BINARY, MODE_RAW, UNKNOWN  # type: ignore[import-untyped]
+
+    class Values(diskcache.Disk):  # type: ignore[misc]
+        written: str | None = None
+
+        def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
+            self.written, path = super().filename(key, value)
+            return self.written, path
+
+        def fetch(self, mode: int, filename: str, value: Any, read: bool) -> Any:
+            if mode not in (MODE_RAW, MODE_BINARY):
+                raise OSError("only bytes are kept here")  # diskcache would unpickle it
+            return super().fetch(mode, filename, value, read)
+
+    class Index(diskcache.Cache):  # type: ignore[misc]
+        def __init__(self, directory: Path, max_bytes: int) -> None:
+            try:
+                super().__init__(
+                    str(directory),
+                    timeout=1,  # a cache that makes its caller wait is none
+                    disk=Values,
+                    eviction_policy="least-recently-used",
+                    size_limit=max_bytes,
+                    cull_limit=1,
+                    sqlite_secure_delete=1,
+                    sqlite_mmap_size=0,  # a mapped file that somebody truncates ends the process
+                    sqlite_wal_autocheckpoint=256,
+                    sqlite_journal_size_limit=1024**2,
+                )
+            except BaseException:
+                self.close()
+                raise
+
+    return _Driver(Index, diskcache.Timeout)
+
+
+def _number(directory: Path) -> int | None:
+    name, _, number = directory.name.partition("-")
+    return int(number) if name == "life" and number.isdecimal() and number.isascii() else None
+
+
+def _identity(index: Any) -> tuple[int, int] | None:
+    try:
+        status = os.stat(os.path.join(index.directory, "cache.db"))  # noqa: PTH118, PTH116 - before each use, and half as dear
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _sqlite_code(error: Exception) -> int | None:
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the index itself must be at fault: all errors of SQLite but a few, and what diskcache makes of rows that make no sense."""
+    if isinstance(error, (OSError, MemoryError, _driver().Timeout)):
+        return False
+    return _sqlite_code(error) not in UNHARMED
+
+
+def _delete(index: Any, addresses: Sequence[bytes]) -> None:
+    with index.transact():
+        for address in addresses:
+            index.delete(address)
+
+
+def _remove_strays(directory: Path, now: float, deadline: float) -> None:
+    """Files that no row names, left by processes that were killed: their own expiry says when they go."""
+    for path in directory.glob("??/??/*.val"):
+        if time.monotonic() > deadline:
+            return
+        with contextlib.suppress(OSError):  # another process removes it too
+            with path.open("rb") as file:
+                header, modified = file.read(HEADER.size), os.fstat(file.fileno()).st_mtime
+            torn = len(header) < HEADER.size
+            if modified < time.time() - STRAY_AFTER_S if torn else not HEADER.unpack(header)[0] > now:
+                path.unlink()
+
+
+def _empty_log(index: Any) -> None:
+    """Move SQLite's log into the file and empty it, so that what was deleted leaves no trace in it."""
+    import sqlite3  # diskcache's, not apsw's: two libraries on one file lose each other's locks
+
+    path = os.path.join(index.directory, "cache.db")  # noqa: PTH118 - see above
+    with contextlib.closing(sqlite3.connect(path, timeout=1)) as connection:
+        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if busy:
+        log.warning("traces of what was purged stay in the log of the cache until its next checkpoint")
