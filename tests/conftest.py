@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.postgres import postgres
 from tests.services import BUCKET, S3Server, ministack_s3, seaweed_s3
 
-__all__ = ["ministack_s3", "seaweed_s3", "serve"]
+__all__ = ["ministack_s3", "postgres", "seaweed_s3", "serve"]
 
 
 class Server:

