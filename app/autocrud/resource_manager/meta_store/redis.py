@@ -1,0 +1,352 @@
+"""RedisMetaStore: the truth in Redis (6.2 or later) or Valkey, without server modules.
+
+    RedisMetaStore("rediss://:secret@cache.example.com:6380/0", prefix="article:")
+
+A prefix belongs to one model. A commit is one script; `get`, `revision` and `done` read Redis; searches read a copy in this process's memory that
+every read brings up to the newest transaction in one round trip (see `redis_store`). The server must keep what it is given: `maxmemory-policy`
+must be `noeviction`, and whether anything survives its end is for `appendonly` and `appendfsync` to say, which a client cannot know; so this
+store never calls itself durable. One server holds all keys: no Redis Cluster. A primary that was replaced and still answers answers from the past:
+the failover must cut its connections, as Sentinel does.
+
+What is acknowledged happened exactly once. Invariants, within one history of the server (a replica that takes over behind its primary forgets what
+Redis had acknowledged, and begins another one):
+
+- T1 *A commit is sent at most once* under its txid, which is drawn for it alone. The script notes the txid in the step that commits.
+- T2 *No answer before the outcome is known.* Where an answer was lost, the txid is looked up over another connection. If it is not there, the same
+  step notes it as refused, and a commit that is refused changes nothing, whenever it arrives: what waits in a dead connection, in a proxy or in a
+  network that comes back finds the refusal. So exactly one of "done" and "never" is true from then on.
+- T3 *Notes are forgotten only when they cannot matter.* A commit says how many notes there were when it was sent (`since`). It is refused, and a
+  look-up finds nothing out, once as many as are kept came after that; so neither its own note nor its refusal can have been forgotten while it
+  could still happen.
+- T4 *A commit is for one life of a store.* It names the store's id, which is drawn at birth; in a store that was flushed since, it changes nothing.
+  A look-up that finds another id cannot tell what became of it: OutcomeUnknown.
+- T5 *A rejection is as true as a success*: a script that answers anything but "ok" has written nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import apsw
+import msgspec
+from msgspec.structs import replace
+
+from ...errors import (
+    ConfigError,
+    OutcomeUnknown,
+    RevisionNotFound,
+    StaleGeneration,
+    StoreUnavailable,
+    WriteContention,
+)
+from ...query import Query
+from ..basic import (
+    Change,
+    Done,
+    DoneBefore,
+    Encoding,
+    Hit,
+    MetaStore,
+    ModelSpec,
+    Once,
+    Page,
+    Reindex,
+    ResourceMeta,
+    RevisionInfo,
+    Version,
+)
+from ..checks import check_expectation, missing, taken
+from ..documents import meta_of
+from ..redis_store import scripts
+from ..redis_store.client import Unanswered, client_of
+from ..redis_store.mirror import Mirror, damaged
+from ..redis_store.scripts import Script
+from ..redis_store.transaction import (
+    TXID,
+    Writer,
+    decode_record,
+    digest,
+    token,
+    version_of,
+)
+from ..threads import in_thread
+from .simple import SCAN_PAGE
+
+T = TypeVar("T")
+
+LOG_ENTRIES, LOG_BYTES = 10_000, 16 * 1024 * 1024
+"""What the log keeps at most. Who is further behind reads everything."""
+NOTES = 10_000
+"""Txids that are kept."""
+COMMIT_TIMEOUT_S = 25.0
+"""How long an answer is sought; API Gateway waits for 30 s."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+ATTEMPTS = 16
+HIGHEST = 2**53
+
+
+class Known(NamedTuple):
+    """What a store said of itself: its id, how many txids it has noted, and its unique fields (`text`: as it stores them)."""
+
+    store: bytes
+    noted: int
+    text: bytes
+    generation: int
+
+    @property
+    def unique(self) -> list[str]:
+        return msgspec.json.decode(self.text, type=list[str])
+
+
+class RedisMetaStore(MetaStore):
+    """
+    redis_url  redis://, rediss:// (TLS) or unix://, with user and password; what the driver's URLs may say may be said
+    prefix     of all keys, one for each model
+    encoding   of the documents
+    """
+
+    remote: ClassVar[bool] = True
+
+    def __init__(self, redis_url: str, prefix: str = "", encoding: Encoding | None = None) -> None:
+        self._client = client_of(redis_url)
+        self._prefix, self._encoding = prefix, encoding
+        self._meta_key = f"{prefix}meta"
+        self.bind(ModelSpec("unbound"))
+
+    def bind(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._writer = Writer(spec, self._encoding or Encoding.json)
+        self._mirror = Mirror(spec, self._encoding, self._run, partial(self._call, "HGETALL", f"{self._prefix}specs"))
+        self._known: Known | None = None
+
+    async def _call(self, *command: Any) -> Any:
+        return await self._client.call(self, *command)
+
+    async def _run(self, script: Script, *arguments: Any) -> Any:
+        return await self._client.run(self, script, self._meta_key, *arguments)
+
+    def _key(self, resource_id: str) -> str:
+        return f"{self._prefix}res:{digest(resource_id)}"
+
+    # Reading
+
+    async def get(self, resource_id: str) -> ResourceMeta:
+        document = await self._call("HGET", self._key(resource_id), "d")
+        if document is None:
+            raise missing(resource_id)
+        return meta_of(document)
+
+    async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
+        record = await self._call("HGET", self._key(resource_id), f"r{revision}")
+        if record is None:
+            raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
+        return decode_record(record)
+
+    async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
+        below = HIGHEST if before is None else max(-HIGHEST, min(before, HIGHEST))
+        records = await self._run(scripts.REVISIONS, digest(resource_id), below, limit + 1)
+        items = [decode_record(record) for record in records[:limit]]
+        return Page(items, items[-1].revision if len(records) > limit else None)
+
+    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+        found = await self._run(scripts.DONE, key)
+        return None if found is None else _done(found)
+
+    async def search(self, query: Query) -> Page[Hit]:
+        return await self._read(lambda tables, db: tables.search(db, query))
+
+    async def count(self, query: Query) -> int:
+        return await self._read(lambda tables, db: tables.count(db, query))
+
+    async def scan(self) -> AsyncIterator[ResourceMeta]:
+        after = ""
+        while page := await self._read(lambda tables, db, after=after: tables.scan(db, after, SCAN_PAGE)):
+            for meta in page:
+                yield meta
+            after = page[-1].resource_id
+
+    async def unreferenced(self, uids: Sequence[str]) -> list[str]:
+        return await self._read(lambda tables, db: tables.unreferenced(db, uids))
+
+    async def outdated(self, limit: int) -> list[ResourceMeta]:
+        return await self._read(lambda tables, db: tables.outdated(db, limit))
+
+    async def _read(self, work: Callable[..., T]) -> T:
+        """Read the copy, as new as Redis is now."""
+        copy = await self._mirror.current()
+        read: Callable[[apsw.Connection], T] = partial(work, copy.tables)
+        return await copy.db.read(read)
+
+    async def generation(self) -> int:
+        return (await self._look()).generation
+
+    async def health(self) -> None:
+        await self._call("PING")
+
+    # Writing
+
+    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+        if not changes and once is None:
+            return []
+        for _ in range(ATTEMPTS):
+            exact = await self._exact(changes)
+
+            def arguments(unique: list[str], exact: Sequence[Change] = exact) -> list[Any]:
+                return [*self._writer.once(once, exact), *self._writer.changes(exact, unique)]
+
+            code, told = await self._transact(scripts.COMMIT, arguments)
+            if code == b"ok":
+                return [change.meta for change in exact]
+            if code == b"done":
+                raise DoneBefore(_done(told[0]))
+            if code == b"stale":
+                raise StaleGeneration("a body is older than the generations that may be committed")
+            if code == b"conflict":
+                at, found = told
+                check_expectation(changes[at - 1].expect, changes[at - 1].meta.resource_id, version_of(found))
+                # That one expected nothing; who was faster has changed what it was to be put upon.
+        raise WriteContention("other writers kept changing the resource; nothing was changed, try again")
+
+    async def _exact(self, changes: Sequence[Change]) -> Sequence[Change]:
+        """The changes with exact expectations: "any" becomes what is there now, which the commit then expects."""
+        if all(change.expect != "any" for change in changes):
+            return changes
+        states: dict[str, Version | None] = {}
+        exact = []
+        for change in changes:
+            resource_id, meta = change.meta.resource_id, change.meta
+            if change.expect == "any":
+                if resource_id not in states:
+                    states[resource_id] = version_of(await self._call("HGET", self._key(resource_id), "s") or b"")
+                found = states[resource_id]
+                if not change.purge:
+                    meta = replace(meta, version=1 if found is None else found.version + 1)
+                change = replace(change, meta=meta, expect=found or "absent")
+            states[resource_id] = None if change.purge else Version(meta.version, meta.nonce)
+            exact.append(change)
+        return exact
+
+    async def reindex(self, entries: Sequence[Reindex]) -> None:
+        if entries:
+            await self._transact(scripts.REINDEX, lambda unique: self._writer.entries(entries, unique))
+        elif await self._read(lambda tables, db: tables.stale(db)):
+            copy = await self._mirror.current()
+            await copy.db.write(copy.tables.settled)
+
+    async def advance_generation(self) -> int:
+        # Asked twice it advances twice, which is as good.
+        return int(await self._call("HINCRBY", self._meta_key, "generation", 1))
+
+    async def _transact(self, script: Script, arguments: Callable[[list[str]], list[Any]]) -> tuple[bytes, list[Any]]:
+        """Run a writing script exactly once, whatever happens on the way: its code, and what it told besides. UniqueConflict.
+
+        `arguments`: for the unique fields that the store minds.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + COMMIT_TIMEOUT_S
+        for _ in range(ATTEMPTS):
+            known = await self._ready()
+            unique, txid, candidate = known.unique, os.urandom(TXID), os.urandom(8).hex()
+            limits = (NOTES, LOG_ENTRIES, LOG_BYTES, known.text, len(unique))
+            frame = (known.store, candidate, txid, known.noted, *limits, self._writer.spec, self._writer.fields)
+            try:
+                code, *told = await self._client.run_once(self, script, self._meta_key, *frame, *arguments(unique))
+            except Unanswered:
+                if await self._happened((known.store, candidate, txid, known.noted, NOTES), deadline):
+                    return b"ok", []
+                if loop.time() > deadline:
+                    break
+                continue
+            self._learn(told)
+            if code == b"damaged":
+                raise damaged()
+            if code == b"taken":
+                raise taken(unique[told[4] - 1])
+            if code not in (b"store", b"old", b"unique"):
+                return code, told[4:]
+            # It was decided upon what is no longer so; now that is known.
+        raise StoreUnavailable("Redis did not take this; nothing was changed, try again")
+
+    async def _happened(self, transaction: tuple[Any, ...], deadline: float) -> bool:
+        """Whether a transaction whose answer was lost happened; if not, it never will. OutcomeUnknown."""
+        loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_S
+        while True:
+            try:
+                code, *told = await self._run(scripts.LOOK, *transaction)
+            except StoreUnavailable:
+                if loop.time() + pause > deadline:
+                    break
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+                continue
+            self._learn(told)
+            if code in (b"done", b"refused"):
+                return bool(code == b"done")
+            break
+        raise OutcomeUnknown("Redis did not say whether this was stored; look before you try again")
+
+    async def _look(self) -> Known:
+        code, *told = await self._run(scripts.LOOK, "", "", "", 0, NOTES)
+        if code == b"damaged":
+            raise damaged()
+        return self._learn(told)
+
+    def _learn(self, told: Sequence[Any]) -> Known:
+        known = self._known = Known(told[0], told[1], told[2], told[3])
+        return known
+
+    async def _ready(self) -> Known:
+        """What is known of the store, once it minds the unique fields of this program. ConfigError if it cannot, or this program does not
+        index a field that must be unique: every writer keeps every unique field unique."""
+        known = self._known or await self._look()
+        for _ in range(ATTEMPTS):
+            unique = known.unique
+            for name in unique:
+                if name not in self._spec.fields:
+                    raise ConfigError(
+                        f"model {self._spec.name!r}: {name} is unique in Redis, but this program does not index it; index it,"
+                        " or stop the older program"
+                    )
+            added = [name for name in self._spec.unique if name not in unique]
+            if not added:
+                return known
+            known = await self._adopt(known, added)
+        raise StoreUnavailable("so much is written that a unique field cannot be added; try again")
+
+    async def _adopt(self, known: Known, added: Sequence[str]) -> Known:
+        """Make fields unique, unless somebody writes meanwhile."""
+        copy = await self._mirror.current()
+        position, shared, values = await in_thread(partial(copy.values, added))
+        if shared:
+            raise ConfigError(
+                f"model {self._spec.name!r}: {shared[0]} was declared unique, but stored resources share a value; change one of them"
+                " with the earlier program, or declare the field without unique=True"
+            )
+        names = msgspec.json.encode(sorted([*known.unique, *added]))
+        held = [part for name, rid, value in values for part in (digest(rid), token(name, value))]
+        reply = await self._run(scripts.ADOPT, position.store, position.seq, known.text, names, len(values), *held)
+        return self._learn(reply[1:])
+
+    # Keeping house
+
+    async def erase(self, now: dt.datetime) -> dt.datetime:
+        """Take what was purged out of the log, and out of this process's copy. Whoever's copy is older than the last purge reads everything anew.
+        The server's own files keep traces until it writes them again."""
+        await self._run(scripts.ERASE)
+        await self._mirror.current()
+        return now
+
+    async def close(self) -> None:
+        self._mirror.drop()
+        await self._client.close(self)
+
+
+def _done(told: Sequence[Any]) -> Done:
+    header, *left = told
+    _, _, request = header.split(b" ", 2)
+    return Done(request.decode(), [None if document is None else meta_of(document) for document in left])

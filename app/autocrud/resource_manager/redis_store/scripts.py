@@ -1,0 +1,400 @@
+"""What runs inside Redis: each script is one atomic step. Lua 5.1; for Redis from 6.2 on and Valkey.
+
+Keys below a prefix. An id never becomes a key: `{hash}` is its SHA-256 in hex, so no id, however long or hostile, meets another key; and as no
+name here ends with another one, stores with different prefixes never meet either.
+
+    meta         hash: `store`, an id drawn at birth; `seq`, how many transactions there were, and `head`, the txid of the last one; `tx`, counts
+                 what `tx` (below) took up; `generation`; `unique`, a JSON list of names; `bytes` of the log; `purged`, the seq of the last purge
+                 that the log may tell of
+    ids          set of the hashes of all ids
+    res:{hash}   hash, a resource: `s` its version and nonce, `d` its document, `i` its index entry, `q` its unique values (a list in
+                 MessagePack), `r{number}` a revision's record behind its uid, `n{uid}` that revision's number, `t` the highest number that ever
+                 was, `k{operation}:{key}` the places in `done` that tell of it
+    specs        hash: the sets of indexed fields that index entries name
+    unique       hash: a value of a unique field -> the hash that holds it
+    done         hash: `h:{key}` -> time, number of operations, request; `{operation}:{key}` -> hash and document that it left
+    keytimes     sorted set: the keys in `done` by their time
+    tx           sorted set: `+{txid}` of what was done and `-{txid}` of what was refused, the newest by `meta.tx`
+    log          list: the newest transactions, each its txid and the framed ops; the last one is number `meta.seq`
+
+Invariants:
+
+- L1 *All or nothing.* A script looks at every key that it will write, of the right type or not, before it writes the first one; so nothing can
+  fail half way. Redis checks for memory, a read-only replica and a full disk before a script's first write only, and of these checks the one
+  for memory only at commands that need some; so one of those comes first.
+- L2 *Number, log and rows change together*; the numbers in the log have no gaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+
+class Script(NamedTuple):
+    text: str
+    sha: str
+
+
+def _script(*parts: str) -> Script:
+    text = "\n".join(parts)
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+_COMMON = """
+local P, at = string.sub(KEYS[1], 1, -5), 0
+local function arg() at = at + 1 return ARGV[at] end
+local function num() return tonumber(arg()) end
+local META, LOG, IDS, SPECS = KEYS[1], P .. 'log', P .. 'ids', P .. 'specs'
+local UNIQUE, DONE, TIMES, TX = P .. 'unique', P .. 'done', P .. 'keytimes', P .. 'tx'
+local function res(hash) return P .. 'res:' .. hash end
+local meta = redis.call('HMGET', META, 'store', 'seq', 'head', 'tx', 'unique', 'generation', 'bytes', 'purged')
+local store, seq, head, tx = meta[1] or '', tonumber(meta[2] or 0), meta[3] or '', tonumber(meta[4] or 0)
+local unique, generation, bytes = meta[5] or '[]', tonumber(meta[6] or 0), tonumber(meta[7] or 0)
+local function say(code, ...) return {code, store, tx, unique, generation, ...} end
+local function lacks() return store == '' and (redis.call('LLEN', LOG) > 0 or redis.call('SCARD', IDS) > 0) end
+local function note(sign, txid, candidate, cap)
+  tx = tx + 1
+  if store == '' then store = candidate end
+  redis.call('HSET', META, 'store', store, 'tx', tx)
+  redis.call('ZADD', TX, tx, sign .. txid)
+  redis.call('ZREMRANGEBYRANK', TX, 0, -cap - 1)
+end
+"""
+
+# What is remembered of a key: its header and what each operation left.
+_DONE = """
+local function done(key)
+  local header = redis.call('HGET', DONE, 'h:' .. key)
+  if not header then return false end
+  local told = {header}
+  for i = 0, tonumber(string.match(header, '^%S+ (%d+)')) - 1 do
+    local left = redis.call('HGET', DONE, i .. ':' .. key)
+    told[#told + 1] = left and string.sub(left, 65)
+  end
+  return told
+end
+"""
+
+# The frame of every transaction: whether it may still happen (see `meta_store.redis`), unique values, the log.
+_WRITE = """
+local expected, candidate, txid, since, cap = arg(), arg(), arg(), num(), num()
+local max_entries, max_bytes, minded, width = num(), num(), arg(), num()
+local spec, fields = arg(), arg()
+if redis.call('ZSCORE', TX, '-' .. txid) then return say('refused') end
+if store ~= expected then return say('store') end
+if since > tx or tx - since >= cap then return say('old') end
+if lacks() then return say('damaged') end
+redis.call('LLEN', LOG) redis.call('SCARD', IDS) redis.call('HLEN', UNIQUE) redis.call('HLEN', DONE) redis.call('ZCARD', TIMES)
+local known = redis.call('HEXISTS', SPECS, spec) == 1
+
+local function tokens()
+  local list = {}
+  for i = 1, width do list[i] = arg() end
+  return list
+end
+-- The number of a unique field whose value two resources would have. `final`: what those in `order` end with.
+local function clash(order, final)
+  local claims = {}
+  for _, hash in ipairs(order) do
+    for j, token in ipairs(final[hash]) do
+      if token ~= '' then
+        if claims[token] then return j end
+        claims[token] = true
+        local holder = redis.call('HGET', UNIQUE, token)
+        if holder and holder ~= hash and not final[holder] then return j end
+      end
+    end
+  end
+end
+-- The first write where memory is needed: it is one that a full server refuses, and with it all.
+local function begin() redis.call('HSET', META, 'tx', tx) end
+local function release(order)
+  for _, hash in ipairs(order) do
+    local held = redis.call('HGET', res(hash), 'q')
+    for _, token in ipairs(held and cmsgpack.unpack(held) or {}) do redis.call('HDEL', UNIQUE, token) end
+  end
+end
+local function take(order, final)
+  for _, hash in ipairs(order) do
+    local list = {}
+    for _, token in ipairs(final[hash]) do
+      if token ~= '' then
+        list[#list + 1] = token
+        redis.call('HSET', UNIQUE, token, hash)
+      end
+    end
+    if #list > 0 then redis.call('HSET', res(hash), 'q', cmsgpack.pack(list)) else redis.call('HDEL', res(hash), 'q') end
+  end
+end
+local function append(ops)
+  if not known then redis.call('HSET', SPECS, spec, fields) end
+  local entry = txid .. ops
+  seq, bytes = seq + 1, bytes + #entry
+  local length = redis.call('RPUSH', LOG, entry)
+  while length > 0 and (length > max_entries or bytes > max_bytes) do
+    bytes, length = bytes - #redis.call('LPOP', LOG), length - 1
+  end
+  redis.call('HSET', META, 'seq', seq, 'head', txid, 'bytes', bytes)
+end
+"""
+
+COMMIT = _script(
+    _COMMON,
+    _DONE,
+    _WRITE,
+    """
+local key, request, time, oldest, results = false, '', '', '', {}
+if arg() == '1' then
+  key, request, time, oldest = arg(), arg(), arg(), arg()
+  local before = done(key)
+  if before then return say('done', before) end
+  for i = 1, num() do results[i] = {hash = arg(), doc = arg()} end
+end
+if unique ~= minded then return say('unique') end
+
+local ops, changes, now, final, order, uids, needs_memory = arg(), {}, {}, {}, {}, {}, false
+-- The uid of a revision's record after the changes so far; `uids`: what these did, by resource and number.
+local function uid_of(c, number)
+  local changed = uids[c.hash]
+  if changed and changed[number] ~= nil then return changed[number] end
+  local record = not (changed and changed.purged) and redis.call('HGET', res(c.hash), 'r' .. number)
+  if not record then return false end
+  local size, start = string.match(record, '^(%d+):()')
+  return string.sub(record, start, start + size - 1)
+end
+for i = 1, num() do
+  local c = {hash = arg(), expect = arg(), state = arg(), doc = arg()}
+  local born = arg()
+  if arg() == '1' then c.index, c.tokens = arg(), tokens() end
+  if arg() == '1' then c.revision, c.uid, c.record = arg(), arg(), arg() end
+  c.drop = {}
+  for j = 1, num() do c.drop[j] = arg() end
+  local found = now[c.hash]
+  if found == nil then found = redis.call('HGET', res(c.hash), 's') or '' end
+  if found ~= c.expect then return say('conflict', i, found) end
+  if born ~= '' and tonumber(born) < generation - 1 and uid_of(c, c.revision) ~= c.uid then return say('stale') end
+  now[c.hash] = c.state
+  if c.state == '' then uids[c.hash] = {purged = true} else
+    uids[c.hash] = uids[c.hash] or {}
+    for _, uid in ipairs(c.drop) do
+      local number = redis.call('HGET', res(c.hash), 'n' .. uid)
+      if number and uid_of(c, number) == uid then uids[c.hash][number] = false end
+      for number, one in pairs(uids[c.hash]) do
+        if one == uid then uids[c.hash][number] = false end
+      end
+    end
+    if c.record then uids[c.hash][c.revision] = c.uid end
+  end
+  if c.state == '' or c.index then
+    if not final[c.hash] then order[#order + 1] = c.hash end
+    final[c.hash] = c.state == '' and {} or c.tokens
+  end
+  if c.state ~= '' then needs_memory = true end
+  changes[i] = c
+end
+local taken = clash(order, final)
+if taken then return say('taken', taken) end
+
+-- Everything is decided; from here on there are only writes. What only purges may do so in a full server.
+if needs_memory then begin() end
+release(order)
+for _, c in ipairs(changes) do
+  local r = res(c.hash)
+  if c.state == '' then
+    for _, name in ipairs(redis.call('HKEYS', r)) do
+      if string.sub(name, 1, 1) == 'k' then redis.call('HDEL', DONE, string.sub(name, 2)) end
+    end
+    redis.call('DEL', r)
+    redis.call('SREM', IDS, c.hash)
+    redis.call('HSET', META, 'purged', seq + 1)
+  else
+    redis.call('SADD', IDS, c.hash)
+    redis.call('HSET', r, 's', c.state, 'd', c.doc)
+    if c.index then redis.call('HSET', r, 'i', c.index) end
+    for _, uid in ipairs(c.drop) do
+      local number = redis.call('HGET', r, 'n' .. uid)
+      if number then redis.call('HDEL', r, 'n' .. uid, 'r' .. number) end
+    end
+    if c.record then
+      local old = redis.call('HGET', r, 'r' .. c.revision)
+      if old then
+        local size, start = string.match(old, '^(%d+):()')
+        redis.call('HDEL', r, 'n' .. string.sub(old, start, start + size - 1))
+      end
+      redis.call('HSET', r, 'r' .. c.revision, #c.uid .. ':' .. c.uid .. c.record, 'n' .. c.uid, c.revision)
+      if tonumber(c.revision) > tonumber(redis.call('HGET', r, 't') or 0) then redis.call('HSET', r, 't', c.revision) end
+    end
+  end
+end
+take(order, final)
+if key then
+  for _, old in ipairs(redis.call('ZRANGEBYSCORE', TIMES, '-inf', '(' .. oldest, 'LIMIT', 0, 100)) do
+    local header = redis.call('HGET', DONE, 'h:' .. old)
+    for i = 0, tonumber(header and string.match(header, '^%S+ (%d+)') or 0) - 1 do
+      local place = i .. ':' .. old
+      local left = redis.call('HGET', DONE, place)
+      if left then redis.call('HDEL', res(string.sub(left, 1, 64)), 'k' .. place) end
+      redis.call('HDEL', DONE, place)
+    end
+    redis.call('HDEL', DONE, 'h:' .. old)
+    redis.call('ZREM', TIMES, old)
+  end
+  redis.call('ZADD', TIMES, time, key)
+  redis.call('HSET', DONE, 'h:' .. key, time .. ' ' .. #results .. ' ' .. request)
+  for i, result in ipairs(results) do
+    if result.hash ~= '' and redis.call('EXISTS', res(result.hash)) == 1 then
+      local place = (i - 1) .. ':' .. key
+      redis.call('HSET', DONE, place, result.hash .. result.doc)
+      redis.call('HSET', res(result.hash), 'k' .. place, '')
+    end
+  end
+end
+if #changes > 0 then append(ops) end
+note('+', txid, candidate, cap)
+return say('ok')
+""",
+)
+"""A commit. `transaction.Writer` makes what it takes: `once`, then `changes`."""
+
+REINDEX = _script(
+    _COMMON,
+    _WRITE,
+    """
+if unique ~= minded then return say('unique') end
+local chosen, ops, order, final = {}, {}, {}, {}
+for _ = 1, num() do
+  local e = {hash = arg(), expect = arg(), index = arg(), op = arg(), tokens = tokens()}
+  if redis.call('HGET', res(e.hash), 's') == e.expect then
+    chosen[#chosen + 1], ops[#ops + 1] = e, e.op
+    if not final[e.hash] then order[#order + 1] = e.hash end
+    final[e.hash] = e.tokens
+  end
+end
+local taken = clash(order, final)
+if taken then return say('taken', taken) end
+if #chosen > 0 then
+  begin()
+  release(order)
+  for _, e in ipairs(chosen) do redis.call('HSET', res(e.hash), 'i', e.index) end
+  take(order, final)
+  append(table.concat(ops))
+  note('+', txid, candidate, cap)
+end
+return say('ok')
+""",
+)
+"""New index entries for those resources that are still in the state which they were made for."""
+
+LOOK = _script(
+    _COMMON,
+    """
+local expected, candidate, txid, since, cap = arg(), arg(), arg(), num(), num()
+if lacks() then return say('damaged') end
+if txid == '' then return say('ok') end
+if redis.call('ZSCORE', TX, '+' .. txid) then return say('done') end
+if redis.call('ZSCORE', TX, '-' .. txid) then return say('refused') end
+if store ~= expected then return say('store') end
+if since > tx or tx - since >= cap then return say('old') end
+note('-', txid, candidate, cap)
+return say('refused')
+""",
+)
+"""Where the store is. With a txid: whether that transaction happened; if not, it is refused from now on."""
+
+ADOPT = _script(
+    _COMMON,
+    """
+if store ~= arg() or seq ~= num() or unique ~= arg() then return say('moved') end
+redis.call('HLEN', UNIQUE)
+local names, count = arg(), num()
+for i = at + 1, at + 2 * count, 2 do redis.call('HGET', res(ARGV[i]), 'q') end
+redis.call('HSET', META, 'unique', names)
+for _ = 1, count do
+  local hash, token = arg(), arg()
+  local held = redis.call('HGET', res(hash), 'q')
+  held = held and cmsgpack.unpack(held) or {}
+  held[#held + 1] = token
+  redis.call('HSET', res(hash), 'q', cmsgpack.pack(held))
+  redis.call('HSET', UNIQUE, token, hash)
+end
+unique = names
+return say('ok')
+""",
+)
+"""More unique fields, with the values that resources have of them, if nothing was written since these were looked at."""
+
+DONE = _script(_COMMON, _DONE, "return done(arg())")
+
+REVISIONS = _script(
+    _COMMON,
+    """
+local r, before, wanted = res(arg()), num(), num()
+local function get(numbers, found)
+  for first = 1, #numbers, 500 do
+    local names = {}
+    for i = first, math.min(first + 499, #numbers) do names[#names + 1] = 'r' .. numbers[i] end
+    for _, record in ipairs(redis.call('HMGET', r, unpack(names))) do
+      if record and #found < wanted then found[#found + 1] = record end
+    end
+  end
+end
+local top, dense, found = math.min(before - 1, tonumber(redis.call('HGET', r, 't') or 0)), {}, {}
+local bottom = math.max(1, top - 2 * wanted)
+for number = top, bottom, -1 do dense[#dense + 1] = number end
+get(dense, found)
+if #found < wanted and bottom > 1 then  -- retention made holes
+  local rest = {}
+  for _, name in ipairs(redis.call('HKEYS', r)) do
+    local number = tonumber(string.match(name, '^r(%d+)$') or 0)
+    if number > 0 and number < bottom then rest[#rest + 1] = number end
+  end
+  table.sort(rest, function(a, b) return a > b end)
+  get(rest, found)
+end
+return found
+""",
+)
+"""The newest records below a number, each behind its uid."""
+
+FOLLOW = _script(
+    _COMMON,
+    """
+if lacks() then return {'damaged'} end
+local theirs, at_seq, at_head = arg(), num(), arg()
+local behind = seq - at_seq
+if store ~= theirs or behind < 0 then return {'apart', store, seq, head} end
+if behind == 0 then return {head == at_head and 'same' or 'apart', store, seq, head} end
+local reach = at_seq > 0 and behind + 1 or behind
+if redis.call('LLEN', LOG) < reach then return {'apart', store, seq, head} end
+return {'after', store, seq, head, redis.call('LRANGE', LOG, -reach, -1)}
+""",
+)
+"""The log after a position, with the entry of that position first where there is one, whose txid shows whether it is the same history; or that
+the log does not reach back to there."""
+
+PAGE = _script(
+    _COMMON,
+    """
+local page, rows = redis.call('SSCAN', IDS, arg(), 'COUNT', arg()), {}
+for i, hash in ipairs(page[2]) do rows[i] = redis.call('HGETALL', res(hash)) end
+return {page[1], rows}
+""",
+)
+"""Some resources with all that there is of them, and the cursor of the next ones."""
+
+ERASE = _script(
+    _COMMON,
+    """
+if meta[8] then
+  local length, keep = redis.call('LLEN', LOG), seq - tonumber(meta[8])
+  while length > keep do
+    bytes, length = bytes - #redis.call('LPOP', LOG), length - 1
+  end
+  redis.call('HSET', META, 'bytes', bytes)
+  redis.call('HDEL', META, 'purged')
+end
+return say('ok')
+""",
+)
+"""The log without the entries that may tell of what was purged."""

