@@ -62,7 +62,7 @@ def serve(
     port
         The port to listen on; 0 takes a free one.
     storage
-        s3-sqlite, disk, memory-disk or memory, instead of CRUDSTACK_STORAGE.
+        s3-sqlite, postgres-s3, disk, memory-disk or memory, instead of CRUDSTACK_STORAGE.
     local_s3
         Run an S3 of its own (ministack) with its data in CRUDSTACK_DATA_DIR, unless an endpoint is set.
     make_bucket

@@ -9,7 +9,8 @@ adds. Both come from the environment:
 | CRUDSTACK_STORAGE | instead of it: a storage kind, or a pair as JSON: `{"meta": "memory", "resource": "disk"}` |
 | CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
 | CRUDSTACK_DATA_DIR | the directory of the kinds that keep data on disk; for s3-sqlite where the local copies lie, if anywhere |
-| CRUDSTACK_BUCKET, CRUDSTACK_PREFIX, CRUDSTACK_REGION | the bucket of s3-sqlite, what its keys start with, its region |
+| CRUDSTACK_BUCKET, CRUDSTACK_PREFIX, CRUDSTACK_REGION | the bucket of s3-sqlite and postgres-s3, what its keys start with, its region |
+| CRUDSTACK_PG_DSN | the database of postgres-s3: postgresql://user:password@host:port/database |
 | CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are understood too |
 
 | CRUDSTACK_AUTH | who is let in: `none`, or as JSON `{"mode": "token", "token_sha256": "..."}` or `{"mode": "jwt", "issuer": "...", "audiences": [...]}` |
@@ -22,21 +23,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
 from .autocrud.errors import ConfigError
 
-Kind = Literal["s3-sqlite", "disk", "memory-disk", "memory"]
-KINDS: tuple[Kind, ...] = ("s3-sqlite", "disk", "memory-disk", "memory")
+Kind = Literal["s3-sqlite", "postgres-s3", "disk", "memory-disk", "memory"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Pair(Struct, frozen=True, forbid_unknown_fields=True):
     """A MetaStore and a ResourceStore by name, where no kind says what is wanted."""
 
-    meta: Literal["memory", "disk", "s3-sqlite"]
+    meta: Literal["memory", "disk", "s3-sqlite", "postgres"]
     resource: Literal["memory", "disk", "s3"]
 
 
@@ -88,6 +89,7 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
 
     data_dir: str | None = None
     s3_endpoint_url: str | None = None
+    pg_dsn: str | None = None
 
 
 class Settings(Struct, frozen=True):
@@ -103,7 +105,13 @@ STACK_VARIABLES = (
     "CRUDSTACK_REGION",
     "CRUDSTACK_AUTH",
 )
-VARIABLES = ("CRUDSTACK_OUTPUTS", *STACK_VARIABLES, "CRUDSTACK_DATA_DIR", "CRUDSTACK_S3_ENDPOINT_URL")
+VARIABLES = (
+    "CRUDSTACK_OUTPUTS",
+    *STACK_VARIABLES,
+    "CRUDSTACK_DATA_DIR",
+    "CRUDSTACK_S3_ENDPOINT_URL",
+    "CRUDSTACK_PG_DSN",
+)
 ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -116,7 +124,9 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
     endpoint = next((value for name in ENDPOINT_VARIABLES if (value := environment.get(name))), None)
     if endpoint is not None and not endpoint.startswith(("http://", "https://")):
         raise ConfigError(f"the S3 endpoint is {endpoint!r}: expected a URL, like http://127.0.0.1:9000")
-    local = LocalOverrides(data_dir=given.get("CRUDSTACK_DATA_DIR"), s3_endpoint_url=endpoint)
+    local = LocalOverrides(
+        data_dir=given.get("CRUDSTACK_DATA_DIR"), s3_endpoint_url=endpoint, pg_dsn=given.get("CRUDSTACK_PG_DSN")
+    )
     if "CRUDSTACK_OUTPUTS" in given:
         for name in STACK_VARIABLES:
             if name in given:

@@ -13,6 +13,7 @@ from .autocrud.resource_manager.storage_factory import (
     IStorageFactory,
     MemoryDiskStorageFactory,
     MemoryStorageFactory,
+    PostgresS3StorageFactory,
     S3StorageFactory,
 )
 from .settings import KINDS, Kind, Settings, Storage
@@ -22,6 +23,7 @@ PAIRS: dict[tuple[str, str], Kind] = {
     ("disk", "disk"): "disk",
     ("memory", "disk"): "memory-disk",
     ("s3-sqlite", "s3"): "s3-sqlite",
+    ("postgres", "s3"): "postgres-s3",
 }
 
 
@@ -48,6 +50,8 @@ def _factory(storage: Storage, settings: Settings, idle_work: bool) -> IStorageF
         return MemoryStorageFactory()
     if kind == "s3-sqlite":
         return _s3(settings, idle_work)
+    if kind == "postgres-s3":
+        return _postgres(settings)
     if settings.local.data_dir is None:
         raise ConfigError(f"CRUDSTACK_DATA_DIR is not set: storage {kind!r} keeps its data in that directory")
     # Resolved now, so that a later change of the working directory does not move the data.
@@ -56,31 +60,55 @@ def _factory(storage: Storage, settings: Settings, idle_work: bool) -> IStorageF
 
 
 def _s3(settings: Settings, idle_work: bool) -> S3StorageFactory:
-    outputs, local = settings.outputs, settings.local
-    if outputs.bucket is None:
-        raise ConfigError("CRUDSTACK_BUCKET is not set: storage 's3-sqlite' keeps its data in that bucket")
+    local, bucket = settings.local, _bucket(settings, "s3-sqlite")
     copies = None
     if local.data_dir is not None:
         where = hashlib.sha256(f"{local.s3_endpoint_url}".encode()).hexdigest()[:8]
         copies = Path(local.data_dir).expanduser().absolute() / "copies" / where
-    prefix = outputs.prefix and f"{outputs.prefix.rstrip('/')}/"
     return S3StorageFactory(
-        outputs.bucket,
+        bucket,
         local.s3_endpoint_url,
-        region_name=outputs.region
-        or os.environ.get("AWS_REGION")
-        or os.environ.get("AWS_DEFAULT_REGION")
-        or "us-east-1",
-        prefix=prefix,
+        region_name=_region(settings),
+        prefix=_prefix(settings),
         local_dir=copies,
         sync_interval=5.0 if idle_work else None,
     )
 
 
+def _postgres(settings: Settings) -> PostgresS3StorageFactory:
+    dsn = settings.local.pg_dsn
+    if dsn is None:
+        raise ConfigError("CRUDSTACK_PG_DSN is not set: storage 'postgres-s3' keeps its metadata in that database")
+    return PostgresS3StorageFactory(
+        dsn,
+        _bucket(settings, "postgres-s3"),
+        settings.local.s3_endpoint_url,
+        region_name=_region(settings),
+        prefix=_prefix(settings),
+    )
+
+
+def _bucket(settings: Settings, kind: Kind) -> str:
+    if settings.outputs.bucket is None:
+        raise ConfigError(f"CRUDSTACK_BUCKET is not set: storage {kind!r} keeps its data in that bucket")
+    return settings.outputs.bucket
+
+
+def _prefix(settings: Settings) -> str:
+    prefix = settings.outputs.prefix
+    return prefix and f"{prefix.rstrip('/')}/"
+
+
+def _region(settings: Settings) -> str:
+    given = settings.outputs.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return given or "us-east-1"
+
+
 def needs_s3(settings: Settings) -> bool:
     """Whether any model is stored on S3."""
     outputs = settings.outputs
-    return "s3-sqlite" in map(kind_of, (outputs.storage, *outputs.storage_overrides.values()))
+    kinds = set(map(kind_of, (outputs.storage, *outputs.storage_overrides.values())))
+    return not kinds.isdisjoint(("s3-sqlite", "postgres-s3"))
 
 
 def kind_of(storage: Storage) -> Kind:

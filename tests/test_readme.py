@@ -49,9 +49,9 @@ def tour_script(url: str) -> tuple[str, Callable[[str], None]]:
     return script.replace("localhost:8000", url), check
 
 
-@pytest.mark.parametrize("kind", ["s3-sqlite", "disk"])
-def test_the_tour(serve, tmp_path, kind):
-    server = serve(kind, tmp_path, "--local-s3", "--make-bucket")
+@pytest.mark.parametrize("kind", ["s3-sqlite", "disk", "postgres-s3"])
+def test_the_tour(serve, tmp_path, kind, postgres):
+    server = serve(kind, tmp_path, "--local-s3", "--make-bucket", environment={"CRUDSTACK_PG_DSN": postgres})
     script, check = tour_script(server.url)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

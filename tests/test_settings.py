@@ -51,8 +51,21 @@ def test_models_may_have_a_kind_of_their_own(tmp_path):
 
 WRONG = [
     ({}, "CRUDSTACK_STORAGE is not set"),
-    ({"CRUDSTACK_STORAGE": "tape"}, "'tape': expected one of s3-sqlite, disk, memory-disk, memory"),
+    ({"CRUDSTACK_STORAGE": "tape"}, "'tape': expected one of s3-sqlite, postgres-s3, disk, memory-disk, memory"),
     ({"CRUDSTACK_STORAGE": "disk"}, "CRUDSTACK_DATA_DIR is not set"),
+    ({"CRUDSTACK_STORAGE": "postgres-s3", "CRUDSTACK_BUCKET": "b"}, "CRUDSTACK_PG_DSN is not set"),
+    (
+        {"CRUDSTACK_STORAGE": "postgres-s3", "CRUDSTACK_PG_DSN": "postgresql://u:secret@h/d"},
+        "CRUDSTACK_BUCKET is not set",
+    ),
+    (
+        {
+            "CRUDSTACK_STORAGE": "postgres-s3",
+            "CRUDSTACK_BUCKET": "b",
+            "CRUDSTACK_PG_DSN": "postgresql://u:secret@h:x:y/d z",
+        },
+        "the address of PostgreSQL cannot be read",
+    ),
     ({"CRUDSTACK_STORAGE": "s3-sqlite"}, "CRUDSTACK_BUCKET is not set"),
     (
         {"CRUDSTACK_STORAGE": "s3-sqlite", "CRUDSTACK_BUCKET": "b", "CRUDSTACK_S3_ENDPOINT_URL": "localhost:9000"},

@@ -20,9 +20,10 @@ from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.postgres import pool
 from app.autocrud.resource_manager.postgres.schema import name_of
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
-from app.autocrud.resource_manager.storage_factory import IStorageFactory
+from app.autocrud.resource_manager.storage_factory import IStorageFactory, PostgresS3StorageFactory
 from tests.conformance import SharedConformance
 from tests.postgres import Postgres
+from tests.services import BUCKET, given
 from tests.tcp_proxy import TcpProxy
 
 
@@ -50,6 +51,24 @@ class TestPostgresWithDisk(SharedConformance):
 class TestPostgresAsMessagePack(SharedConformance):
     def make(self, root: Path) -> IStorageFactory:
         return WithDisk(root, Encoding.msgpack)
+
+
+@pytest.mark.usefixtures("postgres", "ministack_s3")
+class TestPostgresWithS3(SharedConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        s3 = given("TEST_MINISTACK")
+        return _Named(root, os.environ["TEST_POSTGRES"], BUCKET, *s3, prefix=f"{root.name}/")
+
+
+class _Named(PostgresS3StorageFactory):
+    """With tables of each test's own."""
+
+    def __init__(self, root: Path, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.root = root
+
+    def build(self, model_name: str) -> IStorage:
+        return super().build(f"{self.root.name}_{model_name}")
 
 
 # What is this store's own

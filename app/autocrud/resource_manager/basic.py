@@ -362,6 +362,10 @@ class ResourceStore(Store):
     async def delete(self, uids: Sequence[str]) -> None:
         """Remove bodies; those that are not there are no error."""
 
+    async def maintain(self, budget_s: float) -> None:
+        """The store's own housekeeping, for at most about `budget_s` seconds."""
+        return None
+
     async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
         """Uids of earlier generations, ascending, after the given one: candidates for the sweep."""
         return []

@@ -329,6 +329,7 @@ class SimpleStorage(IStorage):
             return  # swept whenever it is opened
         deadline = time.monotonic() + budget_s
         await self.meta_store.maintain(budget_s / 2)
+        await self.resource_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
         if not self._sweep_after:
             self._generation = await self.meta_store.advance_generation()
         while time.monotonic() < deadline:

@@ -8,9 +8,11 @@ class MyStorageFactory(IStorageFactory):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ConfigError
 from .basic import Encoding, IStorage
 from .meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .resource_store.simple import DiskResourceStore, MemoryResourceStore
@@ -108,3 +110,45 @@ class S3StorageFactory(IStorageFactory):
         return SimpleStorage(
             meta_store, S3ResourceStore(self.bucket, f"{self.prefix}data/{model_name}/", object_store=objects)
         )
+
+
+class PostgresS3StorageFactory(IStorageFactory):
+    """Metadata and index in PostgreSQL, in tables that begin with `meta_{model}`; bodies on S3 below `{prefix}{model}/`. Durable; any number of
+    processes and machines may share both.
+
+    Without keys the ambient credentials of AWS are used; `password` makes passwords that expire.
+    """
+
+    def __init__(
+        self,
+        pg_dsn: str,
+        s3_bucket: str,
+        s3_endpoint: str | None = None,
+        s3_access_key: str | None = None,
+        s3_secret_key: str | None = None,
+        *,
+        region_name: str | None = "us-east-1",
+        prefix: str = "",
+        password: Callable[[], str] | None = None,
+    ) -> None:
+        self.pg_dsn, self.password = pg_dsn, password
+        self.s3_bucket, self.s3_endpoint, self.region_name, self.prefix = s3_bucket, s3_endpoint, region_name, prefix
+        self.s3_access_key, self.s3_secret_key = s3_access_key, s3_secret_key
+
+    def build(self, model_name: str) -> IStorage:
+        from .resource_store.s3 import S3ResourceStore
+
+        try:
+            from .meta_store.postgres import PostgresMetaStore
+        except ImportError as error:
+            raise ConfigError(f"PostgreSQL needs the package {error.name}: install crudstack[postgres]") from None
+        meta_store = PostgresMetaStore(self.pg_dsn, table_name=f"meta_{model_name}", password=self.password)
+        resource_store = S3ResourceStore(
+            self.s3_bucket,
+            f"{self.prefix}{model_name}/",
+            self.s3_endpoint,
+            self.s3_access_key,
+            self.s3_secret_key,
+            self.region_name,
+        )
+        return SimpleStorage(meta_store, resource_store)

@@ -108,9 +108,11 @@ def translated(error: Exception) -> CrudError:
     if isinstance(error, PoolTimeout | TooManyRequests):
         log.warning("PostgreSQL: no connection within %g s", WAIT_S)
         return StoreUnavailable("the database has no connection to spare right now; nothing was changed, try again")
-    log.error("PostgreSQL: %s %s", type(error).__name__, getattr(error, "sqlstate", None) or "")
+    state = getattr(error, "sqlstate", None) or ""
+    ordinary = state[:2] in ("CS", "23", "40")  # conflicts and what is tried again
+    log.log(logging.DEBUG if ordinary else logging.ERROR, "PostgreSQL: %s %s", type(error).__name__, state)
     log.debug("PostgreSQL said: %s", error)
-    if isinstance(error, psycopg.DataError) and getattr(error, "sqlstate", None) in (None, "22P05", "22021"):
+    if isinstance(error, psycopg.DataError) and state in ("", "22P05", "22021"):
         return InvalidData("the database cannot hold this text: NUL characters and unpaired surrogates are none")
     if isinstance(error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted | psycopg.errors.UndefinedTable):
         return StoreDamaged("the database has lost something that was stored; its log says what")

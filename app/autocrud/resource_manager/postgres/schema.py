@@ -13,8 +13,9 @@ A commit is one call of one function, hence one round trip and one transaction. 
 - P1 *Decided where it happens.* An expectation is part of the UPDATE or INSERT that changes the row, whose lock holds until the commit. A conflict
   raises, so nothing of a batch stays. Rows of a batch are locked in the order of their ids, so that batches wait for each other and never
   in a circle; where they do all the same, PostgreSQL ends one, which is tried again.
-- P2 *Unique values are unique at the end of the commit*, by a constraint that is checked then: a batch may swap them. Which fields are unique stands in
-  the state, so versions of the program that do not know a field cannot break it: they refuse.
+- P2 *Unique values are unique at the end of the commit*, by a constraint that is checked then: a batch may swap them. Who wants a value takes a lock on
+  it first, in order, because two that inserted the same would wait for each other at their ends. Which fields are unique stands in the state,
+  so versions of the program that do not know a field cannot break it: they refuse.
 - P3 *No body that a sweep may have removed is committed.* Commits hold a lock that advancing the generation waits for, in memory, not in a row.
 - P4 *A lost answer is resolved, not guessed.* Each call brings a number that it inserts into `recent`. Whoever lost the answer inserts the same number: if
   that fails, the call has happened; if it succeeds, the call never will, for its own insertion fails then. While the call is still running the
@@ -130,6 +131,11 @@ BEGIN
   SELECT generation, uniques INTO generation_, uniques_ FROM <state>;
   IF jsonb_array_length(changes) > 1 THEN
     PERFORM 1 FROM <main> WHERE id IN (SELECT x->>'id' FROM jsonb_array_elements(changes) x) ORDER BY id FOR UPDATE;
+  END IF;
+  IF uniques_ <> '{}' THEN
+    PERFORM pg_advisory_xact_lock(h) FROM (
+      SELECT DISTINCT hashtextextended(u || ':' || (x->'keys'->>u), <lock>) AS h
+      FROM jsonb_array_elements(changes) x, unnest(uniques_) u WHERE x->'keys'->>u IS NOT NULL ORDER BY h) AS wanted;
   END IF;
   FOR c IN SELECT x FROM jsonb_array_elements(changes) x LOOP
     m := c->'meta';
