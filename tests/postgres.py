@@ -31,9 +31,15 @@ def binaries() -> Path:
         return INSTALLED / "bin"
     directory = Path(tempfile.mkdtemp(prefix="crudstack-postgres-programs-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    shutil.copytree(INSTALLED, directory / "pginstall", symlinks=True)
+    package = INSTALLED.parent
+    for part in (
+        package,
+        package.with_name(f"{package.name}.libs"),
+    ):  # the programs look for their libraries beside the package
+        if part.exists():
+            shutil.copytree(part, directory / part.name, symlinks=True)
     directory.chmod(0o755)
-    return directory / "pginstall" / "bin"
+    return directory / package.name / "pginstall" / "bin"
 
 
 def as_somebody(*command: str | Path) -> list[str]:
