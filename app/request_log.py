@@ -17,13 +17,15 @@ import msgspec
 
 from .autocrud.http.messages import Receive, Scope, Send
 from .autocrud.http.problems import ROUTE
-from .autocrud.resource_manager.object_store import REQUESTS
+from .autocrud.resource_manager.object_store import CACHED, REQUESTS
 
 _encode = msgspec.json.Encoder().encode
 
 METRICS = [
     {"Name": "duration_ms", "Unit": "Milliseconds"},
     {"Name": "storage_requests", "Unit": "Count"},
+    {"Name": "cache_hits", "Unit": "Count"},
+    {"Name": "cache_misses", "Unit": "Count"},
     {"Name": "cold_start", "Unit": "Count"},
     {"Name": "failed", "Unit": "Count"},
 ]
@@ -51,6 +53,7 @@ class RequestLog:
         request_id = _request_id(scope)
         began, cold, self._cold = time.perf_counter(), self._cold, False
         asked: Counter[str] = Counter()
+        cached: Counter[str] = Counter()
         status = 500
 
         async def sent(message: Any) -> None:
@@ -60,16 +63,24 @@ class RequestLog:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        counting = REQUESTS.set(asked)
+        counting, counting_cached = REQUESTS.set(asked), CACHED.set(cached)
         try:
             await self._app(scope, receive, sent)
         finally:
             REQUESTS.reset(counting)
+            CACHED.reset(counting_cached)
             duration = round((time.perf_counter() - began) * 1e3, 2)
-            self._write(self._line(scope, request_id, status, duration, asked, cold))
+            self._write(self._line(scope, request_id, status, duration, asked, cached, cold))
 
     def _line(
-        self, scope: Scope, request_id: str, status: int, duration: float, asked: Counter[str], cold: bool
+        self,
+        scope: Scope,
+        request_id: str,
+        status: int,
+        duration: float,
+        asked: Counter[str],
+        cached: Counter[str],
+        cold: bool,
     ) -> dict[str, Any]:
         line: dict[str, Any] = {
             "level": "ERROR" if status >= 500 else "INFO",
@@ -81,6 +92,8 @@ class RequestLog:
             "duration_ms": duration,
             "storage_requests": asked.total(),
             "storage": dict(asked),
+            "cache_hits": cached["hits"],
+            "cache_misses": cached["misses"],
             "cold_start": int(cold),
             "failed": int(status >= 500),
         }

@@ -9,8 +9,9 @@ import pytest
 from app.autocrud import Encoding
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
-from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
+from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
+from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import (
     DiskStorageFactory,
@@ -59,6 +60,32 @@ class TestCustomFactory(SharedConformance):
 class TestMemoryDisk(OwnedConformance):
     def make(self, root: Path) -> IStorageFactory:
         return MemoryDiskStorageFactory(root)
+
+
+class LooksAtOnce(S3ResourceStore):
+    """The index beside the bodies is looked at by each read, as the suite expects of what several instances share."""
+
+    refresh_s = 0.0
+
+
+class MemoryWithS3(IStorageFactory):
+    """A MemoryMetaStore over S3, as in the cached examples of the seed."""
+
+    def __init__(self, root: Path) -> None:
+        self.prefix = f"{root.name}/"
+
+    def build(self, model_name: str) -> IStorage:
+        endpoint, access_key, secret_key = given("TEST_MINISTACK")
+        return SimpleStorage(
+            MemoryMetaStore(),
+            LooksAtOnce(BUCKET, f"{self.prefix}{model_name}/", endpoint, access_key, secret_key, "us-east-1"),
+        )
+
+
+@pytest.mark.usefixtures("ministack_s3")
+class TestMemoryWithS3(SharedConformance):
+    def make(self, root: Path) -> IStorageFactory:
+        return MemoryWithS3(root)
 
 
 _doubles: dict[Path, MemoryObjectStore] = {}

@@ -151,12 +151,13 @@ def _signed_in(description: Description, operation: Schema) -> Schema:
 
 
 def _readyz(description: Description) -> Schema:
-    model = closed({"status": {"type": "string"}, "durable": {"type": "boolean"}})
+    texts = {"type": "array", "items": {"type": "string"}}
+    model = closed({"status": {"type": "string"}, "durable": {"type": "boolean"}, "impairments": texts})
     answer = closed(
         {
             "status": {"type": "string", "enum": ["ready", "unavailable"]},
             "models": {"type": "object", "additionalProperties": model},
-            "not_durable": {"type": "array", "items": {"type": "string"}},
+            "not_durable": texts,
         }
     )
     operation = {

@@ -85,29 +85,29 @@ def routes(managers: Managers, policy: Policy) -> list[BaseRoute]:
 
 
 async def ready(managers: Managers) -> Response:
-    """Whether each model's stores answer, and which of them would not survive a crash."""
+    """Whether each model's stores answer, what does not work as it should all the same, and which would not survive a crash."""
 
-    async def check(manager: ResourceManager[Any]) -> str:
+    async def check(manager: ResourceManager[Any]) -> tuple[str, list[str]]:
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await manager.open()
                 await manager.storage.health()
+                return "ready", await manager.storage.impairments()
         except TimeoutError:
-            return f"no answer within {READY_TIMEOUT_S:g} s"
+            return f"no answer within {READY_TIMEOUT_S:g} s", []
         except CrudError as error:
-            return error.detail
+            return error.detail, []
         except Exception as error:
             problems.log.error("readyz: %s", manager.name, exc_info=error)
-            return "the store failed; the log says why"
-        return "ready"
+            return "the store failed; the log says why", []
 
     states = await asyncio.gather(*(check(manager) for manager in managers.values()))
-    all_ready = all(state == "ready" for state in states)
+    all_ready = all(state == "ready" for state, _ in states)
     answer = {
         "status": "ready" if all_ready else "unavailable",
         "models": {
-            name: {"status": state, "durable": manager.storage.durable}
-            for (name, manager), state in zip(managers.items(), states, strict=True)
+            name: {"status": state, "durable": manager.storage.durable, "impairments": impairments}
+            for (name, manager), (state, impairments) in zip(managers.items(), states, strict=True)
         },
         "not_durable": [name for name, manager in managers.items() if not manager.storage.durable],
     }

@@ -248,6 +248,10 @@ class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
         """Raise StoreUnavailable unless the store can answer now."""
         return None
 
+    async def impairments(self) -> list[str]:
+        """What does not work as it should although requests are answered: a sentence each, without addresses or secrets."""
+        return []
+
     async def erase(self, now: dt.datetime) -> dt.datetime:
         """Remove the traces of what was deleted, and say when the last one will be gone."""
         return now
@@ -261,7 +265,7 @@ class MetaStore(Store):
     """The truth: metadata, records of revisions, and the index."""
 
     authoritative: ClassVar[bool] = True
-    """False: the ResourceStore's records, if it keeps them, are the commit, and this store follows them."""
+    """False: the commit is the ResourceStore's, where it has records or an index; this store keeps nothing by itself."""
 
     peeks: ClassVar[bool] = False
     """Whether `peek` may be out of date, and cheaper than `get` for it."""
@@ -349,6 +353,14 @@ class ResourceStore(Store):
 
     keeps_records: ClassVar[bool] = False
     """Whether the records methods below work: then a MetaStore that is not authoritative is rebuilt from them."""
+
+    def index(self) -> MetaStore | None:
+        """A MetaStore that lies beside the bodies, to be the truth where the given one is not authoritative; None: there is none."""
+        return None
+
+    async def committed(self) -> None:
+        """Called when `index` has committed, before that is acknowledged."""
+        return None
 
     @abstractmethod
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
@@ -473,6 +485,10 @@ class IStorage(ABC):
 
     @abstractmethod
     async def health(self) -> None: ...
+
+    async def impairments(self) -> list[str]:
+        """As Store.impairments, of all that it is made of."""
+        return []
 
     @abstractmethod
     async def maintain(self, budget_s: float) -> None:

@@ -33,6 +33,10 @@ REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", def
 """Where the requests that are made on somebody's behalf are counted, if they want to know. Commits that share a swap count for one of them."""
 
 
+CACHED: ContextVar[Counter[str] | None] = ContextVar("crudstack-cached", default=None)
+"""The same for bodies that were looked for in caches: `hits` that one of them had, and `misses` that none had."""
+
+
 def _count(method: str) -> None:
     counter = REQUESTS.get()
     if counter is not None:

@@ -11,7 +11,8 @@ Invariants:
 - M3 *Exactly one thing is the commit.* An authoritative MetaStore is. Where it is not (memory) and the ResourceStore keeps records
   (disk), the record is the commit, and the MetaStore follows the records in the order of their commits; it is rebuilt from them
   at start. One process owns such a root, so unique values can be decided in this process: a value is reserved before the record is
-  written and released after the MetaStore has followed, hence every rival finds either the reservation or the holder.
+  written and released after the MetaStore has followed, hence every rival finds either the reservation or the holder. Where the
+  ResourceStore has an index of its own beside the bodies (S3), that is the MetaStore, and authoritative.
 """
 
 from __future__ import annotations
@@ -66,12 +67,14 @@ MAX_RENEWALS = 8
 
 class SimpleStorage(IStorage):
     def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
-        self.meta_store = meta_store
+        index = None if meta_store.authoritative else resource_store.index()
+        self.meta_store = index or meta_store
         self.resource_store = resource_store
+        self._indexed_there = index is not None
         self._pair: DiskPair | None = None
         if isinstance(meta_store, DiskMetaStore) and isinstance(resource_store, DiskResourceStore):
             self._pair = DiskPair(meta_store, resource_store)
-        self._follows = not meta_store.authoritative and resource_store.keeps_records
+        self._follows = not self.meta_store.authoritative and resource_store.keeps_records
         self._spec = ModelSpec("unbound")
         self._generation = 0
         self._sweep_after = ""
@@ -277,7 +280,10 @@ class SimpleStorage(IStorage):
             await puts[0]
         elif puts:
             await asyncio.gather(*puts)
-        return await self.meta_store.commit([write.change for write in writes], once)
+        committed = await self.meta_store.commit([write.change for write in writes], once)
+        if self._indexed_there:
+            await self.resource_store.committed()
+        return committed
 
     async def _commit_records(self, writes: Sequence[Write], once: Once | None) -> list[ResourceMeta]:
         changes = [write.change for write in writes]
@@ -322,6 +328,9 @@ class SimpleStorage(IStorage):
     async def health(self) -> None:
         await self.meta_store.health()
         await self.resource_store.health()
+
+    async def impairments(self) -> list[str]:
+        return [*await self.meta_store.impairments(), *await self.resource_store.impairments()]
 
     async def maintain(self, budget_s: float) -> None:
         """Sweep orphaned bodies; where the time ends, the next call goes on."""

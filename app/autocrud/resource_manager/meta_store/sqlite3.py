@@ -47,7 +47,7 @@ class S3SqliteMetaStore(MetaStore):
                        durability. And the default of max_staleness
     enable_locking     True: the swap cannot be turned off
     consistency        of reads. "strong": a read that starts after an acknowledgement sees it. "bounded": unless the last check was sent
-                       less than `max_staleness` seconds ago. "local": what this instance knows
+                       less than `max_staleness` seconds ago (a function is asked at each read). "local": what this instance knows
     tail_bytes         of the newest records, which travel with each write
     max_batch          transactions that share a swap at most
     linger_ms          how long the first of a batch waits for others
@@ -76,7 +76,7 @@ class S3SqliteMetaStore(MetaStore):
         enable_locking: bool = True,
         *,
         consistency: Consistency = "strong",
-        max_staleness: float | None = None,
+        max_staleness: float | Callable[[], float] | None = None,
         tail_bytes: int = 32768,
         max_batch: int = 500,
         linger_ms: float = 0,
@@ -101,7 +101,8 @@ class S3SqliteMetaStore(MetaStore):
         self._key, self._encoding, self._export_key = key.rstrip("/"), encoding, export_key
         self._interval = sync_interval
         self._consistency = consistency
-        self._staleness = max_staleness if max_staleness is not None else (sync_interval or 0.0)
+        staleness = max_staleness if max_staleness is not None else (sync_interval or 0.0)
+        self._staleness: Callable[[], float] = staleness if callable(staleness) else lambda: staleness
         self._tail_bytes, self._max_batch, self._linger_s = tail_bytes, max_batch, linger_ms / 1000
         self._ratio = snapshot_ratio
         name = hashlib.sha256(f"{bucket}\n{self._key}".encode()).hexdigest()[:16]
@@ -133,8 +134,8 @@ class S3SqliteMetaStore(MetaStore):
         if self._consistency == "strong" or replica.owed:
             await replica.checked()
         elif self._consistency == "bounded":
-            now = room.loop.time()
-            if now - room.checked_at > self._staleness:
+            now, staleness = room.loop.time(), self._staleness()
+            if staleness <= 0 or now - room.checked_at > staleness:
                 await replica.checked()
                 room.checked_at = now  # when it was sent, or earlier
         return await replica.read(work)
@@ -171,10 +172,13 @@ class S3SqliteMetaStore(MetaStore):
                 yield meta
             after = page[-1].resource_id
 
-    async def unreferenced(self, uids: Sequence[str]) -> list[str]:
-        # Whatever the consistency of reads: what this finds is removed.
+    async def refresh(self) -> None:
+        """Bring the local copy up to what is acknowledged now."""
         await self._replica.open()
         await self._replica.checked()
+
+    async def unreferenced(self, uids: Sequence[str]) -> list[str]:
+        await self.refresh()  # whatever the consistency of reads: what this finds is removed
         return await self._replica.read(lambda db: self._tables.unreferenced(db, uids))
 
     async def outdated(self, limit: int) -> list[ResourceMeta]:
@@ -184,8 +188,7 @@ class S3SqliteMetaStore(MetaStore):
         return await self._read(self._tables.generation)
 
     async def health(self) -> None:
-        await self._replica.open()
-        await self._replica.checked()
+        await self.refresh()
 
     # Writing
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 
 from ...errors import ConfigError
 from ..basic import Encoding, RevisionInfo
-from ..object_store import ObjectStore
+from ..object_store import CACHED, ObjectStore
 from ..threads import outlived
 from .cache import Cache, Entry
 from .s3 import S3ResourceStore
@@ -101,6 +101,8 @@ class CachedS3ResourceStore(S3ResourceStore):
                     hits = await cache.get_many(missing)
                     await self._fill(arrival, self.caches[:depth], hits)
                     found |= hits
+            if (counter := CACHED.get()) is not None:
+                counter.update(hits=len(found), misses=len(wanted) - len(found))
             if missing := [key for key in wanted if key not in found]:
                 bodies = await super().get_many([wanted[key] for key in missing])
                 ttl_s = min(self.ttl_draft, self.ttl_stable)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from ...errors import StoreDamaged
+from ...errors import ConfigError, StoreDamaged
 from ..basic import Encoding, ResourceStore, RevisionInfo
 from ..object_store import CONCURRENT_GETS, ObjectStore, s3
 
+if TYPE_CHECKING:
+    from ..meta_store.sqlite3 import S3SqliteMetaStore
+
 
 class S3ResourceStore(ResourceStore):
-    """Bodies at `{prefix}{uid}`. Without keys the ambient credentials are used; `object_store` takes the place of bucket and endpoint."""
+    """Bodies at `{prefix}{uid}`. Without keys the ambient credentials are used; `object_store` takes the place of bucket and endpoint.
+
+    Below a MemoryMetaStore there is an index beside the bodies too, at `{prefix}index.sqlite/`: an S3SqliteMetaStore whose copy on this machine
+    answers, and which looks for other instances' writes when the last look is older than `refresh_s`.
+    """
 
     durable: ClassVar[bool] = True
     remote: ClassVar[bool] = True
+    refresh_s: float = 5.0
 
     def __init__(
         self,
@@ -30,8 +38,28 @@ class S3ResourceStore(ResourceStore):
         object_store: ObjectStore | None = None,
     ) -> None:
         self.encoding = encoding
-        self._prefix = prefix
+        self._bucket, self._prefix = bucket, prefix
         self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
+
+    def index(self) -> S3SqliteMetaStore:
+        from ..meta_store.sqlite3 import S3SqliteMetaStore
+
+        if not self._prefix:
+            raise ConfigError(
+                "prefix is empty: below a MemoryMetaStore the index lies on S3 too, and each model needs a place of its own; give one, like"
+                " 'article/'"
+            )
+        return S3SqliteMetaStore(
+            self._bucket,
+            f"{self._prefix}index.sqlite",
+            consistency="bounded",
+            max_staleness=self._staleness,
+            object_store=self._objects,
+        )
+
+    def _staleness(self) -> float:
+        """How old, in seconds, what the index says may be."""
+        return self.refresh_s
 
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         await self._objects.put(self._prefix + uid, body)
