@@ -1,7 +1,7 @@
 """Caches of bodies: the contract, one in this process's memory, one on a local disk.
 
     MemoryCache(max_size=100)
-    DiskCache(cache_dir="cache/article")     needs the extra `cache`, as MemoryCache does
+    DiskCache(cache_dir="cache/article")     needs the extra `cache`
 
 A cache may lose anything at any time, and never gives back anything but what was put: what it cannot do is a miss and a line in the log,
 not an error. Two things are different, because somebody relies on them: `delete` and `clear` raise StoreUnavailable where the entries
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
-import functools
 import hashlib
 import logging
 import os
@@ -23,6 +21,7 @@ import struct
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,11 +29,26 @@ from typing import Any, NamedTuple, TypeVar
 
 from ...errors import ConfigError, StoreUnavailable
 from ..threads import outlived
+from .disk_index import (
+    HEADER,
+    TEMPORARY,
+    TIMEOUT_S,
+    UNUSABLE,
+    delete_rows,
+    driver,
+    identity,
+    is_damage,
+    life_of,
+    remove_strays,
+    sqlite_code,
+)
 
 T = TypeVar("T")
 
 log = logging.getLogger("crudstack.cache")
 
+SWEEP_S = 60.0
+"""How often a MemoryCache that is written to looks for what has expired."""
 MAX_BYTES = 1024**3
 """How large a DiskCache becomes if nothing else is said."""
 
@@ -94,21 +108,39 @@ class MemoryCache(Cache):
     `clock` tells seconds. It is the wall clock, because one that stands still while a machine sleeps would keep entries for longer.
     """
 
-    def __init__(self, max_size: int = 100, *, clock: Callable[[], float] = time.time) -> None:
-        from cachetools import TLRUCache
+    # A dict in the order of use: cachetools' TLRUCache takes several times as long to find an entry, and finding is all there is to a hit.
 
+    def __init__(self, max_size: int = 100, *, clock: Callable[[], float] = time.time) -> None:
         if max_size < 1:
             raise ConfigError(f"MemoryCache: max_size is {max_size}, expected at least 1")
-        self._clock = clock
+        self.max_size, self._clock = max_size, clock
         self._lock = threading.Lock()
-        self._entries: TLRUCache[str, tuple[bytes, float]] = TLRUCache(max_size, lambda _, kept, __: kept[1], clock)
+        self._entries: OrderedDict[str, tuple[bytes, float]] = OrderedDict()  # with the time when each expires
+        self._swept = clock()
+
+    def body(self, key: str) -> bytes | None:
+        """A body, as `get_many` in a tenth of the time. That it is not there is not counted as a miss."""
+        with self._lock:
+            kept = self._entries.get(key)
+            if kept is None or kept[1] <= self._clock():
+                return None
+            self._entries.move_to_end(key)
+            self.hits += 1
+            return kept[0]
 
     async def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
+        found = {}
         with self._lock:
-            self._entries.expire()
             now = self._clock()
-            kept = ((key, self._entries.get(key)) for key in keys)
-            found = {key: Entry(one[0], one[1] - now) for key, one in kept if one is not None and one[1] > now}
+            for key in keys:
+                kept = self._entries.get(key)
+                if kept is None:
+                    continue
+                if kept[1] > now:
+                    found[key] = Entry(kept[0], kept[1] - now)
+                    self._entries.move_to_end(key)
+                else:
+                    del self._entries[key]
             self.hits += len(found)
             self.misses += len(keys) - len(found)
         return found
@@ -117,10 +149,13 @@ class MemoryCache(Cache):
         with self._lock:
             now = self._clock()
             for key, (body, ttl_s) in entries.items():
+                self._entries.pop(key, None)
                 if ttl_s > 0:
                     self._entries[key] = (body, now + ttl_s)
-                else:
-                    self._entries.pop(key, None)
+            if now - self._swept > SWEEP_S:
+                self._expire(now)
+            while len(self._entries) > self.max_size:
+                self._entries.popitem(last=False)
 
     async def delete(self, keys: Sequence[str]) -> None:
         with self._lock:
@@ -133,7 +168,12 @@ class MemoryCache(Cache):
 
     async def maintain(self, budget_s: float) -> None:
         with self._lock:
-            self._entries.expire()
+            self._expire(self._clock())
+
+    def _expire(self, now: float) -> None:
+        self._swept = now
+        for key in [key for key, (_, expires) in self._entries.items() if expires <= now]:
+            del self._entries[key]
 
 
 class DiskCache(Cache):
@@ -158,7 +198,7 @@ class DiskCache(Cache):
     def __init__(
         self, cache_dir: str | Path, max_bytes: int | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
-        _driver()
+        driver()
         self.cache_dir = Path(os.path.expandvars(cache_dir)).expanduser().absolute()  # as diskcache does
         self.max_bytes = MAX_BYTES if max_bytes is None else max_bytes
         if self.max_bytes < 1:
@@ -185,7 +225,7 @@ class DiskCache(Cache):
 
     async def delete(self, keys: Sequence[str]) -> None:
         if keys:
-            await self._surely(lambda index: _delete(index, [_address(key) for key in keys]))
+            await self._surely(lambda index: delete_rows(index, [_address(key) for key in keys]))
 
     async def clear(self) -> None:
         await self._surely(lambda index: index.clear())
@@ -195,7 +235,7 @@ class DiskCache(Cache):
 
         def work(index: Any) -> None:
             index.expire(now=self._clock())
-            _remove_strays(Path(index.directory), self._clock(), deadline)
+            remove_strays(Path(index.directory), self._clock(), deadline)
 
         await self._try(work, None)
 
@@ -233,9 +273,9 @@ class DiskCache(Cache):
                 raise
             except Exception as error:  # a damaged index fails in any way it likes
                 log.warning("%s: %s: %s; a miss", self.cache_dir, type(error).__name__, error)
-                busy = isinstance(error, _driver().Timeout) and time.monotonic() - began >= TIMEOUT_S
+                busy = isinstance(error, driver().Timeout) and time.monotonic() - began >= TIMEOUT_S
                 if not busy:  # diskcache calls it a time-out whenever a transaction cannot begin
-                    self._recover(damaged=_is_damage(error))
+                    self._recover(damaged=is_damage(error))
                 return otherwise
 
         return await asyncio.wrap_future(self._ask(attempt))
@@ -267,7 +307,7 @@ class DiskCache(Cache):
     # Opening, in the thread
 
     def _opened(self) -> Any:
-        if self._index is None or _identity(self._index) != self._identity:
+        if self._index is None or identity(self._index) != self._identity:
             self._shut()
             try:
                 with self._lock_of_directory():
@@ -276,25 +316,25 @@ class DiskCache(Cache):
                 if self._worked or error.errno in TEMPORARY:
                     raise
                 raise self._unusable(error) from error
-            self._identity = _identity(self._index)
+            self._identity = identity(self._index)
             self._worked = True
         return self._index
 
     def _open(self) -> Any:
         number = self._life()
         try:
-            return _driver().Index(self._directory(number), self.max_bytes)
-        except Exception as error:  # see `_is_damage`
-            refused = _sqlite_code(error) in UNUSABLE  # as a damaged index may be, for one
+            return driver().Index(self._directory(number), self.max_bytes)
+        except Exception as error:  # see `is_damage`
+            refused = sqlite_code(error) in UNUSABLE  # as a damaged index may be, for one
             if refused and not self._writable(number):
                 if self._worked:
                     raise
                 raise self._unusable(error) from error
-            if not refused and not _is_damage(error):
+            if not refused and not is_damage(error):
                 raise
             log.warning("%s: %s: %s; it starts empty", self.cache_dir, type(error).__name__, error)
         self._next_life(number)
-        return _driver().Index(self._directory(number + 1), self.max_bytes)
+        return driver().Index(self._directory(number + 1), self.max_bytes)
 
     def _writable(self, life: int) -> bool:
         directory = self._directory(life)
@@ -310,7 +350,7 @@ class DiskCache(Cache):
 
     def _leave_behind(self) -> None:
         """Start empty, unless another process has done so since this one opened the index."""
-        number = None if self._index is None else _number(Path(self._index.directory))
+        number = None if self._index is None else life_of(Path(self._index.directory))
         self._shut()
         with self._lock_of_directory():
             current = self._life()
@@ -340,7 +380,7 @@ class DiskCache(Cache):
 
     def _life(self) -> int:
         """The number of the life that counts. Those before it ended; what is left of them goes."""
-        *former, current = sorted({1, *filter(None, map(_number, self.cache_dir.iterdir()))})
+        *former, current = sorted({1, *filter(None, map(life_of, self.cache_dir.iterdir()))})
         for number in former:
             shutil.rmtree(self._directory(number), ignore_errors=True)
         return current
@@ -369,7 +409,7 @@ class DiskCache(Cache):
                 if entry is None:
                     log.warning("%s: a damaged entry; a miss", self.cache_dir)
         if useless:
-            _delete(index, useless)
+            delete_rows(index, useless)
         return found
 
     def _put(self, index: Any, entries: Mapping[str, Entry]) -> None:
@@ -377,7 +417,7 @@ class DiskCache(Cache):
         for key, (body, ttl_s) in entries.items():
             address, expires = _address(key), now + ttl_s
             if ttl_s <= 0 or 4 * (HEADER.size + len(body)) > self.max_bytes:
-                _delete(index, [address])
+                delete_rows(index, [address])
                 continue
             index.disk.written = None
             try:
@@ -391,8 +431,6 @@ class DiskCache(Cache):
 
 
 # A value on disk
-
-HEADER = struct.Struct(">d32s")
 
 
 def _address(key: str) -> bytes:
@@ -421,105 +459,3 @@ def _unpacked(address: bytes, value: object, now: float) -> Entry | None:
 
 
 # diskcache, in the thread
-
-TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
-"""Why a directory may be unusable just now."""
-
-# SQLite's result codes
-UNUSABLE = {3, 8, 14, 23}  # PERM, READONLY, CANTOPEN, AUTH
-UNHARMED = {5, 6, 7, 9, 13, 15, *UNUSABLE}  # BUSY, LOCKED, NOMEM, INTERRUPT, FULL, PROTOCOL
-
-STRAY_AFTER_S = 3600.0
-
-TIMEOUT_S = 1.0
-"""How long another process may keep the index for itself until it is a miss."""
-
-
-class _Driver(NamedTuple):
-    Index: Callable[[Path, int], Any]
-    Timeout: type[Exception]
-
-
-@functools.cache
-def _driver() -> _Driver:
-    """diskcache as it is used here; imported with the first DiskCache."""
-    import diskcache  # type: ignore[import-untyped]
-    from diskcache.core import MODE_BINARY, MODE_RAW, UNKNOWN  # type: ignore[import-untyped]
-
-    class Values(diskcache.Disk):  # type: ignore[misc]
-        written: str | None = None
-
-        def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
-            self.written, path = super().filename(key, value)
-            return self.written, path
-
-        def fetch(self, mode: int, filename: str, value: Any, read: bool) -> Any:
-            if mode not in (MODE_RAW, MODE_BINARY):
-                raise OSError("only bytes are kept here")  # diskcache would unpickle it
-            return super().fetch(mode, filename, value, read)
-
-    class Index(diskcache.Cache):  # type: ignore[misc]
-        def __init__(self, directory: Path, max_bytes: int) -> None:
-            try:
-                super().__init__(
-                    str(directory),
-                    timeout=TIMEOUT_S,  # a cache that makes its caller wait is none
-                    disk=Values,
-                    eviction_policy="least-recently-used",
-                    size_limit=max_bytes,
-                    cull_limit=1,
-                    sqlite_secure_delete=1,
-                    # Nothing is mapped, because a mapped file that somebody truncates ends the process: so no write-ahead log either.
-                    sqlite_mmap_size=0,
-                    sqlite_journal_mode="truncate",
-                    sqlite_synchronous=0,  # what a power failure damages is found out (D1, D2)
-                )
-            except BaseException:
-                self.close()
-                raise
-
-    return _Driver(Index, diskcache.Timeout)
-
-
-def _number(directory: Path) -> int | None:
-    name, _, number = directory.name.partition("-")
-    return int(number) if name == "life" and number.isdecimal() and number.isascii() else None
-
-
-def _identity(index: Any) -> tuple[int, int] | None:
-    try:
-        status = os.stat(os.path.join(index.directory, "cache.db"))  # noqa: PTH118, PTH116 - before each use, and half as dear
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _sqlite_code(error: Exception) -> int | None:
-    code: int | None = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether the index itself must be at fault: all errors of SQLite but a few, and what diskcache makes of rows that make no sense."""
-    if isinstance(error, (OSError, MemoryError, _driver().Timeout)):
-        return False
-    return _sqlite_code(error) not in UNHARMED
-
-
-def _delete(index: Any, addresses: Sequence[bytes]) -> None:
-    with index.transact():
-        for address in addresses:
-            index.delete(address)
-
-
-def _remove_strays(directory: Path, now: float, deadline: float) -> None:
-    """Files that no row names, left by processes that were killed: their own expiry says when they go."""
-    for path in directory.glob("??/??/*.val"):
-        if time.monotonic() > deadline:
-            return
-        with contextlib.suppress(OSError):  # another process removes it too
-            with path.open("rb") as file:
-                header, modified = file.read(HEADER.size), os.fstat(file.fileno()).st_mtime
-            torn = len(header) < HEADER.size
-            if modified < time.time() - STRAY_AFTER_S if torn else not HEADER.unpack(header)[0] > now:
-                path.unlink()
