@@ -17,6 +17,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 JSON = b"application/json"
 
 
+_ANYBODY = Caller(ANONYMOUS.name)
+
+
 class BodyTooLarge(CrudError):
     type, title, status = "body-too-large", "The body is too large", 413
 
@@ -56,7 +59,7 @@ class Request:
 
     def __init__(self, scope: Scope, receive: Receive, rest: list[str], max_body: int) -> None:
         self.scope, self.rest = scope, rest
-        self.by = Caller(ANONYMOUS.name)
+        self.by = _ANYBODY
         self._receive, self._max_body = receive, max_body
         self._read: bytes | None = None
 

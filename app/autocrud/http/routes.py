@@ -20,11 +20,12 @@ from msgspec.structs import replace
 from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
 from ..errors import ConfigError, CrudError, Fault, InvalidData
 from ..query import And, Filter, Query
-from ..resource_manager.basic import Page, ResourceMeta, RevisionInfo, Status
-from ..resource_manager.codec import canonical_json, invalid_data, parse_json, project
+from ..resource_manager.basic import Page, RevisionInfo, Status
+from ..resource_manager.codec import invalid_data, parse_json
 from ..resource_manager.core import Bounds, Caller, IdempotencyKey, Resource, ResourceManager
 from ..resource_manager.operations import ACTIONS, Expected
 from . import batches, conditions, patching, problems, searching
+from .answers import envelope, etag, how_many_fit, page_response, projected, resource_response
 from .guard import PRINCIPAL, Authenticate, principal
 from .messages import (
     ClientGone,
@@ -56,9 +57,6 @@ ID_PATTERN = r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,127}"
 KEY_PATTERN = r"[!-~]{1,255}"
 RESERVED_IDS = frozenset({"batch", "count"})
 MAX_REVISION = 2**31
-MAX_PAGE = 4 * 1024 * 1024
-"""Bytes after which a page ends early, everywhere: an answer of AWS Lambda ends at 6 MB, and base64 takes a third more."""
-
 _id = re.compile(ID_PATTERN)
 _key = re.compile(KEY_PATTERN)
 _encode = msgspec.json.Encoder().encode
@@ -474,16 +472,6 @@ def narrowed(query: Query, by: Caller) -> Query:
     return replace(query, where=within if query.where is None else And((query.where, within)))
 
 
-def how_many_fit(items: list[bytes]) -> int:
-    """How many of the items make a page of MAX_PAGE bytes; at least one."""
-    size = 0
-    for at, item in enumerate(items):
-        size += len(item) + 1
-        if size > MAX_PAGE and at:
-            return at
-    return len(items)
-
-
 def check_id(resource_id: str) -> None:
     """InvalidData unless a client may choose this id."""
     if _id.fullmatch(resource_id) is None or resource_id in RESERVED_IDS:
@@ -520,44 +508,3 @@ def parse_mode(options: dict[str, str]) -> bool:
     if mode == "modify" and "status" in options:
         raise bad_parameter("status", "modify keeps the status; publish makes a draft stable")
     return mode == "modify"
-
-
-def etag(meta: ResourceMeta) -> tuple[bytes, bytes]:
-    return b"etag", meta.etag.encode()
-
-
-def envelope(meta: bytes, data: bytes) -> bytes:
-    return b'{"meta":%b,"data":%b}' % (meta, data)
-
-
-def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Response:
-    meta, info = resource.meta, resource.info
-    if info is not None:  # the metadata tells of the revision that is shown; the ETag stays the resource's
-        meta = replace(
-            meta,
-            revision=info.revision,
-            uid=info.uid,
-            status=info.status,
-            data_hash=info.data_hash,
-            encoding=info.encoding,
-            schema_version=info.schema_version,
-        )
-    document = _encode(meta)
-    return Response(status, envelope(document, resource.json), (etag(meta), *headers), brief=b'{"meta":%b}' % document)
-
-
-def projected(data: bytes, fields: list[str]) -> bytes:
-    return canonical_json(project(json.loads(data), fields))
-
-
-def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:
-    """A page, and the link to the next one (RFC 8288)."""
-    body = b'{"items":[%b],"next_cursor":%b}' % (
-        b",".join(items),
-        b"null" if cursor is None else b'"%b"' % cursor.encode(),
-    )
-    if cursor is None:
-        return Response(200, body)
-    kept = [part for part in request.scope["query_string"].split(b"&") if part and not part.startswith(b"cursor=")]
-    query = b"&".join([*kept, b"cursor=" + cursor.encode()])
-    return Response(200, body, ((b"link", b'<%b?%b>; rel="next"' % (request.path.encode("latin-1"), query)),))

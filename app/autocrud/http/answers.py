@@ -1,0 +1,70 @@
+"""What answers are made of: a resource, a page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from ..resource_manager.basic import ResourceMeta
+from ..resource_manager.codec import canonical_json, project
+from ..resource_manager.core import Resource
+from .messages import Request, Response
+
+MAX_PAGE = 4 * 1024 * 1024
+"""Bytes after which a page ends early, everywhere: an answer of AWS Lambda ends at 6 MB, and base64 takes a third more."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+def how_many_fit(items: list[bytes]) -> int:
+    """How many of the items make a page of MAX_PAGE bytes; at least one."""
+    size = 0
+    for at, item in enumerate(items):
+        size += len(item) + 1
+        if size > MAX_PAGE and at:
+            return at
+    return len(items)
+
+
+def etag(meta: ResourceMeta) -> tuple[bytes, bytes]:
+    return b"etag", meta.etag.encode()
+
+
+def envelope(meta: bytes, data: bytes) -> bytes:
+    return b'{"meta":%b,"data":%b}' % (meta, data)
+
+
+def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Response:
+    meta, info = resource.meta, resource.info
+    if info is not None:  # the metadata tells of the revision that is shown; the ETag stays the resource's
+        meta = replace(
+            meta,
+            revision=info.revision,
+            uid=info.uid,
+            status=info.status,
+            data_hash=info.data_hash,
+            encoding=info.encoding,
+            schema_version=info.schema_version,
+        )
+    document = _encode(meta)
+    return Response(status, envelope(document, resource.json), (etag(meta), *headers), brief=b'{"meta":%b}' % document)
+
+
+def projected(data: bytes, fields: list[str]) -> bytes:
+    return canonical_json(project(json.loads(data), fields))
+
+
+def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:
+    """A page, and the link to the next one (RFC 8288)."""
+    body = b'{"items":[%b],"next_cursor":%b}' % (
+        b",".join(items),
+        b"null" if cursor is None else b'"%b"' % cursor.encode(),
+    )
+    if cursor is None:
+        return Response(200, body)
+    kept = [part for part in request.scope["query_string"].split(b"&") if part and not part.startswith(b"cursor=")]
+    query = b"&".join([*kept, b"cursor=" + cursor.encode()])
+    return Response(200, body, ((b"link", b'<%b?%b>; rel="next"' % (request.path.encode("latin-1"), query)),))
