@@ -22,6 +22,7 @@ import msgspec
 
 from ...errors import ConfigError, StoreDamaged
 from ..basic import Change, Done, Encoding, ModelSpec, Once, ResourceStore, RevisionInfo, Write
+from ..directories import make_directory
 from ..sqlite.database import FileDatabase, Stage
 from ..sqlite.tables import ResourceTables
 
@@ -103,7 +104,7 @@ class DiskResourceStore(ResourceStore):
 
     def own(self) -> None:
         if self._owned is None:
-            self.rootdir.mkdir(parents=True, exist_ok=True)
+            make_directory(self.rootdir)
             self._owned = os.open(self.rootdir / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(self._owned, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, TypeVar
 import apsw
 
 from ...errors import CrudError, OutcomeUnknown, StoreDamaged, StoreUnavailable
+from ..directories import make_directory
 from ..threads import in_thread
 
 T = TypeVar("T")
@@ -325,7 +326,7 @@ class FileDatabase:
         """The file lock; whoever asks first in this process makes the file and brings its schema up."""
         with self._state:
             if self._file_lock is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(self.path.parent)
                 lock = FileLock(self.path)
                 try:
                     with lock.held(), contextlib.closing(apsw.Connection(str(self.path))) as connection:
