@@ -15,8 +15,9 @@ import pytest
 
 from tests.postgres import postgres
 from tests.services import BUCKET, S3Server, ministack_s3, seaweed_s3
+from tests.valkey import valkey
 
-__all__ = ["ministack_s3", "postgres", "seaweed_s3", "serve"]
+__all__ = ["ministack_s3", "postgres", "seaweed_s3", "serve", "valkey"]
 
 
 class Server:

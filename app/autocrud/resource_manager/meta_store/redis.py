@@ -63,7 +63,8 @@ from ..basic import (
 from ..checks import check_expectation, missing, taken
 from ..documents import meta_of
 from ..redis_store import scripts
-from ..redis_store.client import Unanswered, client_of
+from ..redis_store.client import Password, Unanswered, client_of
+from ..redis_store.lease import Leases
 from ..redis_store.mirror import Mirror, damaged
 from ..redis_store.scripts import Script
 from ..redis_store.transaction import (
@@ -108,12 +109,20 @@ class RedisMetaStore(MetaStore):
     redis_url  redis://, rediss:// (TLS) or unix://, with user and password; what the driver's URLs may say may be said
     prefix     of all keys, one for each model
     encoding   of the documents
+    password   makes the password of each new connection, where it expires
     """
 
     remote: ClassVar[bool] = True
 
-    def __init__(self, redis_url: str, prefix: str = "", encoding: Encoding | None = None) -> None:
-        self._client = client_of(redis_url)
+    def __init__(
+        self,
+        redis_url: str,
+        prefix: str = "",
+        encoding: Encoding | None = None,
+        *,
+        password: Password | None = None,
+    ) -> None:
+        self._client = client_of(redis_url, password)
         self._prefix, self._encoding = prefix, encoding
         self._meta_key = f"{prefix}meta"
         self.bind(ModelSpec("unbound"))
@@ -129,6 +138,10 @@ class RedisMetaStore(MetaStore):
 
     async def _run(self, script: Script, *arguments: Any) -> Any:
         return await self._client.run(self, script, self._meta_key, *arguments)
+
+    def leases(self, lease_s: float) -> Leases:
+        """A cache below this prefix, for a store that keeps the truth elsewhere (see `fast_slow`). What is in this store it does not touch."""
+        return Leases(self._client, self._prefix, lease_s)
 
     def _key(self, resource_id: str) -> str:
         return f"{self._prefix}res:{digest(resource_id)}"

@@ -6,7 +6,7 @@
     {t}:done       what the commits left that carried an Idempotency-Key
     {t}:recent     the transactions of the last day, and those that were given up on (see below)
     {t}:specs      the sets of indexed fields, with their kinds, that rows were written under
-    {t}:state      one row: generation, unique fields
+    {t}:state      one row: generation, unique fields, and the life of the cache before it that is in use (see `meta_store.fast_slow`)
 
 A commit is one call of one function, hence one round trip and one transaction. What it keeps:
 
@@ -116,6 +116,8 @@ INSERT INTO <specs> VALUES (0, '{}') ON CONFLICT DO NOTHING;
 CREATE TABLE IF NOT EXISTS <state> (
   one int PRIMARY KEY CHECK (one = 1), format int NOT NULL, generation bigint NOT NULL, uniques text[] NOT NULL);
 INSERT INTO <state> VALUES (1, 1, 0, '{}') ON CONFLICT DO NOTHING;
+ALTER TABLE <state> ADD COLUMN IF NOT EXISTS fast_life text, ADD COLUMN IF NOT EXISTS fast_since timestamptz,
+  ADD COLUMN IF NOT EXISTS fast_lease float8 NOT NULL DEFAULT 0;
 """
 
 _FUNCTION = """

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ...errors import ConfigError, StoreUnavailable
@@ -28,6 +28,9 @@ CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 
 
+Password = Callable[[], str]
+
+
 class Unanswered(Exception):
     """A command was sent, and its answer never came: it may have been done, or will be."""
 
@@ -35,7 +38,7 @@ class Unanswered(Exception):
 class Client:
     """`user` is the store that asks: connections are closed when the last one closes, or the event loop ends."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, password: Password | None = None) -> None:
         import redis.asyncio
         import redis.asyncio.connection as driver
         import redis.exceptions
@@ -46,6 +49,10 @@ class Client:
             # Whatever the URL asks for: answers are bytes, as every server since Redis 6 sends them.
             given |= {"protocol": 2, "decode_responses": False}
             self._slots = int(given.pop("max_connections", MAX_CONNECTIONS))
+            self.db = int(given.get("db") or 0)
+            if password is not None:
+                given["credential_provider"] = _Credentials(given.pop("username", None), password)
+                given.pop("password", None)
             pool: Any = redis.asyncio.ConnectionPool(**{"socket_timeout": None, **given})
             self._connect = functools.partial(pool.connection_class, **pool.connection_kwargs)
             self._connect()  # says what is wrong with the settings, and does nothing else
@@ -90,6 +97,16 @@ class Client:
             return await self._send(room, "EVALSHA", script.sha, 1, key, *arguments)
         except self.errors.NoScriptError:  # an answer: it did not run
             return await self._send(room, "EVAL", script.text, 1, key, *arguments)
+
+    async def ask(self, user: object, script: Script, key: str, *arguments: Any, limit_s: float) -> Any:
+        """As `run_once`, by whoever can do without the answer: StoreUnavailable too if it takes longer, and it may then be done later."""
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self.run_once(user, script, key, *arguments)
+        except TimeoutError:
+            log.warning("Redis: no answer within %g s", limit_s)
+            await self._room(user).close()  # the other connections may lead to the same silence
+            raise StoreUnavailable("Redis does not answer") from None
 
     async def _send(self, room: _Room, *command: Any) -> Any:
         try:
@@ -175,7 +192,21 @@ class _Room:
                 await self._idle.pop().disconnect()
 
 
+class _Credentials:
+    """What the driver asks whenever it connects; it knows the type by these two methods."""
+
+    def __init__(self, user: str | None, password: Password) -> None:
+        self._user, self._password = user, password
+
+    def get_credentials(self) -> tuple[str, ...]:
+        made = self._password()
+        return (made,) if self._user is None else (self._user, made)
+
+    async def get_credentials_async(self) -> tuple[str, ...]:
+        return self.get_credentials()
+
+
 @functools.lru_cache(maxsize=64)
-def client_of(url: str) -> Client:
+def client_of(url: str, password: Password | None = None) -> Client:
     """The client of this URL: one for all stores of the process, so that they share connections."""
-    return Client(url)
+    return Client(url, password)
