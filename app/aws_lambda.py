@@ -85,7 +85,7 @@ class LambdaHandler:
         self._crud = app.state.crud
         if lost := [name for name, manager in self._crud.managers.items() if not manager.storage.remote]:
             raise ConfigError(
-                f"the storage of {', '.join(lost)} is in this function's memory or on its disk and would end with it: on Lambda use s3-sqlite"
+                f"the storage of {', '.join(lost)} is in this function's memory or on its disk and would end with it: on Lambda use s3-sqlite, or another storage that lies elsewhere"
             )
         # Set first, because it is what Mangum runs everything on; it lives as long as the process.
         self._loop = asyncio.new_event_loop()

@@ -22,10 +22,12 @@ from fastapi import FastAPI
 from msgspec.structs import replace
 
 from . import local_s3 as buckets
+from . import sign_in
+from . import stack as stacks
 from .autocrud.errors import ConfigError, CrudError, StoreUnavailable
 from .main import create_app
 from .request_log import RequestLog
-from .settings import LocalOverrides, TokenAuth, load
+from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load
 from .wiring import needs_s3
 
 cli = App(
@@ -46,6 +48,7 @@ def serve(
     host: str = "127.0.0.1",
     port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 8000,
     storage: str | None = None,
+    stack: str | None = None,
     local_s3: Annotated[bool, Parameter(negative="")] = False,
     make_bucket: Annotated[bool, Parameter(negative="")] = False,
     access_log: Annotated[bool, Parameter(negative="")] = False,
@@ -62,7 +65,9 @@ def serve(
     port
         The port to listen on; 0 takes a free one.
     storage
-        s3-sqlite, postgres-s3, disk, memory-disk or memory, instead of CRUDSTACK_STORAGE.
+        A storage kind, or a pair as JSON, instead of CRUDSTACK_STORAGE.
+    stack
+        Serve the data of this Pulumi stack, as its outputs say, with your own credentials.
     local_s3
         Run an S3 of its own (ministack) with its data in CRUDSTACK_DATA_DIR, unless an endpoint is set.
     make_bucket
@@ -74,6 +79,10 @@ def serve(
     if storage is not None:
         environment["CRUDSTACK_STORAGE"] = storage
         environment.pop("CRUDSTACK_OUTPUTS", None)
+    if stack is not None:
+        for name in STACK_VARIABLES:
+            environment.pop(name, None)
+        environment["CRUDSTACK_OUTPUTS"] = msgspec.json.encode(stacks.outputs(stack)).decode()
     settings = load(environment)
     if settings.outputs.auth is None and not _is_loopback(host):
         raise ConfigError(
@@ -87,6 +96,47 @@ def serve(
             if make_bucket and settings.outputs.bucket is not None:
                 buckets.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, settings.outputs.region)
         _serve(create_app(settings), host, port, access_log=access_log)
+
+
+@cli.command
+def outputs(*, stack: str | None = None) -> None:
+    """Print what a Pulumi stack provides, as JSON for CRUDSTACK_OUTPUTS: names, endpoints and ARNs, never a secret.
+
+    Parameters
+    ----------
+    stack
+        Its name; the selected one if none is given.
+    """
+    print(msgspec.json.format(msgspec.json.encode(stacks.outputs(stack))).decode())
+
+
+@tokens.command
+def rotate(*, stack: str | None = None, yes: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Replace a stack's API token by a new one, by `pulumi up`. The old one is refused from then on.
+
+    Parameters
+    ----------
+    stack
+        Its name; the selected one if none is given.
+    yes
+        Do not ask before the changes are made.
+    """
+    number = stacks.next_generation(stack)
+    print(f"{stacks.GENERATION} is {number} now", file=sys.stderr)
+    stacks.up(stack, yes=yes)
+    show(stack=stack)
+
+
+@tokens.command
+def show(*, stack: str | None = None) -> None:
+    """Print a stack's API token, which Secrets Manager keeps.
+
+    Parameters
+    ----------
+    stack
+        Its name; the selected one if none is given.
+    """
+    print(sign_in.api_token(stacks.outputs(stack)))
 
 
 @tokens.command

@@ -1,0 +1,112 @@
+"""Two functions that make the app's user in a new database, which nobody but the database's master user could do.
+
+    outside   not in the database's network. Reads the master user's password from its secret, and hands it to the other one.
+    inside    in the network. Makes the user, who signs in with tokens of IAM and has no password.
+
+What each is given stands below. Both answer {"user": ...}; doing it again changes nothing. No error of theirs holds the password.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+
+class Database(Struct, frozen=True, kw_only=True):
+    host: str
+    port: int
+    database: str
+    user: str
+    """To be made."""
+
+
+class Outside(Database, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    secret_arn: str
+    """Of `{"username": ..., "password": ...}`, the master user's."""
+    inside: str
+    """The name of the other function."""
+
+
+class Inside(Database, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    username: str
+    password: str
+    """The master user's."""
+
+
+class Master(Struct, frozen=True):
+    username: str
+    password: str
+
+
+class BootstrapFailed(Exception):
+    """The app's user could not be made."""
+
+
+def outside(event: Any, _: Any) -> dict[str, str]:
+    """See above. `event`: Outside."""
+    import boto3
+
+    asked = msgspec.convert(event, Outside)
+    secret = boto3.client("secretsmanager").get_secret_value(SecretId=asked.secret_arn)["SecretString"]
+    try:
+        master = msgspec.json.decode(secret, type=Master)
+    except msgspec.DecodeError:  # without its words, which may quote the secret
+        raise BootstrapFailed('the master user\'s secret is not {"username": ..., "password": ...}') from None
+    handed = Inside(
+        host=asked.host,
+        port=asked.port,
+        database=asked.database,
+        user=asked.user,
+        username=master.username,
+        password=master.password,
+    )
+    answer = boto3.client("lambda").invoke(FunctionName=asked.inside, Payload=msgspec.json.encode(handed))
+    told = answer["Payload"].read()
+    if "FunctionError" in answer:
+        reason = msgspec.json.decode(told).get("errorMessage", "it does not say why")
+        raise BootstrapFailed(f"{asked.inside}: {reason}".replace(master.password, "***"))
+    return msgspec.json.decode(told, type=dict[str, str])
+
+
+def inside(event: Any, _: Any) -> dict[str, str]:
+    """See above. `event`: Inside."""
+    import psycopg
+
+    asked = msgspec.convert(event, Inside)
+    try:
+        with psycopg.connect(
+            host=asked.host,
+            port=asked.port,
+            dbname=asked.database,
+            user=asked.username,
+            password=asked.password,
+            sslmode="prefer" if asked.host in LOOPBACK else "require",
+            connect_timeout=10,
+        ) as connection:
+            _make(connection, asked)
+    except psycopg.Error as error:
+        reason = str(error).partition("\n")[0].replace(asked.password, "***")
+        raise BootstrapFailed(f"the user {asked.user!r} could not be made: {reason}") from None
+    return {"user": asked.user}
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Where nobody is in between, and few servers have a certificate."""
+
+
+def _make(connection: Any, asked: Inside) -> None:
+    """The user with what it needs: to sign in by IAM, to make tables, and to have schema `public` to itself."""
+    from psycopg import sql
+
+    names = {"user": sql.Identifier(asked.user), "database": sql.Identifier(asked.database)}
+    if connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (asked.user,)).fetchone() is None:
+        connection.execute(sql.SQL("CREATE ROLE {user} LOGIN").format(**names))
+    for statement in (
+        "ALTER ROLE {user} LOGIN",
+        "GRANT rds_iam TO {user}",
+        "GRANT CONNECT, CREATE, TEMPORARY ON DATABASE {database} TO {user}",
+        "GRANT ALL ON SCHEMA public TO {user}",
+    ):
+        connection.execute(sql.SQL(statement).format(**names))

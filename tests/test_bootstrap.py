@@ -1,0 +1,129 @@
+"""The app's user in a new database: made on a real PostgreSQL, and what AWS is asked for on the way there."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+import uuid
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+
+from app import bootstrap
+
+MASTER = "master-secret"
+
+
+@pytest.fixture
+def database(postgres):
+    """A database as RDS gives it: with a master user who is no superuser, and the role that lets in by IAM."""
+    name = f"boot_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("DO $$ BEGIN CREATE ROLE rds_iam; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
+        connection.execute(
+            f"CREATE ROLE {name}_master LOGIN CREATEROLE CREATEDB PASSWORD '{MASTER}';"
+            f" GRANT rds_iam TO {name}_master WITH ADMIN OPTION".encode()
+        )
+        connection.execute(f"CREATE DATABASE {name} OWNER {name}_master".encode())
+    return name
+
+
+def event(postgres: str, name: str, **changed) -> dict[str, object]:
+    server = urlsplit(postgres)
+    return {
+        "host": server.hostname,
+        "port": server.port,
+        "database": name,
+        "user": f"{name}_app",
+        "username": f"{name}_master",
+        "password": MASTER,
+        **changed,
+    }
+
+
+def test_the_user_is_made_once_and_can_do_what_the_app_does(postgres, database):
+    for _ in range(2):
+        assert bootstrap.inside(event(postgres, database), None) == {"user": f"{database}_app"}
+    server = urlsplit(postgres)
+    with psycopg.connect(host=server.hostname, port=server.port, dbname=database, user=f"{database}_app") as connection:
+        connection.execute('CREATE TABLE "meta_article" (id text PRIMARY KEY)')
+        connection.execute("CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+        assert connection.execute("SELECT pg_has_role('rds_iam', 'member')").fetchone() == (True,)
+        rights = connection.execute("SELECT rolsuper, rolcanlogin FROM pg_roles WHERE rolname = current_user")
+        assert rights.fetchone() == (False, True)
+
+
+def test_a_user_with_a_difficult_name(postgres, database):
+    name = f'{database} "; DROP ROLE x; --'
+    assert bootstrap.inside(event(postgres, database, user=name), None) == {"user": name}
+
+
+@pytest.mark.parametrize("wrong", [{"port": 1}, {"database": "nowhere"}, {"username": "nobody"}])
+def test_what_fails_says_why_and_holds_no_password(postgres, database, wrong):
+    with pytest.raises(bootstrap.BootstrapFailed, match="could not be made") as raised:
+        bootstrap.inside(event(postgres, database, **wrong), None)
+    assert MASTER not in str(raised.value)
+
+
+class Aws:
+    """The two clients of boto3 that `outside` asks, as the documentation of AWS has their answers."""
+
+    def __init__(self, inside, secret: str) -> None:
+        self.inside, self.secret, self.asked = inside, secret, []
+
+    def client(self, name: str):
+        return {"secretsmanager": self, "lambda": self}[name]
+
+    def get_secret_value(self, **given):
+        self.asked.append(given)
+        return {"SecretString": self.secret}
+
+    def invoke(self, **given):
+        self.asked.append({"FunctionName": given["FunctionName"]})
+        try:
+            answer, failed = self.inside(json.loads(given["Payload"]), None), {}
+        except Exception as error:
+            answer = {"errorMessage": f"{error} {MASTER}", "errorType": type(error).__name__}
+            failed = {"FunctionError": "Unhandled"}
+        return {"StatusCode": 200, "Payload": io.BytesIO(json.dumps(answer).encode()), **failed}
+
+
+@pytest.fixture
+def aws(monkeypatch, database):
+    def use(inside=bootstrap.inside, secret=None):
+        given = secret or json.dumps({"username": f"{database}_master", "password": MASTER})
+        made = Aws(inside, given)
+        monkeypatch.setitem(sys.modules, "boto3", types.SimpleNamespace(client=made.client))
+        return made
+
+    return use
+
+
+def outside(postgres: str, name: str) -> dict[str, object]:
+    given = event(postgres, name)
+    del given["username"], given["password"]
+    return {**given, "secret_arn": "arn:aws:secretsmanager:x", "inside": "boot-inside"}
+
+
+def test_outside_hands_the_secret_to_inside(postgres, database, aws):
+    used = aws()
+    assert bootstrap.outside(outside(postgres, database), None) == {"user": f"{database}_app"}
+    assert used.asked == [{"SecretId": "arn:aws:secretsmanager:x"}, {"FunctionName": "boot-inside"}]
+
+
+def test_outside_fails_without_the_password(postgres, database, aws):
+    def broken(*_):
+        raise RuntimeError("no route to the database")
+
+    aws(inside=broken)
+    with pytest.raises(bootstrap.BootstrapFailed, match="boot-inside: no route to the database") as raised:
+        bootstrap.outside(outside(postgres, database), None)
+    assert MASTER not in str(raised.value)
+    aws(secret=f'"{MASTER}"')
+    with pytest.raises(bootstrap.BootstrapFailed) as raised:
+        bootstrap.outside(outside(postgres, database), None)
+    assert MASTER not in str(raised.value)
+    assert raised.value.__cause__ is None

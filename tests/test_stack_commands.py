@@ -1,0 +1,160 @@
+"""`crudstack outputs`, `token rotate` and the like, with a program called pulumi that answers as Pulumi's documentation says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3
+import pytest
+
+OUTPUTS = {
+    "version": 1,
+    "storage": "s3-sqlite",
+    "storage_overrides": {},
+    "stage": "dev",
+    "bucket": "data-1",
+    "region": "us-east-1",
+    "api_url": "https://x.example.com",
+    "function_name": "crudstack-dev-api",
+}
+PULUMI = """#!{python}
+import json, pathlib, sys
+here = pathlib.Path(__file__).parent
+asked = sys.argv[1:]
+with (here / "asked").open("a") as file:
+    file.write(json.dumps(asked) + "\\n")
+if "--stack" in asked and asked[asked.index("--stack") + 1] == "nowhere":
+    print("warning: x", file=sys.stderr)
+    sys.exit("error: no stack named 'nowhere' found")
+config = here / "config.json"
+known = json.loads(config.read_text()) if config.exists() else {{}}
+if asked[:3] == ["stack", "output", "--json"]:
+    print((here / "outputs.json").read_text())
+elif asked[:2] == ["config", "--json"]:
+    print(json.dumps({{name: {{"value": value, "secret": False}} for name, value in known.items()}}))
+elif asked[:2] == ["config", "set"]:
+    config.write_text(json.dumps({{**known, asked[2]: asked[3]}}))
+elif asked[:1] == ["up"]:
+    if (here / "declined").exists():
+        sys.exit("error: confirmation declined, not proceeding with the update")
+    (here / "outputs.json").write_text((here / "after.json").read_text())
+else:
+    sys.exit(f"error: unknown command {{asked}}")
+"""
+
+
+@pytest.fixture
+def pulumi(tmp_path) -> Path:
+    """The directory of such a program."""
+    program = tmp_path / "pulumi"
+    program.write_text(PULUMI.format(python=sys.executable))
+    program.chmod(0o755)
+    (tmp_path / "outputs.json").write_text(json.dumps(OUTPUTS))
+    return tmp_path
+
+
+def crudstack(path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from app.cli import main; main()", *arguments]
+    given = {"PATH": str(path), **environment}
+    return subprocess.run(command, env=given, capture_output=True, text=True, check=False, timeout=60)
+
+
+def asked(pulumi: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (pulumi / "asked").read_text().splitlines()]
+
+
+def with_token(token: str) -> dict[str, object]:
+    return {**OUTPUTS, "auth": {"mode": "token", "token_sha256": hashlib.sha256(token.encode()).hexdigest()}}
+
+
+def test_outputs_are_printed_as_the_app_decodes_them(pulumi):
+    done = crudstack(pulumi, "outputs", "--stack", "dev")
+    printed = json.loads(done.stdout)
+    assert {name: printed[name] for name in OUTPUTS} == OUTPUTS
+    assert asked(pulumi) == [["stack", "output", "--json", "--non-interactive", "--stack", "dev"]]
+    assert crudstack(pulumi, "outputs").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("outputs", "stack", "says"),
+    [
+        ({}, "dev", "the stack has no outputs: run `pulumi up` first"),
+        ({**OUTPUTS, "x": 1}, "dev", "`pulumi stack output` does not fit: Object contains unknown field `x`"),
+        (OUTPUTS, "nowhere", "error: no stack named 'nowhere' found"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(pulumi, outputs, stack, says):
+    (pulumi / "outputs.json").write_text(json.dumps(outputs))
+    done = crudstack(pulumi, "outputs", "--stack", stack)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_pulumi_it_says_what_to_do(tmp_path):
+    done = crudstack(tmp_path, "outputs")
+    assert done.returncode == 2
+    assert "pulumi is not on PATH" in done.stderr
+    assert "CRUDSTACK_OUTPUTS=outputs.json" in done.stderr
+
+
+@pytest.fixture
+def secrets(ministack_s3) -> dict[str, str]:
+    """The environment in which there is a Secrets Manager with the stack's token in it."""
+    return {"AWS_ENDPOINT_URL": ministack_s3.url, "AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local"}
+
+
+def keep(environment: dict[str, str], name: str, token: str) -> None:
+    client = boto3.client(
+        "secretsmanager",
+        region_name="us-east-1",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id="local",
+        aws_secret_access_key="local",  # noqa: S106 - any will do
+    )
+    try:
+        client.create_secret(Name=name, SecretString=token)
+    except client.exceptions.ResourceExistsException:
+        client.put_secret_value(SecretId=name, SecretString=token)
+
+
+def test_a_token_is_rotated_by_the_next_generation(pulumi, secrets):
+    (pulumi / "after.json").write_text(json.dumps(with_token("new-token")))
+    keep(secrets, "data-1/api-token", "new-token")  # as the update does
+    for generation in (2, 3):
+        done = crudstack(pulumi, "token", "rotate", "--stack", "dev", "--yes", **secrets)
+        assert (done.returncode, done.stdout) == (0, "new-token\n"), done.stderr
+        assert json.loads((pulumi / "config.json").read_text()) == {"crudstack:token_generation": str(generation)}
+    assert ["up", "--yes", "--stack", "dev"] in asked(pulumi)
+
+
+def test_a_rotation_that_is_declined_can_go_on(pulumi, secrets):
+    (pulumi / "declined").touch()
+    done = crudstack(pulumi, "token", "rotate", **secrets)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "it goes on with the new token when you run it again" in done.stderr
+
+
+def test_a_token_is_shown_only_if_it_is_the_stack_s(pulumi, secrets):
+    (pulumi / "outputs.json").write_text(json.dumps(with_token("the-token")))
+    keep(secrets, "data-1/api-token", "the-token")
+    assert crudstack(pulumi, "token", "show", **secrets).stdout == "the-token\n"
+    keep(secrets, "data-1/api-token", "another-token")
+    done = crudstack(pulumi, "token", "show", **secrets)
+    assert (done.returncode, "is not the one that the stack's outputs name" in done.stderr) == (2, True)
+    assert "another-token" not in done.stderr
+    (pulumi / "outputs.json").write_text(json.dumps(OUTPUTS))
+    assert "this stack has no API token" in crudstack(pulumi, "token", "show", **secrets).stderr
+
+
+def test_the_data_of_a_stack_are_served_here(pulumi, serve, ministack_s3):
+    outputs = {**OUTPUTS, "bucket": "tests", "prefix": f"{pulumi.name}/"}
+    (pulumi / "outputs.json").write_text(json.dumps(outputs))
+    path = f"{pulumi}{os.pathsep}{os.environ['PATH']}"
+    server = serve("memory", pulumi, "--stack", "dev", s3=ministack_s3, environment={"PATH": path})
+    assert not any("not durable" in line for line in server.said)
