@@ -8,14 +8,16 @@ adds. Both come from the environment:
 | CRUDSTACK_OUTPUTS | StackOutputs as JSON, or the path of a file that holds it |
 | CRUDSTACK_STORAGE | instead of it: a storage kind, or a pair as JSON: `{"meta": "memory", "resource": "disk"}` |
 | CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
-| CRUDSTACK_DATA_DIR | the directory of the kinds that keep data on disk; for s3-sqlite where the local copies lie, if anywhere |
-| CRUDSTACK_BUCKET, CRUDSTACK_PREFIX, CRUDSTACK_REGION | the bucket of s3-sqlite and postgres-s3, what its keys start with, its region |
-| CRUDSTACK_PG_DSN | the database of postgres-s3: postgresql://user:password@host:port/database |
+| CRUDSTACK_DATA_DIR | the directory of what is kept on disk; for storage on S3 where local copies and caches lie, if anywhere |
+| CRUDSTACK_BUCKET, CRUDSTACK_PREFIX, CRUDSTACK_REGION | the bucket of what is stored on S3, what its keys start with, its region |
+| CRUDSTACK_PG_DSN | PostgreSQL: postgresql://user:password@host:port/database |
+| CRUDSTACK_REDIS_URL | Redis or Valkey: redis://user:password@host:port/0, or rediss:// with TLS |
+| CRUDSTACK_AMQP_URL | RabbitMQ: amqp://user:password@host:port, or amqps:// with TLS |
 | CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are understood too |
-
 | CRUDSTACK_AUTH | who is let in: `none`, or as JSON `{"mode": "token", "token_sha256": "..."}` or `{"mode": "jwt", "issuer": "...", "audiences": [...]}` |
 
-Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role.
+Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role. Without a URL of its own, the app signs in to
+the stack's database, cache and broker with that role.
 """
 
 from __future__ import annotations
@@ -30,18 +32,33 @@ from msgspec import Meta, Struct
 
 from .autocrud.errors import ConfigError
 
-Kind = Literal["s3-sqlite", "postgres-s3", "disk", "memory-disk", "memory"]
+Kind = Literal[
+    "s3-sqlite", "postgres-s3", "redis-postgres", "cached-s3", "mq-cached-s3", "full", "disk", "memory-disk", "memory"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Pair(Struct, frozen=True, forbid_unknown_fields=True):
     """A MetaStore and a ResourceStore by name, where no kind says what is wanted."""
 
-    meta: Literal["memory", "disk", "s3-sqlite", "postgres"]
-    resource: Literal["memory", "disk", "s3"]
+    meta: Literal["memory", "disk", "s3-sqlite", "postgres", "redis", "redis-postgres"]
+    resource: Literal["memory", "disk", "s3", "cached-s3", "mq-cached-s3"]
 
 
 Storage = Kind | Pair
+
+PRESETS: dict[Kind, Pair] = {
+    "memory": Pair(meta="memory", resource="memory"),
+    "disk": Pair(meta="disk", resource="disk"),
+    "memory-disk": Pair(meta="memory", resource="disk"),
+    "s3-sqlite": Pair(meta="s3-sqlite", resource="s3"),
+    "postgres-s3": Pair(meta="postgres", resource="s3"),
+    "redis-postgres": Pair(meta="redis-postgres", resource="s3"),  # on disk where there is no bucket
+    "cached-s3": Pair(meta="s3-sqlite", resource="cached-s3"),
+    "mq-cached-s3": Pair(meta="s3-sqlite", resource="mq-cached-s3"),
+    "full": Pair(meta="redis-postgres", resource="mq-cached-s3"),
+}
+"""What the kinds are names for."""
 
 
 class _Auth(Struct, frozen=True, forbid_unknown_fields=True, tag_field="mode", kw_only=True):
@@ -70,6 +87,34 @@ class JwtAuth(_Auth, frozen=True, tag="jwt", kw_only=True):
 Auth = NoAuth | TokenAuth | JwtAuth
 
 
+class Db(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A PostgreSQL database, where `user` signs in with tokens that the role makes."""
+
+    host: str
+    port: int = 5432
+    name: str
+    user: str
+    auth: Literal["iam"] = "iam"
+
+
+class Cache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A Valkey or Redis, where `user` signs in with tokens that the role makes for the cache called `name`."""
+
+    host: str
+    port: int = 6379
+    user: str
+    name: str
+    serverless: bool
+    tls: bool = True
+
+
+class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A RabbitMQ; `{"username": ..., "password": ...}` is in the secret."""
+
+    endpoint: Annotated[str, Meta(pattern="^amqps?://[^@]+$")]
+    secret_arn: str
+
+
 class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a stack provides: names, endpoints and ARNs, never a secret."""
 
@@ -80,6 +125,11 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     bucket: str | None = None
     prefix: str = ""
     region: str | None = None
+    api_url: str | None = None
+    function_name: str | None = None
+    db: Db | None = None
+    cache: Cache | None = None
+    broker: Broker | None = None
     auth: Auth | None = None
     """None: nobody has said, which is for a person's own machine only."""
 
@@ -90,6 +140,8 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
     data_dir: str | None = None
     s3_endpoint_url: str | None = None
     pg_dsn: str | None = None
+    redis_url: str | None = None
+    amqp_url: str | None = None
 
 
 class Settings(Struct, frozen=True):
@@ -111,6 +163,8 @@ VARIABLES = (
     "CRUDSTACK_DATA_DIR",
     "CRUDSTACK_S3_ENDPOINT_URL",
     "CRUDSTACK_PG_DSN",
+    "CRUDSTACK_REDIS_URL",
+    "CRUDSTACK_AMQP_URL",
 )
 ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
@@ -125,7 +179,11 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
     if endpoint is not None and not endpoint.startswith(("http://", "https://")):
         raise ConfigError(f"the S3 endpoint is {endpoint!r}: expected a URL, like http://127.0.0.1:9000")
     local = LocalOverrides(
-        data_dir=given.get("CRUDSTACK_DATA_DIR"), s3_endpoint_url=endpoint, pg_dsn=given.get("CRUDSTACK_PG_DSN")
+        data_dir=given.get("CRUDSTACK_DATA_DIR"),
+        s3_endpoint_url=endpoint,
+        pg_dsn=given.get("CRUDSTACK_PG_DSN"),
+        redis_url=given.get("CRUDSTACK_REDIS_URL"),
+        amqp_url=given.get("CRUDSTACK_AMQP_URL"),
     )
     if "CRUDSTACK_OUTPUTS" in given:
         for name in STACK_VARIABLES:
@@ -178,7 +236,12 @@ def _outputs(text: str) -> StackOutputs:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ConfigError(f"CRUDSTACK_OUTPUTS names the file {text!r}, which cannot be read: {reason}") from None
-    outputs: StackOutputs = _decoded(text, StackOutputs, "CRUDSTACK_OUTPUTS")
+    return parse_outputs(text, "CRUDSTACK_OUTPUTS")
+
+
+def parse_outputs(text: str, name: str) -> StackOutputs:
+    """StackOutputs as JSON; ConfigError. `name`: where they come from."""
+    outputs: StackOutputs = _decoded(text, StackOutputs, name)
     return outputs
 
 

@@ -7,17 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psycopg
 import pytest
 
 from tests.postgres import postgres
+from tests.rabbitmq import rabbitmq
 from tests.services import BUCKET, S3Server, ministack_s3, seaweed_s3
 from tests.valkey import valkey
 
-__all__ = ["ministack_s3", "postgres", "seaweed_s3", "serve", "valkey"]
+__all__ = ["ministack_s3", "postgres", "rabbitmq", "seaweed_s3", "serve", "valkey"]
 
 
 class Server:
@@ -62,6 +66,23 @@ class Server:
         assert self.process.wait(30) == 0
         if close:
             self.process.stdout.close()
+
+
+@pytest.fixture
+def bucket(ministack_s3) -> str:
+    """A bucket of this test's own."""
+    name = f"own-{uuid.uuid4().hex[:12]}"
+    httpx.put(f"{ministack_s3.url}/{name}").raise_for_status()
+    return name
+
+
+@pytest.fixture
+def database(postgres) -> str:
+    """A database of this test's own."""
+    name = f"own_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return f"{postgres.rpartition('/')[0]}/{name}"
 
 
 @pytest.fixture

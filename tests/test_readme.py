@@ -49,9 +49,27 @@ def tour_script(url: str) -> tuple[str, Callable[[str], None]]:
     return script.replace("localhost:8000", url), check
 
 
-@pytest.mark.parametrize("kind", ["s3-sqlite", "disk", "postgres-s3"])
-def test_the_tour(serve, tmp_path, kind, postgres):
-    server = serve(kind, tmp_path, "--local-s3", "--make-bucket", environment={"CRUDSTACK_PG_DSN": postgres})
+@pytest.mark.parametrize("kind", ["s3-sqlite", "disk", "postgres-s3", "redis-postgres", "cached-s3"])
+def test_the_tour(serve, tmp_path, kind, database, valkey):
+    take_it(serve, kind, tmp_path, CRUDSTACK_PG_DSN=database, CRUDSTACK_REDIS_URL=valkey)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("kind", ["mq-cached-s3", "full"])
+def test_the_tour_with_a_broker(serve, tmp_path, kind, database, valkey, rabbitmq):
+    take_it(
+        serve,
+        kind,
+        tmp_path,
+        CRUDSTACK_PG_DSN=database,
+        CRUDSTACK_REDIS_URL=valkey,
+        CRUDSTACK_AMQP_URL=rabbitmq,
+    )
+
+
+def take_it(serve, kind, tmp_path, **environment: str) -> None:
+    environment["CRUDSTACK_PREFIX"] = tmp_path.name
+    server = serve(kind, tmp_path, "--local-s3", "--make-bucket", environment=environment)
     script, check = tour_script(server.url)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,35 +11,84 @@ import pytest
 
 from app import main, wiring
 from app.autocrud.errors import ConfigError
-from app.autocrud.resource_manager.storage_factory import (
-    DiskStorageFactory,
-    MemoryDiskStorageFactory,
-    MemoryStorageFactory,
-)
+from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
+from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
+from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
+from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
+from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
+from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
+from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
+from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
+from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
+from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
 from app.settings import JwtAuth, NoAuth, TokenAuth, load
+from tests.conformance.model import Item, manage
 
 
 def factory(tmp_path, **environment):
     return wiring.storage_factory(load({"CRUDSTACK_DATA_DIR": str(tmp_path)} | environment))
 
 
+BACKENDS = {
+    "CRUDSTACK_BUCKET": "b",
+    "CRUDSTACK_PG_DSN": "postgresql://u:secret@h/d",
+    "CRUDSTACK_REDIS_URL": "redis://:secret@h/0",
+    "CRUDSTACK_AMQP_URL": "amqp://u:secret@h",
+}
+
+
 @pytest.mark.parametrize(
-    ("storage", "expected"),
+    ("storage", "meta", "resource"),
     [
-        ("memory", MemoryStorageFactory),
-        ("disk", DiskStorageFactory),
-        ("memory-disk", MemoryDiskStorageFactory),
-        ('{"meta": "memory", "resource": "memory"}', MemoryStorageFactory),
-        ('{"meta": "disk", "resource": "disk"}', DiskStorageFactory),
-        ('{"meta": "memory", "resource": "disk"}', MemoryDiskStorageFactory),
+        ("memory", MemoryMetaStore, MemoryResourceStore),
+        ("disk", DiskMetaStore, DiskResourceStore),
+        ("memory-disk", MemoryMetaStore, DiskResourceStore),
+        ("s3-sqlite", S3SqliteMetaStore, S3ResourceStore),
+        ("postgres-s3", PostgresMetaStore, S3ResourceStore),
+        ("redis-postgres", FastSlowMetaStore, S3ResourceStore),
+        ("cached-s3", S3SqliteMetaStore, CachedS3ResourceStore),
+        ("mq-cached-s3", S3SqliteMetaStore, MQCachedS3ResourceStore),
+        ("full", FastSlowMetaStore, MQCachedS3ResourceStore),
+        ('{"meta": "memory", "resource": "memory"}', MemoryMetaStore, MemoryResourceStore),
+        ('{"meta": "memory", "resource": "cached-s3"}', S3SqliteMetaStore, CachedS3ResourceStore),
+        ('{"meta": "disk", "resource": "s3"}', DiskMetaStore, S3ResourceStore),
+        ('{"meta": "redis", "resource": "disk"}', RedisMetaStore, DiskResourceStore),
+        ('{"meta": "postgres", "resource": "disk"}', PostgresMetaStore, DiskResourceStore),
+        ('{"meta": "redis-postgres", "resource": "disk"}', FastSlowMetaStore, DiskResourceStore),
     ],
 )
-def test_every_kind_has_its_factory(tmp_path, storage, expected):
-    assert type(factory(tmp_path, CRUDSTACK_STORAGE=storage).default) is expected
-    outputs = json.dumps({"version": 1, "storage": json.loads(storage) if storage.startswith("{") else storage})
-    assert type(factory(tmp_path, CRUDSTACK_OUTPUTS=outputs).default) is expected
-    (tmp_path / "outputs.json").write_text(outputs)
-    assert type(factory(tmp_path, CRUDSTACK_OUTPUTS=str(tmp_path / "outputs.json")).default) is expected
+def test_every_kind_and_pair_has_its_stores(tmp_path, storage, meta, resource):
+    outputs = {"version": 1, "storage": json.loads(storage) if storage.startswith("{") else storage, "bucket": "b"}
+    (tmp_path / "outputs.json").write_text(json.dumps(outputs))
+    beside = {name: value for name, value in BACKENDS.items() if name != "CRUDSTACK_BUCKET"}
+    for environment in (
+        {**BACKENDS, "CRUDSTACK_STORAGE": storage},
+        {**beside, "CRUDSTACK_OUTPUTS": json.dumps(outputs)},
+        {**beside, "CRUDSTACK_OUTPUTS": str(tmp_path / "outputs.json")},
+        {**BACKENDS, "CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": json.dumps({"m": outputs["storage"]})},
+    ):
+        made = factory(tmp_path, **environment).build("m")
+        assert (type(made.meta_store), type(made.resource_store)) == (meta, resource)
+
+
+def test_redis_postgres_keeps_bodies_on_disk_where_there_is_no_bucket(tmp_path):
+    beside = {name: value for name, value in BACKENDS.items() if name != "CRUDSTACK_BUCKET"}
+    settings = load({**beside, "CRUDSTACK_STORAGE": "redis-postgres", "CRUDSTACK_DATA_DIR": str(tmp_path)})
+    assert type(wiring.storage_factory(settings).build("m").resource_store) is DiskResourceStore
+    assert not wiring.needs_s3(settings)
+
+
+@pytest.mark.parametrize(
+    ("storage", "same"),
+    [("memory-disk", MemoryDiskStorageFactory), ("disk", DiskStorageFactory)],
+)
+async def test_a_kind_lies_where_the_factory_of_that_name_puts_it(tmp_path, storage, same):
+    written = manage(factory(tmp_path, CRUDSTACK_STORAGE=storage))
+    await written.create(Item(text="here"), resource_id="1")
+    await written.close()
+    read = manage(same(tmp_path))
+    assert (await read.get("1")).data == Item(text="here")
+    await read.close()
 
 
 def test_models_may_have_a_kind_of_their_own(tmp_path):
@@ -51,13 +100,18 @@ def test_models_may_have_a_kind_of_their_own(tmp_path):
 
 WRONG = [
     ({}, "CRUDSTACK_STORAGE is not set"),
-    ({"CRUDSTACK_STORAGE": "tape"}, "'tape': expected one of s3-sqlite, postgres-s3, disk, memory-disk, memory"),
+    ({"CRUDSTACK_STORAGE": "tape"}, "'tape': expected one of s3-sqlite, postgres-s3, redis-postgres, cached-s3, mq-cached-s3, full, disk, memory-disk, memory"),
     ({"CRUDSTACK_STORAGE": "disk"}, "CRUDSTACK_DATA_DIR is not set"),
     ({"CRUDSTACK_STORAGE": "postgres-s3", "CRUDSTACK_BUCKET": "b"}, "CRUDSTACK_PG_DSN is not set"),
     (
         {"CRUDSTACK_STORAGE": "postgres-s3", "CRUDSTACK_PG_DSN": "postgresql://u:secret@h/d"},
         "CRUDSTACK_BUCKET is not set",
     ),
+    ({**BACKENDS, "CRUDSTACK_STORAGE": "redis-postgres", "CRUDSTACK_REDIS_URL": ""}, "CRUDSTACK_REDIS_URL is not set"),
+    ({**BACKENDS, "CRUDSTACK_STORAGE": "full", "CRUDSTACK_PG_DSN": ""}, "CRUDSTACK_PG_DSN is not set"),
+    ({**BACKENDS, "CRUDSTACK_STORAGE": "mq-cached-s3", "CRUDSTACK_AMQP_URL": ""}, "CRUDSTACK_AMQP_URL is not set"),
+    ({**BACKENDS, "CRUDSTACK_STORAGE": "redis-postgres", "CRUDSTACK_REDIS_URL": "h:secret"}, "redis_url cannot be read"),
+    ({**BACKENDS, "CRUDSTACK_STORAGE": '{"meta": "postgres", "resource": "memory"}'}, "is no pair that keeps"),
     (
         {
             "CRUDSTACK_STORAGE": "postgres-s3",

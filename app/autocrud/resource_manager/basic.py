@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -244,6 +244,12 @@ class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
         """Learn the model; called before anything else. No I/O here. A store in memory starts empty."""
         return None
 
+    @property
+    def place(self) -> Hashable:
+        """Where a bound store keeps its data: two models must not have the same, or one would sweep away the other's. None: nowhere
+        that another one could be."""
+        return None
+
     async def health(self) -> None:
         """Raise StoreUnavailable unless the store can answer now."""
         return None
@@ -415,6 +421,11 @@ class IStorage(ABC):
     def remote(self) -> bool:
         """Whether it survives the loss of this machine too."""
         return False
+
+    @property
+    def places(self) -> list[Hashable]:
+        """Store.place, of all that it is made of."""
+        return []
 
     @property
     @abstractmethod

@@ -24,7 +24,7 @@ import datetime as dt
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 
 from msgspec.structs import replace
 from uuid_utils import uuid7
@@ -35,6 +35,7 @@ from ..values import Key
 from .basic import (
     Change,
     Done,
+    DoneBefore,
     Encoding,
     Hit,
     IndexEntry,
@@ -97,8 +98,12 @@ class SimpleStorage(IStorage):
 
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
+        self.resource_store.bind(spec)  # first, because an index of its own lies where it lies
         self.meta_store.bind(spec)
-        self.resource_store.bind(spec)
+
+    @property
+    def places(self) -> list[Hashable]:
+        return [place for store in (self.meta_store, self.resource_store) if (place := store.place) is not None]
 
     # Opening
 
@@ -217,7 +222,10 @@ class SimpleStorage(IStorage):
     async def done(self, key: str, *, peek: bool = False) -> Done | None:
         if self._follows:
             return await self.resource_store.done(key)
-        return await self.meta_store.done(key, peek=peek)
+        done = await self.meta_store.done(key, peek=peek)
+        if done is not None and self._indexed_there:  # it is answered from now, as after the commit itself
+            await self.resource_store.committed()
+        return done
 
     async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
         for _ in range(MAX_RENEWALS):
@@ -280,9 +288,15 @@ class SimpleStorage(IStorage):
             await puts[0]
         elif puts:
             await asyncio.gather(*puts)
-        committed = await self.meta_store.commit([write.change for write in writes], once)
-        if self._indexed_there:
+        changes = [write.change for write in writes]
+        if not self._indexed_there:
+            return await self.meta_store.commit(changes, once)
+        try:
+            committed = await self.meta_store.commit(changes, once)
+        except (DoneBefore, OutcomeUnknown):  # whoever committed may have ended before it could tell
             await self.resource_store.committed()
+            raise
+        await self.resource_store.committed()
         return committed
 
     async def _commit_records(self, writes: Sequence[Write], once: Once | None) -> list[ResourceMeta]:

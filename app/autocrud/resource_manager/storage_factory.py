@@ -7,13 +7,14 @@ class MyStorageFactory(IStorageFactory):
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .basic import Encoding, IStorage
+from .basic import Encoding, IStorage, ResourceStore
 from .meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .resource_store.simple import DiskResourceStore, MemoryResourceStore
 from .simple_storage import SimpleStorage
@@ -21,6 +22,16 @@ from .simple_storage import SimpleStorage
 if TYPE_CHECKING:
     from .meta_store.sqlite3 import Consistency
     from .object_store import ObjectStore
+
+
+@contextlib.contextmanager
+def driver(*extras: str) -> Iterator[None]:
+    """Around the import of a store whose driver these extras bring."""
+    try:
+        yield
+    except ImportError as error:
+        names = ",".join(extras)
+        raise ConfigError(f"the package {error.name} is missing: install crudstack[{names}]") from None
 
 
 class IStorageFactory(ABC):
@@ -136,12 +147,9 @@ class PostgresS3StorageFactory(IStorageFactory):
         self.s3_access_key, self.s3_secret_key = s3_access_key, s3_secret_key
 
     def build(self, model_name: str) -> IStorage:
-        from .resource_store.s3 import S3ResourceStore
-
-        try:
+        with driver("postgres", "s3"):
             from .meta_store.postgres import PostgresMetaStore
-        except ImportError as error:
-            raise ConfigError(f"PostgreSQL needs the package {error.name}: install crudstack[postgres]") from None
+            from .resource_store.s3 import S3ResourceStore
         meta_store = PostgresMetaStore(self.pg_dsn, table_name=f"meta_{model_name}", password=self.password)
         resource_store = S3ResourceStore(
             self.s3_bucket,
@@ -152,3 +160,137 @@ class PostgresS3StorageFactory(IStorageFactory):
             self.region_name,
         )
         return SimpleStorage(meta_store, resource_store)
+
+
+class RedisPgStorageFactory(IStorageFactory):
+    """Metadata and index in PostgreSQL, in tables that begin with `meta_{model}`, and before it a cache in Redis below `{prefix}{model}:`; bodies on
+    disk below `{data_dir}/{model}`, or on S3 below `{prefix}{model}/`. Durable; any number of processes may share all of it, and with S3 machines.
+
+    data_dir, s3_bucket   exactly one of them
+    lease_s               how long a write waits where Redis cannot be asked
+    Without keys the ambient credentials of AWS are used; `password` makes passwords for PostgreSQL that expire.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        pg_dsn: str,
+        data_dir: str | Path | None = None,
+        *,
+        s3_bucket: str | None = None,
+        s3_endpoint: str | None = None,
+        s3_access_key: str | None = None,
+        s3_secret_key: str | None = None,
+        region_name: str | None = "us-east-1",
+        prefix: str = "",
+        password: Callable[[], str] | None = None,
+        lease_s: float = 2.0,
+    ) -> None:
+        if (data_dir is None) == (s3_bucket is None):
+            raise ConfigError("bodies are kept in one place: expected either data_dir or s3_bucket")
+        self.redis_url, self.pg_dsn, self.password, self.lease_s = redis_url, pg_dsn, password, lease_s
+        self.data_dir = None if data_dir is None else Path(data_dir)
+        self.s3_bucket, self.s3_endpoint, self.region_name, self.prefix = s3_bucket, s3_endpoint, region_name, prefix
+        self.s3_access_key, self.s3_secret_key = s3_access_key, s3_secret_key
+
+    def build(self, model_name: str) -> IStorage:
+        with driver("postgres", "redis"):
+            from .meta_store.fast_slow import FastSlowMetaStore
+            from .meta_store.postgres import PostgresMetaStore
+            from .meta_store.redis import RedisMetaStore
+
+            fast_store = RedisMetaStore(self.redis_url, prefix=f"{self.prefix}{model_name}:")
+        slow_store = PostgresMetaStore(self.pg_dsn, table_name=f"meta_{model_name}", password=self.password)
+        meta_store = FastSlowMetaStore(fast_store, slow_store, lease_s=self.lease_s)
+        return SimpleStorage(meta_store, self._bodies(model_name))
+
+    def _bodies(self, model_name: str) -> ResourceStore:
+        if self.data_dir is not None:
+            return DiskResourceStore(self.data_dir / model_name)
+        from .resource_store.s3 import S3ResourceStore
+
+        assert self.s3_bucket is not None
+        return S3ResourceStore(
+            self.s3_bucket,
+            f"{self.prefix}{model_name}/",
+            self.s3_endpoint,
+            self.s3_access_key,
+            self.s3_secret_key,
+            self.region_name,
+        )
+
+
+class CachedS3StorageFactory(IStorageFactory):
+    """A MemoryMetaStore over S3 behind two caches: bodies and index lie below `{prefix}{model}/`, copies of bodies in this process's memory and below
+    `{cache_dir}/{model}`. Durable; any number of processes and machines may share the bucket, and see each other's writes within seconds.
+
+    Without keys the ambient credentials of AWS are used. A `cache_dir` belongs to one bucket.
+    """
+
+    def __init__(
+        self,
+        s3_bucket: str,
+        s3_endpoint: str | None,
+        cache_dir: str | Path,
+        s3_access_key: str | None = None,
+        s3_secret_key: str | None = None,
+        *,
+        region_name: str | None = "us-east-1",
+        prefix: str = "",
+    ) -> None:
+        self.s3_bucket, self.s3_endpoint, self.region_name, self.prefix = s3_bucket, s3_endpoint, region_name, prefix
+        self.s3_access_key, self.s3_secret_key = s3_access_key, s3_secret_key
+        self.cache_dir = Path(cache_dir)
+
+    def build(self, model_name: str) -> IStorage:
+        with driver("s3", "cache"):
+            from .resource_store.cache import DiskCache, MemoryCache
+            from .resource_store.cached_s3 import CachedS3ResourceStore
+
+            caches = [MemoryCache(max_size=100), DiskCache(self.cache_dir / model_name)]
+        resource_store = CachedS3ResourceStore(
+            caches,
+            bucket=self.s3_bucket,
+            prefix=f"{self.prefix}{model_name}/",
+            endpoint_url=self.s3_endpoint,
+            access_key_id=self.s3_access_key,
+            secret_access_key=self.s3_secret_key,
+            region_name=self.region_name,
+        )
+        return SimpleStorage(MemoryMetaStore(), resource_store)
+
+
+class MQCachedS3StorageFactory(IStorageFactory):
+    """As CachedS3StorageFactory, and instances tell each other through RabbitMQ what they wrote and purged: a write is seen within a second.
+
+    s3_config   arguments of S3ResourceStore; a `prefix` in it comes before that of each model
+    cache_dir   of one bucket
+    amqp_url    amqp:// or amqps:// (TLS), with user and password
+    """
+
+    def __init__(
+        self,
+        s3_config: dict[str, Any],
+        cache_dir: str | Path,
+        amqp_url: str = "amqp://guest:guest@localhost:5672",
+    ) -> None:
+        self.s3_config, self.cache_dir, self.amqp_url = dict(s3_config), Path(cache_dir), amqp_url
+
+    def build(self, model_name: str) -> IStorage:
+        with driver("s3", "cache", "amqp"):
+            import aio_pika  # noqa: F401 - the store would, when it is made
+
+            from .resource_store.cache import DiskCache, MemoryCache
+            from .resource_store.mq_cached_s3 import MQCachedS3ResourceStore
+
+            caches = [MemoryCache(max_size=100), DiskCache(self.cache_dir / model_name)]
+        prefix = self.s3_config.get("prefix", "")
+        resource_store = MQCachedS3ResourceStore(
+            caches,
+            self.amqp_url,
+            f"autocrud_{model_name}_",
+            ttl_draft=1800,
+            ttl_stable=3600,
+            **{**self.s3_config, "prefix": f"{prefix}{model_name}/"},
+        )
+        return SimpleStorage(MemoryMetaStore(), resource_store)

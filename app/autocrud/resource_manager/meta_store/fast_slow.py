@@ -42,7 +42,7 @@ import contextlib
 import datetime as dt
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -148,6 +148,10 @@ class FastSlowMetaStore(MetaStore):
     def bind(self, spec: ModelSpec) -> None:
         self._fast.bind(spec)
         self._slow.bind(spec)
+
+    @property
+    def place(self) -> Hashable:
+        return self._slow.place
 
     # Reading
 

@@ -10,7 +10,7 @@ import datetime as dt
 import functools
 import logging
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
@@ -106,6 +106,10 @@ class PostgresMetaStore(MetaStore):
         self._sql = SqlBuilder(PostgresDialect(spec.fields), self._schema.names["main"])
         self._search = functools.lru_cache(maxsize=512)(self._sql.search)
         self._spec_id: int | None = None
+
+    @property
+    def place(self) -> Hashable:
+        return "postgres", self._dsn, self._table
 
     # Connections
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -132,6 +132,10 @@ class RedisMetaStore(MetaStore):
         self._writer = Writer(spec, self._encoding or Encoding.json)
         self._mirror = Mirror(spec, self._encoding, self._run, partial(self._call, "HGETALL", f"{self._prefix}specs"))
         self._known: Known | None = None
+
+    @property
+    def place(self) -> Hashable:
+        return "redis", self._client, self._prefix
 
     async def _call(self, *command: Any) -> Any:
         return await self._client.call(self, *command)

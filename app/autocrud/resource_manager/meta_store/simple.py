@@ -7,7 +7,7 @@ DiskMetaStore(rootdir="data/meta")   `rootdir/index.sqlite`, shared safely by se
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -113,6 +113,10 @@ class DiskMetaStore(_TablesMetaStore):
         super().__init__(encoding)
         self._path = Path(rootdir) / "index.sqlite"
         self.bind(ModelSpec("unbound"))
+
+    @property
+    def place(self) -> Hashable:
+        return "disk", self._path.absolute()
 
     def commit_stage(self, changes: Sequence[Change], once: Once | None = None) -> Stage:
         """`commit`, as the stage of a larger write."""

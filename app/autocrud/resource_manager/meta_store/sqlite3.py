@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -98,21 +98,25 @@ class S3SqliteMetaStore(MetaStore):
         if tail_bytes < 1024 or max_batch < 1 or snapshot_ratio <= 0:
             raise ValueError("expected tail_bytes >= 1024, max_batch >= 1 and snapshot_ratio > 0")
         self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
-        self._key, self._encoding, self._export_key = key.rstrip("/"), encoding, export_key
+        self.key, self._encoding, self._export_key = key.rstrip("/"), encoding, export_key
         self._interval = sync_interval
         self._consistency = consistency
         staleness = max_staleness if max_staleness is not None else (sync_interval or 0.0)
         self._staleness: Callable[[], float] = staleness if callable(staleness) else lambda: staleness
         self._tail_bytes, self._max_batch, self._linger_s = tail_bytes, max_batch, linger_ms / 1000
         self._ratio = snapshot_ratio
-        name = hashlib.sha256(f"{bucket}\n{self._key}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{bucket}\n{self.key}".encode()).hexdigest()[:16]
         self._directory = None if local_dir is None else Path(local_dir) / name
         self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
         self.bind(ModelSpec("unbound"))
 
     def bind(self, spec: ModelSpec) -> None:
         self._tables = ResourceTables(spec, self._encoding)
-        self._replica = Replica(self._objects, self._key, self._tables, self._directory)
+        self._replica = Replica(self._objects, self.key, self._tables, self._directory)
+
+    @property
+    def place(self) -> Hashable:
+        return "s3", self._objects, self.key
 
     def _room(self) -> _Room:
         """What belongs to the event loop that asks."""

@@ -1,7 +1,9 @@
 """Documents in Redis that end by themselves: a cache for truths that are kept elsewhere. What it is good for is argued in `meta_store.fast_slow`.
 
-    {p}fast:v:{hash}   an entry: when it ends, the life, a document
-    {p}fast:t:{hash}   a token: when it ends, the life, a nonce
+    {prefix}fast:v:HASH   an entry: when it ends, the life, a document
+    {prefix}fast:t:HASH   a token: when it ends, the life, a nonce
+
+The braces stand in the keys.
 
 - R1 *A life is one process with one history*: `run_id`, which every server process draws at its start, and `master_replid`, which is drawn anew
   when a replica becomes a primary. Both are asked of the server by each script, so no connection, proxy or replica can mix them up. What names
@@ -130,7 +132,8 @@ class Leases:
     """
 
     def __init__(self, client: Client, prefix: str, lease_s: float) -> None:
-        self._client, self._key, self._lease = client, f"{prefix}fast:", int(lease_s * 1000)
+        # What stands in braces decides where a cluster keeps a key: all of these are in one place.
+        self._client, self._key, self._lease = client, f"{{{prefix or 'crudstack'}}}fast:", int(lease_s * 1000)
         self._place = hashlib.sha256(f"{client.db}/{prefix}".encode()).hexdigest()[:16]
         self._told = False
 

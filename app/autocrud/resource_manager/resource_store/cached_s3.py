@@ -10,7 +10,7 @@ import contextlib
 import datetime as dt
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 from ...errors import ConfigError
@@ -22,6 +22,8 @@ from .s3 import S3ResourceStore
 
 ARRIVAL_S = 10.0
 """How long a deletion waits for a cache that is being filled with what it deletes. Only a stopped event loop takes so long."""
+ANY = "*"
+"""In the place of a key: all of them. No key is like that."""
 
 
 class _Arrival:
@@ -32,6 +34,15 @@ class _Arrival:
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys = set(keys)
         self.done: Future[None] | None = None  # while it fills them
+
+    def brings(self, keys: Sequence[str]) -> bool:
+        return ANY in keys or not self.keys.isdisjoint(keys)
+
+    def lose(self, keys: Sequence[str]) -> None:
+        if ANY in keys:
+            self.keys.clear()
+        else:
+            self.keys.difference_update(keys)
 
 
 class CachedS3ResourceStore(S3ResourceStore):
@@ -136,17 +147,24 @@ class CachedS3ResourceStore(S3ResourceStore):
     async def forget(self, uids: Sequence[str]) -> None:
         """Take bodies out of the caches and leave S3 alone, as when another instance has deleted them."""
         keys = [self._prefix + uid for uid in uids]
+        await self._take_out(keys, lambda cache: cache.delete(keys))
+
+    async def forget_everything(self) -> None:
+        """The same with all bodies."""
+        await self._take_out([ANY], lambda cache: cache.clear())
+
+    async def _take_out(self, keys: Sequence[str], remove: Callable[[Cache], Awaitable[None]]) -> None:
         with self._state:
             self._leaving.update(keys)
-            filling = [one.done for one in self._arrivals if one.done is not None and not one.keys.isdisjoint(keys)]
+            filling = [one.done for one in self._arrivals if one.done is not None and one.brings(keys)]
         try:
             if filling:
                 await asyncio.wait([asyncio.wrap_future(done) for done in filling], timeout=ARRIVAL_S)
-            failures = await asyncio.gather(*(cache.delete(keys) for cache in self.caches), return_exceptions=True)
+            failures = await asyncio.gather(*map(remove, self.caches), return_exceptions=True)
         finally:
             with self._state:
                 for arrival in self._arrivals:
-                    arrival.keys.difference_update(keys)
+                    arrival.lose(keys)
                 self._leaving.subtract(keys)
                 self._leaving = +self._leaving
         for failure in failures:
@@ -169,7 +187,12 @@ class CachedS3ResourceStore(S3ResourceStore):
         if not caches or not entries:
             return
         with self._state:
-            welcome = {key: entry for key, entry in entries.items() if key in arrival.keys and key not in self._leaving}
+            closed = ANY in self._leaving
+            welcome = {
+                key: entry
+                for key, entry in entries.items()
+                if not closed and key in arrival.keys and key not in self._leaving
+            }
             done = arrival.done = Future()
         try:
             if welcome:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ...errors import ConfigError, StoreDamaged
-from ..basic import Encoding, ResourceStore, RevisionInfo
+from ...errors import StoreDamaged
+from ..basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
 from ..object_store import CONCURRENT_GETS, ObjectStore, s3
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class S3ResourceStore(ResourceStore):
-    """Bodies at `{prefix}{uid}`. Without keys the ambient credentials are used; `object_store` takes the place of bucket and endpoint.
+    """Bodies at `{prefix}{uid}`, a prefix for each model; where none is given it is `{model}/`. Without keys the ambient credentials are
+    used; `object_store` takes the place of bucket and endpoint.
 
     Below a MemoryMetaStore there is an index beside the bodies too, at `{prefix}index.sqlite/`: an S3SqliteMetaStore whose copy on this machine
     answers, and which looks for other instances' writes when the last look is older than `refresh_s`.
@@ -38,24 +39,30 @@ class S3ResourceStore(ResourceStore):
         object_store: ObjectStore | None = None,
     ) -> None:
         self.encoding = encoding
-        self._bucket, self._prefix = bucket, prefix
+        self._bucket, self._given, self._prefix = bucket, prefix, prefix
+        self._index: S3SqliteMetaStore | None = None
         self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
 
     def index(self) -> S3SqliteMetaStore:
         from ..meta_store.sqlite3 import S3SqliteMetaStore
 
-        if not self._prefix:
-            raise ConfigError(
-                "prefix is empty: below a MemoryMetaStore the index lies on S3 too, and each model needs a place of its own; give one, like"
-                " 'article/'"
-            )
-        return S3SqliteMetaStore(
+        self._index = S3SqliteMetaStore(
             self._bucket,
             f"{self._prefix}index.sqlite",
             consistency="bounded",
             max_staleness=self._staleness,
             object_store=self._objects,
         )
+        return self._index
+
+    def bind(self, spec: ModelSpec) -> None:
+        self._prefix = self._given or f"{spec.name}/"
+        if self._index is not None:
+            self._index.key = f"{self._prefix}index.sqlite"
+
+    @property
+    def place(self) -> Hashable:
+        return "s3", self._objects, self._prefix
 
     def _staleness(self) -> float:
         """How old, in seconds, what the index says may be."""

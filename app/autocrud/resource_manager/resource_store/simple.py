@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -68,6 +68,10 @@ class DiskResourceStore(ResourceStore):
         # Records need no index: searches are the MetaStore's.
         self._records = ResourceTables(msgspec.structs.replace(spec, fields={}, unique=()))
         self._db = FileDatabase(self.rootdir / "bodies.sqlite", self._create)
+
+    @property
+    def place(self) -> Hashable:
+        return "disk", self.rootdir.absolute()
 
     def _create(self, connection: apsw.Connection) -> None:
         connection.execute("CREATE TABLE IF NOT EXISTS bodies (uid TEXT PRIMARY KEY, body BLOB NOT NULL)")
