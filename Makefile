@@ -9,12 +9,14 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint mutants bench package lock clean
+.PHONY: help setup setup-infra run test lint mutants bench package lock clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(VENV)/.dev ## everything for working on it, into .venv
+
+setup-infra: $(VENV)/.infra ## what `pulumi up` runs in, into .venv
 
 run: $(VENV)/.local ## serve the API on PORT=8000, on an S3 of its own with its data below LOCAL_DIR=.local
 	@CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo s3-sqlite)}" \
@@ -22,7 +24,7 @@ run: $(VENV)/.local ## serve the API on PORT=8000, on an S3 of its own with its 
 	  CRUDSTACK_DATA_DIR="$${CRUDSTACK_DATA_DIR:-$(LOCAL_DIR)/data}" \
 	  exec $(BIN)/crudstack serve --host 127.0.0.1 --port $(PORT) --local-s3 --make-bucket
 
-test: $(VENV)/.dev ## the whole suite
+test: $(VENV)/.dev .local/checkov/.done ## the whole suite
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev ## format, rules, types, direction of dependencies
@@ -52,9 +54,18 @@ $(VENV)/.local: requirements/local.txt pyproject.toml $(VENV)/.venv
 	@$(UV_SELF)
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt requirements/examples.txt $(VENV)/.local
+$(VENV)/.infra: requirements/infra.txt $(VENV)/.local
+	@$(UV_PIP) -r requirements/infra.txt
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt requirements/examples.txt $(VENV)/.local $(VENV)/.infra
 	@$(UV_PIP) -r requirements/dev.txt
 	@$(UV_PIP) --no-deps -r requirements/examples.txt
+	@touch $@
+
+.local/checkov/.done: requirements/checkov.txt $(VENV)/.venv
+	@uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" venv --quiet --clear --python $(BIN)/python $(@D)
+	@uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(@D)/bin/python --require-hashes -r $<
 	@touch $@
 
 .local/bench/%/.done: requirements/%.txt $(VENV)/.venv
@@ -64,6 +75,9 @@ $(VENV)/.dev: requirements/dev.txt requirements/examples.txt $(VENV)/.local
 
 LOCK = uv="$$(command -v uv || echo $(BIN)/uv)"; "$$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
+# What single storages add to requirements/app.txt, a file each.
+DRIVERS = amqp cache postgres redis
+
 package: $(VENV)/.local ## the zip for AWS Lambda into dist/lambda.zip (ARGS=--host: one that runs here)
 	@$(BIN)/python -m infra.artifact $(ARGS)
 
@@ -71,11 +85,15 @@ lock: $(VENV)/.venv ## lock the newest versions that the ranges in pyproject.tom
 	@$(LOCK) pyproject.toml --extra local --group dev -o requirements/dev.txt --upgrade
 	@$(LOCK) pyproject.toml --extra local -c requirements/dev.txt -o requirements/local.txt --upgrade
 	@$(LOCK) pyproject.toml --extra s3 --extra lambda -c requirements/dev.txt -o requirements/app.txt --upgrade
+	@for extra in $(DRIVERS); do $(LOCK) pyproject.toml --extra $$extra -c requirements/dev.txt -o requirements/app-$$extra.txt --upgrade \
+	  $$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package \1/p' requirements/app.txt) || exit 1; done
+	@$(LOCK) --group infra -c requirements/dev.txt -o requirements/infra.txt --upgrade
 	@$(LOCK) --group examples --no-deps -o requirements/examples.txt --upgrade
 	@$(LOCK) --group specstar -o requirements/specstar.txt --upgrade
 	@$(LOCK) --group pocketbase -o requirements/pocketbase.txt --upgrade
+	@$(LOCK) --group checkov -o requirements/checkov.txt --upgrade
 	@echo uv | { $(LOCK) - -o requirements/uv.txt --upgrade; }
 
 clean: ## remove .venv and caches; data in LOCAL_DIR stays
-	@rm -rf $(VENV) .local/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) .local/bench .local/checkov .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.local/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The zip that Lambda runs: the wheels of requirements/app.txt for its machine, the app, and bytecode for both.
+"""The zip that Lambda runs: the wheels of requirements/app*.txt for its machine, the app, and bytecode for both.
 
 The same inputs give the same bytes, so an unchanged app is no change to deploy. `python -m infra.artifact` builds it and says what is large.
 
@@ -22,7 +22,7 @@ import sysconfig
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +81,6 @@ UNNEEDED = (
     "apsw/sqlite_extra*",  # SQLite's command line tools, as programs and extensions
     "apsw/trace.py",
     "apsw/unicode.py",
-    "idna/*",  # anyio asks for it when it looks up a host name that is not ASCII, which nothing here does
     "obstore/fsspec.py",
     "pydantic/mypy.py",
     "pydantic/v1/*",  # FastAPI only asks whether a model is one of these, and is content without
@@ -89,7 +88,9 @@ UNNEEDED = (
 ELF = b"\x7fELF\x02\x01"
 """How a library for 64 bits, little-endian, begins."""
 LICENCES = re.compile(r"LICEN[CS]E|COPYING|NOTICE|AUTHORS", re.IGNORECASE)
-NOT_DEPLOYED = ("cli.py", "local_s3.py")
+ASK_FOR_THEIR_VERSION = ("psycopg-",)
+"""Packages that look up their own version at run time."""
+NOT_DEPLOYED = ("cli.py", "local_s3.py", "stack.py")
 """Modules of the app for a person's own machine."""
 
 
@@ -102,11 +103,13 @@ def build(
     out: Path,
     *,
     target: Target = LAMBDA,
-    requirements: Path = ROOT / "requirements/app.txt",
+    requirements: Sequence[Path] = (ROOT / "requirements/app.txt",),
     app: Path = ROOT / "app",
     cache: Path = ROOT / ".local/artifacts",
 ) -> Artifact:
     """Write the zip to `out`. ConfigError if something is missing or does not fit; then `out` is as it was.
+
+    requirements: files of locked wheels, what all storages need and a file for each driver.
 
     The wheels are kept below `cache` and made again only when something that they depend on has changed.
     """
@@ -203,12 +206,12 @@ def _uv(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([uv, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
-def _wheels(target: Target, python: Path, release: str, requirements: Path, cache: Path) -> Path:
+def _wheels(target: Target, python: Path, release: str, requirements: Sequence[Path], cache: Path) -> Path:
     """A zip of the installed wheels without what is not needed, with bytecode. Most of the time goes into it, so it is kept."""
     try:
-        wanted = requirements.read_bytes()
+        wanted = [path.read_bytes() for path in requirements]
     except OSError as error:
-        raise ConfigError(f"the requirements {requirements} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"the requirements {error.filename} cannot be read: {error.strerror}") from None
     machine = target.platform or sysconfig.get_platform()
     key = repr((FORMAT, Path(__file__).read_bytes(), target, machine, release, zlib.ZLIB_RUNTIME_VERSION, wanted))
     kept = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.zip"
@@ -229,11 +232,12 @@ def _wheels(target: Target, python: Path, release: str, requirements: Path, cach
     return kept
 
 
-def _install(directory: Path, target: Target, python: Path, requirements: Path) -> None:
+def _install(directory: Path, target: Target, python: Path, requirements: Sequence[Path]) -> None:
     cross = ("--python-platform", target.platform, "--python-version", target.python) if target.platform else ()
     done = _uv(
         *("pip", "install", "--quiet", "--python", python, *cross, "--only-binary", ":all:"),
-        *("--target", directory, "--require-hashes", "--no-deps", "-r", requirements.absolute()),
+        *("--target", directory, "--require-hashes", "--no-deps"),
+        *(argument for path in requirements for argument in ("-r", path.absolute())),
     )
     if done.returncode:
         # The first line says what failed, the last one how.
@@ -242,7 +246,7 @@ def _install(directory: Path, target: Target, python: Path, requirements: Path) 
         ]
         reason = said[-1] if len(said) == 1 else f"{said[0]} ... {said[-1]}"
         raise ConfigError(
-            f"uv cannot install the wheels of {requirements} for {target.platform or 'this machine'} and Python {target.python}, "
+            f"uv cannot install the wheels of {', '.join(map(str, requirements))} for {target.platform or 'this machine'} and Python {target.python}, "
             f"check the network, or run `make lock` if a version has no wheel: {reason}"
         )
 
@@ -269,7 +273,7 @@ def _needed(path: str) -> bool:
     """Whether a file of a wheel is used at run time, or must be passed on with it."""
     top, *below = path.split("/")
     if top.endswith(".dist-info"):
-        return bool(LICENCES.match(below[0]))
+        return bool(LICENCES.match(below[0])) or (below[0] == "METADATA" and top.startswith(ASK_FOR_THEIR_VERSION))
     if not {"__pycache__", "tests", "test", ".agents", ".lock"}.isdisjoint((top, *below)):
         return False
     return not any(fnmatch.fnmatchcase(path, pattern) for pattern in UNNEEDED)

@@ -123,7 +123,7 @@ def test_other_requirements_are_other_wheels(app, cache, tmp_path, monkeypatch):
     changed = tmp_path / "app.txt"
     changed.write_text((ROOT / "requirements/app.txt").read_text() + "# one more line\n")
     with pytest.raises(pytest.fail.Exception, match="asked"):
-        build(tmp_path / "x.zip", requirements=changed, app=app, cache=cache)
+        build(tmp_path / "x.zip", requirements=[changed], app=app, cache=cache)
 
 
 def test_entries_tell_nothing_of_when_and_where(built):
@@ -263,7 +263,7 @@ def test_a_requirement_that_cannot_be_installed_is_one_sentence_and_leaves_nothi
     version = re.search(r"^msgspec==\S+", lock, re.MULTILINE)[0]
     requirements.write_text(f"{version} --hash=sha256:{'0' * 64}\n")
     with pytest.raises(ConfigError) as raised:
-        build(tmp_path / "x.zip", requirements=requirements, app=app, cache=tmp_path / "cache")
+        build(tmp_path / "x.zip", requirements=[requirements], app=app, cache=tmp_path / "cache")
     sentence = str(raised.value)
     assert "\n" not in sentence
     assert sentence.startswith(
@@ -357,7 +357,7 @@ def test_an_app_that_is_not_there_is_a_sentence(cache, tmp_path):
     with pytest.raises(ConfigError, match="/nothing holds no files"):
         build(tmp_path / "x.zip", app=tmp_path / "nothing", cache=cache)
     with pytest.raises(ConfigError, match=r"/none\.txt cannot be read: No such file"):
-        build(tmp_path / "x.zip", requirements=tmp_path / "none.txt", cache=cache)
+        build(tmp_path / "x.zip", requirements=[tmp_path / "none.txt"], cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +460,14 @@ def test_unpacked_a_changed_source_is_not_even_looked_at(python, unpacked, tmp_p
         run(python, changed, "print('unpacked and running')")
 
 
-def test_unpacked_all_that_the_app_imports_is_there(python, unpacked):
-    """Also what it imports late, and from wheels of which parts were left out."""
+RUNTIME = {"boto3", "botocore", "snapshot_restore_py"}
+"""What Lambda's own machine has."""
+DRIVERS = {"aio_pika", "diskcache", "psycopg", "psycopg_pool", "redis", "yarl"}
+"""Of single storages: only the zips for those have them."""
+
+
+def imported(unpacked):
+    """What the app imports, also late."""
     modules = set()
     for path in (unpacked / "app").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -469,18 +475,35 @@ def test_unpacked_all_that_the_app_imports_is_there(python, unpacked):
                 modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.add(node.module)
-    runtime = {"boto3", "snapshot_restore_py"}  # Lambda's has them
-    others = {
-        "psycopg",
-        "psycopg_pool",
-        "redis",
-        "cachetools",
-        "diskcache",
-    }  # drivers of storages that this zip is not for
-    modules = {module for module in modules if module.partition(".")[0] not in runtime | others}
+    return {module for module in modules if module.partition(".")[0] not in RUNTIME}
+
+
+def test_unpacked_all_that_the_app_imports_is_there(python, unpacked):
+    """Also from wheels of which parts were left out."""
+    modules = {module for module in imported(unpacked) if module.partition(".")[0] not in DRIVERS}
     assert {"apsw", "jsonpatch", "obstore.store"} <= modules
     program = f"import importlib\nfor name in {sorted(modules)}: importlib.import_module(name)\n"
     run(python, unpacked, program + "print('unpacked and running')")
+
+
+def test_with_all_drivers_all_of_them_are_there(app, tmp_path):
+    requirements = sorted((ROOT / "requirements").glob("app*.txt"))
+    done = build(tmp_path / "host.zip", target=host(LAMBDA.python), requirements=requirements, app=app)
+    with zipfile.ZipFile(done.path) as archive:
+        archive.extractall(tmp_path / "task")
+    modules = imported(tmp_path / "task")
+    assert {module.partition(".")[0] for module in modules} >= DRIVERS
+    program = f"import importlib\nfor name in {sorted(modules)}: importlib.import_module(name)\n"
+    run(LAMBDA.python, tmp_path / "task", program + "print('unpacked and running')")
+
+
+def test_with_all_drivers_it_is_for_lambda_too(app, tmp_path):
+    """`build` looks at every library."""
+    requirements = sorted((ROOT / "requirements").glob("app*.txt"))
+    assert len(requirements) == 5
+    done = build(tmp_path / "lambda.zip", requirements=requirements, app=app)
+    assert done.parts.keys() >= {"psycopg_binary", "redis", "diskcache", "aio_pika"}
+    assert done.size < 20 * 1024 * 1024
 
 
 ANSWERS = """

@@ -1,0 +1,58 @@
+"""What may be chosen for a database, a cache, a broker and a domain: the nested values of the config."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+
+class Domain(Struct, frozen=True, forbid_unknown_fields=True):
+    """A name of one's own for the API: `zone` is the id of the Route 53 hosted zone that the name lies in."""
+
+    name: Annotated[str, Meta(pattern=r"^([a-z0-9-]+\.)+[a-z]+$")]
+    zone: Annotated[str, Meta(pattern="^Z[A-Z0-9]+$")]
+
+
+class Postgres(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """RDS for PostgreSQL, or Aurora Serverless v2, which has no class and no storage to choose and grows up to `max_acu` (2 GiB each)."""
+
+    mode: Literal["instance", "aurora"] = "instance"
+    class_: Annotated[str, Meta(pattern=r"^db\.(t3|t4g|m\d\w*|r\d\w*)\.(micro|small|medium|\d*x?large)$")] = field(
+        name="class", default="db.t4g.micro"
+    )
+    multi_az: bool = False
+    """A second copy in another availability zone that takes over; twice the price."""
+    proxy: bool = False
+    """RDS Proxy: any number of instances of the function share a few connections."""
+    storage_gb: Annotated[int, Meta(ge=20, le=65536)] = 20
+    max_acu: Annotated[float, Meta(ge=1, le=256)] = 4
+
+    @property
+    def max_connections(self) -> int:
+        """What the database's default, LEAST(memory / 9531392, 5000), comes to with the memory that RDS leaves it: 80 a GiB."""
+        return min(5000 if self.mode == "instance" else 2000, int(80 * self._gib()))
+
+    def _gib(self) -> float:
+        if self.mode == "aurora":
+            return 2 * self.max_acu
+        _, family, size = self.class_.split(".")
+        small = {"micro": 1, "small": 2, "medium": 4, "large": 8, "xlarge": 16}
+        gib = small[size] if size in small else 16 * int(size.removesuffix("xlarge"))
+        return gib * (2 if family.startswith("r") else 1)
+
+
+class Cache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """ElastiCache for Valkey: serverless, which holds up to `max_gb`, or nodes of `node_type`."""
+
+    mode: Literal["serverless", "nodes"] = "serverless"
+    node_type: Annotated[str, Meta(pattern=r"^cache\.[a-z0-9]+\.[a-z0-9]+$")] = "cache.t4g.micro"
+    max_gb: Annotated[int, Meta(ge=1, le=5000)] = 1
+
+
+class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Amazon MQ for RabbitMQ; version 4 runs on mq.m7g instances only, and a cluster is three of them."""
+
+    version: Annotated[str, Meta(pattern=r"^[34]\.\d+$")] = "4.2"
+    instance: Annotated[str, Meta(pattern=r"^mq\.(t3|m5|m7g)\.\d*(micro|medium|x?large)$")] = "mq.m7g.medium"
+    mode: Literal["single", "cluster"] = "single"

@@ -1,0 +1,121 @@
+"""The bucket that holds the data: private, encrypted, versioned, reached by TLS only."""
+
+from __future__ import annotations
+
+import pulumi_aws as aws
+from pulumi import Input, Output
+
+from infra.components import Component, Stack
+from infra.link import Link, Statement
+
+READ = ("s3:GetObject",)
+WRITE = (*READ, "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
+
+
+class DataBucket(Component):
+    """Outputs: `bucket`, its name, `arn` and `region`.
+
+    keep_days   that deleted and overwritten objects can be brought back
+    keep_newest versions of one object that are kept so long at most: the head of an S3-SQLite log is rewritten at every commit
+    """
+
+    def __init__(self, stack: Stack, *, keep_days: int = 30, keep_newest: int = 100) -> None:
+        super().__init__(stack, "bucket")
+        bucket = aws.s3.Bucket(self.named("data"), force_destroy=not stack.keeps, opts=self.data())
+        self.bucket, self.arn, self.region = bucket.bucket, bucket.arn, bucket.region
+        aws.s3.BucketOwnershipControls(
+            self.named("data"),
+            bucket=bucket.bucket,
+            rule={"object_ownership": "BucketOwnerEnforced"},
+            opts=self.child(),
+        )
+        closed = aws.s3.BucketPublicAccessBlock(
+            self.named("data"),
+            bucket=bucket.bucket,
+            block_public_acls=True,
+            block_public_policy=True,
+            ignore_public_acls=True,
+            restrict_public_buckets=True,
+            opts=self.child(),
+        )
+        versioning = aws.s3.BucketVersioning(
+            self.named("data"),
+            bucket=bucket.bucket,
+            versioning_configuration={"status": "Enabled"},
+            opts=self.child(),
+        )
+        aws.s3.BucketServerSideEncryptionConfiguration(
+            self.named("data"),
+            bucket=bucket.bucket,
+            rules=[{"apply_server_side_encryption_by_default": {"sse_algorithm": "AES256"}}],
+            opts=self.child(),
+        )
+        aws.s3.BucketLifecycleConfiguration(
+            self.named("data"),
+            bucket=bucket.bucket,
+            rules=[
+                {
+                    "id": "uploads",
+                    "status": "Enabled",
+                    "filter": {"prefix": ""},
+                    "abort_incomplete_multipart_upload": {"days_after_initiation": 1},
+                },
+                {
+                    "id": "days",
+                    "status": "Enabled",
+                    "filter": {"prefix": ""},
+                    "expiration": {"expired_object_delete_marker": True},
+                    "noncurrent_version_expiration": {"noncurrent_days": keep_days},
+                },
+                # One rule with both would keep the newest ones for ever.
+                {
+                    "id": "newest",
+                    "status": "Enabled",
+                    "filter": {"prefix": ""},
+                    "noncurrent_version_expiration": {"noncurrent_days": 1, "newer_noncurrent_versions": keep_newest},
+                },
+            ],
+            # S3 takes a rule about old versions only where there are versions.
+            opts=self.child(depends_on=[versioning]),
+        )
+        aws.s3.BucketPolicy(
+            self.named("data"),
+            bucket=bucket.bucket,
+            policy=Output.json_dumps(
+                {
+                    "Version": "2012-10-17",
+                    "Statement": [
+                        {
+                            "Sid": "TlsOnly",
+                            "Effect": "Deny",
+                            "Principal": "*",
+                            "Action": "s3:*",
+                            "Resource": [bucket.arn, Output.format("{0}/*", bucket.arn)],
+                            "Condition": {"Bool": {"aws:SecureTransport": "false"}},
+                        }
+                    ],
+                }
+            ),
+            # S3 refuses two changes of a bucket at once now and then.
+            opts=self.child(depends_on=[closed]),
+        )
+        self.register_outputs({"bucket": self.bucket, "arn": self.arn, "region": self.region})
+
+    def link(self, access: str, prefix: str = "") -> Link:
+        """What reads, or reads and writes, the objects whose keys begin with `prefix`, and lists those.
+
+        access: "read" or "write". ValueError for anything else, and for a prefix with wildcards.
+        """
+        if access not in ("read", "write"):
+            raise ValueError(f"access is {access!r}, expected read or write")
+        if set(prefix) & set("*?$"):
+            raise ValueError(f"the prefix is {prefix!r}, expected one without *, ? and $, which IAM reads as patterns")
+        objects: Input[str] = Output.format("{0}/{1}*", self.arn, prefix)
+        listed = {"StringLike": {"s3:prefix": f"{prefix}*"}} if prefix else None
+        return Link(
+            statements=(
+                Statement("ListData", ("s3:ListBucket",), (self.arn,), listed),
+                Statement("UseData", READ if access == "read" else WRITE, (objects,)),
+            ),
+            outputs={"bucket": self.bucket, "prefix": prefix, "region": self.region},
+        )

@@ -1,0 +1,141 @@
+"""Functions on Lambda: the zip that artifact.py builds, under a role that may do what its links say and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pulumi
+import pulumi_aws as aws
+from pulumi import Input, Output
+
+from infra.components import Component, Stack
+from infra.components.network import Network
+from infra.link import Link, Statement, policy, trust
+
+TRACING = Statement("Trace", ("xray:PutTraceSegments", "xray:PutTelemetryRecords"), ("*",))
+"""X-Ray knows no single resources."""
+
+
+class Function(Component):
+    """A function of Python 3.13 on arm64, with JSON logs in a group of its own, traced by X-Ray.
+
+    name          part of the names of its resources
+    zip           path of the zip
+    handler       "app.handler.handler"
+    links         what it may do; `network` only if one of them has a door
+    environment   beside it nothing is set
+    concurrency   instances at most, taken from those of the account; None: as many as there are
+    log_days      that its logs are kept
+
+    Outputs: `name`, `arn`.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        name: str,
+        *,
+        zip: str,
+        handler: str,
+        links: Sequence[Link] = (),
+        network: Network | None = None,
+        environment: Mapping[str, Input[str]] | None = None,
+        memory_mb: int = 512,
+        ephemeral_mb: int = 512,
+        timeout_s: int = 29,
+        concurrency: int | None = None,
+        snap_start: bool = False,
+        log_days: int = 30,
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
+        super().__init__(stack, name, opts)
+        logs = aws.cloudwatch.LogGroup(self.named(name), retention_in_days=log_days, opts=self.child())
+        role = aws.iam.Role(self.named(name), assume_role_policy=trust("lambda.amazonaws.com"), opts=self.child())
+        write = Statement(
+            "Log", ("logs:CreateLogStream", "logs:PutLogEvents"), (Output.format("{0}:log-stream:*", logs.arn),)
+        )
+        links = [*links, *([network.link()] if network else [])]
+        allowed = aws.iam.RolePolicy(
+            self.named(name),
+            role=role.name,
+            policy=policy([write, TRACING, *(statement for link in links for statement in link.statements)]),
+            opts=self.child(),
+        )
+        group = self._group(name, links, network) if network else None
+        function = aws.lambda_.Function(
+            self.named(name),
+            role=role.arn,
+            runtime="python3.13",
+            architectures=["arm64"],
+            handler=handler,
+            code=pulumi.FileArchive(zip),
+            memory_size=memory_mb,
+            timeout=timeout_s,
+            ephemeral_storage={"size": ephemeral_mb},
+            reserved_concurrent_executions=concurrency,
+            environment={"variables": environment} if environment else None,
+            logging_config={"log_format": "JSON", "log_group": logs.name},
+            tracing_config={"mode": "Active"},
+            snap_start={"apply_on": "PublishedVersions"} if snap_start else None,
+            vpc_config={"subnet_ids": network.subnet_ids, "security_group_ids": [group.id]}
+            if network and group
+            else None,
+            publish=True,
+            # Lambda tries the role when it makes the function.
+            opts=self.child(depends_on=[allowed]),
+        )
+        self.function, self.name, self.arn = function, function.name, function.arn
+        self.register_outputs({"name": self.name, "arn": self.arn})
+
+    def _group(self, name: str, links: Sequence[Link], network: Network) -> aws.ec2.SecurityGroup:
+        """Its security group."""
+        group = network.group(self, name, "the function")
+        if any("bucket" in link.outputs for link in links):
+            network.open_s3(self, name, group.id)
+        for door in (door for link in links for door in link.doors):
+            network.open(self, name, group.id, door)
+        return group
+
+    def invoke_link(self) -> Link:
+        """What calls it."""
+        return Link(statements=(Statement("Invoke", ("lambda:InvokeFunction",), (self.arn,)),))
+
+
+class ApiFunction(Function):
+    """The function that answers requests, under an alias that moves to each new version, and does the housekeeping every hour.
+
+    Arguments as Function. Outputs: also `alias`.
+    """
+
+    def __init__(self, stack: Stack, name: str, **arguments: Any) -> None:
+        super().__init__(stack, name, **arguments)
+        self.alias = aws.lambda_.Alias(
+            self.named(name),
+            name="live",
+            function_name=self.name,
+            function_version=self.function.version,
+            opts=self.child(),
+        )
+        hourly = aws.cloudwatch.EventRule(
+            self.named("maintain"),
+            description="Housekeeping of the stores",
+            schedule_expression="rate(1 hour)",
+            opts=self.child(),
+        )
+        allowed = aws.lambda_.Permission(
+            self.named("maintain"),
+            action="lambda:InvokeFunction",
+            function=self.name,
+            qualifier=self.alias.name,
+            principal="events.amazonaws.com",
+            source_arn=hourly.arn,
+            opts=self.child(),
+        )
+        aws.cloudwatch.EventTarget(
+            self.named("maintain"),
+            rule=hourly.name,
+            arn=self.alias.arn,
+            input='{"crudstack": "maintain"}',
+            opts=self.child(depends_on=[allowed]),
+        )

@@ -1,0 +1,225 @@
+"""What requests come in by: an HTTP API, or the URL of the function itself. Both call the function's alias."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pulumi_aws as aws
+from pulumi import Output
+
+from app.settings import JwtAuth
+from infra.choices import Domain
+from infra.components import Component, Stack
+from infra.components.function import ApiFunction
+from infra.config import API_WAITS_S
+from infra.link import first
+
+LOGGED = {
+    "request_id": "$context.requestId",
+    "time": "$context.requestTime",
+    "method": "$context.httpMethod",
+    "status": "$context.status",
+    "bytes": "$context.responseLength",
+    "duration_ms": "$context.responseLatency",
+    "integration_ms": "$context.integrationLatency",
+    "error": "$context.error.message",
+    "integration_error": "$context.integrationErrorMessage",
+}
+"""One line a request, without path, query and addresses, as in the app's own log."""
+EXPOSED = ["etag", "location", "last-modified", "retry-after", "idempotency-replayed", "link"]
+
+
+def cors(origins: Sequence[str]) -> Any:
+    """What pages of these origins may send and see."""
+    if not origins:
+        return None
+    return {
+        "allow_origins": list(origins),
+        "allow_methods": ["*"],
+        "allow_headers": ["*"]
+        if origins == ["*"]
+        else ["authorization", "content-type", "idempotency-key", "if-match", "if-none-match"],
+        "expose_headers": EXPOSED,
+        "max_age": 3600,
+    }
+
+
+class HttpApi(Component):
+    """An HTTP API with one route for everything.
+
+    origins          of pages that may call it
+    jwt              whose tokens are verified before the function is called; None: the app looks after that itself
+    domain           a name of one's own; the API then answers to no other
+    per_second       requests that are let in, the others get 429; `burst` is how many at once
+
+    Outputs: `url`.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        *,
+        function: ApiFunction,
+        origins: Sequence[str] = (),
+        jwt: JwtAuth | None = None,
+        domain: Domain | None = None,
+        per_second: int = 500,
+        burst: int = 1000,
+        log_days: int = 30,
+    ) -> None:
+        super().__init__(stack, "http-api")
+        api = aws.apigatewayv2.Api(
+            self.named("api"),
+            protocol_type="HTTP",
+            cors_configuration=cors(origins),
+            disable_execute_api_endpoint=domain is not None,
+            opts=self.child(),
+        )
+        self.api_id = api.id
+        integration = aws.apigatewayv2.Integration(
+            self.named("function"),
+            api_id=api.id,
+            integration_type="AWS_PROXY",
+            integration_uri=function.alias.invoke_arn,
+            payload_format_version="2.0",
+            timeout_milliseconds=1000 * API_WAITS_S,
+            opts=self.child(),
+        )
+        target = Output.format("integrations/{0}", integration.id)
+        verified: dict[str, Any] = {"authorization_type": "NONE"}
+        if jwt is not None:
+            authorizer = aws.apigatewayv2.Authorizer(
+                self.named("jwt"),
+                api_id=api.id,
+                authorizer_type="JWT",
+                identity_sources=["$request.header.Authorization"],
+                jwt_configuration={"issuer": jwt.issuer, "audiences": jwt.audiences},
+                opts=self.child(),
+            )
+            verified = {"authorization_type": "JWT", "authorizer_id": authorizer.id}
+            if origins:
+                # Browsers ask first, without a token. Where a route of its own lets that through, the API answers by itself.
+                aws.apigatewayv2.Route(
+                    self.named("preflight"),
+                    api_id=api.id,
+                    route_key="OPTIONS /{proxy+}",
+                    target=target,
+                    authorization_type="NONE",
+                    opts=self.child(),
+                )
+        aws.apigatewayv2.Route(
+            self.named("all"), api_id=api.id, route_key="$default", target=target, opts=self.child(), **verified
+        )
+        logs = aws.cloudwatch.LogGroup(self.named("access"), retention_in_days=log_days, opts=self.child())
+        stage = aws.apigatewayv2.Stage(
+            self.named("all"),
+            api_id=api.id,
+            name="$default",
+            auto_deploy=True,
+            access_log_settings={"destination_arn": logs.arn, "format": json.dumps(LOGGED)},
+            default_route_settings={"throttling_rate_limit": per_second, "throttling_burst_limit": burst},
+            opts=self.child(),
+        )
+        aws.lambda_.Permission(
+            self.named("api"),
+            action="lambda:InvokeFunction",
+            function=function.name,
+            qualifier=function.alias.name,
+            principal="apigateway.amazonaws.com",
+            source_arn=Output.format("{0}/*/*", api.execution_arn),
+            opts=self.child(),
+        )
+        self.url = self._named(api, stage, domain) if domain else api.api_endpoint
+        self.register_outputs({"url": self.url})
+
+    def _named(self, api: aws.apigatewayv2.Api, stage: aws.apigatewayv2.Stage, domain: Domain) -> Output[str]:
+        certificate = aws.acm.Certificate(
+            self.named("domain"), domain_name=domain.name, validation_method="DNS", opts=self.child()
+        )
+        asked = certificate.domain_validation_options
+        record = aws.route53.Record(
+            self.named("validation"),
+            zone_id=domain.zone,
+            name=first(asked, lambda option: option.resource_record_name),
+            type=first(asked, lambda option: option.resource_record_type),
+            records=[first(asked, lambda option: option.resource_record_value)],
+            ttl=300,
+            allow_overwrite=True,
+            opts=self.child(),
+        )
+        valid = aws.acm.CertificateValidation(
+            self.named("domain"),
+            certificate_arn=certificate.arn,
+            validation_record_fqdns=[record.fqdn],
+            opts=self.child(),
+        )
+        name = aws.apigatewayv2.DomainName(
+            self.named("domain"),
+            domain_name=domain.name,
+            domain_name_configuration={
+                "certificate_arn": valid.certificate_arn,
+                "endpoint_type": "REGIONAL",
+                "security_policy": "TLS_1_2",
+            },
+            opts=self.child(),
+        )
+        aws.apigatewayv2.ApiMapping(
+            self.named("domain"), api_id=api.id, domain_name=name.id, stage=stage.id, opts=self.child()
+        )
+        configuration = name.domain_name_configuration
+        aws.route53.Record(
+            self.named("domain"),
+            zone_id=domain.zone,
+            name=domain.name,
+            type="A",
+            aliases=[
+                {
+                    "name": configuration.target_domain_name,
+                    "zone_id": configuration.hosted_zone_id,
+                    "evaluate_target_health": False,
+                }
+            ],
+            opts=self.child(),
+        )
+        return Output.from_input(f"https://{domain.name}")
+
+
+class FunctionUrl(Component):
+    """The function's own URL. AWS lets everybody call it, and the app looks at the token.
+
+    Outputs: `url`.
+    """
+
+    def __init__(self, stack: Stack, *, function: ApiFunction, origins: Sequence[str] = ()) -> None:
+        super().__init__(stack, "function-url")
+        url = aws.lambda_.FunctionUrl(
+            self.named("url"),
+            function_name=function.name,
+            qualifier=function.alias.name,
+            authorization_type="NONE",
+            cors=cors(origins),
+            opts=self.child(),
+        )
+        # Both are needed; the second is for calls that come by the URL only.
+        aws.lambda_.Permission(
+            self.named("url"),
+            action="lambda:InvokeFunctionUrl",
+            function=function.name,
+            qualifier=function.alias.name,
+            principal="*",
+            function_url_auth_type="NONE",
+            opts=self.child(),
+        )
+        aws.lambda_.Permission(
+            self.named("by-url"),
+            action="lambda:InvokeFunction",
+            function=function.name,
+            qualifier=function.alias.name,
+            principal="*",
+            invoked_via_function_url=True,
+            opts=self.child(),
+        )
+        self.url = url.function_url.apply(lambda found: found.rstrip("/"))
+        self.register_outputs({"url": self.url})

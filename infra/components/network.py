@@ -1,0 +1,144 @@
+"""The network of the stacks that have a database, a cache or a broker: closed to the internet in both directions."""
+
+from __future__ import annotations
+
+import pulumi_aws as aws
+from pulumi import Input, Output
+
+from infra.components import Component, Stack
+from infra.link import Door, Link, Statement
+
+ZONES = 2
+INTERFACES = (
+    "ec2:CreateNetworkInterface",
+    "ec2:DescribeNetworkInterfaces",
+    "ec2:DescribeSubnets",
+    "ec2:DeleteNetworkInterface",
+    "ec2:AssignPrivateIpAddresses",
+    "ec2:UnassignPrivateIpAddresses",
+)
+"""What Lambda does with a function's role to put it into the network. These actions know no single resources."""
+
+
+class Network(Component):
+    """Two private subnets, a free way to S3 that stays inside AWS, and nothing else: no NAT, no internet gateway.
+
+    Outputs: `vpc_id`, `subnet_ids`, `s3_prefixes`, the id of the list of S3's addresses.
+    """
+
+    def __init__(self, stack: Stack, *, region: Input[str]) -> None:
+        super().__init__(stack, "network")
+        vpc = aws.ec2.Vpc(
+            self.named("vpc"),
+            cidr_block="10.0.0.0/24",
+            enable_dns_support=True,
+            enable_dns_hostnames=True,
+            tags={"Name": stack.name},
+            opts=self.child(),
+        )
+        self._region = region
+        self.vpc_id = vpc.id
+        self.cidr_block = vpc.cidr_block
+        # Whoever forgets to name a group is in this one: nothing in, nothing out.
+        aws.ec2.DefaultSecurityGroup(self.named("default"), vpc_id=vpc.id, ingress=[], egress=[], opts=self.child())
+        table = aws.ec2.RouteTable(self.named("private"), vpc_id=vpc.id, opts=self.child())
+        zones = aws.get_availability_zones_output(
+            state="available", filters=[{"name": "opt-in-status", "values": ["opt-in-not-required"]}]
+        )
+        self.subnet_ids: list[Output[str]] = []
+        for index in range(ZONES):
+            subnet = aws.ec2.Subnet(
+                self.named(f"private-{index}"),
+                vpc_id=vpc.id,
+                cidr_block=f"10.0.0.{128 * index}/25",
+                availability_zone=zones.names[index],
+                map_public_ip_on_launch=False,
+                tags={"Name": self.named(f"private-{index}")},
+                # The zones of an account may become more; what is in a subnet must not move for that.
+                opts=self.child(ignore_changes=["availability_zone"]),
+            )
+            aws.ec2.RouteTableAssociation(
+                self.named(f"private-{index}"), subnet_id=subnet.id, route_table_id=table.id, opts=self.child()
+            )
+            self.subnet_ids.append(subnet.id)
+        s3 = aws.ec2.VpcEndpoint(
+            self.named("s3"),
+            vpc_id=vpc.id,
+            service_name=Output.format("com.amazonaws.{0}.s3", region),
+            vpc_endpoint_type="Gateway",
+            route_table_ids=[table.id],
+            opts=self.child(),
+        )
+        self.s3_prefixes = s3.prefix_list_id
+        self.register_outputs({"vpc_id": self.vpc_id, "subnet_ids": self.subnet_ids, "s3_prefixes": self.s3_prefixes})
+
+    def link(self) -> Link:
+        """What a function in the network needs to be there."""
+        return Link(statements=(Statement("BeInTheNetwork", INTERFACES, ("*",)),))
+
+    def group(self, component: Component, name: str, description: str) -> aws.ec2.SecurityGroup:
+        """A security group of another component, with no rules yet."""
+        return aws.ec2.SecurityGroup(
+            component.named(name),
+            vpc_id=self.vpc_id,
+            description=description,
+            tags={"Name": component.named(name)},
+            opts=component.child(),
+        )
+
+    def open(self, component: Component, who: str, group: Input[str], door: Door) -> None:
+        """Let the members of a security group through a door: out of theirs and into that of the door, as resources of `component`.
+
+        who: what they are called in names, "api" for one.
+        """
+        aws.vpc.SecurityGroupEgressRule(
+            component.named(f"{who}-to-{door.name}"),
+            security_group_id=group,
+            referenced_security_group_id=door.group,
+            ip_protocol="tcp",
+            from_port=door.port,
+            to_port=door.port,
+            description=f"to {door.name}",
+            opts=component.child(),
+        )
+        aws.vpc.SecurityGroupIngressRule(
+            component.named(f"{door.name}-from-{who}"),
+            security_group_id=door.group,
+            referenced_security_group_id=group,
+            ip_protocol="tcp",
+            from_port=door.port,
+            to_port=door.port,
+            description=f"from {who}",
+            opts=component.child(),
+        )
+
+    def open_s3(self, component: Component, who: str, group: Input[str]) -> None:
+        """Let the members of a security group reach S3, which is no door but a list of addresses."""
+        aws.vpc.SecurityGroupEgressRule(
+            component.named(f"{who}-to-s3"),
+            security_group_id=group,
+            prefix_list_id=self.s3_prefixes,
+            ip_protocol="tcp",
+            from_port=443,
+            to_port=443,
+            description="to s3",
+            opts=component.child(),
+        )
+
+    def endpoint(self, component: Component, service: str) -> Door:
+        """A way to an AWS service from inside the network, which costs by the hour: for each subnet about 0.011 USD.
+
+        service: "secretsmanager", for one.
+        """
+        group = self.group(component, service, f"who may reach {service}")
+        aws.ec2.VpcEndpoint(
+            component.named(service),
+            vpc_id=self.vpc_id,
+            service_name=Output.format("com.amazonaws.{0}.{1}", self._region, service),
+            vpc_endpoint_type="Interface",
+            private_dns_enabled=True,
+            subnet_ids=self.subnet_ids,
+            security_group_ids=[group.id],
+            opts=component.child(),
+        )
+        return Door(service, group.id, 443)

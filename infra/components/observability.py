@@ -1,0 +1,164 @@
+"""What tells a person that something is wrong, or expensive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pulumi_aws as aws
+from pulumi import Input
+
+from infra.components import Component, Stack
+from infra.components.broker import Broker
+from infra.components.cache import Cache
+from infra.components.function import ApiFunction
+from infra.components.http_api import HttpApi
+from infra.components.postgres import Postgres
+
+
+class Observability(Component):
+    """Alarms that go to a topic, and a budget.
+
+    email         who is written to; None: nobody, the alarms show in CloudWatch only
+    budget_usd    a month, of the whole account; None: no budget
+    timeout_s     of the function: an alarm goes off when one request of a hundred takes 80 % of it
+    connections   of the database at most
+
+    Outputs: `topic_arn`.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        *,
+        function: ApiFunction,
+        timeout_s: int,
+        http_api: HttpApi | None = None,
+        postgres: Postgres | None = None,
+        connections: int = 0,
+        cache: Cache | None = None,
+        broker: Broker | None = None,
+        email: str | None = None,
+        budget_usd: float | None = None,
+    ) -> None:
+        super().__init__(stack, "observability")
+        topic = aws.sns.Topic(self.named("alarms"), opts=self.child())
+        self.topic_arn = topic.arn
+        if email is not None:
+            aws.sns.TopicSubscription(
+                self.named("alarms"), topic=topic.arn, protocol="email", endpoint=email, opts=self.child()
+            )
+        called = {"FunctionName": function.name}
+        self._alarm("errors", "AWS/Lambda", "Errors", called, "Sum", 0, "the function failed")
+        self._alarm("throttles", "AWS/Lambda", "Throttles", called, "Sum", 0, "there were too few instances")
+        slow = f"one request of a hundred took more than 80 % of {timeout_s} s"
+        self._alarm("duration", "AWS/Lambda", "Duration", called, "p99", 800 * timeout_s, slow)
+        if http_api is not None:
+            self._alarm(
+                "5xx", "AWS/ApiGateway", "5xx", {"ApiId": http_api.api_id}, "Sum", 5, "requests were answered 5xx"
+            )
+        else:
+            self._alarm("5xx", "AWS/Lambda", "Url5xxCount", called, "Sum", 5, "requests were answered 5xx")
+        if postgres is not None:
+            self._database(postgres, connections)
+        if cache is not None:
+            self._cache(cache)
+        if broker is not None:
+            of = {"Broker": broker.name}
+            self._alarm("broker-cpu", "AWS/AmazonMQ", "SystemCpuUtilization", of, "Average", 80, "the broker is busy")
+            self._alarm(
+                "broker-messages", "AWS/AmazonMQ", "MessageCount", of, "Maximum", 10000, "messages wait for instances"
+            )
+        if budget_usd is not None and email is not None:
+            self._budget(budget_usd, [email])
+        self.register_outputs({"topic_arn": self.topic_arn})
+
+    def _database(self, postgres: Postgres, connections: int) -> None:
+        aurora = postgres.settings.mode == "aurora"
+        of = {"DBClusterIdentifier" if aurora else "DBInstanceIdentifier": postgres.identifier}
+        self._alarm("database-cpu", "AWS/RDS", "CPUUtilization", of, "Average", 80, "the database is busy")
+        many = 0.8 * connections
+        self._alarm(
+            "database-connections", "AWS/RDS", "DatabaseConnections", of, "Maximum", many, "connections run out"
+        )
+        if not aurora:
+            low = 0.1 * postgres.settings.storage_gb * 1024**3
+            self._alarm(
+                "database-storage",
+                "AWS/RDS",
+                "FreeStorageSpace",
+                of,
+                "Minimum",
+                low,
+                "the disk is full soon",
+                below=True,
+            )
+
+    def _cache(self, cache: Cache) -> None:
+        if cache.serverless:
+            of = {"clusterId": cache.name}
+            self._alarm(
+                "cache-throttled", "AWS/ElastiCache", "ThrottledCmds", of, "Sum", 0, "the cache is at its limit"
+            )
+        else:
+            of = {"ReplicationGroupId": cache.name}
+            self._alarm(
+                "cache-memory",
+                "AWS/ElastiCache",
+                "DatabaseMemoryUsagePercentage",
+                of,
+                "Maximum",
+                80,
+                "the cache is full soon",
+            )
+
+    def _alarm(
+        self,
+        name: str,
+        namespace: str,
+        metric: str,
+        dimensions: Mapping[str, Input[str]],
+        statistic: str,
+        threshold: float,
+        meaning: str,
+        *,
+        below: bool = False,
+    ) -> None:
+        """An alarm for five minutes above `threshold`, or below it. statistic: as CloudWatch calls it, or a percentile, "p99"."""
+        percentile = statistic.startswith("p")
+        aws.cloudwatch.MetricAlarm(
+            self.named(name),
+            alarm_description=f"{self.stack.name}: {meaning}",
+            namespace=namespace,
+            metric_name=metric,
+            dimensions=dimensions,
+            statistic=None if percentile else statistic,
+            extended_statistic=statistic if percentile else None,
+            comparison_operator="LessThanThreshold" if below else "GreaterThanThreshold",
+            threshold=threshold,
+            period=300,
+            evaluation_periods=1,
+            treat_missing_data="notBreaching",
+            alarm_actions=[self.topic_arn],
+            ok_actions=[self.topic_arn],
+            opts=self.child(),
+        )
+
+    def _budget(self, usd: float, emails: Sequence[str]) -> None:
+        aws.budgets.Budget(
+            self.named("budget"),
+            budget_type="COST",
+            time_unit="MONTHLY",
+            limit_amount=f"{usd:g}",
+            limit_unit="USD",
+            notifications=[
+                {
+                    "notification_type": kind,
+                    "comparison_operator": "GREATER_THAN",
+                    "threshold": percent,
+                    "threshold_type": "PERCENTAGE",
+                    "subscriber_email_addresses": emails,
+                }
+                for kind, percent in (("ACTUAL", 80), ("FORECASTED", 100))
+            ],
+            opts=self.child(),
+        )

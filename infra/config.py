@@ -1,0 +1,309 @@
+"""What a person may say about a stack, in Pulumi.yaml and Pulumi.{stack}.yaml, and what follows from it.
+
+Pulumi itself looks neither into nested values nor at names that it does not know. Here everything is read strictly: a wrong key, a wrong value
+or a combination that makes no sense is a ConfigError, before anything is registered. It names the key, what was found and what is allowed.
+
+>>> read({"storage": "postgres-s3", "stage": "prod"}).needs
+frozenset({'postgres'})
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+import pulumi
+from msgspec import Meta, Struct
+from pulumi.runtime import config as runtime
+
+from app.autocrud.errors import ConfigError
+from app.settings import PRESETS, JwtAuth, Pair, Storage
+from infra.choices import Broker, Cache, Domain, Postgres
+
+Need = Literal["postgres", "cache", "broker"]
+"""What a storage needs beside the bucket."""
+
+METAS: dict[str, frozenset[Need]] = {
+    "s3-sqlite": frozenset(),
+    "postgres": frozenset({"postgres"}),
+    "redis-postgres": frozenset({"postgres", "cache"}),
+}
+RESOURCES: dict[str, frozenset[Need]] = {
+    "s3": frozenset(),
+    "cached-s3": frozenset(),
+    "mq-cached-s3": frozenset({"broker"}),
+}
+KINDS = {kind: pair for kind, pair in PRESETS.items() if pair.meta in METAS and pair.resource in RESOURCES}
+"""The kinds that outlive a function, as pairs."""
+
+CONNECTIONS = 2
+"""That one instance of the function opens to the database at most: it serves one request at a time."""
+SPARE_CONNECTIONS = 10
+"""Kept for RDS itself, the bootstrap and a person with psql."""
+LOG_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653)
+"""That CloudWatch Logs can keep."""
+API_WAITS_S = 30
+"""How long an HTTP API waits for the function."""
+
+
+class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All keys. The first line below each says what is allowed, the rest what it means; errors and Pulumi.yaml quote them."""
+
+    storage: Storage = "s3-sqlite"
+    """s3-sqlite, postgres-s3, redis-postgres, cached-s3, mq-cached-s3, full, or {meta: s3-sqlite | postgres | redis-postgres, resource: s3 | cached-s3 | mq-cached-s3}
+
+    How data is stored, and so what exists."""
+    storage_overrides: dict[str, Storage] = {}
+    """{MODEL: as storage}
+
+    Models that are stored in another way. What exists is the union of what all of them need."""
+    stage: Annotated[str, Meta(pattern="^(dev|prod|local|pr-[a-z0-9-]{1,13})$")] = "dev"
+    """dev, prod, local, or pr-NAME with up to 13 of a-z, 0-9 and -
+
+    prod protects its data; all others are destroyed without a trace."""
+    auth: Literal["token", "none"] | JwtAuth = "token"
+    """token, none, or {mode: jwt, issuer: URL, audiences: [NAME]}
+
+    Who is let in: whoever has the API token that is made, everybody, or whose JSON Web Token the HTTP API has verified."""
+    token_generation: Annotated[int, Meta(ge=1)] = 1
+    """1 or more
+
+    Raise it to replace the API token by a new one."""
+    edge: Literal["http-api", "function-url"] = "http-api"
+    """http-api, function-url
+
+    What requests come in by. A function URL costs nothing, and has no JWT, domain, throttling or access log."""
+    memory_mb: Annotated[int, Meta(ge=128, le=10240)] = 512
+    """128 to 10240
+
+    MB of memory of the function; its share of the CPU grows with it."""
+    ephemeral_mb: Annotated[int, Meta(ge=512, le=10240)] = 512
+    """512 to 10240
+
+    MB of the function's /tmp, where local copies and caches lie."""
+    timeout_s: Annotated[int, Meta(ge=1, le=900)] = 29
+    """1 to 900, with edge http-api at most 30
+
+    Seconds that the function may take."""
+    concurrency: Annotated[int, Meta(ge=1, le=10000)] | None = None
+    """1 to 10000, or null
+
+    Instances of the function at most, taken from the account's. null: no limit of its own, but for a database without a proxy, which gets as
+    many as its connections suffice for."""
+    snap_start: bool = False
+    """true, false; true with ephemeral_mb 512 only
+
+    Start instances from a snapshot of an initialized one."""
+    cors: list[Annotated[str, Meta(pattern=r"^(\*|https?://[^/\s*]+)$")]] = []
+    """[https://HOST], or ["*"] outside of prod
+
+    Origins whose pages may call the API."""
+    domain: Domain | None = None
+    """{name: api.example.org, zone: Z0123456789}, or null
+
+    A name of one's own for the HTTP API, and the id of the Route 53 zone that it lies in. The certificate is made and renewed."""
+    postgres: Postgres = Postgres()
+    """{mode: instance | aurora, class: db.t4g.micro, multi_az: false, proxy: false, storage_gb: 20 to 65536, max_acu: 1 to 256}
+
+    The database, where storage needs one."""
+    cache: Cache = Cache()
+    """{mode: serverless | nodes, node_type: cache.t4g.micro, max_gb: 1 to 5000}
+
+    The Valkey, where storage needs one."""
+    broker: Broker = Broker()
+    """{version: "4.2", instance: mq.m7g.medium, mode: single | cluster}; version 4 needs an mq.m7g, a cluster no mq.t3
+
+    The RabbitMQ, where storage needs one."""
+    log_days: int = 30
+    """1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653
+
+    Days that logs are kept."""
+    alarm_email: Annotated[str, Meta(pattern=r"^[^@\s]+@[^@\s]+$")] | None = None
+    """an address, or null
+
+    Who is written to when an alarm goes off; AWS asks for a confirmation once."""
+    budget_usd: Annotated[float, Meta(gt=0)] | None = None
+    """more than 0, or null; needs alarm_email
+
+    USD a month of the whole account, of which 80 % and what is forecast to exceed it are told."""
+    tags: dict[str, str] = {}
+    """{NAME: VALUE}
+
+    Tags of every resource, beside crudstack:stage."""
+
+    def __post_init__(self) -> None:
+        for key, found, problem in self._problems():
+            raise ConfigError(f"crudstack:{key} is {_shown(found)}: {problem}")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the kinds of all models need beside the bucket."""
+        return frozenset().union(*(METAS[pair.meta] | RESOURCES[pair.resource] for pair in self.pairs))
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [_pair(storage) for storage in (self.storage, *self.storage_overrides.values())]
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """Of pyproject.toml: the drivers that the zip needs beside those for S3."""
+        drivers = {"postgres": "postgres", "cache": "redis", "broker": "amqp"}
+        caches = {"cache"} if any(pair.resource != "s3" for pair in self.pairs) else set()
+        return frozenset({drivers[need] for need in self.needs} | caches)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether data outlives mistakes."""
+        return self.stage == "prod"
+
+    @property
+    def reserved_concurrency(self) -> int | None:
+        """Instances of the function at most, so that the database always has a connection for each."""
+        if self.concurrency is None and "postgres" in self.needs and not self.postgres.proxy:
+            return self._connected
+        return self.concurrency
+
+    @property
+    def _connected(self) -> int:
+        return (self.postgres.max_connections - SPARE_CONNECTIONS) // CONNECTIONS
+
+    def _problems(self) -> Iterator[tuple[str, Any, str]]:
+        """Key, what was found, and what it should be."""
+        for model, storage in {"": self.storage, **self.storage_overrides}.items():
+            pair = KINDS.get(storage) if isinstance(storage, str) else storage
+            if pair is None or pair.meta not in METAS or pair.resource not in RESOURCES:
+                key = f"storage_overrides.{model}" if model else "storage"
+                yield (
+                    key,
+                    storage,
+                    f"on AWS it would not outlive a function or lose data; expected {allowed('storage')}",
+                )
+        if isinstance(self.auth, JwtAuth) and self.edge != "http-api":
+            yield (
+                "auth",
+                self.auth,
+                "a function URL verifies no JSON Web Tokens; expected edge http-api, or auth token or none",
+            )
+        if self.domain is not None and self.edge != "http-api":
+            yield "domain", self.domain, "a function URL has a name of its own; expected edge http-api, or domain null"
+        if self.timeout_s > API_WAITS_S and self.edge == "http-api":
+            yield (
+                "timeout_s",
+                self.timeout_s,
+                f"an HTTP API waits {API_WAITS_S} seconds; expected at most {API_WAITS_S}, or edge function-url",
+            )
+        if self.snap_start and self.ephemeral_mb != 512:
+            yield (
+                "snap_start",
+                True,
+                f"with ephemeral_mb {self.ephemeral_mb} there are no snapshots; expected ephemeral_mb 512, or false",
+            )
+        if self.keeps and "*" in self.cors:
+            yield (
+                "cors",
+                self.cors,
+                "in prod not everybody's pages may call the API; expected a list of origins like https://example.org",
+            )
+        if "*" in self.cors and len(self.cors) > 1:
+            yield "cors", self.cors, '"*" is all of them; expected it alone, or a list of origins'
+        if self.log_days not in LOG_DAYS:
+            yield "log_days", self.log_days, f"expected {allowed('log_days')}"
+        if self.budget_usd is not None and self.alarm_email is None:
+            yield "budget_usd", self.budget_usd, "nobody would be told; expected alarm_email to be set"
+        for name in self.tags:
+            if name.startswith(("aws:", "crudstack:")) or not name:
+                yield "tags", self.tags, "names that begin with aws: or crudstack: are taken; expected others"
+        if "postgres" in self.needs:
+            yield from self._database_problems()
+        if "broker" in self.needs:
+            yield from self._broker_problems()
+
+    def _database_problems(self) -> Iterator[tuple[str, Any, str]]:
+        database = self.postgres
+        if database.mode == "aurora" and database.class_ != Postgres().class_:
+            yield (
+                "postgres.class",
+                database.class_,
+                "Aurora Serverless has none; expected max_acu instead, or mode instance",
+            )
+        if not database.proxy and self.concurrency is not None and self.concurrency > self._connected:
+            problem = (
+                f"{CONNECTIONS} connections for each are more than the {database.max_connections} of this database, of which {SPARE_CONNECTIONS}"
+                f" are kept; expected at most {self._connected}, a larger postgres.class or max_acu, or postgres.proxy"
+            )
+            yield "concurrency", self.concurrency, problem
+
+    def _broker_problems(self) -> Iterator[tuple[str, Any, str]]:
+        broker = self.broker
+        if broker.version.startswith("4") and not broker.instance.startswith("mq.m7g."):
+            yield (
+                "broker.instance",
+                broker.instance,
+                f"RabbitMQ {broker.version} does not run on it; expected mq.m7g.medium or larger",
+            )
+        if broker.mode == "cluster" and broker.instance.startswith("mq.t3."):
+            yield (
+                "broker.instance",
+                broker.instance,
+                "it is too small for a cluster; expected mq.m7g.medium or larger, or mode single",
+            )
+
+
+def project_values() -> dict[str, Any]:
+    """What Pulumi has for the project in the running program, by key without namespace; pulumi.Config only finds what it is asked for."""
+    namespace = f"{pulumi.get_project()}:"
+    given = {**runtime.get_config_env(), **runtime.CONFIG.get()}
+    return {key.removeprefix(namespace): value for key, value in given.items() if key.startswith(namespace)}
+
+
+def read(values: Mapping[str, Any]) -> StackConfig:
+    """The config from what Pulumi has for the project, by key without namespace: nested values as JSON, all others as text.
+
+    ConfigError in one sentence that names key, what was found and what is allowed.
+    """
+    types = get_type_hints(StackConfig, include_extras=True)
+    for key in values:
+        if key not in types:
+            raise ConfigError(f"crudstack:{key} is no setting; there are {', '.join(types)}")
+    return StackConfig(**{key: _decoded(key, value, types[key]) for key, value in values.items()})
+
+
+def _decoded(key: str, value: Any, type_: Any) -> Any:
+    nested = isinstance(value, str) and value.lstrip().startswith(("{", "["))
+    try:
+        # Not strict: Pulumi hands numbers and bools on as text.
+        return msgspec.convert(json.loads(value) if nested else value, type_, strict=False)
+    except ValueError as error:
+        found = value if nested else _shown(value)
+        raise ConfigError(f"crudstack:{key} is {found}: expected {allowed(key)} ({error})") from None
+
+
+def _pair(storage: Storage) -> Pair:
+    return KINDS[storage] if isinstance(storage, str) else storage
+
+
+def _shown(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def allowed(key: str) -> str:
+    """What may be said for a key."""
+    return descriptions()[key].partition("\n")[0]
+
+
+@cache
+def descriptions() -> dict[str, str]:
+    """The texts below the keys of StackConfig: a line that says what is allowed, one that says what it means."""
+    module = ast.parse(Path(__file__).read_text())
+    body = next(node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == "StackConfig")
+    return {
+        ast.unparse(key.target): "\n".join(" ".join(part.split()) for part in str(text.value.value).split("\n\n"))
+        for key, text in pairwise(body)
+        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }

@@ -1,0 +1,135 @@
+"""What a storage kind needs, wired: the whole of a stack on one page.
+
+requests -> HttpApi or FunctionUrl -> ApiFunction -> DataBucket
+                                                  -> Postgres, Cache, Broker in a Network, where a kind needs them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pulumi import Output
+
+from app.settings import JwtAuth
+from infra import artifact
+from infra.components import Stack, Transform
+from infra.components.broker import Broker
+from infra.components.bucket import DataBucket
+from infra.components.cache import Cache
+from infra.components.function import ApiFunction
+from infra.components.http_api import FunctionUrl, HttpApi
+from infra.components.network import Network
+from infra.components.observability import Observability
+from infra.components.postgres import Postgres
+from infra.components.token import ApiToken
+from infra.config import StackConfig
+from infra.link import Link
+
+
+def build(
+    config: StackConfig, *, zip: Path | None = None, transforms: Mapping[str, Transform] | None = None
+) -> dict[str, Any]:
+    """Register what the config asks for. The fields of app.settings.StackOutputs, of which some are Outputs.
+
+    zip         of the app; None: it is built, with the drivers that the kinds need
+    transforms  changes to a component's resources by its class, see Transform
+    """
+    stack = Stack(
+        name=f"crudstack-{config.stage}",
+        keeps=config.keeps,
+        tags={"crudstack:stage": config.stage, **config.tags},
+        transforms=transforms or {},
+    )
+    code = str(zip or package(config))
+    bucket = DataBucket(stack, keep_days=30 if config.keeps else 1)
+    links = [bucket.link("write")]
+
+    network = Network(stack, region=bucket.region) if config.needs else None
+    postgres = cache = broker = None
+    if network is not None:
+        if "postgres" in config.needs:
+            postgres = Postgres(stack, settings=config.postgres, network=network, zip=code, log_days=config.log_days)
+            links.append(postgres.link())
+        if "cache" in config.needs:
+            # Users are known by name in the whole account, and the bucket's name is nobody else's.
+            cache = Cache(stack, settings=config.cache, network=network, user=bucket.bucket)
+            links.append(cache.link())
+        if "broker" in config.needs:
+            broker = Broker(stack, settings=config.broker, network=network)
+            links.append(broker.link())
+
+    outputs = {**_said(config), "auth": _auth(config, stack, bucket), **_sum(links)}
+    function = ApiFunction(
+        stack,
+        "api",
+        zip=code,
+        handler="app.handler.handler",
+        links=links,
+        network=network,
+        environment={"CRUDSTACK_OUTPUTS": Output.json_dumps(outputs)},
+        memory_mb=config.memory_mb,
+        ephemeral_mb=config.ephemeral_mb,
+        timeout_s=config.timeout_s,
+        concurrency=config.reserved_concurrency,
+        snap_start=config.snap_start,
+        log_days=config.log_days,
+    )
+    http_api = None
+    if config.edge == "http-api":
+        http_api = edge = HttpApi(
+            stack,
+            function=function,
+            origins=config.cors,
+            jwt=config.auth if isinstance(config.auth, JwtAuth) else None,
+            domain=config.domain,
+            log_days=config.log_days,
+        )
+        url = edge.url
+    else:
+        url = FunctionUrl(stack, function=function, origins=config.cors).url
+    Observability(
+        stack,
+        function=function,
+        timeout_s=config.timeout_s,
+        http_api=http_api,
+        postgres=postgres,
+        connections=config.postgres.max_connections,
+        cache=cache,
+        broker=broker,
+        email=config.alarm_email,
+        budget_usd=config.budget_usd,
+    )
+    # These two the function itself cannot be told: they are made from it.
+    return {**outputs, "api_url": url, "function_name": function.name}
+
+
+def package(config: StackConfig) -> Path:
+    """The zip of the app with the drivers that the kinds need."""
+    requirements = [artifact.ROOT / "requirements/app.txt"]
+    requirements += [artifact.ROOT / f"requirements/app-{extra}.txt" for extra in sorted(config.extras)]
+    name = "-".join(["lambda", *sorted(config.extras)])
+    return artifact.build(artifact.ROOT / f"dist/{name}.zip", requirements=requirements).path
+
+
+def _said(config: StackConfig) -> dict[str, Any]:
+    """What the outputs repeat of the config."""
+    storage = {"storage": config.storage, "storage_overrides": config.storage_overrides}
+    return {"version": 1, **msgspec.to_builtins(storage), "stage": config.stage}
+
+
+def _auth(config: StackConfig, stack: Stack, bucket: DataBucket) -> dict[str, Any]:
+    if isinstance(config.auth, JwtAuth):
+        auth: dict[str, Any] = msgspec.to_builtins(config.auth)
+        return auth
+    if config.auth == "none":
+        return {"mode": "none"}
+    # Named after the bucket, so that whoever has the outputs finds it.
+    token = ApiToken(stack, name=Output.format("{0}/api-token", bucket.bucket), generation=config.token_generation)
+    return {"mode": "token", "token_sha256": token.sha256}
+
+
+def _sum(links: list[Link]) -> dict[str, Any]:
+    return {name: value for link in links for name, value in link.outputs.items()}

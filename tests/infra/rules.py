@@ -1,0 +1,452 @@
+"""What must hold for every stack, whatever it stores and in whatever stage: a function each, which says what does not."""
+# ruff: noqa: ARG001 - a rule may need the recording alone
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from app.settings import StackOutputs
+from infra.config import StackConfig
+from tests.infra.recorder import Recording, resource_class
+from tests.infra.sdk_types import findings
+from tests.infra.stacks import environment, policies
+
+Rule = Callable[[Recording, StackConfig], Iterator[str]]
+RULES: list[Rule] = []
+
+BESIDE_A_BUCKET = {
+    "bucketOwnershipControls",
+    "bucketPublicAccessBlock",
+    "bucketVersioning",
+    "bucketServerSideEncryptionConfiguration",
+    "bucketLifecycleConfiguration",
+    "bucketPolicy",
+}
+WITHOUT_RESOURCES = {
+    "xray:PutTraceSegments",
+    "xray:PutTelemetryRecords",
+    "ec2:CreateNetworkInterface",
+    "ec2:DescribeNetworkInterfaces",
+    "ec2:DescribeSubnets",
+    "ec2:DeleteNetworkInterface",
+    "ec2:AssignPrivateIpAddresses",
+    "ec2:UnassignPrivateIpAddresses",
+}
+"""Actions that IAM knows for no single resource."""
+DATA = {
+    "aws:s3/bucket:Bucket",
+    "aws:rds/instance:Instance",
+    "aws:rds/cluster:Cluster",
+    "aws:rds/clusterInstance:ClusterInstance",
+}
+
+
+def rule(function: Rule) -> Rule:
+    RULES.append(function)
+    return function
+
+
+@rule
+def arguments_fit_the_sdk(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for resource in stack.aws:
+        yield from findings(resource)
+
+
+@rule
+def names_are_unique_and_everything_is_in_a_component(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for (type_, name), count in Counter((each.type, each.name) for each in stack.resources).items():
+        if count > 1:
+            yield f"{type_} {name} is there {count} times"
+    for resource in stack.aws:
+        if not stack.by_urn(resource.parent).component:
+            yield f"{resource.name} is in no component"
+    for resource in stack.resources:
+        if resource.component and not resource.registered:
+            yield f"{resource.name} says nothing of its outputs"
+
+
+@rule
+def only_what_the_storage_needs_is_there(stack: Recording, config: StackConfig) -> Iterator[str]:
+    modules = Counter(resource.type.split(":")[1].split("/")[0] for resource in stack.aws)
+    needed = {
+        "rds": "postgres" in config.needs,
+        "elasticache": "cache" in config.needs,
+        "mq": "broker" in config.needs,
+        "ec2": bool(config.needs),
+        "vpc": bool(config.needs),
+    }
+    for module, wanted in needed.items():
+        if bool(modules[module]) != wanted:
+            yield f"there are {modules[module]} resources of {module}"
+    interfaces = [
+        end for end in stack.all("aws:ec2/vpcEndpoint:VpcEndpoint") if end.inputs["vpcEndpointType"] == "Interface"
+    ]
+    if bool(interfaces) != ("broker" in config.needs):
+        yield f"{len(interfaces)} endpoints cost by the hour"
+
+
+@rule
+def outputs_are_what_the_app_reads(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for text, missing in ((json.dumps(stack.outputs), ()), (_given(stack), ("api_url", "function_name"))):
+        try:
+            outputs = msgspec.json.decode(text, type=StackOutputs)
+        except msgspec.ValidationError as error:
+            yield f"outputs: {error}"
+            continue
+        if outputs.storage != config.storage or outputs.storage_overrides != config.storage_overrides:
+            yield f"outputs: storage {outputs.storage}"
+        for field in ("bucket", "region", "auth", "api_url", "function_name"):
+            if (getattr(outputs, field) is None) != (field in missing):
+                yield f"outputs: {field} is {getattr(outputs, field)}"
+        for need, field in (("postgres", "db"), ("cache", "cache"), ("broker", "broker")):
+            if (getattr(outputs, field) is None) != (need not in config.needs):
+                yield f"outputs: {field} is {getattr(outputs, field)}"
+
+
+@rule
+def secrets_stay_where_they_belong(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for name in stack.secret_outputs:
+        yield f"output {name} holds a secret"
+    for resource in stack.aws:
+        for name in resource.secrets:
+            if (resource.type, name) not in {
+                ("aws:secretsmanager/secretVersion:SecretVersion", "secretStringWo"),
+                ("aws:mq/broker:Broker", "users"),
+            }:
+                yield f"{resource.name}.{name} holds a secret"
+    # The other way round: nothing that is one passes for something harmless.
+    drawn = {json.loads(text)["password"] if text.startswith("{") else text for text in _drawn(stack)}
+    written = json.dumps(
+        [stack.outputs, *({k: v for k, v in r.inputs.items() if k not in r.secrets} for r in stack.resources)]
+    )
+    for secret in drawn:
+        if secret in written or len(secret) < 40:
+            yield "a secret lies open"
+    for version in stack.all("aws:secretsmanager/secretVersion:SecretVersion"):
+        if "secretString" in version.inputs or "secretStringWo" not in version.secrets:
+            yield f"{version.name} is not written only"
+    for user in stack.all("aws:elasticache/user:User"):
+        if user.inputs["authenticationMode"] != {"type": "iam"}:
+            yield f"{user.name} has a password"
+    for database in stack.all("aws:rds/instance:Instance") + stack.all("aws:rds/cluster:Cluster"):
+        if (
+            not database.inputs.get("manageMasterUserPassword")
+            or {"password", "masterPassword"} & database.inputs.keys()
+        ):
+            yield f"{database.name} has a password of ours"
+
+
+@rule
+def buckets_are_complete(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for bucket in stack.all("aws:s3/bucket:Bucket"):
+        beside = {
+            each.type.split("/")[1].split(":")[0]: each
+            for each in stack.aws
+            if bucket.urn in each.depends.get("bucket", ())
+        }
+        for missing in BESIDE_A_BUCKET - beside.keys():
+            yield f"{bucket.name} has no {missing}"
+        if unknown := bucket.inputs.keys() - {"forceDestroy", "tags"}:
+            yield f"{bucket.name} has {unknown} in itself"
+        if not beside.keys() >= BESIDE_A_BUCKET:
+            continue
+        block = beside["bucketPublicAccessBlock"].inputs
+        if any(
+            block.get(name) is not True
+            for name in ("blockPublicAcls", "blockPublicPolicy", "ignorePublicAcls", "restrictPublicBuckets")
+        ):
+            yield f"{bucket.name} may be public"
+        if beside["bucketOwnershipControls"].inputs["rule"] != {"objectOwnership": "BucketOwnerEnforced"}:
+            yield f"{bucket.name} has ACLs"
+        if beside["bucketVersioning"].inputs["versioningConfiguration"] != {"status": "Enabled"}:
+            yield f"{bucket.name} keeps no versions"
+        rules = beside["bucketLifecycleConfiguration"].inputs["rules"]
+        bounds = [
+            each["noncurrentVersionExpiration"]
+            for each in rules
+            if "noncurrentVersionExpiration" in each and each["status"] == "Enabled"
+        ]
+        if not any("newerNoncurrentVersions" not in bound for bound in bounds):
+            yield f"{bucket.name} keeps versions for ever"
+        if not any(
+            bound.get("newerNoncurrentVersions", 1000) <= 100 and bound["noncurrentDays"] == 1 for bound in bounds
+        ):
+            yield f"{bucket.name} keeps any number of versions"
+        if not any("abortIncompleteMultipartUpload" in each for each in rules):
+            yield f"{bucket.name} keeps broken uploads"
+        (statement,) = json.loads(beside["bucketPolicy"].inputs["policy"])["Statement"]
+        if (statement["Effect"], statement["Principal"], statement["Condition"]) != (
+            "Deny",
+            "*",
+            {"Bool": {"aws:SecureTransport": "false"}},
+        ):
+            yield f"{bucket.name} can be reached without TLS"
+
+
+@rule
+def roles_may_do_what_they_must_and_no_more(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for name, statements in policies(stack).items():
+        if len({statement["Sid"] for statement in statements}) < len(statements):
+            yield f"{name} has two statements of one name"
+        for statement in statements:
+            if statement["Effect"] != "Allow":
+                yield f"{name}.{statement['Sid']} is no permission"
+            for action in statement["Action"]:
+                if "*" in action:
+                    yield f"{name} may {action}"
+            if "*" in statement["Resource"] and not set(statement["Action"]) <= WITHOUT_RESOURCES:
+                yield f"{name} may {statement['Action']} on everything"
+            for resource in statement["Resource"]:
+                if resource.rstrip("*").count("*") or (
+                    resource != "*" and not resource.startswith("${") and not resource.startswith("arn:")
+                ):
+                    yield f"{name} may {statement['Action']} on {resource}"
+    for kind in ("rolePolicyAttachment:RolePolicyAttachment", "policyAttachment:PolicyAttachment", "policy:Policy"):
+        for resource in stack.all(f"aws:iam/{kind}"):
+            yield f"{resource.name} is a policy of somebody else"
+    for role in stack.all("aws:iam/role:Role"):
+        if {"managedPolicyArns", "inlinePolicies"} & role.inputs.keys():
+            yield f"{role.name} brings policies"
+        (trusted,) = json.loads(role.inputs["assumeRolePolicy"])["Statement"]
+        if trusted["Principal"].keys() != {"Service"}:
+            yield f"{role.name} may be taken by {trusted['Principal']}"
+
+
+@rule
+def functions_are_for_lambda_and_log_for_a_while(stack: Recording, config: StackConfig) -> Iterator[str]:
+    groups = {group.urn: group for group in stack.all("aws:cloudwatch/logGroup:LogGroup")}
+    for group in groups.values():
+        if group.inputs.get("retentionInDays") != config.log_days:
+            yield f"{group.name} keeps its lines for {group.inputs.get('retentionInDays')} days"
+    for function in stack.all("aws:lambda/function:Function"):
+        inputs = function.inputs
+        if (inputs["runtime"], inputs["architectures"]) != ("python3.13", ["arm64"]):
+            yield f"{function.name} is for {inputs['runtime']} {inputs['architectures']}"
+        if inputs.get("loggingConfig", {}).get("logFormat") != "JSON" or not groups.keys() & set(
+            function.depends.get("loggingConfig", ())
+        ):
+            yield f"{function.name} logs elsewhere"
+        if inputs.get("tracingConfig") != {"mode": "Active"}:
+            yield f"{function.name} is not traced"
+        if len("".join(f"{name}{value}" for name, value in environment(function).items())) > 3500:
+            yield f"{function.name} has a large environment"
+        if environment(function).keys() - {"CRUDSTACK_OUTPUTS"}:
+            yield f"{function.name} has more in its environment"
+    api = stack.one("aws:lambda/function:Function", "-api").inputs
+    found = (
+        api["memorySize"],
+        api["timeout"],
+        api["ephemeralStorage"],
+        api.get("reservedConcurrentExecutions"),
+        "snapStart" in api,
+    )
+    if found != (
+        config.memory_mb,
+        config.timeout_s,
+        {"size": config.ephemeral_mb},
+        config.reserved_concurrency,
+        config.snap_start,
+    ):
+        yield f"the function has {found}"
+    if api["handler"] != "app.handler.handler":
+        yield f"the handler is {api['handler']}"
+    target = stack.one("aws:cloudwatch/eventTarget:EventTarget")
+    if json.loads(target.inputs["input"]) != {"crudstack": "maintain"} or not target.depends.get("arn"):
+        yield "nobody does the housekeeping"
+
+
+@rule
+def calls_come_by_the_edge(stack: Recording, config: StackConfig) -> Iterator[str]:
+    alias = stack.one("aws:lambda/alias:Alias")
+    for permission in stack.all("aws:lambda/permission:Permission"):
+        by_url = (
+            permission.inputs.get("functionUrlAuthType") == "NONE"
+            or permission.inputs.get("invokedViaFunctionUrl") is True
+        )
+        if permission.inputs["principal"] == "*" and not (by_url and config.edge == "function-url"):
+            yield f"{permission.name} lets everybody call"
+        if permission.inputs["principal"] != "*" and not permission.depends.get("sourceArn"):
+            yield f"{permission.name} lets all of {permission.inputs['principal']} call"
+        if alias.urn not in permission.depends.get("qualifier", ()):
+            yield f"{permission.name} is not for the alias"
+    if config.edge == "function-url":
+        if (
+            stack.one("aws:lambda/functionUrl:FunctionUrl").inputs.get("cors", {}).get("allowOrigins", [])
+            != config.cors
+        ):
+            yield "the URL is for other pages"
+        return
+    stage = stack.one("aws:apigatewayv2/stage:Stage")
+    limits = stage.inputs.get("defaultRouteSettings", {})
+    if not (limits.get("throttlingRateLimit", 0) > 0 and limits.get("throttlingBurstLimit", 0) > 0):
+        yield "the API has no limits"
+    logged = json.loads(stage.inputs.get("accessLogSettings", {}).get("format", "{}"))
+    if not logged or {"path", "sourceIp"} & set(str(logged)):
+        yield "the API logs nothing"
+    routes = {
+        route.inputs["routeKey"]: route.inputs.get("authorizationType")
+        for route in stack.all("aws:apigatewayv2/route:Route")
+    }
+    jwt = not isinstance(config.auth, str)
+    if routes.get("$default") != ("JWT" if jwt else "NONE"):
+        yield f"the API asks for {routes}"
+    if ("OPTIONS /{proxy+}" in routes) != (jwt and bool(config.cors)):
+        yield "browsers cannot ask first"
+    api = stack.one("aws:apigatewayv2/api:Api").inputs
+    if api.get("corsConfiguration", {}).get("allowOrigins", []) != config.cors:
+        yield "the API is for other pages"
+    if api.get("disableExecuteApiEndpoint", False) != (config.domain is not None):
+        yield "the API has two names"
+
+
+@rule
+def nothing_comes_in_from_outside(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for group in stack.all("aws:ec2/securityGroup:SecurityGroup") + stack.all(
+        "aws:ec2/defaultSecurityGroup:DefaultSecurityGroup"
+    ):
+        if group.inputs.get("ingress") or group.inputs.get("egress"):
+            yield f"{group.name} has rules in itself"
+    groups = {group.urn: group for group in stack.all("aws:ec2/securityGroup:SecurityGroup")}
+    for direction in ("Ingress", "Egress"):
+        for each in stack.all(f"aws:vpc/securityGroup{direction}Rule:SecurityGroup{direction}Rule"):
+            if {"cidrIpv4", "cidrIpv6"} & each.inputs.keys():
+                yield f"{each.name} is for addresses"
+            if direction == "Ingress":
+                known = [groups[urn] for urn in each.depends.get("referencedSecurityGroupId", ()) if urn in groups]
+                if not any(
+                    stack.by_urn(group.parent).component in ("ApiFunction", "Function") or group.name.endswith("-proxy")
+                    for group in known
+                ):
+                    yield f"{each.name} lets in others than functions"
+            if each.inputs["fromPort"] != each.inputs["toPort"] or each.inputs["ipProtocol"] != "tcp":
+                yield f"{each.name} is for more than a port"
+    for kind in ("internetGateway:InternetGateway", "natGateway:NatGateway"):
+        if stack.all(f"aws:ec2/{kind}"):
+            yield f"there is a {kind}"
+    for subnet in stack.all("aws:ec2/subnet:Subnet"):
+        if subnet.inputs.get("mapPublicIpOnLaunch") is not False:
+            yield f"{subnet.name} is public"
+
+
+@rule
+def databases_are_closed_and_kept(stack: Recording, config: StackConfig) -> Iterator[str]:
+    keeps = config.stage == "prod"
+    for database in stack.all("aws:rds/instance:Instance") + stack.all("aws:rds/cluster:Cluster"):
+        expected = {
+            "storageEncrypted": True,
+            "manageMasterUserPassword": True,
+            "iamDatabaseAuthenticationEnabled": True,
+            "deletionProtection": keeps,
+            "skipFinalSnapshot": not keeps,
+            "copyTagsToSnapshot": True,
+        }
+        for name, value in expected.items():
+            if database.inputs.get(name) is not value:
+                yield f"{database.name}.{name} is {database.inputs.get(name)}"
+        if database.inputs.get("backupRetentionPeriod", 0) < (7 if keeps else 1):
+            yield f"{database.name} has no backups"
+    for open_ in stack.all("aws:rds/instance:Instance") + stack.all("aws:rds/clusterInstance:ClusterInstance"):
+        if open_.inputs.get("publiclyAccessible") is not False:
+            yield f"{open_.name} is public"
+    for group in stack.all("aws:rds/parameterGroup:ParameterGroup") + stack.all(
+        "aws:rds/clusterParameterGroup:ClusterParameterGroup"
+    ):
+        if {"name": "rds.force_ssl", "value": "1"} not in group.inputs["parameters"]:
+            yield f"{group.name} lets in without TLS"
+    for proxy in stack.all("aws:rds/proxy:Proxy"):
+        if proxy.inputs.get("requireTls") is not True or proxy.inputs.get("defaultAuthScheme") != "IAM_AUTH":
+            yield f"{proxy.name} lets in others"
+    for invocation in stack.all("aws:lambda/invocation:Invocation"):
+        event = json.loads(invocation.inputs["input"])
+        if event.keys() != {"host", "port", "database", "user", "secret_arn", "inside"}:
+            yield f"the bootstrap is told {sorted(event)}"
+
+
+@rule
+def caches_and_brokers_are_closed(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for group in stack.all("aws:elasticache/replicationGroup:ReplicationGroup"):
+        for name, value in {
+            "transitEncryptionEnabled": True,
+            "transitEncryptionMode": "required",
+            "atRestEncryptionEnabled": True,
+        }.items():
+            if group.inputs.get(name) != value:
+                yield f"{group.name}.{name} is {group.inputs.get(name)}"
+        if not group.inputs.get("userGroupIds") or not group.inputs.get("securityGroupIds"):
+            yield f"{group.name} is open"
+        if group.inputs.get("multiAzEnabled") and group.inputs.get("numCacheClusters", 1) < 2:
+            yield f"{group.name} has nobody to take over"
+    for cache in stack.all("aws:elasticache/serverlessCache:ServerlessCache"):
+        if not cache.inputs.get("userGroupId") or not cache.inputs.get("securityGroupIds"):
+            yield f"{cache.name} is open"
+    for user in stack.all("aws:elasticache/user:User"):
+        if user.inputs["userId"] != user.inputs["userName"] or user.inputs["engine"] != "valkey":
+            yield f"{user.name} cannot sign in by IAM"
+    for broker in stack.all("aws:mq/broker:Broker"):
+        if broker.inputs.get("publiclyAccessible") is not False or not broker.inputs.get("securityGroups"):
+            yield f"{broker.name} is public"
+        if broker.inputs.get("logs") != {"general": True}:
+            yield f"{broker.name} logs {broker.inputs.get('logs')}"
+        if len(broker.inputs["subnetIds"]) != (1 if broker.inputs["deploymentMode"] == "SINGLE_INSTANCE" else 2):
+            yield f"{broker.name} is in {len(broker.inputs['subnetIds'])} subnets"
+
+
+@rule
+def prod_keeps_and_the_others_leave_nothing(stack: Recording, config: StackConfig) -> Iterator[str]:
+    keeps = config.stage == "prod"
+    for resource in stack.resources:
+        expected = keeps and resource.type in DATA
+        if (resource.protect, resource.retain) != (expected, expected):
+            yield f"{resource.name} is{'' if resource.protect else ' not'} protected, is{'' if resource.retain else ' not'} retained"
+    for bucket in stack.all("aws:s3/bucket:Bucket"):
+        if bucket.inputs["forceDestroy"] is keeps:
+            yield f"{bucket.name} is{'' if keeps else ' not'} emptied when it is destroyed"
+    for secret in stack.all("aws:secretsmanager/secret:Secret"):
+        if secret.inputs["recoveryWindowInDays"] != (30 if keeps else 0):
+            yield f"{secret.name} stays for {secret.inputs['recoveryWindowInDays']} days"
+
+
+@rule
+def all_is_tagged_watched_and_budgeted(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for resource in stack.aws:
+        if hasattr(resource_class(resource.type), "tags"):
+            tags = resource.inputs.get("tags", {})
+            if not tags.items() >= {"crudstack:stage": config.stage, **config.tags}.items():
+                yield f"{resource.name} has the tags {tags}"
+    alarms = stack.all("aws:cloudwatch/metricAlarm:MetricAlarm")
+    namespaces = {alarm.inputs["namespace"] for alarm in alarms}
+    for need, namespace in {"postgres": "AWS/RDS", "cache": "AWS/ElastiCache", "broker": "AWS/AmazonMQ"}.items():
+        if (namespace in namespaces) != (need in config.needs):
+            yield f"{namespace} is{'' if namespace in namespaces else ' not'} watched"
+    watched = {alarm.inputs["metricName"] for alarm in alarms}
+    for metric in ("Errors", "Throttles", "Duration", "5xx" if config.edge == "http-api" else "Url5xxCount"):
+        if metric not in watched:
+            yield f"{metric} is not watched"
+    topic = stack.one("aws:sns/topic:Topic")
+    for alarm in alarms:
+        if topic.urn not in alarm.depends.get("alarmActions", ()):
+            yield f"{alarm.name} tells nobody"
+    if bool(stack.all("aws:sns/topicSubscription:TopicSubscription")) != (config.alarm_email is not None):
+        yield "nobody reads the alarms"
+    budgets = [
+        (each.inputs["limitAmount"], each.inputs["notifications"][0]["subscriberEmailAddresses"])
+        for each in stack.all("aws:budgets/budget:Budget")
+    ]
+    if budgets != ([(f"{config.budget_usd:g}", [config.alarm_email])] if config.budget_usd else []):
+        yield f"the budgets are {budgets}"
+
+
+def _given(stack: Recording) -> str:
+    return environment(stack.one("aws:lambda/function:Function", "-api"))["CRUDSTACK_OUTPUTS"]
+
+
+def _drawn(stack: Recording) -> list[Any]:
+    return [
+        each.inputs.get("secretStringWo") or each.inputs.get("secretString")
+        for each in stack.all("aws:secretsmanager/secretVersion:SecretVersion")
+    ]

@@ -1,0 +1,202 @@
+"""The config: what is read, what is refused, and that it says so in words that help."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+import yaml
+
+from app.autocrud.errors import ConfigError
+from app.settings import JwtAuth, Pair
+from app.wiring import PRESETS
+from infra.artifact import ROOT
+from infra.choices import Postgres
+from infra.config import KINDS, LOG_DAYS, StackConfig, allowed, descriptions, read
+
+JWT = '{"mode": "jwt", "issuer": "https://login.example.org", "audiences": ["crudstack"]}'
+
+
+def test_without_any_key_it_is_the_bucket_alone():
+    assert read({}) == StackConfig()
+    assert (StackConfig().storage, StackConfig().stage, StackConfig().needs) == ("s3-sqlite", "dev", frozenset())
+
+
+def test_values_come_as_text_and_nested_ones_as_json():
+    values = {
+        "storage": '{"meta": "redis-postgres", "resource": "mq-cached-s3"}',
+        "storage_overrides": '{"session": "s3-sqlite"}',
+        "auth": JWT,
+        "memory_mb": "1024",
+        "concurrency": "20",
+        "snap_start": "true",
+        "cors": '["https://www.example.org"]',
+        "domain": '{"name": "api.example.org", "zone": "Z0123456789"}',
+        "postgres": '{"class": "db.r6g.2xlarge", "multi_az": true}',
+        "budget_usd": "50",
+        "alarm_email": "ops@example.org",
+        "tags": '{"team": "blue"}',
+    }
+    config = read(values)
+    assert config.storage == Pair(meta="redis-postgres", resource="mq-cached-s3")
+    assert config.auth == JwtAuth(issuer="https://login.example.org", audiences=["crudstack"])
+    assert (config.memory_mb, config.concurrency, config.snap_start, config.budget_usd) == (1024, 20, True, 50.0)
+    assert config.postgres == Postgres(class_="db.r6g.2xlarge", multi_az=True)
+    assert read({"concurrency": "null"}).concurrency is None
+
+
+def test_the_kinds_are_those_of_the_app():
+    assert {kind: pair for kind, pair in PRESETS.items() if kind in KINDS} == KINDS
+    assert set(PRESETS) - set(KINDS) == {"memory", "disk", "memory-disk"}
+
+
+@pytest.mark.parametrize(
+    ("storage", "needs", "extras"),
+    [
+        ("s3-sqlite", set(), set()),
+        ("cached-s3", set(), {"cache"}),
+        ("postgres-s3", {"postgres"}, {"postgres"}),
+        ("redis-postgres", {"postgres", "cache"}, {"postgres", "redis"}),
+        ("mq-cached-s3", {"broker"}, {"amqp", "cache"}),
+        ("full", {"postgres", "cache", "broker"}, {"postgres", "redis", "amqp", "cache"}),
+        (Pair(meta="postgres", resource="cached-s3"), {"postgres"}, {"postgres", "cache"}),
+    ],
+)
+def test_what_a_storage_needs(storage, needs, extras):
+    assert StackConfig(storage=storage).needs == needs
+    assert StackConfig(storage=storage).extras == extras
+    assert StackConfig(storage_overrides={"article": storage}).needs == needs
+
+
+def test_overrides_need_their_union():
+    config = StackConfig(storage_overrides={"a": "postgres-s3", "b": "mq-cached-s3"})
+    assert config.needs == {"postgres", "broker"}
+
+
+REFUSED = [
+    ({"storag": "s3-sqlite"}, "storag is no setting; there are storage, "),
+    ({"storage": "s3"}, 'storage is "s3": expected s3-sqlite, postgres-s3'),
+    ({"storage": "memory"}, 'storage is "memory": on AWS it would not outlive'),
+    ({"storage": '{"meta": "redis", "resource": "s3"}'}, '{"meta":"redis","resource":"s3"}: on AWS'),
+    ({"storage": '{"meta": "postgres", "resource": "disk"}'}, "storage is"),
+    ({"storage": '{"meta": "postgres", "ressource": "s3"}'}, "(Object "),
+    ({"storage_overrides": '{"session": "memory"}'}, 'storage_overrides.session is "memory": on AWS'),
+    ({"stage": "production"}, 'stage is "production": expected dev, prod, local, or pr-NAME'),
+    ({"stage": "pr-" + "x" * 14}, "stage is"),
+    ({"auth": "password"}, 'auth is "password": expected token, none, or {mode: jwt'),
+    ({"auth": '{"mode": "jwt", "issuer": "https://login.example.org"}'}, "missing required field `audiences`"),
+    ({"auth": '{"mode": "jwt", "issuer": "x", "audiences": []}'}, "auth is"),
+    ({"auth": JWT, "edge": "function-url"}, "a function URL verifies no JSON Web Tokens; expected edge http-api"),
+    (
+        {"domain": '{"name": "api.example.org", "zone": "Z0"}', "edge": "function-url"},
+        "expected edge http-api, or domain null",
+    ),
+    ({"domain": '{"name": "api.example.org", "zone": "example.org"}'}, "`$.zone`"),
+    ({"token_generation": "0"}, 'token_generation is "0": expected 1 or more'),
+    ({"edge": "rest-api"}, 'edge is "rest-api": expected http-api, function-url'),
+    ({"memory_mb": "64"}, 'memory_mb is "64": expected 128 to 10240'),
+    ({"memory_mb": "1 GB"}, "memory_mb is"),
+    ({"ephemeral_mb": "10241"}, "ephemeral_mb is"),
+    ({"timeout_s": "0"}, "timeout_s is"),
+    ({"timeout_s": "901", "edge": "function-url"}, "timeout_s is"),
+    ({"timeout_s": "31"}, "timeout_s is 31: an HTTP API waits 30 seconds; expected at most 30, or edge function-url"),
+    ({"concurrency": "0"}, "concurrency is"),
+    (
+        {"concurrency": "36", "storage": "postgres-s3"},
+        "expected at most 35, a larger postgres.class or max_acu, or postgres.proxy",
+    ),
+    ({"snap_start": "maybe"}, "snap_start is"),
+    ({"snap_start": "true", "ephemeral_mb": "1024"}, "expected ephemeral_mb 512, or false"),
+    ({"cors": '["*"]', "stage": "prod"}, 'cors is ["*"]: in prod not everybody'),
+    ({"cors": '["*", "https://example.org"]'}, "expected it alone"),
+    ({"cors": '["example.org"]'}, "cors is"),
+    ({"cors": '["https://*.example.org"]'}, "cors is"),
+    ({"postgres": '{"clas": "db.t4g.micro"}'}, "Object contains unknown field `clas`"),
+    ({"postgres": '{"class": "t4g.micro"}'}, "`$.class`"),
+    ({"postgres": '{"storage_gb": 5}'}, "`$.storage_gb`"),
+    ({"postgres": '{"mode": "aurora", "class": "db.t4g.large"}', "storage": "full"}, "Aurora Serverless has none"),
+    ({"cache": '{"mode": "cluster"}'}, "`$.mode`"),
+    ({"broker": '{"version": 4.2}'}, "Expected `str`, got `float` - at `$.version`"),
+    ({"broker": '{"instance": "mq.m5.large"}', "storage": "full"}, "RabbitMQ 4.2 does not run on it"),
+    (
+        {"broker": '{"version": "3.13", "instance": "mq.t3.micro", "mode": "cluster"}', "storage": "full"},
+        "too small for a cluster",
+    ),
+    ({"log_days": "31"}, "log_days is 31: expected 1, 3, 5"),
+    ({"alarm_email": "ops"}, "alarm_email is"),
+    ({"budget_usd": "0", "alarm_email": "a@b"}, "budget_usd is"),
+    ({"budget_usd": "50"}, "nobody would be told; expected alarm_email"),
+    ({"tags": '{"aws:team": "x"}'}, "are taken"),
+    ({"tags": '{"team": 5}'}, "`$[...]`"),
+    ({"tags": '{"team": '}, "tags is"),
+]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"), REFUSED, ids=[f"{n}-{'-'.join(v)}" for n, (v, _) in enumerate(REFUSED)]
+)
+def test_what_makes_no_sense_is_one_sentence_with_key_found_and_allowed(values, sentence):
+    with pytest.raises(ConfigError) as refused:
+        read(values)
+    said = str(refused.value)
+    assert sentence in said
+    assert said.startswith("crudstack:")
+    assert "\n" not in said
+    assert any(said.startswith(f"crudstack:{key}") for key in values)
+    assert "expected" in said or "is no setting" in said or "are taken" in said
+
+
+def test_connections_suffice_for_all_instances_of_the_function():
+    assert StackConfig().reserved_concurrency is None
+    assert StackConfig(storage="postgres-s3").reserved_concurrency == 35
+    assert StackConfig(storage="postgres-s3", concurrency=10).reserved_concurrency == 10
+    assert StackConfig(storage="postgres-s3", postgres=Postgres(proxy=True)).reserved_concurrency is None
+    assert (
+        StackConfig(storage="postgres-s3", postgres=Postgres(proxy=True), concurrency=900).reserved_concurrency == 900
+    )
+    sizes = {
+        "db.t4g.micro": 80,
+        "db.t4g.medium": 320,
+        "db.m7g.large": 640,
+        "db.r6g.large": 1280,
+        "db.r6g.16xlarge": 5000,
+    }
+    assert {name: Postgres(class_=name).max_connections for name in sizes} == sizes
+    assert Postgres(mode="aurora", max_acu=4).max_connections == 640
+
+
+def test_every_key_is_described_and_pulumi_yaml_says_the_same():
+    fields = {field.name: field for field in msgspec.structs.fields(StackConfig)}
+    assert list(descriptions()) == list(fields)
+    project = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())
+    assert list(project["config"]) == list(fields)
+    for name, declared in project["config"].items():
+        what, meaning = descriptions()[name].split("\n")
+        assert declared["description"] == f"{meaning} Allowed: {what}."
+        if "default" in declared:
+            assert declared["default"] == fields[name].default
+        # Pulumi insists on a value where there is a type and no default, and one type is not enough where several are allowed.
+        assert ("type" in declared) == ("default" in declared)
+    assert project["runtime"] == {"name": "python", "options": {"virtualenv": ".venv"}}
+    assert project["main"] == "infra/"
+
+
+@pytest.mark.parametrize("name", ["dev", "prod", "local"])
+def test_the_example_stacks_can_be_read(name):
+    values = yaml.safe_load((ROOT / f"Pulumi.{name}.yaml").read_text())["config"]
+    own = {key.removeprefix("crudstack:"): value for key, value in values.items() if key.startswith("crudstack:")}
+    as_pulumi_hands_them_on = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in own.items()
+    }
+    assert read(as_pulumi_hands_them_on).stage == name
+    assert values["aws:region"]
+
+
+def test_the_local_stack_reaches_nothing_but_this_machine():
+    values = yaml.safe_load((ROOT / "Pulumi.local.yaml").read_text())["config"]
+    assert {url for endpoints in values["aws:endpoints"] for url in endpoints.values()} == {"http://127.0.0.1:4566"}
+
+
+def test_log_days_are_described_as_they_are():
+    assert allowed("log_days") == ", ".join(map(str, LOG_DAYS))
