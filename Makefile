@@ -9,7 +9,7 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-infra run test lint mutants bench package lock clean
+.PHONY: help setup setup-infra run test lint mutants bench package docs lock clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,7 +25,7 @@ run: $(VENV)/.local ## serve the API on PORT=8000, on an S3 of its own with its 
 	  exec $(BIN)/crudstack serve --host 127.0.0.1 --port $(PORT) --local-s3 --make-bucket
 
 test: $(VENV)/.dev .local/checkov/.done ## the whole suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev ## format, rules, types, direction of dependencies
 	@$(BIN)/ruff format --check .
@@ -80,6 +80,10 @@ DRIVERS = amqp cache postgres redis
 
 package: $(VENV)/.local ## the zip for AWS Lambda into dist/lambda.zip (ARGS=--host: one that runs here)
 	@$(BIN)/python -m infra.artifact $(ARGS)
+
+docs: $(VENV)/.infra ## write docs/config.md and docs/costs.md, which are made from what infra/ says
+	@page="$$($(BIN)/python -m infra.reference)" && printf '%s\n' "$$page" > docs/config.md
+	@page="$$($(BIN)/python -m infra.costs)" && printf '%s\n' "$$page" > docs/costs.md
 
 lock: $(VENV)/.venv ## lock the newest versions that the ranges in pyproject.toml allow
 	@$(LOCK) pyproject.toml --extra local --group dev -o requirements/dev.txt --upgrade

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import datetime as dt
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -536,18 +535,8 @@ LEASE_MUTANTS = {kind.__name__: kind for kind in (TellsOneNonceTwice, TrustsUnhe
 RARE = {"a document has a lease of its own", "TrustsUnheardMarks"}  # tested below
 
 
-class Loop(virtual_time.VirtualTimeLoop):
-    """Timers that were cancelled are not waited for, in no kind of time."""
-
-    def _run_once(self) -> None:
-        while self._scheduled and self._scheduled[0].cancelled():
-            self._timer_cancelled_count -= 1
-            heapq.heappop(self._scheduled)._scheduled = False
-        super()._run_once()
-
-
 def on_virtual_time(work):
-    with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=Loop) as runner:
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=virtual_time.VirtualTimeLoop) as runner:
         patch.setattr(fast_slow, "time", types.SimpleNamespace(monotonic=runner.get_loop().time))
         return runner.run(work)
 
