@@ -81,11 +81,12 @@ def api_token(outputs: StackOutputs) -> str:
 
 
 def _secret(name: str, region: str, what: str) -> str:
-    import boto3
+    import boto3.session
     import botocore.exceptions
 
     try:
-        secrets = boto3.client("secretsmanager", region_name=region)
+        # A session of its own: the default one may not be made by two threads at once.
+        secrets = boto3.session.Session(region_name=region).client("secretsmanager")
         return str(secrets.get_secret_value(SecretId=name)["SecretString"])
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
         raise StoreUnavailable(f"{what} cannot be read from Secrets Manager") from error

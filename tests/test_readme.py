@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from app.autocrud.resource_manager import storage_factory
 
@@ -104,3 +105,21 @@ def test_the_examples_of_the_pages_run():
             exec(compile(block, page.name, "exec"), dict(names))  # noqa: S102 - it is our own page
             found += 1
     assert found >= 1
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_servers_of_compose_listen_on_loopback_where_the_page_says():
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    published = {port for service in services.values() for port in service["ports"]}
+    assert all(port.startswith("127.0.0.1:") for port in published)
+    section = (ROOT / "docs/storage.md").read_text().partition("## Servers here")[2]
+    named = set(re.findall(r"127\.0\.0\.1:\d+", section))
+    assert named == {port.rpartition(":")[0] for port in published} - {"127.0.0.1:9001"}  # MinIO's console
+    login = services["postgres"]["environment"]
+    assert f"postgresql://{login['POSTGRES_USER']}:{login['POSTGRES_PASSWORD']}@" in section
+    assert f"AWS_ACCESS_KEY_ID={services['minio']['environment']['MINIO_ROOT_USER']} " in section
