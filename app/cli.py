@@ -186,8 +186,8 @@ def _open(app: FastAPI) -> None:
         asyncio.run(app.state.crud.open())
     except StoreUnavailable as error:
         raise ConfigError(
-            f"{error.detail} ({str(error.__cause__).partition(chr(10))[0]}); is CRUDSTACK_DATA_DIR a directory to write to, and do"
-            " endpoint and credentials fit?"
+            f"{error.detail} ({str(error.__cause__).partition(chr(10))[0]}); do addresses and credentials fit, and is CRUDSTACK_DATA_DIR, if it"
+            " is used, a directory to write to?"
         ) from None
     finally:
         logging.disable(logging.NOTSET)

@@ -4,7 +4,7 @@ A kind is a name for a pair, and a pair is a MetaStore and a ResourceStore by na
 
     disk         {data_dir}/{model}/meta/ and /data/; bodies below another MetaStore in {data_dir}/{model}/
     s3           {prefix}meta/{model}.sqlite/ and {prefix}data/{model}/; bodies below another MetaStore in {prefix}{model}/
-    postgres     tables that begin with meta_{model}
+    postgres     tables that begin with meta_{prefix}{model}
     redis        keys that begin with {prefix}{model}:
     cached, mq   as s3; copies in {data_dir}/cache/, messages through the exchange {prefix}{model}_invalidations
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,10 @@ class _Maker:
         )
         self.outputs, self.local, self.idle_work = settings.outputs, settings.local, idle_work
         prefix = self.outputs.prefix
+        if re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))*", prefix) is None:
+            raise ConfigError(
+                f"the prefix is {prefix!r}: expected names of letters, digits, '.', '_' and '-' with '/' between them, like team/app"
+            )
         self.prefix = prefix and f"{prefix.rstrip('/')}/"
 
     def factory(self) -> PairStorageFactory:
@@ -156,7 +161,9 @@ class _Maker:
             dsn = self._given(self.local.pg_dsn, "CRUDSTACK_PG_DSN", "its metadata in that database")
         # A function serves one request at a time: a connection for it, and one for what it leaves running.
         size = MAX_SIZE if self.idle_work else 2
-        return lambda model: PostgresMetaStore(dsn, table_name=f"meta_{model}", password=password, max_size=size)
+        return lambda model: PostgresMetaStore(
+            dsn, table_name=f"meta_{self.prefix}{model}", password=password, max_size=size
+        )
 
     def _redis(self) -> Callable[[str], RedisMetaStore]:
         with driver("redis"):

@@ -25,12 +25,12 @@ from rich.progress import Progress
 from app.local_s3 import ministack
 from infra import artifact
 
-from . import report, s3
+from . import backends, report, s3
 from .load import measure, on_first_core, require_wrk
 from .peers import POCKETBASE, ROOT, ROWS, SPECSTAR, Floor, Ours, Peer, PocketBase, Specstar
 from .report import Cell
 
-PARTS = ("cold", "lambda", "engine", "memory", "disk", "s3")
+PARTS = ("cold", "lambda", "engine", "memory", "disk", "s3", "backends")
 PORT = 18_100
 
 
@@ -61,6 +61,8 @@ def main() -> None:
                 sections += over_http(progress, kind, options.rows, options.rounds, options.seconds)
         if "s3" in options.parts:
             sections += s3.sections(progress, 2.0 * options.seconds, options.sizes, SPECSTAR)
+        if "backends" in options.parts:
+            sections += backends.sections(progress, options.rounds, SPECSTAR)
     tables, rounds = sections[1::2], sections[2::2]
     Console(width=160).print(Markdown("\n".join([sections[0], *tables])))
     options.results.write_text("\n".join([sections[0], *tables, "## Raw numbers\n", *rounds]))

@@ -18,3 +18,15 @@ def article(number: int) -> dict[str, object]:
 
 AUTHOR = "author07"
 VIEWS = 5_000
+HOT = 100
+"""How many articles are read again and again, the first ones; changes are made to others."""
+
+
+def fresh(number: int) -> dict[str, object]:
+    """An article that no search for an author or views finds, so that all answers stay what they were."""
+    return article(number) | {"author": "somebody", "views": -1}
+
+
+def changed(at: int, number: int) -> dict[str, object]:
+    """The article `at` with another title; searches find it where it was."""
+    return article(at) | {"title": f"Title {number}"}

@@ -33,7 +33,11 @@ def shown(cell: Cell | None) -> str:
     if cell.failed:
         return f"FAILED ({cell.failed} answers)"
     speed = f" ({statistics.median(cell.per_second):,.0f}/s)" if cell.per_second else ""
-    return f"{cell.median:,.0f}{speed}"
+    return f"{_number(cell.median)}{speed}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
 
 
 def shown_ratio(ours: Cell | None, other: Cell | None) -> str:
@@ -64,7 +68,7 @@ def raw(title: str, table: Table) -> str:
     ]
     for row, cells in table.items():
         for peer, cell in cells.items():
-            cpu = " ".join(f"{value:.0f}" for value in cell.cpu)
+            cpu = " ".join(_number(value).replace(",", "") for value in cell.cpu)
             lines.append(_line([row, peer, cpu, " ".join(f"{value:.0f}" for value in cell.per_second)]))
     return "\n".join(lines) + "\n"
 

@@ -10,23 +10,24 @@ from msgspec import Meta, Struct, field
 class Domain(Struct, frozen=True, forbid_unknown_fields=True):
     """A name of one's own for the API: `zone` is the id of the Route 53 hosted zone that the name lies in."""
 
-    name: Annotated[str, Meta(pattern=r"^([a-z0-9-]+\.)+[a-z]+$")]
-    zone: Annotated[str, Meta(pattern="^Z[A-Z0-9]+$")]
+    name: Annotated[str, Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]+\Z")]
+    zone: Annotated[str, Meta(pattern=r"^Z[A-Z0-9]+\Z")]
 
 
 class Postgres(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """RDS for PostgreSQL, or Aurora Serverless v2, which has no class and no storage to choose and grows up to `max_acu` (2 GiB each)."""
 
     mode: Literal["instance", "aurora"] = "instance"
-    class_: Annotated[str, Meta(pattern=r"^db\.(t3|t4g|m\d\w*|r\d\w*)\.(micro|small|medium|\d*x?large)$")] = field(
-        name="class", default="db.t4g.micro"
-    )
+    class_: Annotated[
+        str,
+        Meta(pattern=r"^db\.((t3|t4g)\.(micro|small|medium|large|2?xlarge)|[mr]\d\w*\.(large|([1-9]\d*)?xlarge))\Z"),
+    ] = field(name="class", default="db.t4g.micro")
     multi_az: bool = False
     """A second copy in another availability zone that takes over; twice the price."""
     proxy: bool = False
     """RDS Proxy: any number of instances of the function share a few connections."""
     storage_gb: Annotated[int, Meta(ge=20, le=65536)] = 20
-    max_acu: Annotated[float, Meta(ge=1, le=256)] = 4
+    max_acu: Annotated[float, Meta(ge=1, le=256, multiple_of=0.5)] = 4
 
     @property
     def max_connections(self) -> int:
@@ -53,6 +54,8 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Amazon MQ for RabbitMQ; version 4 runs on mq.m7g instances only, and a cluster is three of them."""
 
-    version: Annotated[str, Meta(pattern=r"^[34]\.\d+$")] = "4.2"
-    instance: Annotated[str, Meta(pattern=r"^mq\.(t3|m5|m7g)\.\d*(micro|medium|x?large)$")] = "mq.m7g.medium"
+    version: Annotated[str, Meta(pattern=r"^(3\.13|4\.2)\Z")] = "4.2"
+    instance: Annotated[
+        str, Meta(pattern=r"^mq\.(m5\.(large|[24]?xlarge)|m7g\.(medium|large|(2|4|8|12|16)?xlarge))\Z")
+    ] = "mq.m7g.medium"
     mode: Literal["single", "cluster"] = "single"

@@ -48,6 +48,8 @@ SPARE_CONNECTIONS = 10
 """Kept for RDS itself, the bootstrap and a person with psql."""
 LOG_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653)
 """That CloudWatch Logs can keep."""
+MAX_OVERRIDES = 2500
+"""Bytes of storage_overrides: the environment of a function ends at 4 KB, and holds more than these."""
 API_WAITS_S = 30
 """How long an HTTP API waits for the function."""
 
@@ -63,8 +65,8 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """{MODEL: as storage}
 
     Models that are stored in another way. What exists is the union of what all of them need."""
-    stage: Annotated[str, Meta(pattern="^(dev|prod|local|pr-[a-z0-9-]{1,13})$")] = "dev"
-    """dev, prod, local, or pr-NAME with up to 13 of a-z, 0-9 and -
+    stage: Annotated[str, Meta(pattern=r"^(dev|prod|local|pr-(?=.{1,13}\Z)[a-z0-9]+(-[a-z0-9]+)*)\Z")] = "dev"
+    """dev, prod, local, or pr-NAME with up to 13 of a-z and 0-9, and single - between them
 
     prod protects its data; all others are destroyed without a trace."""
     auth: Literal["token", "none"] | JwtAuth = "token"
@@ -100,7 +102,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """true, false; true with ephemeral_mb 512 only
 
     Start instances from a snapshot of an initialized one."""
-    cors: list[Annotated[str, Meta(pattern=r"^(\*|https?://[^/\s*]+)$")]] = []
+    cors: list[Annotated[str, Meta(pattern=r"^(\*|https?://[^/\s*]+)\Z")]] = []
     """[https://HOST], or ["*"] outside of prod
 
     Origins whose pages may call the API."""
@@ -117,7 +119,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     The Valkey, where storage needs one."""
     broker: Broker = Broker()
-    """{version: "4.2", instance: mq.m7g.medium, mode: single | cluster}; version 4 needs an mq.m7g, a cluster no mq.t3
+    """{version: "4.2", instance: mq.m7g.medium, mode: single | cluster}; version 4 needs an mq.m7g
 
     The RabbitMQ, where storage needs one."""
     log_days: int = 30
@@ -128,8 +130,8 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """an address, or null
 
     Who is written to when an alarm goes off; AWS asks for a confirmation once."""
-    budget_usd: Annotated[float, Meta(gt=0)] | None = None
-    """more than 0, or null; needs alarm_email
+    budget_usd: Annotated[float, Meta(ge=0.01, le=1e9)] | None = None
+    """0.01 to 1000000000, or null; needs alarm_email
 
     USD a month of the whole account, of which 80 % and what is forecast to exceed it are told."""
     tags: dict[str, str] = {}
@@ -175,7 +177,15 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     def _problems(self) -> Iterator[tuple[str, Any, str]]:
         """Key, what was found, and what it should be."""
-        for model, storage in {"": self.storage, **self.storage_overrides}.items():
+        if "" in self.storage_overrides:
+            yield "storage_overrides", self.storage_overrides, "a model has a name; expected {MODEL: as storage}"
+        if len(msgspec.json.encode(self.storage_overrides)) > MAX_OVERRIDES:
+            yield (
+                "storage_overrides",
+                f"{len(self.storage_overrides)} models",
+                f"the function's environment takes no more than {MAX_OVERRIDES} bytes of them; expected fewer, or another storage",
+            )
+        for model, storage in (("", self.storage), *self.storage_overrides.items()):
             pair = KINDS.get(storage) if isinstance(storage, str) else storage
             if pair is None or pair.meta not in METAS or pair.resource not in RESOURCES:
                 key = f"storage_overrides.{model}" if model else "storage"
@@ -184,6 +194,10 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
                     storage,
                     f"on AWS it would not outlive a function or lose data; expected {allowed('storage')}",
                 )
+        if isinstance(self.auth, JwtAuth) and not (
+            self.auth.issuer.startswith("https://") and all(self.auth.audiences)
+        ):
+            yield "auth", self.auth, "expected an issuer like https://login.example.org and audiences that have names"
         if isinstance(self.auth, JwtAuth) and self.edge != "http-api":
             yield (
                 "auth",
@@ -247,12 +261,6 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
                 broker.instance,
                 f"RabbitMQ {broker.version} does not run on it; expected mq.m7g.medium or larger",
             )
-        if broker.mode == "cluster" and broker.instance.startswith("mq.t3."):
-            yield (
-                "broker.instance",
-                broker.instance,
-                "it is too small for a cluster; expected mq.m7g.medium or larger, or mode single",
-            )
 
 
 def project_values() -> dict[str, Any]:
@@ -275,6 +283,8 @@ def read(values: Mapping[str, Any]) -> StackConfig:
 
 
 def _decoded(key: str, value: Any, type_: Any) -> Any:
+    if value == "null":
+        value = None
     nested = isinstance(value, str) and value.lstrip().startswith(("{", "["))
     try:
         # Not strict: Pulumi hands numbers and bools on as text.

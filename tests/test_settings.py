@@ -65,7 +65,11 @@ def test_every_kind_and_pair_has_its_stores(tmp_path, storage, meta, resource):
         {**BACKENDS, "CRUDSTACK_STORAGE": storage},
         {**beside, "CRUDSTACK_OUTPUTS": json.dumps(outputs)},
         {**beside, "CRUDSTACK_OUTPUTS": str(tmp_path / "outputs.json")},
-        {**BACKENDS, "CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": json.dumps({"m": outputs["storage"]})},
+        {
+            **BACKENDS,
+            "CRUDSTACK_STORAGE": "memory",
+            "CRUDSTACK_STORAGE_OVERRIDES": json.dumps({"m": outputs["storage"]}),
+        },
     ):
         made = factory(tmp_path, **environment).build("m")
         assert (type(made.meta_store), type(made.resource_store)) == (meta, resource)
@@ -100,7 +104,10 @@ def test_models_may_have_a_kind_of_their_own(tmp_path):
 
 WRONG = [
     ({}, "CRUDSTACK_STORAGE is not set"),
-    ({"CRUDSTACK_STORAGE": "tape"}, "'tape': expected one of s3-sqlite, postgres-s3, redis-postgres, cached-s3, mq-cached-s3, full, disk, memory-disk, memory"),
+    (
+        {"CRUDSTACK_STORAGE": "tape"},
+        "'tape': expected one of s3-sqlite, postgres-s3, redis-postgres, cached-s3, mq-cached-s3, full, disk, memory-disk, memory",
+    ),
     ({"CRUDSTACK_STORAGE": "disk"}, "CRUDSTACK_DATA_DIR is not set"),
     ({"CRUDSTACK_STORAGE": "postgres-s3", "CRUDSTACK_BUCKET": "b"}, "CRUDSTACK_PG_DSN is not set"),
     (
@@ -110,7 +117,10 @@ WRONG = [
     ({**BACKENDS, "CRUDSTACK_STORAGE": "redis-postgres", "CRUDSTACK_REDIS_URL": ""}, "CRUDSTACK_REDIS_URL is not set"),
     ({**BACKENDS, "CRUDSTACK_STORAGE": "full", "CRUDSTACK_PG_DSN": ""}, "CRUDSTACK_PG_DSN is not set"),
     ({**BACKENDS, "CRUDSTACK_STORAGE": "mq-cached-s3", "CRUDSTACK_AMQP_URL": ""}, "CRUDSTACK_AMQP_URL is not set"),
-    ({**BACKENDS, "CRUDSTACK_STORAGE": "redis-postgres", "CRUDSTACK_REDIS_URL": "h:secret"}, "redis_url cannot be read"),
+    (
+        {**BACKENDS, "CRUDSTACK_STORAGE": "redis-postgres", "CRUDSTACK_REDIS_URL": "h:secret"},
+        "redis_url cannot be read",
+    ),
     ({**BACKENDS, "CRUDSTACK_STORAGE": '{"meta": "postgres", "resource": "memory"}'}, "is no pair that keeps"),
     (
         {
@@ -130,6 +140,10 @@ WRONG = [
         "is no pair that keeps",
     ),
     ({"CRUDSTACK_STORAGE": '{"meta": "disk"}'}, "missing required field `resource`"),
+    *(
+        ({**BACKENDS, "CRUDSTACK_STORAGE": "full", "CRUDSTACK_PREFIX": prefix}, "expected names of letters")
+        for prefix in ("a//b", "../x", "été/", "a{b}/", "x*", "/a")
+    ),
     ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": "{"}, "CRUDSTACK_STORAGE_OVERRIDES is not JSON"),
     (
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": '{"nobody": "memory"}'},

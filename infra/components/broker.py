@@ -22,9 +22,9 @@ class Broker(Component):
     """One instance, or a cluster of three, that carries the invalidations of caches.
 
     RabbitMQ on Amazon MQ has its first user from birth, and AWS neither tells nor changes its password later. So each run draws one, and only
-    the run that makes the broker uses it: for the broker, and then for the secret, which is replaced when, and only when, the broker is. Both
-    are encrypted in the state. If a run was cut off between the two, `pulumi up --replace URN-OF-THE-BROKER` makes both anew; a broker holds
-    nothing that lasts.
+    the run that makes the broker uses it: for the broker, and right after it for the secret. Both are encrypted in the state, and later runs
+    ignore what they draw; a broker that is replaced gets the password that it had. Only a run that is cut off between the two leaves a secret that does
+    not fit: `pulumi destroy --target` both and `pulumi up` make them anew; a broker holds nothing that lasts.
 
     Outputs: `endpoint`, `secret_arn`, `name`.
     """
@@ -54,14 +54,14 @@ class Broker(Component):
             auto_minor_version_upgrade=True,
             apply_immediately=not stack.keeps,
             # First what may be forbidden and is quick, then what takes twenty minutes.
-            opts=self.child(depends_on=[secret]),
+            opts=self.child(depends_on=[secret], ignore_changes=["users"]),
         )
         version = aws.secretsmanager.SecretVersion(
             self.named("broker"),
             secret_id=secret.id,
             secret_string_wo=password.apply(lambda drawn: json.dumps({"username": USER, "password": drawn})),
             secret_string_wo_version=1,
-            opts=self.child(replacement_trigger=broker.id),
+            opts=self.child(depends_on=[broker], ignore_changes=["secret_string_wo"]),
         )
         endpoints = first(broker.instances, lambda instance: instance.endpoints)
         self.endpoint: Output[str] = first(endpoints, lambda endpoint: endpoint)

@@ -23,11 +23,12 @@ class DataBucket(Component):
         super().__init__(stack, "bucket")
         bucket = aws.s3.Bucket(self.named("data"), force_destroy=not stack.keeps, opts=self.data())
         self.bucket, self.arn, self.region = bucket.bucket, bucket.arn, bucket.region
+        # What guards the data stays with them where they stay.
         aws.s3.BucketOwnershipControls(
             self.named("data"),
             bucket=bucket.bucket,
             rule={"object_ownership": "BucketOwnerEnforced"},
-            opts=self.child(),
+            opts=self.data(),
         )
         closed = aws.s3.BucketPublicAccessBlock(
             self.named("data"),
@@ -36,19 +37,19 @@ class DataBucket(Component):
             block_public_policy=True,
             ignore_public_acls=True,
             restrict_public_buckets=True,
-            opts=self.child(),
+            opts=self.data(),
         )
         versioning = aws.s3.BucketVersioning(
             self.named("data"),
             bucket=bucket.bucket,
             versioning_configuration={"status": "Enabled"},
-            opts=self.child(),
+            opts=self.data(),
         )
         aws.s3.BucketServerSideEncryptionConfiguration(
             self.named("data"),
             bucket=bucket.bucket,
             rules=[{"apply_server_side_encryption_by_default": {"sse_algorithm": "AES256"}}],
-            opts=self.child(),
+            opts=self.data(),
         )
         aws.s3.BucketLifecycleConfiguration(
             self.named("data"),
@@ -76,7 +77,7 @@ class DataBucket(Component):
                 },
             ],
             # S3 takes a rule about old versions only where there are versions.
-            opts=self.child(depends_on=[versioning]),
+            opts=self.data(depends_on=[versioning]),
         )
         aws.s3.BucketPolicy(
             self.named("data"),
@@ -97,7 +98,7 @@ class DataBucket(Component):
                 }
             ),
             # S3 refuses two changes of a bucket at once now and then.
-            opts=self.child(depends_on=[closed]),
+            opts=self.data(depends_on=[closed]),
         )
         self.register_outputs({"bucket": self.bucket, "arn": self.arn, "region": self.region})
 

@@ -55,14 +55,25 @@ class Function(Component):
         write = Statement(
             "Log", ("logs:CreateLogStream", "logs:PutLogEvents"), (Output.format("{0}:log-stream:*", logs.arn),)
         )
-        links = [*links, *([network.link()] if network else [])]
         allowed = aws.iam.RolePolicy(
             self.named(name),
             role=role.name,
             policy=policy([write, TRACING, *(statement for link in links for statement in link.statements)]),
             opts=self.child(),
         )
-        group = self._group(name, links, network) if network else None
+        granted: list[pulumi.Resource] = [allowed]
+        group = None
+        if network is not None:
+            # By itself, and gone after the security group: Lambda takes its interfaces away with the function's own permissions, some
+            # minutes after the function has gone, or has left the network.
+            inside = aws.iam.RolePolicy(
+                self.named(f"{name}-network"),
+                role=role.name,
+                policy=policy(network.link().statements),
+                opts=self.child(),
+            )
+            granted.append(inside)
+            group = self._group(name, links, network, inside)
         function = aws.lambda_.Function(
             self.named(name),
             role=role.arn,
@@ -83,14 +94,16 @@ class Function(Component):
             else None,
             publish=True,
             # Lambda tries the role when it makes the function.
-            opts=self.child(depends_on=[allowed]),
+            opts=self.child(depends_on=granted),
         )
         self.function, self.name, self.arn = function, function.name, function.arn
         self.register_outputs({"name": self.name, "arn": self.arn})
 
-    def _group(self, name: str, links: Sequence[Link], network: Network) -> aws.ec2.SecurityGroup:
+    def _group(
+        self, name: str, links: Sequence[Link], network: Network, inside: pulumi.Resource
+    ) -> aws.ec2.SecurityGroup:
         """Its security group."""
-        group = network.group(self, name, "the function")
+        group = network.group(self, name, "the function", depends_on=[inside])
         if any("bucket" in link.outputs for link in links):
             network.open_s3(self, name, group.id)
         for door in (door for link in links for door in link.doors):

@@ -38,9 +38,8 @@ def cors(origins: Sequence[str]) -> Any:
     return {
         "allow_origins": list(origins),
         "allow_methods": ["*"],
-        "allow_headers": ["*"]
-        if origins == ["*"]
-        else ["authorization", "content-type", "idempotency-key", "if-match", "if-none-match"],
+        # Listed even for everybody: browsers take no "*" for Authorization.
+        "allow_headers": ["authorization", "content-type", "idempotency-key", "if-match", "if-none-match"],
         "expose_headers": EXPOSED,
         "max_age": 3600,
     }
@@ -221,5 +220,5 @@ class FunctionUrl(Component):
             invoked_via_function_url=True,
             opts=self.child(),
         )
-        self.url = url.function_url.apply(lambda found: found.rstrip("/"))
+        self.url = url.function_url.apply(lambda found: (found or "").rstrip("/"))
         self.register_outputs({"url": self.url})

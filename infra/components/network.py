@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pulumi_aws as aws
-from pulumi import Input, Output
+from pulumi import Input, Output, Resource
 
 from infra.components import Component, Stack
 from infra.link import Door, Link, Statement
 
 ZONES = 2
+INCOMPLETE_ZONES = ["use1-az3", "usw1-az2", "cac1-az3", "apne1-az3"]
+"""Availability zones that are short of Lambda, RDS Proxy or Amazon MQ."""
 INTERFACES = (
     "ec2:CreateNetworkInterface",
     "ec2:DescribeNetworkInterfaces",
@@ -43,7 +47,9 @@ class Network(Component):
         aws.ec2.DefaultSecurityGroup(self.named("default"), vpc_id=vpc.id, ingress=[], egress=[], opts=self.child())
         table = aws.ec2.RouteTable(self.named("private"), vpc_id=vpc.id, opts=self.child())
         zones = aws.get_availability_zones_output(
-            state="available", filters=[{"name": "opt-in-status", "values": ["opt-in-not-required"]}]
+            state="available",
+            filters=[{"name": "opt-in-status", "values": ["opt-in-not-required"]}],
+            exclude_zone_ids=INCOMPLETE_ZONES,
         )
         self.subnet_ids: list[Output[str]] = []
         for index in range(ZONES):
@@ -51,7 +57,7 @@ class Network(Component):
                 self.named(f"private-{index}"),
                 vpc_id=vpc.id,
                 cidr_block=f"10.0.0.{128 * index}/25",
-                availability_zone=zones.names[index],
+                availability_zone=_nth(zones.names, index),
                 map_public_ip_on_launch=False,
                 tags={"Name": self.named(f"private-{index}")},
                 # The zones of an account may become more; what is in a subnet must not move for that.
@@ -76,14 +82,16 @@ class Network(Component):
         """What a function in the network needs to be there."""
         return Link(statements=(Statement("BeInTheNetwork", INTERFACES, ("*",)),))
 
-    def group(self, component: Component, name: str, description: str) -> aws.ec2.SecurityGroup:
+    def group(
+        self, component: Component, name: str, description: str, depends_on: Sequence[Resource] = ()
+    ) -> aws.ec2.SecurityGroup:
         """A security group of another component, with no rules yet."""
         return aws.ec2.SecurityGroup(
             component.named(name),
             vpc_id=self.vpc_id,
             description=description,
             tags={"Name": component.named(name)},
-            opts=component.child(),
+            opts=component.child(depends_on=list(depends_on)),
         )
 
     def open(self, component: Component, who: str, group: Input[str], door: Door) -> None:
@@ -142,3 +150,8 @@ class Network(Component):
             opts=component.child(),
         )
         return Door(service, group.id, 443)
+
+
+def _nth(names: Output[Sequence[str]], index: int) -> Output[str | None]:
+    """A name of a list that AWS fills in; None while there is none."""
+    return names.apply(lambda found: found[index] if found else None)

@@ -148,7 +148,7 @@ class Observability(Component):
             self.named("budget"),
             budget_type="COST",
             time_unit="MONTHLY",
-            limit_amount=f"{usd:g}",
+            limit_amount=f"{usd:.2f}",
             limit_unit="USD",
             notifications=[
                 {

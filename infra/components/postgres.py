@@ -77,7 +77,7 @@ class Postgres(Component):
     def link(self) -> Link:
         """What signs in as the app's user."""
         # The same region and account, written as IAM wants it: arn:aws:rds-db:REGION:ACCOUNT:dbuser:ID/USER
-        here = self._made.arn.apply(lambda arn: arn.rsplit(":", 2)[0].replace(":rds:", ":rds-db:"))
+        here = self._made.arn.apply(lambda arn: (arn or "").rsplit(":", 2)[0].replace(":rds:", ":rds-db:"))
         user = Output.format("{0}:dbuser:{1}/{2}", here, self._resource_id, APP)
         return Link(
             statements=(Statement("SignInToDatabase", ("rds-db:connect",), (user,)),),
@@ -93,6 +93,7 @@ class Postgres(Component):
             parameters=[
                 {"name": "rds.force_ssl", "value": "1"},
                 {"name": "log_min_duration_statement", "value": "1000"},
+                {"name": "log_parameter_max_length", "value": "0"},  # the data of slow statements stay out of the log
             ],
             opts=self.child(),
         )
@@ -135,6 +136,7 @@ class Postgres(Component):
             parameters=[
                 {"name": "rds.force_ssl", "value": "1"},
                 {"name": "log_min_duration_statement", "value": "1000"},
+                {"name": "log_parameter_max_length", "value": "0"},  # the data of slow statements stay out of the log
             ],
             opts=self.child(),
         )
@@ -262,4 +264,4 @@ class Postgres(Component):
         )
         self.host, self._door = proxy.endpoint, Door("postgres", group.id, PORT)
         # arn:...:db-proxy:prx-0123 ends with what IAM knows it by.
-        self._resource_id = proxy.arn.apply(lambda arn: arn.rpartition(":")[2])
+        self._resource_id = proxy.arn.apply(lambda arn: (arn or "").rpartition(":")[2])

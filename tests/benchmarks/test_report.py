@@ -29,3 +29,8 @@ def test_the_table_has_a_row_for_each_row_and_a_ratio_for_each_peer():
 
 def test_every_round_is_kept():
     assert "| get | ours | 110 90 100 | 9000 10000 11000 |" in raw("T", {"get": {"ours": OURS}})
+
+
+def test_small_figures_keep_their_decimals():
+    assert shown(Cell([0.277], [])) == "0.28"
+    assert "| get | ours | 0.28 1234 |  |" in raw("T", {"get": {"ours": Cell([0.277, 1234.4], [])}})

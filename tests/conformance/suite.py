@@ -33,6 +33,7 @@ from app.autocrud.errors import (
     VersionConflict,
 )
 from app.autocrud.query import SET_OPS, STATE_OPS, Compare, Not, Sort, ops_of
+from app.autocrud.resource_manager.basic import Version
 from app.autocrud.resource_manager.bounds import holds
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
 from app.autocrud.resource_manager.operations import (
@@ -57,6 +58,10 @@ ROUNDS = 25
 
 def keyed(key: str, name: str = "alice", request: str = "") -> Caller:
     return Caller(name, key=IdempotencyKey(key, request))
+
+
+def version_of(meta) -> Version:
+    return Version(meta.version, meta.nonce)
 
 
 class StorageConformance:
@@ -858,6 +863,38 @@ class SharedConformance(DurableConformance):
     """For storages that several processes may use at once. `make` is called in other processes too: no state of the test in it."""
 
     shares: ClassVar[bool] = True
+
+    async def test_what_another_instance_did_under_the_key_meanwhile_is_the_answer(self, root):
+        """It looked for the key, the other one committed, and now the change is no longer possible."""
+        here, there = manage(self.make(root)), manage(self.make(root))
+        for number, change in enumerate(
+            (
+                lambda manager, meta, by: manager.update(
+                    meta.resource_id, Item(text="2"), expect=version_of(meta), by=by
+                ),
+                lambda manager, meta, by: manager.delete(meta.resource_id, by=by),
+                lambda manager, _, by: manager.create(Item(text="new"), resource_id="new", by=by),
+            )
+        ):
+            meta = (await here.create(Item(text="1"))).meta
+            looked, go_on, done = asyncio.Event(), asyncio.Event(), there.storage.done
+
+            async def slow(key, *, peek=False, looked=looked, go_on=go_on, done=done):
+                found = await done(key, peek=peek)
+                looked.set()
+                await go_on.wait()
+                return found
+
+            there.storage.done = slow
+            second = asyncio.create_task(change(there, meta, keyed(f"k{number}")))
+            await looked.wait()
+            first = await change(here, meta, keyed(f"k{number}"))
+            go_on.set()
+            answer = await second
+            there.storage.done = done
+            assert getattr(answer, "meta", answer) == getattr(first, "meta", first)
+        for manager in (here, there):
+            await manager.close()
 
     def test_of_processes_that_expect_one_state_one_wins(self, root):
         processes = 4

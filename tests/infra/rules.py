@@ -400,7 +400,8 @@ def caches_and_brokers_are_closed(stack: Recording, config: StackConfig) -> Iter
 def prod_keeps_and_the_others_leave_nothing(stack: Recording, config: StackConfig) -> Iterator[str]:
     keeps = config.stage == "prod"
     for resource in stack.resources:
-        expected = keeps and resource.type in DATA
+        # What guards a bucket's data stays as long as the data.
+        expected = keeps and (resource.type in DATA or resource.type.startswith("aws:s3/bucket"))
         if (resource.protect, resource.retain) != (expected, expected):
             yield f"{resource.name} is{'' if resource.protect else ' not'} protected, is{'' if resource.retain else ' not'} retained"
     for bucket in stack.all("aws:s3/bucket:Bucket"):
@@ -437,7 +438,7 @@ def all_is_tagged_watched_and_budgeted(stack: Recording, config: StackConfig) ->
         (each.inputs["limitAmount"], each.inputs["notifications"][0]["subscriberEmailAddresses"])
         for each in stack.all("aws:budgets/budget:Budget")
     ]
-    if budgets != ([(f"{config.budget_usd:g}", [config.alarm_email])] if config.budget_usd else []):
+    if budgets != ([(f"{config.budget_usd:.2f}", [config.alarm_email])] if config.budget_usd else []):
         yield f"the budgets are {budgets}"
 
 

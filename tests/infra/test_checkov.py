@@ -53,9 +53,7 @@ SKIPS = {
     "CKV_AWS_258": Skip("edge function-url: the app looks at the token", "function-url-dev/"),
     "CKV_AWS_26": Skip("CloudWatch could not write to it: alarms hold no data"),
     "CKV_AWS_272": Skip("the zip is built from hashes and deployed by the same hand"),
-    "CKV_AWS_290": Skip(
-        "Lambda's network interfaces know no single resources", r"(full|everything)-.*(api|bootstrap-inside)$"
-    ),
+    "CKV_AWS_290": Skip("Lambda's network interfaces know no single resources", r"(full|everything)-.*-network$"),
     "CKV_AWS_293": Skip("only prod keeps", "full-dev/"),
     "CKV_AWS_301": Skip("edge function-url: everybody may call, the app looks at the token", "function-url-dev/"),
     "CKV_AWS_309": Skip(
@@ -64,9 +62,7 @@ SKIPS = {
     "CKV_AWS_327": Skip("AWS's own key encrypts it"),
     "CKV_AWS_338": Skip("log_days, 30 by default: nothing in them is worth a year's price"),
     "CKV_AWS_353": Skip("not every class has performance insights"),
-    "CKV_AWS_355": Skip(
-        "Lambda's network interfaces know no single resources", r"(full|everything)-.*(api|bootstrap-inside)$"
-    ),
+    "CKV_AWS_355": Skip("Lambda's network interfaces know no single resources", r"(full|everything)-.*-network$"),
 }
 
 PLANTED = {

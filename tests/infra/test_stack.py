@@ -31,7 +31,7 @@ from tests.infra.stacks import CONFIGS, STAGES, environment, policies, recording
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 UPDATE = "CRUDSTACK_UPDATE_SNAPSHOTS"
 
-COUNTS = {"s3-sqlite": 34, "cached-s3": 34, "postgres-s3": 69, "redis-postgres": 77, "mq-cached-s3": 58, "full": 90}
+COUNTS = {"s3-sqlite": 34, "cached-s3": 34, "postgres-s3": 71, "redis-postgres": 79, "mq-cached-s3": 59, "full": 92}
 """Resources of a kind, the stack itself and the components included."""
 
 

@@ -56,9 +56,16 @@ class Register:
         return RESOURCES + 3 * process + what
 
 
-def store_of(redis_url: str, dsn: str, name: str, lease_s: float, kind: type[FastSlowMetaStore] = FastSlowMetaStore):
+def store_of(
+    redis_url: str,
+    dsn: str,
+    name: str,
+    lease_s: float,
+    kind: type[FastSlowMetaStore] = FastSlowMetaStore,
+    prefix: str | None = None,
+):
     return kind(
-        RedisMetaStore(redis_url, prefix=f"{name}:"),
+        RedisMetaStore(redis_url, prefix=prefix or f"{name}:"),
         PostgresMetaStore(dsn, table_name=name, max_size=4),
         lease_s=lease_s,
     )

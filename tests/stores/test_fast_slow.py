@@ -104,8 +104,8 @@ class Server:
         """Run it with a clock and a life of ours, which it finds among its keys."""
         text = self.world.texts.get(script.text)
         if text is None:
-            text = script.text.replace("told('server', 'run_id')", "KEYS[2]")
-            text = text.replace("told('replication', 'master_replid')", "KEYS[3]")
+            text = script.text.replace("told(said, 'run_id')", "KEYS[2]")
+            text = text.replace("told(said, 'master_replid')", "KEYS[3]")
             text = text.replace("redis.call('TIME')", "{KEYS[4], KEYS[5]}")
             text = re.sub(r"'PX', [a-z()]+\)", "'PX', 3600000)", text)  # what ends an entry is what it says
             assert text.count("KEYS[") == 5
@@ -471,7 +471,7 @@ class ForgetsWhatKeysLeft(FastSlowMetaStore):
 
 class MindsItsOwnLease(FastSlowMetaStore):
     def _seen(self, fence):
-        return fence._replace(lease_s=self._lease_s)
+        return super()._seen(fence._replace(lease_s=self._lease_s))
 
 
 MUTANTS = {
@@ -574,6 +574,8 @@ def _two(
     networks = [Network(world), Network(world)]
     networks[1].server = world.servers[1 if apart else 0]
     stores = [kind(SimulatedFast(network), slow) for network in networks]
+    for store in stores:
+        store._seal = b""  # they know the slow store
     return world, slow, stores
 
 
@@ -1015,6 +1017,22 @@ async def test_a_hit_asks_nobody_else_and_a_miss_fills_in(servers, stores, monke
     monkeypatch.setattr(PostgresMetaStore, "get", never)
     monkeypatch.setattr(PostgresMetaStore, "get_fenced", never)
     assert await first.get("r") == meta
+
+
+async def test_two_slow_stores_behind_one_prefix_read_nothing_of_each_other(servers, postgres, tmp_path):
+    """Two applications on one Redis, as by mistake."""
+    ours, theirs = (
+        worker.store_of(servers[0].url, postgres, name, 30.0, prefix="shared:")
+        for name in (tmp_path.name, f"{tmp_path.name}2")
+    )
+    meta = await _write(ours, await _write(ours))
+    assert await ours.get("r") == meta
+    with pytest.raises(ResourceNotFound):
+        await theirs.get("r")
+    other = await _write(theirs)
+    assert (await ours.get("r"), await theirs.get("r")) == (meta, other)
+    for store in (ours, theirs):
+        await store.close()
 
 
 async def test_what_cannot_be_decoded_is_a_miss(servers, stores):

@@ -130,3 +130,17 @@ async def test_whoever_finds_that_a_key_was_used_tells_the_others(objects):
         await manager.create(Item(), by=Caller("a", key=IdempotencyKey("k")))
         assert len(told) >= times
     await manager.close()
+
+
+async def test_nobody_is_refused_upon_an_old_state(objects):
+    one, other = manage(Factory(objects, 3600)), manage(Factory(objects, 3600))
+    await one.open()
+    await other.open()
+    created = await one.create(Item(text="1"), resource_id="a")
+    assert (await other.update("a", Item(text="2"), expect=created.version)).meta.version == 2
+    await one.create(Item(), resource_id="b")
+    await other.delete("b")
+    await one.purge("b")
+    await other.create(Item(text="again"), resource_id="b")
+    for manager in (one, other):
+        await manager.close()

@@ -24,6 +24,7 @@ from app.autocrud.resource_manager.storage_factory import IStorageFactory, Postg
 from tests.conformance import SharedConformance
 from tests.postgres import Postgres
 from tests.services import BUCKET, given
+from tests.stores.fast_slow_worker import change_of
 from tests.tcp_proxy import TcpProxy
 
 
@@ -266,7 +267,27 @@ async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
     async with opened.connection():
         with pytest.raises(StoreUnavailable, match="no connection to spare"):
             await manager.count()
+        with pytest.raises(StoreUnavailable, match="no connection to spare"):  # nothing was sent, so nothing is unknown
+            await manager.storage.meta_store.commit([change_of("b")])
     assert await manager.count() == 1
+    await manager.close()
+
+
+async def test_a_server_that_is_not_there_is_named_to_whoever_starts_the_program(monkeypatch, name):
+    monkeypatch.setattr(pool, "WAIT_S", 0.5)
+    manager = manager_of("postgresql://crud:a-secret@127.0.0.1:1/postgres", name)
+    with pytest.raises(StoreUnavailable, match="cannot be reached right now") as raised:
+        await manager.open()
+    assert "refused" in str(raised.value.__cause__)
+    assert "a-secret" not in str(raised.value.__cause__)
+    await manager.close()
+
+
+async def test_what_holds_does_not_depend_on_the_server_s_default_isolation(postgres, name):
+    """P2 and P3 look at what others have committed meanwhile."""
+    manager = manager_of(f"{postgres}?options=-c%20default_transaction_isolation%3Drepeatable%5C%20read", name)
+    await manager.create(Note("a"))
+    assert await manager.storage.meta_store._rows("SHOW transaction_isolation") == [("read committed",)]
     await manager.close()
 
 

@@ -280,6 +280,10 @@ class MetaStore(Store):
         """As `get`, but perhaps an earlier state: to build a change upon, whose expectation `commit` checks. Never to answer from."""
         return await self.get(resource_id)
 
+    async def catch_up(self) -> None:
+        """Where reads may lag: have those that follow see what is acknowledged now. Nobody is refused upon less."""
+        return None
+
     async def maintain(self, budget_s: float) -> None:
         """The store's own housekeeping, for at most about `budget_s` seconds."""
         return None
@@ -456,6 +460,10 @@ class IStorage(ABC):
     async def peek(self, resource_id: str) -> ResourceMeta:
         """As MetaStore.peek."""
         return await self.get(resource_id)
+
+    async def catch_up(self) -> None:
+        """As MetaStore.catch_up."""
+        return None
 
     @abstractmethod
     async def bodies(self, uids: Sequence[str]) -> list[bytes]: ...

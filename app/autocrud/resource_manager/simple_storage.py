@@ -189,6 +189,9 @@ class SimpleStorage(IStorage):
     async def peek(self, resource_id: str) -> ResourceMeta:
         return await self.meta_store.peek(resource_id)
 
+    async def catch_up(self) -> None:
+        await self.meta_store.catch_up()
+
     async def bodies(self, uids: Sequence[str]) -> list[bytes]:
         return await self.resource_store.get_many(uids) if uids else []
 
@@ -370,8 +373,12 @@ class SimpleStorage(IStorage):
     async def close(self) -> None:
         with self._state:
             self._opening = None
-        await self.meta_store.close()
-        await self.resource_store.close()
+        # An index of its own last: until it is closed the other one may still refresh it.
+        stores = (
+            (self.resource_store, self.meta_store) if self._indexed_there else (self.meta_store, self.resource_store)
+        )
+        for store in stores:
+            await store.close()
 
 
 def _bodies_of(writes: Sequence[Write]) -> list[str]:

@@ -153,12 +153,16 @@ class Writer(Generic[T]):
                 return await self._commit_plan(plan, operations, states, key)
         # What was done may not be possible again, so that comes before planning.
         await self._refuse_again(key, peek=False)
+        await self._storage.catch_up()
         try:
             plan, states = await self._plan(operations, caller, peek=False)
         except StoreDamaged:
             if last:
                 raise
             return None  # a body that is missing may be that of a draft which somebody has just replaced
+        except CrudError:
+            await self._refuse_again(key, peek=False)  # perhaps because the same request was done elsewhere since
+            raise
         return await self._commit_plan(plan, operations, states, key)
 
     async def _refuse_again(self, key: HashedKey | None, *, peek: bool) -> None:

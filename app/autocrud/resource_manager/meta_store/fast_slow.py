@@ -29,6 +29,7 @@ remove documents and tokens again, and store what was committed if the token of 
   another life than the one in use has it adopted, at most once in 2 L: two servers that are both in use make writers wait, and no more.
 - F8 *Leases of different lengths mix*: the slow store remembers the longest that was ever used, which is the L of all who wait.
 - F9 *What a key left is acknowledged as a commit is*: the one who committed may have been stopped before it could settle.
+- F10 *Two slow stores may share a fast one*, by mistake and under one prefix: a document says of which store it is, and another's is a miss.
 
 Assumed: the clocks of Redis and PostgreSQL, which may be wrong, are not set back or forth by much while they run (a Redis that is set back by more
 than L only misses, by less than L it may keep a document for as long), and *all* who write go through this class: a program that writes to the slow store
@@ -85,11 +86,13 @@ class Fence(NamedTuple):
     life     None if there never was one
     lease_s  the longest lease that was ever used
     age_s    for how long everybody has seen this life at least; infinite if there was none before it, negative if that is not known yet
+    store    what the slow store calls itself, drawn at its birth
     """
 
     life: str | None
     lease_s: float
     age_s: float
+    store: str = ""
 
 
 @runtime_checkable
@@ -135,6 +138,7 @@ class FastSlowMetaStore(MetaStore):
         self._fast, self._slow, self._fences = fast_store, slow_store, slow_store
         self._lease_s, self._leases = lease_s, fast_store.leases(lease_s)
         self._longest_s = lease_s  # of the leases that we know of
+        self._seal: bytes | None = None  # what our documents begin with; None until the fence was read
         self._skip_until = self._adopt_after = float("-inf")
 
     @property
@@ -156,6 +160,7 @@ class FastSlowMetaStore(MetaStore):
     # Reading
 
     async def get(self, resource_id: str) -> ResourceMeta:
+        await self._acquainted()
         found = await self._look(resource_id)
         if isinstance(found, ResourceMeta):
             return found
@@ -167,7 +172,7 @@ class FastSlowMetaStore(MetaStore):
                 await self._adopt(found.life, fence)
         elif meta is not None:
             with self._skipping():
-                await self._leases.fill(resource_id, found, _encode(meta))
+                await self._leases.fill(resource_id, found, self._sealed(meta))
         if meta is None:
             raise missing(resource_id)
         return meta
@@ -180,8 +185,10 @@ class FastSlowMetaStore(MetaStore):
                 found = await self._leases.read(resource_id)
         if not isinstance(found, bytes):
             return found
+        if self._seal is None or not found.startswith(self._seal):  # F10
+            return None
         try:
-            return meta_of(found)
+            return meta_of(found[len(self._seal) :])
         except (msgspec.MsgspecError, IndexError):  # of a program that knows other metadata, perhaps
             return None
 
@@ -205,7 +212,16 @@ class FastSlowMetaStore(MetaStore):
         # Goes on where the one who asked does not: what was committed is settled.
         return await outlived(asyncio.ensure_future(self._commit(list(changes), once)))
 
+    async def _acquainted(self) -> None:
+        """Know the slow store, and with it the longest lease, before anything is read from the fast one or has to be waited for."""
+        if self._seal is None:
+            self._seen(await self._fences.fence())
+
+    def _sealed(self, meta: ResourceMeta) -> bytes:
+        return (self._seal or b"") + _encode(meta)
+
     async def _commit(self, changes: list[Change], once: Once | None) -> list[ResourceMeta]:
+        await self._acquainted()
         resource_ids = list(dict.fromkeys(change.meta.resource_id for change in changes))
         grant = None
         if resource_ids and time.monotonic() >= self._skip_until:
@@ -225,7 +241,7 @@ class FastSlowMetaStore(MetaStore):
             raise
         if changes:
             left = {
-                meta.resource_id: b"" if change.purge else _encode(meta)
+                meta.resource_id: b"" if change.purge else self._sealed(meta)
                 for change, meta in zip(changes, committed, strict=True)
             }
             await self._settle(left, grant)
@@ -267,6 +283,7 @@ class FastSlowMetaStore(MetaStore):
 
     def _seen(self, fence: Fence) -> Fence:
         self._longest_s = max(self._longest_s, fence.lease_s)
+        self._seal = fence.store.encode()
         return fence
 
     async def _adopt(self, life: str, fence: Fence) -> Fence:

@@ -67,7 +67,7 @@ MAX_ID = 2000
 RESOLVE_S = 20.0
 """How long the outcome of a commit whose answer was lost is asked for."""
 FENCE = """fast_life, fast_lease, CASE fast_since WHEN '-infinity' THEN 'infinity'::float8 WHEN 'infinity' THEN -1
-ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) END"""
+ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) END, fast_store"""
 RETRIED = ("40001", "40P01")
 """SQLSTATEs of transactions that PostgreSQL ended for the sake of another one."""
 
@@ -132,7 +132,8 @@ class PostgresMetaStore(MetaStore):
                 async with pool.connection() as connection:
                     return await work(connection)
         except psycopg.Error as error:
-            raise translated(error) from error
+            meant = translated(error, pool)
+            raise meant from (meant.__cause__ or error)
 
     async def _rows(self, statement: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a statement that only reads, with `<main>` and the like for its tables."""
@@ -159,7 +160,7 @@ class PostgresMetaStore(MetaStore):
             cursor = await connection.execute(
                 self._filled(
                     "SELECT (SELECT id FROM <specs> WHERE fields = %s::jsonb), uniques,"
-                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)), fast_lease FROM <state>"
+                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)), fast_store FROM <state>"
                 ),
                 (fields, self._schema.function.strip('"')),
             )
@@ -285,7 +286,11 @@ class PostgresMetaStore(MetaStore):
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         specs = await self._rows("SELECT id, fields::text FROM <specs>")
         lacking = [number for number, text in specs if not self._kinds.items() <= msgspec.json.decode(text).items()]
-        rows = await self._rows("SELECT doc FROM <main> WHERE spec = ANY(%s::int[]) LIMIT %s", (lacking, limit))
+        # Both of them, so that the index is used, which is this one to keep counts cheap.
+        rows = await self._rows(
+            "SELECT doc FROM <main> WHERE is_deleted IN (FALSE, TRUE) AND spec = ANY(%s::int[]) LIMIT %s",
+            (lacking, limit),
+        )
         return [meta_of(row[0]) for row in rows]
 
     async def generation(self) -> int:

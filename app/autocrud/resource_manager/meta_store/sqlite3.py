@@ -181,6 +181,10 @@ class S3SqliteMetaStore(MetaStore):
         await self._replica.open()
         await self._replica.checked()
 
+    async def catch_up(self) -> None:
+        if self._consistency != "strong":
+            await self.refresh()
+
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
         await self.refresh()  # whatever the consistency of reads: what this finds is removed
         return await self._replica.read(lambda db: self._tables.unreferenced(db, uids))

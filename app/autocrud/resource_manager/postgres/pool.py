@@ -36,6 +36,10 @@ class _Opened(NamedTuple):
     connections: weakref.WeakSet[Connection]
 
 
+class Unreachable(Exception):
+    """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
+
+
 _opened: dict[asyncio.AbstractEventLoop, dict[tuple[str, Password | None], _Opened]] = {}
 _mutex = threading.Lock()
 
@@ -66,9 +70,29 @@ async def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
 
     async def configure(connection: Connection) -> None:
         connections.add(connection)
+        # The commit function looks at what others have committed while it waited. Hardened servers have another default.
+        cursor = await connection.execute("SHOW default_transaction_isolation")
+        if await cursor.fetchone() != ("read committed",):
+            await connection.execute("SET default_transaction_isolation = 'read committed'")
+
+    class Reporting(AsyncConnection[Any]):
+        """Keeps why the last attempt failed; the pool tells nobody but its log."""
+
+        failure: str | None = None
+
+        @classmethod
+        async def connect(cls, conninfo: str = "", **given: Any) -> Any:
+            try:
+                connection = await super().connect(conninfo, **given)
+            except (psycopg.Error, CrudError) as error:
+                cls.failure = str(error).partition("\n")[0]
+                raise
+            cls.failure = None
+            return connection
 
     pool: Pool = AsyncConnectionPool(
         dsn,
+        connection_class=Reporting,
         kwargs=arguments,
         configure=configure,
         min_size=0,
@@ -103,10 +127,15 @@ async def close_pools(dsn: str, password: Password | None) -> None:
         await opened.pool.close()
 
 
-def translated(error: Exception) -> CrudError:
+def translated(error: Exception, pool: Pool) -> CrudError:
     """An error in the words of the engine. What was asked was surely not done, unless a commit lost its answer, which is another matter."""
     if isinstance(error, PoolTimeout | TooManyRequests):
-        log.warning("PostgreSQL: no connection within %g s", WAIT_S)
+        failure = getattr(pool.connection_class, "failure", None)
+        log.warning("PostgreSQL: no connection within %g s%s", WAIT_S, (failure and f": {failure}") or "")
+        if failure is not None:
+            unavailable = StoreUnavailable("the database cannot be reached right now; nothing was changed, try again")
+            unavailable.__cause__ = Unreachable(failure)
+            return unavailable
         return StoreUnavailable("the database has no connection to spare right now; nothing was changed, try again")
     state = getattr(error, "sqlstate", None) or ""
     ordinary = state[:2] in ("CS", "23", "40")  # conflicts and what is tried again
@@ -122,4 +151,6 @@ def translated(error: Exception) -> CrudError:
 def is_lost(error: Exception) -> bool:
     """Whether the connection is gone, and with it perhaps an answer."""
     state = getattr(error, "sqlstate", None)
+    if isinstance(error, PoolTimeout | TooManyRequests):  # there was none to be lost
+        return False
     return isinstance(error, psycopg.OperationalError) and (state is None or state[:2] in ("08", "57"))

@@ -64,7 +64,7 @@ class Schema:
         self.function = quoted(name_of(table, f"commit-{hashlib.sha256(_FUNCTION.encode()).hexdigest()[:8]}"))
 
     def filled(self, text: str) -> str:
-        """A statement with the names of this table in it: `<main>` is a table, `<main-spec>` an index of it."""
+        """A statement with the names of this table in it: `<main>` is a table, `<main-state>` an index of it."""
         known = self.names | {"function": self.function, "lock": str(self.lock), "held": held("value_")}
         return re.sub(r"<([a-z-]+)>", lambda found: known.get(found[1]) or quoted(name_of(self.table, found[1])), text)
 
@@ -96,7 +96,7 @@ CREATE TABLE IF NOT EXISTS <main> (
   doc bytea NOT NULL, shown bytea, keys jsonb NOT NULL DEFAULT '{}', absent text[] NOT NULL DEFAULT '{}', spec int NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS <main-created> ON <main> (is_deleted, created_time NULLS FIRST, id);
 CREATE INDEX IF NOT EXISTS <main-updated> ON <main> (is_deleted, updated_time NULLS FIRST, id);
-CREATE INDEX IF NOT EXISTS <main-spec> ON <main> (spec);
+CREATE INDEX IF NOT EXISTS <main-state> ON <main> (is_deleted, spec);
 CREATE TABLE IF NOT EXISTS <revisions> (
   id text COLLATE "C" NOT NULL, revision bigint NOT NULL, uid text NOT NULL, doc bytea NOT NULL, PRIMARY KEY (id, revision));
 CREATE INDEX IF NOT EXISTS <revisions-uid> ON <revisions> (uid);
@@ -117,7 +117,8 @@ CREATE TABLE IF NOT EXISTS <state> (
   one int PRIMARY KEY CHECK (one = 1), format int NOT NULL, generation bigint NOT NULL, uniques text[] NOT NULL);
 INSERT INTO <state> VALUES (1, 1, 0, '{}') ON CONFLICT DO NOTHING;
 ALTER TABLE <state> ADD COLUMN IF NOT EXISTS fast_life text, ADD COLUMN IF NOT EXISTS fast_since timestamptz,
-  ADD COLUMN IF NOT EXISTS fast_lease float8 NOT NULL DEFAULT 0;
+  ADD COLUMN IF NOT EXISTS fast_lease float8 NOT NULL DEFAULT 0,
+  ADD COLUMN IF NOT EXISTS fast_store text NOT NULL DEFAULT gen_random_uuid()::text;
 """
 
 _FUNCTION = """
@@ -126,8 +127,11 @@ DECLARE
   c jsonb; m jsonb; field_ text; value_ text; generation_ bigint; uniques_ text[]; expected boolean;
 BEGIN
   PERFORM pg_advisory_xact_lock_shared(<lock>);
-  IF once IS NOT NULL AND EXISTS (SELECT 1 FROM <done> WHERE key = once->>'key') THEN
-    RAISE EXCEPTION 'done before' USING ERRCODE = 'CS003';
+  -- Conditions with a query in them are nested: each one is planned anew at every call.
+  IF once IS NOT NULL THEN
+    IF EXISTS (SELECT 1 FROM <done> WHERE key = once->>'key') THEN
+      RAISE EXCEPTION 'done before' USING ERRCODE = 'CS003';
+    END IF;
   END IF;
   INSERT INTO <recent> (call) VALUES (call_);
   SELECT generation, uniques INTO generation_, uniques_ FROM <state>;
@@ -141,9 +145,10 @@ BEGIN
   END IF;
   FOR c IN SELECT x FROM jsonb_array_elements(changes) x LOOP
     m := c->'meta';
-    IF c ? 'generation' AND (c->>'generation')::bigint < generation_ - 1 AND NOT EXISTS (
-        SELECT 1 FROM <revisions> WHERE id = c->>'id' AND revision = (c->>'record')::bigint AND uid = c->>'uid') THEN
-      RAISE EXCEPTION 'stale' USING ERRCODE = 'CS002';
+    IF (c->>'generation')::bigint < generation_ - 1 THEN
+      IF NOT EXISTS (SELECT 1 FROM <revisions> WHERE id = c->>'id' AND revision = (c->>'record')::bigint AND uid = c->>'uid') THEN
+        RAISE EXCEPTION 'stale' USING ERRCODE = 'CS002';
+      END IF;
     END IF;
     IF c ? 'purge' THEN
       DELETE FROM <main> WHERE id = c->>'id' AND version = (c->>'version')::bigint AND nonce = c->>'nonce';

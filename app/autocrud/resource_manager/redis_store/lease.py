@@ -49,11 +49,17 @@ def _script(body: str) -> Script:
 
 _COMMON = """
 local F, lease = KEYS[1], tonumber(ARGV[1])
-local function told(section, name)
-  local answer = redis.pcall('INFO', section)
-  return type(answer) == 'string' and string.match(answer, '\\n' .. name .. ':(%x+)') or ''
+local function told(answer, name)  -- 40 hexadecimal digits; what comes before them is found as it is, for patterns are slow
+  local _, colon = string.find(answer, '\\n' .. name .. ':', 1, true)
+  return colon and string.match(answer, '^%x+', colon + 1) or ''
 end
-local run, history = told('server', 'run_id'), told('replication', 'master_replid')
+local function info(...)
+  local answer = redis.pcall('INFO', ...)
+  return type(answer) == 'string' and answer or ''
+end
+local said = info('server', 'replication')
+if said == '' then said = info('server') .. info('replication') end  -- before Redis 7
+local run, history = told(said, 'run_id'), told(said, 'master_replid')
 local life = #run == 40 and #history == 40 and string.find(run, '[^0]') and run .. history or ''
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

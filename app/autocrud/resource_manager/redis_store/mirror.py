@@ -25,11 +25,11 @@ import apsw
 import msgspec
 
 from ...errors import StoreDamaged, StoreUnavailable
-from ..basic import Change, Encoding, IndexEntry, ModelSpec
+from ..basic import Change, Encoding, ModelSpec
 from ..documents import meta_of
-from ..s3_sqlite.head import Indexed, Op, record_of
 from ..sqlite import sql
 from ..sqlite.database import MemoryDatabase
+from ..sqlite.replay import entry_of, replay
 from ..sqlite.tables import ResourceTables
 from ..threads import in_thread, outlived
 from .scripts import FOLLOW, PAGE
@@ -228,7 +228,7 @@ class Copy:
                     raise Apart
                 if entry.seq > here.seq:
                     for op in entry.ops:
-                        self._replay(connection, op, specs)
+                        replay(self.tables, connection, op, specs)
             if position.seq > here.seq:
                 self.position = position
 
@@ -237,25 +237,13 @@ class Copy:
         else:
             await in_thread(lambda: self.db.run(work))
 
-    def _replay(self, connection: apsw.Connection, op: Op, specs: dict[str, dict[str, str]]) -> None:
-        entry, complete = self._entry(op.index, specs)
-        if op.kind == "purge":
-            self.tables.purge(connection, op.resource_id)
-        elif op.kind == "index" and entry is not None:
-            self.tables.put_index(connection, op.resource_id, entry)
-        elif op.kind == "put" and op.meta is not None:
-            change = Change(meta=op.meta, record=record_of(op), index=entry, expect="any", drop=op.drop)
-            self.tables.follow(connection, [change])
-        if not complete:
-            self.tables.mark_outdated(connection, op.resource_id)
-
     def fill(self, rows: Sequence[Row], specs: dict[str, dict[str, str]]) -> None:
         def work(connection: apsw.Connection) -> None:
             for row in rows:
                 if row.meta is None:
                     log.error("%s: a resource is gone from Redis, and nobody purged it", self.tables.spec.name)
                     continue
-                entry, complete = self._entry(row.index, specs)
+                entry, complete = (None, True) if row.index is None else entry_of(self.tables, row.index, specs)
                 self.tables.follow(connection, [Change(meta=row.meta, record=None, index=entry, expect="any")])
                 rid: Any = connection.execute("SELECT rid FROM resources WHERE id = ?", (row.meta.resource_id,)).get
                 for record in row.records:
@@ -264,15 +252,6 @@ class Copy:
                     self.tables.mark_outdated(connection, row.meta.resource_id)
 
         self.db.run(work)
-
-    def _entry(self, index: Indexed | None, specs: dict[str, dict[str, str]]) -> tuple[IndexEntry | None, bool]:
-        """The index entry for the bound fields, and whether it says something of each."""
-        if index is None:
-            return None, True
-        theirs, mine = specs.get(index.spec, {}), self.tables.kinds
-        covered = {name for name, kind in mine.items() if theirs.get(name) == kind}
-        keys = {name: key for name, key in index.keys.items() if name in covered}
-        return IndexEntry(keys, index.missing, index.shown), len(covered) == len(mine)
 
     def values(self, names: Sequence[str]) -> tuple[Position, list[str], list[tuple[str, str, Any]]]:
         """Where the copy is; which of these fields resources share a value of; and (name, id, value) for each value."""

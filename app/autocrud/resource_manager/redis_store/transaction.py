@@ -23,7 +23,7 @@ from ..basic import (
 )
 from ..checks import generation_of, storable_id
 from ..documents import encoder, info_of
-from ..s3_sqlite.head import Indexed, Op, indexed, op_of
+from ..ops import Indexed, Op, indexed, op_of
 
 TXID = 16
 

@@ -92,6 +92,10 @@ class S3ResourceStore(ResourceStore):
         if uids:
             await self._objects.delete([self._prefix + uid for uid in uids])
 
+    async def health(self) -> None:
+        async for _ in self._objects.list(self._prefix + "~"):  # nothing is there, but whoever may not look is told so
+            break
+
     async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
         found: list[str] = []
         async for listed in self._objects.list(self._prefix, self._prefix + after if after else ""):

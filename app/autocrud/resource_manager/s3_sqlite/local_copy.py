@@ -29,10 +29,12 @@ from uuid import uuid4
 import apsw
 
 from ...errors import ConfigError, CrudError, StoreUnavailable
-from ..basic import Change, IndexEntry, Once, Reindex, ResourceMeta
+from ..basic import Change, Once, Reindex, ResourceMeta
+from ..ops import Op, Remembered, indexed, op_of
 from ..sqlite.database import empty_log, keep_plans
+from ..sqlite.replay import replay
 from ..sqlite.tables import ResourceTables
-from .head import Head, Op, Record, Remembered, Schema, decode_head, decode_ops, encode_ops, indexed, op_of, record_of
+from .head import Head, Record, Schema, decode_head, decode_ops, encode_ops
 
 T = TypeVar("T")
 
@@ -244,30 +246,13 @@ class LocalCopy:
     def _replay(self, connection: apsw.Connection, schema: Schema, record: Record) -> None:
         ops = decode_ops(record.ops)
         for op in ops:
-            entry, complete = (None, True) if op.index is None else self._entry(schema, op)
-            if op.kind == "purge":
-                self.tables.purge(connection, op.resource_id)
-            elif op.kind == "index" and entry is not None:
-                self.tables.put_index(connection, op.resource_id, entry)
-            elif op.kind == "put" and op.meta is not None:
-                change = Change(meta=op.meta, record=record_of(op), index=entry, expect="any", drop=op.drop)
-                self.tables.follow(connection, [change])
-            elif op.kind == "once" and op.once is not None:
+            if op.kind == "once" and op.once is not None:
                 once = Once(key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results)
                 purged = {one.resource_id: at for at, one in enumerate(ops) if one.kind == "purge"}
                 self.tables.remember(connection, once, [one.meta for one in ops], purged)
-            if not complete:
-                self.tables.mark_outdated(connection, op.resource_id)
+            else:
+                replay(self.tables, connection, op, schema.specs)
         connection.execute("INSERT OR REPLACE INTO recent VALUES (?, ?)", (record.seq, record.txid))
-
-    def _entry(self, schema: Schema, op: Op) -> tuple[IndexEntry, bool]:
-        """The index entry for the bound fields, and whether it says something of each."""
-        index = op.index
-        assert index is not None
-        theirs, mine = schema.specs.get(index.spec, {}), self.tables.kinds
-        covered = {name for name, kind in mine.items() if theirs.get(name) == kind}
-        keys = {name: key for name, key in index.keys.items() if name in covered}
-        return IndexEntry(keys, index.missing, index.shown), len(covered) == len(mine)
 
     def attempt(self, works: Sequence[Work], doubtful: Sequence[bytes] = ()) -> Trial:
         """Try transactions at the state of the copy, each seeing those before it that succeeded. CrudErrors are their answers.

@@ -1,0 +1,298 @@
+"""docs/costs.md: what a stack costs in a month, with the arithmetic. `python -m infra.costs` prints it.
+
+    >>> total(lines(StackConfig(storage="postgres-s3"), millions=1))
+    25.52
+
+Which lines there are follows from the config; a test compares what is counted with what the program registers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from infra.components.network import ZONES
+from infra.config import KINDS, Need, StackConfig, read
+
+MONTH_H = 730
+MONTH_S = 3600 * MONTH_H / 1e6
+"""Millions."""
+VOLUMES = (0, 1, 100)
+"""Millions of requests a month."""
+
+
+class Price(NamedTuple):
+    usd: float
+    unit: str
+    what: str
+
+
+LAMBDA = Price(0.20, "M requests", "Lambda, requests")
+LAMBDA_GB_S = Price(13.3334, "M GB-s", "Lambda, time on arm64")
+HTTP_API = Price(1.00, "M requests", "HTTP API")
+PUT = Price(5.00, "M requests", "S3 Standard, PUT and LIST")
+GET = Price(0.40, "M requests", "S3 Standard, GET")
+S3_GB = Price(0.023, "GB-month", "S3 Standard, storage")
+LOGS = Price(0.50, "GB", "CloudWatch Logs, taken in")
+METRIC = Price(0.30, "metric-month", "CloudWatch, metric of one's own")
+ALARM = Price(0.10, "alarm-month", "CloudWatch, alarm")
+TRACE = Price(5.00, "M traces", "X-Ray, recorded")
+SECRET = Price(0.40, "secret-month", "Secrets Manager")
+OUT = Price(0.09, "GB", "To the internet, after 100 GB a month of the account")
+GP3 = Price(0.115, "GB-month", "RDS for PostgreSQL, gp3 storage")
+ACU = Price(0.12, "ACU-hour", "Aurora Serverless v2")
+PROXY = Price(0.015, "vCPU-hour or ACU-hour", "RDS Proxy; at least 2 vCPU, of Aurora Serverless 8 ACU")
+CACHE_GB = Price(0.084, "GB-hour", "ElastiCache Serverless for Valkey, at least 0.1 GB")
+ECPU = Price(0.0023, "M ECPU", "ElastiCache Serverless for Valkey, work")
+ENDPOINT = Price(0.01, "hour and subnet", "Interface endpoint")
+MQ_GB = Price(0.10, "GB-month", "Amazon MQ for RabbitMQ, storage")
+INSTANCES = {
+    "db.t4g.micro": Price(0.016, "hour", "RDS for PostgreSQL, db.t4g.micro"),
+    "cache.t4g.micro": Price(0.0128, "hour", "ElastiCache for Valkey, cache.t4g.micro"),
+    "mq.m7g.medium": Price(0.1367, "hour", "Amazon MQ, mq.m7g.medium (**estimate**)"),
+    "mq.m5.large": Price(0.288, "hour", "Amazon MQ, mq.m5.large"),
+}
+
+# What is assumed, and measured: a test compares the latter with benchmarks/RESULTS.md, the log's lines and what is registered.
+READS, WRITES, REQUEST_S = 0.9, 0.1, 0.05
+RUNS = MONTH_H / 1e6
+"""Millions of hourly housekeeping."""
+RUN_S, RUN_GETS = 1, 20
+WRITE_PUTS, WRITE_KB, GET_GETS = 2.03, 25, 2
+"""Of an update and a get in s3-sqlite; a PUT and a GET of them are the body's."""
+OLD_DAYS = 2
+"""How long old versions of HEAD lie there: what the rules of the bucket do not keep goes once a day."""
+HITS, KEPT_KB = 0.8, 2
+ANSWER_KB, FREE_OUT_GB = 2, 100
+LOG_KB = {"http-api": 1.6, "function-url": 1.3}
+METRICS, READ_ECPUS, WRITE_ECPUS = 6, 3, 6
+ALARMS: dict[Need | None, int] = {None: 4, "postgres": 3, "cache": 1, "broker": 2}
+
+
+class Number(NamedTuple):
+    """A number and how it came about."""
+
+    value: float
+    """Of requests millions; millions of KB are GB."""
+    text: str
+    added: bool = False
+    """Whether it is a sum, which takes brackets among factors."""
+
+
+class Line(NamedTuple):
+    price: Price
+    usd: float
+    sum: str
+    """ "1 M × 0.20"."""
+
+
+def lines(config: StackConfig, millions: float) -> Iterator[Line]:
+    """What a month with so many requests costs. KeyError for an instance whose price nobody has written down yet."""
+    requests, reads, writes = _m(millions), _m(READS * millions), _m(WRITES * millions)
+    pair, memory = config.pairs[0], Number(config.memory_mb / 1024, f"{config.memory_mb / 1024:g} GB")
+    yield _line(LAMBDA, _plus(requests, _m(RUNS)))
+    seconds = _plus(_times(requests, _n(REQUEST_S, "s")), _times(_m(RUNS), _n(RUN_S, "s")))
+    yield _line(LAMBDA_GB_S, _times(seconds, memory))
+    if config.edge == "http-api":
+        yield _line(HTTP_API, requests)
+    yield _line(LOGS, _times(requests, _n(LOG_KB[config.edge], "KB")))
+    yield _line(METRIC, _n(METRICS if millions else 0))
+    yield _line(TRACE, _traces(millions + RUNS))
+    out = _times(requests, _n(ANSWER_KB, "KB"))
+    yield _line(OUT, Number(max(0, out.value - FREE_OUT_GB), f"{out.text} - {FREE_OUT_GB} GB", added=True))
+
+    indexed, cached = pair.meta == "s3-sqlite", pair.resource != "s3"
+    yield _line(PUT, _times(writes, _n(WRITE_PUTS if indexed else 1)))
+    body = _n(round(1 - HITS, 2)) if cached else _n(1)
+    gets = _times(reads, _plus(_n(GET_GETS - 1), body) if indexed else body)
+    yield _line(GET, _plus(gets, _times(_m(RUNS), _n(RUN_GETS))))
+    kept = _times(writes, _n(KEPT_KB, "KB"))
+    old = _times(writes, _n(WRITE_KB, "KB"), Number(OLD_DAYS / 30, f"{OLD_DAYS}/30"))
+    yield _line(S3_GB, _plus(_n(1, "GB"), kept, *([old] if indexed else [])))
+
+    # Aurora's disk cannot be full.
+    fewer = "postgres" in config.needs and config.postgres.mode == "aurora"
+    yield _line(ALARM, _n(sum(ALARMS[need] for need in (None, *config.needs)) - fewer))
+    # Of the API token, the database's master user, the broker's user.
+    held = (config.auth == "token", "postgres" in config.needs, "broker" in config.needs)
+    yield _line(SECRET, _n(sum(held)))
+    if "postgres" in config.needs:
+        yield from _database(config)
+    if "cache" in config.needs:
+        yield from _cache(config, reads, writes)
+    if "broker" in config.needs:
+        nodes = _n(3 if config.broker.mode == "cluster" else 1)
+        yield _line(INSTANCES[config.broker.instance], _times(nodes, _n(MONTH_H)))
+        yield _line(MQ_GB, _times(nodes, _n(1, "GB")))
+        yield _line(ENDPOINT, _times(_n(ZONES), _n(MONTH_H)))
+
+
+def _database(config: StackConfig) -> Iterator[Line]:
+    database, hours = config.postgres, _n(MONTH_H)
+    copies = _n(2 if database.multi_az else 1)
+    if database.mode == "aurora":
+        yield _line(ACU, _times(copies, hours, _n(0.5, "ACU")))
+    else:
+        yield _line(INSTANCES[database.class_], _times(copies, hours))
+        yield _line(GP3, _times(copies, _n(database.storage_gb, "GB")))
+    if database.proxy:
+        yield _line(PROXY, _times(hours, _n(8 if database.mode == "aurora" else 2)))
+
+
+def _cache(config: StackConfig, reads: Number, writes: Number) -> Iterator[Line]:
+    if config.cache.mode == "nodes":
+        yield _line(INSTANCES[config.cache.node_type], _times(_n(2 if config.keeps else 1), _n(MONTH_H)))
+        return
+    yield _line(CACHE_GB, _times(_n(MONTH_H), _n(0.1, "GB")))
+    yield _line(ECPU, _plus(_times(reads, _n(READ_ECPUS)), _times(writes, _n(WRITE_ECPUS))))
+
+
+def _traces(millions: float) -> Number:
+    """Of the first request in each second, and of 5 % of the others."""
+    if millions <= MONTH_S:
+        return _m(millions)
+    return _plus(_m(MONTH_S), _times(_n(0.05), _m(millions - MONTH_S)))
+
+
+def total(found: Iterator[Line]) -> float:
+    return round(math.fsum(line.usd for line in found), 2)
+
+
+def _n(value: float, unit: str = "") -> Number:
+    return Number(value, f"{value:,g} {unit}".rstrip())
+
+
+def _m(millions: float) -> Number:
+    return Number(millions, f"{1e6 * millions:,g}" if 0 < millions < 0.1 else f"{round(millions, 3):g} M")
+
+
+def _times(*numbers: Number) -> Number:
+    factors = [number for number in numbers if number.text != "1"] or [_n(1)]
+    text = " × ".join(f"({factor.text})" if factor.added else factor.text for factor in factors)
+    return Number(math.prod(number.value for number in numbers), text)
+
+
+def _plus(*numbers: Number) -> Number:
+    there = [number for number in numbers if number.value] or [_n(0)]
+    text = " + ".join(number.text for number in there)
+    return Number(math.fsum(number.value for number in there), text, added=len(there) > 1)
+
+
+def _line(price: Price, quantity: Number) -> Line:
+    text = _times(quantity, Number(0, f"{_price(price)}{'/M' if price.unit.startswith('M ') else ''}")).text
+    return Line(price, quantity.value * price.usd, text if quantity.value else "")
+
+
+CHOICES: tuple[dict[str, str], ...] = (
+    {"edge": "function-url"},
+    {"memory_mb": "1024"},
+    {"storage": "full", "postgres": '{"multi_az": true}'},
+    {"storage": "full", "postgres": '{"proxy": true}'},
+    {"storage": "full", "postgres": '{"mode": "aurora"}'},
+    {"storage": "full", "cache": '{"mode": "nodes"}'},
+    {"storage": "full", "cache": '{"mode": "nodes"}', "stage": "prod"},
+    {"storage": "full", "broker": '{"mode": "cluster"}'},
+    {"storage": "full", "broker": '{"version": "3.13", "instance": "mq.m5.large"}'},
+)
+
+
+def page() -> str:
+    most = [max(lines(StackConfig(), volume), key=lambda line: line.usd).price.what for volume in VOLUMES]
+    return f"""\
+# What a stack costs
+
+Made by `make docs` from `infra/costs.py`; change it there. **To be checked**: list prices of us-east-1 as known in June 2025, in USD, without tax. The
+permanent free tiers of Lambda, CloudWatch and X-Ray are not taken off. Other regions are dearer, mostly by 5 to 20 %. What AWS asks today stands on its price
+pages and in its Pricing Calculator.
+
+## A month
+
+With the defaults of the [config](config.md), in any stage.
+
+| kind | idle | 1 M requests | 100 M requests |
+| --- | --- | --- | --- |
+{_rows((f"`{kind}`", *map(_usd, _months(StackConfig(storage=kind)))) for kind in KINDS)}
+
+The largest parts of `s3-sqlite` are, idle: {most[0]}; at 1 M: {most[1]}; at 100 M: {most[2]}.
+
+What a choice adds, to `full` where it is about a database, cache or broker:
+
+| config | idle | 1 M requests | 100 M requests |
+| --- | --- | --- | --- |
+{_rows(_choices())}
+
+## Assumed
+
+- A month has 730 hours. {READS:.0%} of the requests read one resource, {WRITES:.0%} update one. They come evenly, which is dearest for X-Ray: it records the first
+  in each second, and 5 % of the others. 100 M a month are 38 a second.
+- A request takes {1000 * REQUEST_S:g} ms of a function with {StackConfig().memory_mb} MB, and its answer {ANSWER_KB} KB; app, Lambda and HTTP API log {LOG_KB["http-api"]} KB of it,
+  {METRICS} metrics in it.
+- `s3-sqlite`, as measured in `benchmarks/RESULTS.md`: an update is {WRITE_PUTS} PUTs and uploads {WRITE_KB} KB, mostly `HEAD`, whose old versions stay in the bucket for
+  {OLD_DAYS} days; a get is {GET_GETS} GETs, a count or a list from the index one. Of these one is the body's: all that other kinds ask of S3. Caches have {HITS:.0%} of the bodies.
+- The bucket holds 1 GB, and {KEPT_KB} KB more of every write. Housekeeping runs every hour for {RUN_S} s, with {RUN_GETS} GETs.
+- A read is {READ_ECPUS} ECPU, a write {WRITE_ECPUS}; the cache holds less than 0.1 GB, as what is in it lives for 2 s. Aurora stays at 0.5 ACU, the least.
+- The broker holds invalidations only: 1 GB. Should AWS count its whole disk, 200 GB, it is 20 USD more. Its hour is an estimate: half of 0.2734, which is told of
+  mq.m7g.large; of itself 0.08 to 0.14 is told.
+- Not counted: cold starts, SnapStart, keeping logs (0.03 per GB-month), logs of database and broker, reading secrets, traffic between zones, the Route 53
+  zone of a domain (0.50), CPU credits of t4g instances that are busy all day, backups that are larger than the database.
+
+## Arithmetic
+
+`/M` is a price per million, M times KB are GB, an empty cell is 0. What a kind costs is the sum of its rows.
+
+| what | kinds | idle | 1 M requests | 100 M requests |
+| --- | --- | --- | --- | --- |
+{_rows(_sums())}
+
+## Prices
+
+| what | USD | per |
+| --- | --- | --- |
+{_rows((price.what, _price(price), price.unit) for price in _prices())}
+"""
+
+
+def _months(config: StackConfig) -> list[float]:
+    return [total(lines(config, volume)) for volume in VOLUMES]
+
+
+def _choices() -> Iterator[tuple[str, ...]]:
+    for values in CHOICES:
+        config = read(values)
+        usual = _months(StackConfig(storage=config.storage))
+        more = [f"{month - before:+,.2f}" for month, before in zip(_months(config), usual, strict=True)]
+        yield " ".join(f"`{key}: {value}`" for key, value in values.items() if key != "storage"), *more
+
+
+def _sums() -> Iterator[tuple[str, ...]]:
+    """A row for everything that is paid for, and for each way to come to its sums."""
+    kinds: dict[tuple[Price, tuple[str, ...]], list[str]] = {}
+    for kind in KINDS:
+        months = [list(lines(StackConfig(storage=kind), volume)) for volume in VOLUMES]
+        for same in zip(*months, strict=True):
+            cells = tuple(f"{line.sum} = {_usd(line.usd)}" if line.sum else "" for line in same)
+            kinds.setdefault((same[0].price, cells), []).append(f"`{kind}`")
+    prices = _prices()
+    for (price, cells), who in sorted(kinds.items(), key=lambda row: prices.index(row[0][0])):
+        yield price.what, "all" if len(who) == len(KINDS) else ", ".join(who), *cells
+
+
+def _prices() -> list[Price]:
+    return [*(value for value in globals().values() if isinstance(value, Price)), *INSTANCES.values()]
+
+
+def _price(price: Price) -> str:
+    return max(f"{price.usd:g}", f"{price.usd:.2f}", key=len)
+
+
+def _usd(usd: float) -> str:
+    return f"{usd:,.2f}"
+
+
+def _rows(rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
