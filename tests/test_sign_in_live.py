@@ -166,7 +166,11 @@ class Store:
 
 
 def database_token(db) -> str:
-    return boto3.client("rds", region_name=REGION).generate_db_auth_token(db["host"], db["port"], db["user"], REGION)
+    return (
+        boto3.session.Session()
+        .client("rds", region_name=REGION)
+        .generate_db_auth_token(db["host"], db["port"], db["user"], REGION)
+    )
 
 
 def cache_token(cache) -> str:
@@ -192,7 +196,7 @@ def broker(directory: Path, tls: Path):
     """Where it is, with its login in Secrets Manager."""
     with running(directory, tls) as server:
         login = json.dumps({"username": "crud", "password": server.key})
-        secrets = boto3.client("secretsmanager", region_name=REGION)
+        secrets = boto3.session.Session().client("secretsmanager", region_name=REGION)
         arn = secrets.create_secret(Name=f"broker-{server.port}", SecretString=login)["ARN"]
         yield {"endpoint": f"amqps://localhost:{server.tls_port}", "secret_arn": arn}
 

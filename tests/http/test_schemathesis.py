@@ -11,7 +11,7 @@ import schemathesis
 from schemathesis.config import SchemathesisConfig
 
 from app.autocrud.errors import VersionConflict
-from app.autocrud.http.routes import KEY_PATTERN
+from app.autocrud.http.routes import ID_PATTERN, KEY_PATTERN
 from app.models import Article
 
 from .everything import EXAMPLE, KNOWN, make
@@ -87,8 +87,9 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=configurati
 
 @schema.hook
 def map_path_parameters(context, path_parameters):  # noqa: ARG001 - the signature of a hook
-    """Half of the ids that are made up become one that is there."""
-    if path_parameters and isinstance(path_parameters.get("id"), str) and len(path_parameters["id"]) % 2:
+    """Half of the ids that are made up become one that is there; those that no resource can have are to be refused."""
+    made_up = (path_parameters or {}).get("id")
+    if isinstance(made_up, str) and len(made_up) % 2 and re.fullmatch(ID_PATTERN, made_up):
         path_parameters["id"] = KNOWN
     return path_parameters
 
