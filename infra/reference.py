@@ -130,7 +130,7 @@ def _allowed(type_: kinds_of.Type) -> str:
         case kinds_of.ListType(item_type=item):
             return f"a list of {_allowed(item)}"
         case _:
-            raise NotImplementedError(f"nobody has said yet how {type_} is described")
+            raise TypeError(f"nobody has said yet how {type_} is described")
 
 
 def _kinds() -> Iterator[str]:
