@@ -89,8 +89,7 @@ def _side(call: Callable[[str], object], uids: Sequence[str]) -> Side:
 def _in_memory(store: CachedS3ResourceStore, kept: dict[str, bytes]) -> Pair:
     async def ours(keys: Sequence[str]) -> None:
         for key in keys:
-            (body,) = await store.get_many([key])
-            _decode(body)
+            _decode(await store.get(key))
 
     async def raw(keys: Sequence[str]) -> None:
         for key in keys:
@@ -126,7 +125,7 @@ def _on_disk(
     def select(uid: str) -> bytes:
         return bytes(database.execute("SELECT value FROM body WHERE key = ?", (uid,)).fetchone()[0])
 
-    ours = _side(lambda uid: store.get_many([uid]), uids)
+    ours = _side(store.get, uids)
     found = {}
     for name_of, read in (("diskcache", cache.get), ("SELECT", select)):
 
@@ -155,6 +154,6 @@ async def _on_s3(store: S3ResourceStore, raw: S3Store, info: RevisionInfo) -> di
 
     uids = list(kept)
     return {
-        "S3 get / obstore": Pair(_side(get, uids), _side(lambda uid: store.get_many([uid]), uids), same, 200),
+        "S3 get / obstore": Pair(_side(get, uids), _side(store.get, uids), same, 200),
         "S3 put / obstore": Pair(_side(put, uids), _side(lambda uid: store.put(uid, info, kept[uid]), uids), same, 200),
     }

@@ -84,8 +84,7 @@ class Worker:
 
     async def cached(self, uids: list[str]):
         """How many of these each cache has."""
-        keys = [self.bodies._prefix + uid for uid in uids]
-        return [len(await cache.get_many(keys)) for cache in self.bodies.caches]
+        return [len(await cache.get_many(uids)) for cache in self.bodies.caches]
 
     async def read_keys(self):
         """What was read from S3 since this was asked last."""

@@ -7,6 +7,7 @@ import contextlib
 import datetime as dt
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import sqlite3
@@ -30,6 +31,7 @@ from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.object_store_double import LOST_ANSWER, REFUSED, MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.cache import Cache, DiskCache, Entry, MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
+from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests.conformance import DurableConformance
 
@@ -245,11 +247,109 @@ async def test_memory_forgets_what_has_expired(clock):
     await cache.put_many({f"{number}": Entry(b"", 60 + number) for number in range(10)})
     clock.ahead += 65
     await cache.put("10", b"", 60)  # whoever writes after a while looks for what has expired
-    assert list(cache._entries) == ["6", "7", "8", "9", "10"]
+    assert list(cache.kept) == ["6", "7", "8", "9", "10"]
     clock.ahead += 3.5
     await cache.get("8")
     await cache.maintain(1)
-    assert list(cache._entries) == ["9", "10"]
+    assert list(cache.kept) == ["9", "10"]
+
+
+class LeastRecentlyUsed(RuleBasedStateMachine):
+    """A MemoryCache, also behind a store that looks into it by itself, keeps exactly what a dict in the order of use keeps."""
+
+    SIZE = 4
+    uids = st.sampled_from("abcdefg")
+
+    @initialize()
+    def start(self) -> None:
+        self.cache, self.runner = MemoryCache(self.SIZE), asyncio.Runner()
+        self.objects = MemoryObjectStore()
+        self.store = CachedS3ResourceStore([self.cache], bucket="b", object_store=self.objects)
+        for uid in "abcdefg":
+            self.runner.run(S3ResourceStore("b", object_store=self.objects).put(uid, info(uid), uid.encode()))
+        self.model: dict[str, None] = {}
+
+    def used(self, uid: str) -> None:
+        self.model.pop(uid, None)
+        self.model[uid] = None
+        while len(self.model) > self.SIZE:
+            del self.model[next(iter(self.model))]
+
+    @rule(uid=uids)
+    def put(self, uid):
+        self.runner.run(self.store.put(uid, info(uid), uid.encode()))
+        self.used(uid)
+
+    @rule(uid=uids)
+    def read(self, uid):
+        assert self.runner.run(self.store.get(uid)) == uid.encode()
+        self.used(uid)
+
+    @rule(uid=uids)
+    def look(self, uid):
+        if self.runner.run(self.cache.get(uid)) is not None:
+            self.used(uid)
+
+    @rule(asked=st.lists(uids, max_size=3, unique=True))
+    def read_many(self, asked):
+        there = list(itertools.takewhile(self.model.__contains__, asked))
+        late = [uid for uid in asked[len(there) :] if uid in self.model]
+        assert self.runner.run(self.store.get_many(asked)) == [uid.encode() for uid in asked]
+        for uid in [*there, *late, *(uid for uid in asked if uid not in there + late)]:
+            self.used(uid)
+
+    @rule(uid=uids)
+    def forget(self, uid):
+        self.runner.run(self.store.forget([uid]))
+        self.model.pop(uid, None)
+
+    @rule(uid=uids)
+    def replace(self, uid):
+        self.runner.run(self.cache.put(uid, uid.encode(), 60))
+        self.used(uid)
+
+    @invariant()
+    def the_same(self):
+        assert set(self.cache.kept) == set(self.model)
+
+    def teardown(self) -> None:
+        self.runner.close()
+
+
+TestLeastRecentlyUsed = LeastRecentlyUsed.TestCase
+TestLeastRecentlyUsed.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+async def test_hits_of_many_threads():
+    """They look without a lock while another thread puts and deletes: what they find is whole, and each is counted."""
+    cache = MemoryCache(50)
+    store = CachedS3ResourceStore([cache], bucket="b", object_store=MemoryObjectStore())
+    wrong, stop = [], threading.Event()
+
+    async def read() -> int:
+        found = 0
+        while not stop.is_set():
+            for number in range(100):
+                try:
+                    body = await store.get(f"{number}")
+                except StoreDamaged:
+                    continue
+                found += 1
+                if body != b"%d" % number * 100:
+                    wrong.append(body)
+        return found
+
+    counts: list[int] = []
+    threads = [threading.Thread(target=lambda: counts.append(asyncio.run(read()))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for round_ in range(20_000):
+        key = f"{round_ * 7919 % 100}"
+        await (cache.delete([key]) if round_ % 3 else cache.put(key, key.encode() * 100, 60))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert (wrong, len(cache.kept) <= 50, cache.hits) == ([], True, sum(counts))
 
 
 def test_drivers_are_imported_by_the_cache_that_needs_them():
@@ -738,12 +838,11 @@ class Instance:
         await self.store.put(uid, info(uid, status), body)
 
     async def get(self, uid: str) -> bytes:
-        (body,) = await self.store.get_many([uid])
-        return body
+        return await self.store.get(uid)
 
     async def held(self, uid: str) -> list[bool]:
         """Which of the caches has it."""
-        return [await cache.get(f"p/{uid}") is not None for cache in (self.memory, self.disk)]
+        return [await cache.get(uid) is not None for cache in (self.memory, self.disk)]
 
 
 @pytest.fixture
@@ -795,14 +894,14 @@ class TestOnS3:
         for number in range(9):
             await other.put(f"0/{number}", b"%d" % number)
         await instance.store.get_many(["0/0", "0/1", "0/2", "0/3"])
-        await instance.memory.delete(["p/0/2", "p/0/3"])
+        await instance.memory.delete(["0/2", "0/3"])
         instance.objects.requests.clear()
         asked = []
         for cache in (instance.memory, instance.disk):
             cache.get_many = lambda keys, cache=cache: asked.append(list(keys)) or type(cache).get_many(cache, keys)
         uids = [f"0/{number}" for number in (8, 3, 0, 5, 1, 2, 8, 0)]
         assert await instance.store.get_many(uids) == [uid[2:].encode() for uid in uids]
-        assert asked == [[f"p/0/{n}" for n in (8, 3, 0, 5, 1, 2)], [f"p/0/{n}" for n in (8, 3, 5, 2)]]
+        assert asked == [[f"0/{n}" for n in (8, 3, 0, 5, 1, 2)], [f"0/{n}" for n in (8, 3, 5, 2)]]
         assert instance.objects.requests == {"get": 2}
         assert await instance.store.get_many(uids) == [uid[2:].encode() for uid in uids]
         assert instance.objects.requests == {"get": 2}
@@ -973,7 +1072,7 @@ class TestOnS3:
         instance = Instance(tmp_path / "file", Clock())
         with pytest.raises(ConfigError):
             await instance.put("0/a", b"1")
-        assert await instance.memory.get("p/0/a") is None
+        assert await instance.memory.get("0/a") is None
         await instance.store.close()
 
     def test_many_event_loops(self, tmp_path, clock):
@@ -1060,6 +1159,8 @@ class AgainstADict(RuleBasedStateMachine):
     def read(self, asked):
         asked = [uid for uid in asked if uid not in self.doubtful]
         if all(uid in self.model for uid in asked):
+            for uid in asked:
+                assert self.runner.run(self.instance.get(uid)) == self.model[uid]
             for _ in range(2):
                 assert self.runner.run(self.instance.store.get_many(asked)) == [self.model[uid] for uid in asked]
                 asked.reverse()
@@ -1079,7 +1180,7 @@ class AgainstADict(RuleBasedStateMachine):
     @rule(memory=st.booleans(), uids=st.sets(uids))
     def lose(self, memory, uids):
         cache = self.instance.memory if memory else self.instance.disk
-        self.runner.run(cache.delete([f"p/{uid}" for uid in uids]) if uids else cache.clear())
+        self.runner.run(cache.delete(uids) if uids else cache.clear())
 
     @rule(at=st.integers(0, 40_000), cut=st.booleans())
     def damage(self, at, cut):

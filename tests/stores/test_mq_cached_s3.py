@@ -201,14 +201,13 @@ async def test_purged_bodies_leave_all_caches(instance, tmp_path):
     for manager in managers:
         await bodies_of(manager).drain()
         assert len(await bodies_of(manager).get_many(uids)) == 2
-    keys = [f"m/{uid}" for uid in uids]
-    assert [len(await cache.get_many(keys)) for at in caches for cache in caches[at]] == [2] * 6
+    assert [len(await cache.get_many(uids)) for at in caches for cache in caches[at]] == [2] * 6
     await managers[2].purge("1")
     for manager in managers:
         assert await bodies_of(manager).drain()
         with pytest.raises(ResourceNotFound):
             await manager.get("1")
-    assert [len(await cache.get_many(keys)) for at in caches for cache in caches[at]] == [0] * 6
+    assert [len(await cache.get_many(uids)) for at in caches for cache in caches[at]] == [0] * 6
 
 
 async def test_a_body_on_its_way_into_the_caches_does_not_survive_forgetting_everything(instance, tmp_path):
@@ -234,7 +233,7 @@ async def test_a_body_on_its_way_into_the_caches_does_not_survive_forgetting_eve
     disk.waits.set()
     assert len(await reading) == 1
     disk.waits = None
-    key = [f"m/{created.meta.uid}"]
+    key = [created.meta.uid]
     assert await memory.get_many(key) == await disk.get_many(key) == {}
     await bodies_of(manager).get_many([created.meta.uid])  # the next one is welcome
     assert len(await memory.get_many(key)) == 1
@@ -253,7 +252,7 @@ async def test_it_may_be_used_again_and_leaves_no_thread_behind(instance):
     await first.purge(created.meta.resource_id)
     await first.close()
     await until(lambda: not any(thread.name == "crudstack-amqp" for thread in threading.enumerate()))
-    key = [f"m/{created.meta.uid}"]
+    key = [created.meta.uid]
     (cache,) = bodies_of(second).caches
     assert len(await cache.get_many(key)) == 1
     with pytest.raises(ResourceNotFound):
@@ -277,11 +276,11 @@ async def test_messages_that_cannot_be_read_clear_the_caches_and_harm_nobody(ins
     (cache,) = bodies_of(reader).caches
     garbage = [b"", b"\xff\xfe", b"null", b"[]", b'{"version":2,"sender":"x"}', b'{"version":1}', b"{" * 100_000]
     for body in garbage:
-        assert len(await cache.get_many([f"m/{created.meta.uid}"])) == 1
+        assert len(await cache.get_many([created.meta.uid])) == 1
         caplog.clear()
         await publish(instance.url, instance.name, body)
         assert await bodies_of(reader).drain()
-        assert await cache.get_many([f"m/{created.meta.uid}"]) == {}
+        assert await cache.get_many([created.meta.uid]) == {}
         assert len([one for one in caplog.records if "cannot be read" in one.message]) == 2  # each instance says so
         await reader.get("1")
     await writer.update("1", Item(text="2"))
@@ -528,7 +527,7 @@ async def test_a_writer_that_is_cut_off_says_later_what_it_could_not_say(instanc
         await writer.purge("2")
         assert await bodies_of(reader).drain()
         assert (await reader.get("1")).data.text == "1"  # documented: it relies on writers for max_staleness_s
-        assert len(await cache.get_many([f"m/{purged.meta.uid}"])) == 1
+        assert len(await cache.get_many([purged.meta.uid])) == 1
         first, second = await writer.storage.impairments()
         assert "RabbitMQ cannot be reached" in first
         assert "late and may keep copies" in second
@@ -537,7 +536,7 @@ async def test_a_writer_that_is_cut_off_says_later_what_it_could_not_say(instanc
         await until(lambda: not bodies_of(writer)._bus.unsaid())
         assert await bodies_of(reader).drain()
         assert (await reader.get("1")).data.text == "2"
-        assert await cache.get_many([f"m/{purged.meta.uid}"]) == {}
+        assert await cache.get_many([purged.meta.uid]) == {}
         assert await writer.storage.impairments() == []
 
 
@@ -553,11 +552,11 @@ async def test_a_connection_that_is_silent_for_long_is_replaced_and_caches_clear
         proxy.hold()
         await until(lambda: bodies_of(manager)._bus._joined.seat._down)
         assert listener.lease.age() >= 1.0
-        assert len(await cache.get_many([f"m/{created.meta.uid}"])) == 1  # it is cleared once another connection works
+        assert len(await cache.get_many([created.meta.uid])) == 1  # it is cleared once another connection works
         proxy.release()
         await until(bodies_of(manager)._bus.fresh)
         assert proxy._open - cut
-        assert await cache.get_many([f"m/{created.meta.uid}"]) == {}
+        assert await cache.get_many([created.meta.uid]) == {}
 
 
 # Four processes

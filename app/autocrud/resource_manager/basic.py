@@ -380,6 +380,11 @@ class ResourceStore(Store):
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         """Bodies in the order asked; StoreDamaged if one is missing."""
 
+    async def get(self, uid: str) -> bytes:
+        """The body; StoreDamaged if it is missing."""
+        (body,) = await self.get_many([uid])
+        return body
+
     @abstractmethod
     async def delete(self, uids: Sequence[str]) -> None:
         """Remove bodies; those that are not there are no error."""
@@ -468,11 +473,14 @@ class IStorage(ABC):
     @abstractmethod
     async def bodies(self, uids: Sequence[str]) -> list[bytes]: ...
 
+    async def body(self, uid: str) -> bytes:
+        (body,) = await self.bodies([uid])
+        return body
+
     async def get_with_body(self, resource_id: str) -> tuple[ResourceMeta, bytes]:
         """The metadata and the current body. StoreDamaged too where somebody replaced the body between the two reads."""
         meta = await self.get(resource_id)
-        (body,) = await self.bodies([meta.uid])
-        return meta, body
+        return meta, await self.body(meta.uid)
 
     async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
         """What a query finds and the bodies of it, as `get_with_body`."""

@@ -185,7 +185,7 @@ class ResourceManager(Generic[T]):
                     return Resource(self.codec, meta, json)
                 meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
                 info = await self.storage.revision(resource_id, _number(revision))
-                (body,) = await self.storage.bodies([info.uid])
+                body = await self.storage.body(info.uid)
                 if await self._is_still(meta, within) and info.revision <= meta.total_revision_count:
                     return Resource(self.codec, meta, self.codec.to_json(body, info.encoding), info)
             except StoreDamaged:
@@ -203,7 +203,7 @@ class ResourceManager(Generic[T]):
             meta = await self.storage.get(resource_id)
             info = meta if revision is None else await self.storage.revision(resource_id, _number(revision))
             try:
-                await self.storage.bodies([info.uid])
+                await self.storage.body(info.uid)
             except StoreDamaged:
                 if await self.storage.get(resource_id) == meta:
                     raise

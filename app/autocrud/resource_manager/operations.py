@@ -231,7 +231,7 @@ class Plan(Generic[T]):
 
     async def json(self, state: State) -> bytes:
         if state.json is None:
-            (body,) = await self._storage.bodies([state.meta.uid])
+            body = await self._storage.body(state.meta.uid)
             state.json = self._codec.to_json(body, state.meta.encoding)
         return state.json
 
@@ -341,7 +341,7 @@ class Plan(Generic[T]):
         )
         json = self._planned_json(record.uid)
         if json is None:
-            (body,) = await self._storage.bodies([record.uid])
+            body = await self._storage.body(record.uid)
             json = self._codec.to_json(body, record.encoding)
         return self._write(meta, new, None, json=json, index=self._codec.index(self._codec.parse(json).data))
 

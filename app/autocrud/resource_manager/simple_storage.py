@@ -166,8 +166,7 @@ class SimpleStorage(IStorage):
 
     async def _entry(self, meta: ResourceMeta, index: IndexOf) -> Reindex:
         try:
-            (body,) = await self.resource_store.get_many([meta.uid])
-            entry = index(body, meta.encoding)
+            entry = index(await self.resource_store.get(meta.uid), meta.encoding)
         except Exception as error:
             # One unreadable body must not keep everything else from being found.
             log.error("%s %s cannot be indexed: %s", self._spec.name, meta.resource_id, error)
@@ -194,6 +193,9 @@ class SimpleStorage(IStorage):
 
     async def bodies(self, uids: Sequence[str]) -> list[bytes]:
         return await self.resource_store.get_many(uids) if uids else []
+
+    async def body(self, uid: str) -> bytes:
+        return await self.resource_store.get(uid)
 
     async def get_with_body(self, resource_id: str) -> tuple[ResourceMeta, bytes]:
         if self._pair is not None:

@@ -224,7 +224,7 @@ class CachedS3StorageFactory(IStorageFactory):
     """A MemoryMetaStore over S3 behind two caches: bodies and index lie below `{prefix}{model}/`, copies of bodies in this process's memory and below
     `{cache_dir}/{model}`. Durable; any number of processes and machines may share the bucket, and see each other's writes within seconds.
 
-    Without keys the ambient credentials of AWS are used. A `cache_dir` belongs to one bucket.
+    Without keys the ambient credentials of AWS are used.
     """
 
     def __init__(
@@ -264,7 +264,6 @@ class MQCachedS3StorageFactory(IStorageFactory):
     """As CachedS3StorageFactory, and instances tell each other through RabbitMQ what they wrote and purged: a write is seen within a second.
 
     s3_config   arguments of S3ResourceStore; a `prefix` in it comes before that of each model
-    cache_dir   of one bucket
     amqp_url    amqp:// or amqps:// (TLS), with user and password
     """
 

@@ -211,7 +211,7 @@ class Writer(Generic[T]):
     async def json(self, state: State) -> bytes:
         """The data of a state; StoreDamaged."""
         if state.json is None:
-            (body,) = await self._storage.bodies([state.meta.uid])
+            body = await self._storage.body(state.meta.uid)
             state.json = self._codec.to_json(body, state.meta.encoding)
         return state.json
 

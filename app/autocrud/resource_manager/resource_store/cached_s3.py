@@ -20,29 +20,30 @@ from ..threads import outlived
 from .cache import Cache, Entry, MemoryCache
 from .s3 import S3ResourceStore
 
+counter_of_caller = CACHED.get
 ARRIVAL_S = 10.0
 """How long a deletion waits for a cache that is being filled with what it deletes. Only a stopped event loop takes so long."""
 ANY = "*"
-"""In the place of a key: all of them. No key is like that."""
+"""In the place of a uid: all of them. No uid is like that."""
 
 
 class _Arrival:
-    """Bodies on their way into the caches. `keys` are those that may still arrive."""
+    """Bodies on their way into the caches. `uids` are those that may still arrive."""
 
-    __slots__ = ("done", "keys")
+    __slots__ = ("done", "uids")
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self.keys = set(keys)
+    def __init__(self, uids: Sequence[str]) -> None:
+        self.uids = set(uids)
         self.done: Future[None] | None = None  # while it fills them
 
-    def brings(self, keys: Sequence[str]) -> bool:
-        return ANY in keys or not self.keys.isdisjoint(keys)
+    def brings(self, uids: Sequence[str]) -> bool:
+        return ANY in uids or not self.uids.isdisjoint(uids)
 
-    def lose(self, keys: Sequence[str]) -> None:
-        if ANY in keys:
-            self.keys.clear()
+    def lose(self, uids: Sequence[str]) -> None:
+        if ANY in uids:
+            self.uids.clear()
         else:
-            self.keys.difference_update(keys)
+            self.uids.difference_update(uids)
 
 
 class CachedS3ResourceStore(S3ResourceStore):
@@ -53,6 +54,8 @@ class CachedS3ResourceStore(S3ResourceStore):
     and the arguments of S3ResourceStore
 
     A body that is read from S3 does not tell which it is, so it gets the shorter of the two. A copy gets what is left, never a new life.
+
+    Caches know a body by its uid, which no other body of any store has. So stores may share them, and a cache on disk may lie where another was.
 
     A body never changes, so what a cache holds is never out of date. What a cache may hold is a body that was deleted or purged:
 
@@ -90,7 +93,9 @@ class CachedS3ResourceStore(S3ResourceStore):
         if ttl_draft < 0 or ttl_stable < 0:
             raise ConfigError(f"ttl_draft is {ttl_draft}, ttl_stable is {ttl_stable}, expected seconds from 0")
         self.caches = tuple(caches)
-        self._memory = self.caches[0] if self.caches and isinstance(self.caches[0], MemoryCache) else None
+        first = self.caches[0] if self.caches else None
+        self._memory = first if type(first) is MemoryCache else MemoryCache()  # if it is none, one that stays empty
+        self._find, self._clock = self._memory.kept.get, self._memory.clock
         self.ttl_draft, self.ttl_stable = ttl_draft, ttl_stable
         self._state = threading.Lock()  # guards the two below
         self._arrivals: list[_Arrival] = []
@@ -98,38 +103,57 @@ class CachedS3ResourceStore(S3ResourceStore):
         self._deletions: set[asyncio.Task[None]] = set()  # held, or they might be collected while they run
 
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
-        key = self._prefix + uid
-        with self._arriving([key]) as arrival:
+        with self._arriving([uid]) as arrival:
             await super().put(uid, info, body)
             ttl_s = self.ttl_draft if info.status == "draft" else self.ttl_stable
-            await self._fill(arrival, self.caches, {key: Entry(body, ttl_s)})
+            await self._fill(arrival, self.caches, {uid: Entry(body, ttl_s)})
+
+    # What a hit in memory costs is nearly all in the calls it is made of, so both write out what `MemoryCache` says a hit is.
+
+    async def get(self, uid: str) -> bytes:
+        kept = self._find(uid)
+        if kept is None or kept.expires <= self._clock():
+            (body,) = await self._look_up([uid])
+            return body
+        self._memory.hits = kept.used = self._memory.hits + 1
+        if (counter := counter_of_caller()) is not None:
+            counter["hits"] += 1
+        return kept.body
 
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
-        if (
-            self._memory is not None and len(uids) == 1
-        ):  # the most frequent question; if it has the answer, nothing below is needed
-            body = self._memory.body(self._prefix + uids[0])
-            if body is not None:
-                if (counter := CACHED.get()) is not None:
-                    counter["hits"] += 1
-                return [body]
-        wanted = {self._prefix + uid: uid for uid in uids}
+        bodies = []
+        now = self._clock()
+        for uid in uids:
+            kept = self._find(uid)
+            if kept is None or kept.expires <= now:
+                break
+            self._memory.hits = kept.used = self._memory.hits + 1
+            bodies.append(kept.body)
+        if bodies and (counter := counter_of_caller()) is not None:
+            counter["hits"] += len(bodies)
+        if len(bodies) < len(uids):
+            bodies += await self._look_up(uids[len(bodies) :])
+        return bodies
+
+    async def _look_up(self, uids: Sequence[str]) -> list[bytes]:
+        wanted = list(dict.fromkeys(uids))
         found: dict[str, Entry] = {}
-        with self._arriving(list(wanted)) as arrival:
+        with self._arriving(wanted) as arrival:
             for depth, cache in enumerate(self.caches):
-                if missing := [key for key in wanted if key not in found]:
+                if missing := [uid for uid in wanted if uid not in found]:
                     hits = await cache.get_many(missing)
                     await self._fill(arrival, self.caches[:depth], hits)
                     found |= hits
-            if (counter := CACHED.get()) is not None:
-                counter.update(hits=len(found), misses=len(wanted) - len(found))
-            if missing := [key for key in wanted if key not in found]:
-                bodies = await super().get_many([wanted[key] for key in missing])
+            missing = [uid for uid in wanted if uid not in found]
+            if (counter := counter_of_caller()) is not None:
+                counter.update(hits=len(found), misses=len(missing))
+            if missing:
+                bodies = await super().get_many(missing)
                 ttl_s = min(self.ttl_draft, self.ttl_stable)
-                read = {key: Entry(body, ttl_s) for key, body in zip(missing, bodies, strict=True)}
+                read = {uid: Entry(body, ttl_s) for uid, body in zip(missing, bodies, strict=True)}
                 await self._fill(arrival, self.caches, read)
                 found |= read
-        return [found[self._prefix + uid].body for uid in uids]
+        return [found[uid].body for uid in uids]
 
     async def delete(self, uids: Sequence[str]) -> None:
         if uids:
@@ -146,17 +170,16 @@ class CachedS3ResourceStore(S3ResourceStore):
 
     async def forget(self, uids: Sequence[str]) -> None:
         """Take bodies out of the caches and leave S3 alone, as when another instance has deleted them."""
-        keys = [self._prefix + uid for uid in uids]
-        await self._take_out(keys, lambda cache: cache.delete(keys))
+        await self._take_out(uids, lambda cache: cache.delete(uids))
 
     async def forget_everything(self) -> None:
         """The same with all bodies."""
         await self._take_out([ANY], lambda cache: cache.clear())
 
-    async def _take_out(self, keys: Sequence[str], remove: Callable[[Cache], Awaitable[None]]) -> None:
+    async def _take_out(self, uids: Sequence[str], remove: Callable[[Cache], Awaitable[None]]) -> None:
         with self._state:
-            self._leaving.update(keys)
-            filling = [one.done for one in self._arrivals if one.done is not None and one.brings(keys)]
+            self._leaving.update(uids)
+            filling = [one.done for one in self._arrivals if one.done is not None and one.brings(uids)]
         try:
             if filling:
                 await asyncio.wait([asyncio.wrap_future(done) for done in filling], timeout=ARRIVAL_S)
@@ -164,16 +187,16 @@ class CachedS3ResourceStore(S3ResourceStore):
         finally:
             with self._state:
                 for arrival in self._arrivals:
-                    arrival.lose(keys)
-                self._leaving.subtract(keys)
+                    arrival.lose(uids)
+                self._leaving.subtract(uids)
                 self._leaving = +self._leaving
         for failure in failures:
             if failure is not None:
                 raise failure
 
     @contextlib.contextmanager
-    def _arriving(self, keys: Sequence[str]) -> Iterator[_Arrival]:
-        arrival = _Arrival(keys)
+    def _arriving(self, uids: Sequence[str]) -> Iterator[_Arrival]:
+        arrival = _Arrival(uids)
         with self._state:
             self._arrivals.append(arrival)
         try:
@@ -189,9 +212,9 @@ class CachedS3ResourceStore(S3ResourceStore):
         with self._state:
             closed = ANY in self._leaving
             welcome = {
-                key: entry
-                for key, entry in entries.items()
-                if not closed and key in arrival.keys and key not in self._leaving
+                uid: entry
+                for uid, entry in entries.items()
+                if not closed and uid in arrival.uids and uid not in self._leaving
             }
             done = arrival.done = Future()
         try:

@@ -105,6 +105,10 @@ class MQCachedS3ResourceStore(CachedS3ResourceStore):
         self._bus.join()
         await super().put(uid, info, body)
 
+    def get(self, uid: str) -> Coroutine[Any, Any, bytes]:
+        self._bus.join()
+        return super().get(uid)
+
     def get_many(self, uids: Sequence[str]) -> Coroutine[Any, Any, list[bytes]]:
         self._bus.join()
         return super().get_many(uids)

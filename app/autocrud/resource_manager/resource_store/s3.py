@@ -71,6 +71,9 @@ class S3ResourceStore(ResourceStore):
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         await self._objects.put(self._prefix + uid, body)
 
+    async def get(self, uid: str) -> bytes:
+        return await self._get(uid)
+
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         if len(uids) == 1:
             return [await self._get(uids[0])]

@@ -37,6 +37,12 @@ class MemoryResourceStore(ResourceStore):
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         self._bodies[uid] = body
 
+    async def get(self, uid: str) -> bytes:
+        try:
+            return self._bodies[uid]
+        except KeyError:
+            raise _lost(uid) from None
+
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         try:
             return [self._bodies[uid] for uid in uids]
