@@ -214,8 +214,8 @@ def main() -> None:
             asyncio.run(opened())
 
         assert in_child(prepare) == 0
-    stride = int(sys.argv[5])
-    step, failures = 1, []
+    step, stride = int(sys.argv[5]), int(sys.argv[6])
+    failures = []
     while True:
         done, wrong = die_at(step, kind, mode, directory, template)
         if wrong:
