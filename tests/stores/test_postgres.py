@@ -259,6 +259,29 @@ async def test_a_server_that_is_gone_and_comes_back(name):
         server.remove()
 
 
+async def test_whoever_is_stopped_in_a_transaction_keeps_no_lock(postgres, name, monkeypatch):
+    monkeypatch.setattr(pool, "IDLE_IN_TRANSACTION_MS", 200)
+    manager = manager_of(postgres, name)
+    created = await manager.create(Note("a"))
+    meta_store = manager.storage.meta_store
+    holding, go = asyncio.Event(), asyncio.Event()
+
+    async def hold(connection):
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (meta_store._schema.lock,))
+            holding.set()
+            await go.wait()
+
+    holder = asyncio.ensure_future(meta_store._do(hold, again=False))
+    await holding.wait()
+    async with asyncio.timeout(60):
+        await manager.update(created.meta.resource_id, Note("b"))
+    go.set()
+    with pytest.raises(StoreUnavailable):
+        await holder
+    await manager.close()
+
+
 async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
     monkeypatch.setattr(pool, "WAIT_S", 0.05)
     manager = manager_of(postgres, name, max_size=1, password=lambda: "of its own")

@@ -30,6 +30,10 @@ MAX_SIZE = 10
 WAIT_S = 5.0
 """How long a request waits for a connection."""
 
+PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
+"""After how many seconds (the last one: milliseconds) a connection counts as lost whose other end acknowledges nothing."""
+IDLE_IN_TRANSACTION_MS = 10_000
+
 
 class _Opened(NamedTuple):
     pool: Pool
@@ -63,7 +67,7 @@ async def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
     connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
     async def arguments() -> dict[str, Any]:
-        given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack"}
+        given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack", **PEER_GONE}
         if password is not None:
             given["password"] = await asyncio.to_thread(password)
         return given
@@ -74,6 +78,8 @@ async def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
         cursor = await connection.execute("SHOW default_transaction_isolation")
         if await cursor.fetchone() != ("read committed",):
             await connection.execute("SET default_transaction_isolation = 'read committed'")
+        # Whoever is stopped inside a transaction (SIGSTOP, a frozen Lambda) would keep its locks for as long, and everybody waiting.
+        await connection.execute(f"SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}")
 
     class Reporting(AsyncConnection[Any]):
         """Keeps why the last attempt failed; the pool tells nobody but its log."""
