@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
@@ -16,15 +17,23 @@ from pathlib import Path
 from .autocrud.errors import ConfigError
 
 START_TIMEOUT_S = 60.0
+OWNER_TIMEOUT_S = 10.0
+"""How long one that has the directory is waited for."""
 LOCAL_KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
 """ministack checks no credentials, but requests must be signed with some."""
 
 
 @contextlib.contextmanager
 def ministack(directory: Path) -> Iterator[str]:
-    """Run ministack on a free loopback port with its data in `directory`; its URL. ConfigError if it does not start."""
+    """Run ministack on a free loopback port with its data in `directory`; its URL. ConfigError if it does not start, or another one has the
+    directory: each decides by what it has in memory, so of two both would acknowledge what only one of them keeps."""
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
+    with _owned(directory) as lock:
+        yield from _run(directory, lock)
+
+
+def _run(directory: Path, lock: int) -> Iterator[str]:
     port = _free_port(directory / "port")
     environment = os.environ | {
         "BIND_HOST": "127.0.0.1",
@@ -46,6 +55,7 @@ def ministack(directory: Path) -> Iterator[str]:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=(lock,),  # it has the directory until it has ended, also where this process is killed
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no thread runs yet
         )
     try:
@@ -58,6 +68,35 @@ def ministack(directory: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def _owned(directory: Path) -> Iterator[int]:
+    """The lock of a directory; whoever had it is waited for, as it may be on its way out."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        deadline = time.monotonic() + OWNER_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise _taken(directory) from None
+                time.sleep(0.05)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _taken(directory: Path) -> ConfigError:
+    with contextlib.suppress(OSError):
+        port = (directory / "port").read_text()
+        return ConfigError(
+            f"another local S3 runs on {directory}: stop it, take another CRUDSTACK_DATA_DIR (make run LOCAL_DIR=...), or share it: without"
+            f" --local-s3, with CRUDSTACK_S3_ENDPOINT_URL=http://127.0.0.1:{port} AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"
+        )
+    return ConfigError(f"another local S3 is being started on {directory}: take another CRUDSTACK_DATA_DIR")
 
 
 def _free_port(memory: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,3 +157,22 @@ def test_wrong_keys_are_said_in_one_sentence(seaweed_s3, tmp_path):
     assert done.stderr.startswith("crudstack: the object storage cannot be used right now")
     assert done.stderr.count("\n") == 1
     assert "wrong-secret" not in done.stderr
+
+
+def test_a_second_local_s3_on_one_directory_is_refused_and_told_how_to_share_the_first(serve, tmp_path):
+    first = serve("s3-sqlite", tmp_path, "--local-s3", "--make-bucket")
+    article = {"title": "Sun", "content": "", "author": "a"}
+    new = {"if-none-match": "*"}
+    httpx.put(f"{first.url}/article/a", json=article, headers=new).raise_for_status()
+    environment = {"PATH": os.environ["PATH"], "CRUDSTACK_STORAGE": "s3-sqlite", "CRUDSTACK_BUCKET": "b"}
+    environment["CRUDSTACK_DATA_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", "--local-s3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    told = dict(re.findall(r"(\w+)=(\S+)", done.stderr.partition("--local-s3, with ")[2]))
+    assert told.keys() == {"CRUDSTACK_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    second = serve("s3-sqlite", tmp_path, environment=told)
+    assert httpx.get(f"{second.url}/article/a/data").json()["title"] == "Sun"
+    assert httpx.put(f"{second.url}/article/a", json=article, headers=new).status_code == 412
+    second.stop()
+    first.stop()
