@@ -181,9 +181,17 @@ def _serve(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
 
 def _open(app: FastAPI) -> None:
     """Open the stores, so that what is wrong with them shows before anything listens."""
+
+    async def opened() -> None:
+        try:
+            await app.state.crud.open()
+        except BaseException:
+            await app.state.crud.close()  # what still tries to connect would keep the event loop from ending
+            raise
+
     logging.disable()  # it is said once, below
     try:
-        asyncio.run(app.state.crud.open())
+        asyncio.run(opened())
     except StoreUnavailable as error:
         raise ConfigError(
             f"{error.detail} ({str(error.__cause__).partition(chr(10))[0]}); do addresses and credentials fit, and is CRUDSTACK_DATA_DIR, if it"

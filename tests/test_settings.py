@@ -225,6 +225,20 @@ def test_the_command_line_fails_with_one_sentence(arguments, environment):
     assert done.stderr.startswith("crudstack: ")
 
 
+@pytest.mark.parametrize("said", ["{}?sslmode=verify-full", "postgresql://somebody@nowhere.invalid/data"])
+def test_a_database_that_cannot_be_reached_is_one_sentence(said, postgres, tmp_path):
+    """Also where the event loop is left while somebody still tries to connect."""
+    done = crudstack(
+        *("serve", "--port", "0"),
+        CRUDSTACK_STORAGE='{"meta": "postgres", "resource": "disk"}',
+        CRUDSTACK_PG_DSN=said.format(postgres),
+        CRUDSTACK_DATA_DIR=str(tmp_path),
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("crudstack: the database cannot be reached")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_port_that_is_taken(serve, tmp_path):
     server = serve("memory", tmp_path)
     done = crudstack("serve", "--port", server.url.rpartition(":")[2], CRUDSTACK_STORAGE="memory")
