@@ -65,21 +65,23 @@ async def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
     if opened is not None and not opened.pool.closed:
         return opened.pool
     connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+    named = conninfo_to_dict(dsn)
 
     async def arguments() -> dict[str, Any]:
-        given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack", **PEER_GONE}
+        given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack"}
+        given |= {name: value for name, value in PEER_GONE.items() if name not in named}
         if password is not None:
             given["password"] = await asyncio.to_thread(password)
         return given
 
     async def configure(connection: Connection) -> None:
         connections.add(connection)
-        # The commit function looks at what others have committed while it waited. Hardened servers have another default.
-        cursor = await connection.execute("SHOW default_transaction_isolation")
-        if await cursor.fetchone() != ("read committed",):
-            await connection.execute("SET default_transaction_isolation = 'read committed'")
-        # Whoever is stopped inside a transaction (SIGSTOP, a frozen Lambda) would keep its locks for as long, and everybody waiting.
-        await connection.execute(f"SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}")
+        # The commit function looks at what others have committed while it waited; hardened servers have another default. And whoever is
+        # stopped inside a transaction (SIGSTOP, a frozen Lambda) would keep its locks for as long, and everybody waiting.
+        await connection.execute(
+            "SET default_transaction_isolation = 'read committed';"
+            f" SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}"
+        )
 
     class Reporting(AsyncConnection[Any]):
         """Keeps why the last attempt failed; the pool tells nobody but its log."""
