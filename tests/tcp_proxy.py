@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 
 class TcpProxy:
-    """Forwards to the server of a URL. `cut` ends all connections; while `hold` is set, answers wait (requests arrive)."""
+    """Forwards to the server of a URL. `cut` ends all connections; `swallow` acknowledges what they carry, and loses it; while `hold` is set,
+    answers wait (requests arrive)."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -18,6 +19,7 @@ class TcpProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: set[socket.socket] = set()
+        self._swallowed: set[socket.socket] = set()
         self._mutex = threading.Lock()
         self._flows = threading.Event()
         self._flows.set()
@@ -40,6 +42,12 @@ class TcpProxy:
 
     def release(self) -> None:
         self._flows.set()
+
+    def swallow(self) -> int:
+        """How many connections there were; new ones flow."""
+        with self._mutex:
+            self._swallowed |= self._open
+            return len(self._open) // 2
 
     def cut(self) -> int:
         """How many connections there were."""
@@ -75,6 +83,8 @@ class TcpProxy:
                 if answers and not self._flows.is_set():
                     self.held.set()
                     self._flows.wait()
+                if source in self._swallowed:
+                    continue
                 sink.sendall(data)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)

@@ -16,6 +16,7 @@ from app.autocrud import AutoCRUD, Encoding, Query, field
 from app.autocrud.errors import ConfigError, InvalidData, StoreUnavailable, UniqueConflict
 from app.autocrud.resource_manager.basic import IndexedField, IStorage
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage
+from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.postgres import pool
 from app.autocrud.resource_manager.postgres.schema import name_of
@@ -231,9 +232,10 @@ async def test_connections_that_were_cut_cost_no_request(postgres, name):
         through = f"postgresql://{parts.username}@127.0.0.1:{urlsplit(proxy.url).port}/postgres"
         manager = manager_of(through, name, max_size=3)
         await manager.create(Note("0"), resource_id="r")
+        all_there = asyncio.Barrier(3)
         for number in range(1, 8):
-            await asyncio.gather(*(manager.count() for _ in range(3)))
-            assert proxy.cut() >= 1
+            await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(3)))
+            assert proxy.cut() == 3
             if number % 2:
                 await manager.update("r", Note(f"{number}"))
             else:
@@ -241,7 +243,75 @@ async def test_connections_that_were_cut_cost_no_request(postgres, name):
         await manager.close()
 
 
-async def test_a_server_that_is_gone_and_comes_back(name):
+@pytest.fixture
+async def behind(postgres, name):
+    """A manager behind a network that can be held up, and this network."""
+    parts = urlsplit(postgres)
+    with TcpProxy(f"http://{parts.hostname}:{parts.port}") as proxy:
+        manager = manager_of(f"postgresql://{parts.username}@127.0.0.1:{urlsplit(proxy.url).port}/postgres", name)
+        yield manager, proxy
+        proxy.release()
+        await manager.close()
+
+
+async def test_answers_that_never_come_hold_no_reader_up(behind, monkeypatch):
+    """Connections whose bytes are acknowledged and swallowed; the next request has new ones."""
+    manager, proxy = behind
+    await manager.create(Note("0"), resource_id="r")
+    all_there = asyncio.Barrier(5)
+    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(5)))
+    monkeypatch.setattr(pool, "ANSWER_S", 0.2)
+    proxy.hold()
+    left = asyncio.create_task(manager.count())
+    await asyncio.to_thread(proxy.held.wait, 20)
+    left.cancel()  # who asked has gone; psycopg asks the server to stop, and waits for its answer
+    async with asyncio.timeout(20):
+        with pytest.raises(StoreUnavailable):
+            await manager.meta("r")
+        monkeypatch.undo()
+        assert proxy.swallow() > 2
+        proxy.release()
+        await asyncio.wait([left])
+        await asyncio.gather(*(manager.meta("r") for _ in range(5)))
+
+
+async def test_an_answer_that_never_comes_to_a_writer_is_resolved(behind, postgres, name, monkeypatch):
+    manager, proxy = behind
+    await manager.create(Note("0"))
+    monkeypatch.setattr(pool, "ANSWER_S", 0.2)
+    proxy.hold()
+    writing = asyncio.create_task(manager.create(Note("x")))
+    await asyncio.to_thread(proxy.held.wait, 20)  # the server has answered
+    direct = manager_of(postgres, name)
+    assert await direct.count() == 2
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(writing), 1)
+    monkeypatch.undo()
+    proxy.release()
+    assert (await direct.meta((await writing).meta.resource_id)).revision == 1
+    assert await direct.count() == 2
+    await direct.close()
+
+
+async def test_whoever_waits_for_a_lock_is_let_go(postgres, name, monkeypatch):
+    monkeypatch.setattr(pool, "STATEMENT_S", 0.2)
+    monkeypatch.setattr(meta_store_postgres, "STATEMENT_S", 0.2)
+    manager = manager_of(postgres, name)
+    created = await manager.create(Note("a"), resource_id="r")
+    async with await psycopg.AsyncConnection.connect(postgres) as other:
+        await other.execute(f"SELECT 1 FROM {manager.storage.meta_store._schema.names['main']} FOR UPDATE")
+        async with asyncio.timeout(20):
+            with pytest.raises(StoreUnavailable, match=r"took longer than 0\.2 s; nothing was changed"):
+                await manager.update("r", Note("b"))
+            with pytest.raises(StoreUnavailable, match="took longer"):
+                await manager.storage.meta_store._rows("SELECT pg_sleep(60)")
+    assert await manager.meta("r") == created.meta
+    await manager.update("r", Note("c"))
+    await manager.close()
+
+
+async def test_a_server_that_is_gone_and_comes_back(name, monkeypatch):
+    monkeypatch.setattr(pool, "WAIT_S", 2.0)
     server = Postgres()
     try:
         manager = manager_of(server.dsn, name)
@@ -260,7 +330,7 @@ async def test_a_server_that_is_gone_and_comes_back(name):
 
 
 async def test_whoever_is_stopped_in_a_transaction_keeps_no_lock(postgres, name, monkeypatch):
-    monkeypatch.setattr(pool, "IDLE_IN_TRANSACTION_MS", 200)
+    monkeypatch.setattr(pool, "IDLE_IN_TRANSACTION_S", 0.2)
     manager = manager_of(postgres, name)
     created = await manager.create(Note("a"))
     meta_store = manager.storage.meta_store
@@ -287,7 +357,7 @@ async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
     manager = manager_of(postgres, name, max_size=1, password=lambda: "of its own")
     await manager.create(Note("a"))
     opened = await pool.pool_of(postgres, manager.storage.meta_store._password, 1)
-    async with opened.connection():
+    async with opened._pool.connection():
         with pytest.raises(StoreUnavailable, match="no connection to spare"):
             await manager.count()
         with pytest.raises(StoreUnavailable, match="no connection to spare"):  # nothing was sent, so nothing is unknown

@@ -28,7 +28,6 @@ from ...errors import (
     ResourceNotFound,
     RevisionNotFound,
     StaleGeneration,
-    StoreUnavailable,
     VersionConflict,
 )
 from ...query import Query
@@ -51,7 +50,17 @@ from ..basic import (
 from ..checks import check_expectation, missing, storable_id, taken
 from ..documents import encoder, info_of, meta_of
 from ..postgres.call import Call
-from ..postgres.pool import MAX_SIZE, Connection, Password, check_dsn, close_pools, is_lost, pool_of, translated
+from ..postgres.pool import (
+    MAX_SIZE,
+    STATEMENT_S,
+    TOOK_TOO_LONG,
+    Connection,
+    Password,
+    check_dsn,
+    close_pools,
+    is_lost,
+    pool_of,
+)
 from ..postgres.query import PostgresDialect
 from ..postgres.schema import CONFLICT, DONE, STALE, UNKNOWN_UNIQUE, Schema, held, name_of
 from ..sql import SqlBuilder
@@ -64,7 +73,7 @@ log = logging.getLogger("crudstack.postgres")
 
 SCAN_PAGE = 500
 MAX_ID = 2000
-RESOLVE_S = 20.0
+RESOLVE_S = 15.0
 """How long the outcome of a commit whose answer was lost is asked for."""
 FENCE = """fast_life, fast_lease, CASE fast_since WHEN '-infinity' THEN 'infinity'::float8 WHEN 'infinity' THEN -1
 ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) END, fast_store"""
@@ -79,6 +88,9 @@ class PostgresMetaStore(MetaStore):
     table_name  what the names of its tables begin with; any text
     password    makes the password of each new connection, where it expires
     max_size    connections of this process to the database, for all models
+
+    What is purged no statement finds any more. Nothing short of VACUUM FULL would make PostgreSQL write over it in its files at once, and
+    that locks everybody out: it does so as it uses the space again.
     """
 
     durable: ClassVar[bool] = True
@@ -113,27 +125,17 @@ class PostgresMetaStore(MetaStore):
 
     # Connections
 
-    async def _do(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True) -> T:
-        """Run something on a connection of the pool. `again`: it may be repeated where the connection turns out to be gone."""
+    async def _do(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
+        """`Pool.run`, in a schema that is there."""
         if self._spec_id is None:
             await self._open()
-        return await self._on_pool(work, again=again)
+        return await self._on_pool(work, again=again, limited=limited)
 
-    async def _on_pool(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True) -> T:
+    async def _on_pool(
+        self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True
+    ) -> T:
         pool = await pool_of(self._dsn, self._password, self._max_size)
-        try:
-            try:
-                async with pool.connection() as connection:
-                    return await work(connection)
-            except psycopg.OperationalError as error:
-                if not again or not is_lost(error):
-                    raise
-                await pool.check()  # all that were cut meanwhile, so that the next one is none of them
-                async with pool.connection() as connection:
-                    return await work(connection)
-        except psycopg.Error as error:
-            meant = translated(error, pool)
-            raise meant from (meant.__cause__ or error)
+        return await pool.run(work, again=again, limited=limited)
 
     async def _rows(self, statement: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a statement that only reads, with `<main>` and the like for its tables."""
@@ -151,7 +153,7 @@ class PostgresMetaStore(MetaStore):
         lock = self._opening.setdefault(asyncio.get_running_loop(), asyncio.Lock())
         async with lock:
             if self._spec_id is None:
-                self._spec_id = await self._on_pool(self._ready) or await self._on_pool(self._make)
+                self._spec_id = await self._on_pool(self._ready) or await self._on_pool(self._make, limited=False)
 
     async def _ready(self, connection: Connection) -> int | None:
         """The number of the bound fields, if all that they need is there: then nothing has to be made, nor anybody locked out."""
@@ -176,6 +178,7 @@ class PostgresMetaStore(MetaStore):
         """Make or complete the schema. Several programs and versions may do it at once: they take turns."""
         fields = msgspec.json.encode(self._kinds).decode()
         async with connection.transaction():
+            await connection.execute("SET LOCAL statement_timeout = 0")  # indexes of large tables take their time
             await connection.execute("SELECT pg_advisory_xact_lock(%s)", (self._schema.lock,))
             for statement in self._schema.statements():
                 await connection.execute(statement.encode())
@@ -335,6 +338,8 @@ class PostgresMetaStore(MetaStore):
 
     async def _call(self, call: Call) -> None:
         """Commit; where the answer is lost, find out. (P4)"""
+        clock = asyncio.get_running_loop().time
+        began = clock()
         for last in (False, False, False, True):
             number = uuid4()
             parameters = (number, *call.parameters)
@@ -349,7 +354,7 @@ class PostgresMetaStore(MetaStore):
                 cause = error.__cause__
                 if not isinstance(cause, psycopg.Error):
                     raise
-                if is_lost(cause):
+                if is_lost(cause) or cause.sqlstate == TOOK_TOO_LONG:  # which may also be said just after the end
                     if await self._happened(number):
                         return
                 elif cause.sqlstate in RETRIED:
@@ -357,8 +362,8 @@ class PostgresMetaStore(MetaStore):
                 else:
                     await self._raise(cause, call)
                     raise
-                if last:
-                    raise StoreUnavailable("the database cannot be used right now; nothing was changed") from cause
+                if last or clock() - began > STATEMENT_S:
+                    raise
             else:
                 return
 
@@ -417,12 +422,14 @@ class PostgresMetaStore(MetaStore):
 
     async def advance_generation(self) -> int:
         async def advance(connection: Connection) -> int:
-            async with connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock(%s)", (self._schema.lock,))
-                cursor = await connection.execute(
-                    self._filled("UPDATE <state> SET generation = generation + 1 RETURNING generation")
+            cursor = await connection.execute(  # one transaction
+                self._filled(
+                    "SELECT pg_advisory_xact_lock(<lock>);"
+                    " UPDATE <state> SET generation = generation + 1 RETURNING generation"
                 )
-                (number,) = await cursor.fetchone() or (0,)
+            )
+            cursor.nextset()
+            (number,) = await cursor.fetchone() or (0,)
             return int(number)
 
         return await self._do(advance)
@@ -461,20 +468,19 @@ class PostgresMetaStore(MetaStore):
     # Keeping house
 
     async def maintain(self, budget_s: float) -> None:
-        async def forget(connection: Connection) -> None:
-            await connection.execute(self._filled("DELETE FROM <recent> WHERE at < now() - interval '1 day'"))
+        async def forget(connection: Connection) -> int:
+            cursor = await connection.execute(
+                self._filled(
+                    "DELETE FROM <recent> WHERE call IN"
+                    " (SELECT call FROM <recent> WHERE at < now() - interval '1 day' LIMIT 10000)"
+                )
+            )
+            return cursor.rowcount
 
-        await self._do(forget)
-
-    async def erase(self, now: dt.datetime) -> dt.datetime:
-        """Rows that were deleted leave the files of the tables. Backups and the log of the server keep what they hold until their own time."""
-
-        async def vacuum(connection: Connection) -> None:
-            for part in ("main", "revisions", "unique", "done"):
-                await connection.execute(self._filled(f"VACUUM <{part}>"))
-
-        await self._do(vacuum)
-        return now
+        clock = asyncio.get_running_loop().time
+        end = clock() + budget_s
+        while await self._do(forget) and clock() < end:
+            pass
 
     async def close(self) -> None:
         self._spec_id = None
