@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.backends import expected
+from app.settings import KINDS, Pair, parse_storage
+from benchmarks import backends
+from benchmarks.backends import expected, storage_of
 from benchmarks.report import shown
 from benchmarks.scripts.asking import LEAST, measured
 from benchmarks.workers import Figures
@@ -17,6 +19,13 @@ def test_a_wrong_answer_is_no_figure():
     figures.add("get", "peer", SAMPLE | {"answer": 2}, expected=1)
     assert shown(figures.wall["get"]["ours"]) == "20"
     assert shown(figures.cpu["get"]["peer"]) == "FAILED (1 answers)"
+
+
+def test_every_kind_is_measured_and_a_pair_is_written_with_a_plus():
+    assert set(KINDS) <= backends.KINDS.keys() | backends.WITH_BROKER.keys()
+    for kind in backends.KINDS | backends.WITH_BROKER:
+        storage = parse_storage(storage_of(kind), kind)
+        assert f"{storage.meta} + {storage.resource}" == kind if isinstance(storage, Pair) else storage == kind
 
 
 def test_the_calls_of_all_rounds_are_told():
