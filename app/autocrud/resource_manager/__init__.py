@@ -1,1 +1,1 @@
-"""How resources are stored: the contracts are in `basic`, the rules of revisions in `core`."""
+"""How resources are stored: the contracts are in `basic`, what they carry in `records`, the rules of revisions in `core`."""

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 import msgspec
+from msgspec import UNSET
 
 from ..errors import ConfigError, Fault, InvalidData
 from ..values import Kind, kind_of
-from .basic import UNSET, Encoding, IndexedField, IndexEntry
+from .basic import Encoding, IndexedField, IndexEntry
 
 T = TypeVar("T")
 
