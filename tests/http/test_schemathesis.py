@@ -11,7 +11,7 @@ import schemathesis
 from schemathesis.config import SchemathesisConfig
 
 from app.autocrud.errors import VersionConflict
-from app.autocrud.http.routes import ID_PATTERN, KEY_PATTERN
+from app.autocrud.http.options import ID_PATTERN, KEY_PATTERN
 from app.models import Article
 
 from .everything import EXAMPLE, KNOWN, make

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,14 +12,12 @@ import msgspec
 from ..query import MAX_LIMIT, META_FIELDS, SET_OPS, STATE_OPS, ops_of
 from ..resource_manager.basic import ResourceMeta, RevisionInfo
 from ..resource_manager.core import MAX_BATCH, ResourceManager
-from ..values import INT_MAX, INT_MIN, Kind
 from . import batches
+from .options import ID_PATTERN, KEY_PATTERN, MAX_REVISION
 from .patching import JSON_PATCH, MERGE_PATCH
-from .routes import ID_PATTERN, KEY_PATTERN, MAX_REVISION, SwitchBody
+from .routes import SwitchBody
 from .searching import DEFAULT_LIMIT
-
-Schema = dict[str, Any]
-REF = "#/components/schemas/{name}"
+from .value_schemas import REF, Schema, bound, example, value_schema
 
 
 class Description(NamedTuple):
@@ -431,79 +428,14 @@ class _Model:
         properties = self.components[self.component]["properties"]
         for name, kind in self.codec.fields.items():
             if name in properties:
-                _bound(properties[name], kind)
+                bound(properties[name], kind)
 
     def _example(self) -> Any:
         return {
-            name: _example(schema, self.components)
+            name: example(schema, self.components)
             for name, schema in self.components[self.component]["properties"].items()
         }
 
 
 def _array(items: Schema, **more: Any) -> Schema:
     return {"type": "array", "items": items, "minItems": 1, **more}
-
-
-NO_NUL = r"^[^\u0000]*$"
-
-
-def value_schema(kind: Kind) -> Schema:
-    """What one value of a kind looks like in a query string."""
-    type_ = kind.type
-    if kind.is_list:
-        type_ = next(arg for arg in typing.get_args(type_) if arg is not Ellipsis)
-    (schema,), components = msgspec.json.schema_components([type_], ref_template=REF)
-    if "$ref" in schema:  # an enum
-        schema = components[schema["$ref"].rpartition("/")[2]]
-    schema = {key: value for key, value in schema.items() if key in ("type", "format", "enum", "pattern")}
-    _bound(schema, kind)
-    if kind.name in ("Decimal", "list of Decimal"):
-        schema = {"type": "string", "pattern": r"^-?[0-9]{1,30}(\.[0-9]{1,30})?$"}
-    return schema
-
-
-def _bound(schema: Schema, kind: Kind) -> None:
-    for part in [schema, *schema.get("anyOf", [])]:
-        if part.get("type") == "integer":
-            part.setdefault("minimum", INT_MIN)
-            part.setdefault("maximum", INT_MAX)
-        elif part.get("type") == "string" and not {"format", "pattern", "enum"} & set(part):
-            part["pattern"] = NO_NUL
-        elif part.get("type") == "array" and isinstance(part.get("items"), dict):
-            _bound(part["items"], kind)
-
-
-_EXAMPLES: dict[str, Any] = {
-    "date-time": "2026-01-31T12:00:00Z",
-    "date": "2026-01-31",
-    "uuid": "0190d5f2-7c5e-7a30-8f6e-000000000000",
-    "decimal": "12.50",
-    "string": "text",
-    "integer": 1,
-    "number": 1.5,
-    "boolean": True,
-    "null": None,
-}
-
-
-def _example(schema: Schema, components: Mapping[str, Schema]) -> Any:
-    if "examples" in schema:
-        return schema["examples"][0]
-    if "default" in schema:
-        return schema["default"]
-    if "enum" in schema:
-        return schema["enum"][0]
-    if "const" in schema:
-        return schema["const"]
-    if "anyOf" in schema:
-        return _example(schema["anyOf"][0], components)
-    if "$ref" in schema:
-        inner = components[schema["$ref"].rpartition("/")[2]]
-        if "properties" not in inner:
-            return _example(inner, components)
-        # only what is required: a model may contain itself
-        return {name: _example(inner["properties"][name], components) for name in inner.get("required", [])}
-    kind = schema.get("type")
-    if kind in ("array", "object"):
-        return [] if kind == "array" else {}
-    return _EXAMPLES.get(schema.get("format", ""), _EXAMPLES.get(str(kind)))

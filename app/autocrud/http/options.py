@@ -1,0 +1,72 @@
+"""What a request says besides its data: ids, keys and options."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import cast
+
+from ..errors import Fault, InvalidData
+from ..resource_manager.basic import Status
+from ..resource_manager.core import IdempotencyKey
+from . import conditions, problems
+from .messages import Request, bad_parameter, flag
+
+ID_PATTERN = r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,127}"
+KEY_PATTERN = r"[!-~]{1,255}"
+RESERVED_IDS = frozenset({"batch", "count"})
+MAX_REVISION = 2**31
+_id = re.compile(ID_PATTERN)
+_key = re.compile(KEY_PATTERN)
+
+
+async def idempotency_key(request: Request, method: str) -> IdempotencyKey | None:
+    """The Idempotency-Key of a request, with all that makes it this request; conditions are none of it, for a client that asks again may
+    have read meanwhile."""
+    given = request.header(b"idempotency-key")
+    if given is None:
+        return None
+    if _key.fullmatch(given) is None:
+        raise conditions.InvalidCondition(f"Idempotency-Key: expected 1 to 255 visible characters, got {given[:60]!r}")
+    media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()
+    body = hashlib.sha256(await request.raw_body()).hexdigest()
+    query = request.scope["query_string"].decode("latin-1")
+    return IdempotencyKey(given, "\n".join((method, request.scope["path"], query, media, body)))
+
+
+def check_id(resource_id: str) -> None:
+    """InvalidData unless a client may choose this id."""
+    if _id.fullmatch(resource_id) is None or resource_id in RESERVED_IDS:
+        detail = (
+            f"expected 1 to 128 of A-Z a-z 0-9 . _ ~ -, no dot at the start, none of {', '.join(sorted(RESERVED_IDS))};"
+            f" got {resource_id[:140]!r}"
+        )
+        raise InvalidData(f"this id cannot be chosen: {detail}", (Fault("/id", detail),))
+
+
+def known_id(resource_id: str) -> str:
+    """The id of a path, if a resource can have it at all."""
+    if _id.fullmatch(resource_id) is None:
+        raise problems.NoSuchRoute(f"there is no resource {resource_id[:140]!r}")
+    return resource_id
+
+
+def include_deleted_of(options: dict[str, str]) -> bool:
+    return "include_deleted" in options and flag("include_deleted", options["include_deleted"])
+
+
+def parse_status(options: dict[str, str]) -> Status:
+    status = options.get("status", "stable")
+    if status in ("draft", "stable"):
+        return cast("Status", status)
+    raise bad_parameter("status", f"expected draft or stable, got {status[:60]!r}")
+
+
+def parse_mode(options: dict[str, str]) -> bool:
+    """Whether the current draft is to be modified in place."""
+    mode = options.get("mode", "update")
+    if mode not in ("update", "modify"):
+        raise bad_parameter("mode", f"expected update or modify, got {mode[:60]!r}")
+    if mode == "modify" and "status" in options:
+        raise bad_parameter("status", "modify keeps the status; publish makes a draft stable")
+    return mode == "modify"
