@@ -218,6 +218,21 @@ async def test_pages(api):
     problem(await api.get("/note?sort=-views&cursor=x"), 400, "invalid-query")
 
 
+async def test_a_link_that_proxies_would_refuse_is_left_to_the_cursor(api):
+    for length in range(2800, 3200, 50):
+        await api.post("/note", json={"title": "x" * length})
+    path, cursor, links = "/note?sort=title&limit=1&data=false", "", []
+    while cursor is not None:
+        answer = await api.get(path + cursor)
+        links.append(answer.headers.get("link", ""))
+        following = answer.json()["next_cursor"]
+        cursor = None if following is None else f"&cursor={following}"
+    assert len(links) == 8
+    assert links[0].endswith('>; rel="next"')
+    assert 4000 < max(map(len, links)) <= 4096
+    assert links[6] == ""
+
+
 async def test_lists_from_the_index_touch_no_body(api, crud, monkeypatch):
     await api.post("/note", json={"title": "Sun", "author": "alice", "tags": ["x"], "inner": {"code": "c"}})
 

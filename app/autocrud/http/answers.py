@@ -16,6 +16,9 @@ from .messages import Request, Response
 MAX_PAGE = 4 * 1024 * 1024
 """Bytes after which a page ends early, everywhere: an answer of AWS Lambda ends at 6 MB, and base64 takes a third more."""
 
+MAX_LINK = 4096
+"""Bytes of a Link header: a cursor carries the values that a list is sorted by, which may be long, and proxies refuse headers of 8 KB."""
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -58,7 +61,7 @@ def projected(data: bytes, fields: list[str]) -> bytes:
 
 
 def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:
-    """A page, and the link to the next one (RFC 8288)."""
+    """A page, and the link to the next one (RFC 8288) unless that would be too long."""
     body = b'{"items":[%b],"next_cursor":%b}' % (
         b",".join(items),
         b"null" if cursor is None else b'"%b"' % cursor.encode(),
@@ -67,4 +70,5 @@ def page_response(request: Request, items: list[bytes], cursor: str | None) -> R
         return Response(200, body)
     kept = [part for part in request.scope["query_string"].split(b"&") if part and not part.startswith(b"cursor=")]
     query = b"&".join([*kept, b"cursor=" + cursor.encode()])
-    return Response(200, body, ((b"link", b'<%b?%b>; rel="next"' % (request.path.encode("latin-1"), query)),))
+    link = b'<%b?%b>; rel="next"' % (request.path.encode("latin-1"), query)
+    return Response(200, body, ((b"link", link),) if len(link) <= MAX_LINK else ())

@@ -291,7 +291,9 @@ class _Model:
         gone: dict[int, Schema] = {204: {"description": "deleted; restore brings it back", "headers": ETAG}}
         page = {
             200: _json(
-                ref(f"{self.title}Page"), "a page", {"Link": {"schema": {"type": "string"}, "description": "next"}}
+                ref(f"{self.title}Page"),
+                "a page",
+                {"Link": {"schema": {"type": "string"}, "description": "next; left out if it would exceed 4 KB"}},
             )
         }
         return {
