@@ -1,4 +1,4 @@
-"""Caches of bodies: what both kinds do, what a damaged disk does to one, and the store on S3 that asks them first."""
+"""Caches of bodies: what each kind does, what a damaged disk does to one, and the store on S3 that asks them first."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from abc import abstractmethod
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from app.autocrud.resource_manager.resource_store.cache import Cache, DiskCache,
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
-from tests.conformance import DurableConformance
+from tests.conformance import CacheClock, CacheConformance, DurableConformance
 
 KB = 1024
 MB = 1024 * KB
@@ -41,37 +42,9 @@ SIZE = 100 * KB  # of the bodies that compete for room
 ROOM = 8  # how many of them the small caches hold
 
 
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.ahead = 0.0
-
-    def __call__(self) -> float:
-        return time.time() + self.ahead
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture(params=["memory", "disk"])
-def kind(request) -> str:
-    return request.param
-
-
-def small(kind: str, root: Path, clock: Clock) -> Cache:
-    if kind == "memory":
-        return MemoryCache(ROOM, clock=clock)
-    return DiskCache(root / "small", ROOM * SIZE + SIZE // 2, clock=clock)
-
-
-@pytest.fixture
-async def cache(kind, tmp_path, clock):
-    cache = MemoryCache(clock=clock) if kind == "memory" else DiskCache(tmp_path / "cache", clock=clock)
-    yield cache
-    await cache.close()
+def clock() -> CacheClock:
+    return CacheClock()
 
 
 @pytest.fixture
@@ -90,89 +63,15 @@ def index_of(root: Path) -> Path:
     return path
 
 
-class TestBothCaches:
-    async def test_put_and_get(self, cache):
-        await cache.put("a", b"1", 60)
-        assert await cache.get("a") == b"1"
-        assert await cache.get("b") is None
-        assert (cache.hits, cache.misses) == (1, 1)
+class BoundedConformance(CacheConformance):
+    """What ours promise beyond the contract: what was used last stays, also when they are closed in between."""
 
-    @pytest.mark.parametrize("body", [b"", b"\0", bytes(range(256)) * 3, b"\x80" * 40_000, os.urandom(5 * MB)], ids=len)
-    async def test_any_body(self, cache, body):
-        await cache.put("a", body, 60)
-        assert await cache.get("a") == body
+    @abstractmethod
+    def small(self, root: Path, clock: CacheClock) -> Cache:
+        """A cache for ROOM bodies of SIZE."""
 
-    @pytest.mark.parametrize(
-        "key",
-        [
-            *("", ".", "..", "../../x", "/etc/passwd", "a/b", "0/0198", "a\0b", "\n", "con", "%2e", "$HOME", "~"),
-            *("x" * 100_000, "😀", "\ud800", "a" * 28 + ".val", "cache.db", "'; DROP TABLE Cache; --"),
-        ],
-    )
-    async def test_any_key(self, cache, key, tmp_path):
-        await cache.put(key, b"here", 60)
-        await cache.put("x" + key, b"there", 60)
-        assert await cache.get(key) == b"here"
-        await cache.delete([key])
-        assert (await cache.get(key), await cache.get("x" + key)) == (None, b"there")
-        assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
-
-    async def test_keys_that_look_alike_differ(self, cache):
-        keys = ["a", "A", "ä", "a\u0308", "a ", "a\0"]
-        await cache.put_many({key: Entry(key.encode(), 60) for key in keys})
-        assert {key: entry.body for key, entry in (await cache.get_many(keys)).items()} == {
-            key: key.encode() for key in keys
-        }
-
-    async def test_a_later_body_takes_the_place_of_an_earlier_one(self, cache):
-        for body in (b"1", b"2" * 50_000, b"3" * 60_000, b"4"):
-            await cache.put("a", body, 60)
-            assert await cache.get("a") == body
-
-    async def test_many_at_once_say_what_is_there(self, cache):
-        await cache.put_many({"a": Entry(b"1", 60), "b": Entry(b"2", 60)})
-        found = await cache.get_many(["b", "c", "a"])
-        assert {key: entry.body for key, entry in found.items()} == {"a": b"1", "b": b"2"}
-        assert (cache.hits, cache.misses) == (2, 1)
-        assert await cache.get_many([]) == {}
-        await cache.put_many({})
-        await cache.delete([])
-        assert (cache.hits, cache.misses) == (2, 1)
-
-    async def test_an_entry_ends_when_its_time_is_over(self, cache, clock):
-        await cache.put_many({"short": Entry(b"1", 60), "long": Entry(b"2", 600)})
-        clock.ahead += 59
-        found = await cache.get_many(["short", "long"])
-        assert (found["short"].ttl_s, found["long"].ttl_s) == pytest.approx((1, 541), abs=0.9)
-        clock.ahead += 2
-        assert (await cache.get("short"), await cache.get("long")) == (None, b"2")
-        await cache.put("short", b"again", 60)
-        assert await cache.get("short") == b"again"
-
-    async def test_putting_again_renews_the_time(self, cache, clock):
-        await cache.put("a", b"1", 60)
-        clock.ahead += 50
-        await cache.put("a", b"1", 60)
-        clock.ahead += 50
-        assert await cache.get("a") == b"1"
-
-    @pytest.mark.parametrize("ttl_s", [0, -1])
-    async def test_what_has_no_time_is_not_kept(self, cache, ttl_s):
-        await cache.put("a", b"1", 60)
-        await cache.put("a", b"2", ttl_s)
-        assert await cache.get("a") is None
-
-    async def test_delete_and_clear(self, cache):
-        await cache.put_many({key: Entry(key.encode() * 40_000, 60) for key in "abcd"})
-        await cache.delete(["a", "b", "nothing"])
-        assert set(await cache.get_many(list("abcd"))) == {"c", "d"}
-        await cache.clear()
-        assert await cache.get_many(list("abcd")) == {}
-        await cache.put("a", b"1", 60)
-        assert await cache.get("a") == b"1"
-
-    async def test_the_least_recently_used_goes_first(self, kind, tmp_path, clock):
-        cache = small(kind, tmp_path, clock)
+    async def test_the_least_recently_used_goes_first(self, tmp_path, clock):
+        cache = self.small(tmp_path, clock)
         for number in range(3 * ROOM):
             await cache.put(f"{number}", b"%d" % number * (SIZE // 2), 60)
             assert await cache.get("0") is not None
@@ -181,8 +80,8 @@ class TestBothCaches:
         assert ROOM / 2 < len(there) <= ROOM
         await cache.close()
 
-    async def test_what_has_expired_makes_room_by_itself(self, kind, tmp_path, clock):
-        cache = small(kind, tmp_path, clock)
+    async def test_what_has_expired_makes_room_by_itself(self, tmp_path, clock):
+        cache = self.small(tmp_path, clock)
         await cache.put_many({f"{number}": Entry(bytes(SIZE), 60) for number in range(ROOM)})
         clock.ahead += 61
         await cache.maintain(10)
@@ -191,55 +90,23 @@ class TestBothCaches:
         assert await cache.get("kept") is not None
         await cache.close()
 
-    async def test_after_close_it_may_be_used_again(self, cache):
+    async def test_closing_loses_nothing(self, cache):
         await cache.put("a", b"1", 60)
-        await cache.close()
         await cache.close()
         assert await cache.get("a") == b"1"
 
-    async def test_many_tasks(self, cache):
-        async def use(number):
-            await cache.put(f"{number % 10}", b"%d" % (number % 10), 60)
-            return await cache.get(f"{number % 10}")
 
-        assert await asyncio.gather(*map(use, range(200))) == [b"%d" % (number % 10) for number in range(200)]
-        assert (cache.hits, cache.misses) == (200, 0)
+class TestMemoryCache(BoundedConformance):
+    def make(self, root: Path, clock: CacheClock) -> Cache:
+        return MemoryCache(clock=clock)
 
-    async def test_many_event_loops(self, cache):
-        """Loops that come and go, closing it too, never see what was not put."""
-        wrong, barrier = [], threading.Barrier(4)
-
-        async def use(thread):
-            for round_ in range(40):
-                key = f"{round_ % 7}"
-                await cache.put(key, key.encode() * 1000, 60)
-                if (body := await cache.get(key)) not in (None, key.encode() * 1000):
-                    wrong.append(body)
-                if round_ % 10 == thread:
-                    await cache.delete([key])
-                if round_ % 20 == thread:
-                    await cache.close()
-
-        def run(thread):
-            barrier.wait()
-            try:
-                for _ in range(2):
-                    asyncio.run(use(thread))
-            except BaseException as error:
-                wrong.append(error)
-                raise
-
-        threads = [threading.Thread(target=run, args=(thread,)) for thread in range(4)]
-        for thread in threads:
-            thread.start()
-        await asyncio.to_thread(lambda: [thread.join() for thread in threads])
-        assert wrong == []
-        assert cache.hits + cache.misses == 4 * 2 * 40
+    def small(self, root: Path, clock: CacheClock) -> Cache:
+        return MemoryCache(ROOM, clock=clock)
 
     @pytest.mark.parametrize("wrong", [0, -1])
-    def test_no_room_is_a_mistake(self, kind, tmp_path, wrong):
+    def test_no_room_is_a_mistake(self, wrong):
         with pytest.raises(ConfigError, match="expected at least 1"):
-            MemoryCache(wrong) if kind == "memory" else DiskCache(tmp_path, wrong)
+            MemoryCache(wrong)
 
 
 async def test_memory_forgets_what_has_expired(clock):
@@ -382,7 +249,18 @@ async def right_or_missing(cache: Cache) -> int:
     return len(found)
 
 
-class TestDiskCache:
+class TestDiskCache(BoundedConformance):
+    def make(self, root: Path, clock: CacheClock) -> Cache:
+        return DiskCache(root, clock=clock)
+
+    def small(self, root: Path, clock: CacheClock) -> Cache:
+        return DiskCache(root / "small", ROOM * SIZE + SIZE // 2, clock=clock)
+
+    @pytest.mark.parametrize("wrong", [0, -1])
+    def test_no_room_is_a_mistake(self, tmp_path, wrong):
+        with pytest.raises(ConfigError, match="expected at least 1"):
+            DiskCache(tmp_path, wrong)
+
     async def test_a_restart_loses_nothing(self, disk, tmp_path, clock):
         await fill(disk)
         await disk.close()
@@ -827,7 +705,7 @@ def info(uid: str, status="stable") -> RevisionInfo:
 class Instance:
     """A store behind two caches, on a bucket that others may share."""
 
-    def __init__(self, root: Path, clock: Clock, objects: MemoryObjectStore | None = None, **more) -> None:
+    def __init__(self, root: Path, clock: CacheClock, objects: MemoryObjectStore | None = None, **more) -> None:
         self.objects = objects or MemoryObjectStore()
         self.memory, self.disk = MemoryCache(clock=clock), DiskCache(root, clock=clock)
         self.store = CachedS3ResourceStore(
@@ -1069,7 +947,7 @@ class TestOnS3:
 
     async def test_a_cache_that_cannot_work_leaves_the_others_empty(self, tmp_path):
         (tmp_path / "file").write_text("")
-        instance = Instance(tmp_path / "file", Clock())
+        instance = Instance(tmp_path / "file", CacheClock())
         with pytest.raises(ConfigError):
             await instance.put("0/a", b"1")
         assert await instance.memory.get("0/a") is None
@@ -1113,7 +991,7 @@ class AgainstADict(RuleBasedStateMachine):
     def start(self) -> None:
         self.directory = tempfile.TemporaryDirectory()
         self.root = Path(self.directory.name)
-        self.clock, self.objects, self.runner = Clock(), MemoryObjectStore(), asyncio.Runner()
+        self.clock, self.objects, self.runner = CacheClock(), MemoryObjectStore(), asyncio.Runner()
         self.model: dict[str, bytes] = {}
         self.doubtful: set[str] = set()  # whose put or delete has failed
         self.open()

@@ -1,0 +1,169 @@
+"""Every promise that a Cache makes, as tests. See `tests.conformance` for how to run it on yours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from abc import abstractmethod
+from pathlib import Path
+
+import pytest
+
+from app.autocrud.resource_manager.resource_store.cache import Cache, Entry
+
+MB = 1024**2
+
+
+class CacheClock:
+    """Seconds since 1970; a test is ahead of them when it says so."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+class CacheConformance:
+    @abstractmethod
+    def make(self, root: Path, clock: CacheClock) -> Cache:
+        """The cache under test, with room for 10 MB in 100 entries; its time is the clock's."""
+
+    @pytest.fixture
+    def clock(self) -> CacheClock:
+        return CacheClock()
+
+    @pytest.fixture
+    async def cache(self, tmp_path: Path, clock: CacheClock):
+        cache = self.make(tmp_path / "cache", clock)
+        yield cache
+        await cache.close()
+
+    async def test_put_and_get(self, cache):
+        await cache.put("a", b"1", 60)
+        assert await cache.get("a") == b"1"
+        assert await cache.get("b") is None
+        assert (cache.hits, cache.misses) == (1, 1)
+
+    @pytest.mark.parametrize("body", [b"", b"\0", bytes(range(256)) * 3, b"\x80" * 40_000, os.urandom(5 * MB)], ids=len)
+    async def test_any_body(self, cache, body):
+        await cache.put("a", body, 60)
+        assert await cache.get("a") == body
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            *("", ".", "..", "../../x", "/etc/passwd", "a/b", "0/0198", "a\0b", "\n", "con", "%2e", "$HOME", "~"),
+            *("x" * 100_000, "😀", "\ud800", "a" * 28 + ".val", "cache.db", "'; DROP TABLE Cache; --"),
+        ],
+    )
+    async def test_any_key(self, cache, key, tmp_path):
+        await cache.put(key, b"here", 60)
+        await cache.put("x" + key, b"there", 60)
+        assert await cache.get(key) == b"here"
+        await cache.delete([key])
+        assert (await cache.get(key), await cache.get("x" + key)) == (None, b"there")
+        assert {path.name for path in tmp_path.iterdir()} <= {"cache"}  # keys are no paths
+
+    async def test_keys_that_look_alike_differ(self, cache):
+        keys = ["a", "A", "ä", "a\u0308", "a ", "a\0"]
+        await cache.put_many({key: Entry(key.encode(), 60) for key in keys})
+        assert {key: entry.body for key, entry in (await cache.get_many(keys)).items()} == {
+            key: key.encode() for key in keys
+        }
+
+    async def test_a_later_body_takes_the_place_of_an_earlier_one(self, cache):
+        for body in (b"1", b"2" * 50_000, b"3" * 60_000, b"4"):
+            await cache.put("a", body, 60)
+            assert await cache.get("a") == body
+
+    async def test_many_at_once_say_what_is_there(self, cache):
+        await cache.put_many({"a": Entry(b"1", 60), "b": Entry(b"2", 60)})
+        found = await cache.get_many(["b", "c", "a"])
+        assert {key: entry.body for key, entry in found.items()} == {"a": b"1", "b": b"2"}
+        assert (cache.hits, cache.misses) == (2, 1)
+        assert await cache.get_many([]) == {}
+        await cache.put_many({})
+        await cache.delete([])
+        assert (cache.hits, cache.misses) == (2, 1)
+
+    async def test_an_entry_ends_when_its_time_is_over(self, cache, clock):
+        await cache.put_many({"short": Entry(b"1", 60), "long": Entry(b"2", 600)})
+        clock.ahead += 59
+        found = await cache.get_many(["short", "long"])
+        assert (found["short"].ttl_s, found["long"].ttl_s) == pytest.approx((1, 541), abs=0.9)
+        clock.ahead += 2
+        assert (await cache.get("short"), await cache.get("long")) == (None, b"2")
+        await cache.put("short", b"again", 60)
+        assert await cache.get("short") == b"again"
+
+    async def test_putting_again_renews_the_time(self, cache, clock):
+        await cache.put("a", b"1", 60)
+        clock.ahead += 50
+        await cache.put("a", b"1", 60)
+        clock.ahead += 50
+        assert await cache.get("a") == b"1"
+
+    @pytest.mark.parametrize("ttl_s", [0, -1])
+    async def test_what_has_no_time_is_not_kept(self, cache, ttl_s):
+        await cache.put("a", b"1", 60)
+        await cache.put("a", b"2", ttl_s)
+        assert await cache.get("a") is None
+
+    async def test_delete_and_clear(self, cache):
+        await cache.put_many({key: Entry(key.encode() * 40_000, 60) for key in "abcd"})
+        await cache.delete(["a", "b", "nothing"])
+        assert set(await cache.get_many(list("abcd"))) == {"c", "d"}
+        await cache.clear()
+        assert await cache.get_many(list("abcd")) == {}
+        await cache.put("a", b"1", 60)
+        assert await cache.get("a") == b"1"
+
+    async def test_after_close_it_may_be_used_again(self, cache):
+        await cache.put("a", b"1", 60)
+        await cache.close()
+        await cache.close()
+        assert await cache.get("a") in (b"1", None)
+        await cache.put("a", b"2", 60)
+        assert await cache.get("a") == b"2"
+
+    async def test_many_tasks(self, cache):
+        async def use(number):
+            await cache.put(f"{number % 10}", b"%d" % (number % 10), 60)
+            return await cache.get(f"{number % 10}")
+
+        assert await asyncio.gather(*map(use, range(200))) == [b"%d" % (number % 10) for number in range(200)]
+        assert (cache.hits, cache.misses) == (200, 0)
+
+    async def test_many_event_loops(self, cache):
+        """Loops that come and go, closing it too, never see what was not put."""
+        wrong, barrier = [], threading.Barrier(4)
+
+        async def use(thread):
+            for round_ in range(40):
+                key = f"{round_ % 7}"
+                await cache.put(key, key.encode() * 1000, 60)
+                if (body := await cache.get(key)) not in (None, key.encode() * 1000):
+                    wrong.append(body)
+                if round_ % 10 == thread:
+                    await cache.delete([key])
+                if round_ % 20 == thread:
+                    await cache.close()
+
+        def run(thread):
+            barrier.wait()
+            try:
+                for _ in range(2):
+                    asyncio.run(use(thread))
+            except BaseException as error:
+                wrong.append(error)
+                raise
+
+        threads = [threading.Thread(target=run, args=(thread,)) for thread in range(4)]
+        for thread in threads:
+            thread.start()
+        await asyncio.to_thread(lambda: [thread.join() for thread in threads])
+        assert wrong == []
+        assert cache.hits + cache.misses == 4 * 2 * 40
