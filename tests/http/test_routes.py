@@ -71,6 +71,26 @@ async def test_update_with_if_match(api, note):
     problem(await api.put("/note/nothing", json={"title": "x"}), 404, "not-found")
 
 
+async def test_a_conflict_says_what_is_wrong_with_the_etag(api, note):
+    path, etag = note
+    other = (await api.post("/note", json={"title": "Moon"})).headers["etag"]
+    none_of_ours = "is at version 1, and what was expected is no resource's ETag"
+    for given, expected in [
+        (other, "is at version 1, but not in the expected state: the ETag is another resource's, or this"),
+        (f'"2{etag[2:]}', "is at version 1; expected version 2; read it again"),
+        (f"W/{etag}", none_of_ours),
+        ('"x"', none_of_ours),
+        (f'"0{etag[2:]}', none_of_ours),
+        (f'{other}, "x"', "none of those that were expected; read it again"),
+    ]:
+        answers = [await api.delete(path, headers={"if-match": given})]
+        if "," not in given:
+            operation = {"op": "delete", "id": path.rpartition("/")[2], "if_match": given}
+            answers.append(await api.post("/note/batch", json={"operations": [operation]}))
+        for answer in answers:
+            assert expected in problem(answer, 412, "version-conflict")["detail"]
+
+
 async def test_put_creates_only_when_asked(api):
     create = {"if-none-match": "*"}
     answer = await api.put("/note/mine", json={"title": "Sun"}, headers=create)

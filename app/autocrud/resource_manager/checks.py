@@ -31,9 +31,23 @@ def check_expectation(expect: Expect, resource_id: str, found: Version | None) -
     """Raise VersionConflict unless what was found is what was expected."""
     if expect == "any" or (found is None if expect == "absent" else found == expect):
         return
-    state = "does not exist" if found is None else f"is at version {found.version}"
-    wanted = "it to be absent" if expect == "absent" else f"version {expect[0]}"
-    raise VersionConflict(f"resource {resource_id!r} {state}; expected {wanted}")
+    if found is None:
+        state = f"does not exist; expected version {expect[0]}"
+    elif expect == "absent":
+        state = f"is at version {found.version}; expected it to be absent"
+    elif expect.version < 1:
+        state = (
+            f"is at version {found.version}, and what was expected is no resource's ETag: those are"
+            ' like "1-0123456789abcdef", without W/ before; read it again'
+        )
+    elif expect.version == found.version:
+        state = (
+            f"is at version {found.version}, but not in the expected state: the ETag is another resource's, or this"
+            " one was purged and made again; read it again"
+        )
+    else:
+        state = f"is at version {found.version}; expected version {expect.version}; read it again"
+    raise VersionConflict(f"resource {resource_id!r} {state}")
 
 
 def generation_of(uid: str) -> int:

@@ -464,7 +464,7 @@ def _check_expected(expect: Expected, meta: ResourceMeta) -> None:
         check_expectation(expect, meta.resource_id, found)
     elif found not in expect:
         raise VersionConflict(
-            f"resource {meta.resource_id!r} is at version {meta.version}, none of those that were expected"
+            f"resource {meta.resource_id!r} is at version {meta.version}, none of those that were expected; read it again"
         )
 
 
