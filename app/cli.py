@@ -27,7 +27,7 @@ from . import stack as stacks
 from .autocrud.errors import ConfigError, CrudError, StoreUnavailable
 from .main import create_app
 from .request_log import RequestLog
-from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load
+from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
 from .wiring import needs_s3
 
 cli = App(
@@ -77,6 +77,7 @@ def serve(
     """
     environment = dict(os.environ)
     if storage is not None:
+        parse_storage(storage, "--storage")  # what is wrong with it is no fault of a variable
         environment["CRUDSTACK_STORAGE"] = storage
         environment.pop("CRUDSTACK_OUTPUTS", None)
     if stack is not None:

@@ -13,6 +13,7 @@ from . import authentication, models, settings, wiring
 from .autocrud import AutoCRUD
 from .autocrud.errors import ConfigError
 from .autocrud.http.guard import Guard
+from .misfits import meant
 
 
 def create_app(
@@ -32,7 +33,8 @@ def create_app(
     models.register(crud)
     for model in factory.overrides:
         if model not in crud.managers:
-            raise ConfigError(f"storage_overrides names the model {model!r}; there are {', '.join(crud.managers)}")
+            there = f"there are {', '.join(crud.managers)}{meant(model, crud.managers)}"
+            raise ConfigError(f"storage_overrides names the model {model!r}; {there}")
     app = FastAPI(title="crudstack", version="1", redoc_url=None, exception_handlers={404: _problem, 405: _problem})
     crud.apply(app)
     if authenticate is not None:  # whatever else the application answers: the description, the docs, what is not there

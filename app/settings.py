@@ -31,6 +31,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from .autocrud.errors import ConfigError
+from .misfits import meant, misfit
 
 Kind = Literal[
     "s3-sqlite", "postgres-s3", "redis-postgres", "cached-s3", "mq-cached-s3", "full", "disk", "memory-disk", "memory"
@@ -166,6 +167,8 @@ VARIABLES = (
     "CRUDSTACK_REDIS_URL",
     "CRUDSTACK_AMQP_URL",
 )
+PAIR = '{"meta": "postgres", "resource": "s3"}'
+AUTH = '{"mode": "jwt", "issuer": "https://...", "audiences": ["..."]}, or what `crudstack token new` prints'
 ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -173,7 +176,7 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings in the environment; ConfigError in one sentence that names what is wrong."""
     for name in environment:
         if name.startswith("CRUDSTACK_") and name not in VARIABLES:
-            raise ConfigError(f"{name} is no setting; there are {', '.join(VARIABLES)}")
+            raise ConfigError(f"{name} is no setting; there are {', '.join(VARIABLES)}{meant(name, VARIABLES)}")
     given = {name: value for name in VARIABLES if (value := environment.get(name))}
     endpoint = next((value for name in ENDPOINT_VARIABLES if (value := environment.get(name))), None)
     if endpoint is not None and not endpoint.startswith(("http://", "https://")):
@@ -197,7 +200,10 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
             version=1,
             storage=parse_storage(given["CRUDSTACK_STORAGE"], "CRUDSTACK_STORAGE"),
             storage_overrides=_decoded(
-                given.get("CRUDSTACK_STORAGE_OVERRIDES", "{}"), dict[str, Storage], "CRUDSTACK_STORAGE_OVERRIDES"
+                given.get("CRUDSTACK_STORAGE_OVERRIDES", "{}"),
+                dict[str, Storage],
+                "CRUDSTACK_STORAGE_OVERRIDES",
+                '{"session": "memory"}',
             ),
             bucket=given.get("CRUDSTACK_BUCKET"),
             prefix=given.get("CRUDSTACK_PREFIX", ""),
@@ -211,12 +217,14 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
 def parse_storage(text: str, name: str) -> Storage:
     """A kind, or a pair as JSON."""
     if text.lstrip().startswith("{"):
-        pair: Pair = _decoded(text, Pair, name)
+        pair: Pair = _decoded(text, Pair, name, PAIR)
         return pair
     for kind in KINDS:
         if text == kind:
             return kind
-    raise ConfigError(f"{name} is {text!r}: expected one of {', '.join(KINDS)}, or a pair as JSON")
+    raise ConfigError(
+        f"{name} is {text!r}: expected one of {', '.join(KINDS)}, or a pair as JSON, like {PAIR}{meant(text, KINDS)}"
+    )
 
 
 def parse_auth(text: str) -> Auth:
@@ -224,8 +232,8 @@ def parse_auth(text: str) -> Auth:
     if text == "none":
         return NoAuth()
     if not text.lstrip().startswith("{"):
-        raise ConfigError('CRUDSTACK_AUTH: expected none, or JSON like {"mode": "token", "token_sha256": "..."}')
-    auth: Auth = _decoded(text, Auth, "CRUDSTACK_AUTH")
+        raise ConfigError(f"CRUDSTACK_AUTH: expected none, or JSON like {AUTH}")
+    auth: Auth = _decoded(text, Auth, "CRUDSTACK_AUTH", AUTH)
     return auth
 
 
@@ -245,10 +253,14 @@ def parse_outputs(text: str, name: str) -> StackOutputs:
     return outputs
 
 
-def _decoded(text: str, type_: Any, name: str) -> Any:
+def _decoded(text: str, type_: Any, name: str, like: str | None = None) -> Any:
+    """`like`: an example of what is expected."""
+    expected = "" if like is None else f"; expected JSON like {like}"
     try:
         return msgspec.json.decode(text, type=type_)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{name} does not fit: {error}") from None
+        raise ConfigError(
+            misfit(msgspec.json.decode(text), type_, name) or f"{name} does not fit: {error}{expected}"
+        ) from None
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{name} is not JSON: {error}") from None
+        raise ConfigError(f"{name} is not JSON: {error}{expected}") from None

@@ -139,7 +139,31 @@ WRONG = [
         {"CRUDSTACK_STORAGE": '{"meta": "disk", "resource": "memory"}', "CRUDSTACK_DATA_DIR": "x"},
         "is no pair that keeps",
     ),
-    ({"CRUDSTACK_STORAGE": '{"meta": "disk"}'}, "missing required field `resource`"),
+    (
+        {"CRUDSTACK_STORAGE": "memry"},
+        'a pair as JSON, like {"meta": "postgres", "resource": "s3"}; did you mean memory?',
+    ),
+    ({"CRUDSTACK_STORAGE": '{"meta": "disk"}'}, "CRUDSTACK_STORAGE has no 'resource': expected one of cached-s3, disk"),
+    (
+        {"CRUDSTACK_STORAGE": '{"meta": "Postgress", "resource": "s3"}'},
+        "CRUDSTACK_STORAGE.meta is 'Postgress': expected one of disk, memory, postgres, redis, redis-postgres, s3-sqlite; did you mean postgres?",
+    ),
+    ({"CRUDSTACK_STORAGE": '{"metta": "disk", "resource": "s3"}'}, "expected meta, resource; did you mean meta?"),
+    (
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": '{"user": "s3sqlite"}'},
+        "CRUDSTACK_STORAGE_OVERRIDES.user is 's3sqlite'",
+    ),
+    (
+        {
+            "CRUDSTACK_STORAGE": "memory",
+            "CRUDSTACK_STORAGE_OVERRIDES": '{"user": {"meta": "redis", "resource": "s33"}}',
+        },
+        "CRUDSTACK_STORAGE_OVERRIDES.user.resource is 's33': expected one of cached-s3, disk, memory, mq-cached-s3, s3; did you mean s3?",
+    ),
+    (
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": "[]"},
+        'Expected `object`, got `array`; expected JSON like {"session": "memory"}',
+    ),
     *(
         ({**BACKENDS, "CRUDSTACK_STORAGE": "full", "CRUDSTACK_PREFIX": prefix}, "expected names of letters")
         for prefix in ("a//b", "../x", "été/", "a{b}/", "x*", "/a")
@@ -149,27 +173,37 @@ WRONG = [
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": '{"nobody": "memory"}'},
         "names the model 'nobody'",
     ),
-    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_DATADIR": "x"}, "CRUDSTACK_DATADIR is no setting"),
+    (
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": '{"users": "memory"}'},
+        "there are article, airport, user; did you mean user?",
+    ),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_DATADIR": "x"}, "did you mean CRUDSTACK_DATA_DIR?"),
     ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_OUTPUTS": "{}"}, "both set"),
-    ({"CRUDSTACK_OUTPUTS": '{"version": 2, "storage": "memory"}'}, "`$.version`"),
-    ({"CRUDSTACK_OUTPUTS": '{"version": 1}'}, "missing required field `storage`"),
-    ({"CRUDSTACK_OUTPUTS": '{"version": 1, "storage": "memory", "x": 1}'}, "unknown field `x`"),
+    ({"CRUDSTACK_OUTPUTS": '{"version": 2, "storage": "memory"}'}, "CRUDSTACK_OUTPUTS.version is 2: expected 1"),
+    ({"CRUDSTACK_OUTPUTS": '{"version": 1}'}, "CRUDSTACK_OUTPUTS has no 'storage'"),
+    ({"CRUDSTACK_OUTPUTS": '{"version": 1, "storage": "memory", "x": 1}'}, "CRUDSTACK_OUTPUTS has 'x'"),
     ({"CRUDSTACK_OUTPUTS": "/nowhere/outputs.json"}, "cannot be read"),
     ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": "a-secret-token"}, "CRUDSTACK_AUTH: expected none, or JSON"),
     (
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "magic"}'},
-        "CRUDSTACK_AUTH does not fit: Invalid value",
+        "CRUDSTACK_AUTH.mode is 'magic': expected one of none, token, jwt",
     ),
-    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token"}'}, "missing required field `token_sha256`"),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": ["x"]}'}, "CRUDSTACK_AUTH.mode is ['x']"),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": "{}"}, "CRUDSTACK_AUTH has no 'mode': expected one of none"),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token"}'}, "CRUDSTACK_AUTH has no 'token_sha256'"),
+    (
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token", "token_sha265": "a-secret-token"}'},
+        "CRUDSTACK_AUTH has 'token_sha265', which is nothing here: expected mode, token_sha256; did you mean token_sha256?",
+    ),
     (
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token", "token_sha256": "a-secret-token"}'},
-        "`$.token_sha256`",
+        "`$.token_sha256`; expected JSON like",
     ),
     (
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "jwt", "issuer": "x", "audiences": []}'},
         "`$.audiences`",
     ),
-    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "none", "x": 1}'}, "unknown field `x`"),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "none", "x": 1}'}, "has 'x', which is nothing here"),
 ]
 
 
@@ -207,6 +241,7 @@ def crudstack(*arguments: str, **environment: str) -> subprocess.CompletedProces
     [
         (["serve"], {}),
         (["serve", "--storage", "tape"], {}),
+        (["serve", "--storage", "memry"], {"CRUDSTACK_STORAGE": "disk"}),
         (["serve", "--port", "70000"], {"CRUDSTACK_STORAGE": "memory"}),
         (["serve", "--prot", "1"], {"CRUDSTACK_STORAGE": "memory"}),
         (["fly"], {}),
@@ -223,6 +258,7 @@ def test_the_command_line_fails_with_one_sentence(arguments, environment):
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("crudstack: ")
+    assert "--storage" not in arguments or done.stderr.startswith(f"crudstack: --storage is {arguments[2]!r}: expected")
 
 
 @pytest.mark.parametrize("said", ["{}?sslmode=verify-full", "postgresql://somebody@nowhere.invalid/data"])

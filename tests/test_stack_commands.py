@@ -84,7 +84,7 @@ def test_outputs_are_printed_as_the_app_decodes_them(pulumi):
     ("outputs", "stack", "says"),
     [
         ({}, "dev", "the stack has no outputs: run `pulumi up` first"),
-        ({**OUTPUTS, "x": 1}, "dev", "`pulumi stack output` does not fit: Object contains unknown field `x`"),
+        ({**OUTPUTS, "x": 1}, "dev", "`pulumi stack output` has 'x', which is nothing here"),
         (OUTPUTS, "nowhere", "error: no stack named 'nowhere' found"),
     ],
 )

@@ -1,0 +1,84 @@
+"""Why a value does not fit a type, for whoever misspelt it: what was found, what was expected, what was perhaps meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from msgspec import inspect
+
+
+def misfit(value: Any, type_: Any, at: str) -> str | None:
+    """What is wrong with names and choices at or below `at`, in a sentence; None if nothing is, whatever else may be wrong.
+
+    Of values it tells only those that had to be one of a few.
+    """
+    return _misfit(value, inspect.type_info(type_), at)
+
+
+def meant(found: object, expected: Iterable[object]) -> str:
+    """Which of these was perhaps meant, as the end of a sentence."""
+    import difflib
+
+    names = {str(one).lower(): one for one in expected}
+    near = difflib.get_close_matches(str(found).lower(), names, 1)
+    return f"; did you mean {names[near[0]]}?" if near else ""
+
+
+def _misfit(value: Any, info: inspect.Type, at: str) -> str | None:
+    match info:
+        case inspect.LiteralType(values=choices):
+            return None if value in choices else _none_of(value, choices, at)
+        case inspect.UnionType(types=types):
+            return _misfit_of_all(value, types, at)
+        case inspect.StructType(fields=fields, tag_field=tag) if isinstance(value, dict):
+            return _misfit_of_object(value, {field.encode_name: field for field in fields}, tag, at)
+        case inspect.DictType(value_type=inner) if isinstance(value, dict):
+            return next(filter(None, (_misfit(one, inner, f"{at}.{key}") for key, one in value.items())), None)
+    return None
+
+
+def _misfit_of_all(value: Any, types: Iterable[inspect.Type], at: str) -> str | None:
+    """Of a union: choices, one struct or several with tags, and what is of no interest here."""
+    structs = [one for one in types if isinstance(one, inspect.StructType)]
+    choices = [one for one in types if isinstance(one, inspect.LiteralType)]
+    if isinstance(value, dict) and structs:
+        tag = structs[0].tag_field
+        if tag is None:
+            return _misfit(value, structs[0], at)
+        tags = [one.tag for one in structs]
+        if tag not in value:
+            return _lacks(at, tag, tags)
+        if value[tag] not in tags:
+            return _none_of(value[tag], tags, f"{at}.{tag}")
+        return _misfit(value, structs[tags.index(value[tag])], at)
+    return _misfit(value, choices[0], at) if isinstance(value, str) and choices else None
+
+
+def _misfit_of_object(
+    value: dict[str, Any], fields: Mapping[str, inspect.Field], tag: str | None, at: str
+) -> str | None:
+    known = [*fields] if tag is None else [tag, *fields]
+    for key in value:
+        if key not in known:
+            return f"{at} has {key!r}, which is nothing here: expected {', '.join(known)}{meant(key, known)}"
+    for name, field in fields.items():
+        if name in value:
+            if wrong := _misfit(value[name], field.type, f"{at}.{name}"):
+                return wrong
+        elif field.required:
+            return _lacks(at, name, field.type.values if isinstance(field.type, inspect.LiteralType) else ())
+    return None
+
+
+def _none_of(value: object, choices: Iterable[object], at: str) -> str:
+    return f"{at} is {value!r}: expected {_listed(choices)}{meant(value, choices)}"
+
+
+def _lacks(at: str, name: str, choices: Iterable[object]) -> str:
+    return f"{at} has no {name!r}" + (f": expected {_listed(choices)}" if choices else "")
+
+
+def _listed(choices: Iterable[object]) -> str:
+    names = [str(one) for one in choices]
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
