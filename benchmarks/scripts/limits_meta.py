@@ -13,7 +13,6 @@ import msgspec
 import redis.asyncio
 from msgspec.structs import replace
 from psycopg import AsyncConnection
-from psycopg_pool import AsyncConnectionPool
 
 from app.autocrud.errors import StoreUnavailable
 from app.autocrud.resource_manager.basic import Change, Encoding, ModelSpec, ResourceMeta, RevisionInfo, Version
@@ -128,35 +127,33 @@ def record_of(change: Change) -> tuple[object, ...]:
 
 
 class RawPostgres(NamedTuple):
-    pool: AsyncConnectionPool[AsyncConnection]
+    connection: AsyncConnection
 
     async def written(self, changes: Sequence[Change]) -> None:
         """As people write it: BEGIN, two statements and COMMIT, four round trips."""
         for change in changes:
-            async with self.pool.connection() as connection, connection.transaction():
-                await self._both(connection, change)
+            async with self.connection.transaction():
+                await self._both(change)
 
     async def pipelined(self, changes: Sequence[Change]) -> None:
         """All four together, in fewer round trips."""
         for change in changes:
-            async with self.pool.connection() as connection, connection.pipeline(), connection.transaction():
-                await self._both(connection, change)
+            async with self.connection.pipeline(), self.connection.transaction():
+                await self._both(change)
 
     async def as_one(self, changes: Sequence[Change]) -> None:
         """Both in one statement, which is a transaction of its own: one round trip, and nothing is less."""
         for change in changes:
             text, values = statement(change)
-            async with self.pool.connection() as connection:
-                await connection.execute(AFTER.format(text).encode(), (*values, *record_of(change)))
+            await self.connection.execute(AFTER.format(text).encode(), (*values, *record_of(change)))
 
-    async def _both(self, connection: AsyncConnection, change: Change) -> None:
+    async def _both(self, change: Change) -> None:
         text, values = statement(change)
-        await connection.execute(text.encode(), values)
-        await connection.execute(RECORD.encode(), record_of(change))
+        await self.connection.execute(text.encode(), values)
+        await self.connection.execute(RECORD.encode(), record_of(change))
 
     async def same(self) -> bool:
-        async with self.pool.connection() as connection:
-            row = await (await connection.execute(COUNTS.encode())).fetchone()
+        row = await (await self.connection.execute(COUNTS.encode())).fetchone()
         return row is not None and bool(row[0])
 
 
@@ -171,10 +168,9 @@ async def _postgres(stack: contextlib.AsyncExitStack) -> dict[str, Pair]:
         one.bind(_spec)
         await one.health()
         stack.push_async_callback(one.close)
-    pool: AsyncConnectionPool[AsyncConnection] = AsyncConnectionPool(
-        dsn, kwargs={"autocommit": True}, min_size=1, max_size=10, open=False
-    )
-    raw = RawPostgres(await stack.enter_async_context(pool))
+    connection = await AsyncConnection.connect(dsn, autocommit=True)
+    stack.push_async_callback(connection.close)
+    raw = RawPostgres(connection)
 
     async def commit(changes: Sequence[Change]) -> None:
         for change in changes:

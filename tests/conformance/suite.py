@@ -848,14 +848,22 @@ class DurableConformance(StorageConformance):
             await manager.create(Item(code="c"))
         await manager.close()
 
-    async def test_a_field_that_becomes_unique_must_be(self, root):
-        plain = manage(self.make(root), indexed=["text"])
-        await plain.create(Item(code="c"))
-        await plain.create(Item(code="c"))
+    @pytest.mark.parametrize("earlier", [["text"], ["text", "code"]])
+    async def test_a_field_that_becomes_unique_must_be(self, root, earlier):
+        plain = manage(self.make(root), indexed=earlier)
+        await plain.create(Item(code="c"), resource_id="a")
+        await plain.create(Item(code="c"), resource_id="b")
         await plain.close()
         manager = manage(self.make(root))
-        with pytest.raises(ConfigError, match="unique"):
+        with pytest.raises(ConfigError, match="code was declared unique, but stored resources share a value"):
             await manager.open()
+        await manager.close()
+        plain = manage(self.make(root), indexed=earlier)  # the program that wrote it is not locked out
+        await plain.update("b", Item(code="d"))
+        await plain.close()
+        manager = manage(self.make(root))
+        with pytest.raises(UniqueConflict):
+            await manager.create(Item(code="d"))
         await manager.close()
 
 
@@ -894,6 +902,54 @@ class SharedConformance(DurableConformance):
             there.storage.done = done
             assert getattr(answer, "meta", answer) == getattr(first, "meta", first)
         for manager in (here, there):
+            await manager.close()
+
+    @pytest.mark.parametrize("earlier", [["text"], ["text", "code"]])
+    async def test_what_becomes_unique_is_so_for_programs_that_run_already(self, root, earlier):
+        """And they go on writing while the index is completed."""
+        old, new = manage(self.make(root), indexed=earlier), manage(self.make(root))
+        await old.create(Item(code="c"), resource_id="a")
+        await old.create(Item(code="d"), resource_id="b")
+        opened, numbers = asyncio.Event(), itertools.count()
+
+        async def write() -> None:
+            while not opened.is_set():
+                await old.update("b", Item(text=f"{next(numbers)}", code="d"))
+
+        writing = asyncio.create_task(write())
+        await new.open()
+        opened.set()
+        with contextlib.suppress(ConfigError):  # those that do not index it cannot keep it unique
+            await writing
+        with pytest.raises((UniqueConflict, ConfigError)):
+            await old.create(Item(code="d"))
+        with pytest.raises(UniqueConflict):
+            await new.create(Item(code="d"))
+        await new.create(Item(code="e"))
+        for manager in (old, new):
+            await manager.close()
+
+    async def test_what_cannot_become_unique_locks_nobody_out(self, root):
+        """Although the earlier program wrote it at the last moment, when it was kept out already."""
+        old, new = manage(self.make(root), indexed=["text"]), manage(self.make(root))
+        await old.create(Item(code="c"), resource_id="a")
+        await old.create(Item(), resource_id="b")
+        indexed, texts = new.storage.meta_store.indexed, iter("12")
+
+        async def slow(*, force: bool = False) -> bool:
+            if not force and (text := next(texts, None)):
+                await old.update("b", Item(text=text, code="c"))
+            return await indexed(force=force)
+
+        new.storage.meta_store.indexed = slow
+        with pytest.raises(ConfigError, match="code was declared unique, but stored resources share a value"):
+            await new.open()
+        await old.update("b", Item(code="d"))
+        again = manage(self.make(root))
+        await again.open()
+        with pytest.raises(UniqueConflict):
+            await again.create(Item(code="d"))
+        for manager in (old, new, again):
             await manager.close()
 
     def test_of_processes_that_expect_one_state_one_wins(self, root):

@@ -462,7 +462,7 @@ def test_unpacked_a_changed_source_is_not_even_looked_at(python, unpacked, tmp_p
 
 RUNTIME = {"boto3", "botocore", "snapshot_restore_py"}
 """What Lambda's own machine has."""
-DRIVERS = {"aio_pika", "diskcache", "psycopg", "psycopg_pool", "redis", "yarl"}
+DRIVERS = {"aio_pika", "diskcache", "psycopg", "redis", "yarl"}
 """Of single storages: only the zips for those have them."""
 
 

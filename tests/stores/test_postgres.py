@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -356,13 +357,33 @@ async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
     monkeypatch.setattr(pool, "WAIT_S", 0.05)
     manager = manager_of(postgres, name, max_size=1, password=lambda: "of its own")
     await manager.create(Note("a"))
-    opened = await pool.pool_of(postgres, manager.storage.meta_store._password, 1)
-    async with opened._pool.connection():
-        with pytest.raises(StoreUnavailable, match="no connection to spare"):
-            await manager.count()
-        with pytest.raises(StoreUnavailable, match="no connection to spare"):  # nothing was sent, so nothing is unknown
-            await manager.storage.meta_store.commit([change_of("b")])
+    end = asyncio.Event()
+    holder = asyncio.create_task(manager.storage.meta_store._do(lambda _: end.wait()))
+    await asyncio.sleep(0)
+    with pytest.raises(StoreUnavailable, match="no connection to spare"):
+        await manager.count()
+    with pytest.raises(StoreUnavailable, match="no connection to spare"):  # nothing was sent, so nothing is unknown
+        await manager.storage.meta_store.commit([change_of("b")])
+    end.set()
+    await holder
     assert await manager.count() == 1
+    await manager.close()
+
+
+async def test_whoever_is_cancelled_takes_no_connection_with_him(postgres, name):
+    manager = manager_of(postgres, name, max_size=3)
+    await manager.create(Note("a"), resource_id="r")
+    draw = random.Random(1)
+
+    async def read(patience: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(manager.meta("r"), patience)
+
+    for _ in range(100):
+        await asyncio.gather(*(read(draw.choice([0.0005, 0.001, 0.002, 0.004])) for _ in range(8)))
+    all_there = asyncio.Barrier(3)
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(3)))
     await manager.close()
 
 
@@ -398,7 +419,7 @@ async def test_versions_of_the_program_side_by_side(postgres, name):
     page = await later.find(Query(where=field("views").gte(7), sort=("views",)))
     assert [hit.meta.resource_id for hit in page.items] == ["a", "b"]
     ignorant = manager_of(postgres, name, ["text"], bodies)
-    with pytest.raises(ConfigError, match="code is unique in the database"):
+    with pytest.raises(ConfigError, match="code is unique in the store"):
         await ignorant.open()
     for one in (*old, *new, later, ignorant):
         await one.close()

@@ -152,9 +152,23 @@ class MetaStore(Store):
         return []
 
     async def reindex(self, entries: Sequence[Reindex]) -> None:
-        """Replace index entries where the resource is still in the expected state; versions stay. UniqueConflict. Without entries:
-        take note that nothing is outdated, if so."""
+        """Replace index entries where the resource is still in the expected state; versions stay. UniqueConflict."""
         raise AssertionError("a store that reports outdated entries takes new ones")
+
+    async def indexed(self, *, force: bool = False) -> bool:
+        """All that was outdated is indexed: from here on every writer keeps the unique fields of the bound spec unique, those of programs
+        that do not declare them too. One step, which changes nothing where something is outdated again (False), or where resources share
+        a value (ConfigError): what cannot be unique must not lock out the program that wrote it.
+
+        `force`: also where something is outdated. Programs that do not index these fields are kept out, so that it becomes no more; the
+        rest must then be indexed, or the field given up. False: somebody was faster.
+        """
+        return True
+
+    async def give_up(self, name: str) -> None:
+        """Two resources would share a value of a unique field. If some are not indexed by it yet, it was forced and never held: let
+        everybody write again who did before."""
+        return None
 
     def follow(self, changes: Sequence[Change]) -> None:
         """Only where not authoritative: apply what records have decided. Called in the order of their commits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import Fault, ResourceNotFound, StoreDamaged, UniqueConflict, VersionConflict
+from ..errors import ConfigError, Fault, ResourceNotFound, StoreDamaged, UniqueConflict, VersionConflict
 from .basic import Expect, Version
 
 
@@ -25,6 +25,19 @@ def missing(resource_id: str) -> ResourceNotFound:
 def taken(name: str) -> UniqueConflict:
     detail = f"another resource has this {name!r}; deleted ones keep theirs until they are purged"
     return UniqueConflict(detail, (Fault("/" + name.replace(".", "/"), detail),))
+
+
+def shared(model: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"model {model!r}: {name} was declared unique, but stored resources share a value; change one of them with the earlier"
+        " program, or declare the field without unique=True"
+    )
+
+
+def not_indexed(model: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"model {model!r}: {name} is unique in the store, but this program does not index it; index it, or stop the older program"
+    )
 
 
 def check_expectation(expect: Expect, resource_id: str, found: Version | None) -> None:

@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator, Hashable, Sequence
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
-from ..errors import ConfigError, CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable, UniqueConflict
+from ..errors import CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable, UniqueConflict
 from ..query import Query
 from ..values import Key
 from .basic import (
@@ -51,7 +51,7 @@ from .basic import (
     Version,
     Write,
 )
-from .checks import taken
+from .checks import shared, taken
 from .codec import IndexOf
 from .disk_pair import DiskPair
 from .meta_store.simple import DiskMetaStore
@@ -61,6 +61,8 @@ from .threads import outlived
 log = logging.getLogger("crudstack.storage")
 
 REINDEX_PAGE = 200
+MAX_REINDEXES = 50
+"""How often the index is completed again because an older program was faster."""
 SWEEP_PAGE = 1000
 MAX_RENEWALS = 8
 """How often bodies are written again because a sweep was faster: each time needs a whole sweep."""
@@ -135,9 +137,14 @@ class SimpleStorage(IStorage):
             self.resource_store.own()
             await self._rebuild()
         self._generation = await self.meta_store.generation()
-        while outdated := await self.meta_store.outdated(REINDEX_PAGE):
-            await self._reindex(outdated, index)
-        await self.meta_store.reindex([])
+        for attempt in range(MAX_REINDEXES):
+            while outdated := await self.meta_store.outdated(REINDEX_PAGE):
+                await self._reindex(outdated, index)
+            if await self.meta_store.indexed():
+                return
+            if attempt:
+                await self.meta_store.indexed(force=True)
+        raise StoreUnavailable("an older program writes so much that the index cannot be completed; stop it")
 
     async def _rebuild(self) -> None:
         self.meta_store.bind(self._spec)  # empty again: another process may have owned the records since the last time
@@ -159,10 +166,9 @@ class SimpleStorage(IStorage):
         try:
             await self.meta_store.reindex(entries)
         except UniqueConflict as error:
-            raise ConfigError(
-                f"model {self._spec.name!r}: a field was declared unique, but stored resources share a value ({error});"
-                " change one of them with the earlier program, or declare the field without unique=True"
-            ) from None
+            name = error.faults[0].pointer.removeprefix("/").replace("/", ".")
+            await self.meta_store.give_up(name)
+            raise shared(self._spec.name, name) from None
 
     async def _entry(self, meta: ResourceMeta, index: IndexOf) -> Reindex:
         try:

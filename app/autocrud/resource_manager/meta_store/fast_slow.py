@@ -322,6 +322,12 @@ class FastSlowMetaStore(MetaStore):
     async def reindex(self, entries: Sequence[Reindex]) -> None:
         await self._slow.reindex(entries)
 
+    async def indexed(self, *, force: bool = False) -> bool:
+        return await self._slow.indexed(force=force)
+
+    async def give_up(self, name: str) -> None:
+        await self._slow.give_up(name)
+
     async def generation(self) -> int:
         return await self._slow.generation()
 

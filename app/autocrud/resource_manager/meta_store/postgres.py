@@ -6,6 +6,7 @@ PostgresMetaStore("postgresql://user:password@localhost:5432/mine", table_name="
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import functools
 import logging
@@ -20,7 +21,6 @@ from msgspec.structs import replace
 from psycopg.errors import UniqueViolation
 
 from ...errors import (
-    ConfigError,
     CrudError,
     Fault,
     InvalidData,
@@ -47,7 +47,7 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
-from ..checks import check_expectation, missing, storable_id, taken
+from ..checks import check_expectation, missing, not_indexed, shared, storable_id, taken
 from ..documents import encoder, info_of, meta_of
 from ..postgres.call import Call
 from ..postgres.pool import (
@@ -57,7 +57,7 @@ from ..postgres.pool import (
     Connection,
     Password,
     check_dsn,
-    close_pools,
+    close_pool,
     is_lost,
     pool_of,
 )
@@ -118,6 +118,7 @@ class PostgresMetaStore(MetaStore):
         self._sql = SqlBuilder(PostgresDialect(spec.fields), self._schema.names["main"])
         self._search = functools.lru_cache(maxsize=512)(self._sql.search)
         self._spec_id: int | None = None
+        self._uniques: set[str] = set()  # as they were in the database when it was opened; they become more only
 
     @property
     def place(self) -> Hashable:
@@ -134,7 +135,7 @@ class PostgresMetaStore(MetaStore):
     async def _on_pool(
         self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True
     ) -> T:
-        pool = await pool_of(self._dsn, self._password, self._max_size)
+        pool = pool_of(self._dsn, self._password, self._max_size)
         return await pool.run(work, again=again, limited=limited)
 
     async def _rows(self, statement: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -169,7 +170,7 @@ class PostgresMetaStore(MetaStore):
             row = await cursor.fetchone()
         except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):  # none, or an older program's
             return None
-        if row is None or row[0] is None or not row[2] or not set(self._spec.unique) <= set(row[1]):
+        if row is None or row[0] is None or not row[2]:
             return None
         self._check_uniques(row[1])
         return int(row[0])
@@ -177,9 +178,7 @@ class PostgresMetaStore(MetaStore):
     async def _make(self, connection: Connection) -> int:
         """Make or complete the schema. Several programs and versions may do it at once: they take turns."""
         fields = msgspec.json.encode(self._kinds).decode()
-        async with connection.transaction():
-            await connection.execute("SET LOCAL statement_timeout = 0")  # indexes of large tables take their time
-            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (self._schema.lock,))
+        async with self._alone(connection):  # indexes of large tables take their time
             for statement in self._schema.statements():
                 await connection.execute(statement.encode())
             cursor = await connection.execute(self._filled("SELECT uniques FROM <state>"))
@@ -191,9 +190,6 @@ class PostgresMetaStore(MetaStore):
                 ),
                 (fields,),
             )
-            for name in self._spec.unique:
-                if name not in uniques:
-                    await self._add_unique(connection, name)
             cursor = await connection.execute(
                 self._filled("SELECT id FROM <specs> WHERE fields = %s::jsonb"), (fields,)
             )
@@ -208,22 +204,14 @@ class PostgresMetaStore(MetaStore):
             await connection.execute(self._filled(f"INSERT INTO <unique> {values}"), [name] * count)
             await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
         except UniqueViolation:
-            raise ConfigError(
-                f"model {self._spec.name!r}: {name} was declared unique, but stored resources share a value; change one of them"
-                " with the earlier program, or declare the field without unique=True"
-            ) from None
+            raise shared(self._spec.name, name) from None
         await connection.execute(self._filled("UPDATE <state> SET uniques = array_append(uniques, %s)"), (name,))
 
     def _check_uniques(self, uniques: Sequence[str]) -> None:
+        self._uniques = set(uniques)
         for name in uniques:
             if name not in self._kinds:
-                raise self._not_indexed(name)
-
-    def _not_indexed(self, name: str) -> ConfigError:
-        return ConfigError(
-            f"model {self._spec.name!r}: {name} is unique in the database, but this program does not index it; index it,"
-            " or stop the older program"
-        )
+                raise not_indexed(self._spec.name, name)
 
     # Reading
 
@@ -287,14 +275,22 @@ class PostgresMetaStore(MetaStore):
         return [uid for uid in uids if uid in gone]
 
     async def outdated(self, limit: int) -> list[ResourceMeta]:
-        specs = await self._rows("SELECT id, fields::text FROM <specs>")
-        lacking = [number for number, text in specs if not self._kinds.items() <= msgspec.json.decode(text).items()]
+        return await self._do(lambda connection: self._outdated(connection, limit))
+
+    async def _outdated(self, connection: Connection, limit: int) -> list[ResourceMeta]:
+        cursor = await connection.execute(self._filled("SELECT id, fields::text FROM <specs>"))
+        lacking = [
+            number
+            for number, text in await cursor.fetchall()
+            if not self._kinds.items() <= msgspec.json.decode(text).items()
+        ]
         # Both of them, so that the index is used, which is this one to keep counts cheap.
-        rows = await self._rows(
-            "SELECT doc FROM <main> WHERE is_deleted IN (FALSE, TRUE) AND spec = ANY(%s::int[]) LIMIT %s",
+        cursor = await connection.execute(
+            self._filled("SELECT doc FROM <main> WHERE is_deleted IN (FALSE, TRUE) AND spec = ANY(%s::int[]) LIMIT %s"),
             (lacking, limit),
+            binary=True,
         )
-        return [meta_of(row[0]) for row in rows]
+        return [meta_of(row[0]) for row in await cursor.fetchall()]
 
     async def generation(self) -> int:
         ((number,),) = await self._rows("SELECT generation FROM <state>")
@@ -404,7 +400,7 @@ class PostgresMetaStore(MetaStore):
         if state == STALE:
             raise StaleGeneration("a body is of a generation that may be swept already") from None
         if state == UNKNOWN_UNIQUE:
-            raise self._not_indexed(detail) from None
+            raise not_indexed(self._spec.name, detail) from None
         unique = isinstance(cause, UniqueViolation)
         if state == DONE or (unique and cause.diag.constraint_name == name_of(self._table, "done-pkey")):
             found_done = await self.done(call.once.key) if call.once is not None else None
@@ -415,10 +411,51 @@ class PostgresMetaStore(MetaStore):
             raise taken(detail.partition("=(")[2].partition(", ")[0]) from None
 
     async def reindex(self, entries: Sequence[Reindex]) -> None:
-        if entries:
-            if self._spec_id is None:
-                await self._open()
-            await self._call(Call([], None, self._spec_id or 0, self._encode, entries))
+        if self._spec_id is None:
+            await self._open()
+        await self._call(Call([], None, self._spec_id or 0, self._encode, entries))
+
+    async def indexed(self, *, force: bool = False) -> bool:
+        if self._spec_id is not None and self._uniques >= set(self._spec.unique):
+            return True
+
+        async def adopt(connection: Connection) -> bool:
+            async with self._alone(connection):
+                cursor = await connection.execute(self._filled("SELECT uniques FROM <state>"))
+                (uniques,) = await cursor.fetchone() or ([],)
+                added = [name for name in self._spec.unique if name not in uniques]
+                if added and not force and await self._outdated(connection, 1):
+                    return False
+                for name in added:
+                    await self._add_unique(connection, name)
+            self._uniques = {*uniques, *added}
+            return True
+
+        return await self._do(adopt, limited=False)
+
+    async def give_up(self, name: str) -> None:
+        async def give_up(connection: Connection) -> None:
+            async with self._alone(connection):
+                cursor = await connection.execute(
+                    self._filled(
+                        "UPDATE <state> SET uniques = array_remove(uniques, %s) WHERE EXISTS"
+                        " (SELECT 1 FROM <main> JOIN <specs> s ON spec = s.id WHERE NOT fields ? %s)"
+                    ),
+                    (name, name),
+                )
+                if cursor.rowcount:
+                    await connection.execute(self._filled("DELETE FROM <unique> WHERE field = %s"), (name,))
+                    self._uniques.discard(name)
+
+        await self._do(give_up, limited=False)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, connection: Connection) -> AsyncIterator[None]:
+        """A transaction that may take its time, while nobody commits."""
+        async with connection.transaction():
+            await connection.execute("SET LOCAL statement_timeout = 0")
+            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (self._schema.lock,))
+            yield
 
     async def advance_generation(self) -> int:
         async def advance(connection: Connection) -> int:
@@ -484,4 +521,4 @@ class PostgresMetaStore(MetaStore):
 
     async def close(self) -> None:
         self._spec_id = None
-        await close_pools(self._dsn, self._password)
+        close_pool(self._dsn, self._password)

@@ -37,7 +37,6 @@ import msgspec
 from msgspec.structs import replace
 
 from ...errors import (
-    ConfigError,
     OutcomeUnknown,
     RevisionNotFound,
     StaleGeneration,
@@ -60,7 +59,7 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
-from ..checks import check_expectation, missing, taken
+from ..checks import check_expectation, missing, not_indexed, shared, taken
 from ..documents import meta_of
 from ..redis_store import scripts
 from ..redis_store.client import Password, Unanswered, client_of
@@ -249,25 +248,33 @@ class RedisMetaStore(MetaStore):
         return exact
 
     async def reindex(self, entries: Sequence[Reindex]) -> None:
-        if entries:
-            await self._transact(scripts.REINDEX, lambda unique: self._writer.entries(entries, unique))
-        elif await self._read(lambda tables, db: tables.stale(db)):
+        await self._transact(scripts.REINDEX, lambda unique: self._writer.entries(entries, unique), adopts=False)
+
+    async def indexed(self, *, force: bool = False) -> bool:
+        # Not by force: which values are held must be known before anybody minds them.
+        known = await self._look()
+        if (added := self._added(known)) and not await self._adopt(known, added):
+            return False
+        if await self._read(lambda tables, db: tables.stale(db)):
             copy = await self._mirror.current()
             await copy.db.write(copy.tables.settled)
+        return True
 
     async def advance_generation(self) -> int:
         # Asked twice it advances twice, which is as good.
         return int(await self._call("HINCRBY", self._meta_key, "generation", 1))
 
-    async def _transact(self, script: Script, arguments: Callable[[list[str]], list[Any]]) -> tuple[bytes, list[Any]]:
+    async def _transact(
+        self, script: Script, arguments: Callable[[list[str]], list[Any]], *, adopts: bool = True
+    ) -> tuple[bytes, list[Any]]:
         """Run a writing script exactly once, whatever happens on the way: its code, and what it told besides. UniqueConflict.
 
-        `arguments`: for the unique fields that the store minds.
+        `arguments`: for the unique fields that the store minds. `adopts`: it must mind those of this program.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + COMMIT_TIMEOUT_S
         for _ in range(ATTEMPTS):
-            known = await self._ready()
+            known = await self._ready(adopts)
             unique, txid, candidate = known.unique, os.urandom(TXID), os.urandom(8).hex()
             limits = (NOTES, LOG_ENTRIES, LOG_BYTES, known.text, len(unique))
             frame = (known.store, candidate, txid, known.noted, *limits, self._writer.spec, self._writer.fields)
@@ -317,37 +324,42 @@ class RedisMetaStore(MetaStore):
         known = self._known = Known(told[0], told[1], told[2], told[3])
         return known
 
-    async def _ready(self) -> Known:
-        """What is known of the store, once it minds the unique fields of this program. ConfigError if it cannot, or this program does not
-        index a field that must be unique: every writer keeps every unique field unique."""
+    async def _ready(self, adopts: bool) -> Known:
+        """What is known of the store, once it minds the unique fields of this program: `indexed` has seen to that, but it may have been
+        emptied or restored since. ConfigError if this program does not index a field that must be unique."""
         known = self._known or await self._look()
         for _ in range(ATTEMPTS):
             unique = known.unique
             for name in unique:
                 if name not in self._spec.fields:
-                    raise ConfigError(
-                        f"model {self._spec.name!r}: {name} is unique in Redis, but this program does not index it; index it,"
-                        " or stop the older program"
-                    )
-            added = [name for name in self._spec.unique if name not in unique]
-            if not added:
+                    raise not_indexed(self._spec.name, name)
+            added = self._added(known)
+            if not added or not adopts:
                 return known
-            known = await self._adopt(known, added)
-        raise StoreUnavailable("so much is written that a unique field cannot be added; try again")
+            await self._adopt(known, added)
+            known = self._known or known
+        raise StoreUnavailable(
+            "unique fields are not kept unique here any more, was an old state restored? Start the program again"
+        )
 
-    async def _adopt(self, known: Known, added: Sequence[str]) -> Known:
-        """Make fields unique, unless somebody writes meanwhile."""
+    def _added(self, known: Known) -> list[str]:
+        return [name for name in self._spec.unique if name not in known.unique]
+
+    async def _adopt(self, known: Known, added: Sequence[str]) -> bool:
+        """Make fields unique, unless something is outdated or written meanwhile. ConfigError if resources share a value."""
         copy = await self._mirror.current()
-        position, shared, values = await in_thread(partial(copy.values, added))
-        if shared:
-            raise ConfigError(
-                f"model {self._spec.name!r}: {shared[0]} was declared unique, but stored resources share a value; change one of them"
-                " with the earlier program, or declare the field without unique=True"
-            )
+        position, outdated, duplicated, values = await in_thread(partial(copy.values, added))
+        if outdated:
+            return False
+        if duplicated:
+            raise shared(self._spec.name, duplicated[0])
         names = msgspec.json.encode(sorted([*known.unique, *added]))
         held = [part for name, rid, value in values for part in (digest(rid), token(name, value))]
-        reply = await self._run(scripts.ADOPT, position.store, position.seq, known.text, names, len(values), *held)
-        return self._learn(reply[1:])
+        code, *told = await self._run(
+            scripts.ADOPT, position.store, position.seq, known.text, names, len(values), *held
+        )
+        self._learn(told)
+        return bool(code == b"ok")
 
     # Keeping house
 

@@ -72,10 +72,14 @@ class _TablesMetaStore(MetaStore):
         return await self._db.read(lambda db: self._tables.outdated(db, limit))
 
     async def reindex(self, entries: Sequence[Reindex]) -> None:
-        if entries:
-            await self._db.write(lambda db: self._tables.reindex(db, entries) and None)
-        elif await self._db.read(self._tables.stale):
-            await self._db.write(self._tables.settled)
+        await self._db.write(lambda db: self._tables.reindex(db, entries) and None)
+
+    async def indexed(self, *, force: bool = False) -> bool:
+        tables = self._tables
+        return await self._db.read(tables.is_indexed) or await self._db.write(lambda db: tables.indexed(db, force))
+
+    async def give_up(self, name: str) -> None:
+        await self._db.write(lambda db: self._tables.give_up(db, name))
 
     async def health(self) -> None:
         await self._db.read(self._tables.generation)

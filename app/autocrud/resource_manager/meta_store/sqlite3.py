@@ -23,9 +23,9 @@ from ...query import Query
 from ..basic import Change, Done, Encoding, Hit, MetaStore, ModelSpec, Once, Page, Reindex, ResourceMeta, RevisionInfo
 from ..object_store import ObjectStore, s3
 from ..s3_sqlite.committer import Committer, Edit
-from ..s3_sqlite.head import Head
+from ..s3_sqlite.head import Head, Schema
 from ..s3_sqlite.housekeeping import Housekeeping
-from ..s3_sqlite.local_copy import Work
+from ..s3_sqlite.local_copy import State, Work
 from ..s3_sqlite.replica import Replica
 from ..sqlite.tables import ResourceTables
 from .simple import SCAN_PAGE
@@ -35,6 +35,7 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.s3sqlite")
 
 Consistency = Literal["strong", "bounded", "local"]
+MAX_EDITS = 50
 
 
 class S3SqliteMetaStore(MetaStore):
@@ -208,10 +209,29 @@ class S3SqliteMetaStore(MetaStore):
         return await self._room().commit(work)
 
     async def reindex(self, entries: Sequence[Reindex]) -> None:
-        if entries:
-            await self._write(Work(entries=entries))
-        elif await self._read(self._tables.stale):
+        await self._write(Work(entries=entries))
+
+    async def indexed(self, *, force: bool = False) -> bool:
+        if await self._read(self._tables.stale):
             await self._replica.blocking(lambda copy: copy.settle())
+        known = (await self._replica.head()).schema.unique
+        if set(self._tables.spec.unique) <= set(known):
+            return True
+        await self.refresh()
+        state, schema = await self._replica.blocking(lambda copy: copy.adopted(force=force))
+        return schema is not None and await self._replace_schema(state, schema)
+
+    async def give_up(self, name: str) -> None:
+        for _ in range(MAX_EDITS):
+            await self.refresh()
+            state, schema = await self._replica.blocking(lambda copy: copy.given_up(name))
+            if schema is None or await self._replace_schema(state, schema):
+                return
+
+    async def _replace_schema(self, state: State, schema: Schema) -> bool:
+        """False: somebody was faster, and what was looked at is no longer so."""
+        edit = Edit(lambda head: head.next(schema=schema) if head.ver == state.ver else None)
+        return await self._room().committer.edit(edit) is not None
 
     async def advance_generation(self) -> int:
         await self._replica.open()

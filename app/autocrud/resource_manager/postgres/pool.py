@@ -12,13 +12,14 @@ import os
 import socket
 import threading
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
-from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+from psycopg.pq import TransactionStatus
 
 from ...errors import ConfigError, CrudError, InvalidData, StoreDamaged, StoreUnavailable
 
@@ -31,7 +32,9 @@ Password = Callable[[], str]
 
 MAX_SIZE = 10
 WAIT_S = 5.0
-"""How long a request waits for a connection."""
+"""How long a request waits for a free connection, and how long for a new one."""
+FIRST_PAUSE_S = 0.05
+MAX_IDLE_S = 300.0
 STATEMENT_S = 10.0
 """How long the server works at a statement, including its wait for locks. Then it ends it, and nothing of it stays."""
 ANSWER_S = 12.0
@@ -50,41 +53,21 @@ class Unreachable(Exception):
 
 
 class Pool:
-    """The connections of one event loop to one address."""
+    """The connections of one event loop to one address.
+
+    Not psycopg's own pool, because whoever is cancelled there may take a connection with him for good (3.3), and it keeps an event loop
+    from ending. Here a connection is taken and given back without waiting for anything.
+    """
 
     def __init__(self, dsn: str, password: Password | None, max_size: int) -> None:
-        self._named, self._password = conninfo_to_dict(dsn), password
+        self._dsn, self._password = dsn, password
+        self._named = conninfo_to_dict(dsn)
         self._clock = asyncio.get_running_loop().time
+        self._slots = asyncio.Semaphore(max_size)
+        self._idle: deque[Connection] = deque()  # the one that was used last is the last one
         self._made: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
-        self._drained = 0.0
-        self._failure: str | None = None  # of the last attempt to connect; psycopg's pool tells nobody but its log
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
-            dsn,
-            connection_class=self._connection_class(),
-            kwargs=self._arguments,
-            configure=self._configure,
-            min_size=0,
-            max_size=max_size,
-            timeout=WAIT_S,
-            max_idle=300,
-            reconnect_timeout=WAIT_S,
-            open=False,
-        )
-
-    @property
-    def closed(self) -> bool:
-        return self._pool.closed
-
-    async def open(self) -> None:
-        await self._pool.open()
-
-    async def close(self) -> None:
-        await self._pool.close()
-
-    def abandon(self) -> None:
-        """Give back the connections without the event loop, which has ended."""
-        for connection in self._made:
-            connection.pgconn.finish()
+        self._used: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
+        self._left = 0.0  # whatever was made before is given up
 
     async def run(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
         """Run something on a connection, within ANSWER_S if `limited`. `again`: once more where the connection turns out to be gone.
@@ -100,78 +83,111 @@ class Pool:
                     raise
                 return await self._once(work, limited)
         except psycopg.Error as error:
-            meant = self._translated(error)
-            raise meant from (meant.__cause__ or error)
+            raise _translated(error) from error
 
     async def _once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
-        async with self._pool.connection() as connection:
+        await self._slot()
+        try:
+            connection = self._idle.pop() if self._idle else await self._connect()
             try:
                 with _cut_after(ANSWER_S, connection) if limited else contextlib.nullcontext():
                     return await work(connection)
             except psycopg.OperationalError as error:
-                if is_lost(error) and self._made[connection] >= self._drained:
-                    self._drained = self._clock()
-                    await self._pool.drain()  # those of its time probably are as it is
+                if is_lost(error) and self._made[connection] >= self._left:
+                    self.leave()  # those of its time probably are as it is
                 raise
+            finally:
+                self._give_back(connection)
+        finally:
+            self._slots.release()
 
-    def _connection_class(self) -> type[Connection]:
-        pool = self
+    async def _slot(self) -> None:
+        if not self._slots.locked():  # then it is there at once
+            await self._slots.acquire()
+            return
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._slots.acquire()
+        except TimeoutError:
+            log.warning("PostgreSQL: no connection became free within %g s", WAIT_S)
+            raise StoreUnavailable(
+                "the database has no connection to spare right now; nothing was changed, try again"
+            ) from None
 
-        class Connected(AsyncConnection[Any]):
-            @classmethod
-            async def connect(cls, conninfo: str = "", **given: Any) -> Any:
-                try:
-                    connection = await super().connect(conninfo, **given)
-                except (psycopg.Error, CrudError) as error:
-                    pool._failure = str(error).partition("\n")[0]
-                    raise
-                pool._failure = None
-                pool._made[connection] = pool._clock()
-                return connection
+    def _give_back(self, connection: Connection) -> None:
+        if connection.pgconn.transaction_status != TransactionStatus.IDLE or self._made[connection] < self._left:
+            _close(connection)
+            return
+        self._used[connection] = self._clock()
+        self._idle.append(connection)
+        while self._used[self._idle[0]] < self._clock() - MAX_IDLE_S:
+            _close(self._idle.popleft())
 
-        return Connected
+    def leave(self) -> None:
+        """Use none of the present connections again."""
+        self._left = self._clock()
+        while self._idle:
+            _close(self._idle.pop())
 
-    async def _arguments(self) -> dict[str, Any]:
+    def abandon(self) -> None:
+        """Close all connections without the event loop, which has ended."""
+        for connection in self._made:
+            _close(connection)
+
+    async def _connect(self) -> Connection:
+        """A new connection; a server that is being restarted is waited for."""
+        end, pause = self._clock() + WAIT_S, FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._connected()
+            except psycopg.Error as error:
+                if self._clock() + pause > end:
+                    reason = str(error).partition("\n")[0]
+                    log.warning("PostgreSQL: no connection within %g s: %s", WAIT_S, reason)
+                    raise StoreUnavailable(
+                        "the database cannot be reached right now; nothing was changed, try again"
+                    ) from Unreachable(reason)
+            await asyncio.sleep(pause)
+            pause *= 2
+
+    async def _connected(self) -> Connection:
         given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack"}
         given |= {name: value for name, value in PEER_GONE.items() if name not in self._named}
         if self._password is not None:
             given["password"] = await asyncio.to_thread(self._password)
-        return given
-
-    async def _configure(self, connection: Connection) -> None:
-        # The commit function looks at what others have committed while it waited; hardened servers have another default. And whoever is
-        # stopped inside a transaction (SIGSTOP, a frozen Lambda) would keep its locks for as long, and everybody waiting.
-        with _cut_after(WAIT_S, connection):
-            await connection.execute(
-                "SET default_transaction_isolation = 'read committed';"
-                f" SET statement_timeout = {STATEMENT_S * 1000:.0f};"
-                f" SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_S * 1000:.0f}"
-            )
-
-    def _translated(self, error: Exception) -> CrudError:
-        if isinstance(error, PoolTimeout | TooManyRequests):
-            reason = f": {self._failure}" if self._failure else ""
-            log.warning("PostgreSQL: no connection within %g s%s", WAIT_S, reason)
-            if self._failure is not None:
-                unavailable = StoreUnavailable(
-                    "the database cannot be reached right now; nothing was changed, try again"
+        connection: Connection = await AsyncConnection.connect(self._dsn, **given)
+        self._made[connection] = self._clock()
+        try:
+            # The commit function looks at what others have committed while it waited; hardened servers have another default. And whoever
+            # is stopped inside a transaction (SIGSTOP, a frozen Lambda) would keep its locks for as long, and everybody waiting.
+            with _cut_after(WAIT_S, connection):
+                await connection.execute(
+                    "SET default_transaction_isolation = 'read committed';"
+                    f" SET statement_timeout = {STATEMENT_S * 1000:.0f};"
+                    f" SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_S * 1000:.0f}"
                 )
-                unavailable.__cause__ = Unreachable(self._failure)
-                return unavailable
-            return StoreUnavailable("the database has no connection to spare right now; nothing was changed, try again")
-        state = getattr(error, "sqlstate", None) or ""
-        ordinary = state[:2] in ("CS", "23", "40")  # conflicts and what is tried again
-        log.log(logging.DEBUG if ordinary else logging.ERROR, "PostgreSQL: %s %s", type(error).__name__, state)
-        log.debug("PostgreSQL said: %s", error)
-        if isinstance(error, psycopg.DataError) and state in ("", "22P05", "22021"):
-            return InvalidData("the database cannot hold this text: NUL characters and unpaired surrogates are none")
-        if isinstance(
-            error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted | psycopg.errors.UndefinedTable
-        ):
-            return StoreDamaged("the database has lost something that was stored; its log says what")
-        if state == TOOK_TOO_LONG:
-            return StoreUnavailable(f"the database took longer than {STATEMENT_S:g} s; nothing was changed")
-        return StoreUnavailable("the database cannot be used right now; nothing was changed")
+        except BaseException:
+            _close(connection)
+            raise
+        return connection
+
+
+def _translated(error: psycopg.Error) -> CrudError:
+    state = error.sqlstate or ""
+    ordinary = state[:2] in ("CS", "23", "40")  # conflicts and what is tried again
+    log.log(logging.DEBUG if ordinary else logging.ERROR, "PostgreSQL: %s %s", type(error).__name__, state)
+    log.debug("PostgreSQL said: %s", error)
+    if isinstance(error, psycopg.DataError) and state in ("", "22P05", "22021"):
+        return InvalidData("the database cannot hold this text: NUL characters and unpaired surrogates are none")
+    if isinstance(error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted | psycopg.errors.UndefinedTable):
+        return StoreDamaged("the database has lost something that was stored; its log says what")
+    if state == TOOK_TOO_LONG:
+        return StoreUnavailable(f"the database took longer than {STATEMENT_S:g} s; nothing was changed")
+    return StoreUnavailable("the database cannot be used right now; nothing was changed")
+
+
+def _close(connection: Connection) -> None:
+    connection.pgconn.finish()  # as `close` does, which is asynchronous for the sake of psycopg's pool
 
 
 @contextlib.contextmanager
@@ -204,36 +220,32 @@ def check_dsn(dsn: str) -> None:
         ) from None
 
 
-async def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
-    """The open pool of this event loop."""
+def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
+    """The pool of this event loop."""
     loop = asyncio.get_running_loop()
     pool = _pools.get(loop, {}).get((dsn, password))
-    if pool is not None and not pool.closed:
-        return pool
-    pool = Pool(dsn, password, max_size)
-    with _mutex:
-        for ended in [loop for loop in _pools if loop.is_closed()]:  # without `close`: nobody can use them any more
-            for abandoned in _pools.pop(ended).values():
-                abandoned.abandon()
-        _pools.setdefault(loop, {})[dsn, password] = pool
-    await pool.open()
+    if pool is None:
+        with _mutex:
+            for ended in [loop for loop in _pools if loop.is_closed()]:  # without `close`: nobody can use them any more
+                for abandoned in _pools.pop(ended).values():
+                    abandoned.abandon()
+            pool = _pools.setdefault(loop, {})[dsn, password] = Pool(dsn, password, max_size)
     return pool
 
 
-async def close_pools(dsn: str, password: Password | None) -> None:
+def close_pool(dsn: str, password: Password | None) -> None:
+    """Give back the connections of this event loop; those that are used now follow when they are given back."""
     with _mutex:
         pools = _pools.get(asyncio.get_running_loop(), {})
         pool = pools.pop((dsn, password), None)
         if not pools:
             _pools.pop(asyncio.get_running_loop(), None)
     if pool is not None:
-        await pool.close()
+        pool.leave()
 
 
 def is_lost(error: Exception) -> bool:
     """Whether the connection is gone, and with it perhaps an answer."""
-    if isinstance(error, PoolTimeout | TooManyRequests):  # there was none to be lost
-        return False
     state = getattr(error, "sqlstate", None)
     return isinstance(error, psycopg.OperationalError) and (
         state is None or (state[:2] in ("08", "57") and state != TOOK_TOO_LONG)

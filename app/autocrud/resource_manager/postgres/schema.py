@@ -15,7 +15,7 @@ A commit is one call of one function, hence one round trip and one transaction. 
   in a circle; where they do all the same, PostgreSQL ends one, which is tried again.
 - P2 *Unique values are unique at the end of the commit*, by a constraint that is checked then: a batch may swap them. Who wants a value takes a lock on
   it first, in order, because two that inserted the same would wait for each other at their ends. Which fields are unique stands in the state,
-  so versions of the program that do not know a field cannot break it: they refuse.
+  so versions of the program that do not know a field cannot break it: they refuse. A field gets there when all rows are indexed by it.
 - P3 *No body that a sweep may have removed is committed.* Commits hold a lock that advancing the generation waits for, in memory, not in a row.
 - P4 *A lost answer is resolved, not guessed.* Each call brings a number that it inserts into `recent`. Whoever lost the answer inserts the same number: if
   that fails, the call has happened; if it succeeds, the call never will, for its own insertion fails then. While the call is still running the

@@ -253,10 +253,10 @@ class Copy:
 
         self.db.run(work)
 
-    def values(self, names: Sequence[str]) -> tuple[Position, list[str], list[tuple[str, str, Any]]]:
-        """Where the copy is; which of these fields resources share a value of; and (name, id, value) for each value."""
+    def values(self, names: Sequence[str]) -> tuple[Position, bool, list[str], list[tuple[str, str, Any]]]:
+        """Where the copy is; whether something is outdated; which of these fields resources share a value of; (name, id, value) for each value."""
 
-        def work(connection: apsw.Connection) -> tuple[Position, list[str], list[tuple[str, str, Any]]]:
+        def work(connection: apsw.Connection) -> tuple[Position, bool, list[str], list[tuple[str, str, Any]]]:
             found: list[tuple[str, str, Any]] = []
             for name in names:
                 column = sql.column(name)
@@ -264,8 +264,8 @@ class Copy:
                     f"SELECT id, {column} FROM resources WHERE {column} IS NOT NULL"
                 ).fetchall()
                 found += [(name, resource_id, value) for resource_id, value in rows]
-            shared = [name for name in names if self.tables.duplicated(connection, name)]
-            return self.position, shared, found
+            outdated = bool(self.tables.outdated(connection, 1))
+            return self.position, outdated, [name for name in names if self.tables.duplicated(connection, name)], found
 
         return self.db.run(work)
 

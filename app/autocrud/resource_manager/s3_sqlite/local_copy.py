@@ -27,9 +27,11 @@ from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import apsw
+from msgspec.structs import replace
 
-from ...errors import ConfigError, CrudError, StoreUnavailable
+from ...errors import CrudError, StoreUnavailable
 from ..basic import Change, Once, Reindex, ResourceMeta
+from ..checks import not_indexed, shared
 from ..ops import Op, Remembered, indexed, op_of
 from ..sqlite.database import empty_log, keep_plans
 from ..sqlite.replay import replay
@@ -65,6 +67,13 @@ class State(NamedTuple):
     seq: int
     ver: int
     etag: str
+
+
+class Outdated(StoreUnavailable):
+    def __init__(self) -> None:
+        super().__init__(
+            "unique fields are not kept unique here any more, was an old state restored? Start the program again"
+        )
 
 
 class Attempt(NamedTuple):
@@ -269,7 +278,7 @@ class LocalCopy:
             if not body:
                 raise StoreUnavailable("the local copy is new; try again")
             head = decode_head(body)
-            schema, spec = self._schema(connection, head.schema)
+            schema, spec = self._schema(connection, head.schema, adopts=not all(work.entries for work in works))
             attempts = []
             for work in works:
                 connection.execute("SAVEPOINT attempt")
@@ -283,7 +292,7 @@ class LocalCopy:
 
     def _attempt(self, connection: apsw.Connection, work: Work, spec: str, unique: Sequence[str]) -> Attempt:
         if work.entries:
-            done = set(self.tables.reindex(connection, work.entries))
+            done = set(self.tables.reindex(connection, work.entries, unique))
             ops = [
                 Op("index", entry.resource_id, index=indexed(entry.entry, spec))
                 for entry in work.entries
@@ -296,26 +305,59 @@ class LocalCopy:
             ops.append(Op("once", work.once.key, once=Remembered(work.once.request, work.once.results)))
         return Attempt(encode_ops(ops), metas, None)
 
-    def _schema(self, connection: apsw.Connection, schema: Schema) -> tuple[Schema, str]:
-        """The schema with the bound fields in it, and their number. Every writer keeps every unique field unique; ConfigError if it cannot."""
+    def adopted(self, *, force: bool) -> tuple[State, Schema | None]:
+        """Where the copy is, and the schema in which the unique fields of this program are kept unique; None if something is outdated, unless
+        by `force`."""
+
+        def look(connection: apsw.Connection) -> tuple[State, Schema | None]:
+            connection.execute("BEGIN")
+            try:
+                body: Any = connection.execute("SELECT head FROM copy").get
+                try:
+                    schema, _ = self._schema(connection, decode_head(body).schema, adopts=True, force=force)
+                except Outdated:
+                    return _state(connection), None
+                return _state(connection), schema
+            finally:
+                connection.execute("COMMIT")
+
+        return self.read(look)
+
+    def given_up(self, name: str) -> tuple[State, Schema | None]:
+        """Where the copy is, and the schema without a unique field that was forced, and never held; None if it was not."""
+
+        def look(connection: apsw.Connection) -> tuple[State, Schema | None]:
+            connection.execute("BEGIN")
+            try:
+                body: Any = connection.execute("SELECT head FROM copy").get
+                schema = decode_head(body).schema
+                if name not in schema.unique or not self.tables.lacks(connection, name):
+                    return _state(connection), None
+                return _state(connection), replace(schema, unique=tuple(one for one in schema.unique if one != name))
+            finally:
+                connection.execute("COMMIT")
+
+        return self.read(look)
+
+    def _schema(
+        self, connection: apsw.Connection, schema: Schema, *, adopts: bool, force: bool = False
+    ) -> tuple[Schema, str]:
+        """The schema with the bound fields in it, and their number. `adopts`: and with the unique ones, for every writer keeps every unique
+        field unique; ConfigError if it cannot, Outdated."""
         kinds, specs = self.tables.kinds, dict(schema.specs)
         spec = next((number for number, fields in specs.items() if fields == kinds), None)
         if spec is None:
             spec = str(len(specs) + 1)
             specs[spec] = kinds
-        added = [name for name in self.tables.spec.unique if name not in schema.unique]
+        added = [name for name in self.tables.spec.unique if name not in schema.unique] if adopts else []
+        if added and not force and self.tables.outdated(connection, 1):
+            raise Outdated
         for name in added:
             if self.tables.duplicated(connection, name):
-                raise ConfigError(
-                    f"model {self.tables.spec.name!r}: {name} was declared unique, but stored resources share a value; change one of them"
-                    " with the earlier program, or declare the field without unique=True"
-                )
+                raise shared(self.tables.spec.name, name)
         for name in schema.unique:
             if name not in kinds:
-                raise ConfigError(
-                    f"model {self.tables.spec.name!r}: {name} is unique in the bucket, but this program does not index it; index it,"
-                    " or stop the older program"
-                )
+                raise not_indexed(self.tables.spec.name, name)
         return Schema(specs, (*schema.unique, *added)), spec
 
     def settle(self) -> None:

@@ -8,6 +8,7 @@ MetaStores and the records beside the bodies.
     revisions    the records
     done         what the commits left that carried an Idempotency-Key: a row for each operation; `doc` is NULL once it was purged
     specs        the sets of indexed fields, with their kinds, that rows were written under
+    uniques      the fields that every writer keeps unique
     state        one row: `generation`; `live`, how many resources are not deleted; `spec`, the set that this database was last
                  opened for; `stale`, whether rows may have been indexed for another one
 
@@ -45,7 +46,7 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
-from ..checks import check_expectation, generation_of, missing, storable_id, taken
+from ..checks import check_expectation, generation_of, missing, not_indexed, shared, storable_id, taken
 from ..documents import BRACE, encoder, info_of, meta_of
 from ..sql import quoted
 from . import sql
@@ -83,6 +84,7 @@ CREATE TABLE IF NOT EXISTS done (
 CREATE INDEX IF NOT EXISTS done_by_time ON done (time);
 CREATE INDEX IF NOT EXISTS done_by_id ON done (id) WHERE id IS NOT NULL;
 CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fields TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS uniques (field TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS state (
   one INTEGER PRIMARY KEY CHECK (one = 1), format INTEGER, generation INTEGER, live INTEGER, spec INTEGER, stale INTEGER);
 INSERT OR IGNORE INTO state VALUES (1, 1, 0, 0, 0, 0);
@@ -237,8 +239,37 @@ class ResourceTables:
     def stale(self, connection: apsw.Connection) -> bool:
         return bool(connection.execute("SELECT stale FROM state").get)
 
+    def is_indexed(self, connection: apsw.Connection) -> bool:
+        """Whether `indexed` would do nothing."""
+        return not self.stale(connection) and set(self.spec.unique) <= self.uniques(connection)
+
+    def indexed(self, connection: apsw.Connection, force: bool) -> bool:
+        """As MetaStore.indexed; in a transaction, so that nobody writes meanwhile."""
+        self.settled(connection)
+        if self.stale(connection) and not force:
+            return False
+        for name in set(self.spec.unique) - self.uniques(connection):
+            if self.duplicated(connection, name):
+                raise shared(self.spec.name, name)
+            connection.execute("INSERT INTO uniques VALUES (?)", (name,))
+        return True
+
+    def give_up(self, connection: apsw.Connection, name: str) -> None:
+        if self.lacks(connection, name):
+            connection.execute("DELETE FROM uniques WHERE field = ?", (name,))
+
+    def lacks(self, connection: apsw.Connection, name: str) -> bool:
+        """Whether resources are not indexed by a field yet."""
+        specs: list[Any] = connection.execute("SELECT id, fields FROM specs").fetchall()
+        knowing = ", ".join(str(number) for number, fields in specs if name in msgspec.json.decode(fields))
+        found = connection.execute(f"SELECT 1 FROM resources WHERE spec IS NULL OR spec NOT IN ({knowing}) LIMIT 1").get
+        return found is not None
+
+    def uniques(self, connection: apsw.Connection) -> set[str]:
+        return {cast("str", row[0]) for row in connection.execute("SELECT field FROM uniques")}
+
     def settled(self, connection: apsw.Connection) -> None:
-        """Note that all rows are indexed for the bound fields, if they are; in a transaction, so that nobody writes meanwhile."""
+        """Note that all rows are indexed for the bound fields, if they are; in a transaction too."""
         connection.execute(
             f"UPDATE state SET stale = 0 WHERE spec = ? AND NOT EXISTS (SELECT 1 FROM resources WHERE {self._outdated})",
             (self._spec_id,),
@@ -276,9 +307,14 @@ class ResourceTables:
         unique: Collection[str] | None = None,
         once: Once | None = None,
     ) -> list[ResourceMeta]:
-        """`unique`: the fields to be kept unique, if not those of the spec."""
+        """`unique`: the fields to be kept unique, if not those of this database. ConfigError where this program does not index them."""
         if once is not None and (done := self.done(connection, once.key)) is not None:
             raise DoneBefore(done)
+        if unique is None:
+            unique = self.uniques(connection)
+        for name in unique:
+            if name not in self.kinds:
+                raise not_indexed(self.spec.name, name)
         committed = [self._apply(connection, change) for change in changes]
         for change in changes:
             if change.index is not None and not change.purge:
@@ -337,9 +373,13 @@ class ResourceTables:
         for change in changes:
             self._apply(connection, msgspec.structs.replace(change, expect="any"), follow=True)
 
-    def reindex(self, connection: apsw.Connection, entries: Iterable[Reindex]) -> list[str]:
-        """The ids of those that were still in the expected state."""
+    def reindex(
+        self, connection: apsw.Connection, entries: Iterable[Reindex], unique: Collection[str] | None = None
+    ) -> list[str]:
+        """The ids of those that were still in the expected state. `unique` as in `commit`."""
         done = []
+        if unique is None:
+            unique = self.uniques(connection)
         for resource_id, expect, entry in entries:
             row = connection.execute(
                 "SELECT rid FROM resources WHERE id = ? AND version = ? AND nonce = ?", (resource_id, *expect)
@@ -349,7 +389,7 @@ class ResourceTables:
                 self._write_lists(connection, row, entry)
                 done.append(resource_id)
         for resource_id in done:
-            self._check_unique(connection, resource_id)
+            self._check_unique(connection, resource_id, unique)
         return done
 
     def _apply(self, connection: apsw.Connection, change: Change, *, follow: bool = False) -> ResourceMeta:
@@ -439,10 +479,8 @@ class ResourceTables:
                     "INSERT OR IGNORE INTO list_values VALUES (?, ?, ?)", [(name, value, rid) for value in values]
                 )
 
-    def _check_unique(
-        self, connection: apsw.Connection, resource_id: str, unique: Collection[str] | None = None
-    ) -> None:
-        for name in self.spec.unique if unique is None else unique:
+    def _check_unique(self, connection: apsw.Connection, resource_id: str, unique: Collection[str]) -> None:
+        for name in unique:
             col = sql.column(name)
             other = connection.execute(
                 f"SELECT 1 FROM resources o JOIN resources r ON o.is_deleted IN (0, 1) AND o.{col} = r.{col} AND o.rid <> r.rid"
