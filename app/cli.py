@@ -7,13 +7,16 @@ import contextlib
 import hashlib
 import ipaddress
 import logging
+import logging.handlers
 import os
 import secrets
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import apsw
 import msgspec
 import uvicorn
 from cyclopts import App, CycloptsError, Parameter
@@ -25,6 +28,7 @@ from . import local_s3 as buckets
 from . import sign_in
 from . import stack as stacks
 from .autocrud.errors import ConfigError, CrudError, StoreUnavailable
+from .autocrud.resource_manager.object_store import said
 from .main import create_app
 from .request_log import RequestLog
 from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
@@ -170,14 +174,14 @@ def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOver
 
 
 def _serve(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
-    _open(app)
-    listener = _listen(host, port)
-    served = RequestLog(app) if access_log else app
-    config = uvicorn.Config(served, access_log=False, log_level="warning", server_header=False)
-    try:
-        _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}").run(sockets=[listener])
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    with _bound(host, port) as listener:
+        _open(app)
+        served = RequestLog(app) if access_log else app
+        config = uvicorn.Config(served, access_log=False, log_level="warning", server_header=False)
+        try:
+            _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}").run(sockets=[listener])
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
 
 
 def _open(app: FastAPI) -> None:
@@ -186,20 +190,41 @@ def _open(app: FastAPI) -> None:
     async def opened() -> None:
         try:
             await app.state.crud.open()
+            for manager in app.state.crud.managers.values():
+                await manager.storage.impairments()  # what can be done without is tried too: the log says what fails
         except BaseException:
             await app.state.crud.close()  # what still tries to connect would keep the event loop from ending
             raise
 
-    logging.disable()  # it is said once, below
+    with _said_afterwards() as records:
+        try:
+            asyncio.run(opened())
+        except StoreUnavailable as error:
+            records.clear()  # it is said once, here
+            raise ConfigError(_why(error)) from None
+
+
+def _why(error: StoreUnavailable) -> str:
+    """What keeps a store from being opened, for whoever starts it; "try again" and the like are for clients."""
+    what, cause = error.detail.partition(";")[0], error.__cause__
+    hint = "do its address and credentials fit?"
+    if "directory" in what or isinstance(cause, apsw.Error):
+        hint = "is CRUDSTACK_DATA_DIR a directory to write to?"
+    return f"{what}{f' ({said(cause)})' if cause is not None else ''}; {hint}"
+
+
+@contextlib.contextmanager
+def _said_afterwards() -> Iterator[list[logging.LogRecord]]:
+    """Hold back what is logged meanwhile, and log it afterwards, each message once; the list may be changed."""
+    held = logging.handlers.BufferingHandler(sys.maxsize)
+    records = held.buffer
+    logging.root.addHandler(held)
     try:
-        asyncio.run(opened())
-    except StoreUnavailable as error:
-        raise ConfigError(
-            f"{error.detail} ({str(error.__cause__).partition(chr(10))[0]}); do addresses and credentials fit, and is CRUDSTACK_DATA_DIR, if it"
-            " is used, a directory to write to?"
-        ) from None
+        yield records
     finally:
-        logging.disable(logging.NOTSET)
+        logging.root.removeHandler(held)
+        for record in {record.getMessage(): record for record in records}.values():
+            logging.getLogger(record.name).handle(record)
 
 
 class _Server(uvicorn.Server):
@@ -212,15 +237,13 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            managers = self._app.state.crud.managers
-            for name in managers:
+            for name in self._app.state.crud.managers:
                 print(f"  {self._url}/{name}")
-            if lost := [name for name, manager in managers.items() if not manager.storage.durable]:
-                print(f"  not durable, gone when this stops: {', '.join(lost)}")
             print(f"docs at {self._url}/docs, Ctrl-C stops", flush=True)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address, and does not listen yet."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
+from app.autocrud.resource_manager.object_store import said
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
@@ -23,6 +26,7 @@ from app.autocrud.resource_manager.resource_store.simple import DiskResourceStor
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
 from app.settings import JwtAuth, NoAuth, TokenAuth, load
 from tests.conformance.model import Item, manage
+from tests.services import BUCKET
 
 
 def factory(tmp_path, **environment):
@@ -250,6 +254,7 @@ def crudstack(*arguments: str, **environment: str) -> subprocess.CompletedProces
         (["serve", "--host", "::"], {"CRUDSTACK_STORAGE": "memory"}),
         (["serve", "--host", "some.host"], {"CRUDSTACK_STORAGE": "memory"}),
         (["serve"], {"CRUDSTACK_STORAGE": "disk", "CRUDSTACK_DATA_DIR": "/proc/nothing"}),
+        (["serve"], {"CRUDSTACK_STORAGE": "memory-disk", "CRUDSTACK_DATA_DIR": "/proc/nothing"}),
     ],
 )
 def test_the_command_line_fails_with_one_sentence(arguments, environment):
@@ -272,7 +277,76 @@ def test_a_database_that_cannot_be_reached_is_one_sentence(said, postgres, tmp_p
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("crudstack: the database cannot be reached")
+    assert done.stderr.endswith("); do its address and credentials fit?\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_redis_that_lets_nobody_in_is_one_sentence(valkey, tmp_path):
+    done = crudstack(
+        *("serve", "--port", "0"),
+        CRUDSTACK_STORAGE='{"meta": "redis", "resource": "disk"}',
+        CRUDSTACK_REDIS_URL=with_another_password(valkey),
+        CRUDSTACK_DATA_DIR=str(tmp_path),
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "invalid username-password pair" in done.stderr
+    assert done.stderr.endswith("); do its address and credentials fit?\n")
+
+
+def with_another_password(url: str) -> str:
+    return re.sub(r":[^/:@]+@", ":another@", url)
+
+
+def said_at_start(directory, expected, *arguments: str, **environment: str) -> str:
+    """What a server logs, until it serves and has logged what is expected."""
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", *arguments]
+    log = directory / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=file, text=True)
+    try:
+        assert any(line.startswith("docs at ") for line in server.stdout)
+        deadline = time.monotonic() + 20
+        while expected not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+    return log.read_text()
+
+
+def test_what_can_be_done_without_is_said_at_the_start(database, valkey, tmp_path):
+    url = with_another_password(valkey)
+    environment = {"CRUDSTACK_PG_DSN": database, "CRUDSTACK_REDIS_URL": url, "CRUDSTACK_DATA_DIR": str(tmp_path)}
+    why = "invalid username-password pair"
+    logged = said_at_start(tmp_path, why, CRUDSTACK_STORAGE="redis-postgres", **environment)
+    assert logged.count(why) == logged.count("\n") == 1
+
+
+def test_a_broker_that_cannot_be_reached_is_said_at_the_start(ministack_s3, tmp_path):
+    environment = {
+        "CRUDSTACK_STORAGE": "mq-cached-s3",
+        "CRUDSTACK_BUCKET": BUCKET,
+        "CRUDSTACK_PREFIX": tmp_path.name,
+        "CRUDSTACK_S3_ENDPOINT_URL": ministack_s3.url,
+        "CRUDSTACK_AMQP_URL": "amqp://u:secret@127.0.0.1:1",
+        "AWS_ACCESS_KEY_ID": ministack_s3.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": ministack_s3.secret_access_key,
+    }
+    logged = said_at_start(tmp_path, "RabbitMQ", **environment)
+    assert logged.startswith("RabbitMQ cannot be used: ")
+    assert (logged.count("\n"), "secret" in logged) == (1, False)
+
+
+def test_what_is_not_durable_is_said_once(tmp_path):
+    logged = said_at_start(tmp_path, "durable", CRUDSTACK_STORAGE="memory")
+    assert logged == "not durable, gone when the process ends: article, airport, user\n"
+
+
+def test_missing_keys_of_aws_are_called_so():
+    asked = "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 2ms - 403\n\nDebug source: ..."
+    assert said(ValueError(asked)).startswith("no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    assert said(ValueError("another\nDebug source: ...")) == "another"
 
 
 def test_a_port_that_is_taken(serve, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import boto3
+import httpx
 import pytest
 
 OUTPUTS = {
@@ -157,4 +158,4 @@ def test_the_data_of_a_stack_are_served_here(pulumi, serve, ministack_s3):
     (pulumi / "outputs.json").write_text(json.dumps(outputs))
     path = f"{pulumi}{os.pathsep}{os.environ['PATH']}"
     server = serve("memory", pulumi, "--stack", "dev", s3=ministack_s3, environment={"PATH": path})
-    assert not any("not durable" in line for line in server.said)
+    assert httpx.get(f"{server.url}/readyz").json()["not_durable"] == []

@@ -88,7 +88,7 @@ class AutoCRUD:
         self._clock = clock
         self._managers: dict[str, ResourceManager[Any]] = {}
         self._places: dict[Hashable, str] = {}
-        self._applied = False
+        self._applied = self._warned = False
 
     @property
     def managers(self) -> dict[str, ResourceManager[Any]]:
@@ -189,7 +189,9 @@ class AutoCRUD:
         """Make all stores ready: directories, schemas, indexes. Errors show here instead of at the first request."""
         for manager in self._managers.values():
             await manager.open()
-        if lost := [name for name, manager in self._managers.items() if not manager.storage.durable]:
+        lost = [name for name, manager in self._managers.items() if not manager.storage.durable]
+        if lost and not self._warned:
+            self._warned = True
             log.warning("not durable, gone when the process ends: %s", ", ".join(lost))
 
     async def maintain(self, budget_s: float = MAINTAIN_BUDGET_S) -> None:

@@ -828,6 +828,8 @@ def test_a_url_that_cannot_be_read_is_not_repeated():
         "http://:secret@host",
         "redis://:secret@host:port",
         "redis://h?nothing=secret",
+        "redis://h/secret",
+        "rediss://h/1/2",
     ):
         with pytest.raises(ConfigError, match="redis_url") as caught:
             RedisMetaStore(url)

@@ -204,7 +204,7 @@ class S3ObjectStore(ObjectStore):
         except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
             return Lost()
         except Exception as error:  # whatever it is, it does not say that nothing was stored
-            log.warning("PUT %s: %s", key, _first_line(error))
+            log.warning("PUT %s: %s", key, said(error))
             return Unknown(type(error).__name__)
         new = result["e_tag"]
         return Stored(new) if new else Unknown("the answer has no ETag")
@@ -270,10 +270,14 @@ def s3(
 
 def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
     """The details, an address for one, go to the log and not to clients."""
-    log.error("%s %s: %s: %s", method, key, type(error).__name__, _first_line(error))
+    log.error("%s %s: %s: %s", method, key, type(error).__name__, said(error))
     return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
 
 
-def _first_line(error: Exception) -> str:
-    """obstore adds pages of its own state."""
-    return str(error).partition("\n")[0]
+def said(error: BaseException) -> str:
+    """What an error of the driver says, without the pages of its own state. Where there are no keys it asks the machine for those of a role,
+    and tells of that alone."""
+    line = str(error).partition("\n")[0]
+    if "http://169.254.169.254/" in line:
+        return "no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set, and this machine has no role"
+    return line

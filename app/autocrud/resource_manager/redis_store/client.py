@@ -13,9 +13,11 @@ import asyncio
 import contextlib
 import functools
 import logging
+import re
 import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from ...errors import ConfigError, StoreUnavailable
 from .scripts import Script
@@ -45,6 +47,9 @@ class Client:
 
         self.errors: Any = redis.exceptions
         try:
+            where = urlsplit(url)
+            if where.scheme != "unix" and re.fullmatch(r"(/[0-9]*)?", where.path) is None:
+                raise ValueError("the driver would take database 0")
             given: dict[str, Any] = dict(driver.parse_url(url))
             # Whatever the URL asks for: answers are bytes, as every server since Redis 6 sends them.
             given |= {"protocol": 2, "decode_responses": False}
@@ -59,8 +64,8 @@ class Client:
         except (redis.exceptions.RedisError, ValueError, TypeError):
             # Without the driver's words, which may quote a part of the password.
             raise ConfigError(
-                "redis_url cannot be read; expected redis://[[user]:password@]host:port/db, rediss:// with TLS or unix://,"
-                " with special characters percent-encoded"
+                "redis_url cannot be read; expected redis://[[user]:password@]host:port/db, where db is a number,"
+                " rediss:// with TLS or unix://, with special characters percent-encoded"
             ) from None
         self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
 

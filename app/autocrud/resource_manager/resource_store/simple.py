@@ -20,7 +20,7 @@ from typing import Any, ClassVar, cast
 import apsw
 import msgspec
 
-from ...errors import ConfigError, StoreDamaged
+from ...errors import ConfigError, StoreDamaged, StoreUnavailable
 from ..basic import Change, Done, Encoding, ModelSpec, Once, ResourceStore, RevisionInfo, Write
 from ..directories import make_directory
 from ..sqlite.database import FileDatabase, Stage
@@ -114,8 +114,11 @@ class DiskResourceStore(ResourceStore):
 
     def own(self) -> None:
         if self._owned is None:
-            make_directory(self.rootdir)
-            self._owned = os.open(self.rootdir / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                make_directory(self.rootdir)
+                self._owned = os.open(self.rootdir / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise StoreUnavailable("the data directory cannot be used") from error
             try:
                 fcntl.flock(self._owned, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
