@@ -23,9 +23,10 @@ from . import sign_in
 from .autocrud.errors import ConfigError
 from .autocrud.resource_manager.basic import IStorage, MetaStore, ResourceStore
 from .autocrud.resource_manager.core import SimpleStorage
+from .autocrud.resource_manager.drivers import driver
 from .autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
-from .autocrud.resource_manager.storage_factory import IStorageFactory, driver
+from .autocrud.resource_manager.storage_factory import IStorageFactory
 from .settings import KINDS, PRESETS, Pair, Settings, Storage
 
 if TYPE_CHECKING:
@@ -167,8 +168,6 @@ class _Maker:
 
     def _redis(self) -> Callable[[str], RedisMetaStore]:
         with driver("redis"):
-            import redis.asyncio  # noqa: F401 - the store would, when it is made
-
             from .autocrud.resource_manager.meta_store.redis import RedisMetaStore
         password, cache = None, self.outputs.cache
         if self.local.redis_url is None and cache is not None:
@@ -212,7 +211,7 @@ class _Maker:
 
     def _mq_cached_s3(self) -> Callable[[str], ResourceStore]:
         with driver("s3", "cache", "amqp"):
-            import aio_pika  # noqa: F401 - the same
+            import aio_pika  # noqa: F401 - the store would, when it is made
 
             from .autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
         bucket, objects, caches = self._bucket(), self._objects(), self._caches()

@@ -106,6 +106,25 @@ def test_models_may_have_a_kind_of_their_own(tmp_path):
     assert durable == {"article": True, "airport": True, "user": False}
 
 
+@pytest.mark.parametrize(
+    ("package", "extra", "storage"),
+    [
+        ("obstore", "s3", "s3-sqlite"),
+        ("diskcache", "cache", "cached-s3"),
+        ("redis", "redis", '{"meta": "redis", "resource": "disk"}'),
+        ("psycopg", "postgres", "postgres-s3"),
+        ("aio_pika", "s3,cache,amqp", "mq-cached-s3"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, package, extra, storage):
+    program = f"import sys; sys.modules[{package!r}] = None; from app.cli import main; main()"
+    environment = {**BACKENDS, "CRUDSTACK_STORAGE": storage, "CRUDSTACK_DATA_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program, "serve", "--port", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    expected = f"crudstack: the package {package} is missing: install crudstack[{extra}]\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
 WRONG = [
     ({}, "CRUDSTACK_STORAGE is not set"),
     (

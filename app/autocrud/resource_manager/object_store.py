@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from ..errors import StoreUnavailable
+from .drivers import driver
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Store
@@ -134,9 +135,10 @@ class S3ObjectStore(ObjectStore):
         region_name: str | None = None,
         session_token: str | None = None,
     ) -> None:
-        import obstore
-        from obstore import exceptions
-        from obstore.store import S3Store
+        with driver("s3"):
+            import obstore
+            from obstore import exceptions
+            from obstore.store import S3Store
 
         self._obstore, self._errors = obstore, exceptions
         self._missing = (FileNotFoundError, exceptions.NotFoundError)

@@ -7,14 +7,14 @@ class MyStorageFactory(IStorageFactory):
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .basic import Encoding, IStorage, ResourceStore
+from .drivers import driver
 from .meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .resource_store.simple import DiskResourceStore, MemoryResourceStore
 from .simple_storage import SimpleStorage
@@ -22,16 +22,6 @@ from .simple_storage import SimpleStorage
 if TYPE_CHECKING:
     from .meta_store.sqlite3 import Consistency
     from .object_store import ObjectStore
-
-
-@contextlib.contextmanager
-def driver(*extras: str) -> Iterator[None]:
-    """Around the import of a store whose driver these extras bring."""
-    try:
-        yield
-    except ImportError as error:
-        names = ",".join(extras)
-        raise ConfigError(f"the package {error.name} is missing: install crudstack[{names}]") from None
 
 
 class IStorageFactory(ABC):

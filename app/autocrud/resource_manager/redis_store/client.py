@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import ConfigError, StoreUnavailable
+from .. import drivers
 from .scripts import Script
 
 log = logging.getLogger("crudstack.redis")
@@ -41,9 +42,10 @@ class Client:
     """`user` is the store that asks: connections are closed when the last one closes, or the event loop ends."""
 
     def __init__(self, url: str, password: Password | None = None) -> None:
-        import redis.asyncio
-        import redis.asyncio.connection as driver
-        import redis.exceptions
+        with drivers.driver("redis"):
+            import redis.asyncio
+            import redis.asyncio.connection as driver
+            import redis.exceptions
 
         self.errors: Any = redis.exceptions
         try:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import drivers
+
 HEADER = struct.Struct(">d32s")
 TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
 """Why a directory may be unusable just now."""
@@ -34,8 +36,9 @@ class Driver(NamedTuple):
 @functools.cache
 def driver() -> Driver:
     """diskcache as it is used here; imported with the first DiskCache."""
-    import diskcache  # type: ignore[import-untyped]
-    from diskcache.core import MODE_BINARY, MODE_RAW, UNKNOWN  # type: ignore[import-untyped]
+    with drivers.driver("cache"):
+        import diskcache  # type: ignore[import-untyped]
+        from diskcache.core import MODE_BINARY, MODE_RAW, UNKNOWN  # type: ignore[import-untyped]
 
     class Values(diskcache.Disk):  # type: ignore[misc]
         written: str | None = None
