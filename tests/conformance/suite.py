@@ -411,8 +411,12 @@ class StorageConformance:
             ]
         )
         assert (await manager.get(one.meta.resource_id)).data.code == "2"
-        with pytest.raises(UniqueConflict):
+        with pytest.raises(UniqueConflict) as raised:
             await manager.batch([Create(Item(code="9")), Create(Item(code="9"))])
+        assert raised.value.operation == 1
+        with pytest.raises(UniqueConflict) as raised:
+            await manager.batch([Create(Item(code="9")), Create(Item(code="1"))])
+        assert raised.value.operation == 1
         assert await manager.count() == 2
 
     async def test_a_batch_is_all_or_nothing(self, manager):

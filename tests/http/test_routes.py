@@ -368,6 +368,32 @@ async def test_unique_values(api):
     assert conflict["errors"][0]["pointer"] == "/slug"
 
 
+async def test_a_batch_says_which_operation_wants_a_value_that_is_taken(api):
+    for slug in ("a", "b", "c"):
+        await api.put(f"/note/{slug}", json={"title": "x", "slug": slug}, headers={"if-none-match": "*"})
+
+    def create(slug):
+        return {"op": "create", "data": {"title": "y", "slug": slug}}
+
+    free, purge = create("free"), {"op": "purge", "id": "a"}
+    rename = {"op": "update", "id": "b", "data": {"title": "x", "slug": "d"}}
+    for operations, at in [
+        ([create("a")], 0),
+        ([{"op": "patch", "id": "b", "patch": {"title": "z"}}, create("a")], 1),
+        ([free, create("a")], 1),
+        ([free, create("new"), create("new")], 2),
+        ([purge, create("a"), free, create("c")], 3),
+        ([rename, create("b"), free, create("c")], 3),
+        ([{"op": "delete", "id": "a"}, free, create("a")], 2),
+        ([free, {"op": "patch", "id": "b", "patch": {"slug": "a"}}, {"op": "delete", "id": "b"}], 1),
+    ]:
+        answer = await api.post("/note/batch", json={"operations": operations})
+        conflict = problem(answer, 409, "unique-conflict")
+        assert conflict["detail"].startswith(f"operation {at}: another resource has this 'slug'"), operations
+        assert conflict["errors"][0]["pointer"] == f"/operations/{at}/data/slug"
+    assert (await api.get("/note/count")).json() == {"count": 3}
+
+
 async def test_bodies_have_a_limit():
     app = FastAPI()
     make_crud(max_body=100).apply(app)

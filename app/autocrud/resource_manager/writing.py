@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,11 +22,12 @@ from ..errors import (
     KeyInFlight,
     KeyReused,
     StoreDamaged,
+    UniqueConflict,
     VersionConflict,
     WriteContention,
 )
-from ..query import Filter
-from .basic import Done, DoneBefore, IStorage, ResourceMeta
+from ..query import Compare, Filter, Resolved
+from .basic import Change, Done, DoneBefore, IStorage, ResourceMeta
 from .bounds import holds
 from .caller import Caller, HashedKey
 from .checks import missing, storable_id
@@ -201,12 +203,42 @@ class Writer(Generic[T]):
                 committed = await self._storage.commit(plan.writes, once)
             except VersionConflict:
                 return None
+            except UniqueConflict as error:
+                error.operation = await self._who_wants(error, plan, states)
+                raise
             for write, meta in zip(plan.writes, committed, strict=True):
                 if meta is not write.change.meta:  # the storage put the body under another uid
                     for state in states:
                         if state.meta is write.change.meta:
                             state.meta = meta
         return states
+
+    async def _who_wants(self, error: UniqueConflict, plan: Plan[T], states: list[State]) -> int | None:
+        """Which operation wants the value that is taken, as far as one can see: stores look once all changes are applied."""
+        pointers = {fault.pointer for fault in error.faults}
+        name = next((name for name in self._codec.unique if "/" + name.replace(".", "/") in pointers), "")
+        left: dict[str, Change | None] = {}  # what gives a resource its index in the end; None: it is purged
+        for change in (write.change for write in plan.writes):
+            if change.purge or change.index is not None:
+                left[change.meta.resource_id] = None if change.purge else change
+        wanted = [
+            (at, key)
+            for at, state in enumerate(states)
+            if (last := left.get(state.meta.resource_id)) is not None and last.meta is state.meta
+            if last.index is not None and (key := last.index.keys.get(name)) is not None
+        ]
+        if len(wanted) == 1:
+            return wanted[0][0]
+        seen = set()
+        for at, key in wanted:
+            if isinstance(key, list) or key in seen:
+                return at
+            seen.add(key)
+            query = Resolved(where=Compare(name, "eq", key), limit=1, include_deleted=True)
+            with contextlib.suppress(CrudError):
+                if any(hit.meta.resource_id not in left for hit in (await self._storage.search(query)).items):
+                    return at
+        return None
 
     async def json(self, state: State) -> bytes:
         """The data of a state; StoreDamaged."""
