@@ -122,6 +122,9 @@ class StorageConformance:
             await manager.get(created.meta.resource_id, revision=2)
         with pytest.raises(RevisionNotFound):
             await manager.get(created.meta.resource_id, revision=10**30)
+        for number in (0, 2, 10**30):
+            with pytest.raises(RevisionNotFound):
+                await manager.batch([Switch(resource_id=created.meta.resource_id, revision=number)])
 
     async def test_update_appends(self, manager):
         first = await manager.create(Item(text="1"), by="alice")

@@ -132,8 +132,16 @@ async def test_json_patch(api, note):
     path, _ = note
     operations = [{"op": "test", "path": "/title", "value": "Sun"}, {"op": "add", "path": "/tags/-", "value": "x"}]
     assert (await api.patch(path, json=operations, headers=PATCH)).json()["data"]["tags"] == ["x"]
-    operations[0]["value"] = "Moon"
-    problem(await api.patch(path, json=operations, headers=PATCH), 409, "patch-conflict")
+    for test, says in [
+        ({"path": "/title", "value": "Moon"}, 'the value at \'/title\' is "Sun"; the test expects "Moon"'),
+        ({"path": "/tags", "value": None}, "the value at '/tags' is [\"x\"]; the test expects null"),
+        ({"path": "/tags/7", "value": 1}, "there is nothing at '/tags/7'; the test expects 1"),
+        ({"path": "/title/x", "value": {}}, "there is nothing at '/title/x'; the test expects {}"),
+    ]:
+        failed = await api.patch(path, json=[{"op": "test", **test}], headers=PATCH)
+        assert problem(failed, 409, "patch-conflict")["errors"][0]["detail"] == says
+    below = await api.patch(path, json=[{"op": "remove", "path": "/title/x"}], headers=PATCH)
+    assert "class" not in problem(below, 409, "patch-conflict")["detail"]
     problem(await api.patch(path, json=[{"op": "remove", "path": "/tags/7"}], headers=PATCH), 409, "patch-conflict")
     problem(await api.patch(path, json=[{"op": "fly", "path": "/"}], headers=PATCH), 422, "invalid-data")
     problem(await api.patch(path, json={"op": "add"}, headers=PATCH), 422, "invalid-data")
@@ -360,6 +368,46 @@ async def test_what_is_wrong_in_a_body_is_422_and_located(api, body, pointer):
     answer = await api.post("/note", content=body, headers={"content-type": "application/json"})
     assert problem(answer, 422, "invalid-data")["errors"][0]["pointer"] == pointer
     assert (await api.get("/note/count")).json() == {"count": 0}
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\udc00", "x\\ud800\\u0041"])
+async def test_half_of_a_pair_is_not_called_truncated(api, note, half):
+    title = b'{"title": "%b"}' % half.encode()
+    batch = b'{"operations": [{"op": "create", "data": %b}]}' % title
+    for answer in (
+        await api.post("/note", content=title),
+        await api.patch(note[0], content=title),
+        await api.post("/note/batch", content=batch),
+    ):
+        assert "an unpaired surrogate" in problem(answer, 422, "invalid-data")["detail"]
+    assert "truncated" in problem(await api.post("/note", content=b'{"title": "x'), 422, "invalid-data")["detail"]
+
+
+@pytest.mark.parametrize("number", [0, -1, 2**31 + 1, 2**70])
+async def test_a_revision_that_cannot_be_is_told_what_can(api, note, number):
+    path, _ = note
+    alone = await api.post(f"{path}/switch", json={"revision": number})
+    operation = {"op": "switch", "id": path.rpartition("/")[2], "revision": number}
+    batch = await api.post("/note/batch", json={"operations": [operation]})
+    for answer, pointer in ((alone, "/revision"), (batch, "/operations/0/revision")):
+        (fault,) = problem(answer, 422, "invalid-data")["errors"]
+        assert fault["pointer"] == pointer
+        assert fault["detail"].startswith("expected a whole number from 1 to 2147483648, got ")
+
+
+async def test_who_asks_whether_something_is_deleted_finds_what_is(api, note):
+    await api.post("/note", json={"title": "Moon"})
+    await api.delete(note[0])
+    for query, titles in [
+        ("meta.is_deleted=true", {"Sun"}),
+        ("meta.is_deleted=false", {"Moon"}),
+        ("meta.is_deleted[in]=true,false", {"Sun", "Moon"}),
+        ("meta.is_deleted=true&include_deleted=false", set()),
+        ("", {"Moon"}),
+    ]:
+        found = (await api.get(f"/note?{query}")).json()["items"]
+        assert {item["data"]["title"] for item in found} == titles
+        assert (await api.get(f"/note/count?{query}")).json() == {"count": len(titles)}
 
 
 async def test_unique_values(api):

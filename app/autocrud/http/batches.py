@@ -28,6 +28,7 @@ from ..resource_manager.operations import (
     Update,
 )
 from .conditions import parse_version
+from .options import check_revision
 from .patching import json_patch, merge_patch
 from .problems import PreconditionRequired
 
@@ -143,6 +144,7 @@ def _on_existing(given: Any, codec: Codec[Any]) -> Operation:
             apply = merge_patch(patch) if isinstance(patch, dict) else json_patch(patch)
             return Patch(**on, apply=apply, mode=mode, status=status)
         case SwitchOperation(revision=revision):
+            check_revision(revision)
             return Switch(**on, revision=revision)
         case PublishOperation():
             return Publish(**on)

@@ -193,6 +193,9 @@ def _header(name: str, description: str) -> Schema:
 REVISION: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_REVISION}
 BOOL: Schema = {"type": "boolean", "default": False}
 INCLUDE_DELETED = _query("include_deleted", BOOL, "show deleted resources too")
+FIND_DELETED = _query(
+    "include_deleted", {"type": "boolean"}, "find deleted resources too; default: only if meta.is_deleted is asked for"
+)
 STATUS = _query("status", {"type": "string", "enum": ["draft", "stable"], "default": "stable"}, "of the new revision")
 MODE = _query(
     "mode", {"type": "string", "enum": ["update", "modify"], "default": "update"}, "modify: edit the draft in place"
@@ -303,7 +306,7 @@ class _Model:
             },
             f"{base}/count": {
                 "get": self._op(
-                    "count", [INCLUDE_DELETED, *self._filters()], {200: _json(ref("Count"), "how many")}, 400, 500, 503
+                    "count", [FIND_DELETED, *self._filters()], {200: _json(ref("Count"), "how many")}, 400, 500, 503
                 )
             },
             f"{base}/batch": {
@@ -404,7 +407,7 @@ class _Model:
             CURSOR_PARAMETER,
             self._fields(),
             _query("data", {"type": "boolean", "default": True}, "false: metadata only"),
-            INCLUDE_DELETED,
+            FIND_DELETED,
         ]
 
     def _fields(self) -> Schema:

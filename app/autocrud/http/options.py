@@ -44,6 +44,14 @@ def check_id(resource_id: str) -> None:
         raise InvalidData(f"this id cannot be chosen: {detail}", (Fault("/id", detail),))
 
 
+def check_revision(number: int) -> None:
+    """InvalidData unless a body may name this revision."""
+    if not 1 <= number <= MAX_REVISION:
+        shown = str(number) if abs(number) < 2**64 else "one of more than 64 bits"
+        detail = f"expected a whole number from 1 to {MAX_REVISION}, got {shown}"
+        raise InvalidData(f"revision: {detail}", (Fault("/revision", detail),))
+
+
 def known_id(resource_id: str) -> str:
     """The id of a path, if a resource can have it at all."""
     if _id.fullmatch(resource_id) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
 MAX_COPIED = 6 * 1024 * 1024
 """Bytes of JSON that the `copy` operations of one patch may copy."""
+MAX_QUOTED = 200
+"""Characters of a value in an error."""
 PATCH_TYPES = (MERGE_PATCH, "application/json", JSON_PATCH)
 
 
@@ -55,12 +58,12 @@ def json_patch(operations: Any) -> Callable[[Any], Any]:
     def apply(target: Any) -> Any:
         try:
             return _apply(operations, copy.deepcopy(target))
-        except InvalidData:
+        except (InvalidData, PatchConflict):
             raise
         except InvalidJsonPatch as error:
             raise _invalid(f"this is no JSON Patch: {error}") from None
         except (JsonPatchException, JsonPointerException) as error:
-            said = shortened(str(error))  # it may quote the data
+            said = shortened(re.sub(r"<class '(\w+)'>", r"\1", str(error)))  # it may quote the data
             raise PatchConflict(f"the patch does not apply: {said}", (Fault("", said),)) from None
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             # jsonpatch leaves some misuse to Python: an index on a scalar, for one
@@ -73,7 +76,7 @@ def json_patch(operations: Any) -> Callable[[Any], Any]:
 
 def _apply(operations: list[dict[str, Any]], target: Any) -> Any:
     """One operation after the other, so that what is copied can be counted: each copy may double the document."""
-    from jsonpatch import JsonPatch
+    from jsonpatch import JsonPatch, JsonPatchTestFailed
     from jsonpointer import JsonPointer
 
     left = MAX_COPIED
@@ -82,8 +85,29 @@ def _apply(operations: list[dict[str, Any]], target: Any) -> Any:
             left -= len(canonical_json(JsonPointer(operation["from"]).resolve(target)))
             if left < 0:
                 raise _invalid(f"the patch copies more than {MAX_COPIED} bytes")
-        target = JsonPatch([operation]).apply(target, in_place=True)
+        try:
+            target = JsonPatch([operation]).apply(target, in_place=True)
+        except JsonPatchTestFailed:
+            raise _test_failed(operation, target) from None
     return target
+
+
+def _test_failed(operation: dict[str, Any], target: Any) -> PatchConflict:
+    """What stands there in place of what was tested."""
+    from jsonpointer import JsonPointer, JsonPointerException
+
+    path = operation["path"]
+    try:
+        found = f"the value at {path!r} is {_quoted(JsonPointer(path).resolve(target))}"
+    except JsonPointerException:
+        found = f"there is nothing at {path!r}"
+    said = f"{found}; the test expects {_quoted(operation['value'])}"
+    return PatchConflict(f"the patch does not apply: {said}", (Fault("", said),))
+
+
+def _quoted(value: Any) -> str:
+    text = canonical_json(value).decode()
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def diff(old: Any, new: Any) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
-from ..errors import ConfigError, CrudError, Fault, InvalidData
+from ..errors import ConfigError, CrudError
 from ..query import And, Filter, Query
 from ..resource_manager.basic import Page, RevisionInfo
 from ..resource_manager.codec import invalid_data, parse_json
@@ -40,6 +40,7 @@ from .messages import (
 from .options import (
     MAX_REVISION,
     check_id,
+    check_revision,
     idempotency_key,
     include_deleted_of,
     known_id,
@@ -370,9 +371,7 @@ class ModelRoutes:
             revision = _decode_switch(body).revision
         except msgspec.ValidationError as error:
             raise invalid_data(error) from None
-        if not 1 <= revision <= MAX_REVISION:
-            detail = f"expected a number from 1, got {revision}"
-            raise InvalidData(f"revision: {detail}", (Fault("/revision", detail),))
+        check_revision(revision)
         resource_id, expect = self._target(request)
         return resource_response(await self._manager.switch(resource_id, revision, expect=expect, by=request.by), 200)
 

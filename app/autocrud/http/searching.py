@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import msgspec
@@ -62,7 +62,7 @@ def parse_search(given: list[tuple[str, str]], codec: Codec[Any], model: str) ->
     conditions = _conditions(parameters, codec, LIST_PARAMETERS)
     sort = _sort(parameters.get("sort"), codec)
     limit = integer("limit", parameters["limit"], 1, MAX_LIMIT) if "limit" in parameters else DEFAULT_LIMIT
-    include_deleted = "include_deleted" in parameters and flag("include_deleted", parameters["include_deleted"])
+    include_deleted = _include_deleted(parameters, conditions)
     data = flag("data", parameters["data"]) if "data" in parameters else True
     fields = parse_fields(parameters["fields"], codec) if "fields" in parameters else None
     if fields is not None and not data:
@@ -76,8 +76,14 @@ def parse_search(given: list[tuple[str, str]], codec: Codec[Any], model: str) ->
 def parse_count(given: list[tuple[str, str]], codec: Codec[Any]) -> Query:
     parameters = _distinct(given)
     conditions = _conditions(parameters, codec, COUNT_PARAMETERS)
-    include_deleted = "include_deleted" in parameters and flag("include_deleted", parameters["include_deleted"])
-    return Query(where=_all(conditions), include_deleted=include_deleted)
+    return Query(where=_all(conditions), include_deleted=_include_deleted(parameters, conditions))
+
+
+def _include_deleted(parameters: dict[str, str], conditions: list[Compare]) -> bool:
+    """Unless it is said: who asks whether resources are deleted means deleted ones too."""
+    if "include_deleted" in parameters:
+        return flag("include_deleted", parameters["include_deleted"])
+    return any(condition.field == "meta.is_deleted" for condition in conditions)
 
 
 def parse_fields(text: str, codec: Codec[Any]) -> list[str]:
@@ -101,8 +107,8 @@ def _distinct(given: list[tuple[str, str]]) -> dict[str, str]:
     return found
 
 
-def _conditions(parameters: dict[str, str], codec: Codec[Any], known: tuple[str, ...]) -> list[Filter]:
-    conditions: list[Filter] = []
+def _conditions(parameters: dict[str, str], codec: Codec[Any], known: tuple[str, ...]) -> list[Compare]:
+    conditions: list[Compare] = []
     for parameter, text in parameters.items():
         if parameter in known:
             continue
@@ -160,7 +166,7 @@ def _sort(text: str | None, codec: Codec[Any]) -> tuple[Sort, ...]:
     return tuple(keys)
 
 
-def _all(conditions: list[Filter]) -> Filter | None:
+def _all(conditions: Sequence[Filter]) -> Filter | None:
     return None if not conditions else conditions[0] if len(conditions) == 1 else And(tuple(conditions))
 
 

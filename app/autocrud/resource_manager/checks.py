@@ -18,6 +18,11 @@ def storable_id(resource_id: str) -> str:
     return resource_id
 
 
+def storable_number(revision: int) -> int:
+    """A revision number that fits into every store; larger ones simply do not exist."""
+    return min(max(revision, 0), 2**62)
+
+
 def missing(resource_id: str) -> ResourceNotFound:
     return ResourceNotFound(f"there is no resource {resource_id!r}")
 

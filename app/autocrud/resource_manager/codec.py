@@ -6,6 +6,7 @@ the fields in the order of the model and the keys of dicts sorted; its SHA-256 i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -82,7 +83,7 @@ class Codec(Generic[T]):
         except msgspec.ValidationError as error:
             raise invalid_data(error) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidData(f"the body is not JSON: {error}", (Fault("", str(error)),)) from None
+            raise _not_json(error, body) from None
         except RecursionError:
             raise InvalidData("the body is nested too deeply", (Fault("", "nested too deeply"),)) from None
         except InvalidData:
@@ -180,14 +181,24 @@ def parse_json(body: bytes) -> Any:
     try:
         msgspec.json.decode(body)  # stricter than json: no NaN, UTF-8 only
         return _strict_json(body.decode())
-    except msgspec.DecodeError as error:
-        raise InvalidData(f"the body is not JSON: {error}", (Fault("", str(error)),)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _not_json(error, body) from None
     except RecursionError:
         raise InvalidData("the body is nested too deeply", (Fault("", "nested too deeply"),)) from None
     except InvalidData:
         raise
     except ValueError as error:
         raise InvalidData(f"the body cannot be used: {error}", (Fault("", str(error)),)) from None
+
+
+def _not_json(error: Exception, body: bytes) -> InvalidData:
+    """msgspec finds half of a surrogate pair at the end of a text to be truncated data, and names UTF-16 elsewhere."""
+    said = str(error)
+    if "truncated" in said or "surrogate" in said:
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(body.decode())  # which takes it
+            said = "it has an unpaired surrogate (one of \\ud800 to \\udfff by itself), which is no character"
+    return InvalidData(f"the body is not JSON: {said}", (Fault("", said),))
 
 
 def invalid_data(error: msgspec.ValidationError) -> InvalidData:

@@ -43,7 +43,7 @@ from .basic import (
 )
 from .bounds import Bounds
 from .caller import Caller, IdempotencyKey
-from .checks import missing
+from .checks import missing, storable_number
 from .codec import Codec, Document
 from .operations import (
     Create,
@@ -184,7 +184,7 @@ class ResourceManager(Generic[T]):
                         raise deleted(resource_id)
                     return Resource(self.codec, meta, json)
                 meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
-                info = await self.storage.revision(resource_id, _number(revision))
+                info = await self.storage.revision(resource_id, storable_number(revision))
                 body = await self.storage.body(info.uid)
                 if await self._is_still(meta, within) and info.revision <= meta.total_revision_count:
                     return Resource(self.codec, meta, self.codec.to_json(body, info.encoding), info)
@@ -201,7 +201,7 @@ class ResourceManager(Generic[T]):
         """Raise StoreDamaged if the body is missing although its record has not changed in between."""
         for _ in range(2):
             meta = await self.storage.get(resource_id)
-            info = meta if revision is None else await self.storage.revision(resource_id, _number(revision))
+            info = meta if revision is None else await self.storage.revision(resource_id, storable_number(revision))
             try:
                 await self.storage.body(info.uid)
             except StoreDamaged:
@@ -224,7 +224,9 @@ class ResourceManager(Generic[T]):
             raise InvalidQuery(f"limit: expected 1 to {MAX_LIMIT}, got {limit}")
         for _ in range(MAX_ATTEMPTS):
             meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
-            page = await self.storage.revisions(resource_id, before if before is None else _number(before), limit)
+            page = await self.storage.revisions(
+                resource_id, before if before is None else storable_number(before), limit
+            )
             if await self._is_still(meta, within):
                 return page
         raise contention()
@@ -323,7 +325,7 @@ class ResourceManager(Generic[T]):
     async def switch(
         self, resource_id: str, revision: int, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
-        return await self._one(Switch(resource_id=resource_id, expect=expect, revision=_number(revision)), by)
+        return await self._one(Switch(resource_id=resource_id, expect=expect, revision=revision), by)
 
     async def delete(
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
@@ -418,11 +420,6 @@ class ResourceManager(Generic[T]):
     async def _expire_one(self, meta: ResourceMeta) -> None:
         with contextlib.suppress(ResourceNotFound):  # purged meanwhile
             await self._write([Expire(resource_id=meta.resource_id)], "retention")
-
-
-def _number(revision: int) -> int:
-    """A revision number that fits into every store; larger ones simply do not exist."""
-    return min(max(revision, 0), 2**62)
 
 
 __all__ = [

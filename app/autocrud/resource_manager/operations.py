@@ -36,7 +36,7 @@ from ..errors import (
 from ..query import Filter
 from .basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Status, Version, Write
 from .bounds import Bounds, holds
-from .checks import check_expectation, missing
+from .checks import check_expectation, missing, storable_number
 from .codec import Codec, Document, canonical_json
 
 T = TypeVar("T")
@@ -366,7 +366,7 @@ class Plan(Generic[T]):
 
     async def _record(self, resource_id: str, revision: int) -> RevisionInfo:
         planned = self._records.get((resource_id, revision))
-        return planned or await self._storage.revision(resource_id, revision)
+        return planned or await self._storage.revision(resource_id, storable_number(revision))
 
     async def _history(self, resource_id: str, before: int | None = None) -> AsyncIterator[RevisionInfo]:
         """The records below a number: those that are planned, then those that are stored."""
