@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -395,6 +396,27 @@ async def test_a_server_that_is_not_there_is_named_to_whoever_starts_the_program
     assert "refused" in str(raised.value.__cause__)
     assert "a-secret" not in str(raised.value.__cause__)
     await manager.close()
+
+
+async def test_readiness_says_that_it_cannot_be_reached_and_the_log_says_why_once(name, caplog):
+    store = manager_of("postgresql://crud:a-secret@127.0.0.1:1/postgres", name).storage.meta_store
+    for _ in range(2):
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(StoreUnavailable, match="cannot be reached right now"):
+            await store.health()
+        assert asyncio.get_running_loop().time() - began < 2
+    await store.close()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("PostgreSQL cannot be reached: ")
+    assert "refused" in line
+
+
+async def test_readiness_says_that_there_is_no_answer(name):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = manager_of(f"postgresql://crud@127.0.0.1:{silent.getsockname()[1]}/postgres", name).storage.meta_store
+        with pytest.raises(StoreUnavailable, match="no answer within"):
+            await store.health()
+        await store.close()
 
 
 async def test_what_holds_does_not_depend_on_the_server_s_default_isolation(postgres, name):

@@ -73,6 +73,8 @@ log = logging.getLogger("crudstack.postgres")
 
 SCAN_PAGE = 500
 MAX_ID = 2000
+HEALTH_S = 1.5
+"""How long it may be silent when it is asked whether it answers; `/readyz` waits for 2 s."""
 RESOLVE_S = 15.0
 """How long the outcome of a commit whose answer was lost is asked for."""
 FENCE = """fast_life, fast_lease, CASE fast_since WHEN '-infinity' THEN 'infinity'::float8 WHEN 'infinity' THEN -1
@@ -297,7 +299,11 @@ class PostgresMetaStore(MetaStore):
         return int(number)
 
     async def health(self) -> None:
-        await self._rows("SELECT 1 FROM <state>")
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                await self._rows("SELECT 1 FROM <state>")
+        except TimeoutError:
+            raise pool_of(self._dsn, self._password, self._max_size).silent_for(HEALTH_S) from None
 
     # Writing
 

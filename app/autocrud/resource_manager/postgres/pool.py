@@ -68,6 +68,7 @@ class Pool:
         self._made: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
         self._used: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
         self._left = 0.0  # whatever was made before is given up
+        self._failure: str | None = None  # why the last attempt to connect failed
 
     async def run(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
         """Run something on a connection, within ANSWER_S if `limited`. `again`: once more where the connection turns out to be gone.
@@ -84,6 +85,12 @@ class Pool:
                 return await self._once(work, limited)
         except psycopg.Error as error:
             raise _translated(error) from error
+
+    def silent_for(self, seconds: float) -> StoreUnavailable:
+        """What to say of a database that did not answer for so long."""
+        if self._failure is None:
+            return StoreUnavailable(f"the database gave no answer within {seconds:g} s")
+        return _unreachable(self._failure)
 
     async def _once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
         await self._slot()
@@ -141,12 +148,12 @@ class Pool:
             try:
                 return await self._connected()
             except psycopg.Error as error:
+                reason = str(error).partition("\n")[0]
+                if reason != self._failure:
+                    log.warning("PostgreSQL cannot be reached: %s", reason)
+                self._failure = reason
                 if self._clock() + pause > end:
-                    reason = str(error).partition("\n")[0]
-                    log.warning("PostgreSQL: no connection within %g s: %s", WAIT_S, reason)
-                    raise StoreUnavailable(
-                        "the database cannot be reached right now; nothing was changed, try again"
-                    ) from Unreachable(reason)
+                    raise _unreachable(reason) from None
             await asyncio.sleep(pause)
             pause *= 2
 
@@ -157,6 +164,7 @@ class Pool:
             given["password"] = await asyncio.to_thread(self._password)
         connection: Connection = await AsyncConnection.connect(self._dsn, **given)
         self._made[connection] = self._clock()
+        self._failure = None
         try:
             # The commit function looks at what others have committed while it waited; hardened servers have another default. And whoever
             # is stopped inside a transaction (SIGSTOP, a frozen Lambda) would keep its locks for as long, and everybody waiting.
@@ -170,6 +178,12 @@ class Pool:
             _close(connection)
             raise
         return connection
+
+
+def _unreachable(reason: str) -> StoreUnavailable:
+    unavailable = StoreUnavailable("the database cannot be reached right now; nothing was changed, try again")
+    unavailable.__cause__ = Unreachable(reason)
+    return unavailable
 
 
 def _translated(error: psycopg.Error) -> CrudError:
