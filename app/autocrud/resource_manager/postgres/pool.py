@@ -48,6 +48,9 @@ PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count"
 """After how many seconds (the last one: milliseconds) a connection counts as lost whose other end acknowledges nothing."""
 
 
+UNREACHABLE = "the database cannot be reached right now; nothing was changed, try again"
+
+
 class Unreachable(Exception):
     """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
 
@@ -88,9 +91,9 @@ class Pool:
 
     def silent_for(self, seconds: float) -> StoreUnavailable:
         """What to say of a database that did not answer for so long."""
-        if self._failure is None:
-            return StoreUnavailable(f"the database gave no answer within {seconds:g} s")
-        return _unreachable(self._failure)
+        return StoreUnavailable(
+            f"the database gave no answer within {seconds:g} s" if self._failure is None else UNREACHABLE
+        )
 
     async def _once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
         await self._slot()
@@ -153,7 +156,7 @@ class Pool:
                     log.warning("PostgreSQL cannot be reached: %s", reason)
                 self._failure = reason
                 if self._clock() + pause > end:
-                    raise _unreachable(reason) from None
+                    raise StoreUnavailable(UNREACHABLE) from Unreachable(reason)
             await asyncio.sleep(pause)
             pause *= 2
 
@@ -178,12 +181,6 @@ class Pool:
             _close(connection)
             raise
         return connection
-
-
-def _unreachable(reason: str) -> StoreUnavailable:
-    unavailable = StoreUnavailable("the database cannot be reached right now; nothing was changed, try again")
-    unavailable.__cause__ = Unreachable(reason)
-    return unavailable
 
 
 def _translated(error: psycopg.Error) -> CrudError:
