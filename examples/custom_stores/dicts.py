@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from msgspec import Struct
 from msgspec.structs import replace
 
-from app.autocrud.errors import RevisionNotFound, StaleGeneration
+from app.autocrud.errors import RevisionNotFound, StaleGeneration, UniqueConflict
 from app.autocrud.query import META_FIELDS, Query, Sort, truth
 from app.autocrud.resource_manager.basic import (
     KEEP_KEYS_US,
@@ -29,7 +29,15 @@ from app.autocrud.resource_manager.basic import (
     RevisionInfo,
     Version,
 )
-from app.autocrud.resource_manager.checks import check_expectation, generation_of, missing, storable_id, taken
+from app.autocrud.resource_manager.checks import (
+    check_expectation,
+    generation_of,
+    missing,
+    not_indexed,
+    shared,
+    storable_id,
+    taken,
+)
 from app.autocrud.values import Key
 
 T = TypeVar("T")
@@ -66,9 +74,10 @@ class State(Struct):
     rows: dict[str, Row] = {}
     done: dict[str, Kept] = {}
     generation: int = 0
+    unique: set[str] = set()
 
     def copy(self) -> State:
-        return State(dict(self.rows), dict(self.done), self.generation)
+        return State(dict(self.rows), dict(self.done), self.generation, set(self.unique))
 
 
 class DictMetaStore(MetaStore):
@@ -148,7 +157,10 @@ class DictMetaStore(MetaStore):
         return meta
 
     def _check_unique(self, state: State) -> None:
-        for name in self._spec.unique:
+        """The fields that every program keeps unique, whether it declares them or not."""
+        for name in state.unique:
+            if name not in self._kinds:
+                raise not_indexed(self._spec.name, name)
             seen: set[Any] = set()
             for row in state.rows.values():
                 key = row.entry.keys.get(name)
@@ -258,8 +270,28 @@ class DictMetaStore(MetaStore):
                     state.rows[resource_id] = replace(row, entry=entry, kinds=self._kinds)
             self._check_unique(state)
 
-        if entries:
-            await self._write(work)
+        await self._write(work)
+
+    async def indexed(self, *, force: bool = False) -> bool:
+        def work(state: State) -> bool:
+            added = set(self._spec.unique) - state.unique
+            if added and not force and any(not added <= row.kinds.keys() for row in state.rows.values()):
+                return False
+            state.unique |= added
+            try:
+                self._check_unique(state)
+            except UniqueConflict:
+                raise shared(self._spec.name, ", ".join(added)) from None
+            return True
+
+        return set(self._spec.unique) <= (await self._now()).unique or await self._write(work)
+
+    async def give_up(self, name: str) -> None:
+        def work(state: State) -> None:
+            if any(name not in row.kinds for row in state.rows.values()):
+                state.unique.discard(name)
+
+        await self._write(work)
 
     # Over a ResourceStore whose records are the truth
 

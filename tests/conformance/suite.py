@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import itertools
 import multiprocessing
 import tempfile
@@ -15,7 +16,7 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from msgspec import UNSET
+from msgspec import UNSET, defstruct
 from msgspec.structs import replace
 
 from app.autocrud import Encoding, Query, Retention, field
@@ -35,6 +36,7 @@ from app.autocrud.errors import (
 from app.autocrud.query import SET_OPS, STATE_OPS, Compare, Not, Sort, ops_of
 from app.autocrud.resource_manager.basic import Version
 from app.autocrud.resource_manager.bounds import holds
+from app.autocrud.resource_manager.codec import Codec
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
 from app.autocrud.resource_manager.operations import (
     Create,
@@ -855,6 +857,27 @@ class DurableConformance(StorageConformance):
             await manager.create(Item(code="c"))
         await manager.close()
 
+    @pytest.mark.parametrize(
+        ("later", "value"), [(float, 1.5), (str, "abc"), (dt.datetime, dt.datetime(2026, 1, 1, tzinfo=dt.UTC))]
+    )
+    async def test_a_field_may_be_indexed_as_something_else(self, root, later, value):
+        """And back again, as long as there are rows of both kinds."""
+        for type_, one in ((int, 5), (later, value), (int, 7)):
+            struct = defstruct("Item", [("value", type_)])
+            manager = ResourceManager(
+                "item",
+                Codec(struct, ["value"]),
+                self.make(root).build("item"),
+                encoding=None,
+                schema_version=1,
+                retention=None,
+                clock=Clock(),
+            )
+            await manager.create(struct(one))
+            assert await manager.count(Query(where=field("value").eq(one))) == 1
+            assert len((await manager.find(Query(sort=("value",)))).items) >= 1
+            await manager.close()
+
     @pytest.mark.parametrize("earlier", [["text"], ["text", "code"]])
     async def test_a_field_that_becomes_unique_must_be(self, root, earlier):
         plain = manage(self.make(root), indexed=earlier)
@@ -933,6 +956,38 @@ class SharedConformance(DurableConformance):
         with pytest.raises(UniqueConflict):
             await new.create(Item(code="d"))
         await new.create(Item(code="e"))
+        for manager in (old, new):
+            await manager.close()
+
+    async def test_a_write_is_answered_although_it_is_purged_at_once(self, root):
+        here, there = manage(self.make(root)), manage(self.make(root))
+        commit = here.storage.commit
+
+        async def then_purge(writes, once=None):
+            committed = await commit(writes, once)
+            await there.purge("r")
+            return committed
+
+        for write in (  # of what needs a body that is there already
+            lambda: here.publish("r"),
+            lambda: here.switch("r", 1),
+            lambda: here.patch("r", lambda data: data | {"number": 1}),
+        ):
+            await here.create(Item(text="1"), resource_id="r")
+            await here.update("r", Item(text="1", number=2), status="draft")
+            here.storage.commit = then_purge
+            assert (await write()).data.text == "1"
+            here.storage.commit = commit
+        for manager in (here, there):
+            await manager.close()
+
+    async def test_what_an_older_program_writes_later_is_indexed_by_housekeeping(self, root):
+        old, new = manage(self.make(root), indexed=["text"]), manage(self.make(root), indexed=["text", "number"])
+        await old.open()
+        await new.open()
+        await old.create(Item(number=7), resource_id="a")
+        await new.maintain(30)
+        assert await new.count(Query(where=field("number").eq(7))) == 1
         for manager in (old, new):
             await manager.close()
 

@@ -365,6 +365,9 @@ class World:
                         await store.commit(changes, Once(key=key, request="", time=0, results=()))
                 self.acknowledge(key)
                 continue
+            if self.random.random() < 0.2:
+                await self.write_nothing(store)
+                continue
             chosen = self.random.sample(RESOURCES, self.random.choice([1, 1, 2]))
             changes = [_change(rid, purge=self.random.random() < 0.15) for rid in chosen]
             key = f"{name} {number}"
@@ -376,6 +379,14 @@ class World:
                 continue
             else:
                 self.acknowledge(key)
+
+    async def write_nothing(self, store) -> None:
+        """What is found there is what was to be written."""
+        rid = self.random.choice(RESOURCES)
+        with contextlib.suppress(ResourceNotFound):
+            version = (await store.get(rid)).version
+            await store.confirm([rid])
+            self.acknowledged[rid] = max(self.acknowledged[rid], version)
 
     def acknowledge(self, key: str) -> None:
         for rid, version in self.slow.left[key].items():
@@ -464,6 +475,11 @@ class TrustsAnyLife(FastSlowMetaStore):
         return True
 
 
+class ConfirmsNothing(FastSlowMetaStore):
+    async def confirm(self, resource_ids):
+        return None
+
+
 class ForgetsWhatKeysLeft(FastSlowMetaStore):
     async def _settle_done(self, done, resource_ids=()):
         return None
@@ -483,6 +499,7 @@ MUTANTS = {
         TrustsNewLives,
         TrustsAnyLife,
         ForgetsWhatKeysLeft,
+        ConfirmsNothing,
         MindsItsOwnLease,
     )
 }

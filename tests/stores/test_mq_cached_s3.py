@@ -181,6 +181,30 @@ class SaysNothing(MQCachedS3ResourceStore):
         return None
 
 
+async def test_what_is_acknowledged_was_told(instance):
+    """A writer who is cancelled tells all the same; so does one who finds that it is so already, as the first one may have been killed."""
+    writer = instance()
+    await writer.create(Item(text="a"), resource_id="r")
+    committed, told = bodies_of(writer).committed, []
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> None:
+        begun.set()
+        await go_on.wait()
+        await committed()
+        told.append(True)
+
+    bodies_of(writer).committed = slowly
+    writing = asyncio.create_task(writer.update("r", Item(text="b")))
+    await begun.wait()
+    writing.cancel()
+    await asyncio.wait([writing])
+    go_on.set()
+    await until(lambda: told == [True])
+    await writer.update("r", Item(text="b"))
+    assert told == [True, True]
+
+
 async def test_an_instance_that_says_nothing_is_found_out(instance):
     writer, reader = instance(kind=SaysNothing), instance()
     await writer.create(Item(text="1"), resource_id="1")

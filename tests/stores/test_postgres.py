@@ -15,9 +15,9 @@ import pytest
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Encoding, Query, field
-from app.autocrud.errors import ConfigError, InvalidData, StoreUnavailable, UniqueConflict
+from app.autocrud.errors import ConfigError, InvalidData, StoreUnavailable, UniqueConflict, WriteContention
 from app.autocrud.resource_manager.basic import IndexedField, IStorage
-from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage, Update
 from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.postgres import pool
@@ -369,6 +369,31 @@ async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
     await holder
     assert await manager.count() == 1
     await manager.close()
+
+
+async def test_batches_and_single_writes_never_wait_in_a_circle(postgres, name):
+    manager = manager_of(postgres, name)
+    ids = [f"{number}" for number in range(4)]
+    for rid in ids:
+        await manager.create(Note("", code=rid), resource_id=rid)
+    draw = random.Random(1)
+
+    async def write() -> None:
+        for number in range(30):
+            chosen = draw.sample(ids, draw.choice([1, 1, 4]))
+            with contextlib.suppress(WriteContention):
+                await manager.batch([Update(data=Note(f"{number}", code=rid), resource_id=rid) for rid in chosen])
+
+    async def deadlocks() -> int:
+        async with await psycopg.AsyncConnection.connect(postgres, autocommit=True) as connection:
+            await connection.execute("SELECT pg_stat_force_next_flush()")
+            rows = await connection.execute("SELECT sum(deadlocks) FROM pg_stat_database")
+            return (await rows.fetchone())[0]
+
+    before = await deadlocks()
+    await asyncio.gather(*(write() for _ in range(8)))
+    await manager.close()
+    assert await deadlocks() == before
 
 
 async def test_whoever_is_cancelled_takes_no_connection_with_him(postgres, name):

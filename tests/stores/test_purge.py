@@ -6,7 +6,7 @@ import pytest
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD
-from app.autocrud.resource_manager.core import Caller, IdempotencyKey
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey, Purge
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
 
 
@@ -14,8 +14,10 @@ class Note(Struct):
     text: str
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("kind", [DiskStorageFactory, MemoryDiskStorageFactory])
-async def test_purge_leaves_no_trace(tmp_path, kind):
+async def test_purge_leaves_no_trace(tmp_path, kind, killed):
+    """`killed`: after the commit; then housekeeping does the rest."""
     crud = AutoCRUD(storage_factory=kind(tmp_path))
     manager = crud.add_model(Note, indexed_fields=["text"])
     for number in range(20):
@@ -23,7 +25,11 @@ async def test_purge_leaves_no_trace(tmp_path, kind):
     by = Caller("alice", key=IdempotencyKey("k"))
     created = await manager.create(Note("secret text"), resource_id="secret id", by=by)
     await manager.update(created.meta.resource_id, Note("secret text again"))
-    await manager.purge(created.meta.resource_id)
+    if killed:
+        await manager._write([Purge(resource_id="secret id")], "bob")
+        await manager.maintain(10)
+    else:
+        await manager.purge("secret id")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files
     for path in files:

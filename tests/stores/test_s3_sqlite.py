@@ -27,7 +27,7 @@ from app.autocrud.errors import (
 )
 from app.autocrud.query import Query, field
 from app.autocrud.resource_manager.basic import Change, IndexedField
-from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey, Purge, ResourceManager
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.object_store import Stored, Unknown
 from app.autocrud.resource_manager.object_store_double import (
@@ -596,12 +596,24 @@ async def test_a_snapshot_that_was_abandoned_is_not_installed(objects, monkeypat
     assert await instance(objects).count() == 101
 
 
-async def test_purge_leaves_no_trace(objects, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+async def test_purge_leaves_no_trace(objects, tmp_path, killed):
+    """`killed`: after the commit; then the housekeeping of another instance does the rest, once."""
     manager = instance(objects, tmp_path)
     kept = await manager.create(Note("kept"))
     created = await manager.create(Note("secret-text", "secret-code"))
     await manager.update(created.meta.resource_id, Note("secret-text again", "secret-code"))
-    await manager.purge(created.meta.resource_id)
+    if killed:
+        await manager._write([Purge(resource_id=created.meta.resource_id)], "bob")
+        other = instance(objects)
+        await other.maintain(10)
+        await other.create(Note("another"))
+        done = set(objects.objects)
+        await other.maintain(10)
+        assert set(objects.objects) == done
+        await manager.maintain(10)
+    else:
+        await manager.purge(created.meta.resource_id)
     for key, stored in objects.objects.items():
         assert b"secret" not in stored.body, key
     for path in tmp_path.rglob("*"):

@@ -123,6 +123,11 @@ class MetaStore(Store):
     async def done(self, key: str, *, peek: bool = False) -> Done | None:
         """The commit that a key was part of, for at least a day. `peek`: perhaps not yet one of a moment ago."""
 
+    async def confirm(self, resource_ids: Sequence[str]) -> None:
+        """Where a `get` may not yet see what another one has seen: have all see what this process last read of these resources. A write that
+        changes nothing is acknowledged upon it, and whoever made that state may have ended before he could tell."""
+        return None
+
     @abstractmethod
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         """One record; RevisionNotFound."""
@@ -318,6 +323,10 @@ class IStorage(ABC):
     @abstractmethod
     async def done(self, key: str, *, peek: bool = False) -> Done | None:
         """As MetaStore.done."""
+
+    async def confirm(self, resource_ids: Sequence[str]) -> None:
+        """As MetaStore.confirm."""
+        return None
 
     @abstractmethod
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo: ...

@@ -10,6 +10,7 @@ The rules are in `operations`, what is stored how in `simple_storage`. Every met
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 import logging
@@ -63,6 +64,7 @@ from .operations import (
     deleted,
 )
 from .simple_storage import SimpleStorage
+from .threads import outlived
 from .writing import MAX_ATTEMPTS, Writer, contention
 
 T = TypeVar("T")
@@ -343,8 +345,17 @@ class ResourceManager(Generic[T]):
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> dt.datetime:
         """Erase; the time by which the last trace is gone."""
-        await self._write([Purge(resource_id=resource_id, expect=expect)], by)
-        return await self._erase()
+        _, erased_by = await self._write_and_erase([Purge(resource_id=resource_id, expect=expect)], by)
+        return erased_by
+
+    async def _write_and_erase(
+        self, operations: Sequence[Operation], by: str | Caller
+    ) -> tuple[Sequence[State | None], dt.datetime]:
+        async def write_and_erase() -> tuple[Sequence[State | None], dt.datetime]:
+            return await self._write(operations, by), await self._erase()
+
+        # Goes on where the one who asked does not: asked again it would find nothing to erase.
+        return await outlived(asyncio.ensure_future(write_and_erase()))
 
     async def _erase(self) -> dt.datetime:
         """Remove the traces of what was purged. The purge itself is done, whatever becomes of this."""
@@ -363,9 +374,10 @@ class ResourceManager(Generic[T]):
         """All operations or none, each seeing the ones before it. What is deleted comes back as metadata, what is purged as None."""
         if not 1 <= len(operations) <= MAX_BATCH:
             raise InvalidData(f"expected 1 to {MAX_BATCH} operations, got {len(operations)}")
-        states = await self._write(operations, by)
         if any(isinstance(operation, Purge) for operation in operations):
-            await self._erase()
+            states, _ = await self._write_and_erase(operations, by)
+        else:
+            states = await self._write(operations, by)
         left: list[Resource[T] | ResourceMeta | None] = []
         for operation, state in zip(operations, states, strict=True):
             if state is None or isinstance(operation, Purge):

@@ -157,11 +157,11 @@ class Plan(Generic[T]):
 
     async def add(self, operation: Operation) -> State:
         """Plan one operation; the state that it leaves. Raises what the operation may not do."""
-        if self._bounds is None:
-            return await self._add(operation)
-        allowed = await self._allowed(self._bounds, operation)
+        allowed = None if self._bounds is None else await self._allowed(self._bounds, operation)
         state = await self._add(operation)
-        if not isinstance(operation, Purge) and not await self._holds(allowed, state):
+        if not isinstance(operation, Delete | Purge | Expire):
+            await self.json(state)  # for the answer: once it is committed, somebody may purge it
+        if self._bounds is not None and not isinstance(operation, Purge) and not await self._holds(allowed, state):
             raise Forbidden("the resource would be none that you may write")
         return state
 

@@ -79,6 +79,7 @@ class SimpleStorage(IStorage):
             self._pair = DiskPair(meta_store, resource_store)
         self._follows = not self.meta_store.authoritative and resource_store.keeps_records
         self._spec = ModelSpec("unbound")
+        self._index: IndexOf | None = None
         self._generation = 0
         self._sweep_after = ""
         self._state = threading.Lock()  # guards the two below
@@ -110,6 +111,7 @@ class SimpleStorage(IStorage):
     # Opening
 
     async def open(self, index: IndexOf) -> None:
+        self._index = index
         with self._state:
             opening, mine = self._opening, self._opening is None
             if opening is None:
@@ -302,6 +304,10 @@ class SimpleStorage(IStorage):
         changes = [write.change for write in writes]
         if not self._indexed_there:
             return await self.meta_store.commit(changes, once)
+        # Goes on where the one who asked does not: what was committed is told.
+        return await outlived(asyncio.ensure_future(self._commit_and_tell(changes, once)))
+
+    async def _commit_and_tell(self, changes: Sequence[Change], once: Once | None) -> list[ResourceMeta]:
         try:
             committed = await self.meta_store.commit(changes, once)
         except (DoneBefore, OutcomeUnknown):  # whoever committed may have ended before it could tell
@@ -309,6 +315,12 @@ class SimpleStorage(IStorage):
             raise
         await self.resource_store.committed()
         return committed
+
+    async def confirm(self, resource_ids: Sequence[str]) -> None:
+        if self._indexed_there:
+            await self.resource_store.committed()
+        else:
+            await self.meta_store.confirm(resource_ids)
 
     async def _commit_records(self, writes: Sequence[Write], once: Once | None) -> list[ResourceMeta]:
         changes = [write.change for write in writes]
@@ -358,11 +370,15 @@ class SimpleStorage(IStorage):
         return [*await self.meta_store.impairments(), *await self.resource_store.impairments()]
 
     async def maintain(self, budget_s: float) -> None:
-        """Sweep orphaned bodies; where the time ends, the next call goes on."""
+        """Index what an older program has written since, and sweep orphaned bodies; where the time ends, the next call goes on."""
         if self._follows:
+            await self.resource_store.maintain(budget_s)
             return  # swept whenever it is opened
         deadline = time.monotonic() + budget_s
-        await self.meta_store.maintain(budget_s / 2)
+        while time.monotonic() < deadline and (outdated := await self.meta_store.outdated(REINDEX_PAGE)):
+            assert self._index is not None, "it was opened"
+            await self._reindex(outdated, self._index)
+        await self.meta_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
         await self.resource_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
         if not self._sweep_after:
             self._generation = await self.meta_store.advance_generation()

@@ -211,6 +211,9 @@ class Writer(Generic[T]):
                     for state in states:
                         if state.meta is write.change.meta:
                             state.meta = meta
+        written = {write.change.meta.resource_id for write in plan.writes}
+        if unchanged := [id_ for state in states if (id_ := state.meta.resource_id) not in written]:
+            await self._storage.confirm(unchanged)
         return states
 
     async def _who_wants(self, error: UniqueConflict, plan: Plan[T], states: list[State]) -> int | None:

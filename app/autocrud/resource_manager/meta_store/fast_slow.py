@@ -28,7 +28,8 @@ remove documents and tokens again, and store what was committed if the token of 
 - F7 *The age of a life counts from when everybody sees it*: it is noted by a second step, when the adoption is committed. Who finds
   another life than the one in use has it adopted, at most once in 2 L: two servers that are both in use make writers wait, and no more.
 - F8 *Leases of different lengths mix*: the slow store remembers the longest that was ever used, which is the L of all who wait.
-- F9 *What a key left is acknowledged as a commit is*: the one who committed may have been stopped before it could settle.
+- F9 *What a key left is acknowledged as a commit is*, and so is what a write found to be so already: the one who committed may have been stopped
+  before it could settle, or is still waiting.
 - F10 *Two slow stores may share a fast one*, by mistake and under one prefix: a document says of which store it is, and another's is a miss.
 
 Assumed: the clocks of Redis and PostgreSQL, which may be wrong, are not set back or forth by much while they run (a Redis that is set back by more
@@ -205,6 +206,9 @@ class FastSlowMetaStore(MetaStore):
         if done is not None:
             await self._settle_done(done)
         return done
+
+    async def confirm(self, resource_ids: Sequence[str]) -> None:
+        await self._settle(dict.fromkeys(resource_ids, b""), None)
 
     # Writing
 

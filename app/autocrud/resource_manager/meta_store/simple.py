@@ -134,6 +134,9 @@ class DiskMetaStore(_TablesMetaStore):
     def search_now(self, query: Query) -> Page[Hit]:
         return self._db.read_now(lambda db: self._tables.search(db, query))
 
+    async def maintain(self, budget_s: float) -> None:
+        await self._db.checkpoint()  # whoever purged may have been stopped before he could
+
     async def erase(self, now: dt.datetime) -> dt.datetime:
         await self._db.checkpoint()
         return now

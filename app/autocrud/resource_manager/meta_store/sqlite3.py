@@ -244,6 +244,10 @@ class S3SqliteMetaStore(MetaStore):
         """Merges and snapshots that are due, then the removal of what nothing refers to; what does not fit is left to the next time."""
         await self._replica.open()
         room, deadline = self._room(), time.monotonic() + budget_s
+        if await self._read(lambda db: db.execute("SELECT 1 FROM purges LIMIT 1").get):
+            await self._forget()  # whoever purged was stopped before he could
+        else:
+            await self._replica.blocking(lambda copy: copy.checkpoint())  # of what was purged elsewhere
         await room.keep_house(deadline)
         if time.monotonic() < deadline:
             await room.housekeeping.collect()
@@ -252,11 +256,14 @@ class S3SqliteMetaStore(MetaStore):
         """Make a snapshot without what was purged, and remove the log and the snapshots before it. A bucket with versions keeps them until
         its own rules remove them."""
         await self._replica.open()
+        await self._forget()
+        return now
+
+    async def _forget(self) -> None:
         room = self._room()
         await room.housekeeping.snapshot(forget=True)
         await room.housekeeping.collect()
         await self._replica.blocking(lambda copy: copy.checkpoint())
-        return now
 
     async def head(self) -> Head:
         """HEAD as this instance knows it, for whoever wants to look at it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ...values import Key
+from ...values import INT_MAX, INT_MIN, Key
 from ..sql import Dialect, Params
 
 PREFIX = 256
@@ -36,12 +36,16 @@ class PostgresDialect(Dialect):
             bare = name.removeprefix("meta.")
             return {"resource_id": "id", "is_deleted": "is_deleted::int"}.get(bare, bare)
         kind = self.fields[name]
+        key = f"(keys -> {literal(name)})"
         if kind.is_list:
-            return f"(keys -> {literal(name)})"
-        text = f"(keys ->> {literal(name)})"
+            return key
         if kind.key_type is str:
-            return f'({text} COLLATE "C")'
-        return f"({text}::{'bigint' if kind.key_type is int else 'double precision'})"
+            return f'((keys ->> {literal(name)}) COLLATE "C")'
+        # Rows of a program that indexes the field as something else are there too: they have no number, and must not fail in an index.
+        number = f"{key}::double precision"
+        if kind.key_type is int:
+            number = f"CASE WHEN {key}::numeric BETWEEN {INT_MIN} AND {INT_MAX} THEN {key}::bigint END"
+        return f"(CASE jsonb_typeof({key}) WHEN 'number' THEN {number} END)"
 
     def is_text(self, name: str) -> bool:
         return not name.startswith("meta.") and not self.fields[name].is_list and self.fields[name].key_type is str

@@ -11,8 +11,8 @@
 A commit is one call of one function, hence one round trip and one transaction. What it keeps:
 
 - P1 *Decided where it happens.* An expectation is part of the UPDATE or INSERT that changes the row, whose lock holds until the commit. A conflict
-  raises, so nothing of a batch stays. Rows of a batch are locked in the order of their ids, so that batches wait for each other and never
-  in a circle; where they do all the same, PostgreSQL ends one, which is tried again.
+  raises, so nothing of a batch stays. Rows of a batch are locked in the order of their ids, after the unique values (P2), so that commits wait
+  for each other and never in a circle; where they do all the same, PostgreSQL ends one, which is tried again.
 - P2 *Unique values are unique at the end of the commit*, by a constraint that is checked then: a batch may swap them. Who wants a value takes a lock on
   it first, in order, because two that inserted the same would wait for each other at their ends. Which fields are unique stands in the state,
   so versions of the program that do not know a field cannot break it: they refuse. A field gets there when all rows are indexed by it.
@@ -77,7 +77,7 @@ class Schema:
         dialect, main = PostgresDialect(self.fields), self.names["main"]
         made = []
         for name, kind in self.fields.items():
-            index = quoted(name_of(self.table, f"by:{name}:{kind.key_type.__name__}{'s' if kind.is_list else ''}"))
+            index = quoted(name_of(self.table, f"on:{name}:{kind.key_type.__name__}{'s' if kind.is_list else ''}"))
             if kind.is_list:
                 on = f"USING gin ({dialect.column(name)} jsonb_path_ops)"
             else:
@@ -135,13 +135,13 @@ BEGIN
   END IF;
   INSERT INTO <recent> (call) VALUES (call_);
   SELECT generation, uniques INTO generation_, uniques_ FROM <state>;
-  IF jsonb_array_length(changes) > 1 THEN
-    PERFORM 1 FROM <main> WHERE id IN (SELECT x->>'id' FROM jsonb_array_elements(changes) x) ORDER BY id FOR UPDATE;
-  END IF;
   IF uniques_ <> '{}' THEN
     PERFORM pg_advisory_xact_lock(h) FROM (
       SELECT DISTINCT hashtextextended(u || ':' || (x->'keys'->>u), <lock>) AS h
       FROM jsonb_array_elements(changes) x, unnest(uniques_) u WHERE x->'keys'->>u IS NOT NULL ORDER BY h) AS wanted;
+  END IF;
+  IF jsonb_array_length(changes) > 1 THEN
+    PERFORM 1 FROM <main> WHERE id IN (SELECT x->>'id' FROM jsonb_array_elements(changes) x) ORDER BY id FOR UPDATE;
   END IF;
   FOR c IN SELECT x FROM jsonb_array_elements(changes) x LOOP
     m := c->'meta';

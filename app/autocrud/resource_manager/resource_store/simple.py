@@ -167,6 +167,9 @@ class DiskResourceStore(ResourceStore):
     async def health(self) -> None:
         await self._db.read(lambda db: db.execute("SELECT 1 FROM bodies LIMIT 1").get)
 
+    async def maintain(self, budget_s: float) -> None:
+        await self._db.checkpoint()  # whoever purged may have been stopped before he could
+
     async def erase(self, now: dt.datetime) -> dt.datetime:
         await self._db.checkpoint()
         return now

@@ -99,6 +99,13 @@ class Head(Struct, frozen=True, kw_only=True):
         return _encode({**self.others, **known})
 
     @property
+    def first_logged(self) -> int:
+        """The first record that is in the log still; the one that comes next if there is none."""
+        return min(
+            [*(segment.first for segment in self.segs), *(record.seq for record in self.tail)], default=self.seq + 1
+        )
+
+    @property
     def log_size(self) -> int:
         """Bytes between the snapshot and here."""
         return sum(segment.size for segment in self.segs) + sum(record.size for record in self.tail)

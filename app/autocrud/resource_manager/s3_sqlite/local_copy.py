@@ -53,7 +53,9 @@ CREATE TABLE IF NOT EXISTS copy (
 INSERT OR IGNORE INTO copy VALUES (1, '', 0, 0, '', x'');
 CREATE TABLE IF NOT EXISTS recent (seq INTEGER PRIMARY KEY, txid BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS recent_by_txid ON recent (txid);
+CREATE TABLE IF NOT EXISTS purges (seq INTEGER PRIMARY KEY);
 """
+"""`purges`: the transactions that purged something, as long as the log has those before them, which may tell of it."""
 
 
 class CopyBusy(Exception):
@@ -245,6 +247,7 @@ class LocalCopy:
             for record in new:
                 self._replay(connection, head.schema, record)
             connection.execute("DELETE FROM recent WHERE seq <= ?", (head.seq - WINDOW,))
+            connection.execute("DELETE FROM purges WHERE seq < ?", (head.first_logged,))
             self.tables.set_generation(connection, head.sweep)
             connection.execute(
                 "UPDATE copy SET store = ?, seq = ?, ver = ?, etag = ?, head = ?",
@@ -261,6 +264,8 @@ class LocalCopy:
                 self.tables.remember(connection, once, [one.meta for one in ops], purged)
             else:
                 replay(self.tables, connection, op, schema.specs)
+                if op.kind == "purge":
+                    connection.execute("INSERT OR IGNORE INTO purges VALUES (?)", (record.seq,))
         connection.execute("INSERT OR REPLACE INTO recent VALUES (?, ?)", (record.seq, record.txid))
 
     def attempt(self, works: Sequence[Work], doubtful: Sequence[bytes] = ()) -> Trial:
