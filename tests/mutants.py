@@ -16,6 +16,7 @@ STORES = ["tests/stores/test_conformance.py"]
 CRASH = ["tests/stores/test_crash.py"]
 HTTP = ["tests/http/test_routes.py"]
 S3 = ["tests/stores/test_s3_sqlite.py", "tests/stores/test_s3_simulation.py"]
+MQ = ["tests/stores/test_mq_cached_s3.py"]
 ACCESS = ["tests/http/test_access.py"]
 LAMBDA = ["tests/test_lambda_runtime.py"]
 P = "app/autocrud/resource_manager/s3_sqlite/"
@@ -106,9 +107,24 @@ MUTANTS = [
     (
         "a key is not remembered",
         M + "sqlite/tables.py",
-        "        if once is not None:\n            self.remember(",
-        "        if False:\n            self.remember(",
+        "        if once is not None:\n            purged = {",
+        "        if False:\n            purged = {",
         STORES,
+    ),
+    (
+        "a field is unique before all rows are indexed by it",
+        P + "local_copy.py",
+        "if added and not force and self.tables.outdated(connection, 1):",
+        "if False:",
+        STORES,
+    ),
+    ("what changes nothing is not confirmed", M + "writing.py", "await self._storage.confirm(unchanged)", "pass", MQ),
+    (
+        "a purge is not looked after",
+        M + "meta_store/sqlite3.py",
+        "SELECT 1 FROM purges LIMIT 1",
+        "SELECT 1 WHERE 0",
+        S3,
     ),
     (
         "what is purged is remembered",
@@ -149,8 +165,8 @@ MUTANTS = [
     (
         "a key in the log is not replayed",
         P + "local_copy.py",
-        'elif op.kind == "once" and op.once is not None:',
-        "elif False:",
+        'if op.kind == "once" and op.once is not None:',
+        "if False:",
         [*STORES, *S3],
     ),
     (
@@ -177,8 +193,8 @@ MUTANTS = [
     (
         "writes are not bounded by what they leave",
         M + "operations.py",
-        "Switch) and not await self._holds(allowed, state):",
-        "Switch) and False:",
+        "Purge) and not await self._holds(allowed, state):",
+        "Purge) and False:",
         ACCESS,
     ),
     (

@@ -1,0 +1,13 @@
+"""The planted defects can still be planted; whether the suite finds them is `make mutants`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mutants import MUTANTS, ROOT
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant[0])
+def test_a_mutant_has_its_text(mutant):
+    _, file, text, *_ = mutant
+    assert text in (ROOT / file).read_text()
