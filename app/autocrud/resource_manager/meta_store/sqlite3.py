@@ -132,8 +132,8 @@ class S3SqliteMetaStore(MetaStore):
 
     # Reading
 
-    async def _read(self, work: Callable[[apsw.Connection], T]) -> T:
-        """Read the local copy, once it is as new as the consistency asks for."""
+    async def _read(self, work: Callable[[apsw.Connection], T], *, quick: bool = False) -> T:
+        """Read the local copy, once it is as new as the consistency asks for. `quick` as in `Replica.read`."""
         replica, room = self._replica, self._room()
         await replica.open()
         if self._consistency == "strong" or replica.owed:
@@ -143,23 +143,23 @@ class S3SqliteMetaStore(MetaStore):
             if staleness <= 0 or now - room.checked_at > staleness:
                 await replica.checked()
                 room.checked_at = now  # when it was sent, or earlier
-        return await replica.read(work)
+        return await replica.read(work, quick=quick)
 
     async def get(self, resource_id: str) -> ResourceMeta:
-        return await self._read(lambda db: self._tables.get(db, resource_id))
+        return await self._read(lambda db: self._tables.get(db, resource_id), quick=True)
 
     async def peek(self, resource_id: str) -> ResourceMeta:
         await self._replica.open()
-        return await self._replica.read(lambda db: self._tables.get(db, resource_id))
+        return await self._replica.read(lambda db: self._tables.get(db, resource_id), quick=True)
 
     async def done(self, key: str, *, peek: bool = False) -> Done | None:
         await self._replica.open()
         if not peek:  # whatever the consistency of reads: what this does not find is done
             await self._replica.checked()
-        return await self._replica.read(lambda db: self._tables.done(db, key))
+        return await self._replica.read(lambda db: self._tables.done(db, key), quick=True)
 
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
-        return await self._read(lambda db: self._tables.revision(db, resource_id, revision))
+        return await self._read(lambda db: self._tables.revision(db, resource_id, revision), quick=True)
 
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         return await self._read(lambda db: self._tables.revisions(db, resource_id, before, limit))
@@ -168,7 +168,9 @@ class S3SqliteMetaStore(MetaStore):
         return await self._read(lambda db: self._tables.search(db, query))
 
     async def count(self, query: Query) -> int:
-        return await self._read(lambda db: self._tables.count(db, query))
+        return await self._read(
+            lambda db: self._tables.count(db, query), quick=query.where is None and not query.include_deleted
+        )
 
     async def scan(self) -> AsyncIterator[ResourceMeta]:
         after = ""

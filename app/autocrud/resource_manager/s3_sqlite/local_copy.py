@@ -43,6 +43,7 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.s3sqlite")
 
 LOCK_TIMEOUT_S = 2.0
+BUSY_MS = 2000
 LEFTOVER_S = 24 * 3600.0
 WINDOW = 8192
 """Records whose txids a copy remembers."""
@@ -151,6 +152,17 @@ class LocalCopy:
         with self._connection() as connection:
             return work(connection)
 
+    def read_now(self, work: Callable[[apsw.Connection], T]) -> T:
+        """`read`, without waiting for anybody. apsw.BusyError: not now."""
+        if not self._idle:
+            raise apsw.BusyError
+        with self._connection() as connection:
+            connection.set_busy_timeout(0)
+            try:
+                return work(connection)
+            finally:
+                connection.set_busy_timeout(BUSY_MS)
+
     @contextlib.contextmanager
     def _connection(self) -> Iterator[apsw.Connection]:
         try:
@@ -168,7 +180,7 @@ class LocalCopy:
     def _connect(self) -> apsw.Connection:
         connection = apsw.Connection(str(self.path))
         keep_plans(connection)
-        connection.set_busy_timeout(2000)
+        connection.set_busy_timeout(BUSY_MS)
         if self._building:
             connection.pragma("journal_mode", "off")
             connection.pragma("synchronous", "off")

@@ -10,6 +10,7 @@ HEAD would let writers who slept through that be acknowledged into another histo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -176,7 +177,11 @@ class Replica:
         """Run something on the copy in a thread; a copy that is torn, or whose lock cannot be had, is replaced."""
         return await self._on_copy(work, self._blocking)
 
-    async def read(self, work: Callable[[apsw.Connection], T]) -> T:
+    async def read(self, work: Callable[[apsw.Connection], T], *, quick: bool = False) -> T:
+        """`quick` promises microseconds: then it runs here, if that is possible without waiting. A trip to a thread takes four times as long."""
+        if quick:
+            with contextlib.suppress(apsw.Error):  # a thread waits for it, or finds out
+                return self.copy.read_now(work)
         return await self._on_copy(lambda copy: copy.read(work), in_thread)
 
     async def _on_copy(self, work: Callable[[LocalCopy], T], run: Callable[..., object]) -> T:
