@@ -6,7 +6,6 @@ PostgresMetaStore("postgresql://user:password@localhost:5432/mine", table_name="
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime as dt
 import functools
 import logging
@@ -15,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequen
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
-import msgspec
 import psycopg
 from msgspec.structs import replace
 from psycopg.errors import UniqueViolation
@@ -47,9 +45,10 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
-from ..checks import check_expectation, missing, not_indexed, shared, storable_id, taken
+from ..checks import check_expectation, missing, not_indexed, storable_id, taken
 from ..documents import encoder, info_of, meta_of
 from ..postgres.call import Call
+from ..postgres.migration import Migration
 from ..postgres.pool import (
     MAX_SIZE,
     STATEMENT_S,
@@ -62,7 +61,7 @@ from ..postgres.pool import (
     pool_of,
 )
 from ..postgres.query import PostgresDialect
-from ..postgres.schema import CONFLICT, DONE, STALE, UNKNOWN_UNIQUE, Schema, held, name_of
+from ..postgres.schema import CONFLICT, DONE, STALE, UNKNOWN_UNIQUE, Schema, name_of
 from ..sql import SqlBuilder
 from ..threads import outlived
 from .fast_slow import Fence
@@ -115,12 +114,11 @@ class PostgresMetaStore(MetaStore):
 
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
-        self._kinds = {name: spec.fields[name].name for name in sorted(spec.fields)}
         self._schema = Schema(self._table, spec.fields)
+        self._migration = Migration(spec, self._schema)
         self._sql = SqlBuilder(PostgresDialect(spec.fields), self._schema.names["main"])
         self._search = functools.lru_cache(maxsize=512)(self._sql.search)
         self._spec_id: int | None = None
-        self._uniques: set[str] = set()  # as they were in the database when it was opened; they become more only
 
     @property
     def place(self) -> Hashable:
@@ -156,64 +154,8 @@ class PostgresMetaStore(MetaStore):
         lock = self._opening.setdefault(asyncio.get_running_loop(), asyncio.Lock())
         async with lock:
             if self._spec_id is None:
-                self._spec_id = await self._on_pool(self._ready) or await self._on_pool(self._make, limited=False)
-
-    async def _ready(self, connection: Connection) -> int | None:
-        """The number of the bound fields, if all that they need is there: then nothing has to be made, nor anybody locked out."""
-        fields = msgspec.json.encode(self._kinds).decode()
-        try:
-            cursor = await connection.execute(
-                self._filled(
-                    "SELECT (SELECT id FROM <specs> WHERE fields = %s::jsonb), uniques,"
-                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)), fast_store FROM <state>"
-                ),
-                (fields, self._schema.function.strip('"')),
-            )
-            row = await cursor.fetchone()
-        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):  # none, or an older program's
-            return None
-        if row is None or row[0] is None or not row[2]:
-            return None
-        self._check_uniques(row[1])
-        return int(row[0])
-
-    async def _make(self, connection: Connection) -> int:
-        """Make or complete the schema. Several programs and versions may do it at once: they take turns."""
-        fields = msgspec.json.encode(self._kinds).decode()
-        async with self._alone(connection):  # indexes of large tables take their time
-            for statement in self._schema.statements():
-                await connection.execute(statement.encode())
-            cursor = await connection.execute(self._filled("SELECT uniques FROM <state>"))
-            (uniques,) = await cursor.fetchone() or ([],)
-            self._check_uniques(uniques)
-            await connection.execute(
-                self._filled(
-                    "INSERT INTO <specs> SELECT max(id) + 1, %s::jsonb FROM <specs> ON CONFLICT (fields) DO NOTHING"
-                ),
-                (fields,),
-            )
-            cursor = await connection.execute(
-                self._filled("SELECT id FROM <specs> WHERE fields = %s::jsonb"), (fields,)
-            )
-            (spec_id,) = await cursor.fetchone() or (None,)
-        assert spec_id is not None
-        return int(spec_id)
-
-    async def _add_unique(self, connection: Connection, name: str) -> None:
-        values = f"SELECT %s::text, {held('(keys ->> %s)')}, id FROM <main> WHERE (keys ->> %s) IS NOT NULL"
-        count = values.count("%s")
-        try:
-            await connection.execute(self._filled(f"INSERT INTO <unique> {values}"), [name] * count)
-            await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
-        except UniqueViolation:
-            raise shared(self._spec.name, name) from None
-        await connection.execute(self._filled("UPDATE <state> SET uniques = array_append(uniques, %s)"), (name,))
-
-    def _check_uniques(self, uniques: Sequence[str]) -> None:
-        self._uniques = set(uniques)
-        for name in uniques:
-            if name not in self._kinds:
-                raise not_indexed(self._spec.name, name)
+                ready, make = self._migration.ready, self._migration.make
+                self._spec_id = await self._on_pool(ready) or await self._on_pool(make, limited=False)
 
     # Reading
 
@@ -277,22 +219,7 @@ class PostgresMetaStore(MetaStore):
         return [uid for uid in uids if uid in gone]
 
     async def outdated(self, limit: int) -> list[ResourceMeta]:
-        return await self._do(lambda connection: self._outdated(connection, limit))
-
-    async def _outdated(self, connection: Connection, limit: int) -> list[ResourceMeta]:
-        cursor = await connection.execute(self._filled("SELECT id, fields::text FROM <specs>"))
-        lacking = [
-            number
-            for number, text in await cursor.fetchall()
-            if not self._kinds.items() <= msgspec.json.decode(text).items()
-        ]
-        # Both of them, so that the index is used, which is this one to keep counts cheap.
-        cursor = await connection.execute(
-            self._filled("SELECT doc FROM <main> WHERE is_deleted IN (FALSE, TRUE) AND spec = ANY(%s::int[]) LIMIT %s"),
-            (lacking, limit),
-            binary=True,
-        )
-        return [meta_of(row[0]) for row in await cursor.fetchall()]
+        return await self._do(lambda connection: self._migration.outdated(connection, limit))
 
     async def generation(self) -> int:
         ((number,),) = await self._rows("SELECT generation FROM <state>")
@@ -422,46 +349,12 @@ class PostgresMetaStore(MetaStore):
         await self._call(Call([], None, self._spec_id or 0, self._encode, entries))
 
     async def indexed(self, *, force: bool = False) -> bool:
-        if self._spec_id is not None and self._uniques >= set(self._spec.unique):
+        if self._spec_id is not None and self._migration.uniques >= set(self._spec.unique):
             return True
-
-        async def adopt(connection: Connection) -> bool:
-            async with self._alone(connection):
-                cursor = await connection.execute(self._filled("SELECT uniques FROM <state>"))
-                (uniques,) = await cursor.fetchone() or ([],)
-                added = [name for name in self._spec.unique if name not in uniques]
-                if added and not force and await self._outdated(connection, 1):
-                    return False
-                for name in added:
-                    await self._add_unique(connection, name)
-            self._uniques = {*uniques, *added}
-            return True
-
-        return await self._do(adopt, limited=False)
+        return await self._do(lambda connection: self._migration.adopt_uniques(connection, force=force), limited=False)
 
     async def give_up(self, name: str) -> None:
-        async def give_up(connection: Connection) -> None:
-            async with self._alone(connection):
-                cursor = await connection.execute(
-                    self._filled(
-                        "UPDATE <state> SET uniques = array_remove(uniques, %s) WHERE EXISTS"
-                        " (SELECT 1 FROM <main> JOIN <specs> s ON spec = s.id WHERE NOT fields ? %s)"
-                    ),
-                    (name, name),
-                )
-                if cursor.rowcount:
-                    await connection.execute(self._filled("DELETE FROM <unique> WHERE field = %s"), (name,))
-                    self._uniques.discard(name)
-
-        await self._do(give_up, limited=False)
-
-    @contextlib.asynccontextmanager
-    async def _alone(self, connection: Connection) -> AsyncIterator[None]:
-        """A transaction that may take its time, while nobody commits."""
-        async with connection.transaction():
-            await connection.execute("SET LOCAL statement_timeout = 0")
-            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (self._schema.lock,))
-            yield
+        await self._do(lambda connection: self._migration.give_up_unique(connection, name), limited=False)
 
     async def advance_generation(self) -> int:
         async def advance(connection: Connection) -> int:
