@@ -192,21 +192,30 @@ class _Maker:
             case "mq-cached-s3":
                 return self._mq_cached_s3()
 
-    def _bodies(self, model: str) -> str:
-        return f"{self.prefix}data/{model}/" if self.pair.meta == "s3-sqlite" else f"{self.prefix}{model}/"
+    def _bodies(self) -> str:
+        """What the prefixes of bodies begin with. Of two deployments whose prefixes differ none may get another's: each would take all of the
+        other's bodies for orphans."""
+        if self.pair.meta == "s3-sqlite":
+            return f"{self.prefix}data/"
+        if f"/{self.prefix}".endswith("/data/"):
+            raise ConfigError(
+                f"the prefix is {self.outputs.prefix!r}: bodies of {self.kind!r} would lie where those of 's3-sqlite' do whose prefix ends before"
+                " 'data', and each would remove the other's: expected another name than data at its end"
+            )
+        return self.prefix
 
     def _s3(self) -> Callable[[str], ResourceStore]:
         with driver("s3"):
             from .autocrud.resource_manager.resource_store.s3 import S3ResourceStore
-        bucket, objects = self._bucket(), self._objects()
-        return lambda model: S3ResourceStore(bucket, self._bodies(model), object_store=objects)
+        bucket, objects, bodies = self._bucket(), self._objects(), self._bodies()
+        return lambda model: S3ResourceStore(bucket, f"{bodies}{model}/", object_store=objects)
 
     def _cached_s3(self) -> Callable[[str], ResourceStore]:
         with driver("s3", "cache"):
             from .autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
-        bucket, objects, caches = self._bucket(), self._objects(), self._caches()
+        bucket, objects, bodies, caches = self._bucket(), self._objects(), self._bodies(), self._caches()
         return lambda model: CachedS3ResourceStore(
-            caches(model), bucket=bucket, prefix=self._bodies(model), object_store=objects
+            caches(model), bucket=bucket, prefix=f"{bodies}{model}/", object_store=objects
         )
 
     def _mq_cached_s3(self) -> Callable[[str], ResourceStore]:
@@ -214,7 +223,7 @@ class _Maker:
             import aio_pika  # noqa: F401 - the store would, when it is made
 
             from .autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
-        bucket, objects, caches = self._bucket(), self._objects(), self._caches()
+        bucket, objects, bodies, caches = self._bucket(), self._objects(), self._bodies(), self._caches()
         url: str | Callable[[], str]
         if self.local.amqp_url is None and self.outputs.broker is not None:
             url = sign_in.amqp_url(self.outputs.broker, self._region())
@@ -225,7 +234,7 @@ class _Maker:
             url,
             f"{self.prefix}{model}_",
             bucket=bucket,
-            prefix=self._bodies(model),
+            prefix=f"{bodies}{model}/",
             object_store=objects,
         )
 

@@ -17,6 +17,7 @@ CRASH = ["tests/stores/test_crash.py"]
 HTTP = ["tests/http/test_routes.py"]
 S3 = ["tests/stores/test_s3_sqlite.py", "tests/stores/test_s3_simulation.py"]
 MQ = ["tests/stores/test_mq_cached_s3.py"]
+NEIGHBOURS = ["tests/stores/test_neighbours.py"]
 ACCESS = ["tests/http/test_access.py"]
 LAMBDA = ["tests/test_lambda_runtime.py"]
 P = "app/autocrud/resource_manager/s3_sqlite/"
@@ -338,6 +339,20 @@ MUTANTS = [
     ("another store is taken", P + "replica.py", "if known.store and known.store != head.store:", "if False:", S3),
     ("HEADs may be equal", P + "head.py", "nonce=os.urandom(8), **changes", 'nonce=b"", **changes', S3),
     ("unique only for this version", P + "local_copy.py", "for name in schema.unique:", "for name in ():", S3),
+    (
+        "the sweep takes what lies deeper",
+        M + "resource_store/s3.py",
+        "ours = UID.fullmatch(uid)",
+        'ours = re.match(r"(0|[1-9][0-9]*)/", uid)',
+        NEIGHBOURS,
+    ),
+    (
+        "collection takes what lies deeper",
+        P + "head.py",
+        "ours = _NAME.fullmatch(name)",
+        'ours = re.search(r"()([0-9]+)-", name)',
+        NEIGHBOURS,
+    ),
     ("snapshots are taken as they come", P + "replica.py", "!= snapshot.sha256:", "== b'':", S3),
 ]
 

@@ -61,7 +61,7 @@ from ..postgres.pool import (
     pool_of,
 )
 from ..postgres.query import PostgresDialect
-from ..postgres.schema import CONFLICT, DONE, STALE, UNKNOWN_UNIQUE, Schema, name_of
+from ..postgres.schema import CONFLICT, DONE, PARTS, STALE, UNKNOWN_UNIQUE, Schema, name_of
 from ..sql import SqlBuilder
 from ..threads import outlived
 from .fast_slow import Fence
@@ -86,7 +86,7 @@ class PostgresMetaStore(MetaStore):
     """
     pg_dsn      of the database; TLS as libpq does it: `?sslmode=verify-full&sslrootcert=...`
     encoding    of the documents
-    table_name  what the names of its tables begin with; any text
+    table_name  what the names of its tables begin with; any text that does not end as the name of one of them, like `:unique`
     password    makes the password of each new connection, where it expires
     max_size    connections of this process to the database, for all models
 
@@ -107,6 +107,11 @@ class PostgresMetaStore(MetaStore):
         max_size: int = MAX_SIZE,
     ) -> None:
         check_dsn(pg_dsn)
+        owner, colon, part = table_name.rpartition(":")
+        if colon and part in PARTS:
+            raise ConfigError(
+                f"table_name is {table_name!r}: that is a table of the store whose table_name is {owner!r}"
+            )
         self._dsn, self._password, self._max_size, self._table = pg_dsn, password, max_size, table_name
         self._encode = encoder(encoding or Encoding.json)
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()

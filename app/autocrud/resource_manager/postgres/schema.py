@@ -36,6 +36,9 @@ CONFLICT, STALE, DONE, UNKNOWN_UNIQUE = "CS001", "CS002", "CS003", "CS004"
 """SQLSTATEs that the function raises."""
 
 
+PARTS = ("revisions", "unique", "done", "recent", "specs", "state")
+
+
 def name_of(table: str, part: str = "") -> str:
     """An identifier, shortened by hash to the 63 bytes that PostgreSQL keeps."""
     whole = f"{table}:{part}" if part else table
@@ -56,10 +59,7 @@ class Schema:
 
     def __init__(self, table: str, fields: Mapping[str, Kind]) -> None:
         self.table, self.fields = table, fields
-        self.names = {
-            part or "main": quoted(name_of(table, part))
-            for part in ("", "revisions", "unique", "done", "recent", "specs", "state")
-        }
+        self.names = {"main": quoted(name_of(table))} | {part: quoted(name_of(table, part)) for part in PARTS}
         self.lock = int.from_bytes(hashlib.sha256(f"crudstack:{table}".encode()).digest()[:8], "big", signed=True)
         self.function = quoted(name_of(table, f"commit-{hashlib.sha256(_FUNCTION.encode()).hexdigest()[:8]}"))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ...errors import StoreDamaged
+from ...errors import ConfigError, StoreDamaged
 from ..basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
 from ..object_store import CONCURRENT_GETS, ObjectStore, s3
 
 if TYPE_CHECKING:
     from ..meta_store.sqlite3 import S3SqliteMetaStore
+
+UID = re.compile(r"(0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
 class S3ResourceStore(ResourceStore):
@@ -20,6 +23,10 @@ class S3ResourceStore(ResourceStore):
 
     Below a MemoryMetaStore there is an index beside the bodies too, at `{prefix}index.sqlite/`: an S3SqliteMetaStore whose copy on this machine
     answers, and which looks for other instances' writes when the last look is older than `refresh_s`.
+
+    *What is another's may lie below the prefix*: an index, other models, a whole deployment. The sweep removes what no record of this model names, so
+    it must not take that for ours: ours is what follows the prefix as exactly a uid. A body of another store never does: both keys end with a
+    number, a slash and a UUID, so one prefix would be the other and digits, and none may end with a digit.
     """
 
     durable: ClassVar[bool] = True
@@ -38,6 +45,11 @@ class S3ResourceStore(ResourceStore):
         *,
         object_store: ObjectStore | None = None,
     ) -> None:
+        if re.search(r"[0-9]\Z", prefix):
+            raise ConfigError(
+                f"the prefix {prefix!r} ends with a digit, so bodies below it could be taken for those of a store with a shorter one, and be"
+                f" removed: end it with a slash, {prefix + '/'!r}"
+            )
         self.encoding = encoding
         self._bucket, self._given, self._prefix = bucket, prefix, prefix
         self._index: S3SqliteMetaStore | None = None
@@ -96,15 +108,20 @@ class S3ResourceStore(ResourceStore):
             await self._objects.delete([self._prefix + uid for uid in uids])
 
     async def health(self) -> None:
-        async for _ in self._objects.list(self._prefix + "~"):  # nothing is there, but whoever may not look is told so
+        # Nothing is there, but whoever may not look is told so. As `after`, because a folder is listed from its first object on.
+        async for _ in self._objects.list(self._prefix, self._prefix + "~"):
             break
 
     async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
         found: list[str] = []
         async for listed in self._objects.list(self._prefix, self._prefix + after if after else ""):
             uid = listed.key.removeprefix(self._prefix)
-            number = uid.partition("/")[0]
-            if number.isdigit() and int(number) < generation:
+            if (
+                uid > ":"
+            ):  # what comes after the digits: ours are behind us, and whoever else lies here may have millions
+                break
+            ours = UID.fullmatch(uid)
+            if ours is not None and int(ours[1]) < generation:
                 found.append(uid)
                 if len(found) == limit:
                     break

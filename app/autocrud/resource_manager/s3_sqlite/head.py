@@ -6,13 +6,14 @@
     snap/{ver}-{seq}-{uuid}.sqlite     an ordinary SQLite file; immutable
 
 A name starts with the version of the HEAD that may be the first to refer to it. So a name whose version is not above HEAD's, and which HEAD
-does not contain, can never be referred to again (I2).
+does not contain, can never be referred to again (I2). Nothing that another store keeps below this key has such a name in these two folders.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -25,6 +26,7 @@ from ...errors import ConfigError, MetadataTooLarge, StoreDamaged
 from ..ops import Op
 
 FORMAT = 1
+_NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
 MAX_METADATA = 256 * 1024
 """Bytes of one resource's metadata and indexed fields: they travel in every log."""
 
@@ -157,10 +159,10 @@ def snapshot_key(prefix: str, ver: int, seq: int) -> str:
     return f"{prefix}snap/{ver:012d}-{seq:012d}-{uuid4().hex}.sqlite"
 
 
-def version_in(key: str) -> int | None:
-    """The version in the name of a segment or snapshot; None for a name that is none of ours."""
-    number = key.rpartition("/")[2].partition("-")[0]
-    return int(number) if number.isdigit() else None
+def version_in(name: str) -> int | None:
+    """The version in the name of a segment or snapshot, what follows the prefix; None for a name that is none of ours."""
+    ours = _NAME.fullmatch(name)
+    return None if ours is None else int(ours[1] or ours[2])
 
 
 # Records

@@ -59,7 +59,7 @@ class Housekeeping:
     def _snapshot_due(self, head: Head) -> bool:
         size = 0 if head.snap is None else head.snap.size
         return head.log_size > max(LEAST_LOG, self._ratio * size) and not any(
-            "/snap/" in one.key for one in self._live(head)
+            one.key.startswith(f"{self._replica.prefix}snap/") for one in self._live(head)
         )
 
     def _live(self, head: Head) -> list[Pending]:
@@ -100,7 +100,7 @@ class Housekeeping:
 
     def _mergeable(self, head: Head) -> tuple[Segment, ...] | None:
         """The first run of segments of about the same size that is long enough."""
-        if any("/seg/" in one.key for one in self._live(head)):
+        if any(one.key.startswith(f"{self._replica.prefix}seg/") for one in self._live(head)):
             return None
         run: list[Segment] = []
         for segment in head.segs:
@@ -174,10 +174,10 @@ class Housekeeping:
         """Remove every segment and snapshot that no HEAD can refer to any more; how many there were."""
         await self._replica.check()
         head = await self._replica.head()
-        garbage = []
+        garbage, prefix = [], self._replica.prefix
         for folder in ("seg/", "snap/"):
-            async for listed in self._objects.list(self._replica.prefix + folder):
-                version = version_in(listed.key)
+            async for listed in self._objects.list(prefix + folder):
+                version = version_in(listed.key.removeprefix(prefix))
                 if version is not None and version <= head.ver and listed.key not in head.keys:
                     garbage.append(listed.key)
         for at in range(0, len(garbage), 1000):
