@@ -18,6 +18,7 @@ HTTP = ["tests/http/test_routes.py"]
 S3 = ["tests/stores/test_s3_sqlite.py", "tests/stores/test_s3_simulation.py"]
 MQ = ["tests/stores/test_mq_cached_s3.py"]
 NEIGHBOURS = ["tests/stores/test_neighbours.py"]
+STOPPED = ["tests/stores/test_stopped_process.py"]
 ACCESS = ["tests/http/test_access.py"]
 LAMBDA = ["tests/test_lambda_runtime.py"]
 P = "app/autocrud/resource_manager/s3_sqlite/"
@@ -72,6 +73,27 @@ MUTANTS = [
         "elif connection.total_changes() != before:",
         "elif False:",
         STORES,
+    ),
+    (
+        "a write cannot be given up between its stages",
+        M + "sqlite/database.py",
+        "return self.claim() if number == len(self.stages) - 1 else bool(self.ticket)",
+        "return self.claim()",
+        STOPPED,
+    ),
+    (
+        "what was given up is done",
+        M + "sqlite/database.py",
+        "return self.claim() if number",
+        "return self.claim() or True if number",
+        STOPPED,
+    ),
+    (
+        "reads wait for the file lock",
+        M + "sqlite/database.py",
+        "        if self._file_lock is None:\n            await self.opened()\n        return",
+        "        return",
+        STOPPED,
     ),
     (
         "nobody notes rows of another index",

@@ -24,6 +24,7 @@ class DiskPair:
             (body,) = self._resource.get_many_now([meta.uid])
             return meta, body
 
+        await self._opened()
         return await in_thread(read)
 
     async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
@@ -31,7 +32,12 @@ class DiskPair:
             page = self._meta.search_now(query)
             return page, self._resource.get_many_now([hit.uid for hit in page.items])
 
+        await self._opened()
         return await in_thread(read)
+
+    async def _opened(self) -> None:
+        await self._meta.opened()
+        await self._resource.opened()
 
     async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
         """Put the bodies, and commit the changes once they are durable (M1), both by one committer."""

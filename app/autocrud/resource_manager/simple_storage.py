@@ -56,6 +56,7 @@ from .codec import IndexOf
 from .disk_pair import DiskPair
 from .meta_store.simple import DiskMetaStore
 from .resource_store.simple import DiskResourceStore
+from .sqlite.database import GaveUp
 from .threads import outlived
 
 log = logging.getLogger("crudstack.storage")
@@ -251,6 +252,8 @@ class SimpleStorage(IStorage):
                 writes = self._renewed(writes)
             except OutcomeUnknown:
                 raise  # the bodies may be needed
+            except GaveUp:
+                raise  # to remove them might take as long again
             except CrudError:
                 await self._forget(_bodies_of(writes))
                 raise

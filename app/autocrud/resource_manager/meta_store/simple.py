@@ -126,7 +126,10 @@ class DiskMetaStore(_TablesMetaStore):
         """`commit`, as the stage of a larger write."""
         return Stage(self._db, lambda db: self._tables.commit(db, changes, once=once))
 
-    # For DiskPair: the same without a trip to a thread of its own.
+    async def opened(self) -> None:
+        await self._db.opened()
+
+    # For DiskPair: the same without a trip to a thread of its own, once it is open.
 
     def get_now(self, resource_id: str) -> ResourceMeta:
         return self._db.read_now(lambda db: self._tables.get(db, resource_id))

@@ -93,6 +93,9 @@ class DiskResourceStore(ResourceStore):
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         return await self._db.read(lambda db: _bodies(db, uids))
 
+    async def opened(self) -> None:
+        await self._db.opened()
+
     def get_many_now(self, uids: Sequence[str]) -> list[bytes]:
         return self._db.read_now(lambda db: _bodies(db, uids)) if uids else []
 

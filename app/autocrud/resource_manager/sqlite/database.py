@@ -9,10 +9,14 @@ Invariants of FileDatabase:
   (the log is synced before COMMIT returns). A crash before that leaves the file without the write, or with it, never with half.
 - W2 *One writer at a time.* Only a committer thread writes, and only while it holds the file lock, which every process takes;
   so BEGIN IMMEDIATE never waits and `work` decides upon the newest state.
-- W3 *A write that was given up was not done.* It can be given up only before the committer claims it (a ticket that one side
-  can take); afterwards its outcome is told, however long that takes.
+- W3 *A write that was given up was not done, and none waits for longer than WRITE_TIMEOUT_S for other processes*, whatever these
+  stand still with. There is a ticket, which one side can take: whoever gives up, or the committer, under the lock of the last stage. So
+  whoever gives up knows that the last stage is not done, and never will be. What was done of those before it nobody may need: they
+  put bodies, which the last one names. And the committer, once it has the ticket, takes no other lock before it tells the outcome.
 - W4 *Order.* `after` callbacks run in the order of commits, before the writer is told. A stage of a write begins when those before it
-  are durable.
+  are durable: it has come so far only with its ticket there, so none was left out.
+- W5 *Only committer threads wait for the file lock.* They are daemons, and nobody waits for them longer than W3 says: not a read that opens
+  the file, not a purge, not a close, not the end of the process.
 
 The file lock is two flocks: whoever wants the lock waits at the gate first, so a process that writes without pause cannot
 overtake one that waits (SQLite's own busy wait is unfair: 331 ms seen).
@@ -57,6 +61,10 @@ def translated(error: apsw.Error) -> CrudError:
     if isinstance(error, apsw.FullError):
         return StoreUnavailable("the disk is full; nothing was changed")
     return StoreUnavailable("the database cannot be used right now; nothing was changed")
+
+
+class GaveUp(StoreUnavailable):
+    """Its turn did not come. The same database would make the next one wait as long."""
 
 
 class MemoryDatabase:
@@ -143,10 +151,11 @@ class FileLock:
 
 
 class Stage(NamedTuple):
-    """A write as a part of a larger one: `work` in a transaction of `database`."""
+    """A write as a part of a larger one: `work` in a transaction of `database`; `alone`: under its lock, without one."""
 
     database: FileDatabase
     work: Work[Any]
+    alone: bool = False
 
 
 class _Job:
@@ -164,11 +173,19 @@ class _Job:
         self.results: list[Any] = []
         self.error: BaseException | None = None
 
+    def goes_on(self, number: int) -> bool:
+        """For the committer, under the lock of this stage: whether it is to be done. The last one takes the ticket."""
+        return self.claim() if number == len(self.stages) - 1 else bool(self.ticket)
+
     def claim(self) -> bool:
         """For the committer: whether the job is its own."""
         if not self.claimed:
             self.claimed = self._take()
         return self.claimed
+
+    @property
+    def over(self) -> bool:
+        return self.error is not None or len(self.results) == len(self.stages)
 
     def _take(self) -> bool:
         try:
@@ -179,7 +196,7 @@ class _Job:
     def give_up(self) -> None:
         if self._take() and not self.future.done():
             self.future.set_exception(
-                StoreUnavailable(f"the database was busy for {WRITE_TIMEOUT_S:g} s; nothing was changed, try again")
+                GaveUp(f"the database was busy for {WRITE_TIMEOUT_S:g} s; nothing was changed, try again")
             )
 
     def settle(self) -> None:
@@ -191,74 +208,73 @@ class _Job:
             self.future.set_exception(self.error)
 
 
+Run = Callable[[apsw.Connection, list[_Job], int], bool]
+"""Run a stage of jobs. False: the connection must not be used again."""
+
+
 class Committer:
     """The one thread that writes to some databases. Writes that wait at the same time share their commits."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._state = threading.Lock()
+        self._state = threading.Lock()  # guards the two above
 
     async def write(self, stages: Sequence[Stage], after: Callable[[], None] | None = None) -> list[Any]:
         """Do the stages in turn; what each returned. All are durable when this returns, and none is done twice.
 
-        Where a stage fails, those before it stay done. `after` runs in the committer's thread, before anyone is told. A write that is
-        cancelled may still happen.
+        Where a stage fails, those before it stay done; where it is given up (GaveUp), all but the last may be. `after` runs in the committer's
+        thread, before anyone is told. A write that is cancelled may still happen.
         """
         loop = asyncio.get_running_loop()
         job = _Job(stages, after, loop)
-        if self._thread is None:
-            self._start()
-        self._jobs.put(job)
+        with self._state:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, args=(self._jobs,), name="crudstack-commit", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._jobs.put(job)
         timer = loop.call_later(WRITE_TIMEOUT_S, job.give_up)
         try:
             return await job.future
         finally:
             timer.cancel()
 
-    def stop(self) -> None:
-        """Do what waits, then end the thread; the next write starts another one."""
+    def stop(self) -> bool:
+        """Do what waits, then end the thread; the next write starts another one. False: it stands still, and ends when it no longer does."""
         with self._state:
             thread, self._thread = self._thread, None
-        if thread is not None:
-            self._jobs.put(None)
-            thread.join()
+            jobs, self._jobs = self._jobs, queue.SimpleQueue()
+        if thread is None:
+            return True
+        jobs.put(None)
+        thread.join(WRITE_TIMEOUT_S)
+        return not thread.is_alive()
 
-    def _start(self) -> None:
-        with self._state:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="crudstack-commit", daemon=True)
-                self._thread.start()
-
-    def _run(self) -> None:
+    def _run(self, waiting: queue.SimpleQueue[_Job | None]) -> None:
         running = True
         while running:
-            taken = [self._jobs.get()]
+            taken = [waiting.get()]
             with contextlib.suppress(queue.Empty):
                 while taken[-1] is not None and len(taken) < MAX_GROUP:
-                    taken.append(self._jobs.get_nowait())
+                    taken.append(waiting.get_nowait())
             running = taken[-1] is not None
             jobs = [job for job in taken if job is not None]
             for number in range(max((len(job.stages) for job in jobs), default=0)):
-                groups: dict[FileDatabase, list[_Job]] = {}
+                groups: dict[tuple[FileDatabase, bool], list[_Job]] = {}
                 for job in jobs:
                     if job.error is None and number < len(job.stages):
-                        groups.setdefault(job.stages[number].database, []).append(job)
-                for database, group in groups.items():
-                    self._commit(database, group, number)
-            for job in jobs:
-                if job.claimed and job.error is None and job.after is not None:
-                    try:
-                        job.after()
-                    except BaseException as error:  # the others are durable and must hear it
-                        job.error = error
-            _settle([job for job in jobs if job.claimed])
+                        stage = job.stages[number]
+                        groups.setdefault((stage.database, stage.alone), []).append(job)
+                for (database, alone), group in groups.items():
+                    self._commit(database, group, number, _do if alone else _transact)
+                    _finish([job for job in group if job.over and job.claim()])
 
-    def _commit(self, database: FileDatabase, group: list[_Job], number: int) -> None:
+    def _commit(self, database: FileDatabase, group: list[_Job], number: int, run: Run) -> None:
         try:
             with database.writing() as connection:
-                # Claimed only now: while another process holds the lock, a write may still be given up.
-                if not _transact(connection, [job for job in group if job.claim()], number):
+                # Asked only now: while another process holds the lock, a write may still be given up.
+                if not run(connection, [job for job in group if job.goes_on(number)], number):
                     database.discard_writer()
         except BaseException as error:  # the thread must live, and nobody may wait for ever
             for job in group:
@@ -279,7 +295,14 @@ class FileDatabase:
         self._idle: list[apsw.Connection] = []
 
     async def read(self, work: Work[T], *, quick: bool = False) -> T:
+        if self._file_lock is None:
+            await self.opened()
         return await in_thread(lambda: self.read_now(work))
+
+    async def opened(self) -> None:
+        """Open the file if it is not open, for `read_now` in a thread for reads."""
+        if self._file_lock is None:
+            await self._alone(lambda _: None)
 
     async def write(self, work: Work[T], after: Callable[[], None] | None = None) -> T:
         """Run `work` in a transaction, durable when this returns; see Committer.write."""
@@ -289,10 +312,21 @@ class FileDatabase:
 
     async def checkpoint(self) -> None:
         """Move the log into the file and empty it, so that what was deleted leaves no trace in it."""
-        await asyncio.to_thread(self._checkpoint)  # it may wait for other processes, which threads for reads must not
+        await self._alone(empty_log)
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._close)
+        """The last one to close moves the log into the file. Where another process keeps the lock it stays open."""
+        try:
+            if self._file_lock is not None:
+                await self._alone(self._close_connections)
+            closed = await asyncio.get_running_loop().run_in_executor(None, self._close)
+        except GaveUp:
+            closed = False
+        if not closed:
+            log.warning("%s stays open: another process keeps its lock", self.path)
+
+    async def _alone(self, work: Work[object]) -> None:
+        await self.committer.write([Stage(self, work, alone=True)])
 
     # The rest runs in threads.
 
@@ -362,20 +396,19 @@ class FileDatabase:
             raise translated(error) from error
         return connection
 
-    def _checkpoint(self) -> None:
-        with self._file().held():
-            self.read_now(empty_log)
+    def _close_connections(self, _: apsw.Connection) -> None:
+        self.discard_writer()
+        while self._idle:
+            self._idle.pop().close()
 
-    def _close(self) -> None:
-        self.committer.stop()
+    def _close(self) -> bool:
+        if not self.committer.stop():
+            return False
         with self._state:
             lock, self._file_lock = self._file_lock, None
         if lock is not None:
-            with lock.held():  # the last one to close moves the log into the file
-                self.discard_writer()
-                while self._idle:
-                    self._idle.pop().close()
             lock.close()
+        return True
 
 
 def empty_log(connection: apsw.Connection) -> None:
@@ -399,8 +432,18 @@ def _configure(connection: apsw.Connection) -> None:
     connection.pragma("secure_delete", "on")  # what is purged is overwritten, not only unlinked
 
 
+def _do(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
+    """Run a stage of jobs, one after the other, without a transaction."""
+    for job in jobs:
+        try:
+            job.results.append(job.stages[number].work(connection))
+        except apsw.Error as error:
+            job.error = translated(error)
+    return all(job.error is None for job in jobs)
+
+
 def _transact(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
-    """Run a stage of jobs in one transaction, each all or nothing. False: the connection must not be used again."""
+    """Run a stage of jobs in one transaction, each all or nothing."""
     if not jobs:
         return True
     try:
@@ -457,8 +500,14 @@ def _attempt(connection: apsw.Connection, jobs: list[_Job], number: int, *, save
     return True
 
 
-def _settle(jobs: list[_Job]) -> None:
-    """Tell the ones who wait, one wake-up for each event loop."""
+def _finish(jobs: list[_Job]) -> None:
+    """Call back, then tell the ones who wait, with one wake-up for each event loop."""
+    for job in jobs:
+        if job.error is None and job.after is not None:
+            try:
+                job.after()
+            except BaseException as error:  # the others are durable and must hear it
+                job.error = error
     by_loop: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
     for job in jobs:
         by_loop.setdefault(job.loop, []).append(job)
