@@ -19,6 +19,7 @@ import pytest
 from app.autocrud.errors import CrudError, OutcomeUnknown, ResourceNotFound, StoreUnavailable
 from app.autocrud.query import Query
 from app.autocrud.resource_manager.operations import Create, Update
+from app.autocrud.resource_manager.resource_store.cache import DiskCache
 from app.autocrud.resource_manager.sqlite import database
 from app.autocrud.resource_manager.sqlite.database import FileDatabase, FileLock, GaveUp
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
@@ -242,3 +243,27 @@ async def test_given_up_is_never_done_and_acknowledged_is_never_lost(manager, tm
         with pytest.raises(ResourceNotFound):
             await manager.get(text)
     assert rows(tmp_path) == 2 + len(done)
+
+
+HOLD_CACHE = """
+import fcntl, sys
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+async def test_a_cache_whose_directory_is_locked_is_a_miss(tmp_path, monkeypatch):
+    monkeypatch.setattr("app.autocrud.resource_manager.resource_store.cache.TIMEOUT_S", 0.3)
+    cache = DiskCache(tmp_path)
+    with stopped(tmp_path / "lock", HOLD_CACHE):
+        began = time.monotonic()
+        await asyncio.wait_for(cache.put("a", b"1", 60), 5)
+        assert await asyncio.wait_for(cache.get("a"), 5) is None
+        with pytest.raises(StoreUnavailable):
+            await asyncio.wait_for(cache.delete(["a"]), 5)
+        assert time.monotonic() - began < 2
+    await cache.put("a", b"2", 60)
+    assert await cache.get("a") == b"2"
+    await cache.close()

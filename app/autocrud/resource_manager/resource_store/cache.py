@@ -393,7 +393,15 @@ class DiskCache(Cache):
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.cache_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            deadline = time.monotonic() + TIMEOUT_S  # whoever has it may have been stopped
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.005)
             yield
         finally:
             os.close(lock)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .. import drivers
 
 HEADER = struct.Struct(">d32s")
-TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
+TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR, errno.EAGAIN}
 """Why a directory may be unusable just now."""
 
 # SQLite's result codes
@@ -25,7 +25,7 @@ UNHARMED = {5, 6, 7, 9, 13, 15, *UNUSABLE}  # BUSY, LOCKED, NOMEM, INTERRUPT, FU
 STRAY_AFTER_S = 3600.0
 
 TIMEOUT_S = 1.0
-"""How long another process may keep the index for itself until it is a miss."""
+"""How long another process may keep the index, or the directory, for itself until it is a miss."""
 
 
 class Driver(NamedTuple):
