@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from psycopg.errors import UniqueViolation
 
 from ...errors import (
+    ConfigError,
     CrudError,
     Fault,
     InvalidData,
