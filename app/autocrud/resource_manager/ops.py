@@ -1,4 +1,4 @@
-"""What happened, as logs tell it: in the records of S3-SQLite and in Redis. `sqlite.replay` does it again in a copy."""
+"""What happened, as the records of S3-SQLite tell it. `sqlite.replay` does it again in a copy."""
 
 from __future__ import annotations
 

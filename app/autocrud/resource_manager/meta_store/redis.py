@@ -364,9 +364,8 @@ class RedisMetaStore(MetaStore):
     # Keeping house
 
     async def erase(self, now: dt.datetime) -> dt.datetime:
-        """Take what was purged out of the log, and out of this process's copy. Whoever's copy is older than the last purge reads everything anew.
-        The server's own files keep traces until it writes them again."""
-        await self._run(scripts.ERASE)
+        """Take what was purged out of this process's copy; other processes do so when they read next. In Redis it is gone with the purge itself
+        (L3 in `redis_store.scripts`), but for the SHA-256 of its id in the log; the server's own files keep traces until it writes them again."""
         await self._mirror.current()
         return now
 

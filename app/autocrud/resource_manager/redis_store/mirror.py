@@ -4,10 +4,17 @@ Invariants:
 
 - R1 *A read sees what was acknowledged before it began.* First Redis is asked, in one round trip that begins after the read did, for the log
   after the copy's position. Nobody shares a question that was already under way; those who come meanwhile share the next one.
-- R2 *Replay is unconditional and cannot fail*: it applies what was decided. Applying entries again over rows that are newer ends, at the last
-  entry, in the same rows; so a copy may be built page by page while others write: it starts at the position from before the first page.
-- R3 *A position is a history.* It carries the txid of its last transaction. A store that was flushed, or a replica that had not yet received
-  everything when it took over, does not know this txid at this number, and the copy is built anew.
+- R2 *What is in the copy is as it was at its position or later*: each document, index entry and record by itself. For whatever changed since is
+  named in the log after the position, and set to what Redis has now. If a purge is named, all that the copy had of the resource goes first: what
+  there is now was written after the last purge, so it is named too. So a copy may be built page by page while others write: it starts at the
+  position from before the first page.
+- R3 *A read sees one state*, that of the position. Answers are kept until one leaves nothing to come, and then applied in one step, never over a
+  copy that is further already. Whatever changed again after an answer told it is told again by a later one.
+- R4 *A position is a history.* It carries the txid of its last transaction. A store that was flushed, or a replica that had not yet received
+  everything when it took over, does not know this txid at this number, and the copy is built anew. What was read when the store was further than
+  the position is of the same history if that transaction is met on the way.
+- R5 *Copies keep up.* Each answer may tell more than the one before, so one leaves nothing to come, however much is written. A copy that is being
+  built follows after each page; so it loses the log only if more is written during one page than the log keeps.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ import concurrent.futures
 import logging
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,11 +36,11 @@ from ..basic import Change, Encoding, ModelSpec
 from ..documents import meta_of
 from ..sqlite import sql
 from ..sqlite.database import MemoryDatabase
-from ..sqlite.replay import entry_of, replay
+from ..sqlite.replay import entry_of
 from ..sqlite.tables import ResourceTables
 from ..threads import in_thread, outlived
 from .scripts import FOLLOW, PAGE
-from .transaction import Entry, decode_indexed, decode_record
+from .transaction import decode_indexed, decode_record, digest
 
 T = TypeVar("T")
 Work = Callable[[apsw.Connection], T]
@@ -41,8 +48,10 @@ Work = Callable[[apsw.Connection], T]
 log = logging.getLogger("crudstack.redis")
 
 PAGE_SIZE = 200
+AT_ONCE = 500
+"""So many changes and records the first answer tells, and so many more each of the next: some 5 ms of the server's time."""
 SHORT = 16
-"""So many entries are applied at once where the copy is free; more of them in a thread."""
+"""So many resources are brought up at once where the copy is free; more of them in a thread."""
 ATTEMPTS = 8
 
 
@@ -58,7 +67,11 @@ UNBORN = Position(b"", 0, b"")
 
 
 class Apart(Exception):
-    """The log does not lead on from where the copy is."""
+    """The log does not lead on from where the copy is. `now`: where the store is."""
+
+    def __init__(self, now: Position) -> None:
+        super().__init__()
+        self.now = now
 
 
 class Mirror:
@@ -99,27 +112,41 @@ class Mirror:
         return await turns.next()
 
     async def _follow(self) -> Copy:
-        """Bring the copy up."""
+        """The copy, brought up."""
         for _ in range(ATTEMPTS):
             copy = self._copy
-            asked = copy.position
-            code, *answer = await self._run(FOLLOW, *asked)
+            try:
+                await self._bring_up(copy)
+                return copy
+            except Apart as apart:
+                await self._rebuild(copy, apart.now)
+        raise StoreUnavailable("so much is written that reads cannot keep up; try again")
+
+    async def _bring_up(self, copy: Copy, seen: Position | None = None) -> None:
+        """Apply what was written since. Apart. `seen`: where the store was when something was read that the copy has already."""
+        asked = position = copy.position
+        heads, rows, limit = {position.seq: position.head}, list[Row](), AT_ONCE
+        met = [] if seen is None else [seen]
+        while True:
+            code, *told = await self._run(FOLLOW, *position, limit)
             if code == b"damaged":
                 raise damaged()
-            if code == b"same":
-                return copy
-            store, seq, head = answer[:3]
+            now = Position(*told[:3])
+            if code == b"apart":
+                raise Apart(now)
             if code == b"after":
-                first = seq - len(answer[3]) + 1
-                entries = [Entry(number, entry) for number, entry in enumerate(answer[3], first)]
-                await self._learn({op.index.spec for entry in entries for op in entry.ops if op.index is not None})
-                try:
-                    await copy.advance(entries, Position(store, seq, head), self._specs)
-                    return copy
-                except Apart:
-                    pass
-            await self._rebuild(copy, Position(store, seq, head))
-        raise StoreUnavailable("so much is written that reads cannot keep up; try again")
+                txids, changed = told[3:]
+                heads |= enumerate(txids, position.seq + 1)
+                rows += _changed(changed) if len(changed) <= SHORT else await in_thread(partial(_changed, changed))
+                position, limit = now._replace(seq=position.seq + len(txids), head=txids[-1]), limit + AT_ONCE
+                met.append(now)
+            if position == now:
+                break
+        if any(heads.get(one.seq) != one.head for one in met):
+            raise Apart(now)
+        if position != asked:
+            await self._learn({row.index.spec for row in rows if row.index is not None})
+            await copy.advance(rows, position, heads, self._specs)
 
     async def _learn(self, wanted: set[str]) -> None:
         if wanted - self._specs.keys():
@@ -147,6 +174,8 @@ class Mirror:
         failure: BaseException | None = None
         try:
             copy = await self._build(start)
+        except Apart:
+            pass  # whoever waits asks again, and begins again from there
         except asyncio.CancelledError:
             failure = StoreUnavailable("the copy was being built when its event loop ended; try again")
             raise
@@ -166,10 +195,11 @@ class Mirror:
         log.info("%s: a copy is built, from transaction %d on", self._spec.name, start.seq)
         copy, cursor = self._new(start), b"0"
         while True:
-            cursor, rows = await self._run(PAGE, cursor, PAGE_SIZE)
-            page = [Row(row) for row in rows]
+            cursor, seq, head, rows = await self._run(PAGE, cursor, PAGE_SIZE)
+            page: list[Row] = await in_thread(partial(list, map(Row, rows)))
             await self._learn({row.index.spec for row in page if row.index is not None})
             await in_thread(partial(copy.fill, page, self._specs))
+            await self._bring_up(copy, start._replace(seq=seq, head=head))
             if cursor == b"0":
                 return copy
 
@@ -197,14 +227,23 @@ class _Turns:
 
 
 class Row:
-    """A resource as it stands in Redis."""
+    """A resource as it stands in Redis, or as much of it as the log names: what is None is not there. `meta` None: there is no resource."""
 
-    def __init__(self, flat: Sequence[bytes]) -> None:
+    def __init__(self, flat: Sequence[Any], hash_: str = "", *, purged: bool = False) -> None:
+        """`hash_`: of its id. `purged`: what was known of it is of an earlier life."""
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
         document, index = fields.get(b"d"), fields.get(b"i")
+        self.hash, self.purged = hash_, purged or document is None
         self.meta = None if document is None else meta_of(document)
         self.index = None if index is None else decode_indexed(index)
-        self.records = [decode_record(value) for name, value in fields.items() if name.startswith(b"r")]
+        records = {name: value for name, value in fields.items() if name.startswith(b"r")}
+        self.records = [decode_record(value) for value in records.values() if value is not None]
+        self.dropped = [int(name[1:]) for name, value in records.items() if value is None]
+
+
+def _changed(told: Sequence[Any]) -> list[Row]:
+    """What FOLLOW told."""
+    return [Row(flat, hash_.decode(), purged=bool(purged)) for hash_, purged, *flat in told]
 
 
 class Copy:
@@ -216,23 +255,26 @@ class Copy:
 
     def _create(self, connection: apsw.Connection) -> None:
         connection.pragma("secure_delete", "on")
+        function: Any = digest
+        connection.create_scalar_function("digest", function, 1, deterministic=True)
         self.tables.create(connection)
 
-    async def advance(self, entries: Sequence[Entry], position: Position, specs: dict[str, dict[str, str]]) -> None:
-        """Apply those entries that are new, up to `position`. Apart, if the others are not of this copy's history."""
+    async def advance(
+        self, rows: Sequence[Row], position: Position, heads: Mapping[int, bytes], specs: dict[str, dict[str, str]]
+    ) -> None:
+        """Apply what changed up to `position`, unless the copy is there already. `heads`: the txids of the transactions that led there. Apart, if
+        the copy has gone on meanwhile, in another history."""
 
         def work(connection: apsw.Connection) -> None:
             here = self.position
-            for entry in entries:
-                if entry.seq == here.seq and entry.txid != here.head:
-                    raise Apart
-                if entry.seq > here.seq:
-                    for op in entry.ops:
-                        replay(self.tables, connection, op, specs)
+            if heads.get(here.seq, here.head) != here.head:
+                raise Apart(position)
             if position.seq > here.seq:
+                for row in rows:
+                    self._put(connection, row, specs)
                 self.position = position
 
-        if len(entries) <= SHORT:
+        if len(rows) <= SHORT:
             await self.db.write(work)
         else:
             await in_thread(lambda: self.db.run(work))
@@ -242,16 +284,29 @@ class Copy:
             for row in rows:
                 if row.meta is None:
                     log.error("%s: a resource is gone from Redis, and nobody purged it", self.tables.spec.name)
-                    continue
-                entry, complete = (None, True) if row.index is None else entry_of(self.tables, row.index, specs)
-                self.tables.follow(connection, [Change(meta=row.meta, record=None, index=entry, expect="any")])
-                rid: Any = connection.execute("SELECT rid FROM resources WHERE id = ?", (row.meta.resource_id,)).get
-                for record in row.records:
-                    self.tables.put_record(connection, rid, record)
-                if not complete:
-                    self.tables.mark_outdated(connection, row.meta.resource_id)
+                else:
+                    self._put(connection, row, specs)
 
         self.db.run(work)
+
+    def _put(self, connection: apsw.Connection, row: Row, specs: dict[str, dict[str, str]]) -> None:
+        if row.purged:
+            # Made now, so that only those pay for it who purge.
+            connection.execute("CREATE INDEX IF NOT EXISTS by_digest ON resources (digest(id))")
+            known: Any = connection.execute("SELECT id FROM resources WHERE digest(id) = ?", (row.hash,)).get
+            if known is not None:
+                self.tables.purge(connection, known)
+        if row.meta is None:
+            return
+        entry, complete = (None, True) if row.index is None else entry_of(self.tables, row.index, specs)
+        self.tables.follow(connection, [Change(meta=row.meta, record=None, index=entry, expect="any")])
+        rid: Any = connection.execute("SELECT rid FROM resources WHERE id = ?", (row.meta.resource_id,)).get
+        for record in row.records:
+            self.tables.put_record(connection, rid, record)
+        for number in row.dropped:
+            connection.execute("DELETE FROM revisions WHERE rid = ? AND revision = ?", (rid, number))
+        if not complete:
+            self.tables.mark_outdated(connection, row.meta.resource_id)
 
     def values(self, names: Sequence[str]) -> tuple[Position, bool, list[str], list[tuple[str, str, Any]]]:
         """Where the copy is; whether something is outdated; which of these fields resources share a value of; (name, id, value) for each value."""

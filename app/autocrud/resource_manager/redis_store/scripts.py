@@ -4,8 +4,7 @@ Keys below a prefix. An id never becomes a key: `{hash}` is its SHA-256 in hex, 
 name here ends with another one, stores with different prefixes never meet either.
 
     meta         hash: `store`, an id drawn at birth; `seq`, how many transactions there were, and `head`, the txid of the last one; `tx`, counts
-                 what `tx` (below) took up; `generation`; `unique`, a JSON list of names; `bytes` of the log; `purged`, the seq of the last purge
-                 that the log may tell of
+                 what `tx` (below) took up; `generation`; `unique`, a JSON list of names; `bytes` of the log
     ids          set of the hashes of all ids
     res:{hash}   hash, a resource: `s` its version and nonce, `d` its document, `i` its index entry, `q` its unique values (a list in
                  MessagePack), `r{number}` a revision's record behind its uid, `n{uid}` that revision's number, `t` the highest number that ever
@@ -15,7 +14,8 @@ name here ends with another one, stores with different prefixes never meet eithe
     done         hash: `h:{key}` -> time, number of operations, request; `{operation}:{key}` -> hash and document that it left
     keytimes     sorted set: the keys in `done` by their time
     tx           sorted set: `+{txid}` of what was done and `-{txid}` of what was refused, the newest by `meta.tx`
-    log          list: the newest transactions, each its txid and the framed ops; the last one is number `meta.seq`
+    log          list: the newest transactions; the last one is number `meta.seq`. Each is its txid (16 bytes) and a line for each change: the hash, then "-"
+                 for a purge, or the numbers of the revisions whose records it wrote or removed
 
 Invariants:
 
@@ -23,6 +23,8 @@ Invariants:
   fail half way. Redis checks for memory, a read-only replica and a full disk before a script's first write only, and of these checks the one
   for memory only at commands that need some; so one of those comes first.
 - L2 *Number, log and rows change together*; the numbers in the log have no gaps.
+- L3 *The log says what changed, not how*: whoever follows it reads, in the step that reads the log, what is there now. So once a purge has
+  removed the resource, no copy of its contents is left, and the log need not be touched: copies follow it over purges as over all else.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ local function num() return tonumber(arg()) end
 local META, LOG, IDS, SPECS = KEYS[1], P .. 'log', P .. 'ids', P .. 'specs'
 local UNIQUE, DONE, TIMES, TX = P .. 'unique', P .. 'done', P .. 'keytimes', P .. 'tx'
 local function res(hash) return P .. 'res:' .. hash end
-local meta = redis.call('HMGET', META, 'store', 'seq', 'head', 'tx', 'unique', 'generation', 'bytes', 'purged')
+local meta = redis.call('HMGET', META, 'store', 'seq', 'head', 'tx', 'unique', 'generation', 'bytes')
 local store, seq, head, tx = meta[1] or '', tonumber(meta[2] or 0), meta[3] or '', tonumber(meta[4] or 0)
 local unique, generation, bytes = meta[5] or '[]', tonumber(meta[6] or 0), tonumber(meta[7] or 0)
 local function say(code, ...) return {code, store, tx, unique, generation, ...} end
@@ -127,9 +129,9 @@ local function take(order, final)
     if #list > 0 then redis.call('HSET', res(hash), 'q', cmsgpack.pack(list)) else redis.call('HDEL', res(hash), 'q') end
   end
 end
-local function append(ops)
+local function append(lines)
   if not known then redis.call('HSET', SPECS, spec, fields) end
-  local entry = txid .. ops
+  local entry = txid .. table.concat(lines)
   seq, bytes = seq + 1, bytes + #entry
   local length = redis.call('RPUSH', LOG, entry)
   while length > 0 and (length > max_entries or bytes > max_bytes) do
@@ -153,7 +155,7 @@ if arg() == '1' then
 end
 if unique ~= minded then return say('unique') end
 
-local ops, changes, now, final, order, uids, needs_memory = arg(), {}, {}, {}, {}, {}, false
+local changes, now, final, order, uids, lines, needs_memory = {}, {}, {}, {}, {}, {}, false
 -- The uid of a revision's record after the changes so far; `uids`: what these did, by resource and number.
 local function uid_of(c, number)
   local changed = uids[c.hash]
@@ -199,22 +201,25 @@ if taken then return say('taken', taken) end
 -- Everything is decided; from here on there are only writes. What only purges may do so in a full server.
 if needs_memory then begin() end
 release(order)
-for _, c in ipairs(changes) do
-  local r = res(c.hash)
+for i, c in ipairs(changes) do
+  local r, line = res(c.hash), c.hash
   if c.state == '' then
     for _, name in ipairs(redis.call('HKEYS', r)) do
       if string.sub(name, 1, 1) == 'k' then redis.call('HDEL', DONE, string.sub(name, 2)) end
     end
     redis.call('DEL', r)
     redis.call('SREM', IDS, c.hash)
-    redis.call('HSET', META, 'purged', seq + 1)
+    line = line .. '-'
   else
     redis.call('SADD', IDS, c.hash)
     redis.call('HSET', r, 's', c.state, 'd', c.doc)
     if c.index then redis.call('HSET', r, 'i', c.index) end
     for _, uid in ipairs(c.drop) do
       local number = redis.call('HGET', r, 'n' .. uid)
-      if number then redis.call('HDEL', r, 'n' .. uid, 'r' .. number) end
+      if number then
+        redis.call('HDEL', r, 'n' .. uid, 'r' .. number)
+        line = line .. ' ' .. number
+      end
     end
     if c.record then
       local old = redis.call('HGET', r, 'r' .. c.revision)
@@ -224,8 +229,10 @@ for _, c in ipairs(changes) do
       end
       redis.call('HSET', r, 'r' .. c.revision, #c.uid .. ':' .. c.uid .. c.record, 'n' .. c.uid, c.revision)
       if tonumber(c.revision) > tonumber(redis.call('HGET', r, 't') or 0) then redis.call('HSET', r, 't', c.revision) end
+      line = line .. ' ' .. c.revision
     end
   end
+  lines[i] = line .. '\\n'
 end
 take(order, final)
 if key then
@@ -250,7 +257,7 @@ if key then
     end
   end
 end
-if #changes > 0 then append(ops) end
+if #changes > 0 then append(lines) end
 note('+', txid, candidate, cap)
 return say('ok')
 """,
@@ -262,11 +269,11 @@ REINDEX = _script(
     _WRITE,
     """
 if unique ~= minded then return say('unique') end
-local chosen, ops, order, final = {}, {}, {}, {}
+local chosen, lines, order, final = {}, {}, {}, {}
 for _ = 1, num() do
-  local e = {hash = arg(), expect = arg(), index = arg(), op = arg(), tokens = tokens()}
+  local e = {hash = arg(), expect = arg(), index = arg(), tokens = tokens()}
   if redis.call('HGET', res(e.hash), 's') == e.expect then
-    chosen[#chosen + 1], ops[#ops + 1] = e, e.op
+    chosen[#chosen + 1], lines[#lines + 1] = e, e.hash .. '\\n'
     if not final[e.hash] then order[#order + 1] = e.hash end
     final[e.hash] = e.tokens
   end
@@ -278,7 +285,7 @@ if #chosen > 0 then
   release(order)
   for _, e in ipairs(chosen) do redis.call('HSET', res(e.hash), 'i', e.index) end
   take(order, final)
-  append(table.concat(ops))
+  append(lines)
   note('+', txid, candidate, cap)
 end
 return say('ok')
@@ -361,40 +368,58 @@ FOLLOW = _script(
     _COMMON,
     """
 if lacks() then return {'damaged'} end
-local theirs, at_seq, at_head = arg(), num(), arg()
-local behind = seq - at_seq
-if store ~= theirs or behind < 0 then return {'apart', store, seq, head} end
-if behind == 0 then return {head == at_head and 'same' or 'apart', store, seq, head} end
-local reach = at_seq > 0 and behind + 1 or behind
-if redis.call('LLEN', LOG) < reach then return {'apart', store, seq, head} end
-return {'after', store, seq, head, redis.call('LRANGE', LOG, -reach, -1)}
+local theirs, at_seq, at_head, limit = arg(), num(), arg(), num()
+if store ~= theirs or seq < at_seq then return {'apart', store, seq, head} end
+if seq == at_seq then return {head == at_head and 'same' or 'apart', store, seq, head} end
+local first = math.max(at_seq, 1)
+if redis.call('LLEN', LOG) < seq - first + 1 then return {'apart', store, seq, head} end
+local work, txids, order, changed = 0, {}, {}, {}
+for i, entry in ipairs(redis.call('LRANGE', LOG, first - seq - 1, math.min(at_seq + limit, seq) - seq - 1)) do
+  local txid = string.sub(entry, 1, 16)
+  if first + i - 1 == at_seq then
+    if txid ~= at_head then return {'apart', store, seq, head} end
+  else
+    if work >= limit then break end
+    txids[#txids + 1] = txid
+    for hash, purge, numbers in string.gmatch(string.sub(entry, 17), '(%x+)(%-?)([ %d]*)\\n') do
+      local c = changed[hash]
+      if not c then
+        c = {had = {}, names = {'d', 'i'}}
+        changed[hash], order[#order + 1] = c, hash
+      end
+      c.purged = c.purged or purge == '-'
+      for number in string.gmatch(numbers, '%d+') do
+        if not c.had[number] then c.had[number], c.names[#c.names + 1] = true, 'r' .. number end
+        work = work + 1
+      end
+      work = work + 1
+    end
+  end
+end
+local rows = {}
+for i, hash in ipairs(order) do
+  local names, row = changed[hash].names, {hash, changed[hash].purged and 1 or 0}
+  for from = 1, #names, 500 do
+    local to = math.min(from + 499, #names)
+    for j, value in ipairs(redis.call('HMGET', res(hash), unpack(names, from, to))) do
+      row[#row + 1], row[#row + 2] = names[from + j - 1], value
+    end
+  end
+  rows[i] = row
+end
+return {'after', store, seq, head, txids, rows}
 """,
 )
-"""The log after a position, with the entry of that position first where there is one, whose txid shows whether it is the same history; or that
-the log does not reach back to there."""
+"""Where the store is, and what the first transactions after a position changed, as it is now: their txids, and for each resource its hash, whether
+it was purged, its document, index entry and those records that were written or removed. More than `limit` changes and records are not told at once,
+but for those of one transaction. Or that the log does not lead on from there: the txid of the position shows whether it is the same history."""
 
 PAGE = _script(
     _COMMON,
     """
 local page, rows = redis.call('SSCAN', IDS, arg(), 'COUNT', arg()), {}
 for i, hash in ipairs(page[2]) do rows[i] = redis.call('HGETALL', res(hash)) end
-return {page[1], rows}
+return {page[1], seq, head, rows}
 """,
 )
-"""Some resources with all that there is of them, and the cursor of the next ones."""
-
-ERASE = _script(
-    _COMMON,
-    """
-if meta[8] then
-  local length, keep = redis.call('LLEN', LOG), seq - tonumber(meta[8])
-  while length > keep do
-    bytes, length = bytes - #redis.call('LPOP', LOG), length - 1
-  end
-  redis.call('HSET', META, 'bytes', bytes)
-  redis.call('HDEL', META, 'purged')
-end
-return say('ok')
-""",
-)
-"""The log without the entries that may tell of what was purged."""
+"""The cursor of the next page, where the store is, and some resources with all that there is of them."""

@@ -1,10 +1,9 @@
-"""How changes become the arguments of a script, what the log says of them, and how documents come back."""
+"""How changes become the arguments of a script, and how documents come back."""
 
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,12 +22,11 @@ from ..basic import (
 )
 from ..checks import generation_of, storable_id
 from ..documents import encoder, info_of
-from ..ops import Indexed, Op, indexed, op_of
+from ..ops import Indexed, indexed
 
 TXID = 16
 
 _pack = msgspec.msgpack.Encoder().encode
-_op = msgspec.msgpack.Decoder(Op).decode
 decode_indexed = msgspec.msgpack.Decoder(Indexed).decode
 
 
@@ -70,9 +68,8 @@ class Writer:
         self._encode = encoder(encoding)
 
     def changes(self, changes: Sequence[Change], unique: Sequence[str]) -> list[Any]:
-        """The arguments of COMMIT from the ops on. No change expects "any"."""
-        ops = b"".join(_frame(op_of(change, change.meta, self.spec)) for change in changes)
-        arguments: list[Any] = [ops, len(changes)]
+        """The arguments of COMMIT about changes. No change expects "any"."""
+        arguments: list[Any] = [len(changes)]
         for change in changes:
             meta, record, expect = change.meta, change.record, change.expect
             arguments += [digest(meta.resource_id), "" if isinstance(expect, str) else state(expect)]
@@ -100,8 +97,7 @@ class Writer:
         arguments: list[Any] = [len(entries)]
         for resource_id, expect, entry in entries:
             index, *tokens = self._index(entry, unique)
-            op = Op("index", resource_id, index=indexed(entry, self.spec))
-            arguments += [digest(resource_id), state(expect), index, _frame(op), *tokens]
+            arguments += [digest(resource_id), state(expect), index, *tokens]
         return arguments
 
     def _index(self, entry: IndexEntry, unique: Sequence[str]) -> list[Any]:
@@ -111,26 +107,3 @@ class Writer:
             for name, key in zip(unique, keys, strict=True)
         ]
         return [_pack(indexed(entry, self.spec)), *tokens]
-
-
-def _frame(op: Op) -> bytes:
-    body = _pack(op)
-    return struct.pack(">I", len(body)) + body
-
-
-class Entry:
-    """A transaction of the log."""
-
-    __slots__ = ("ops", "seq", "txid")
-
-    def __init__(self, seq: int, entry: bytes) -> None:
-        self.seq, self.txid = seq, entry[:TXID]
-        self.ops = list(_ops(entry))
-
-
-def _ops(entry: bytes) -> Iterator[Op]:
-    at = TXID
-    while at < len(entry):
-        (size,) = struct.unpack_from(">I", entry, at)
-        yield _op(entry[at + 4 : at + 4 + size])
-        at += 4 + size
