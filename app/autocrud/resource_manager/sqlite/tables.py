@@ -246,9 +246,10 @@ class ResourceTables:
     def indexed(self, connection: apsw.Connection, force: bool) -> bool:
         """As MetaStore.indexed; in a transaction, so that nobody writes meanwhile."""
         self.settled(connection)
-        if self.stale(connection) and not force:
+        added = set(self.spec.unique) - self.uniques(connection)
+        if added and not force and self.stale(connection):
             return False
-        for name in set(self.spec.unique) - self.uniques(connection):
+        for name in added:
             if self.duplicated(connection, name):
                 raise shared(self.spec.name, name)
             connection.execute("INSERT INTO uniques VALUES (?)", (name,))
