@@ -87,6 +87,8 @@ COMMIT_TIMEOUT_S = 25.0
 """How long an answer is sought; API Gateway waits for 30 s."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 ATTEMPTS = 16
+PAUSE_S = 5
+"""How long commits wait, at most, for a program that has a field become unique."""
 HIGHEST = 2**53
 
 
@@ -251,10 +253,12 @@ class RedisMetaStore(MetaStore):
         await self._transact(scripts.REINDEX, lambda unique: self._writer.entries(entries, unique), adopts=False)
 
     async def indexed(self, *, force: bool = False) -> bool:
-        # Not by force: which values are held must be known before anybody minds them.
         known = await self._look()
-        if (added := self._added(known)) and not await self._adopt(known, added):
-            return False
+        if added := self._added(known):
+            if force:  # which values are held must be known before anybody minds them
+                await self._run(scripts.PAUSE, PAUSE_S)
+            if not await self._adopt(known, added):
+                return False
         if await self._read(lambda tables, db: tables.stale(db)):
             copy = await self._mirror.current()
             await copy.db.write(copy.tables.settled)
@@ -291,6 +295,9 @@ class RedisMetaStore(MetaStore):
                 raise damaged()
             if code == b"taken":
                 raise taken(unique[told[4] - 1])
+            if code == b"paused":
+                await asyncio.sleep(2 * PAUSE_S / ATTEMPTS)
+                continue
             if code not in (b"store", b"old", b"unique"):
                 return code, told[4:]
             # It was decided upon what is no longer so; now that is known.
@@ -352,6 +359,7 @@ class RedisMetaStore(MetaStore):
         if outdated:
             return False
         if duplicated:
+            await self._call("HDEL", self._meta_key, "pause")
             raise shared(self._spec.name, duplicated[0])
         names = msgspec.json.encode(sorted([*known.unique, *added]))
         held = [part for name, rid, value in values for part in (digest(rid), token(name, value))]

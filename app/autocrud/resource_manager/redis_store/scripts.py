@@ -4,7 +4,7 @@ Keys below a prefix. An id never becomes a key: `{hash}` is its SHA-256 in hex, 
 name here ends with another one, stores with different prefixes never meet either.
 
     meta         hash: `store`, an id drawn at birth; `seq`, how many transactions there were, and `head`, the txid of the last one; `tx`, counts
-                 what `tx` (below) took up; `generation`; `unique`, a JSON list of names; `bytes` of the log
+                 what `tx` (below) took up; `generation`; `unique`, a JSON list of names; `bytes` of the log; `pause`, until when (Unix time) nobody commits
     ids          set of the hashes of all ids
     res:{hash}   hash, a resource: `s` its version and nonce, `d` its document, `i` its index entry, `q` its unique values (a list in
                  MessagePack), `r{number}` a revision's record behind its uid, `n{uid}` that revision's number, `t` the highest number that ever
@@ -50,7 +50,7 @@ local function num() return tonumber(arg()) end
 local META, LOG, IDS, SPECS = KEYS[1], P .. 'log', P .. 'ids', P .. 'specs'
 local UNIQUE, DONE, TIMES, TX = P .. 'unique', P .. 'done', P .. 'keytimes', P .. 'tx'
 local function res(hash) return P .. 'res:' .. hash end
-local meta = redis.call('HMGET', META, 'store', 'seq', 'head', 'tx', 'unique', 'generation', 'bytes')
+local meta = redis.call('HMGET', META, 'store', 'seq', 'head', 'tx', 'unique', 'generation', 'bytes', 'pause')
 local store, seq, head, tx = meta[1] or '', tonumber(meta[2] or 0), meta[3] or '', tonumber(meta[4] or 0)
 local unique, generation, bytes = meta[5] or '[]', tonumber(meta[6] or 0), tonumber(meta[7] or 0)
 local function say(code, ...) return {code, store, tx, unique, generation, ...} end
@@ -154,6 +154,7 @@ if arg() == '1' then
   for i = 1, num() do results[i] = {hash = arg(), doc = arg()} end
 end
 if unique ~= minded then return say('unique') end
+if meta[8] and tonumber(redis.call('TIME')[1]) < tonumber(meta[8]) then return say('paused') end
 
 local changes, now, final, order, uids, lines, needs_memory = {}, {}, {}, {}, {}, {}, false
 -- The uid of a revision's record after the changes so far; `uids`: what these did, by resource and number.
@@ -317,6 +318,7 @@ redis.call('HLEN', UNIQUE)
 local names, count = arg(), num()
 for i = at + 1, at + 2 * count, 2 do redis.call('HGET', res(ARGV[i]), 'q') end
 redis.call('HSET', META, 'unique', names)
+redis.call('HDEL', META, 'pause')
 for _ = 1, count do
   local hash, token = arg(), arg()
   local held = redis.call('HGET', res(hash), 'q')
@@ -330,6 +332,15 @@ return say('ok')
 """,
 )
 """More unique fields, with the values that resources have of them, if nothing was written since these were looked at."""
+
+PAUSE = _script(
+    _COMMON,
+    """
+redis.call('HSET', META, 'pause', tonumber(redis.call('TIME')[1]) + num())
+return say('ok')
+""",
+)
+"""Nobody commits for some seconds, so that ADOPT comes to its turn."""
 
 DONE = _script(_COMMON, _DONE, "return done(arg())")
 
