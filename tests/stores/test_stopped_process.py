@@ -20,8 +20,9 @@ from app.autocrud.errors import CrudError, OutcomeUnknown, ResourceNotFound, Sto
 from app.autocrud.query import Query
 from app.autocrud.resource_manager.operations import Create, Update
 from app.autocrud.resource_manager.resource_store.cache import DiskCache
-from app.autocrud.resource_manager.sqlite import database
-from app.autocrud.resource_manager.sqlite.database import FileDatabase, FileLock, GaveUp
+from app.autocrud.resource_manager.sqlite import committer
+from app.autocrud.resource_manager.sqlite.committer import GaveUp, Stage
+from app.autocrud.resource_manager.sqlite.database import FileDatabase, FileLock
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
 from tests.conformance.model import Item, manage
 
@@ -40,10 +41,10 @@ with FileDatabase(Path(sys.argv[1]), lambda _: None).writing() as connection:
 """
 CLOSE = """
 import asyncio, sys
-from app.autocrud.resource_manager.sqlite import database
+from app.autocrud.resource_manager.sqlite import committer
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
 from tests.conformance.model import Item, manage
-database.WRITE_TIMEOUT_S = float(sys.argv[2])
+committer.WRITE_TIMEOUT_S = float(sys.argv[2])
 async def main():
     manager = manage(DiskStorageFactory(sys.argv[1]))
     await manager.create(Item())
@@ -56,7 +57,7 @@ asyncio.run(main())
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(database, "WRITE_TIMEOUT_S", LIMIT_S)
+    monkeypatch.setattr(committer, "WRITE_TIMEOUT_S", LIMIT_S)
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ async def test_who_is_done_hears_it_though_another_write_waits(tmp_path):
         with one._file_lock.held():
             first = asyncio.create_task(one.write(work))
             await asyncio.sleep(0.05)
-            both = [database.Stage(other, work), database.Stage(one, work)]
+            both = [Stage(other, work), Stage(one, work)]
             tasks = [asyncio.create_task(one.write(work)), asyncio.create_task(one.committer.write(both))]
             await asyncio.sleep(0.05)
         began = time.monotonic()
@@ -201,7 +202,7 @@ async def test_who_is_done_hears_it_though_another_write_waits(tmp_path):
 
 async def test_given_up_is_never_done_and_acknowledged_is_never_lost(manager, tmp_path, monkeypatch):
     """Locks that come and go about when writes are given up."""
-    monkeypatch.setattr(database, "WRITE_TIMEOUT_S", 0.012)
+    monkeypatch.setattr(committer, "WRITE_TIMEOUT_S", 0.012)
     over = threading.Event()
 
     def hold(where: str) -> None:
@@ -232,7 +233,7 @@ async def test_given_up_is_never_done_and_acknowledged_is_never_lost(manager, tm
         over.set()
         for holder in holders:
             await asyncio.to_thread(holder.join)
-    monkeypatch.setattr(database, "WRITE_TIMEOUT_S", 10)
+    monkeypatch.setattr(committer, "WRITE_TIMEOUT_S", 10)
     assert len(done) > 10
     assert len(given_up) > 10
     for _ in range(4):

@@ -56,7 +56,7 @@ from .codec import IndexOf
 from .disk_pair import DiskPair
 from .meta_store.simple import DiskMetaStore
 from .resource_store.simple import DiskResourceStore
-from .sqlite.database import GaveUp
+from .sqlite.committer import GaveUp
 from .threads import outlived
 
 log = logging.getLogger("crudstack.storage")

@@ -15,7 +15,8 @@ from typing import ClassVar
 from ...query import Query
 from ...values import Key
 from ..basic import Change, Done, Encoding, Hit, MetaStore, ModelSpec, Once, Page, Reindex, ResourceMeta, RevisionInfo
-from ..sqlite.database import FileDatabase, MemoryDatabase, Stage
+from ..sqlite.committer import Stage
+from ..sqlite.database import FileDatabase, MemoryDatabase
 from ..sqlite.tables import ResourceTables
 
 SCAN_PAGE = 500

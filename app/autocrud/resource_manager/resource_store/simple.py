@@ -23,7 +23,8 @@ import msgspec
 from ...errors import ConfigError, StoreDamaged, StoreUnavailable
 from ..basic import Change, Done, Encoding, ModelSpec, Once, ResourceStore, RevisionInfo, Write
 from ..directories import make_directory
-from ..sqlite.database import FileDatabase, Stage
+from ..sqlite.committer import Stage
+from ..sqlite.database import FileDatabase
 from ..sqlite.tables import ResourceTables
 
 SCAN_PAGE = 500

@@ -33,7 +33,7 @@ from ...errors import (
     StoreUnavailable,
 )
 from ..object_store import UNCHANGED, Object, ObjectStore, Stored, Unknown
-from ..sqlite.database import translated
+from ..sqlite.errors import translated
 from ..sqlite.tables import ResourceTables
 from ..threads import in_thread, outlived
 from .head import Head, Record, Snapshot, decode_head, decode_segment, snapshot_key
