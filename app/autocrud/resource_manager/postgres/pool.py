@@ -47,7 +47,6 @@ TOOK_TOO_LONG = "57014"
 PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
 """After how many seconds (the last one: milliseconds) a connection counts as lost whose other end acknowledges nothing."""
 
-
 UNREACHABLE = "the database cannot be reached right now; nothing was changed, try again"
 
 
@@ -67,9 +66,8 @@ class Pool:
         self._named = conninfo_to_dict(dsn)
         self._clock = asyncio.get_running_loop().time
         self._slots = asyncio.Semaphore(max_size)
-        self._idle: deque[Connection] = deque()  # the one that was used last is the last one
+        self._idle: deque[tuple[float, Connection]] = deque()  # and since when; the latest is the last one
         self._made: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
-        self._used: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
         self._left = 0.0  # whatever was made before is given up
         self._failure: str | None = None  # why the last attempt to connect failed
 
@@ -98,7 +96,7 @@ class Pool:
     async def _once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
         await self._slot()
         try:
-            connection = self._idle.pop() if self._idle else await self._connect()
+            connection = self._idle.pop()[1] if self._idle else await self._connect()
             try:
                 with _cut_after(ANSWER_S, connection) if limited else contextlib.nullcontext():
                     return await work(connection)
@@ -128,16 +126,16 @@ class Pool:
         if connection.pgconn.transaction_status != TransactionStatus.IDLE or self._made[connection] < self._left:
             _close(connection)
             return
-        self._used[connection] = self._clock()
-        self._idle.append(connection)
-        while self._used[self._idle[0]] < self._clock() - MAX_IDLE_S:
-            _close(self._idle.popleft())
+        now = self._clock()
+        self._idle.append((now, connection))
+        while self._idle[0][0] < now - MAX_IDLE_S:
+            _close(self._idle.popleft()[1])
 
     def leave(self) -> None:
         """Use none of the present connections again."""
         self._left = self._clock()
         while self._idle:
-            _close(self._idle.pop())
+            _close(self._idle.pop()[1])
 
     def abandon(self) -> None:
         """Close all connections without the event loop, which has ended."""
