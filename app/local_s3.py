@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .autocrud.errors import ConfigError
+from .autocrud.resource_manager.locks import lock_within
 
 START_TIMEOUT_S = 60.0
 OWNER_TIMEOUT_S = 10.0
@@ -75,15 +75,10 @@ def _owned(directory: Path) -> Iterator[int]:
     """The lock of a directory; whoever had it is waited for, as it may be on its way out."""
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        deadline = time.monotonic() + OWNER_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise _taken(directory) from None
-                time.sleep(0.05)
+        try:
+            lock_within(OWNER_TIMEOUT_S, lock, 0.05)
+        except BlockingIOError:
+            raise _taken(directory) from None
         yield lock
     finally:
         os.close(lock)
@@ -93,8 +88,8 @@ def _taken(directory: Path) -> ConfigError:
     with contextlib.suppress(OSError):
         port = (directory / "port").read_text()
         return ConfigError(
-            f"another local S3 runs on {directory}: stop it, take another CRUDSTACK_DATA_DIR (make run LOCAL_DIR=...), or share it: without"
-            f" --local-s3, with CRUDSTACK_S3_ENDPOINT_URL=http://127.0.0.1:{port} AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"
+            f"another local S3 runs on {directory}: stop it, take another CRUDSTACK_DATA_DIR (make run LOCAL_DIR=...), or share it, with"
+            f" CRUDSTACK_S3_ENDPOINT_URL=http://127.0.0.1:{port} AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"
         )
     return ConfigError(f"another local S3 is being started on {directory}: take another CRUDSTACK_DATA_DIR")
 

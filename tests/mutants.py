@@ -137,7 +137,7 @@ MUTANTS = [
     (
         "a field is unique before all rows are indexed by it",
         P + "local_copy.py",
-        "if added and not force and self.tables.outdated(connection, 1):",
+        "if not force and self.tables.outdated(db, 1):",
         "if False:",
         STORES,
     ),

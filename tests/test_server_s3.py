@@ -169,9 +169,9 @@ def test_a_second_local_s3_on_one_directory_is_refused_and_told_how_to_share_the
     command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", "--local-s3"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    told = dict(re.findall(r"(\w+)=(\S+)", done.stderr.partition("--local-s3, with ")[2]))
+    told = dict(re.findall(r"(\w+)=(\S+)", done.stderr.partition("or share it, with ")[2]))
     assert told.keys() == {"CRUDSTACK_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-    second = serve("s3-sqlite", tmp_path, environment=told)
+    second = serve("s3-sqlite", tmp_path, "--local-s3", environment=told)  # as `make run` does
     assert httpx.get(f"{second.url}/article/a/data").json()["title"] == "Sun"
     assert httpx.put(f"{second.url}/article/a", json=article, headers=new).status_code == 412
     second.stop()

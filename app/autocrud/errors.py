@@ -80,6 +80,8 @@ class UniqueConflict(CrudError):
     """Another resource, possibly a deleted one, holds a value that must be unique; nothing was changed."""
 
     type, title, status = "unique-conflict", "The value is taken", 409
+    field = ""
+    """The name of the field."""
 
 
 class RevisionIsStable(CrudError):

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from ..errors import ConfigError, Fault, ResourceNotFound, StoreDamaged, UniqueConflict, VersionConflict
+from ..errors import (
+    ConfigError,
+    Fault,
+    ResourceNotFound,
+    StoreDamaged,
+    StoreUnavailable,
+    UniqueConflict,
+    VersionConflict,
+)
 from .basic import Expect, Version
 
 
@@ -29,7 +37,9 @@ def missing(resource_id: str) -> ResourceNotFound:
 
 def taken(name: str) -> UniqueConflict:
     detail = f"another resource has this {name!r}; deleted ones keep theirs until they are purged"
-    return UniqueConflict(detail, (Fault("/" + name.replace(".", "/"), detail),))
+    conflict = UniqueConflict(detail, (Fault("/" + name.replace(".", "/"), detail),))
+    conflict.field = name
+    return conflict
 
 
 def shared(model: str, name: str) -> ConfigError:
@@ -42,6 +52,13 @@ def shared(model: str, name: str) -> ConfigError:
 def not_indexed(model: str, name: str) -> ConfigError:
     return ConfigError(
         f"model {model!r}: {name} is unique in the store, but this program does not index it; index it, or stop the older program"
+    )
+
+
+def not_kept() -> StoreUnavailable:
+    """`MetaStore.indexed` has seen to it, but since then the store was emptied or restored."""
+    return StoreUnavailable(
+        "unique fields are not kept unique here any more, was an old state restored? Start the program again"
     )
 
 

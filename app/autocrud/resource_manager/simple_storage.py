@@ -169,9 +169,8 @@ class SimpleStorage(IStorage):
         try:
             await self.meta_store.reindex(entries)
         except UniqueConflict as error:
-            name = error.faults[0].pointer.removeprefix("/").replace("/", ".")
-            await self.meta_store.give_up(name)
-            raise shared(self._spec.name, name) from None
+            await self.meta_store.give_up(error.field)
+            raise shared(self._spec.name, error.field) from None
 
     async def _entry(self, meta: ResourceMeta, index: IndexOf) -> Reindex:
         try:

@@ -59,7 +59,7 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
-from ..checks import check_expectation, missing, not_indexed, shared, taken
+from ..checks import check_expectation, missing, not_indexed, not_kept, shared, taken
 from ..documents import meta_of
 from ..redis_store import scripts
 from ..redis_store.client import Password, Unanswered, client_of
@@ -345,9 +345,7 @@ class RedisMetaStore(MetaStore):
                 return known
             await self._adopt(known, added)
             known = self._known or known
-        raise StoreUnavailable(
-            "unique fields are not kept unique here any more, was an old state restored? Start the program again"
-        )
+        raise not_kept()
 
     def _added(self, known: Known) -> list[str]:
         return [name for name in self._spec.unique if name not in known.unique]

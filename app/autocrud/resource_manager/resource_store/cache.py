@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ...errors import ConfigError, StoreUnavailable
+from ..locks import lock_within
 from ..threads import outlived
 from .disk_index import (
     HEADER,
@@ -393,15 +393,7 @@ class DiskCache(Cache):
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.cache_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            deadline = time.monotonic() + TIMEOUT_S  # whoever has it may have been stopped
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.005)
+            lock_within(TIMEOUT_S, lock, 0.005)
             yield
         finally:
             os.close(lock)

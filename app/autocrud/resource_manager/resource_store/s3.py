@@ -116,9 +116,7 @@ class S3ResourceStore(ResourceStore):
         found: list[str] = []
         async for listed in self._objects.list(self._prefix, self._prefix + after if after else ""):
             uid = listed.key.removeprefix(self._prefix)
-            if (
-                uid > ":"
-            ):  # what comes after the digits: ours are behind us, and whoever else lies here may have millions
+            if uid > ":":  # which follows the digits: ours are behind us, and whoever else lies here may have millions
                 break
             ours = UID.fullmatch(uid)
             if ours is not None and int(ours[1]) < generation:

@@ -31,7 +31,8 @@ from msgspec.structs import replace
 
 from ...errors import CrudError, StoreUnavailable
 from ..basic import Change, Once, Reindex, ResourceMeta
-from ..checks import not_indexed, shared
+from ..checks import not_indexed, not_kept, shared
+from ..locks import lock_within
 from ..ops import Op, Remembered, indexed, op_of
 from ..sqlite.database import empty_log, keep_plans
 from ..sqlite.replay import replay
@@ -70,13 +71,6 @@ class State(NamedTuple):
     seq: int
     ver: int
     etag: str
-
-
-class Outdated(StoreUnavailable):
-    def __init__(self) -> None:
-        super().__init__(
-            "unique fields are not kept unique here any more, was an old state restored? Start the program again"
-        )
 
 
 class Attempt(NamedTuple):
@@ -205,12 +199,9 @@ class LocalCopy:
         """Where the copy is, and those transactions that are in the history there, with their numbers: all of one moment."""
 
         def look(db: apsw.Connection) -> tuple[State, dict[bytes, int]]:
-            db.execute("BEGIN")
-            try:
+            with _at_one_moment(db):
                 rows = [(txid, db.execute("SELECT seq FROM recent WHERE txid = ?", (txid,)).get) for txid in txids]
                 return _state(db), {txid: seq for txid, seq in rows if seq is not None}
-            finally:
-                db.execute("COMMIT")
 
         return self.read(look)
 
@@ -233,15 +224,10 @@ class LocalCopy:
         if self._building:
             yield
             return
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise CopyBusy from None
-                time.sleep(0.001)
+        try:
+            lock_within(LOCK_TIMEOUT_S, self._lock, 0.001)
+        except BlockingIOError:
+            raise CopyBusy from None
         try:
             yield
         finally:
@@ -295,7 +281,10 @@ class LocalCopy:
             if not body:
                 raise StoreUnavailable("the local copy is new; try again")
             head = decode_head(body)
-            schema, spec = self._schema(connection, head.schema, adopts=not all(work.entries for work in works))
+            adopts = not all(work.entries for work in works)
+            if adopts and self._added(head.schema) and self.tables.outdated(connection, 1):
+                raise not_kept()
+            schema, spec = self._schema(connection, head.schema, adopts=adopts)
             attempts = []
             for work in works:
                 connection.execute("SAVEPOINT attempt")
@@ -326,49 +315,38 @@ class LocalCopy:
         """Where the copy is, and the schema in which the unique fields of this program are kept unique; None if something is outdated, unless
         by `force`."""
 
-        def look(connection: apsw.Connection) -> tuple[State, Schema | None]:
-            connection.execute("BEGIN")
-            try:
-                body: Any = connection.execute("SELECT head FROM copy").get
-                try:
-                    schema, _ = self._schema(connection, decode_head(body).schema, adopts=True, force=force)
-                except Outdated:
-                    return _state(connection), None
-                return _state(connection), schema
-            finally:
-                connection.execute("COMMIT")
+        def look(db: apsw.Connection) -> tuple[State, Schema | None]:
+            with _at_one_moment(db):
+                if not force and self.tables.outdated(db, 1):
+                    return _state(db), None
+                body: Any = db.execute("SELECT head FROM copy").get
+                schema, _ = self._schema(db, decode_head(body).schema, adopts=True)
+                return _state(db), schema
 
         return self.read(look)
 
     def given_up(self, name: str) -> tuple[State, Schema | None]:
         """Where the copy is, and the schema without a unique field that was forced, and never held; None if it was not."""
 
-        def look(connection: apsw.Connection) -> tuple[State, Schema | None]:
-            connection.execute("BEGIN")
-            try:
-                body: Any = connection.execute("SELECT head FROM copy").get
+        def look(db: apsw.Connection) -> tuple[State, Schema | None]:
+            with _at_one_moment(db):
+                body: Any = db.execute("SELECT head FROM copy").get
                 schema = decode_head(body).schema
-                if name not in schema.unique or not self.tables.lacks(connection, name):
-                    return _state(connection), None
-                return _state(connection), replace(schema, unique=tuple(one for one in schema.unique if one != name))
-            finally:
-                connection.execute("COMMIT")
+                if name not in schema.unique or not self.tables.lacks(db, name):
+                    return _state(db), None
+                return _state(db), replace(schema, unique=tuple(one for one in schema.unique if one != name))
 
         return self.read(look)
 
-    def _schema(
-        self, connection: apsw.Connection, schema: Schema, *, adopts: bool, force: bool = False
-    ) -> tuple[Schema, str]:
+    def _schema(self, connection: apsw.Connection, schema: Schema, *, adopts: bool) -> tuple[Schema, str]:
         """The schema with the bound fields in it, and their number. `adopts`: and with the unique ones, for every writer keeps every unique
-        field unique; ConfigError if it cannot, Outdated."""
+        field unique; ConfigError if it cannot."""
         kinds, specs = self.tables.kinds, dict(schema.specs)
         spec = next((number for number, fields in specs.items() if fields == kinds), None)
         if spec is None:
             spec = str(len(specs) + 1)
             specs[spec] = kinds
-        added = [name for name in self.tables.spec.unique if name not in schema.unique] if adopts else []
-        if added and not force and self.tables.outdated(connection, 1):
-            raise Outdated
+        added = self._added(schema) if adopts else []
         for name in added:
             if self.tables.duplicated(connection, name):
                 raise shared(self.tables.spec.name, name)
@@ -376,6 +354,9 @@ class LocalCopy:
             if name not in kinds:
                 raise not_indexed(self.tables.spec.name, name)
         return Schema(specs, (*schema.unique, *added)), spec
+
+    def _added(self, schema: Schema) -> list[str]:
+        return [name for name in self.tables.spec.unique if name not in schema.unique]
 
     def settle(self) -> None:
         """Note that no row is outdated, if so."""
@@ -405,6 +386,15 @@ class LocalCopy:
 def _state(connection: apsw.Connection) -> State:
     row: Any = connection.execute("SELECT store, seq, ver, etag FROM copy").get
     return State(*row)
+
+
+@contextlib.contextmanager
+def _at_one_moment(connection: apsw.Connection) -> Iterator[None]:
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("COMMIT")
 
 
 def _roll_back(connection: apsw.Connection) -> None:
