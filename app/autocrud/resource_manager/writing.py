@@ -218,8 +218,6 @@ class Writer(Generic[T]):
 
     async def _who_wants(self, error: UniqueConflict, plan: Plan[T], states: list[State]) -> int | None:
         """Which operation wants the value that is taken, as far as one can see: stores look once all changes are applied."""
-        pointers = {fault.pointer for fault in error.faults}
-        name = next((name for name in self._codec.unique if "/" + name.replace(".", "/") in pointers), "")
         left: dict[str, Change | None] = {}  # what gives a resource its index in the end; None: it is purged
         for change in (write.change for write in plan.writes):
             if change.purge or change.index is not None:
@@ -228,7 +226,7 @@ class Writer(Generic[T]):
             (at, key)
             for at, state in enumerate(states)
             if (last := left.get(state.meta.resource_id)) is not None and last.meta is state.meta
-            if last.index is not None and (key := last.index.keys.get(name)) is not None
+            if last.index is not None and (key := last.index.keys.get(error.field)) is not None
         ]
         if len(wanted) == 1:
             return wanted[0][0]
@@ -237,7 +235,7 @@ class Writer(Generic[T]):
             if isinstance(key, list) or key in seen:
                 return at
             seen.add(key)
-            query = Resolved(where=Compare(name, "eq", key), limit=1, include_deleted=True)
+            query = Resolved(where=Compare(error.field, "eq", key), limit=1, include_deleted=True)
             with contextlib.suppress(CrudError):
                 if any(hit.meta.resource_id not in left for hit in (await self._storage.search(query)).items):
                     return at
