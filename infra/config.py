@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import pulumi
@@ -284,6 +285,11 @@ def read(values: Mapping[str, Any]) -> StackConfig:
 
 def _decoded(key: str, value: Any, type_: Any) -> Any:
     if value == "null":
+        value = None
+    elif value == "":
+        # The CLI hands a null of a stack's YAML on as an empty text.
+        if NoneType not in get_args(type_):
+            raise ConfigError(f"crudstack:{key} is empty or null: expected {allowed(key)}, or no such key at all")
         value = None
     nested = isinstance(value, str) and value.lstrip().startswith(("{", "["))
     try:

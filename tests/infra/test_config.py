@@ -7,6 +7,7 @@ import json
 import msgspec
 import pytest
 import yaml
+from msgspec import Struct
 
 from app.autocrud.errors import ConfigError
 from app.settings import JwtAuth, Pair
@@ -163,36 +164,61 @@ def test_connections_suffice_for_all_instances_of_the_function():
     assert Postgres(mode="aurora", max_acu=4).max_connections == 640
 
 
-def test_every_key_is_described_and_pulumi_yaml_says_the_same():
+def test_pulumi_yaml_declares_every_key_that_has_a_default():
+    """The CLI refuses a stack that lacks a value for a declared key, and takes null for no default."""
     fields = {field.name: field for field in msgspec.structs.fields(StackConfig)}
     assert list(descriptions()) == list(fields)
+    defaults = {name: default_of(field) for name, field in fields.items()}
     project = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())
-    assert list(project["config"]) == list(fields)
-    for name, declared in project["config"].items():
-        what, meaning = descriptions()[name].split("\n")
-        assert declared["description"] == f"{meaning} Allowed: {what}."
-        if "default" in declared:
-            assert declared["default"] == fields[name].default
-        # Pulumi insists on a value where there is a type and no default, and one type is not enough where several are allowed.
-        assert ("type" in declared) == ("default" in declared)
+    declared = project["config"]
+    assert list(declared) == [name for name, default in defaults.items() if default is not None]
+    assert set(defaults) - set(declared) == {"concurrency", "domain", "alarm_email", "budget_usd"}
+    types = {str: "string", int: "integer", bool: "boolean"}
+    for name, key in declared.items():
+        default, (what, meaning) = defaults[name], descriptions()[name].split("\n")
+        assert key["description"] == f"{meaning} Allowed: {what}."
+        assert key["default"] == ({} if isinstance(default, Struct) else default)
+        assert type(key["default"]) is (dict if isinstance(default, Struct) else type(default))
+        # One type is not enough for a key that takes a text or an object, and the CLI has none for objects.
+        several = name in {"storage", "auth"} or isinstance(default, dict | list | Struct)
+        assert key.get("type") == (None if several else types[type(default)])
     assert project["runtime"] == {"name": "python", "options": {"virtualenv": ".venv"}}
     assert project["main"] == "infra/"
 
 
-@pytest.mark.parametrize("name", ["dev", "prod", "local"])
+def default_of(field):
+    return field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+
+
+def test_the_declared_defaults_are_the_config_without_any_key():
+    """The CLI hands them on as it does the values of a stack."""
+    declared = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]
+    assert read({name: handed_on(key["default"]) for name, key in declared.items()}) == StackConfig()
+
+
+def handed_on(value):
+    """As Pulumi hands a value of YAML on: null becomes an empty text."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def test_a_null_is_taken_where_the_page_says_so():
+    for key in ("concurrency", "domain", "alarm_email", "budget_usd"):
+        assert allowed(key).split(";")[0].endswith(", or null")
+        assert getattr(read({key: handed_on(None)}), key) is None
+    for field in msgspec.structs.fields(StackConfig):
+        if default_of(field) is not None:
+            with pytest.raises(ConfigError, match=f"^crudstack:{field.name} is empty or null: expected "):
+                read({field.name: handed_on(None)})
+
+
+@pytest.mark.parametrize("name", ["dev", "prod"])
 def test_the_example_stacks_can_be_read(name):
-    values = yaml.safe_load((ROOT / f"Pulumi.{name}.yaml").read_text())["config"]
+    values = yaml.safe_load((ROOT / f"Pulumi.{name}.yaml.example").read_text())["config"]
     own = {key.removeprefix("crudstack:"): value for key, value in values.items() if key.startswith("crudstack:")}
-    as_pulumi_hands_them_on = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in own.items()
-    }
-    assert read(as_pulumi_hands_them_on).stage == name
+    assert read({key: handed_on(value) for key, value in own.items()}).stage == name
     assert values["aws:region"]
-
-
-def test_the_local_stack_reaches_nothing_but_this_machine():
-    values = yaml.safe_load((ROOT / "Pulumi.local.yaml").read_text())["config"]
-    assert {url for endpoints in values["aws:endpoints"] for url in endpoints.values()} == {"http://127.0.0.1:4566"}
 
 
 def test_log_days_are_described_as_they_are():
