@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 
@@ -21,10 +22,20 @@ USER = "crudstack"
 class Broker(Component):
     """One instance, or a cluster of three, that carries the invalidations of caches.
 
-    RabbitMQ on Amazon MQ has its first user from birth, and AWS neither tells nor changes its password later. So each run draws one, and only
-    the run that makes the broker uses it: for the broker, and right after it for the secret. Both are encrypted in the state, and later runs
-    ignore what they draw; a broker that is replaced gets the password that it had. Only a run that is cut off between the two leaves a secret that does
-    not fit: `pulumi destroy --target` both and `pulumi up` make them anew; a broker holds nothing that lasts.
+    Amazon MQ takes the user of RabbitMQ when the broker is made, and neither tells nor changes its password later. So
+    the secret comes first, and the broker gets the password that the secret's version holds:
+
+    - Each run draws a password, and only the run that makes the version uses it; later runs ignore what they draw.
+    - A run that is cut off leaves a version and no broker. The next run makes the broker from that version.
+    - A broker that is replaced gets the same password.
+    - If the version is made anew, because the secret was deleted, its password is another one. The broker's trigger is
+      a hash of the password, so the broker is replaced too. If that fails, the next run tries it again.
+    - A refresh changes nothing. The provider reads no users of RabbitMQ and may empty `users` in the state, but it
+      ignores every change of them on a broker that exists. `users` is not among the ignored changes: a replacement
+      after a refresh would otherwise take the empty list from the state.
+
+    A change of the RabbitMQ version replaces the broker, because Amazon MQ cannot upgrade one from 3.13 to 4.2. A broker
+    holds nothing that lasts.
 
     Outputs: `endpoint`, `secret_arn`, `name`.
     """
@@ -32,13 +43,21 @@ class Broker(Component):
     def __init__(self, stack: Stack, *, settings: choices.Broker, network: Network) -> None:
         super().__init__(stack, "broker")
         self._group = network.group(self, "broker", "who may reach the broker")
-        password = pulumi.Output.secret(secrets.token_urlsafe(32))
         secret = aws.secretsmanager.Secret(
             self.named("broker"),
             description="User and password of the broker",
             recovery_window_in_days=30 if stack.keeps else 0,
             opts=self.child(),
         )
+        drawn = json.dumps({"username": USER, "password": secrets.token_urlsafe(32)})
+        version = aws.secretsmanager.SecretVersion(
+            self.named("broker"),
+            secret_id=secret.id,
+            secret_string=Output.secret(drawn),
+            opts=self.child(ignore_changes=["secret_string"]),
+        )
+        # An Output of a secret is a secret, and so is all that comes from it.
+        password = version.secret_string.apply(_password)
         single = settings.mode == "single"
         broker = aws.mq.Broker(
             self.named("broker"),
@@ -53,15 +72,11 @@ class Broker(Component):
             logs={"general": True},
             auto_minor_version_upgrade=True,
             apply_immediately=not stack.keeps,
-            # First what may be forbidden and is quick, then what takes twenty minutes.
-            opts=self.child(depends_on=[secret], ignore_changes=["users"]),
-        )
-        version = aws.secretsmanager.SecretVersion(
-            self.named("broker"),
-            secret_id=secret.id,
-            secret_string_wo=password.apply(lambda drawn: json.dumps({"username": USER, "password": drawn})),
-            secret_string_wo_version=1,
-            opts=self.child(depends_on=[broker], ignore_changes=["secret_string_wo"]),
+            opts=self.child(
+                # In camelCase: of all options this one alone is not translated.
+                replace_on_changes=["engineVersion"],
+                replacement_trigger=password.apply(lambda known: hashlib.sha256(known.encode()).hexdigest()),
+            ),
         )
         endpoints = first(broker.instances, lambda instance: instance.endpoints)
         self.endpoint: Output[str] = first(endpoints, lambda endpoint: endpoint)
@@ -78,3 +93,10 @@ class Broker(Component):
             outputs={"broker": {"endpoint": self.endpoint, "secret_arn": self.secret_arn}},
             doors=(Door("broker", self._group.id, PORT), self._secrets),
         )
+
+
+def _password(held: str | None) -> str:
+    if not held:
+        raise pulumi.RunError("the secret of the broker holds no text in the state: expected user and password as JSON")
+    password: str = json.loads(held)["password"]
+    return password

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 
+import pulumi
 import pulumi_aws as aws
 from pulumi import Input, Output
 
@@ -17,19 +18,21 @@ LABEL = "sha256-"
 class ApiToken(Component):
     """A token that is made once and stays the same.
 
-    Each run draws a token, and only the run that makes the secret's version uses it. Its SHA-256 must be of the very same token, whatever run
-    is cut off where. So it is written in the same request: as a label of the version, beside AWSCURRENT. Later runs ignore what they draw, and
-    read the label from the state. The state has the token encrypted, as an argument of the version, and AWS has no way to tell it from there.
+    Each run draws a token, and only the run that makes the secret's version uses it. The app's SHA-256 must be of the
+    token in that version, even if a run is cut off. So the SHA-256 is written in the same request as the token: as a
+    label of the version, beside AWSCURRENT. Later runs ignore what they draw, and read the label from the state.
+
+    The token is an ordinary argument, which the state holds encrypted and a refresh reads again from AWS. A write-only
+    argument would be null after a refresh, and the next update would fail.
 
     name          of the secret: unique in the account and its region
     generation    a version of the secret each: raising it replaces the token
 
-    Outputs: `sha256`, hexadecimal.
+    Outputs: `sha256`, hexadecimal; unknown while the version is only planned, because the update draws another token.
     """
 
     def __init__(self, stack: Stack, *, name: Input[str], generation: int) -> None:
         super().__init__(stack, "token")
-        token = secrets.token_urlsafe(32)
         secret = aws.secretsmanager.Secret(
             self.named("token"),
             name=name,
@@ -37,17 +40,28 @@ class ApiToken(Component):
             recovery_window_in_days=30 if stack.keeps else 0,
             opts=self.child(),
         )
-        version = aws.secretsmanager.SecretVersion(
+        version = self._secret_version(secret, generation)
+        # The id is AWS's, so the labels of a planned version, which are those of another token, never get out.
+        labels = Output.all(version.version_id, version.version_stages)
+        self.sha256: Output[str] = labels.apply(lambda known: _labelled(known[1]))
+        self.register_outputs({"sha256": self.sha256})
+
+    def _secret_version(self, secret: aws.secretsmanager.Secret, generation: int) -> aws.secretsmanager.SecretVersion:
+        token = secrets.token_urlsafe(32)
+        return aws.secretsmanager.SecretVersion(
             self.named(f"token-{generation}"),
             secret_id=secret.id,
-            secret_string_wo=Output.secret(token),
-            secret_string_wo_version=1,
+            secret_string=Output.secret(token),
             version_stages=["AWSCURRENT", LABEL + hashlib.sha256(token.encode()).hexdigest()],
-            opts=self.child(ignore_changes=["secret_string_wo", "version_stages"]),
+            opts=self.child(ignore_changes=["secret_string", "version_stages"]),
         )
-        self.sha256: Output[str] = version.version_stages.apply(_labelled)
-        self.register_outputs({"sha256": self.sha256})
 
 
 def _labelled(labels: Sequence[str]) -> str:
-    return next(label.removeprefix(LABEL) for label in labels if label.startswith(LABEL))
+    for label in labels:
+        if label.startswith(LABEL):
+            return label.removeprefix(LABEL)
+    raise pulumi.RunError(
+        f"the secret of the API token has lost its label {LABEL}...: expected the label that the program gave it; "
+        "raise crudstack:token_generation by one to make a new token"
+    )

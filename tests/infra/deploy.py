@@ -341,7 +341,7 @@ def _secret(cloud: Cloud, resource: Resource, given: dict[str, Any], _: bytes) -
 
 def _secret_version(cloud: Cloud, _: Resource, given: dict[str, Any], __: bytes) -> Made:
     cloud.secretsmanager.put_secret_value(
-        SecretId=given["secretId"], SecretString=given["secretStringWo"], VersionStages=given["versionStages"]
+        SecretId=given["secretId"], SecretString=given["secretString"], VersionStages=given["versionStages"]
     )
     return Made({"secret_arn": given["secretId"]}, lambda: None)  # it goes with its secret
 

@@ -57,6 +57,8 @@ class Resource:
     protect: bool
     retain: bool
     ignored: list[str]
+    replaced_by: list[str]
+    """Names of inputs whose change replaces it, beside those that the provider knows."""
     depends: dict[str, list[str]]
     """By input the URNs that it comes from; all others, of depends_on, under ""."""
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +139,7 @@ class Monitor(mocks.MockMonitor):
             protect=request.protect,
             retain=request.retainOnDelete,
             ignored=list(request.ignoreChanges),
+            replaced_by=list(request.replaceOnChanges),
             trigger=opened(json_format.MessageToDict(request.replacement_trigger)),
             depends={name: sorted(found.urns) for name, found in request.propertyDependencies.items() if found.urns},
         )

@@ -250,7 +250,7 @@ def test_the_outputs_serve_the_tour(request, serve, tmp_path, ministack_s3, data
         "CRUDSTACK_OUTPUTS": str(printed),
     }
     server = serve("", tmp_path, "--make-bucket", environment={**servers, **instead})
-    token = stack.one(VERSION, "token-1").inputs["secretStringWo"]
+    token = stack.one(VERSION, "token-1").inputs["secretString"]
     script, check = tour_script(server.url)
     check(output_of(f"curl() {{ command curl -H 'Authorization: Bearer {token}' \"$@\"; }}\n{script}"))
 
