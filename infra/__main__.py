@@ -8,7 +8,8 @@ import pulumi
 
 # Pulumi runs this directory as a script, so the packages `app` and `infra` are not on the path by themselves. First, so
 # that another checkout that is installed here does not come before this one.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 SHOWN = 32
 """The exit code that tells Pulumi's language host that the error was shown: with any other one it adds a line of its own."""
@@ -23,12 +24,15 @@ def end(message: str) -> NoReturn:
 try:
     from app.autocrud.errors import ConfigError
     from infra.config import project_values, read
+    from infra.protected import check
     from infra.stack import build
 except ImportError as error:
     end(f"{error.name or error} cannot be imported by {sys.executable}: run `make setup-infra`, then this again")
 
 try:
-    for name, value in build(read(project_values())).items():
+    config = read(project_values())
+    check(config, ROOT)
+    for name, value in build(config).items():
         pulumi.export(name, value)
 except ConfigError as error:
     end(error.detail)

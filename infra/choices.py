@@ -10,7 +10,8 @@ from msgspec import Meta, Struct, field
 class Domain(Struct, frozen=True, forbid_unknown_fields=True):
     """A name of one's own for the API: `zone` is the id of the Route 53 hosted zone that the name lies in."""
 
-    name: Annotated[str, Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]+\Z")]
+    name: Annotated[str, Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]+\Z", max_length=64)]
+    """At most 64 characters: AWS makes no certificate for a longer one."""
     zone: Annotated[str, Meta(pattern=r"^Z[A-Z0-9]+\Z")]
 
 
@@ -25,8 +26,11 @@ class Postgres(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     multi_az: bool = False
     """A second copy in another availability zone that takes over; twice the price."""
     proxy: bool = False
-    """RDS Proxy: any number of instances of the function share a few connections."""
+    """RDS Proxy. It does not pool yet: each connection of the app is pinned to one of the database's, because the app sets
+    session variables. So a proxy saves no connections; without one, the function's instances are limited to those that
+    the database has connections for, and with one they are not."""
     storage_gb: Annotated[int, Meta(ge=20, le=65536)] = 20
+    """It can only grow: RDS refuses a smaller value than the one before."""
     max_acu: Annotated[float, Meta(ge=1, le=256, multiple_of=0.5)] = 4
 
     @property
@@ -58,4 +62,5 @@ class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     instance: Annotated[
         str, Meta(pattern=r"^mq\.(m5\.(large|[24]?xlarge)|m7g\.(medium|large|(2|4|8|12|16)?xlarge))\Z")
     ] = "mq.m7g.medium"
+    """AWS offers mq.m7g.medium for evaluation. In prod take mq.m7g.large or larger."""
     mode: Literal["single", "cluster"] = "single"

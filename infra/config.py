@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import pairwise
@@ -51,6 +52,10 @@ LOG_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096,
 """That CloudWatch Logs can keep."""
 MAX_OVERRIDES = 2500
 """Bytes of storage_overrides: the environment of a function ends at 4 KB, and holds more than these."""
+TAG = re.compile(r"[\w .:/=+\-@]*")
+"""The characters of a tag."""
+MAX_TAGS = 48
+"""Beside crudstack:stage and Name."""
 API_WAITS_S = 30
 """How long an HTTP API waits for the function."""
 
@@ -77,7 +82,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     token_generation: Annotated[int, Meta(ge=1)] = 1
     """1 or more
 
-    Raise it to replace the API token by a new one."""
+    Raise it to replace the API token by a new one, in prod by one at a time."""
     edge: Literal["http-api", "function-url"] = "http-api"
     """http-api, function-url
 
@@ -136,7 +141,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     USD a month of the whole account, of which 80 % and what is forecast to exceed it are told."""
     tags: dict[str, str] = {}
-    """{NAME: VALUE}
+    """{NAME: VALUE}, 48 at most
 
     Tags of every resource, beside crudstack:stage."""
 
@@ -231,13 +236,27 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             yield "log_days", self.log_days, f"expected {allowed('log_days')}"
         if self.budget_usd is not None and self.alarm_email is None:
             yield "budget_usd", self.budget_usd, "nobody would be told; expected alarm_email to be set"
-        for name in self.tags:
-            if name.startswith(("aws:", "crudstack:")) or not name:
-                yield "tags", self.tags, "names that begin with aws: or crudstack: are taken; expected others"
+        yield from self._tag_problems()
         if "postgres" in self.needs:
             yield from self._database_problems()
         if "broker" in self.needs:
             yield from self._broker_problems()
+
+    def _tag_problems(self) -> Iterator[tuple[str, Any, str]]:
+        """What AWS refuses, in the strictest of its services: the engine would fail after other changes."""
+        seen: dict[str, str] = {}
+        for name, value in self.tags.items():
+            found = {name: value}
+            if name.lower().startswith(("aws:", "crudstack:")):
+                yield "tags", found, "names that begin with aws: or crudstack: are taken; expected others"
+            if not 1 <= len(name) <= 128 or len(value) > 256:
+                yield "tags", found, "expected names of 1 to 128 characters and values of at most 256"
+            if not (TAG.fullmatch(name) and TAG.fullmatch(value)):
+                yield "tags", found, "expected letters, digits, spaces and _ . : / = + - @"
+            if (other := seen.setdefault(name.lower(), name)) != name:
+                yield "tags", found, f"IAM takes it for {other}, because it ignores case; expected one of them"
+        if len(self.tags) > MAX_TAGS:
+            yield "tags", f"{len(self.tags)} names", f"expected at most {MAX_TAGS}: AWS takes 50, and two are used"
 
     def _database_problems(self) -> Iterator[tuple[str, Any, str]]:
         database = self.postgres
@@ -250,7 +269,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         if not database.proxy and self.concurrency is not None and self.concurrency > self._connected:
             problem = (
                 f"{CONNECTIONS} connections for each are more than the {database.max_connections} of this database, of which {SPARE_CONNECTIONS}"
-                f" are kept; expected at most {self._connected}, a larger postgres.class or max_acu, or postgres.proxy"
+                f" are kept; expected at most {self._connected}, or a larger postgres.class or max_acu"
             )
             yield "concurrency", self.concurrency, problem
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from infra.components.cache import node_count
 from infra.components.network import ZONES
 from infra.config import KINDS, Need, StackConfig, read
 
@@ -30,6 +31,7 @@ class Price(NamedTuple):
 
 LAMBDA = Price(0.20, "M requests", "Lambda, requests")
 LAMBDA_GB_S = Price(13.3334, "M GB-s", "Lambda, time on arm64")
+SNAP_START = Price(1.5046, "M GB-s", "Lambda SnapStart, one published version")
 HTTP_API = Price(1.00, "M requests", "HTTP API")
 PUT = Price(5.00, "M requests", "S3 Standard, PUT and LIST")
 GET = Price(0.40, "M requests", "S3 Standard, GET")
@@ -94,6 +96,8 @@ def lines(config: StackConfig, millions: float) -> Iterator[Line]:
     yield _line(LAMBDA, _plus(requests, _m(RUNS)))
     seconds = _plus(_times(requests, _n(REQUEST_S, "s")), _times(_m(RUNS), _n(RUN_S, "s")))
     yield _line(LAMBDA_GB_S, _times(seconds, memory))
+    if config.snap_start:
+        yield _line(SNAP_START, _times(_m(MONTH_S), memory))
     if config.edge == "http-api":
         yield _line(HTTP_API, requests)
     yield _line(LOGS, _times(requests, _n(LOG_KB[config.edge], "KB")))
@@ -113,7 +117,9 @@ def lines(config: StackConfig, millions: float) -> Iterator[Line]:
 
     # Aurora's disk cannot be full.
     fewer = "postgres" in config.needs and config.postgres.mode == "aurora"
-    yield _line(ALARM, _n(sum(ALARMS[need] for need in (None, *config.needs)) - fewer))
+    # Nodes of a cache have one each.
+    more = node_count(keeps=config.keeps) - 1 if "cache" in config.needs and config.cache.mode == "nodes" else 0
+    yield _line(ALARM, _n(sum(ALARMS[need] for need in (None, *config.needs)) - fewer + more))
     # Of the API token, the database's master user, the broker's user.
     held = (config.auth == "token", "postgres" in config.needs, "broker" in config.needs)
     yield _line(SECRET, _n(sum(held)))
@@ -142,7 +148,7 @@ def _database(config: StackConfig) -> Iterator[Line]:
 
 def _cache(config: StackConfig, reads: Number, writes: Number) -> Iterator[Line]:
     if config.cache.mode == "nodes":
-        yield _line(INSTANCES[config.cache.node_type], _times(_n(2 if config.keeps else 1), _n(MONTH_H)))
+        yield _line(INSTANCES[config.cache.node_type], _times(_n(node_count(keeps=config.keeps)), _n(MONTH_H)))
         return
     yield _line(CACHE_GB, _times(_n(MONTH_H), _n(0.1, "GB")))
     yield _line(ECPU, _plus(_times(reads, _n(READ_ECPUS)), _times(writes, _n(WRITE_ECPUS))))
@@ -187,6 +193,7 @@ def _line(price: Price, quantity: Number) -> Line:
 CHOICES: tuple[dict[str, str], ...] = (
     {"edge": "function-url"},
     {"memory_mb": "1024"},
+    {"snap_start": "true"},
     {"storage": "full", "postgres": '{"multi_az": true}'},
     {"storage": "full", "postgres": '{"proxy": true}'},
     {"storage": "full", "postgres": '{"mode": "aurora"}'},
@@ -234,7 +241,9 @@ What a choice adds, to `full` where it is about a database, cache or broker:
 - A read is {READ_ECPUS} ECPU, a write {WRITE_ECPUS}; the cache holds less than 0.1 GB, as what is in it lives for 2 s. Aurora stays at 0.5 ACU, the least.
 - The broker holds invalidations only: 1 GB. Should AWS count its whole disk, 200 GB, it is 20 USD more. Its hour is an estimate: half of 0.2734, which is told of
   mq.m7g.large; of itself 0.08 to 0.14 is told.
-- Not counted: cold starts, SnapStart, keeping logs (0.03 per GB-month), logs of database and broker, reading secrets, traffic between zones, the Route 53
+- `snap_start` is counted for one version of the function. **Each `pulumi up` that changes the function publishes another one**, and AWS charges for every version that
+  exists, {SNAP_START.usd:g} USD per million GB-seconds: after ten of them it is ten times as much. Delete the versions that the alias `live` does not name.
+- Not counted: cold starts, restoring SnapStart's snapshots (0.00014 per GB each), keeping logs (0.03 per GB-month), logs of database and broker, reading secrets, traffic between zones, the Route 53
   zone of a domain (0.50), CPU credits of t4g instances that are busy all day, backups that are larger than the database.
 
 ## Arithmetic

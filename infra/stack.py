@@ -47,10 +47,11 @@ def build(
     bucket = DataBucket(stack, keep_days=30 if config.keeps else 1)
     links = [bucket.link("write")]
 
-    network = Network(stack, region=bucket.region) if config.needs else None
+    database = "postgres" in config.needs
+    network = Network(stack, region=bucket.region, holds_data=database) if config.needs else None
     postgres = cache = broker = None
     if network is not None:
-        if "postgres" in config.needs:
+        if database:
             postgres = Postgres(stack, settings=config.postgres, network=network, zip=code, log_days=config.log_days)
             links.append(postgres.link())
         if "cache" in config.needs:
@@ -76,6 +77,7 @@ def build(
         concurrency=config.reserved_concurrency,
         snap_start=config.snap_start,
         log_days=config.log_days,
+        has_url=config.edge == "function-url",
     )
     http_api = None
     if config.edge == "http-api":

@@ -50,10 +50,13 @@ class Component(pulumi.ComponentResource):
         """Options of one of its resources."""
         return ResourceOptions(parent=self, **options)
 
+    def kept(self, **options: Any) -> ResourceOptions:
+        """Options of a resource that data, the URL or the token cannot do without: Pulumi refuses to delete it."""
+        return self.child(protect=self.stack.keeps, **options)
+
     def data(self, **options: Any) -> ResourceOptions:
-        """Options of a resource that holds data: where data is kept, Pulumi refuses to delete it, and leaves it on AWS if it must forget it."""
-        keeps = self.stack.keeps
-        return self.child(protect=keeps, retain_on_delete=keeps, **options)
+        """Options of a resource that holds data: kept, and if Pulumi must forget it, it stays on AWS."""
+        return self.kept(retain_on_delete=self.stack.keeps, **options)
 
 
 def _tagging(tags: Mapping[str, str]) -> Transform:

@@ -14,6 +14,11 @@ PORT = 6379
 VERSION = "8"
 
 
+def node_count(*, keeps: bool) -> int:
+    """Return how many nodes a replication group has."""
+    return 2 if keeps else 1
+
+
 class Cache(Component):
     """A serverless cache, or a replication group of nodes: one, in prod two in different zones.
 
@@ -25,6 +30,7 @@ class Cache(Component):
     def __init__(self, stack: Stack, *, settings: choices.Cache, network: Network, user: Input[str]) -> None:
         super().__init__(stack, "cache")
         self.serverless = settings.mode == "serverless"
+        self.nodes = 0 if self.serverless else node_count(keeps=stack.keeps)
         self._group = network.group(self, "cache", "who may reach the cache")
         # It signs in with tokens of IAM, for which id and name must be equal.
         self._user = aws.elasticache.User(
@@ -93,7 +99,7 @@ class Cache(Component):
             engine="valkey",
             engine_version=f"{VERSION}.0",
             node_type=settings.node_type,
-            num_cache_clusters=2 if keeps else 1,
+            num_cache_clusters=self.nodes,
             automatic_failover_enabled=keeps,
             multi_az_enabled=keeps,
             port=PORT,
@@ -105,7 +111,9 @@ class Cache(Component):
             user_group_ids=[users.user_group_id],
             auto_minor_version_upgrade=True,
             apply_immediately=not keeps,
-            opts=self.child(),
+            # AWS upgrades within the major version by itself. A refresh then finds 8.1, and the 8.0 above would be a
+            # downgrade, which replaces the group.
+            opts=self.child(ignore_changes=["engine_version"]),
         )
         self.host = group.primary_endpoint_address
         self.name, self.arn = group.replication_group_id, group.arn

@@ -27,6 +27,7 @@ class Function(Component):
     environment   beside it nothing is set
     concurrency   instances at most, taken from those of the account; None: as many as there are
     log_days      that its logs are kept
+    has_url       whether clients know a URL that is the function's own, and goes with it
 
     Outputs: `name`, `arn`.
     """
@@ -47,9 +48,11 @@ class Function(Component):
         concurrency: int | None = None,
         snap_start: bool = False,
         log_days: int = 30,
+        has_url: bool = False,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         super().__init__(stack, name, opts)
+        options = self.kept if has_url else self.child
         logs = aws.cloudwatch.LogGroup(self.named(name), retention_in_days=log_days, opts=self.child())
         role = aws.iam.Role(self.named(name), assume_role_policy=trust("lambda.amazonaws.com"), opts=self.child())
         write = Statement(
@@ -94,7 +97,7 @@ class Function(Component):
             else None,
             publish=True,
             # Lambda tries the role when it makes the function.
-            opts=self.child(depends_on=granted),
+            opts=options(depends_on=granted),
         )
         self.function, self.name, self.arn = function, function.name, function.arn
         self.register_outputs({"name": self.name, "arn": self.arn})
@@ -123,12 +126,13 @@ class ApiFunction(Function):
 
     def __init__(self, stack: Stack, name: str, **arguments: Any) -> None:
         super().__init__(stack, name, **arguments)
+        options = self.kept if arguments.get("has_url") else self.child
         self.alias = aws.lambda_.Alias(
             self.named(name),
             name="live",
             function_name=self.name,
             function_version=self.function.version,
-            opts=self.child(),
+            opts=options(),
         )
         hourly = aws.cloudwatch.EventRule(
             self.named("maintain"),

@@ -74,7 +74,7 @@ class HttpApi(Component):
             protocol_type="HTTP",
             cors_configuration=cors(origins),
             disable_execute_api_endpoint=domain is not None,
-            opts=self.child(),
+            opts=self.kept(),
         )
         self.api_id = api.id
         integration = aws.apigatewayv2.Integration(
@@ -84,7 +84,7 @@ class HttpApi(Component):
             integration_uri=function.alias.invoke_arn,
             payload_format_version="2.0",
             timeout_milliseconds=1000 * API_WAITS_S,
-            opts=self.child(),
+            opts=self.kept(),
         )
         target = Output.format("integrations/{0}", integration.id)
         verified: dict[str, Any] = {"authorization_type": "NONE"}
@@ -109,9 +109,16 @@ class HttpApi(Component):
                     opts=self.child(),
                 )
         aws.apigatewayv2.Route(
-            self.named("all"), api_id=api.id, route_key="$default", target=target, opts=self.child(), **verified
+            self.named("all"), api_id=api.id, route_key="$default", target=target, opts=self.kept(), **verified
         )
-        logs = aws.cloudwatch.LogGroup(self.named("access"), retention_in_days=log_days, opts=self.child())
+        # API Gateway writes each group into one policy of the region, which is full after some 40, and never takes one
+        # out. For all groups with this prefix it writes one line.
+        logs = aws.cloudwatch.LogGroup(
+            self.named("access"),
+            name_prefix=f"/aws/vendedlogs/{stack.name}-access-",
+            retention_in_days=log_days,
+            opts=self.child(),
+        )
         stage = aws.apigatewayv2.Stage(
             self.named("all"),
             api_id=api.id,
@@ -119,7 +126,7 @@ class HttpApi(Component):
             auto_deploy=True,
             access_log_settings={"destination_arn": logs.arn, "format": json.dumps(LOGGED)},
             default_route_settings={"throttling_rate_limit": per_second, "throttling_burst_limit": burst},
-            opts=self.child(),
+            opts=self.kept(),
         )
         aws.lambda_.Permission(
             self.named("api"),
@@ -199,7 +206,7 @@ class FunctionUrl(Component):
             qualifier=function.alias.name,
             authorization_type="NONE",
             cors=cors(origins),
-            opts=self.child(),
+            opts=self.kept(),
         )
         # Both are needed; the second is for calls that come by the URL only.
         aws.lambda_.Permission(

@@ -27,18 +27,21 @@ INTERFACES = (
 class Network(Component):
     """Two private subnets, a free way to S3 that stays inside AWS, and nothing else: no NAT, no internet gateway.
 
+    holds_data    whether a database is in it, which cannot be without its VPC and subnets
+
     Outputs: `vpc_id`, `subnet_ids`, `s3_prefixes`, the id of the list of S3's addresses.
     """
 
-    def __init__(self, stack: Stack, *, region: Input[str]) -> None:
+    def __init__(self, stack: Stack, *, region: Input[str], holds_data: bool = False) -> None:
         super().__init__(stack, "network")
+        options = self.kept if holds_data else self.child
         vpc = aws.ec2.Vpc(
             self.named("vpc"),
             cidr_block="10.0.0.0/24",
             enable_dns_support=True,
             enable_dns_hostnames=True,
             tags={"Name": stack.name},
-            opts=self.child(),
+            opts=options(),
         )
         self._region = region
         self.vpc_id = vpc.id
@@ -61,7 +64,7 @@ class Network(Component):
                 map_public_ip_on_launch=False,
                 tags={"Name": self.named(f"private-{index}")},
                 # The zones of an account may become more; what is in a subnet must not move for that.
-                opts=self.child(ignore_changes=["availability_zone"]),
+                opts=options(ignore_changes=["availability_zone"]),
             )
             aws.ec2.RouteTableAssociation(
                 self.named(f"private-{index}"), subnet_id=subnet.id, route_table_id=table.id, opts=self.child()
@@ -83,15 +86,22 @@ class Network(Component):
         return Link(statements=(Statement("BeInTheNetwork", INTERFACES, ("*",)),))
 
     def group(
-        self, component: Component, name: str, description: str, depends_on: Sequence[Resource] = ()
+        self,
+        component: Component,
+        name: str,
+        description: str,
+        *,
+        depends_on: Sequence[Resource] = (),
+        holds_data: bool = False,
     ) -> aws.ec2.SecurityGroup:
         """A security group of another component, with no rules yet."""
+        options = component.kept if holds_data else component.child
         return aws.ec2.SecurityGroup(
             component.named(name),
             vpc_id=self.vpc_id,
             description=description,
             tags={"Name": component.named(name)},
-            opts=component.child(depends_on=list(depends_on)),
+            opts=options(depends_on=list(depends_on)),
         )
 
     def open(self, component: Component, who: str, group: Input[str], door: Door) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pulumi_aws as aws
-from pulumi import Input
+from pulumi import Input, Output
 
 from infra.components import Component, Stack
 from infra.components.broker import Broker
@@ -95,21 +95,23 @@ class Observability(Component):
 
     def _cache(self, cache: Cache) -> None:
         if cache.serverless:
-            of = {"clusterId": cache.name}
+            of: dict[str, Input[str]] = {"clusterId": cache.name}
             self._alarm(
                 "cache-throttled", "AWS/ElastiCache", "ThrottledCmds", of, "Sum", 0, "the cache is at its limit"
             )
         else:
-            of = {"ReplicationGroupId": cache.name}
-            self._alarm(
-                "cache-memory",
-                "AWS/ElastiCache",
-                "DatabaseMemoryUsagePercentage",
-                of,
-                "Maximum",
-                80,
-                "the cache is full soon",
-            )
+            # The metric is told of each node and not of the group. Any node may become the primary one.
+            for number in range(1, cache.nodes + 1):
+                of = {"CacheClusterId": Output.format("{0}-00{1}", cache.name, number)}
+                self._alarm(
+                    "cache-memory" if number == 1 else f"cache-memory-{number}",
+                    "AWS/ElastiCache",
+                    "DatabaseMemoryUsagePercentage",
+                    of,
+                    "Maximum",
+                    80,
+                    f"node {number} of the cache is full soon",
+                )
 
     def _alarm(
         self,

@@ -64,8 +64,8 @@ class Postgres(Component):
     def __init__(self, stack: Stack, *, settings: choices.Postgres, network: Network, zip: str, log_days: int) -> None:
         super().__init__(stack, "postgres")
         self.settings = settings
-        self._group = network.group(self, "database", "who may reach the database")
-        subnets = aws.rds.SubnetGroup(self.named("database"), subnet_ids=network.subnet_ids, opts=self.child())
+        self._group = network.group(self, "database", "who may reach the database", holds_data=True)
+        subnets = aws.rds.SubnetGroup(self.named("database"), subnet_ids=network.subnet_ids, opts=self.kept())
         self._made = self._cluster(subnets) if settings.mode == "aurora" else self._instance(subnets)
         self.identifier, self.host, self._resource_id = self._made.identifier, self._made.host, self._made.resource_id
         self._door = Door("postgres", self._group.id, PORT)
@@ -95,7 +95,7 @@ class Postgres(Component):
                 {"name": "log_min_duration_statement", "value": "1000"},
                 {"name": "log_parameter_max_length", "value": "0"},  # the data of slow statements stay out of the log
             ],
-            opts=self.child(),
+            opts=self.kept(),
         )
         instance = aws.rds.Instance(
             self.named("database"),
@@ -138,7 +138,7 @@ class Postgres(Component):
                 {"name": "log_min_duration_statement", "value": "1000"},
                 {"name": "log_parameter_max_length", "value": "0"},  # the data of slow statements stay out of the log
             ],
-            opts=self.child(),
+            opts=self.kept(),
         )
         cluster = aws.rds.Cluster(
             self.named("database"),

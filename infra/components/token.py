@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pulumi
 import pulumi_aws as aws
-from pulumi import Input, Output
+from pulumi import Input, Output, Resource
 
 from infra.components import Component, Stack
 
@@ -26,7 +26,8 @@ class ApiToken(Component):
     argument would be null after a refresh, and the next update would fail.
 
     name          of the secret: unique in the account and its region
-    generation    a version of the secret each: raising it replaces the token
+    generation    a version of the secret each: raising it replaces the token. In prod, where the current version is
+                  protected, it is raised by one at a time: the version before stays until the next rotation
 
     Outputs: `sha256`, hexadecimal; unknown while the version is only planned, because the update draws another token.
     """
@@ -38,22 +39,35 @@ class ApiToken(Component):
             name=name,
             description="The API token, for Authorization: Bearer ...",
             recovery_window_in_days=30 if stack.keeps else 0,
-            opts=self.child(),
+            opts=self.kept(),
         )
         version = self._secret_version(secret, generation)
+        if stack.keeps and generation > 1:
+            self._secret_version(secret, generation - 1, after=version)
         # The id is AWS's, so the labels of a planned version, which are those of another token, never get out.
         labels = Output.all(version.version_id, version.version_stages)
         self.sha256: Output[str] = labels.apply(lambda known: _labelled(known[1]))
         self.register_outputs({"sha256": self.sha256})
 
-    def _secret_version(self, secret: aws.secretsmanager.Secret, generation: int) -> aws.secretsmanager.SecretVersion:
+    def _secret_version(
+        self, secret: aws.secretsmanager.Secret, generation: int, *, after: Resource | None = None
+    ) -> aws.secretsmanager.SecretVersion:
+        """Register a generation. `after`: the current one, if this is the one before.
+
+        The generation before is registered without protection, so that the next rotation can delete it. If it has to be
+        made anew, for instance after an aborted `destroy`, it comes after the current one and does not take AWSCURRENT.
+        """
         token = secrets.token_urlsafe(32)
+        label = LABEL + hashlib.sha256(token.encode()).hexdigest()
+        ignored = ["secret_string", "version_stages"]
         return aws.secretsmanager.SecretVersion(
             self.named(f"token-{generation}"),
             secret_id=secret.id,
             secret_string=Output.secret(token),
-            version_stages=["AWSCURRENT", LABEL + hashlib.sha256(token.encode()).hexdigest()],
-            opts=self.child(ignore_changes=["secret_string", "version_stages"]),
+            version_stages=["AWSCURRENT", label] if after is None else [label],
+            opts=self.kept(ignore_changes=ignored)
+            if after is None
+            else self.child(ignore_changes=ignored, depends_on=[after]),
         )
 
 

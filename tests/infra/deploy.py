@@ -253,7 +253,8 @@ def _lifecycle(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _log_group(cloud: Cloud, resource: Resource, given: dict[str, Any], _: bytes) -> Made:
-    name = own_name(resource, given)
+    prefix = given.get("namePrefix")
+    name = f"{prefix}{secrets.token_hex(4)}" if prefix else own_name(resource, given)
     cloud.logs.create_log_group(logGroupName=name, tags=given["tags"])
     cloud.logs.put_retention_policy(logGroupName=name, retentionInDays=given["retentionInDays"])
     arn = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:{name}"

@@ -194,9 +194,15 @@ def record(program: Callable[[], Mapping[str, Any]], *, preview: bool = False) -
         )
     )
 
+    ended: list[SystemExit] = []
+
     def run() -> None:
-        for name, value in program().items():
-            pulumi.export(name, value)
+        try:
+            for name, value in program().items():
+                pulumi.export(name, value)
+        except SystemExit as end:
+            # asyncio would raise it from the loop, and again from each task that waits for the one that ended.
+            ended.append(end)
 
     try:
         loop.run_until_complete(asyncio.wait_for(stack.run_in_stack(run), LIMIT_S))
@@ -206,6 +212,8 @@ def record(program: Callable[[], Mapping[str, Any]], *, preview: bool = False) -
         settings.set_root_resource(None)
         _end(loop)
         asyncio.set_event_loop(None)
+    if ended:
+        raise ended[0]
     root, *resources = monitor.recorded.values()
     logged = [call.args[0] for call in engine.Log.call_args_list]
     said = [entry.message for entry in logged if entry.severity >= engine_pb2.WARNING]

@@ -12,7 +12,7 @@ import msgspec
 
 from app.settings import StackOutputs
 from infra.config import StackConfig
-from tests.infra.recorder import Recording, resource_class
+from tests.infra.recorder import Recording, Resource, resource_class
 from tests.infra.sdk_types import findings
 from tests.infra.stacks import environment, policies
 
@@ -38,12 +38,51 @@ WITHOUT_RESOURCES = {
     "ec2:UnassignPrivateIpAddresses",
 }
 """Actions that IAM knows for no single resource."""
+VERSION = "aws:secretsmanager/secretVersion:SecretVersion"
 DATA = {
     "aws:s3/bucket:Bucket",
     "aws:rds/instance:Instance",
     "aws:rds/cluster:Cluster",
     "aws:rds/clusterInstance:ClusterInstance",
 }
+
+
+OF_A_DATABASE = {
+    "aws:rds/subnetGroup:SubnetGroup",
+    "aws:rds/parameterGroup:ParameterGroup",
+    "aws:rds/clusterParameterGroup:ClusterParameterGroup",
+    "aws:ec2/vpc:Vpc",
+    "aws:ec2/subnet:Subnet",
+}
+"""What a database cannot exist without."""
+THE_URL = {
+    "http-api": {
+        "aws:apigatewayv2/api:Api": "-api",
+        "aws:apigatewayv2/integration:Integration": "-function",
+        "aws:apigatewayv2/route:Route": "-all",
+        "aws:apigatewayv2/stage:Stage": "-all",
+    },
+    "function-url": {
+        "aws:lambda/function:Function": "-api",
+        "aws:lambda/alias:Alias": "-api",
+        "aws:lambda/functionUrl:FunctionUrl": "-url",
+    },
+}
+"""What a URL goes with, by edge: types, and what the name ends with."""
+
+
+def protected(resource: Resource, config: StackConfig) -> bool:
+    """Return whether prod must not lose it: data, what they stand on, the URL or the current token."""
+    if resource.type in DATA or resource.type.startswith("aws:s3/bucket"):
+        return True
+    if "postgres" in config.needs and resource.type in OF_A_DATABASE:
+        return True
+    if resource.type == "aws:ec2/securityGroup:SecurityGroup":
+        return resource.name.endswith("-database")
+    if resource.type.startswith("aws:secretsmanager/"):
+        return resource.name.endswith(("-token", f"-token-{config.token_generation}"))
+    ending = THE_URL[config.edge].get(resource.type)
+    return ending is not None and resource.name.endswith(ending)
 
 
 def rule(function: Rule) -> Rule:
@@ -288,6 +327,9 @@ def calls_come_by_the_edge(stack: Recording, config: StackConfig) -> Iterator[st
     limits = stage.inputs.get("defaultRouteSettings", {})
     if not (limits.get("throttlingRateLimit", 0) > 0 and limits.get("throttlingBurstLimit", 0) > 0):
         yield "the API has no limits"
+    group = stack.one("aws:cloudwatch/logGroup:LogGroup", "-access").inputs
+    if "name" in group or not group.get("namePrefix", "").startswith("/aws/vendedlogs/"):
+        yield "each API adds a line to a policy of the region that has room for some 40"
     logged = json.loads(stage.inputs.get("accessLogSettings", {}).get("format", "{}"))
     if not logged or {"path", "sourceIp"} & set(str(logged)):
         yield "the API logs nothing"
@@ -373,6 +415,8 @@ def databases_are_closed_and_kept(stack: Recording, config: StackConfig) -> Iter
 @rule
 def caches_and_brokers_are_closed(stack: Recording, config: StackConfig) -> Iterator[str]:
     for group in stack.all("aws:elasticache/replicationGroup:ReplicationGroup"):
+        if group.ignored != ["engineVersion"]:
+            yield f"{group.name} would be replaced after AWS has upgraded it"
         for name, value in {
             "transitEncryptionEnabled": True,
             "transitEncryptionMode": "required",
@@ -403,10 +447,21 @@ def caches_and_brokers_are_closed(stack: Recording, config: StackConfig) -> Iter
 def prod_keeps_and_the_others_leave_nothing(stack: Recording, config: StackConfig) -> Iterator[str]:
     keeps = config.stage == "prod"
     for resource in stack.resources:
+        if resource.protect != (keeps and protected(resource, config)):
+            yield f"{resource.name} is{'' if resource.protect else ' not'} protected"
         # What guards a bucket's data stays as long as the data.
-        expected = keeps and (resource.type in DATA or resource.type.startswith("aws:s3/bucket"))
-        if (resource.protect, resource.retain) != (expected, expected):
-            yield f"{resource.name} is{'' if resource.protect else ' not'} protected, is{'' if resource.retain else ' not'} retained"
+        if resource.retain != (keeps and (resource.type in DATA or resource.type.startswith("aws:s3/bucket"))):
+            yield f"{resource.name} is{'' if resource.retain else ' not'} retained"
+    versions = {each.name.rpartition("-")[2]: each for each in stack.all(VERSION) if "-token-" in each.name}
+    before = f"{config.token_generation - 1}"
+    if config.auth == "token" and (before in versions) != (keeps and config.token_generation > 1):
+        yield f"the token before is{'' if before in versions else ' not'} there"
+    for number, version in versions.items():
+        current = number == f"{config.token_generation}"
+        if ("AWSCURRENT" in version.inputs["versionStages"]) != current:
+            yield f"{version.name} takes the wrong label"
+        if not current and versions[f"{config.token_generation}"].urn not in version.depends[""]:
+            yield f"{version.name} may be made before the current one, and then is the current one"
     for bucket in stack.all("aws:s3/bucket:Bucket"):
         if bucket.inputs["forceDestroy"] is keeps:
             yield f"{bucket.name} is{'' if keeps else ' not'} emptied when it is destroyed"
@@ -424,6 +479,12 @@ def all_is_tagged_watched_and_budgeted(stack: Recording, config: StackConfig) ->
                 yield f"{resource.name} has the tags {tags}"
     alarms = stack.all("aws:cloudwatch/metricAlarm:MetricAlarm")
     namespaces = {alarm.inputs["namespace"] for alarm in alarms}
+    for group in stack.all("aws:elasticache/replicationGroup:ReplicationGroup"):
+        # CloudWatch has this metric of nodes, which are called after their group, and not of groups.
+        known = [each for each in alarms if group.urn in each.depends.get("dimensions", ())]
+        nodes = [each.inputs["dimensions"].get("CacheClusterId", "")[-4:] for each in known]
+        if nodes != [f"-00{number}" for number in range(1, group.inputs["numCacheClusters"] + 1)]:
+            yield f"of {group.name} the nodes {nodes} are watched"
     for need, namespace in {"postgres": "AWS/RDS", "cache": "AWS/ElastiCache", "broker": "AWS/AmazonMQ"}.items():
         if (namespace in namespaces) != (need in config.needs):
             yield f"{namespace} is{'' if namespace in namespaces else ' not'} watched"

@@ -25,6 +25,7 @@ CONFIGS: dict[str, StackConfig] = {
     "function-url-dev": StackConfig(
         edge="function-url", auth="none", cors=["*"], timeout_s=60, snap_start=True, concurrency=5
     ),
+    "function-url-prod": StackConfig(stage="prod", edge="function-url", token_generation=3),
     "everything-prod": StackConfig(
         storage="full",
         stage="prod",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,7 +15,9 @@ from app.settings import JwtAuth, Pair
 from app.wiring import PRESETS
 from infra.artifact import ROOT
 from infra.choices import Postgres
-from infra.config import KINDS, LOG_DAYS, StackConfig, allowed, descriptions, read
+from infra.config import KINDS, LOG_DAYS, MAX_TAGS, StackConfig, allowed, descriptions, read
+from infra.stack import build
+from tests.infra.recorder import record
 
 JWT = '{"mode": "jwt", "issuer": "https://login.example.org", "audiences": ["crudstack"]}'
 
@@ -105,7 +108,7 @@ REFUSED = [
     ({"concurrency": "0"}, "concurrency is"),
     (
         {"concurrency": "36", "storage": "postgres-s3"},
-        "expected at most 35, a larger postgres.class or max_acu, or postgres.proxy",
+        "expected at most 35, or a larger postgres.class or max_acu",
     ),
     ({"snap_start": "maybe"}, "snap_start is"),
     ({"snap_start": "true", "ephemeral_mb": "1024"}, "expected ephemeral_mb 512, or false"),
@@ -125,7 +128,18 @@ REFUSED = [
     ({"alarm_email": "ops"}, "alarm_email is"),
     ({"budget_usd": "0", "alarm_email": "a@b"}, "budget_usd is"),
     ({"budget_usd": "50"}, "nobody would be told; expected alarm_email"),
+    ({"domain": json.dumps({"name": "a" * 61 + ".org", "zone": "Z0"})}, "`str` of length <= 64"),
     ({"tags": '{"aws:team": "x"}'}, "are taken"),
+    ({"tags": '{"AWS:team": "x"}'}, "are taken"),
+    ({"tags": '{"crudstack:stage": "prod"}'}, "are taken"),
+    ({"tags": '{"": "x"}'}, "expected names of 1 to 128 characters"),
+    ({"tags": json.dumps({"x" * 129: "x"})}, "expected names of 1 to 128 characters"),
+    ({"tags": json.dumps({"x": "x" * 257})}, "and values of at most 256"),
+    ({"tags": '{"team": "a,b"}'}, 'tags is {"team":"a,b"}: expected letters, digits, spaces'),
+    ({"tags": '{"te*m": "a"}'}, "expected letters, digits, spaces"),
+    ({"tags": '{"team": "a\\nb"}'}, "expected letters, digits, spaces"),
+    ({"tags": '{"Team": "a", "team": "b"}'}, "IAM takes it for Team, because it ignores case; expected one"),
+    ({"tags": json.dumps({f"n{number}": "x" for number in range(49)})}, 'tags is "49 names": expected at most 48'),
     ({"tags": '{"team": 5}'}, "`$[...]`"),
     ({"tags": '{"team": '}, "tags is"),
 ]
@@ -143,6 +157,19 @@ def test_what_makes_no_sense_is_one_sentence_with_key_found_and_allowed(values, 
     assert "\n" not in said
     assert any(said.startswith(f"crudstack:{key}") for key in values)
     assert "expected" in said or "is no setting" in said or "are taken" in said
+
+
+def test_tags_that_aws_takes_are_taken():
+    full = {f"{number}".rjust(128, "x"): "_.:/=+-@ é漢".ljust(256, "0") for number in range(48)}
+    assert read({"tags": json.dumps(full)}).tags == full
+    assert read({"domain": json.dumps({"name": "a" * 60 + ".org", "zone": "Z0"})}).domain.name == "a" * 60 + ".org"
+
+
+def test_a_tag_more_than_the_limit_would_be_one_too_many_for_aws():
+    """On a resource that has a Name: 50."""
+    tags = {f"{number}": "" for number in range(MAX_TAGS)}
+    stack = record(lambda: build(StackConfig(storage="mq-cached-s3", tags=tags), zip=Path("app.zip")))
+    assert max(len(each.inputs.get("tags", {})) for each in stack.resources) == 50
 
 
 def test_connections_suffice_for_all_instances_of_the_function():

@@ -103,6 +103,7 @@ def test_all_that_is_registered_is_paid_for_or_free(name):
     assert (costs.SECRET in found) == bool(held)
     assert not held or round(found[costs.SECRET].usd / costs.SECRET.usd) == held
     assert round(found[costs.ALARM].usd / costs.ALARM.usd) == types["aws:cloudwatch/metricAlarm:MetricAlarm"]
+    assert (costs.SNAP_START in found) == config.snap_start
     # The one for S3 is free.
     interfaces = max(0, types["aws:ec2/vpcEndpoint:VpcEndpoint"] - 1)
     endpoint = found[costs.ENDPOINT].usd if costs.ENDPOINT in found else 0
@@ -154,6 +155,12 @@ def test_an_independent_sum():
     million += 100_000 * 2e-6 * 0.023
     both = idle + database + million
     assert costs.total(costs.lines(StackConfig(storage="postgres-s3"), 1)) == pytest.approx(both, abs=0.01)
+
+
+def test_a_version_with_snap_start_costs_as_long_as_it_exists():
+    idle = [costs.total(costs.lines(StackConfig(snap_start=on), 0)) for on in (True, False)]
+    assert idle[0] - idle[1] == pytest.approx(730 * 3600 * 0.5 * 0.0000015046, abs=0.01)
+    assert "Each `pulumi up` that changes the function publishes another one" in COSTS
 
 
 def evaluated(arithmetic: str) -> float:
@@ -331,8 +338,13 @@ def test_counts_are_those_of_the_snapshots():
 
 def test_numbers_are_those_of_the_program():
     assert f"gets {StackConfig(storage='postgres-s3').reserved_concurrency} instances" in DEPLOY
-    version = re.search(r"pulumi>=([\d.]+)", (ROOT / "pyproject.toml").read_text())
-    assert f"the `pulumi` command, {version[1]} or later" in DEPLOY
+    # The oldest CLI is one number, which the CLI itself enforces.
+    required = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["requiredPulumiVersion"]
+    (major, minor) = re.fullmatch(r">=(\d+)\.(\d+)\.0", required).groups()
+    assert f"{major}.{minor} or later" in DEPLOY
+    # The SDK is not newer than the oldest CLI.
+    sdk = re.search(r"^pulumi==(\d+)\.(\d+)", (ROOT / "requirements/infra.txt").read_text(), re.MULTILINE)
+    assert (int(sdk[1]), int(sdk[2])) <= (int(major), int(minor))
 
 
 def test_a_bucket_that_is_left_goes_with_all_its_versions(ministack_s3):

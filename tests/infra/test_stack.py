@@ -85,7 +85,7 @@ VERSION, LIFECYCLE = (
     "aws:s3/bucketLifecycleConfiguration:BucketLifecycleConfiguration",
 )
 INGRESS, PERMISSION = "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule", "aws:lambda/permission:Permission"
-S3, FULL, ALL = "s3-sqlite-dev", "full-dev", "everything-prod"
+S3, FULL, ALL, URL = "s3-sqlite-dev", "full-dev", "everything-prod", "function-url-prod"
 
 PLANTED = {
     "arguments_fit_the_sdk": [
@@ -207,6 +207,7 @@ PLANTED = {
         (S3, on(PERMISSION, "-maintain", depends={})),
         (S3, change(STAGE, defaultRouteSettings=...)),
         (S3, change(STAGE, accessLogSettings=...)),
+        (S3, change("aws:cloudwatch/logGroup:LogGroup", "-access", namePrefix="crudstack-dev-access-")),
         (S3, change("aws:apigatewayv2/route:Route", authorizationType="JWT")),
         (S3, change("aws:apigatewayv2/api:Api", corsConfiguration={"allowOrigins": ["*"]})),
         (ALL, change("aws:apigatewayv2/route:Route", "-all", authorizationType="NONE")),
@@ -262,6 +263,7 @@ PLANTED = {
             )
         ),
         (ALL, change(NODES, numCacheClusters=1)),
+        (ALL, on(NODES, ignored=[])),
         (ALL, change(BROKER, subnetIds=["one"])),
         (FULL, change("aws:elasticache/serverlessCache:ServerlessCache", userGroupId=...)),
         (FULL, change("aws:elasticache/serverlessCache:ServerlessCache", securityGroupIds=[])),
@@ -281,6 +283,36 @@ PLANTED = {
         ("s3-sqlite-prod", change(BUCKET, forceDestroy=True)),
         ("full-prod", on(INSTANCE, protect=False)),
         (ALL, on(CLUSTER, retain=False)),
+        *(
+            ("full-prod", on(type, suffix, protect=False))
+            for type, suffix in (
+                ("aws:ec2/vpc:Vpc", ""),
+                ("aws:ec2/subnet:Subnet", "-1"),
+                ("aws:ec2/securityGroup:SecurityGroup", "-database"),
+                ("aws:rds/subnetGroup:SubnetGroup", ""),
+                ("aws:rds/parameterGroup:ParameterGroup", ""),
+                ("aws:secretsmanager/secret:Secret", "-token"),
+                (VERSION, "-token-1"),
+                ("aws:apigatewayv2/api:Api", ""),
+                ("aws:apigatewayv2/integration:Integration", ""),
+                ("aws:apigatewayv2/route:Route", ""),
+                (STAGE, ""),
+            )
+        ),
+        (ALL, on("aws:rds/clusterParameterGroup:ClusterParameterGroup", protect=False)),
+        (ALL, on("aws:apigatewayv2/route:Route", "-preflight", protect=True)),
+        ("full-prod", on(BROKER, protect=True)),
+        ("full-prod", on("aws:ec2/subnet:Subnet", retain=True)),
+        ("mq-cached-s3-prod", on("aws:ec2/vpc:Vpc", protect=True)),
+        ("s3-sqlite-prod", on(FUNCTION, protect=True)),
+        (URL, on(FUNCTION, protect=False)),
+        (URL, on("aws:lambda/alias:Alias", protect=False)),
+        (URL, on("aws:lambda/functionUrl:FunctionUrl", protect=False)),
+        (URL, on(VERSION, "-token-2", protect=True)),
+        (URL, on(VERSION, "-token-2", depends={"": []})),
+        (URL, change(VERSION, "-token-2", versionStages=["AWSCURRENT", "sha256-x"])),
+        (URL, change(VERSION, "-token-3", versionStages=["sha256-x"])),
+        (URL, lambda stack: stack.resources.remove(stack.one(VERSION, "-token-2"))),
     ],
     "all_is_tagged_watched_and_budgeted": [
         (S3, change(BUCKET, tags={})),
@@ -293,6 +325,8 @@ PLANTED = {
         (FULL, lambda stack: [stack.resources.remove(each) for each in stack.all(ALARM) if "database" in each.name]),
         (FULL, lambda stack: stack.resources.remove(stack.one(ALARM, "cache-throttled"))),
         (FULL, lambda stack: [stack.resources.remove(each) for each in stack.all(ALARM) if "broker" in each.name]),
+        (ALL, lambda stack: stack.resources.remove(stack.one(ALARM, "cache-memory-2"))),
+        (ALL, change(ALARM, "cache-memory", dimensions={"ReplicationGroupId": "crudstack-prod-cache"})),
         (ALL, without("aws:sns/topicSubscription:TopicSubscription")),
         (ALL, without("aws:budgets/budget:Budget")),
     ],
@@ -588,7 +622,12 @@ def test_the_zip_has_the_drivers_that_the_kinds_need(monkeypatch):
 MAIN = ROOT / "infra/__main__.py"
 
 
-def run_main(monkeypatch, config):
+def run_main(monkeypatch, directory, config, state="{}"):
+    """Run the program as Pulumi does. `state`: what `pulumi stack export` prints. The developer's CLI is not called."""
+    cli = directory / "pulumi"
+    cli.write_text(f"#!/bin/sh\ncat <<'STATE'\n{state}\nSTATE\n")
+    cli.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(artifact, "build", lambda out, **_: artifact.Artifact(out, "00ff", 1, 1, {}))
     monkeypatch.setenv("PULUMI_CONFIG", json.dumps(config))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -614,9 +653,11 @@ def ended(monkeypatch):
     return said, registered
 
 
-def test_the_program_reads_its_config_and_exports_what_the_app_reads(monkeypatch):
+def test_the_program_reads_its_config_and_exports_what_the_app_reads(monkeypatch, tmp_path):
     stack = run_main(
-        monkeypatch, {"aws:region": "eu-central-1", "crudstack:storage": "cached-s3", "crudstack:memory_mb": "1024"}
+        monkeypatch,
+        tmp_path,
+        {"aws:region": "eu-central-1", "crudstack:storage": "cached-s3", "crudstack:memory_mb": "1024"},
     )
     assert stack.one(FUNCTION).inputs["memorySize"] == 1024
     assert stack.outputs.keys() == {
@@ -635,15 +676,30 @@ def test_the_program_reads_its_config_and_exports_what_the_app_reads(monkeypatch
     }
 
 
-def test_a_wrong_key_ends_the_program_with_one_sentence_before_anything_is_registered(monkeypatch, ended):
+def test_a_wrong_key_ends_the_program_with_one_sentence_before_anything_is_registered(monkeypatch, tmp_path, ended):
     said, registered = ended
     with pytest.raises(SystemExit) as end:
-        run_main(monkeypatch, {"crudstack:memory": "1024"})
+        run_main(monkeypatch, tmp_path, {"crudstack:memory": "1024"})
     # Pulumi's language hosts take 32 for: the error was shown. After any other code they add a line of their own.
     assert end.value.code == 32
     (error,) = said
     assert error.startswith("crudstack:memory is no setting; there are storage, ")
     assert "\n" not in error
+    assert registered == ["pulumi:pulumi:Stack"]
+
+
+def test_an_update_that_would_delete_what_is_protected_ends_before_anything_is_registered(monkeypatch, tmp_path, ended):
+    said, registered = ended
+    api = {"urn": "urn:pulumi:test::crudstack::aws:apigatewayv2/api:Api::crudstack-prod-api", "protect": True}
+    state = {"deployment": {"resources": [{**api, "type": "aws:apigatewayv2/api:Api"}]}}
+    with pytest.raises(SystemExit) as end:
+        run_main(
+            monkeypatch, tmp_path, {"crudstack:stage": "prod", "crudstack:edge": "function-url"}, json.dumps(state)
+        )
+    assert end.value.code == 32
+    (error,) = said
+    assert error.startswith("crudstack:edge is function-url: ")
+    assert f"pulumi state unprotect '{api['urn']}' --stack test`" in error
     assert registered == ["pulumi:pulumi:Stack"]
 
 

@@ -1,0 +1,177 @@
+"""Refuse an update that would delete protected resources, before it changes anything.
+
+The engine refuses too, but last: it creates, updates and deletes everything else first. So this reads from the stack's
+state what is protected, and compares it with what the config still asks for. `test_protected.py` keeps the comparison
+in step with the program.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pulumi
+
+from app.autocrud.errors import ConfigError
+from infra.config import StackConfig
+
+EXPORT_S = 60
+"""How long reading the state may take. From a file it takes 0.2 seconds."""
+DATABASE = {
+    "Instance": "instance",
+    "ParameterGroup": "instance",
+    "Cluster": "aurora",
+    "ClusterInstance": "aurora",
+    "ClusterParameterGroup": "aurora",
+    "SubnetGroup": None,
+    "SecurityGroup": None,
+}
+"""What a database consists of, by type; the value is the one `postgres.mode` that has it."""
+
+
+class Protected(NamedTuple):
+    """A protected resource of the state."""
+
+    urn: str
+    type: str
+    name: str
+
+
+class Refusal(NamedTuple):
+    """What a config has that the protected resources do not allow."""
+
+    key: str
+    found: str
+    lost: str
+    """What an update would delete, in a few words."""
+    expected: str
+
+
+def check(config: StackConfig, root: Path) -> None:
+    """Raise ConfigError if an update of the running program's stack would delete protected resources.
+
+    The sentence names the key, and the command that unprotects exactly these resources. After that command the update
+    goes on. If the state cannot be read, a warning says why, and the engine's own refusal remains.
+
+    root    the directory of Pulumi.yaml
+    """
+    stack = f"{pulumi.get_organization()}/{pulumi.get_project()}/{pulumi.get_stack()}"
+    try:
+        state = export(stack, root)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        pulumi.log.warn(
+            f"`pulumi stack export` did not tell what is protected ({_reason(error)}): if this update would delete a"
+            " protected resource, Pulumi refuses that at its end, after the other changes"
+        )
+        return
+    refuse(config, protected(state), pulumi.get_stack())
+
+
+def export(stack: str, root: Path) -> Any:
+    """Return the state of a stack as JSON, secrets encrypted. Needs no passphrase and takes no lock.
+
+    The program has the environment of the CLI that runs it, so this is the same login and backend. Raises OSError if
+    there is no `pulumi` on PATH, SubprocessError if it fails or takes too long, ValueError if it prints no JSON.
+    """
+    done = subprocess.run(
+        ["pulumi", "stack", "export", "--stack", stack, "--non-interactive"],
+        cwd=root,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=EXPORT_S,
+    )
+    return json.loads(done.stdout)
+
+
+def protected(state: Any) -> list[Protected]:
+    """Return what is protected in an exported state, without replaced resources that only wait to be deleted."""
+    resources = (state.get("deployment") or {}).get("resources") or []
+    return [
+        Protected(each["urn"], each["type"], each["urn"].rpartition("::")[2])
+        for each in resources
+        if each.get("protect") and not each.get("delete")
+    ]
+
+
+def refuse(config: StackConfig, found: Iterable[Protected], stack: str) -> None:
+    """Raise ConfigError if the program no longer registers one of these resources. `stack` is what it is called."""
+    by_refusal: dict[Refusal, list[str]] = {}
+    for resource in found:
+        if (refusal := refusal_of(config, resource)) is not None:
+            by_refusal.setdefault(refusal, []).append(resource.urn)
+    for refusal, urns in by_refusal.items():
+        quoted = " ".join(f"'{urn}'" for urn in urns)
+        raise ConfigError(
+            f"crudstack:{refusal.key} is {refusal.found}: the update would delete {refusal.lost}, which this stack"
+            f" protects; expected {refusal.expected}, or, to give it up, first"
+            f" `pulumi state unprotect {quoted} --stack {shlex.quote(stack)}`"
+        )
+
+
+def refusal_of(config: StackConfig, resource: Protected) -> Refusal | None:
+    """Return why the program would not register a resource; None if it would, or if the resource is not its own."""
+    if not resource.name.startswith("crudstack-") or not resource.type.startswith("aws:"):
+        return None
+    prefix, type_ = f"crudstack-{config.stage}-", resource.type.rpartition(":")[2]
+    if not resource.name.startswith(prefix):
+        before = resource.name.split("-")[1]
+        lost = f"all of the stage {before}, its data too"
+        return Refusal("stage", config.stage, lost, f"{before}, and another stack for another stage")
+    name = resource.name.removeprefix(prefix)
+    if type_ in DATABASE and name.startswith("database"):
+        return _database(config, DATABASE[type_], name)
+    if type_ in {"Vpc", "Subnet"}:
+        return None if config.needs else _storage(config)
+    if type_ in {"Secret", "SecretVersion"} and name.startswith("token"):
+        return _token(config, name)
+    if resource.type.startswith("aws:apigatewayv2/") and config.edge != "http-api":
+        return Refusal("edge", config.edge, "the HTTP API and with it the URL", "http-api")
+    if type_ == "FunctionUrl" and config.edge != "function-url":
+        return Refusal("edge", config.edge, "the URL of the function", "function-url")
+    return None
+
+
+def _database(config: StackConfig, mode: str | None, name: str) -> Refusal | None:
+    if "postgres" not in config.needs:
+        return _storage(config)
+    if mode not in (None, config.postgres.mode):
+        return Refusal("postgres.mode", config.postgres.mode, "the database", str(mode))
+    if name == "database-1" and not config.postgres.multi_az:
+        return Refusal("postgres.multi_az", "false", "the second instance of the database", "true")
+    return None
+
+
+def _storage(config: StackConfig) -> Refusal:
+    expected = "a storage, or an entry of crudstack:storage_overrides, that needs it, such as postgres-s3"
+    return Refusal("storage", _shown(config.storage), "the database", expected)
+
+
+def _token(config: StackConfig, name: str) -> Refusal | None:
+    if config.auth != "token":
+        return Refusal("auth", _shown(config.auth), "the API token", "token")
+    generation = name.removeprefix("token").removeprefix("-")
+    # The program keeps the one before, too, so that a rotation deletes nothing that is protected.
+    if not generation or int(generation) in (config.token_generation, config.token_generation - 1):
+        return None
+    lost = f"the API token of generation {generation}"
+    expected = f"{generation}, or {int(generation) + 1} for a new token"
+    return Refusal("token_generation", f"{config.token_generation}", lost, expected)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _reason(error: Exception) -> str:
+    """Return the last line of what went wrong."""
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line.strip() for line in error.stderr.splitlines() if line.strip()]
+        return lines[-1] if lines else f"exit code {error.returncode}"
+    return str(error)
