@@ -48,7 +48,7 @@ class Refusal(NamedTuple):
     key: str
     found: str
     lost: str
-    """What an update would delete, in a few words."""
+    """What an update would remove, in a few words."""
     expected: str
 
 
@@ -109,7 +109,7 @@ def refuse(config: StackConfig, found: Iterable[Protected], stack: str) -> None:
     for refusal, urns in by_refusal.items():
         quoted = " ".join(f"'{urn}'" for urn in urns)
         raise ConfigError(
-            f"crudstack:{refusal.key} is {refusal.found}: the update would delete {refusal.lost}, which this stack"
+            f"crudstack:{refusal.key} is {refusal.found}: the update would remove {refusal.lost}, which this stack"
             f" protects; expected {refusal.expected}, or, to give it up, first"
             f" `pulumi state unprotect {quoted} --stack {shlex.quote(stack)}`"
         )
@@ -122,7 +122,7 @@ def refusal_of(config: StackConfig, resource: Protected) -> Refusal | None:
     prefix, type_ = f"crudstack-{config.stage}-", resource.type.rpartition(":")[2]
     if not resource.name.startswith(prefix):
         before = resource.name.split("-")[1]
-        lost = f"all of the stage {before}, its data too"
+        lost = f"all resources of the stage {before}"
         return Refusal("stage", config.stage, lost, f"{before}, and another stack for another stage")
     name = resource.name.removeprefix(prefix)
     if type_ in DATABASE and name.startswith("database"):

@@ -137,7 +137,9 @@ def test_rotation_and_all_that_deletes_nothing_protected_is_possible(stacks, bef
 def test_a_stack_that_is_prod_stays_it(stacks, stage):
     with pytest.raises(ConfigError) as refused:
         refuse(StackConfig(stage=stage), stacks["database"][1], "main")
-    assert refused.value.detail.startswith(f"crudstack:stage is {stage}: the update would delete all of the stage prod")
+    assert refused.value.detail.startswith(
+        f"crudstack:stage is {stage}: the update would remove all resources of the stage prod"
+    )
     assert set(re.findall("'(urn:.*?)'", refused.value.detail)) == {each.urn for each in stacks["database"][1]}
 
 
