@@ -9,7 +9,7 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-infra run test lint mutants bench package docs lock clean
+.PHONY: help setup setup-infra run test pulumi lint mutants bench package docs lock clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,6 +26,9 @@ run: $(VENV)/.local ## serve the API on PORT=8000, on an S3 of its own with its 
 
 test: $(VENV)/.dev .local/checkov/.done ## the whole suite
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+pulumi: $(VENV)/.venv ## the pulumi commands that the tests run, built once into the user's cache (needs Go)
+	@$(BIN)/python -m tests.engine.install
 
 lint: $(VENV)/.dev ## format, rules, types, direction of dependencies
 	@$(BIN)/ruff format --check .

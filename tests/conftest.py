@@ -16,6 +16,7 @@ import httpx
 import psycopg
 import pytest
 
+from tests import not_run
 from tests.postgres import postgres
 from tests.rabbitmq import rabbitmq
 from tests.services import BUCKET, S3Server, ministack_s3, seaweed_s3
@@ -97,3 +98,9 @@ def serve() -> Iterator[Callable[..., Server]]:
             return server
 
         yield start
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say at the end what did not run, and why."""
+    for line in not_run.summary(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(line, yellow=True)

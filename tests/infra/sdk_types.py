@@ -20,11 +20,16 @@ ASSETS = (rpc._special_asset_sig, rpc._special_archive_sig)
 
 def findings(resource: Resource) -> list[str]:
     """What does not fit, a sentence each."""
-    cls = resource_class(resource.type)
+    return [f"{resource.name}: {finding}" for finding in argument_errors(resource.type, resource.inputs)]
+
+
+def argument_errors(type_: str, inputs: dict[str, Any]) -> list[str]:
+    """Return what does not fit the SDK's class of a type, a sentence each. Values that are not known yet fit."""
+    cls = resource_class(type_)
     module = sys.modules[cls.__module__]
     # Where both exist, the first one is what the constructor takes.
     arguments = getattr(module, f"{cls.__name__}InitArgs", None) or getattr(module, f"{cls.__name__}Args")
-    return [f"{resource.name}: {finding}" for finding in _object(resource.inputs, arguments, resource.type)]
+    return list(_object(inputs, arguments, type_))
 
 
 def _object(value: Any, cls: type, path: str) -> Iterator[str]:
@@ -47,7 +52,7 @@ def _object(value: Any, cls: type, path: str) -> Iterator[str]:
 def _check(value: Any, type_: Any, path: str) -> Iterator[str]:
     type_ = _types.unwrap_optional_type(type_)
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
-    if type_ is Any:
+    if type_ is Any or value == rpc.UNKNOWN:
         return
     if origin is typing.Union:
         # Futures of a type, dicts that look like it and what comes back as it say the same as the type itself.

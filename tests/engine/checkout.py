@@ -1,0 +1,86 @@
+"""A copy of the project in which the literal CLI runs, as a user has it after `git clone` and `make setup-infra`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from infra import artifact
+from infra.artifact import ROOT
+from tests.engine.account import Account
+from tests.engine.engine import LIMIT_S, install_plugin, isolated
+from tests.engine.provider import Faults
+
+
+class Checkout:
+    """The project's files with the environment of `isolated`, the tests' provider and the tests' language host.
+
+    account, faults    see tests/engine/account.py and provider.py; the provider is a process of the engine's
+    """
+
+    def __init__(self, directory: Path, cli: Path) -> None:
+        self.directory, self.path = directory, directory / "crudstack"
+        copy_project(self.path)
+        (self.path / ".venv").symlink_to(ROOT / ".venv")
+        (self.path / ".local").mkdir()
+        # The wheels for Lambda are made here, where the registry's settings are, and taken from their cache there.
+        artifact.build(directory / "wheels.zip")
+        (self.path / ".local/artifacts").symlink_to(ROOT / ".local/artifacts")
+        self.environment = isolated(directory, cli)
+        programs = directory / "programs"
+        programs.mkdir()
+        host = programs / "pulumi-language-python"
+        host.write_text(
+            f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{ROOT}/.venv/bin/python" -m tests.engine.language_host "$@"\n'
+        )
+        host.chmod(0o755)
+        (programs / "pulumi").symlink_to(cli)
+        # The zip is compiled by Lambda's Python, which may be one that pyenv or uv keeps in the user's home.
+        compiler = artifact.interpreter(artifact.LAMBDA.python).parent
+        self.environment["PATH"] = os.pathsep.join([str(programs), self.environment["PATH"], str(compiler)])
+        install_plugin(directory)
+        self.account, self.faults = Account(directory / "account"), Faults(directory / "account")
+
+    def start(self, command: str, **environment: str) -> subprocess.Popen[str]:
+        """Start a line of a shell in a process group of its own."""
+        return subprocess.Popen(
+            ["bash", "-c", command],
+            cwd=self.path,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, command: str, *, code: int = 0, **environment: str) -> str:
+        """Run a line of a shell, and return what it printed on both outputs. Raises AssertionError for another exit code."""
+        running = self.start(command, **environment)
+        try:
+            said, _ = running.communicate(timeout=LIMIT_S)
+        finally:
+            end_group(running)
+        assert running.returncode == code, f"{command} ended with {running.returncode}:\n{said}"
+        return said
+
+
+def copy_project(target: Path) -> None:
+    """Copy what git tracks, as it is in the working tree."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def end_group(running: subprocess.Popen[str]) -> None:
+    """Kill what is left of a process group: a CLI that was killed leaves its language host behind."""
+    try:
+        os.killpg(running.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    running.wait()

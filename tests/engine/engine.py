@@ -1,0 +1,276 @@
+"""Runs the Pulumi program under Pulumi's own CLI and engine, apart from everything that the user has.
+
+    with Engine(directory, cli) as engine:
+        stack = engine.stack("dev", StackConfig(storage="full"))
+        stack.up().changes      # {"create": 92}
+        stack.outputs()
+
+The CLI, the engine, the state and its encryption are real; AWS is tests/engine/provider.py. Programs run in this
+process by the Automation API, so the SDK is imported once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+import pulumi
+import yaml
+from pulumi import automation as auto
+
+from infra.artifact import ROOT
+from infra.config import StackConfig, project_values, read
+from infra.stack import build
+from tests.engine.provider import VERSION, Provider, serve
+from tests.infra import recorder  # noqa: F401 - loads the SDK's services, some of which warn of their own old names
+
+PASSPHRASE = "a passphrase of the tests"  # noqa: S105
+PROJECT = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["name"]
+LIMIT_S = 300
+"""For one command. The longest takes a minute here."""
+
+
+def isolated(directory: Path, cli: Path) -> dict[str, str]:
+    """Return an environment in which Pulumi has nothing of the user's: no home, state, plugin, passphrase or AWS account."""
+    home = directory / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    (directory / "state").mkdir(exist_ok=True)
+    return {
+        "HOME": str(home),
+        "PATH": os.pathsep.join(
+            [str(cli.parent), str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"]
+        ),
+        "LANG": "C.UTF-8",
+        "PULUMI_HOME": str(directory / "pulumi-home"),
+        "PULUMI_BACKEND_URL": f"file://{directory / 'state'}",
+        "PULUMI_CONFIG_PASSPHRASE": PASSPHRASE,
+        "PULUMI_SKIP_UPDATE_CHECK": "true",
+        "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION": "true",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+def install_plugin(directory: Path) -> None:
+    """Put the tests' provider where the engine of this directory alone looks for plugins."""
+    plugin = directory / f"pulumi-home/plugins/resource-aws-v{VERSION}/pulumi-resource-aws"
+    plugin.parent.mkdir(parents=True, exist_ok=True)
+    called = shlex.join([sys.executable, "-m", "tests.engine.provider"])
+    account = shlex.quote(str(directory / "account"))
+    plugin.write_text(
+        f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} CRUDSTACK_TEST_ACCOUNT={account} exec {called} "$@"\n'
+    )
+    plugin.chmod(0o755)
+    (plugin.parent / "PulumiPlugin.yaml").write_text("runtime: go\n")
+
+
+@dataclass
+class Step:
+    """What the engine did, or would do, to a resource."""
+
+    op: str
+    """"create", "same", "update", "replace", "delete", "refresh", "discard" and the like."""
+    type: str
+    urn: str
+    changed: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.urn.rpartition("::")[2]
+
+
+@dataclass
+class Done:
+    """How an operation ended."""
+
+    steps: list[Step] = field(default_factory=list)
+    changes: dict[str, int] = field(default_factory=dict)
+    """As the engine counts them: {"create": 34}; without "same"."""
+    diagnostics: list[str] = field(default_factory=list)
+    """Errors and warnings, without colours."""
+    error: str = ""
+    """What the CLI said if it failed."""
+
+    def of(self, *ops: str) -> list[Step]:
+        return [step for step in self.steps if step.op in ops]
+
+
+class EngineStack:
+    """A stack of an Engine, whose operations take the program with the config of that moment."""
+
+    def __init__(self, engine: Engine, name: str, config: StackConfig) -> None:
+        self.engine, self.name, self.config = engine, name, config
+        self._work = engine.directory / f"work-{name}"
+        self._work.mkdir(parents=True, exist_ok=True)
+        # The project's own Pulumi.yaml, so that its config is checked too; an inline program has no `main`.
+        lines = (ROOT / "Pulumi.yaml").read_text().splitlines()
+        (self._work / "Pulumi.yaml").write_text("\n".join(line for line in lines if not line.startswith("main:")))
+        with engine.environment():
+            self._stack = auto.create_or_select_stack(
+                stack_name=name,
+                project_name=PROJECT,
+                program=self._program,
+                opts=auto.LocalWorkspaceOptions(work_dir=str(self._work)),
+            )
+            self._stack.set_config("aws:region", auto.ConfigValue("eu-central-1"))
+        self.program: Callable[[], Mapping[str, Any]] | None = None
+        """Runs instead of the project's own if it is set."""
+
+    def _program(self) -> None:
+        outputs = self.program() if self.program else build(read(project_values()), zip=self.engine.zip)
+        for name, value in outputs.items():
+            pulumi.export(name, value)
+
+    def preview(self, **options: Any) -> Done:
+        return self._do("preview", **options)
+
+    def up(self, **options: Any) -> Done:
+        return self._do("up", **options)
+
+    def refresh(self, **options: Any) -> Done:
+        return self._do("refresh", **options)
+
+    def destroy(self, **options: Any) -> Done:
+        return self._do("destroy", **options)
+
+    def _do(self, operation: str, **options: Any) -> Done:
+        """Run an operation. A failure is in the answer; whoever does not expect it asserts that there is none."""
+        done = Done()
+        arguments = ["--yes", "--skip-preview"] if operation != "preview" else []
+        self._write_config()
+        with self.engine.environment():
+            try:
+                # The Automation API's own `up` asks for outputs and history afterwards, which takes longer than this.
+                _run(self._stack, operation, [*arguments, *_flags(options)], self._program, done)
+            except auto.CommandError as error:
+                done.error = str(error)
+        return done
+
+    def _write_config(self) -> None:
+        """Say in Pulumi.STACK.yaml what differs from the defaults, beside the region and the salt that are there."""
+        file = self._work / f"Pulumi.{self.name}.yaml"
+        content = yaml.safe_load(file.read_text())
+        kept = {key: value for key, value in content["config"].items() if not key.startswith(f"{PROJECT}:")}
+        content["config"] = {**kept, **{f"{PROJECT}:{key}": value for key, value in written(self.config).items()}}
+        file.write_text(yaml.safe_dump(content))
+
+    def outputs(self) -> dict[str, Any]:
+        text = self.engine.run("stack", "output", "--json", "--stack", self.name, cwd=self._work)
+        outputs: dict[str, Any] = json.loads(text)
+        return outputs
+
+    def exported(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self.engine.run("stack", "export", "--stack", self.name, cwd=self._work))
+        return state
+
+    def command(self, *arguments: str, check: bool = True) -> str:
+        """Run the literal CLI for this stack, and return what it printed."""
+        return self.engine.run(*arguments, "--stack", self.name, cwd=self._work, check=check)
+
+
+class Engine:
+    """A CLI with a home, a state and an AWS account of its own, all below one directory."""
+
+    def __init__(self, directory: Path, cli: Path) -> None:
+        self.directory, self.cli = directory, cli
+        self.zip = directory / "app.zip"
+
+    def __enter__(self) -> Engine:
+        self._stack = ExitStack()
+        self.provider: Provider
+        self.provider, port = self._stack.enter_context(serve(self.directory / "account"))
+        self.account, self.faults = self.provider.account, self.provider.faults
+        self._environment = {**isolated(self.directory, self.cli), "PULUMI_DEBUG_PROVIDERS": f"aws:{port}"}
+        install_plugin(self.directory)
+        self.zip.write_bytes(b"PK\x05\x06" + bytes(18))  # the engine hashes it, so there must be one
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def stack(self, name: str, config: StackConfig) -> EngineStack:
+        return EngineStack(self, name, config)
+
+    @contextmanager
+    def environment(self) -> Iterator[None]:
+        with mock.patch.dict(os.environ, self._environment, clear=True):
+            yield
+
+    def run(self, *arguments: str, cwd: Path, check: bool = True) -> str:
+        command = [str(self.cli), *arguments, "--non-interactive", "--color", "never"]
+        done = subprocess.run(
+            command, cwd=cwd, env=self._environment, capture_output=True, text=True, check=False, timeout=LIMIT_S
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done.stdout if check else done.stdout + done.stderr
+
+
+def written(config: StackConfig) -> dict[str, Any]:
+    """Return what a person writes into Pulumi.STACK.yaml for a config: the keys that differ from the defaults."""
+    usual = StackConfig()
+    return {
+        name: msgspec.to_builtins(value)
+        for name in StackConfig.__struct_fields__
+        if (value := getattr(config, name)) != getattr(usual, name)
+    }
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        flags += [flag] if value is True else [f"{flag}={value}"]
+    return flags
+
+
+def _run(stack: auto.Stack, operation: str, arguments: list[str], program: Callable[[], None], done: Done) -> None:
+    """Run a command of the CLI with a program of this process, as the Automation API does it."""
+    from concurrent import futures
+
+    import grpc
+    from pulumi.automation._server import LanguageServer
+    from pulumi.automation._stack import ExecKind
+    from pulumi.runtime.proto import language_pb2_grpc
+
+    log = Path(stack.workspace.work_dir, "events.json")
+    log.unlink(missing_ok=True)
+    server = None
+    if operation in ("preview", "up"):
+        server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
+        language_pb2_grpc.add_LanguageRuntimeServicer_to_server(LanguageServer(program), server)
+        arguments = [*arguments, f"--client=127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"]
+        server.start()
+    try:
+        # The SDK gives no public way to run a command without asking for the outputs after it.
+        command = [operation, *arguments, "--exec-kind", ExecKind.INLINE.value, "--event-log", str(log)]
+        stack._run_pulumi_cmd_sync([*command, "--color", "never"])
+    finally:
+        if server is not None:
+            server.stop(0)
+        if log.exists():
+            _read_events(log, done)
+
+
+def _read_events(log: Path, done: Done) -> None:
+    for line in log.read_text().splitlines():
+        event = json.loads(line)
+        if "diagnosticEvent" in event and event["diagnosticEvent"]["severity"] in ("error", "warning"):
+            done.diagnostics.append(event["diagnosticEvent"]["message"].strip())
+        elif "resourcePreEvent" in event:
+            told = event["resourcePreEvent"]["metadata"]
+            done.steps.append(
+                Step(told["op"], told["type"], told["urn"], sorted(told.get("detailedDiff") or told.get("diffs") or []))
+            )
+        elif "summaryEvent" in event:
+            counted = Counter(event["summaryEvent"]["resourceChanges"])
+            done.changes = {op: number for op, number in counted.items() if op != "same" and number}

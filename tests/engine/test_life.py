@@ -1,0 +1,134 @@
+"""The life of every stack under Pulumi's engine: made, unchanged, refreshed, and taken down."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from app.settings import TokenAuth, parse_outputs
+from infra.config import StackConfig
+from tests.engine.engine import Engine, EngineStack
+from tests.infra.stacks import CONFIGS
+from tests.infra.test_stack import SNAPSHOTS
+
+SECRET_VERSION = "aws:secretsmanager/secretVersion:SecretVersion"  # noqa: S105
+BROKER = "aws:mq/broker:Broker"
+
+
+def assert_unchanged(done) -> None:
+    assert done.error == ""
+    assert [step for step in done.steps if step.op not in ("same", "refresh", "read")] == []
+    assert done.changes in ({}, {"refresh": done.changes.get("refresh")})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_life(engine, name):
+    config = CONFIGS[name]
+    stack = engine.stack("test", config)
+    planned = stack.preview()
+    assert planned.error == ""
+    assert engine.account.all() == {}
+
+    made = stack.up()
+    assert made.error == ""
+    registered = len((SNAPSHOTS / f"{name}.txt").read_text().splitlines()) + 1  # the stack itself
+    assert made.changes == planned.changes == {"create": registered}
+    assert made.diagnostics == []
+
+    # Each of these twice, in both orders: what a refresh reads must be what the program says.
+    assert_unchanged(stack.up())
+    assert_unchanged(stack.refresh())
+    assert_unchanged(stack.up(refresh=True))
+    assert_unchanged(stack.up())
+    assert_unchanged(stack.refresh())
+    assert_unchanged(stack.up())
+    assert engine.provider.requests["Read", "aws:s3/bucket:Bucket"] == 3
+
+    assert_outputs_fit(engine, stack, config)
+    assert_state_tells_no_secret(engine, stack)
+    if config.keeps:
+        assert_prod_refuses_to_go(engine, stack)
+    else:
+        gone = stack.destroy()
+        assert gone.error == ""
+        assert engine.account.all() == {}
+        assert stack.exported()["deployment"].get("resources", []) == []
+
+
+def assert_outputs_fit(engine: Engine, stack: EngineStack, config: StackConfig) -> None:
+    """The app can decode the outputs, and they name what exists."""
+    outputs = parse_outputs(json.dumps(stack.outputs()), "the outputs")
+    assert (outputs.storage, outputs.storage_overrides) == (config.storage, config.storage_overrides)
+    assert engine.account.get("aws:s3/bucket:Bucket", outputs.bucket)
+    assert engine.account.get("aws:lambda/function:Function", outputs.function_name)
+    told = engine.account.get("aws:lambda/function:Function", outputs.function_name)["environment"]["variables"]
+    inside = parse_outputs(told["CRUDSTACK_OUTPUTS"], "the environment")
+    assert (inside.auth, inside.db, inside.cache, inside.broker) == (
+        outputs.auth,
+        outputs.db,
+        outputs.cache,
+        outputs.broker,
+    )
+    assert_secrets_fit(engine, stack)
+
+
+def assert_secrets_fit(engine: Engine, stack: EngineStack) -> None:
+    """The token's SHA-256 is that of the current token, and the broker's password is that in its secret."""
+    import hashlib
+
+    outputs = parse_outputs(json.dumps(stack.outputs()), "the outputs")
+    if isinstance(outputs.auth, TokenAuth):
+        (secret_id,) = [id for id in engine.account.all("aws:secretsmanager/secret:Secret") if "/api-token" in id]
+        token = engine.account.current_secret(secret_id)
+        assert hashlib.sha256(token.encode()).hexdigest() == outputs.auth.token_sha256
+    if outputs.broker is not None:
+        login = json.loads(engine.account.current_secret(outputs.broker.secret_arn))
+        brokers = engine.account.all(BROKER)
+        assert len(brokers) == 1
+        for broker in brokers.values():
+            assert broker["instances"][0]["endpoints"][0] == outputs.broker.endpoint
+            assert broker["_untold"]["users"] == [login]
+
+
+def secrets_of(engine: Engine) -> set[str]:
+    """Every secret that the account holds: the token, and the broker's password."""
+    found = set()
+    for version in engine.account.all(SECRET_VERSION).values():
+        text = version["secretString"]
+        found.add(json.loads(text)["password"] if text.startswith("{") else text)
+    return found
+
+
+def assert_state_tells_no_secret(engine: Engine, stack: EngineStack) -> None:
+    """No secret stands in the state, nor in any other file that Pulumi wrote, in plain text."""
+    secrets = secrets_of(engine)
+    assert all(len(secret) >= 40 for secret in secrets)
+    files = [
+        path
+        for part in ("state", "home", "pulumi-home", f"work-{stack.name}")
+        for path in (engine.directory / part).rglob("*")
+        if path.is_file()
+    ]
+    assert len(files) > 5
+    for path in files:
+        content = path.read_bytes()
+        for secret in secrets:
+            assert secret.encode() not in content, path
+    exported = json.dumps(stack.exported())
+    assert all(secret not in exported for secret in secrets)
+
+
+def assert_prod_refuses_to_go(engine: Engine, stack: EngineStack) -> None:
+    """See test_protection.py, which looks at more than the refusal."""
+    before = stack.outputs()
+    refused = stack.destroy()
+    assert "protected" in refused.error + "".join(refused.diagnostics)
+    again = stack.up()
+    assert again.error == ""
+    after = stack.outputs()
+    assert {name: after[name] for name in ("auth", "bucket", "api_url")} == {
+        name: before[name] for name in ("auth", "bucket", "api_url")
+    }
+    assert after.get("db", {}) == before.get("db", {}) or "proxy" in before["db"]["host"]
+    assert_secrets_fit(engine, stack)
