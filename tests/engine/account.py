@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ class Account:
             yield content
             new = self._file.with_suffix(".new")
             new.write_text(json.dumps(content, indent=1, sort_keys=True))
-            os.replace(new, self._file)
+            new.replace(self._file)
 
     def _read(self) -> dict[str, Any]:
         if self._file.exists():

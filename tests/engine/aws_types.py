@@ -114,7 +114,7 @@ def _invocation(given: Properties, random: str) -> tuple[str, Properties]:
     return f"{given['functionName']}_$LATEST_{random}", {"result": json.dumps({"user": event.get("user")})}
 
 
-def _api(given: Properties, random: str) -> tuple[str, Properties]:
+def _api(_: Properties, random: str) -> tuple[str, Properties]:
     own = random[:10]
     return own, {
         "apiEndpoint": f"https://{own}.execute-api.{REGION}.amazonaws.com",
@@ -278,7 +278,7 @@ TYPES: dict[str, AwsType] = {
     ),
     "aws:ec2/vpc:Vpc": AwsType(made=_plain(arn_of="ec2 vpc/{}"), replaces=("cidrBlock",), held_by=("vpcId",)),
     "aws:ec2/vpcEndpoint:VpcEndpoint": AwsType(
-        made=lambda given, random: (f"vpce-{random[:17]}", {"prefixListId": f"pl-{random[:8]}", "state": "available"}),
+        made=lambda _, random: (f"vpce-{random[:17]}", {"prefixListId": f"pl-{random[:8]}", "state": "available"}),
         replaces=("vpcId", "serviceName", "vpcEndpointType"),
     ),
     "aws:elasticache/replicationGroup:ReplicationGroup": AwsType(
@@ -409,26 +409,19 @@ TYPES: dict[str, AwsType] = {
 }
 
 SETS = frozenset(
-    (
-        "alarmActions allowHeaders allowMethods allowOrigins architectures audiences enabledCloudwatchLogsExports "
-        "exposeHeaders identitySources okActions records routeTableIds securityGroupIds securityGroups subnetIds "
-        "userGroupIds userIds versionStages vpcSecurityGroupIds vpcSubnetIds validationRecordFqdns"
-    ).split()
+    ["alarmActions", "allowHeaders", "allowMethods", "allowOrigins", "architectures", "audiences", "enabledCloudwatchLogsExports", "exposeHeaders", "identitySources", "okActions", "records", "routeTableIds", "securityGroupIds", "securityGroups", "subnetIds", "userGroupIds", "userIds", "versionStages", "vpcSecurityGroupIds", "vpcSubnetIds", "validationRecordFqdns"]
 )
 """Lists without an order. The provider hands them on in an order of its own."""
 
 NOT_TOLD_BY_AWS = frozenset(
-    (
-        "allowOverwrite applyImmediately deleteAutomatedBackups finalSnapshotIdentifier forceDestroy publish "
-        "recoveryWindowInDays skipFinalSnapshot"
-    ).split()
+    ["allowOverwrite", "applyImmediately", "deleteAutomatedBackups", "finalSnapshotIdentifier", "forceDestroy", "publish", "recoveryWindowInDays", "skipFinalSnapshot"]
 )
 """Arguments that only steer the provider. They live in the state alone, and Read leaves them."""
 
 
 # What the provider's validators and AWS refuse. Each yields (property, reason).
 
-TAG = re.compile(r"[\w .:/=+@-]*", re.UNICODE)
+TAG = re.compile(r"[\w .:/=+@-]*")
 
 
 def refused(type_: str, given: Properties) -> Iterator[tuple[str, str]]:

@@ -16,12 +16,10 @@ import os
 import shlex
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import msgspec
@@ -32,6 +30,7 @@ from pulumi import automation as auto
 from infra.artifact import ROOT
 from infra.config import StackConfig, project_values, read
 from infra.stack import build
+from tests.engine.inline import Done, run
 from tests.engine.provider import VERSION, Provider, serve
 from tests.infra import recorder  # noqa: F401 - loads the SDK's services, some of which warn of their own old names
 
@@ -74,37 +73,6 @@ def install_plugin(directory: Path) -> None:
     (plugin.parent / "PulumiPlugin.yaml").write_text("runtime: go\n")
 
 
-@dataclass
-class Step:
-    """What the engine did, or would do, to a resource."""
-
-    op: str
-    """"create", "same", "update", "replace", "delete", "refresh", "discard" and the like."""
-    type: str
-    urn: str
-    changed: list[str]
-
-    @property
-    def name(self) -> str:
-        return self.urn.rpartition("::")[2]
-
-
-@dataclass
-class Done:
-    """How an operation ended."""
-
-    steps: list[Step] = field(default_factory=list)
-    changes: dict[str, int] = field(default_factory=dict)
-    """As the engine counts them: {"create": 34}; without "same"."""
-    diagnostics: list[str] = field(default_factory=list)
-    """Errors and warnings, without colours."""
-    error: str = ""
-    """What the CLI said if it failed."""
-
-    def of(self, *ops: str) -> list[Step]:
-        return [step for step in self.steps if step.op in ops]
-
-
 class EngineStack:
     """A stack of an Engine, whose operations take the program with the config of that moment."""
 
@@ -145,16 +113,10 @@ class EngineStack:
 
     def _do(self, operation: str, **options: Any) -> Done:
         """Run an operation. A failure is in the answer; whoever does not expect it asserts that there is none."""
-        done = Done()
         arguments = ["--yes", "--skip-preview"] if operation != "preview" else []
         self._write_config()
         with self.engine.environment():
-            try:
-                # The Automation API's own `up` asks for outputs and history afterwards, which takes longer than this.
-                _run(self._stack, operation, [*arguments, *_flags(options)], self._program, done)
-            except auto.CommandError as error:
-                done.error = str(error)
-        return done
+            return run(self._stack, operation, [*arguments, *_flags(options)], self._program)
 
     def _write_config(self) -> None:
         """Say in Pulumi.STACK.yaml what differs from the defaults, beside the region and the salt that are there."""
@@ -185,7 +147,7 @@ class Engine:
         self.directory, self.cli = directory, cli
         self.zip = directory / "app.zip"
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         self._stack = ExitStack()
         self.provider: Provider
         self.provider, port = self._stack.enter_context(serve(self.directory / "account"))
@@ -231,46 +193,3 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         flags += [flag] if value is True else [f"{flag}={value}"]
     return flags
-
-
-def _run(stack: auto.Stack, operation: str, arguments: list[str], program: Callable[[], None], done: Done) -> None:
-    """Run a command of the CLI with a program of this process, as the Automation API does it."""
-    from concurrent import futures
-
-    import grpc
-    from pulumi.automation._server import LanguageServer
-    from pulumi.automation._stack import ExecKind
-    from pulumi.runtime.proto import language_pb2_grpc
-
-    log = Path(stack.workspace.work_dir, "events.json")
-    log.unlink(missing_ok=True)
-    server = None
-    if operation in ("preview", "up"):
-        server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
-        language_pb2_grpc.add_LanguageRuntimeServicer_to_server(LanguageServer(program), server)
-        arguments = [*arguments, f"--client=127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"]
-        server.start()
-    try:
-        # The SDK gives no public way to run a command without asking for the outputs after it.
-        command = [operation, *arguments, "--exec-kind", ExecKind.INLINE.value, "--event-log", str(log)]
-        stack._run_pulumi_cmd_sync([*command, "--color", "never"])
-    finally:
-        if server is not None:
-            server.stop(0)
-        if log.exists():
-            _read_events(log, done)
-
-
-def _read_events(log: Path, done: Done) -> None:
-    for line in log.read_text().splitlines():
-        event = json.loads(line)
-        if "diagnosticEvent" in event and event["diagnosticEvent"]["severity"] in ("error", "warning"):
-            done.diagnostics.append(event["diagnosticEvent"]["message"].strip())
-        elif "resourcePreEvent" in event:
-            told = event["resourcePreEvent"]["metadata"]
-            done.steps.append(
-                Step(told["op"], told["type"], told["urn"], sorted(told.get("detailedDiff") or told.get("diffs") or []))
-            )
-        elif "summaryEvent" in event:
-            counted = Counter(event["summaryEvent"]["resourceChanges"])
-            done.changes = {op: number for op, number in counted.items() if op != "same" and number}

@@ -1,0 +1,129 @@
+"""Runs a program of this process under the CLI, as the Automation API does, and reads what the engine said.
+
+The Automation API's own functions ask for outputs and history after each operation, which takes longer than the
+operation; and its server leaves its event loop open if the engine is gone before the program, which is a warning here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from pulumi import automation as auto
+from pulumi.automation._server import LanguageServer
+from pulumi.automation._stack import ExecKind
+from pulumi.runtime import reset_options, run_in_stack, set_all_config
+from pulumi.runtime.proto import language_pb2, language_pb2_grpc
+
+
+@dataclass
+class Step:
+    """What the engine did, or would do, to a resource."""
+
+    op: str
+    """"create", "same", "update", "replace", "delete", "refresh" and the like."""
+    type: str
+    urn: str
+    changed: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.urn.rpartition("::")[2]
+
+
+@dataclass
+class Done:
+    """How an operation ended."""
+
+    steps: list[Step] = field(default_factory=list)
+    changes: dict[str, int] = field(default_factory=dict)
+    """As the engine counts them: {"create": 34}; without "same"."""
+    diagnostics: list[str] = field(default_factory=list)
+    """Errors and warnings, without colours."""
+    error: str = ""
+    """What the CLI said if it failed."""
+
+    def of(self, *ops: str) -> list[Step]:
+        return [step for step in self.steps if step.op in ops]
+
+    def changed(self, *ops: str) -> set[str]:
+        """Return the resources with one of these steps, as "Function crudstack-dev-api"; without components."""
+        return {f"{step.type.rpartition(':')[2]} {step.name}" for step in self.of(*ops) if step.type.startswith("aws:")}
+
+
+class ProgramServer(LanguageServer):
+    """The SDK's server for inline programs, which closes what it opened however the program ends."""
+
+    def Run(self, request: Any, context: Any) -> Any:
+        reset_options(
+            project=request.project,
+            monitor_address=request.monitor_address,
+            engine_address=request.args[0] if request.args else "",
+            stack=request.stack,
+            parallel=request.parallel,
+            preview=request.dryRun,
+            organization=request.organization or "organization",
+        )
+        set_all_config(request.config, request.configSecretKeys or None)
+        loop, executor = asyncio.new_event_loop(), ThreadPoolExecutor(max_workers=4 * max(request.parallel, 1))
+        loop.set_default_executor(executor)
+        loop.set_exception_handler(lambda *_: None)  # of what nobody waits for any more
+        try:
+            loop.run_until_complete(run_in_stack(self.program))
+        except Exception as error:
+            return language_pb2.RunResponse(error=f"{type(error).__name__}: {error}")
+        finally:
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            with contextlib.suppress(Exception):
+                loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            executor.shutdown()
+            loop.close()
+        return language_pb2.RunResponse()
+
+
+def run(stack: auto.Stack, operation: str, arguments: list[str], program: Callable[[], None]) -> Done:
+    """Run an operation of the CLI on a stack. A failure is in the answer.
+
+    arguments: beside those that an inline program needs.
+    """
+    done, log = Done(), Path(stack.workspace.work_dir, "events.json")
+    log.unlink(missing_ok=True)
+    with contextlib.ExitStack() as running:
+        if operation in ("preview", "up"):
+            server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
+            language_pb2_grpc.add_LanguageRuntimeServicer_to_server(ProgramServer(program), server)
+            arguments = [*arguments, f"--client=127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"]
+            server.start()
+            running.callback(lambda: server.stop(None).wait())
+        command = [operation, *arguments, "--exec-kind", ExecKind.INLINE.value, "--event-log", str(log)]
+        try:
+            stack._run_pulumi_cmd_sync([*command, "--color", "never"])
+        except auto.CommandError as error:
+            done.error = str(error)
+    if log.exists():
+        for line in log.read_text().splitlines():
+            _note(json.loads(line), done)
+    return done
+
+
+def _note(event: dict[str, Any], done: Done) -> None:
+    if "diagnosticEvent" in event and event["diagnosticEvent"]["severity"] in ("error", "warning"):
+        done.diagnostics.append(event["diagnosticEvent"]["message"].strip())
+    elif "resourcePreEvent" in event:
+        told = event["resourcePreEvent"]["metadata"]
+        changed = sorted(told.get("detailedDiff") or told.get("diffs") or [])
+        done.steps.append(Step(told["op"], told["type"], told["urn"], changed))
+    elif "summaryEvent" in event:
+        counted = Counter(event["summaryEvent"]["resourceChanges"])
+        done.changes = {op: number for op, number in counted.items() if op != "same" and number}
