@@ -156,9 +156,9 @@ def _storage(config: StackConfig) -> Refusal:
 def _token(config: StackConfig, name: str) -> Refusal | None:
     if config.auth != "token":
         return Refusal("auth", _shown(config.auth), "the API token", "token")
-    generation = name.removeprefix("token").removeprefix("-")
+    generation = name.removeprefix("token-")
     # The program keeps the one before, too, so that a rotation deletes nothing that is protected.
-    if not generation or int(generation) in (config.token_generation, config.token_generation - 1):
+    if not generation.isdecimal() or int(generation) in (config.token_generation, config.token_generation - 1):
         return None
     lost = f"the API token of generation {generation}"
     expected = f"{generation}, or {int(generation) + 1} for a new token"

@@ -148,6 +148,11 @@ def test_resources_of_others_are_none_of_ours():
     others = [
         Protected(f"{URN}aws:s3/bucket:Bucket::mine", "aws:s3/bucket:Bucket", "mine"),
         Protected(f"{URN}aws:sqs/queue:Queue::crudstack-prod-q", "aws:sqs/queue:Queue", "crudstack-prod-q"),
+        Protected(
+            f"{URN}aws:secretsmanager/secretVersion:SecretVersion::crudstack-prod-token-mine",
+            "aws:secretsmanager/secretVersion:SecretVersion",
+            "crudstack-prod-token-mine",
+        ),
         Protected(f"{URN}pulumi:providers:aws::default", "pulumi:providers:aws", "default"),
         Protected(f"{URN}crudstack:aws:HttpApi::http-api", "crudstack:aws:HttpApi", "http-api"),
     ]
