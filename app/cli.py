@@ -10,6 +10,8 @@ import logging
 import logging.handlers
 import os
 import secrets
+import select
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -178,10 +180,13 @@ def _serve(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
         _open(app)
         served = RequestLog(app) if access_log else app
         config = uvicorn.Config(served, access_log=False, log_level="warning", server_header=False)
+        server = _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}")
         try:
-            _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}").run(sockets=[listener])
+            server.run(sockets=[listener])
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
+        if server.unread is not None:
+            raise server.unread
 
 
 def _open(app: FastAPI) -> None:
@@ -233,13 +238,17 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, url: str) -> None:
         super().__init__(config)
         self._app, self._url = app, url
+        self.unread: BrokenPipeError | None = None
+        """The error if nobody reads where it says that it serves. It then stops in an orderly way."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            for name in self._app.state.crud.managers:
-                print(f"  {self._url}/{name}")
-            print(f"docs at {self._url}/docs, Ctrl-C stops", flush=True)
+            lines = [f"  {self._url}/{name}" for name in self._app.state.crud.managers]
+            try:
+                print("\n".join([*lines, f"docs at {self._url}/docs, Ctrl-C stops"]), flush=True)
+            except BrokenPipeError as error:
+                self.unread, self.should_exit = error, True
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -262,12 +271,40 @@ def _shown(host: str) -> str:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script, and end it with the exit code of the command."""
+    try:
+        try:
+            code = _run()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # As if SIGPIPE had ended it. What is still buffered goes nowhere, or Python would complain when it exits.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command that the arguments name. Return 0, or 2 after one sentence on stderr."""
     try:
         cli(exit_on_error=False, print_error=False)
     except CycloptsError as error:
         print(f"crudstack: {error}".strip(), file=sys.stderr)
-        sys.exit(2)
+        return 2
     except CrudError as error:
         print(f"crudstack: {error.detail}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+def _reader_is_gone() -> bool:
+    """Return whether stdout or stderr is a pipe that nobody reads any more, like that of `crudstack outputs | true`."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

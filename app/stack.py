@@ -1,8 +1,9 @@
-"""What `pulumi` tells of a stack, for commands that a person runs. It must be on PATH, and run where Pulumi.yaml is."""
+"""Runs the `pulumi` command for the commands that a person types. It must be on PATH, and run where Pulumi.yaml is."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from typing import Any
 
@@ -13,53 +14,85 @@ GENERATION = "crudstack:token_generation"
 
 
 def outputs(stack: str | None) -> StackOutputs:
-    """The outputs of a stack (None: the selected one), decoded as the app does. ConfigError."""
-    text = _pulumi("stack", "output", "--json", stack=stack)
+    """Return the outputs of a stack (None: the selected one), decoded as the app does. Raises ConfigError."""
+    text = ask("stack", "output", "--json", stack=stack)
     if json.loads(text or "{}") == {}:
         raise ConfigError("the stack has no outputs: run `pulumi up` first")
     return parse_outputs(text, "`pulumi stack output`")
 
 
+def config(stack: str | None) -> dict[str, Any]:
+    """Return the config of a stack with the defaults of Pulumi.yaml, as text by full key. Raises ConfigError."""
+    found: dict[str, dict[str, Any]] = json.loads(ask("config", "--json", stack=stack) or "{}")
+    return {key: value["value"] for key, value in found.items() if "value" in value}
+
+
 def next_generation(stack: str | None) -> int:
-    """Set the config to the next generation of the API token, which the next `pulumi up` makes. ConfigError."""
-    config: dict[str, Any] = json.loads(_pulumi("config", "--json", stack=stack) or "{}")
+    """Set the config to the next generation of the API token, which the next `pulumi up` makes. Raises ConfigError."""
     try:
-        number = int(config.get(GENERATION, {}).get("value", 1)) + 1
+        number = int(config(stack).get(GENERATION, 1)) + 1
     except ValueError:
-        raise ConfigError(f"{GENERATION} is no number; mend Pulumi.STACK.yaml") from None
-    _pulumi("config", "set", GENERATION, str(number), stack=stack)
+        raise ConfigError(f"{GENERATION} is not a number: correct it in Pulumi.STACK.yaml") from None
+    ask("config", "set", GENERATION, str(number), stack=stack)
     return number
 
 
 def up(stack: str | None, *, yes: bool) -> None:
-    """`pulumi up`, which the person watches and confirms. ConfigError if it failed or was declined."""
-    command = _command(["up", *(["--yes"] if yes else [])], stack)
-    try:
-        code = subprocess.run(command, check=False).returncode
-    except FileNotFoundError:
-        raise _missing() from None
-    if code != 0:
+    """Run `pulumi up`, which the person watches and confirms. Raises ConfigError if it failed or was declined."""
+    if watch("up", *(["--yes"] if yes else []), stack=stack) != 0:
         raise ConfigError("`pulumi up` did not finish; it goes on with the new token when you run it again")
 
 
-def _pulumi(*arguments: str, stack: str | None) -> str:
+def watch(*arguments: str, stack: str | None = None) -> int:
+    """Run pulumi on the person's terminal and return its exit code.
+
+    Ctrl-C is left to pulumi, which ends an update in an orderly way; this raises KeyboardInterrupt after that. Python's
+    own reaction would kill pulumi after a quarter of a second, and leave the stack locked.
+    """
+    interrupted = False
+
+    def note(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    # A function, because a signal that is ignored would be ignored by pulumi too.
+    before = signal.signal(signal.SIGINT, note)
     try:
-        done = subprocess.run(
-            _command([*arguments, "--non-interactive"], stack),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        code = subprocess.run(_command(arguments, stack), check=False).returncode
     except FileNotFoundError:
         raise _missing() from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
+    return code
+
+
+def ask(*arguments: str, stack: str | None = None) -> str:
+    """Run pulumi without a terminal and return what it prints. Raises ConfigError with its own reason if it fails."""
+    done = run(*arguments, stack=stack)
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it did not say why"]
-        raise ConfigError(f"`pulumi {' '.join(arguments)}` failed: {said[-1].strip()}")
+        raise ConfigError(f"`pulumi {' '.join(arguments)}` failed: {reason(done)}")
     return done.stdout
 
 
-def _command(arguments: list[str], stack: str | None) -> list[str]:
+def run(*arguments: str, stack: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run pulumi without a terminal, whatever its exit code. Raises ConfigError if it is not on PATH."""
+    command = _command([*arguments, "--non-interactive"], stack)
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise _missing() from None
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the line in which pulumi says why it failed: its last error, which warnings may follow."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["it did not say why"])[-1]
+
+
+def _command(arguments: tuple[str, ...] | list[str], stack: str | None) -> list[str]:
     return ["pulumi", *arguments, *(["--stack", stack] if stack else [])]
 
 

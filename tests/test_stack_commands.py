@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import boto3
 import httpx
 import pytest
+
+from app import cli
 
 OUTPUTS = {
     "version": 1,
@@ -40,6 +45,15 @@ elif asked[:2] == ["config", "--json"]:
     print(json.dumps({{name: {{"value": value, "secret": False}} for name, value in known.items()}}))
 elif asked[:2] == ["config", "set"]:
     config.write_text(json.dumps({{**known, asked[2]: asked[3]}}))
+elif asked[:1] == ["up"] and (here / "slow").exists():
+    import signal, time
+    signal.signal(signal.SIGINT, lambda *_: (here / "interrupted").touch())
+    (here / "running").touch()
+    while not (here / "interrupted").exists():
+        time.sleep(0.01)
+    time.sleep(1)  # as an update goes on until it can stop
+    (here / "stopped").touch()
+    sys.exit("error: update cancelled")
 elif asked[:1] == ["up"]:
     if (here / "declined").exists():
         sys.exit("error: confirmation declined, not proceeding with the update")
@@ -95,6 +109,61 @@ def test_what_is_wrong_is_one_sentence(pulumi, outputs, stack, says):
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_pulumi_s_reason_is_its_error_whatever_it_warns_of_afterwards(pulumi):
+    program = "import sys; sys.stderr.write('error: no such backend\\nwarning: a new version\\n'); sys.exit(1)"
+    (pulumi / "pulumi").write_text(f"#!/bin/sh\nexec {shlex.join([sys.executable, '-c', program])}\n")
+    done = crudstack(pulumi, "outputs")
+    assert done.stderr == "crudstack: `pulumi stack output --json` failed: error: no such backend\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["outputs --stack dev", "token new", "token --help", "nothing 2>&1", "serve --storage memory --port 0"],
+)
+def test_a_command_ends_quietly_if_nobody_reads_what_it_prints(pulumi, arguments):
+    program = shlex.join([sys.executable, "-c", "from app.cli import main; main()"])
+    environment = {"PATH": f"{pulumi}{os.pathsep}{os.environ['PATH']}"}
+    # Its stdout is a pipe whose reader has gone before it starts.
+    script = f"{{ sleep 0.2; {program} {arguments}; echo $? >&3; }} | true"
+    with (pulumi / "code").open("w") as code:
+        done = subprocess.run(
+            ["bash", "-c", f"exec 3>&{code.fileno()}; {script}"],
+            env=environment,
+            pass_fds=[code.fileno()],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    # 141 is 128 + SIGPIPE; the printer of --help ends with 1.
+    assert (pulumi / "code").read_text().strip() in {"141", "1" if "--help" in arguments else "141"}
+    assert [line for line in done.stderr.splitlines() if not line.startswith("not durable")] == []
+
+
+def test_another_broken_pipe_is_not_taken_for_a_reader_that_is_gone(monkeypatch):
+    def run():
+        raise BrokenPipeError("of a connection to a server")
+
+    monkeypatch.setattr(cli, "_run", run)
+    with pytest.raises(BrokenPipeError, match="of a connection"):
+        cli.main()
+
+
+def test_ctrl_c_is_left_to_pulumi_which_ends_its_update(pulumi):
+    (pulumi / "slow").touch()
+    command = [sys.executable, "-c", "from app.cli import main; main()", "token", "rotate", "--yes"]
+    running = subprocess.Popen(
+        command, env={"PATH": str(pulumi)}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (pulumi / "running").exists():
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=30)
+    assert (pulumi / "stopped").exists()
+    assert running.returncode == 130
+    assert "Traceback" not in said
 
 
 def test_without_pulumi_it_says_what_to_do(tmp_path):
