@@ -9,7 +9,7 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-infra run test pulumi lint mutants bench package docs lock clean
+.PHONY: help setup setup-infra deploy run test pulumi lint mutants bench package docs lock clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,6 +17,10 @@ help: ## what can be done here
 setup: $(VENV)/.dev ## everything for working on it, into .venv
 
 setup-infra: $(VENV)/.infra ## what `pulumi up` runs in, into .venv
+
+deploy: $(if $(STAGE),$(VENV)/.infra) ## create or update a stack on AWS: STAGE=dev, and STACK=NAME if it is called otherwise (YES=1 asks nothing)
+	@test -n "$(STAGE)" || { echo "STAGE is not set, expected dev, prod, local or pr-NAME: make deploy STAGE=dev" >&2; exit 2; }
+	@$(BIN)/python -m infra.deploy --stage "$(STAGE)" $(if $(STACK),--stack "$(STACK)") $(if $(filter-out 0,$(YES)),--yes)
 
 run: $(VENV)/.local ## serve the API on PORT=8000, on an S3 of its own with its data below LOCAL_DIR=.local
 	@CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo s3-sqlite)}" \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from typing import Any
 
 from .autocrud.errors import ConfigError
@@ -55,6 +56,7 @@ def watch(*arguments: str, stack: str | None = None) -> int:
         nonlocal interrupted
         interrupted = True
 
+    sys.stdout.flush()  # what was printed before comes before what pulumi prints
     # A function, because a signal that is ignored would be ignored by pulumi too.
     before = signal.signal(signal.SIGINT, note)
     try:
