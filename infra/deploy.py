@@ -190,7 +190,7 @@ def log_in(*, yes: bool) -> str:
 def check_passphrase(stack: str, stored: Mapping[str, Any], backend: str) -> None:
     """Raise ConfigError if the stack's secrets need a passphrase and the environment has none.
 
-    A question would not do: `crudstack token show` and every later `pulumi` need the variable as well.
+    A question would not do: every later `pulumi preview`, `up` or `destroy` needs the variable as well.
     """
     by_service = backend.startswith(("https://", "http://")) and "encryptionsalt" not in stored
     if by_service or stored.get("secretsprovider") not in (None, "passphrase"):
@@ -419,15 +419,19 @@ def main() -> int:
     try:
         cli(exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        print(f"deploy: {error}".strip(), file=sys.stderr)
-        return 2
+        return _ended(2, str(error))
     except CrudError as error:
-        print(f"deploy: {error.detail}", file=sys.stderr)
-        return 2
+        return _ended(2, error.detail)
     except (KeyboardInterrupt, EOFError):
-        print("\ndeploy: stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+        print()
+        return _ended(128 + signal.SIGINT, "stopped")
     return 0
+
+
+def _ended(code: int, why: str) -> int:
+    sys.stdout.flush()  # what was done comes before why it ended, in a log too
+    print(f"deploy: {why}".strip(), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
