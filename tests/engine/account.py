@@ -77,7 +77,7 @@ class Account:
         """Raises AwsError if the id is taken, or if a property names what does not exist any more."""
         with self._changed() as content:
             self._refuse_lost_references(content, properties)
-            if f"{type_} {id}" in content["resources"]:
+            if f"{type_} {id}" in content["resources"] and not TYPES[type_].put:
                 raise AwsError(f"{id} exists already")
             if type_.endswith(":Stage"):
                 self._let_write_access_logs(content, properties)
@@ -129,7 +129,7 @@ class Account:
     @staticmethod
     def _kept(type_: str, properties: Properties) -> Properties:
         """Return what the account has of a resource, and apart from it what AWS does not tell."""
-        untold = TYPES[type_].untold
+        untold = (*TYPES[type_].untold, *TYPES[type_].forgotten)
         told = {name: value for name, value in properties.items() if name not in untold}
         return {**told, "_untold": {name: properties[name] for name in untold if name in properties}}
 
@@ -195,6 +195,7 @@ def told(type_: str, properties: Properties, known: Properties) -> Properties:
     known: the state of the resource, in which alone such arguments live.
     """
     answer = {name: value for name, value in properties.items() if name != "_untold"}
+    answer |= {name: [] for name in TYPES[type_].forgotten}
     for name in (*TYPES[type_].untold, *NOT_TOLD_BY_AWS):
         answer.pop(name, None)
         if name in known:

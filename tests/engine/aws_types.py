@@ -36,13 +36,17 @@ class AwsType:
     replaces: tuple[str, ...] = NO_PROPERTIES
     """Properties whose change replaces the resource (ForceNew), beside `named`."""
     computed_on_update: tuple[str, ...] = NO_PROPERTIES
-    """Outputs that are unknown in the preview of an update."""
+    """Outputs that are unknown in the preview of an update that publishes a version."""
     write_only: tuple[str, ...] = NO_PROPERTIES
     """Arguments that neither the state nor Read ever has; in a state they are null."""
     sensitive: tuple[str, ...] = NO_PROPERTIES
     """Outputs that hold a secret, whatever the inputs said."""
     untold: tuple[str, ...] = NO_PROPERTIES
     """Properties that AWS has and does not tell; Read leaves what the state knows."""
+    put: bool = False
+    """Whether Create takes over what is there, as requests that are called Put do."""
+    forgotten: tuple[str, ...] = NO_PROPERTIES
+    """Lists that AWS has and does not tell; Read empties them, and no difference of them counts."""
     held_by: tuple[str, ...] = NO_PROPERTIES
     """Properties of other resources that name this one, which AWS does not delete while one does."""
 
@@ -124,7 +128,7 @@ def _api(_: Properties, random: str) -> tuple[str, Properties]:
 
 
 def _stage(given: Properties, _: str) -> tuple[str, Properties]:
-    return given["name"], {
+    return f"{given['apiId']}/{given['name']}", {
         "arn": arn("apigateway", f"/apis/{given['apiId']}/stages/{given['name']}", account=""),
         "executionArn": arn("execute-api", f"{given['apiId']}/{given['name']}"),
         "invokeUrl": f"https://{given['apiId']}.execute-api.{REGION}.amazonaws.com/",
@@ -230,7 +234,7 @@ def _broker(given: Properties, random: str) -> tuple[str, Properties]:
     return own, {"arn": arn("mq", f"broker:{given['brokerName']}:{own}"), "instances": [instance]}
 
 
-_BESIDE_BUCKET = AwsType(made=_plain(id="bucket"), replaces=("bucket",))
+_BESIDE_BUCKET = AwsType(made=_plain(id="bucket"), replaces=("bucket",), put=True)
 _RULE = AwsType(made=_plain(), replaces=("securityGroupId",))
 _PARAMETERS = AwsType(
     made=_plain(id="name", arn_of="rds pg:{}"),
@@ -255,13 +259,15 @@ TYPES: dict[str, AwsType] = {
     "aws:apigatewayv2/route:Route": AwsType(made=_plain(), replaces=("apiId",)),
     "aws:apigatewayv2/stage:Stage": AwsType(made=_stage, replaces=("apiId", "name")),
     "aws:budgets/budget:Budget": AwsType(made=_plain(id="name"), named="name", longest=100),
-    "aws:cloudwatch/eventRule:EventRule": AwsType(made=_plain(id="name", arn_of="events rule/{}"), named="name"),
+    "aws:cloudwatch/eventRule:EventRule": AwsType(
+        made=_plain(id="name", arn_of="events rule/{}"), named="name", put=True
+    ),
     "aws:cloudwatch/eventTarget:EventTarget": AwsType(made=_plain(), named="targetId", replaces=("rule",)),
     "aws:cloudwatch/logGroup:LogGroup": AwsType(
         made=_plain(id="name", arn_of="logs log-group:{}"), named="name", longest=512, replaces=("namePrefix",)
     ),
     "aws:cloudwatch/metricAlarm:MetricAlarm": AwsType(
-        made=_plain(id="name", arn_of="cloudwatch alarm:{}"), named="name", longest=255
+        made=_plain(id="name", arn_of="cloudwatch alarm:{}"), named="name", longest=255, put=True
     ),
     "aws:ec2/defaultSecurityGroup:DefaultSecurityGroup": AwsType(made=_plain(), replaces=("vpcId",)),
     "aws:ec2/routeTable:RouteTable": AwsType(made=_plain(), replaces=("vpcId",), held_by=("routeTableIds",)),
@@ -306,7 +312,11 @@ TYPES: dict[str, AwsType] = {
     ),
     "aws:iam/role:Role": AwsType(made=_role, named="name", held_by=("role",)),
     "aws:iam/rolePolicy:RolePolicy": AwsType(
-        made=lambda given, _: (f"{given['role']}:{given['name']}", {}), named="name", longest=128, replaces=("role",)
+        made=lambda given, _: (f"{given['role']}:{given['name']}", {}),
+        named="name",
+        longest=128,
+        replaces=("role",),
+        put=True,
     ),
     "aws:lambda/alias:Alias": AwsType(made=_alias, replaces=("name", "functionName")),
     # The zip is on this machine, and AWS tells only its hash.
@@ -335,15 +345,15 @@ TYPES: dict[str, AwsType] = {
             "invokedViaFunctionUrl",
         ),
     ),
-    # Amazon MQ tells no password, and of RabbitMQ no user: Read leaves what the state knows.
+    # Amazon MQ lists no users of RabbitMQ, so Read may leave an empty list; DiffSuppressFunc hides that (mq/broker.go).
     "aws:mq/broker:Broker": AwsType(
         made=_broker,
         named="brokerName",
         longest=50,
         letters=r"[0-9A-Za-z_-]+",
-        replaces=("deploymentMode", "engineType", "subnetIds", "publiclyAccessible", "storageType", "users"),
+        replaces=("deploymentMode", "engineType", "subnetIds", "publiclyAccessible", "storageType"),
         sensitive=("users",),
-        untold=("users",),
+        forgotten=("users",),
     ),
     "aws:rds/cluster:Cluster": AwsType(
         made=_cluster,
@@ -381,7 +391,7 @@ TYPES: dict[str, AwsType] = {
     "aws:rds/subnetGroup:SubnetGroup": AwsType(
         made=_plain(id="name", arn_of="rds subgrp:{}"), named="name", longest=255, held_by=("dbSubnetGroupName",)
     ),
-    "aws:route53/record:Record": AwsType(made=_record, replaces=("zoneId", "name", "type")),
+    "aws:route53/record:Record": AwsType(made=_record, replaces=("zoneId", "name", "type"), put=True),
     "aws:s3/bucket:Bucket": AwsType(made=_bucket, named="bucket", longest=63, letters=r"[a-z0-9][a-z0-9.-]*"),
     "aws:s3/bucketLifecycleConfiguration:BucketLifecycleConfiguration": _BESIDE_BUCKET,
     "aws:s3/bucketOwnershipControls:BucketOwnershipControls": _BESIDE_BUCKET,
@@ -400,6 +410,7 @@ TYPES: dict[str, AwsType] = {
         made=lambda given, _: (arn("sns", given["name"]), {"arn": arn("sns", given["name"]), "owner": ACCOUNT_ID}),
         named="name",
         longest=256,
+        put=True,
     ),
     "aws:sns/topicSubscription:TopicSubscription": AwsType(
         made=_plain(arn_of="sns x:{}"), replaces=("topic", "protocol", "endpoint")
@@ -409,12 +420,43 @@ TYPES: dict[str, AwsType] = {
 }
 
 SETS = frozenset(
-    ["alarmActions", "allowHeaders", "allowMethods", "allowOrigins", "architectures", "audiences", "enabledCloudwatchLogsExports", "exposeHeaders", "identitySources", "okActions", "records", "routeTableIds", "securityGroupIds", "securityGroups", "subnetIds", "userGroupIds", "userIds", "versionStages", "vpcSecurityGroupIds", "vpcSubnetIds", "validationRecordFqdns"]
+    [
+        "alarmActions",
+        "allowHeaders",
+        "allowMethods",
+        "allowOrigins",
+        "architectures",
+        "audiences",
+        "enabledCloudwatchLogsExports",
+        "exposeHeaders",
+        "identitySources",
+        "okActions",
+        "records",
+        "routeTableIds",
+        "securityGroupIds",
+        "securityGroups",
+        "subnetIds",
+        "userGroupIds",
+        "userIds",
+        "versionStages",
+        "vpcSecurityGroupIds",
+        "vpcSubnetIds",
+        "validationRecordFqdns",
+    ]
 )
 """Lists without an order. The provider hands them on in an order of its own."""
 
 NOT_TOLD_BY_AWS = frozenset(
-    ["allowOverwrite", "applyImmediately", "deleteAutomatedBackups", "finalSnapshotIdentifier", "forceDestroy", "publish", "recoveryWindowInDays", "skipFinalSnapshot"]
+    [
+        "allowOverwrite",
+        "applyImmediately",
+        "deleteAutomatedBackups",
+        "finalSnapshotIdentifier",
+        "forceDestroy",
+        "publish",
+        "recoveryWindowInDays",
+        "skipFinalSnapshot",
+    ]
 )
 """Arguments that only steer the provider. They live in the state alone, and Read leaves them."""
 

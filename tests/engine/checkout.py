@@ -10,6 +10,8 @@ from pathlib import Path
 
 from infra import artifact
 from infra.artifact import ROOT
+from infra.config import StackConfig
+from infra.stack import package
 from tests.engine.account import Account
 from tests.engine.engine import LIMIT_S, install_plugin, isolated
 from tests.engine.provider import Faults
@@ -19,15 +21,16 @@ class Checkout:
     """The project's files with the environment of `isolated`, the tests' provider and the tests' language host.
 
     account, faults    see tests/engine/account.py and provider.py; the provider is a process of the engine's
+    storage            the kind whose drivers the zip will need
     """
 
-    def __init__(self, directory: Path, cli: Path) -> None:
+    def __init__(self, directory: Path, cli: Path, *, storage: str = "s3-sqlite") -> None:
         self.directory, self.path = directory, directory / "crudstack"
         copy_project(self.path)
         (self.path / ".venv").symlink_to(ROOT / ".venv")
         (self.path / ".local").mkdir()
         # The wheels for Lambda are made here, where the registry's settings are, and taken from their cache there.
-        artifact.build(directory / "wheels.zip")
+        package(StackConfig(storage=storage))
         (self.path / ".local/artifacts").symlink_to(ROOT / ".local/artifacts")
         self.environment = isolated(directory, cli)
         programs = directory / "programs"

@@ -29,6 +29,7 @@ from pulumi import automation as auto
 
 from infra.artifact import ROOT
 from infra.config import StackConfig, project_values, read
+from infra.protected import check
 from infra.stack import build
 from tests.engine.inline import Done, run
 from tests.engine.provider import VERSION, Provider, serve
@@ -93,9 +94,18 @@ class EngineStack:
             self._stack.set_config("aws:region", auto.ConfigValue("eu-central-1"))
         self.program: Callable[[], Mapping[str, Any]] | None = None
         """Runs instead of the project's own if it is set."""
+        self.checks_protection = True
+        """Whether the program looks at what is protected, before the engine does."""
 
     def _program(self) -> None:
-        outputs = self.program() if self.program else build(read(project_values()), zip=self.engine.zip)
+        """Do what infra/__main__.py does, with a zip that is there."""
+        if self.program is not None:
+            outputs = self.program()
+        else:
+            config = read(project_values())
+            if self.checks_protection:
+                check(config, self._work)
+            outputs = build(config, zip=self.engine.zip)
         for name, value in outputs.items():
             pulumi.export(name, value)
 

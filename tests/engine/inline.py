@@ -49,6 +49,8 @@ class Done:
     """As the engine counts them: {"create": 34}; without "same"."""
     diagnostics: list[str] = field(default_factory=list)
     """Errors and warnings, without colours."""
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """Of the stack, as the engine shows them; wire.UNKNOWN stands for what a preview does not know."""
     error: str = ""
     """What the CLI said if it failed."""
 
@@ -124,6 +126,8 @@ def _note(event: dict[str, Any], done: Done) -> None:
         told = event["resourcePreEvent"]["metadata"]
         changed = sorted(told.get("detailedDiff") or told.get("diffs") or [])
         done.steps.append(Step(told["op"], told["type"], told["urn"], changed))
+    elif "resOutputsEvent" in event and event["resOutputsEvent"]["metadata"]["type"] == "pulumi:pulumi:Stack":
+        done.outputs = (event["resOutputsEvent"]["metadata"].get("new") or {}).get("outputs") or {}
     elif "summaryEvent" in event:
         counted = Counter(event["summaryEvent"]["resourceChanges"])
         done.changes = {op: number for op, number in counted.items() if op != "same" and number}

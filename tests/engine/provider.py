@@ -142,7 +142,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         before = opened(from_struct(request.old_inputs))
         changed = sorted(
             name
-            for name in {*given, *before} - {*type_.write_only, "__defaults"}
+            for name in {*given, *before} - {*type_.write_only, *type_.forgotten, "__defaults"}
             if not _same(name, state.get(name), given.get(name))
         )
         if "engineVersion" in changed and request.type.endswith(":ReplicationGroup"):
@@ -209,13 +209,18 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         given, old, type_ = opened(from_struct(request.news)), opened(from_struct(request.olds)), TYPES[request.type]
         left_out = {*opened(from_struct(request.old_inputs))} - {*given}
         outputs = {**{name: value for name, value in old.items() if name not in left_out}, **given}
-        if request.type.endswith(":Function") and given.get("publish"):
+        # lambda/function.go publishes a version if code or configuration change, not for tags or concurrency.
+        published = given.get("publish") and any(
+            not _same(name, old.get(name), given.get(name))
+            for name in {*given} - {"tags", "reservedConcurrentExecutions"}
+        )
+        if request.type.endswith(":Function") and published:
             number = int(old["version"]) + 1
             outputs |= {"version": str(number), "qualifiedArn": f"{old['arn']}:{number}"}
         if request.type.endswith(":DomainName"):
             outputs["domainNameConfiguration"] = {**old["domainNameConfiguration"], **given["domainNameConfiguration"]}
         if request.preview:
-            outputs |= dict.fromkeys(type_.computed_on_update, UNKNOWN)
+            outputs |= dict.fromkeys(type_.computed_on_update if published else (), UNKNOWN)
         else:
             self._slow(request)
             if has_unknown(given):

@@ -1,0 +1,178 @@
+"""The literal `pulumi`, as a person types it, in a copy of the project: with the oldest and the newest CLI."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.artifact import ROOT
+from tests.engine.checkout import Checkout, end_group
+from tests.engine.engine import Engine, install_plugin
+from tests.engine.provider import VERSION
+from tests.engine.test_failures import find
+
+SETUP = "pulumi stack init dev && pulumi config set aws:region eu-central-1"
+
+
+@pytest.fixture(params=["newest", "oldest"])
+def checkout(request, tmp_path) -> Checkout:
+    """A project in which nothing was done yet, with each CLI."""
+    name = {"newest": "cli", "oldest": "oldest_cli"}[request.param]
+    return Checkout(tmp_path, request.getfixturevalue(name))
+
+
+@pytest.fixture
+def newest(tmp_path, cli) -> Checkout:
+    made = Checkout(tmp_path, cli)
+    made.run(SETUP)
+    return made
+
+
+def test_up_and_down(checkout):
+    checkout.run(SETUP)
+    assert "+ 34 to create" in checkout.run("pulumi preview")
+    assert "+ 34 created" in checkout.run("pulumi up --yes")
+    checkout.run("pulumi up --yes --expect-no-changes")
+    checkout.run("pulumi refresh --yes --expect-no-changes")
+    checkout.run("pulumi up --yes --refresh --expect-no-changes")
+    printed = json.loads(checkout.run(".venv/bin/crudstack outputs --stack dev"))
+    assert printed["bucket"] in checkout.account.all("aws:s3/bucket:Bucket")
+    assert "- 34 deleted" in checkout.run("pulumi destroy --yes")
+    assert checkout.account.all() == {}
+    checkout.run("pulumi stack rm dev --yes")
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("pulumi config set storage memory", 'crudstack:storage is "memory": on AWS it would not outlive'),
+        ("pulumi config set memory_mb much", "configuration key 'memory_mb' must be of type 'integer'"),
+        ("pulumi config set storag s3-sqlite", "crudstack:storag is no setting; there are storage, "),
+        ("pulumi config set --path 'postgres.clas' x", "Object contains unknown field `clas`"),
+    ],
+)
+def test_a_config_error_is_one_line(newest, command, sentence):
+    newest.run(command)
+    said = newest.run("pulumi preview --color never", code=1)
+    errors = {line.partition("error: ")[2] for line in said.splitlines() if "error: " in line}
+    assert len(errors) == 1, said
+    assert sentence in errors.pop()
+    assert "unhandled" not in said
+    assert "Traceback" not in said
+    assert newest.account.all() == {}
+
+
+def test_null_in_a_stack_file_is_null(newest):
+    with (newest.path / "Pulumi.dev.yaml").open("a") as file:
+        file.write("  crudstack:concurrency: null\n  crudstack:domain: null\n  crudstack:alarm_email: null\n")
+    assert "+ 34 to create" in newest.run("pulumi preview")
+
+
+def test_another_passphrase_is_refused_and_changes_nothing(newest):
+    newest.run("pulumi up --yes --skip-preview")
+    before = newest.account.all()
+    said = newest.run("pulumi up --yes --skip-preview", code=1, PULUMI_CONFIG_PASSPHRASE="another one")  # noqa: S106
+    assert "incorrect passphrase" in said
+    assert newest.account.all() == before
+    newest.run("pulumi up --yes --skip-preview --expect-no-changes")
+
+
+def test_an_update_that_is_cut_off_is_cancelled_and_goes_on(newest):
+    newest.faults.set(latency_s=0.3)
+    running = newest.start("exec pulumi up --yes --skip-preview --non-interactive")
+    try:
+        deadline = time.monotonic() + 60
+        while not newest.account.all() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        pid = find("engine", running.pid)
+        assert pid is not None
+        os.kill(pid, 9)
+        running.communicate(timeout=60)
+    finally:
+        end_group(running)
+    newest.faults.clear()
+    assert "the stack is currently locked" in newest.run("pulumi up --yes --skip-preview", code=1)
+    newest.run("pulumi cancel --yes")
+    newest.run("pulumi up --yes --skip-preview")
+    newest.run("pulumi up --yes --skip-preview --expect-no-changes")
+
+
+def test_the_program_says_what_to_do_without_its_packages(newest, tmp_path):
+    """The language host's own Python has Pulumi's SDK and nothing else of ours."""
+    bare = tmp_path / "bare"
+    script = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; sys.argv = ['infra']\n"
+    bare.write_text(
+        f"{script}import types; pulumi = types.ModuleType('pulumi')\n"
+        "pulumi.log = types.SimpleNamespace(error=print); sys.modules['pulumi'] = pulumi\n"
+        "import runpy; runpy.run_path('infra', run_name='__main__')\n"
+    )
+    said = newest.run(f".venv/bin/python -S {bare}", code=32)
+    assert re.search(r"\w+ cannot be imported by .*: run `make setup-infra`, then this again", said)
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_what_prod_protects_is_refused_by_the_program_before_anything_changes(newest):
+    newest.run("pulumi config set stage prod && pulumi up --yes --skip-preview")
+    before = newest.account.all()
+    newest.run("pulumi config set edge function-url")
+    for flags in ("", "--skip-preview"):
+        said = newest.run(f"pulumi up --yes --color never {flags}", code=1)
+        assert "crudstack:edge is function-url" in said
+        assert "pulumi state unprotect 'urn:pulumi:dev::crudstack::crudstack:aws:HttpApi$" in said
+        assert newest.account.all() == before
+
+
+# Nothing of the user's is used or changed
+
+
+def test_nothing_of_the_user_is_in_the_environment(tmp_path, cli, monkeypatch):
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_REGION", "PULUMI_ACCESS_TOKEN", "PULUMI_BACKEND_URL"):
+        monkeypatch.setenv(name, "of-the-user")
+    with Engine(tmp_path / "engine", cli) as engine, engine.environment():
+        found = dict(os.environ)
+    made = Checkout(tmp_path / "checkout", cli)
+    for environment in (found, made.environment, _seen_by_program(made)):
+        assert "of-the-user" not in environment.values()
+        allowed = {"AWS_EC2_METADATA_DISABLED"}
+        assert {name for name in environment if name.startswith("AWS_")} <= allowed
+        for name in ("HOME", "PULUMI_HOME", "PULUMI_BACKEND_URL"):
+            assert str(tmp_path) in environment[name]
+
+
+def _seen_by_program(checkout: Checkout) -> dict[str, str]:
+    """The environment that the program itself has."""
+    (checkout.path / "infra/__main__.py").write_text("import json, os\nprint('SEEN' + json.dumps(dict(os.environ)))\n")
+    checkout.run(SETUP)
+    (line,) = [line for line in checkout.run("pulumi preview").splitlines() if "SEEN{" in line][:1]
+    environment: dict[str, str] = json.JSONDecoder().raw_decode(line.partition("SEEN")[2])[0]
+    return environment
+
+
+def test_nothing_is_installed_into_the_user_s_pulumi(tmp_path, cli, monkeypatch):
+    """A fake plugin there would let real deployments report success and make nothing."""
+    users = tmp_path / "user"
+    users.mkdir()
+    monkeypatch.setenv("HOME", str(users))
+    monkeypatch.delenv("PULUMI_HOME", raising=False)
+    install_plugin(tmp_path / "engine")
+    with Engine(tmp_path / "engine", cli) as engine:
+        from infra.config import StackConfig
+
+        assert engine.stack("test", StackConfig()).up().error == ""
+    Checkout(tmp_path / "checkout", cli).run(f"{SETUP} && pulumi up --yes")
+    assert [path for path in users.rglob("*") if "pulumi" in str(path).lower()] == []
+    plugins = subprocess.run(
+        [cli, "plugin", "ls", "--json"], env={"HOME": str(users)}, capture_output=True, text=True, check=True
+    )
+    assert json.loads(plugins.stdout) == []
+
+
+def test_the_provider_is_of_the_locked_version():
+    assert f"pulumi-aws=={VERSION} " in (ROOT / "requirements/infra.txt").read_text()
+    assert Path(ROOT / "tests/engine/pulumi-language-python-exec").exists()
