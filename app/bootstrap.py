@@ -8,10 +8,15 @@ What each is given stands below. Both answer {"user": ...}; doing it again chang
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from msgspec import Struct
+
+PAUSES_S = (1, 2, 4, 8, 15)
+"""Between attempts, 30 s in all. A role's policy counts some seconds after it was made, as IAM is eventually consistent."""
 
 
 class Database(Struct, frozen=True, kw_only=True):
@@ -49,7 +54,8 @@ def outside(event: Any, _: Any) -> dict[str, str]:
     import boto3
 
     asked = msgspec.convert(event, Outside)
-    secret = boto3.client("secretsmanager").get_secret_value(SecretId=asked.secret_arn)["SecretString"]
+    secrets = boto3.client("secretsmanager")
+    secret = _permitted(lambda: secrets.get_secret_value(SecretId=asked.secret_arn))["SecretString"]
     try:
         master = msgspec.json.decode(secret, type=Master)
     except msgspec.DecodeError:  # without its words, which may quote the secret
@@ -62,12 +68,29 @@ def outside(event: Any, _: Any) -> dict[str, str]:
         username=master.username,
         password=master.password,
     )
-    answer = boto3.client("lambda").invoke(FunctionName=asked.inside, Payload=msgspec.json.encode(handed))
+    functions, payload = boto3.client("lambda"), msgspec.json.encode(handed)
+    answer = _permitted(lambda: functions.invoke(FunctionName=asked.inside, Payload=payload))
     told = answer["Payload"].read()
     if "FunctionError" in answer:
         reason = msgspec.json.decode(told).get("errorMessage", "it does not say why")
         raise BootstrapFailed(f"{asked.inside}: {reason}".replace(master.password, "***"))
     return msgspec.json.decode(told, type=dict[str, str])
+
+
+def _permitted(ask: Callable[[], Any]) -> Any:
+    """Ask AWS, and ask again while it says that the role may not, for 30 s. Any other error is raised at once."""
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return ask()
+        except Exception as error:
+            response: dict[str, Any] = getattr(error, "response", {})  # of botocore's ClientError
+            if pause_s is None or response.get("Error", {}).get("Code") not in (
+                "AccessDenied",
+                "AccessDeniedException",
+            ):
+                raise
+            time.sleep(pause_s)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def inside(event: Any, _: Any) -> dict[str, str]:

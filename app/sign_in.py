@@ -1,7 +1,8 @@
 """Signing in to the stack's database, cache and broker with the role that the app runs under. No password is kept anywhere.
 
-PostgreSQL and Valkey take a token that is signed here, without a request, and is good for 15 minutes; it is made anew for each connection, and
-an open connection outlives it. RabbitMQ has a password in Secrets Manager, which is read when a connection is made.
+PostgreSQL and Valkey take a token that is signed here, without a request, and is good for 15 minutes. It is made anew
+for each connection. An open connection to PostgreSQL outlives it; ElastiCache ends connections that signed in by IAM
+after 12 hours, and the client connects again. RabbitMQ has a password in Secrets Manager, which is read when a connection is made.
 
 botocore is on Lambda already. It is imported by the kinds that need it, and its signers alone: `boto3.client` costs ten times as much.
 """

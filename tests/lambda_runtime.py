@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import zipfile
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -85,7 +86,7 @@ def unpack(version: str, directory: Path) -> Task:
 class Instance:
     """One execution environment."""
 
-    def __init__(self, task: Task, environment: dict[str, str], directory: Path) -> None:
+    def __init__(self, task: Task, environment: dict[str, str], directory: Path, *, snap_start: bool = False) -> None:
         self._events: queue.Queue[tuple[str, bytes, float] | None] = queue.Queue()
         self._answers: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self._server = _runtime_api(self._events, self._answers)
@@ -103,12 +104,23 @@ class Instance:
             }
             | environment
         )
+        self._snap_start = snap_start
+        if snap_start:
+            # The snapshot must hold no keys: Lambda sets none, and the endpoint of SnapStartCredentials in their place.
+            keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+            environment = {name: value for name, value in environment.items() if name not in keys}
+            environment["AWS_LAMBDA_INITIALIZATION_TYPE"] = "snap-start"
         command = [str(task.python), "-S", "-m", "awslambdaric", "app.handler.handler"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=task.directory, env=environment, stdout=log, stderr=log)
 
     def __enter__(self) -> Self:
         return self
+
+    def restore(self) -> None:
+        """Let the runtime go on after its snapshot, as Lambda does when it restores one: it waits in `restore/next`."""
+        assert self._snap_start
+        self._events.put((str(uuid4()), b"{}", time.time() + 60))
 
     def __exit__(self, *_: object) -> None:
         self.kill()
@@ -167,6 +179,57 @@ class Instance:
         resident = re.search(r"VmRSS:\s+(\d+)", status)
         assert resident is not None
         return int(resident[1]), len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+
+class CredentialsEndpoint:
+    """Where a function with SnapStart gets its keys: a server that wants a token, and counts who asks.
+
+    https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html
+    """
+
+    TOKEN = "a-token-of-the-runtime"  # noqa: S105 - of these tests
+
+    def __init__(self, access_key_id: str, secret_access_key: str) -> None:
+        self.asked, self.lives_s, self.dead = 0, 3600.0, False
+        endpoint = self
+
+        class Endpoint(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                endpoint.asked += 1
+                if endpoint.dead:
+                    self.close_connection = True
+                    return
+                ends = datetime.now(UTC) + timedelta(seconds=endpoint.lives_s)
+                answer = {
+                    "AccessKeyId": access_key_id,
+                    "SecretAccessKey": secret_access_key,
+                    "Token": "session",
+                    "Expiration": ends.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                }
+                allowed = self.headers.get("Authorization") == endpoint.TOKEN
+                body = json.dumps(answer if allowed else {"message": "forbidden"}).encode()
+                self.send_response(200 if allowed else 403)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{self._server.server_port}/2021-08-23/credentials"
+        self.environment = {
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": uri,
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN": self.TOKEN,
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def _runtime_api(events: Any, answers: Any) -> ThreadingHTTPServer:

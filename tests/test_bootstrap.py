@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from botocore.exceptions import ClientError
 
 from app import bootstrap
 
@@ -73,16 +74,24 @@ class Aws:
 
     def __init__(self, inside, secret: str) -> None:
         self.inside, self.secret, self.asked = inside, secret, []
+        self.denied: list[str] = []
+        """Error codes that the next requests are answered with."""
+
+    def _refuse(self, operation: str) -> None:
+        if self.denied:
+            raise ClientError({"Error": {"Code": self.denied.pop(0), "Message": "not authorized"}}, operation)
 
     def client(self, name: str):
         return {"secretsmanager": self, "lambda": self}[name]
 
     def get_secret_value(self, **given):
         self.asked.append(given)
+        self._refuse("GetSecretValue")
         return {"SecretString": self.secret}
 
     def invoke(self, **given):
         self.asked.append({"FunctionName": given["FunctionName"]})
+        self._refuse("Invoke")
         try:
             answer, failed = self.inside(json.loads(given["Payload"]), None), {}
         except Exception as error:
@@ -112,6 +121,25 @@ def test_outside_hands_the_secret_to_inside(postgres, database, aws):
     used = aws()
     assert bootstrap.outside(outside(postgres, database), None) == {"user": f"{database}_app"}
     assert used.asked == [{"SecretId": "arn:aws:secretsmanager:x"}, {"FunctionName": "boot-inside"}]
+
+
+def test_outside_waits_until_its_role_counts(postgres, database, aws, monkeypatch):
+    """IAM is eventually consistent: a policy that was just made may be denied for some seconds."""
+    waited = []
+    monkeypatch.setattr(bootstrap.time, "sleep", waited.append)
+    used = aws()
+    used.denied = ["AccessDeniedException", "AccessDenied"]
+    assert bootstrap.outside(outside(postgres, database), None) == {"user": f"{database}_app"}
+    assert (len(used.asked), waited) == (4, [1, 2])
+    used.denied = ["AccessDeniedException"] * 10
+    with pytest.raises(ClientError, match="AccessDenied"):
+        bootstrap.outside(outside(postgres, database), None)
+    assert sum(waited[2:]) == 30
+    before = len(waited)
+    used.denied = ["ResourceNotFoundException"]
+    with pytest.raises(ClientError, match="ResourceNotFound"):
+        bootstrap.outside(outside(postgres, database), None)
+    assert len(waited) == before
 
 
 def test_outside_fails_without_the_password(postgres, database, aws):

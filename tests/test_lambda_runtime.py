@@ -11,12 +11,13 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from app.autocrud.errors import ConfigError
 from infra.artifact import interpreter
-from tests.lambda_runtime import Gateway, Instance, InvocationFailed, http_event, unpack
+from tests.lambda_runtime import CredentialsEndpoint, Gateway, Instance, InvocationFailed, http_event, unpack
 from tests.services import BUCKET
 from tests.tcp_proxy import TcpProxy
 from tests.test_readme import tour_script
@@ -89,6 +90,55 @@ def test_the_tour_on_every_python(ministack_s3, tmp_path, each_task):
         for log in (one.log(), two.log()):
             assert TOKEN not in log
             assert "It shines" not in log
+
+
+@contextlib.contextmanager
+def restored(ministack_s3, tmp_path, task, endpoint, **changed):
+    """An instance with SnapStart that was restored from its snapshot."""
+    environment = settings(ministack_s3, tmp_path.name) | endpoint.environment | changed
+    with Instance(task, environment, tmp_path, snap_start=True) as one:
+        one.restore()
+        yield one
+
+
+@pytest.fixture
+def endpoint(ministack_s3):
+    with CredentialsEndpoint(ministack_s3.access_key_id, ministack_s3.secret_access_key) as endpoint:
+        yield endpoint
+
+
+def test_snap_start_takes_its_keys_from_the_container_s_endpoint(ministack_s3, tmp_path, task, endpoint):
+    with restored(ministack_s3, tmp_path, task, endpoint) as one:
+        assert one.request("GET", "/healthz").status == 200
+        assert endpoint.asked == 0  # nothing that the snapshot could hold
+        path = ask(one, "POST", "/article", json_body=ARTICLE).headers["location"]
+        for _ in range(20):
+            assert ask(one, "GET", path).status == 200
+        assert endpoint.asked <= 3  # once for each client of the store
+        assert endpoint.TOKEN not in one.log()
+
+
+def test_keys_that_end_are_fetched_again(ministack_s3, tmp_path, task, endpoint):
+    endpoint.lives_s = 2
+    with restored(ministack_s3, tmp_path, task, endpoint) as one:
+        path = ask(one, "POST", "/article", json_body=ARTICLE).headers["location"]
+        before = endpoint.asked
+        time.sleep(2.1)
+        assert ask(one, "GET", path).status == 200
+        assert endpoint.asked > before
+
+
+def test_an_endpoint_that_refuses_or_is_dead_is_a_503(ministack_s3, tmp_path, task, endpoint):
+    wrong = {"AWS_CONTAINER_AUTHORIZATION_TOKEN": "another-secret"}
+    with restored(ministack_s3, tmp_path, task, endpoint, **wrong) as one:
+        assert ask(one, "GET", "/article/sun").status == 503
+        assert "the endpoint for AWS credentials" in one.log()
+        assert "another-secret" not in one.log()
+    endpoint.dead = True
+    with restored(ministack_s3, tmp_path, task, endpoint) as one:
+        assert ask(one, "GET", "/article/sun").status == 503
+        endpoint.dead = False
+        assert ask(one, "GET", "/article/sun").status == 404
 
 
 def test_cold_and_warm(instance):

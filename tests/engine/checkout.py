@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -70,6 +71,16 @@ class Checkout:
         assert running.returncode == code, f"{command} ended with {running.returncode}:\n{said}"
         return said
 
+    def mend_state(self) -> None:
+        """Delete the empty files that a CLI which was killed may leave beside its state, as docs/deploy.md says.
+
+        Pulumi writes `STACK.json` in one step, and `STACK.json.attrs` after it in two; an empty one is
+        `failed to load checkpoint: EOF`.
+        """
+        for attributes in (self.directory / "state").rglob("*.attrs"):
+            if attributes.stat().st_size == 0:
+                attributes.unlink()
+
 
 def copy_project(target: Path) -> None:
     """Copy what git tracks, as it is in the working tree."""
@@ -81,9 +92,19 @@ def copy_project(target: Path) -> None:
 
 
 def end_group(running: subprocess.Popen[str]) -> None:
-    """Kill what is left of a process group: a CLI that was killed leaves its language host behind."""
-    try:
-        os.killpg(running.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    """Kill what is left of a command. A CLI that was killed leaves its plugins behind, in process groups of their own."""
+    for pid in session(running.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     running.wait()
+
+
+def session(leader: int) -> dict[int, str]:
+    """Return the processes of a session with their command lines."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            command = process.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if os.getsid(int(process.name)) == leader:
+                found[int(process.name)] = command
+    return found

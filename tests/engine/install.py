@@ -48,7 +48,9 @@ def find(name: str) -> Path | None:
 
 
 def _version(pulumi: Path) -> str:
-    done = subprocess.run([pulumi, "version"], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as home:  # where it writes a log of each command
+        environment = {**os.environ, "PULUMI_HOME": home, "PULUMI_SKIP_UPDATE_CHECK": "true"}
+        done = subprocess.run([pulumi, "version"], env=environment, capture_output=True, text=True, check=False)
     return done.stdout.strip().removeprefix("v")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import subprocess
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from infra.artifact import ROOT
+from infra.config import StackConfig
 from tests.engine.checkout import Checkout, end_group
 from tests.engine.engine import Engine, install_plugin
 from tests.engine.provider import VERSION
@@ -97,10 +99,21 @@ def test_an_update_that_is_cut_off_is_cancelled_and_goes_on(newest):
     finally:
         end_group(running)
     newest.faults.clear()
+    newest.mend_state()
     assert "the stack is currently locked" in newest.run("pulumi up --yes --skip-preview", code=1)
     newest.run("pulumi cancel --yes")
     newest.run("pulumi up --yes --skip-preview")
     newest.run("pulumi up --yes --skip-preview --expect-no-changes")
+
+
+def test_a_damaged_file_beside_the_state_is_mended_as_documented(newest):
+    newest.run("pulumi up --yes --skip-preview")
+    (attributes,) = (newest.directory / "state").rglob("dev.json.attrs")
+    attributes.write_text("")
+    assert "failed to load checkpoint: EOF" in newest.run("pulumi up --yes --skip-preview", code=1)
+    newest.mend_state()
+    newest.run("pulumi up --yes --skip-preview --expect-no-changes")
+    assert "`failed to load checkpoint: EOF`" in (ROOT / "docs/deploy.md").read_text()
 
 
 def test_the_program_says_what_to_do_without_its_packages(newest, tmp_path):
@@ -158,17 +171,20 @@ def test_nothing_is_installed_into_the_user_s_pulumi(tmp_path, cli, monkeypatch)
     """A fake plugin there would let real deployments report success and make nothing."""
     users = tmp_path / "user"
     users.mkdir()
+    # Pulumi asks the system for the user's home in places, whatever HOME says.
+    real = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".pulumi"
+    before = sorted(real.rglob("*"))
     monkeypatch.setenv("HOME", str(users))
     monkeypatch.delenv("PULUMI_HOME", raising=False)
     install_plugin(tmp_path / "engine")
     with Engine(tmp_path / "engine", cli) as engine:
-        from infra.config import StackConfig
-
         assert engine.stack("test", StackConfig()).up().error == ""
     Checkout(tmp_path / "checkout", cli).run(f"{SETUP} && pulumi up --yes")
     assert [path for path in users.rglob("*") if "pulumi" in str(path).lower()] == []
+    assert sorted(real.rglob("*")) == before
+    environment = {"PULUMI_HOME": str(users / ".pulumi"), "PATH": os.environ["PATH"]}
     plugins = subprocess.run(
-        [cli, "plugin", "ls", "--json"], env={"HOME": str(users)}, capture_output=True, text=True, check=True
+        [cli, "plugin", "ls", "--json"], env=environment, capture_output=True, text=True, check=True
     )
     assert json.loads(plugins.stdout) == []
 

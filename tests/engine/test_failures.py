@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,7 +15,7 @@ import pytest
 from app.settings import TokenAuth, parse_outputs
 from infra.choices import Broker
 from infra.config import StackConfig
-from tests.engine.checkout import Checkout, end_group
+from tests.engine.checkout import Checkout, end_group, session
 from tests.engine.test_life import assert_secrets_fit, assert_unchanged
 
 FULL = StackConfig(storage="full")
@@ -111,10 +109,10 @@ MOST_S = {"program": 3, "provider": 6, "engine": 8}
 """How long after its start a part may be killed: about as long as it runs here."""
 
 
-def kill(part: str, session: int, after_s: float) -> bool:
+def kill(part: str, leader: int, after_s: float) -> bool:
     """Kill a part of a running `pulumi up` without a goodbye, some time after it began. False if it ended before."""
     deadline = time.monotonic() + 60
-    while (pid := find(part, session)) is None and time.monotonic() < deadline:
+    while (pid := find(part, leader)) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert pid is not None, f"{part} never ran"
     time.sleep(after_s)
@@ -125,13 +123,9 @@ def kill(part: str, session: int, after_s: float) -> bool:
     return True
 
 
-def find(part: str, session: int) -> int | None:
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            command = process.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if os.getsid(int(process.name)) == session and PARTS[part] in command:
-                return int(process.name)
-    return None
+def find(part: str, leader: int) -> int | None:
+    """Return the process of a part of the `pulumi up` that leads this session."""
+    return next((pid for pid, command in session(leader).items() if PARTS[part] in command), None)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -153,6 +147,7 @@ def test_up_ends_well_after_kills(checkout, part):
         if "Traceback" in said:
             # The program's own last words are those of a program whose engine is gone, never a surprise of ours.
             assert "infra/" not in said.rpartition("Traceback")[2], said
+        checkout.mend_state()
         checkout.run("pulumi cancel --yes || true")
     checkout.faults.clear()
     forget_orphans(checkout)

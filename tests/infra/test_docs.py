@@ -406,3 +406,23 @@ def test_links_lead_somewhere(name):
         if anchor:
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
+
+
+def test_old_versions_of_a_function_go_and_the_one_that_serves_stays(tmp_path):
+    """The block of docs/lambda.md, with an `aws` that has three versions and notes what is deleted."""
+    (block,) = re.findall(r"```sh\n( *NAME=.*?)```", (ROOT / "docs/lambda.md").read_text(), re.DOTALL)
+    programs = {
+        "pulumi": "echo crudstack-dev-api-1",
+        "aws": """case "$2" in
+          get-alias) echo 2 ;;
+          list-versions-by-function) printf '$LATEST\\t1\\t2\\t3\\n' ;;
+          delete-function) echo "$@" >> "$(dirname "$0")/deleted" ;;
+        esac""",
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    subprocess.run(["bash", "-euc", block], check=True, env=environment)
+    deleted = (tmp_path / "deleted").read_text().splitlines()
+    assert deleted == [f"lambda delete-function --function-name crudstack-dev-api-1 --qualifier {n}" for n in (1, 3)]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from ..errors import StoreUnavailable
+from . import s3_credentials
 from .drivers import driver
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ class ObjectStore(ABC):
 class S3ObjectStore(ObjectStore):
     """One bucket, through obstore.
 
-    Without keys the ambient credentials are used (environment with session token, web identity, container, instance), renewed as they
-    expire. An endpoint means path-style addresses, and plain HTTP is allowed where it says so. Clients share connections: see `s3`.
+    Without keys the ambient credentials are used (environment with session token, web identity, container, instance, and
+    those of s3_credentials.py), renewed as they expire. An endpoint means path-style addresses, and plain HTTP is allowed where it says so. Clients share connections: see `s3`.
     """
 
     def __init__(
@@ -156,6 +157,8 @@ class S3ObjectStore(ObjectStore):
                 "token": session_token,
                 "expires_at": None,
             }
+        elif (ambient := s3_credentials.provider()) is not None:
+            options["credential_provider"] = ambient
 
         def client(client_options: ClientConfig, retry_config: RetryConfig) -> S3Store:
             http: ClientConfig = {"allow_http": True, "connect_timeout": "3s", **client_options}
