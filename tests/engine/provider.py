@@ -32,7 +32,8 @@ from google.protobuf import empty_pb2
 from pulumi.runtime.proto import plugin_pb2, provider_pb2, provider_pb2_grpc
 
 from tests.engine.account import Account, AwsError, told
-from tests.engine.aws_types import REGION, SETS, TYPES, Properties, random_hex, refused
+from tests.engine.aws_types import REGION, SETS, TYPES, Properties, random_hex
+from tests.engine.aws_validators import refused
 from tests.engine.wire import UNKNOWN, comparable, from_struct, has_unknown, opened, secret, to_struct
 from tests.infra.sdk_types import argument_errors
 

@@ -214,6 +214,7 @@ PULUMI = {
     "up": {"--replace"},
     "refresh": set(),
     "cancel": set(),
+    "import": set(),
     "destroy": {"--exclude-protected", "--target", "--target-dependents"},
 }
 """What Pulumi's own pages say of the commands that ours names."""
