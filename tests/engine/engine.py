@@ -57,7 +57,6 @@ def isolated(directory: Path, cli: Path) -> dict[str, str]:
         "PULUMI_CONFIG_PASSPHRASE": PASSPHRASE,
         "PULUMI_SKIP_UPDATE_CHECK": "true",
         "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION": "true",
-        "AWS_EC2_METADATA_DISABLED": "true",
     }
 
 

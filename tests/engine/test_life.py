@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 
 from app.settings import TokenAuth, parse_outputs
+from infra.choices import Broker, Cache, Domain, Postgres
 from infra.config import StackConfig
 from tests.engine.engine import Engine, EngineStack
-from tests.infra.stacks import CONFIGS
+from tests.infra.stacks import CONFIGS, JWT
 from tests.infra.test_stack import SNAPSHOTS
 
 SECRET_VERSION = "aws:secretsmanager/secretVersion:SecretVersion"  # noqa: S105
@@ -22,9 +24,21 @@ def assert_unchanged(done) -> None:
     assert done.changes in ({}, {"refresh": done.changes.get("refresh")})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+CHOICES = {
+    "aurora": StackConfig(storage="full", postgres=Postgres(mode="aurora", multi_az=True)),
+    "proxy": StackConfig(storage="postgres-s3", postgres=Postgres(proxy=True)),
+    "aurora-proxy": StackConfig(storage="postgres-s3", postgres=Postgres(mode="aurora", proxy=True)),
+    "cluster": StackConfig(storage="mq-cached-s3", broker=Broker(mode="cluster")),
+    "nodes": StackConfig(storage="redis-postgres", cache=Cache(mode="nodes")),
+    "jwt": StackConfig(auth=JWT, cors=["https://www.example.org"]),
+    "domain": StackConfig(domain=Domain("api.example.org", "Z0123456789")),
+}
+"""Beside the recorded stacks, of which one has all of these in prod: each by itself, and taken down again."""
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *CHOICES])
 def test_life(engine, name):
-    config = CONFIGS[name]
+    config = CONFIGS.get(name) or CHOICES[name]
     stack = engine.stack("test", config)
     planned = stack.preview()
     assert planned.error == ""
@@ -32,8 +46,11 @@ def test_life(engine, name):
 
     made = stack.up()
     assert made.error == ""
-    registered = len((SNAPSHOTS / f"{name}.txt").read_text().splitlines()) + 1  # the stack itself
-    assert made.changes == planned.changes == {"create": registered}
+    assert made.changes == planned.changes
+    assert made.changes.keys() == {"create"}
+    if name in CONFIGS:
+        registered = len((SNAPSHOTS / f"{name}.txt").read_text().splitlines()) + 1  # the stack itself
+        assert made.changes["create"] == registered
     assert made.diagnostics == []
 
     # Each of these twice, in both orders: what a refresh reads must be what the program says.
@@ -75,8 +92,6 @@ def assert_outputs_fit(engine: Engine, stack: EngineStack, config: StackConfig) 
 
 def assert_secrets_fit(engine: Engine, stack: EngineStack) -> None:
     """The token's SHA-256 is that of the current token, and the broker's password is that in its secret."""
-    import hashlib
-
     outputs = parse_outputs(json.dumps(stack.outputs()), "the outputs")
     if isinstance(outputs.auth, TokenAuth):
         (secret_id,) = [id for id in engine.account.all("aws:secretsmanager/secret:Secret") if "/api-token" in id]
