@@ -189,14 +189,25 @@ class CredentialsEndpoint:
 
     TOKEN = "a-token-of-the-runtime"  # noqa: S105 - of these tests
 
-    def __init__(self, access_key_id: str, secret_access_key: str) -> None:
-        self.asked, self.lives_s, self.dead = 0, 3600.0, False
+    def __init__(self, access_key_id: str, secret_access_key: str, token: str = TOKEN) -> None:
+        self.asked, self.lives_s = 0, 3600.0
+        self.token: str | None = token
+        self.answer: str | None = None
+        """Instead of the keys."""
+        self.expiration: str | None = None
+        """Instead of what `lives_s` says. Lambda gives microseconds too."""
+        self.failures: list[int | str] = []
+        """What the next requests get: a status, or "closed" for a connection that is closed without an answer."""
+        self.dead, self.delay_s = False, 0.0
+        """Every connection is closed without an answer, or waits for so long."""
+        self._stopped = threading.Event()
         endpoint = self
 
         class Endpoint(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 endpoint.asked += 1
-                if endpoint.dead:
+                failure = "closed" if endpoint.dead else endpoint.failures.pop(0) if endpoint.failures else None
+                if failure == "closed" or (endpoint.delay_s and endpoint._stopped.wait(endpoint.delay_s)):
                     self.close_connection = True
                     return
                 ends = datetime.now(UTC) + timedelta(seconds=endpoint.lives_s)
@@ -204,11 +215,12 @@ class CredentialsEndpoint:
                     "AccessKeyId": access_key_id,
                     "SecretAccessKey": secret_access_key,
                     "Token": "session",
-                    "Expiration": ends.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                    "Expiration": endpoint.expiration or ends.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
                 }
-                allowed = self.headers.get("Authorization") == endpoint.TOKEN
-                body = json.dumps(answer if allowed else {"message": "forbidden"}).encode()
-                self.send_response(200 if allowed else 403)
+                allowed = self.headers.get("Authorization") == endpoint.token
+                status = failure if isinstance(failure, int) else 200 if allowed else 403
+                body = (endpoint.answer or json.dumps(answer)).encode() if status == 200 else b'{"message": "no"}'
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -217,17 +229,16 @@ class CredentialsEndpoint:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+        self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         uri = f"http://127.0.0.1:{self._server.server_port}/2021-08-23/credentials"
-        self.environment = {
-            "AWS_CONTAINER_CREDENTIALS_FULL_URI": uri,
-            "AWS_CONTAINER_AUTHORIZATION_TOKEN": self.TOKEN,
-        }
+        self.environment = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": uri, "AWS_CONTAINER_AUTHORIZATION_TOKEN": token}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+import os
+import threading
+import time
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from app.autocrud.errors import StoreUnavailable
-from app.autocrud.resource_manager.s3_credentials import FULL_URI, TOKEN, TOKEN_FILE, container_credentials, provider
+from app.autocrud.resource_manager import s3_credentials
+from app.autocrud.resource_manager.object_store import S3ObjectStore
+from app.autocrud.resource_manager.s3_credentials import FULL_URI, TOKEN, fetch, is_local, provider
 from tests.lambda_runtime import CredentialsEndpoint
+
+OTHERS = [name for name in os.environ if name.startswith("AWS_")]
 
 
 @pytest.fixture
@@ -17,43 +28,216 @@ def endpoint():
         yield endpoint
 
 
-def test_obstore_is_left_alone_where_it_finds_credentials_itself():
+@pytest.fixture
+def environment(endpoint, monkeypatch):
+    """Make the environment of this process that of a function with SnapStart."""
+    for name in OTHERS:
+        monkeypatch.delenv(name)
+    for name, value in endpoint.environment.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.fixture
+def bucket():
+    """A server that takes every request and keeps how it was signed: its URL, and pairs of access key and token."""
+    signed = []
+
+    class S3(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            key = self.headers["Authorization"].partition("Credential=")[2].partition("/")[0]
+            signed.append((key, self.headers.get("x-amz-security-token")))
+            self.send_response(200)
+            for name, value in {"ETag": '"1"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), S3)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", signed
+    server.shutdown()
+    server.server_close()
+
+
+def test_obstore_is_left_alone_if_it_finds_credentials_itself():
     uri = {FULL_URI: "http://127.0.0.1:1/", TOKEN: "x"}
     assert provider({}) is None
-    assert provider({**uri, TOKEN_FILE: "/token"}) is None  # EKS
-    assert provider({**uri, "AWS_ACCESS_KEY_ID": "x"}) is None
     assert provider(uri) is not None
+    assert {name for name in s3_credentials.FOUND_BY_OBSTORE if provider({**uri, name: "x"}) is None} == {
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    }
 
 
-def test_the_environment_is_read_at_each_call(endpoint):
-    environment = {FULL_URI: "http://127.0.0.1:1/", TOKEN: "old"}
-    asked = provider(environment)
-    environment |= endpoint.environment  # as a restored snapshot may find it
-    found = asked()
+@pytest.mark.usefixtures("environment")
+async def test_one_fetch_signs_many_requests_of_all_clients(endpoint, bucket, tmp_path):
+    url, signed = bucket
+    store = S3ObjectStore("b", url)
+    assert endpoint.asked == 0
+    await asyncio.gather(*(store.get(f"{number}") for number in range(50)))
+    await store.download("file", tmp_path / "file")
+    assert set(signed) == {("the-key", "session")}
+    assert (len(signed), endpoint.asked) == (51, 1)
+
+
+async def test_given_keys_win(environment, endpoint, bucket):
+    url, signed = bucket
+    await S3ObjectStore("b", url, "given-key", "given-secret").get("x")
+    environment.setenv("AWS_ACCESS_KEY_ID", "plain-key")
+    environment.setenv("AWS_SECRET_ACCESS_KEY", "plain-secret")
+    await S3ObjectStore("b", url).get("x")
+    assert signed == [("given-key", None), ("plain-key", None)]
+    assert endpoint.asked == 0
+
+
+def test_a_fetch_is_reused_for_a_moment_by_the_same_environment_only(endpoint):
+    environment = dict(endpoint.environment)
+    credentials = provider(environment)
+    assert credentials()["access_key_id"] == credentials()["access_key_id"] == "the-key"
+    assert endpoint.asked == 1
+    environment[TOKEN] = "another"
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="answered 403"):
+            credentials()
+    assert endpoint.asked == 2
+
+
+async def test_another_identity_after_a_restore(environment, endpoint, bucket):
+    """The environment is read at each fetch, and what expired in the snapshot is not used."""
+    url, signed = bucket
+    endpoint.lives_s = 2
+    store = S3ObjectStore("b", url)
+    await store.get("x")
+    with CredentialsEndpoint("another-key", "another-secret", "another-token") as other:
+        for name, value in other.environment.items():
+            environment.setenv(name, value)
+        await asyncio.sleep(2.1)
+        await store.get("x")
+    assert signed == [("the-key", "session"), ("another-key", "session")]
+
+
+@pytest.mark.parametrize("ends", ["2126-01-02T03:04:05Z", "2126-01-02T03:04:05.678901Z", "2126-01-02T03:04:05"])
+def test_every_form_of_an_expiration_is_utc(endpoint, ends):
+    endpoint.expiration = ends
+    found = fetch(*endpoint.environment.values())
     assert (found["access_key_id"], found["secret_access_key"], found["token"]) == ("the-key", "the-secret", "session")
-    assert 3500 < (found["expires_at"] - datetime.now(UTC)).total_seconds() <= 3600
+    assert found["expires_at"].replace(microsecond=0) == datetime(2126, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("localhost", True),
+        ("169.254.170.2", True),
+        ("169.254.100.1", True),
+        ("fd00:ec2::23", True),
+        ("10.0.0.1", False),
+        ("localhost.example.org", False),
+        ("127.0.0.1.example.org", False),
+        ("2001:db8::1", False),
+    ],
+)
+def test_the_token_is_sent_in_plain_text_on_this_machine_only(host, local):
+    assert is_local(host) is local
+    if not local:
+        name = f"[{host}]" if ":" in host else host
+        with pytest.raises(StoreUnavailable, match="expected https, or http to a loopback or link-local address"):
+            fetch(f"http://{name}/credentials", "a-secret")
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({FULL_URI: "http://example.org/credentials"}, "expected https, or http on this machine"),
-        ({FULL_URI: "file:///etc/passwd"}, "expected https, or http on this machine"),
-        ({FULL_URI: "http://127.0.0.1:1/"}, "cannot be reached"),
-        ({TOKEN: "a-wrong-secret"}, "answered 403"),
+        ({FULL_URI: "http://user:a-secret@example.org/?key=a-secret"}, "names http://example.org: expected https"),
+        ({FULL_URI: "file:///etc/a-secret"}, "names file://: expected https"),
+        ({FULL_URI: "a-secret"}, "expected https"),
+        ({FULL_URI: "http://127.0.0.1:a-secret/"}, "is no URL"),
+        ({FULL_URI: "http://[a-secret/"}, "is no URL"),
+        ({FULL_URI: "http://127.0.0.1:1/a-secret?key=a-secret"}, "at http://127.0.0.1:1 cannot be reached: Conn"),
+        ({FULL_URI: "http://localhost:1/a secret"}, "at http://localhost:1 gave no HTTP answer: InvalidURL"),
+        ({TOKEN: "a-secret"}, "answered 403"),
+        ({TOKEN: "a-secret\n"}, "has characters that no HTTP header can have"),
+        ({TOKEN: "a-secret-ü"}, "has characters that no HTTP header can have"),
     ],
 )
-def test_what_is_wrong_is_one_sentence_without_a_secret(endpoint, changed, reason):
+async def test_a_failure_is_one_sentence_without_a_secret(environment, endpoint, bucket, changed, reason, caplog):
+    """In the error of the provider, and in what the store logs and raises."""
     with pytest.raises(StoreUnavailable, match=reason) as raised:
-        container_credentials({**endpoint.environment, **changed})
-    assert "secret" not in str(raised.value)
+        fetch(*{**endpoint.environment, **changed}.values())
     assert raised.value.__cause__ is None
+    for name, value in changed.items():
+        environment.setenv(name, value)
+    with caplog.at_level(logging.DEBUG), pytest.raises(StoreUnavailable, match="cannot be used right now") as told:
+        await S3ObjectStore("b", bucket[0]).get("x")
+    assert reason in caplog.text
+    assert "External AWS credential provider" not in caplog.text  # obstore's own words
+    for text in (str(raised.value), str(told.value), caplog.text):
+        assert "secret" not in text.replace("SecretAccessKey", "")
 
 
-def test_an_answer_that_is_none_quotes_nothing(endpoint, monkeypatch):
-    monkeypatch.setattr(type(endpoint), "TOKEN", "another")
-    endpoint.environment[TOKEN] = "another"
-    monkeypatch.setattr("tests.lambda_runtime.json.dumps", lambda _: '["the-secret"]')
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '["the-secret"]',
+        "the-secret",
+        '{"AccessKeyId": "", "SecretAccessKey": "the-secret"}',
+        '{"AccessKeyId": "the-key", "SecretAccessKey": "the-secret", "Expiration": "the-secret"}',
+        json.dumps({"AccessKeyId": "the-key", "SecretAccessKey": "the-secret", "Padding": "x" * 100_000}),
+    ],
+)
+def test_another_answer_is_refused_and_not_quoted(endpoint, answer):
+    endpoint.answer = answer
     with pytest.raises(StoreUnavailable, match="did not answer AccessKeyId") as raised:
-        container_credentials(endpoint.environment)
+        fetch(*endpoint.environment.values())
     assert "the-secret" not in str(raised.value)
+
+
+def test_no_token_is_no_header(endpoint):
+    endpoint.token = None
+    assert fetch(endpoint.environment[FULL_URI], None)["access_key_id"] == "the-key"
+
+
+def test_an_endpoint_that_fails_for_a_moment_is_asked_again(endpoint):
+    endpoint.failures = ["closed", 500]
+    assert fetch(*endpoint.environment.values())["access_key_id"] == "the-key"
+    assert endpoint.asked == 3
+    endpoint.failures = [503] * 9
+    with pytest.raises(StoreUnavailable, match="answered 503"):
+        fetch(*endpoint.environment.values())
+    assert endpoint.asked == 6
+
+
+@pytest.mark.usefixtures("environment")
+async def test_requests_that_wait_for_a_dead_endpoint_fail_together(endpoint, bucket):
+    """And the event loop goes on meanwhile. obstore alone would ask once for each request, one after the other."""
+    endpoint.delay_s = 60
+    store, gaps = S3ObjectStore("b", bucket[0]), []
+
+    async def watch() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            gaps.append(time.monotonic() - before)
+
+    watching, began = asyncio.create_task(watch()), time.monotonic()
+    failed = await asyncio.gather(*(store.get(f"{number}") for number in range(20)), return_exceptions=True)
+    took = time.monotonic() - began
+    watching.cancel()
+    assert {type(one) for one in failed} == {StoreUnavailable}
+    assert s3_credentials.TIMEOUT_S <= took < 2 * s3_credentials.TIMEOUT_S
+    assert endpoint.asked == 1
+    assert max(gaps) < 1
+    endpoint.delay_s = 0
+    await asyncio.sleep(s3_credentials.REUSE_S)
+    assert await store.get("x") is not None

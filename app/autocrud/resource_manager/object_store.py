@@ -123,8 +123,9 @@ class ObjectStore(ABC):
 class S3ObjectStore(ObjectStore):
     """One bucket, through obstore.
 
-    Without keys the ambient credentials are used (environment with session token, web identity, container, instance, and
-    those of s3_credentials.py), renewed as they expire. An endpoint means path-style addresses, and plain HTTP is allowed where it says so. Clients share connections: see `s3`.
+    Without keys, uses the credentials that obstore finds (environment, web identity, container, instance) or those of
+    `s3_credentials`, and renews them before they expire. An endpoint means path-style addresses; plain HTTP is allowed
+    if the endpoint says so. Clients share connections: see `s3`.
     """
 
     def __init__(
@@ -280,9 +281,13 @@ def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
 
 
 def said(error: BaseException) -> str:
-    """What an error of the driver says, without the pages of its own state. Where there are no keys it asks the machine for those of a role,
-    and tells of that alone."""
+    """Return what an error of the driver says, in one line.
+
+    The driver adds pages of its own state, and names itself before the reason that a credential provider gave. If there
+    are no credentials at all, it only says that it asked the machine for a role.
+    """
     line = str(error).partition("\n")[0]
     if "http://169.254.169.254/" in line:
         return "no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set, and this machine has no role"
-    return line
+    _, provided, reason = line.partition("External AWS credential provider: StoreUnavailable: ")
+    return reason if provided else line

@@ -1,34 +1,53 @@
 """Credentials for S3 that obstore does not find by itself.
 
-obstore finds access keys in the environment, web identities, and the roles of ECS, EKS and EC2. `provider` says whether
-the environment has credentials of another kind, and is then what obstore asks before a request, and again before they
-expire. One kind is known today:
+obstore finds access keys in the environment, web identities, and the roles of ECS, EKS and EC2. If the environment has
+credentials of another kind, `provider` returns the function that obstore calls for them. One kind is known today:
 
-    a container's endpoint with its token in the environment    Lambda with SnapStart: the snapshot must hold no keys, so
-                                                                Lambda sets no AWS_ACCESS_KEY_ID
+    ContainerCredentials   an endpoint, with its token in the environment: Lambda with SnapStart, which sets no
+                           AWS_ACCESS_KEY_ID, because a snapshot must hold no keys
+
+To add a kind, return its function from `provider`. What obstore 0.12 does with that function:
+
+- It calls it in a thread of its own, never in that of the event loop, so the function may block.
+- It keeps the result until 5 minutes before `expires_at`, then calls again, at most once in 100 ms. None never expires.
+- It keeps one result for each S3Store, and lets other requests wait during a call. If the call fails, the next waiting
+  request calls again.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
 
 from ..errors import StoreUnavailable
 
-FULL_URI, TOKEN = "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN"
-TOKEN_FILE = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"  # noqa: S105 - a name
-TIMEOUT_S = 2.0
-"""The endpoint is on this machine."""
-LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost", "169.254.170.2", "169.254.170.23", "fd00:ec2::23")
-"""Hosts that are asked without TLS: loopback, and the link-local addresses of ECS and EKS. Others need https."""
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
 
-Provider = Callable[[], dict[str, Any]]
-"""Returns obstore's S3Credential: access_key_id, secret_access_key, token, and expires_at (None: never)."""
+    from obstore.store import S3Credential
+
+FULL_URI, TOKEN = "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN"
+FOUND_BY_OBSTORE = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",  # ECS
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",  # EKS
+)
+TIMEOUT_S = 2.0
+"""For all attempts together: the endpoint is on this machine."""
+PAUSES_S = (0.05, 0.2)
+"""Between attempts."""
+REUSE_S = 0.5
+"""How long the outcome of a fetch answers further calls. Shorter than a person needs to try again, and long enough for
+the requests that waited: if the endpoint is down, they fail together and not one time-out after another."""
+MAX_ANSWER = 64 * 1024
 
 
 class _Answer(Struct, frozen=True, rename="pascal"):
@@ -40,49 +59,139 @@ class _Answer(Struct, frozen=True, rename="pascal"):
     expiration: datetime | None = None
 
 
-def provider(environment: Mapping[str, str] = os.environ) -> Provider | None:
-    """Return what obstore must ask for credentials; None if it finds those of this environment by itself.
+class _Busy(Exception):
+    """The endpoint cannot answer now; another attempt may succeed."""
 
-    The environment is read again at each call, because Lambda may change it when it restores a snapshot.
-    """
-    if environment.get("AWS_ACCESS_KEY_ID") or not environment.get(FULL_URI) or environment.get(TOKEN_FILE):
+
+def provider(environment: Mapping[str, str] = os.environ) -> Callable[[], S3Credential] | None:
+    """Return what obstore must call for credentials; None if it finds those of this environment by itself."""
+    if not environment.get(FULL_URI) or any(environment.get(name) for name in FOUND_BY_OBSTORE):
         return None
-    return lambda: container_credentials(environment)
+    return ContainerCredentials(environment)
 
 
-def container_credentials(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Fetch credentials from the endpoint that the environment names. Blocks for TIMEOUT_S at most.
+class ContainerCredentials:
+    """Fetches credentials from the endpoint that the environment names.
 
-    obstore calls this in a thread of its own. Raises StoreUnavailable with a reason that holds no secret.
+    The environment is read at each fetch, because it may differ after a snapshot was restored. The clock is the wall
+    clock, because a monotonic one may stand still while the machine is frozen.
     """
-    from http.client import HTTPConnection, HTTPException, HTTPSConnection
-    from urllib.parse import urlsplit
 
-    given = environment.get(FULL_URI, "")
-    uri = urlsplit(given)
-    if not uri.hostname or not (uri.scheme == "https" or (uri.scheme == "http" and uri.hostname in LOCAL_HOSTS)):
-        raise StoreUnavailable(f"{FULL_URI} is {given!r}: expected https, or http on this machine")
-    kind = HTTPSConnection if uri.scheme == "https" else HTTPConnection
-    connection = kind(uri.hostname, uri.port, timeout=TIMEOUT_S)
-    where = f"the endpoint for AWS credentials, {uri.scheme}://{uri.netloc}{uri.path},"
-    try:
-        path = f"{uri.path or '/'}{f'?{uri.query}' if uri.query else ''}"
-        connection.request("GET", path, headers={"Authorization": environment.get(TOKEN, "")})
-        response = connection.getresponse()
-        body = response.read()
-    except (OSError, HTTPException) as error:
-        raise StoreUnavailable(f"{where} cannot be reached: {error or type(error).__name__}") from None
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise StoreUnavailable(f"{where} answered {response.status}")
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._lock = threading.Lock()
+        self._last: tuple[tuple[str, str | None], float, S3Credential | StoreUnavailable] | None = None
+
+    def __call__(self) -> S3Credential:
+        """Return credentials, perhaps those of a moment ago. Blocks for about TIMEOUT_S at most.
+
+        Raises StoreUnavailable in one sentence that holds no secret.
+        """
+        with self._lock:
+            asked = self._environment.get(FULL_URI, ""), self._environment.get(TOKEN)
+            if self._last is None or self._last[0] != asked or not 0 <= time.time() - self._last[1] < REUSE_S:
+                outcome: S3Credential | StoreUnavailable
+                try:
+                    outcome = fetch(*asked)
+                except StoreUnavailable as error:
+                    outcome = error
+                self._last = (asked, time.time(), outcome)
+            outcome = self._last[2]
+        if isinstance(outcome, StoreUnavailable):
+            raise StoreUnavailable(str(outcome))
+        return outcome
+
+
+def fetch(uri: str, token: str | None) -> S3Credential:
+    """Fetch credentials from a container's endpoint. Blocks for about TIMEOUT_S at most.
+
+    Repeats refused connections and answers of 500 and above. Raises StoreUnavailable in one sentence that holds no
+    secret: neither the token, nor the answer, nor the user or query of the URI.
+    """
+    parts = _endpoint(uri)
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise StoreUnavailable(f"{TOKEN} has characters that no HTTP header can have: expected printable ASCII")
+    port = "" if parts.port is None else f":{parts.port}"
+    where = f"the endpoint for AWS credentials at {parts.scheme}://{parts.hostname}{port}"
+    deadline = time.monotonic() + TIMEOUT_S
+    for pause_s in (*PAUSES_S, None):
+        try:
+            body = _get(parts, token, deadline - time.monotonic())
+            break
+        except _Busy as busy:
+            if pause_s is None or time.monotonic() + pause_s >= deadline:
+                raise StoreUnavailable(f"{where} {busy}") from None
+            time.sleep(pause_s)
+        except StoreUnavailable as refused:
+            raise StoreUnavailable(f"{where} {refused}") from None
     try:
         answer = msgspec.json.decode(body, type=_Answer)
-    except msgspec.MsgspecError:  # without its words, which may quote the secret
+        if not answer.access_key_id or not answer.secret_access_key:
+            raise msgspec.ValidationError
+    except msgspec.MsgspecError:  # without its text, which may quote the secret
         raise StoreUnavailable(f"{where} did not answer AccessKeyId, SecretAccessKey, Token and Expiration") from None
+    ends = answer.expiration
     return {
         "access_key_id": answer.access_key_id,
         "secret_access_key": answer.secret_access_key,
         "token": answer.token,
-        "expires_at": answer.expiration,
+        # obstore wants a time zone; AWS gives UTC.
+        "expires_at": ends.replace(tzinfo=UTC) if ends is not None and ends.tzinfo is None else ends,
     }
+
+
+def _endpoint(uri: str) -> SplitResult:
+    """Return the parts of the URI. Raises StoreUnavailable if the token must not be sent there."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(uri)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:  # without its text, which quotes the URI
+        raise StoreUnavailable(f"{FULL_URI} is no URL: expected https, or http to this machine") from None
+    if not host or not (parts.scheme == "https" or (parts.scheme == "http" and is_local(host))):
+        found = f"{parts.scheme}://{host}"
+        raise StoreUnavailable(f"{FULL_URI} names {found}: expected https, or http to a loopback or link-local address")
+    return parts
+
+
+def is_local(host: str) -> bool:
+    """Return whether what is sent to this host stays on this machine.
+
+    The hosts that botocore allows, and every link-local address: Lambda's own APIs are at 169.254.100.1.
+    """
+    from ipaddress import ip_address
+
+    if host in ("localhost", "fd00:ec2::23"):
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_link_local
+
+
+def _get(parts: SplitResult, token: str | None, timeout_s: float) -> bytes:
+    """Return the endpoint's answer. Raises _Busy, StoreUnavailable; their texts are the end of a sentence about it."""
+    from http.client import HTTPConnection, HTTPException, HTTPSConnection  # loaded by Lambda's runtime client anyway
+
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+    path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
+    try:
+        connection.request("GET", path, headers={} if token is None else {"Authorization": token})
+        response = connection.getresponse()
+        body = response.read(MAX_ANSWER)
+    except TimeoutError:
+        raise StoreUnavailable(f"did not answer within {TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise _Busy(f"cannot be reached: {error.strerror or type(error).__name__}") from None
+    except (HTTPException, ValueError) as error:  # without their texts, which quote what was sent or received
+        raise StoreUnavailable(f"gave no HTTP answer: {type(error).__name__}") from None
+    finally:
+        connection.close()
+    if response.status >= 500:
+        raise _Busy(f"answered {response.status}")
+    if response.status != 200:
+        raise StoreUnavailable(f"answered {response.status}")
+    return body
