@@ -74,12 +74,12 @@ class Aws:
 
     def __init__(self, inside, secret: str) -> None:
         self.inside, self.secret, self.asked = inside, secret, []
-        self.denied: list[str] = []
-        """Error codes that the next requests are answered with."""
+        self.denied: list[str | None] = []
+        """Error codes that the next requests are answered with; None lets one pass."""
 
     def _refuse(self, operation: str) -> None:
-        if self.denied:
-            raise ClientError({"Error": {"Code": self.denied.pop(0), "Message": "not authorized"}}, operation)
+        if self.denied and (code := self.denied.pop(0)) is not None:
+            raise ClientError({"Error": {"Code": code, "Message": "not authorized"}}, operation)
 
     def client(self, name: str):
         return {"secretsmanager": self, "lambda": self}[name]
@@ -123,23 +123,42 @@ def test_outside_hands_the_secret_to_inside(postgres, database, aws):
     assert used.asked == [{"SecretId": "arn:aws:secretsmanager:x"}, {"FunctionName": "boot-inside"}]
 
 
-def test_outside_waits_until_its_role_counts(postgres, database, aws, monkeypatch):
-    """IAM is eventually consistent: a policy that was just made may be denied for some seconds."""
-    waited = []
-    monkeypatch.setattr(bootstrap.time, "sleep", waited.append)
+@pytest.fixture
+def waited(monkeypatch):
+    """The pauses, in seconds, that `outside` would have waited for."""
+    pauses: list[float] = []
+    monkeypatch.setattr(bootstrap.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_outside_waits_until_its_role_counts(postgres, database, aws, waited):
+    """IAM is eventually consistent: a policy that was just made may be denied for some seconds, by either service."""
     used = aws()
-    used.denied = ["AccessDeniedException", "AccessDenied"]
+    used.denied = ["AccessDeniedException", "AccessDenied", None, "AccessDeniedException", None]
     assert bootstrap.outside(outside(postgres, database), None) == {"user": f"{database}_app"}
-    assert (len(used.asked), waited) == (4, [1, 2])
-    used.denied = ["AccessDeniedException"] * 10
+    secret, invoked = {"SecretId": "arn:aws:secretsmanager:x"}, {"FunctionName": "boot-inside"}
+    assert used.asked == [secret, secret, secret, invoked, invoked]
+    assert waited == [1, 2, 4]
+
+
+@pytest.mark.parametrize("allowed", [[], [None]], ids=["the secret", "the invocation"])
+def test_outside_gives_up_within_its_time(postgres, database, aws, waited, allowed):
+    """30 s for both requests together; its time is 90 s, and the other function takes up to 60 s."""
+    used = aws()
+    used.denied = [*allowed, *["AccessDeniedException"] * 100]
     with pytest.raises(ClientError, match="AccessDenied"):
         bootstrap.outside(outside(postgres, database), None)
-    assert sum(waited[2:]) == 30
-    before = len(waited)
-    used.denied = ["ResourceNotFoundException"]
-    with pytest.raises(ClientError, match="ResourceNotFound"):
-        bootstrap.outside(outside(postgres, database), None)
-    assert len(waited) == before
+    assert sum(waited) == 30
+    assert sorted(waited) == waited
+
+
+def test_outside_fails_at_once_if_it_is_another_error(postgres, database, aws, waited):
+    used = aws()
+    for denied in (["ResourceNotFoundException"], [None, "TooManyRequestsException"]):
+        used.denied = denied
+        with pytest.raises(ClientError, match=denied[-1]):
+            bootstrap.outside(outside(postgres, database), None)
+    assert waited == []
 
 
 def test_outside_fails_without_the_password(postgres, database, aws):
