@@ -1,10 +1,12 @@
-"""Signing in to the stack's database, cache and broker with the role that the app runs under. No password is kept anywhere.
+"""Signing in to the stack's database, cache and broker with the role that the app runs under. No password is kept.
 
-PostgreSQL and Valkey take a token that is signed here, without a request, and is good for 15 minutes. It is made anew
-for each connection. An open connection to PostgreSQL outlives it; ElastiCache ends connections that signed in by IAM
-after 12 hours, and the client connects again. RabbitMQ has a password in Secrets Manager, which is read when a connection is made.
+PostgreSQL and Valkey take a token that is signed here, without a request, and is good for 15 minutes. A new one is made
+for each connection. An open connection to PostgreSQL outlives its token. ElastiCache ends a connection that signed in by
+IAM after 12 hours, and the client reconnects. RabbitMQ has a password in Secrets Manager, which is read for each
+connection.
 
-botocore is on Lambda already. It is imported by the kinds that need it, and its signers alone: `boto3.client` costs ten times as much.
+botocore is on Lambda already. It is imported by the kinds that need it, and its signers alone: `boto3.client` costs ten
+times as much.
 """
 
 from __future__ import annotations
