@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import itertools
 from decimal import Decimal
 from typing import Literal
 from uuid import UUID
@@ -11,6 +12,7 @@ from uuid import UUID
 from msgspec import UNSET, Struct, UnsetType
 
 from app.autocrud import Encoding, IndexedField
+from app.autocrud.resource_manager.basic import ResourceStore
 from app.autocrud.resource_manager.codec import Codec
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.operations import Retention
@@ -49,6 +51,15 @@ class Item(Struct, kw_only=True):
     maybe: str | UnsetType | None = UNSET
     code: str | None = None  # unique
     note: str = ""  # not indexed
+
+
+class Stricter(Struct, kw_only=True):
+    """What Item's data do not fit: they have a number where a text is required, and lack a field."""
+
+    text: str
+    number: int | None = None
+    code: int | None = None
+    extra: str
 
 
 INDEXED = [
@@ -90,14 +101,32 @@ def manage(
     clock: Clock | None = None,
     indexed: list = INDEXED,
     name: str = "item",
+    model: type = Item,
 ) -> ResourceManager[Item]:
     """A manager as AutoCRUD makes it."""
     return ResourceManager(
         name,
-        Codec(Item, indexed),
+        Codec(model, indexed),
         factory.build(name),
         encoding=encoding,
         schema_version=1,
         retention=retention,
         clock=clock or Clock(),
     )
+
+
+class Failing:
+    """Lets one read of a body fail. at: which one, from 0."""
+
+    def __init__(self, store: ResourceStore, *, at: int, error: Exception) -> None:
+        self._store, self._at, self._error, self._reads = store, at, error, itertools.count()
+        self._get = store.get
+        store.get = self._read  # type: ignore[method-assign]
+
+    async def _read(self, uid: str) -> bytes:
+        if next(self._reads) == self._at:
+            raise self._error
+        return await self._get(uid)
+
+    def heal(self) -> None:
+        del self._store.get

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET, defstruct
 from msgspec.structs import replace
 
-from app.autocrud import Encoding, Query, Retention, field
+from app.autocrud import Encoding, IndexedField, Query, Retention, field
 from app.autocrud.errors import (
     AnswerGone,
     ConfigError,
@@ -30,6 +30,7 @@ from app.autocrud.errors import (
     ResourceNotFound,
     RevisionIsStable,
     RevisionNotFound,
+    StoreUnavailable,
     UniqueConflict,
     VersionConflict,
 )
@@ -52,7 +53,7 @@ from app.autocrud.resource_manager.operations import (
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 
 from . import reference
-from .model import INDEXED, Clock, Item, manage
+from .model import INDEXED, Clock, Failing, Item, Stricter, manage
 from .strategies import SAMPLES, items, queries
 
 ROUNDS = 25
@@ -802,6 +803,8 @@ class DurableConformance(StorageConformance):
     """For storages that keep what they acknowledged."""
 
     durable: ClassVar[bool] = True
+    keeps_index: ClassVar[bool] = True
+    """False: the index is made of the bodies at each start, so a lost body leaves nothing to be found by."""
 
     async def test_bodies_of_both_encodings_live_side_by_side(self, root):
         rich = Item(text="ä", real=1.5, tags=["x"], number=-1)
@@ -843,6 +846,68 @@ class DurableConformance(StorageConformance):
             await again.create(Item(), resource_id="deleted")
         await again.modify("kept", Item(text="kept 3"), expect=kept.version)
         await again.close()
+
+    async def test_a_body_that_cannot_be_read_now_removes_nothing(self, root):
+        """R1: whichever read fails while a field is indexed later, opening fails, and the next try finds everything."""
+        plain = manage(self.make(root), indexed=["text", "code"])
+        for number in range(6):
+            await plain.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        await plain.close()
+        for failing in range(6):
+            manager = manage(self.make(root), indexed=INDEXED)
+            bodies = Failing(manager.storage.resource_store, at=failing, error=StoreUnavailable("503 of the test"))
+            if failing < 5:
+                with pytest.raises(StoreUnavailable):
+                    await manager.open()
+                bodies.heal()
+                await manager.close()
+                before = manage(self.make(root), indexed=["text", "code"])
+                assert await before.count(Query(where=field("text").eq("x"))) == 6
+                await before.close()
+            else:
+                bodies.heal()
+                await manager.open()
+                assert await manager.count(Query(where=field("text").eq("x"))) == 6
+                assert await manager.count(Query(where=field("number").gte(0))) == 6
+                for number in range(6):
+                    with pytest.raises(UniqueConflict):
+                        await manager.create(Item(code=f"c{number}"))
+                assert await manager.storage.impairments() == []
+                await manager.close()
+
+    async def test_a_body_that_is_lost_keeps_its_resource_in_the_index(self, root):
+        """R2 and R3: it keeps what it was found by, holds its unique value, and is named; the model opens."""
+        plain = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
+        for number in range(3):
+            await plain.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        lost = (await plain.get("r1")).meta.uid
+        await plain.storage.resource_store.delete([lost])
+        await plain.close()
+        manager = manage(self.make(root), indexed=INDEXED)
+        await manager.open()
+        assert await manager.count() == 3
+        assert await manager.count(Query(where=field("number").gte(0))) == 2
+        assert await manager.count(Query(where=field("text").eq("x"))) == (3 if self.keeps_index else 2)
+        if self.keeps_index:
+            with pytest.raises(UniqueConflict):
+                await manager.create(Item(code="c1"))
+        (told,) = await manager.storage.impairments()
+        assert told.startswith("1 resources have lost their data")
+        assert told.endswith(": r1")
+        await manager.close()
+
+    async def test_data_that_do_not_fit_the_model_are_indexed_as_far_as_they_do(self, root):
+        """R2: a field that can be read is indexed, one that cannot keeps the value of the old entry."""
+        plain = manage(self.make(root), indexed=["text"])
+        await plain.create(Item(text="x", number=7, code="c"), resource_id="r")
+        await plain.close()
+        manager = manage(self.make(root), model=Stricter, indexed=["text", "number"])
+        await manager.open()
+        assert await manager.count(Query(where=field("text").eq("x"))) == 1
+        assert await manager.count(Query(where=field("number").eq(7))) == 1
+        (told,) = await manager.storage.impairments()
+        assert told.startswith("1 resources have data that do not fit the model")
+        await manager.close()
 
     async def test_a_field_that_is_indexed_later_finds_what_was_there(self, root):
         plain = manage(self.make(root), indexed=["text"])
@@ -1049,6 +1114,8 @@ class SharedConformance(DurableConformance):
 
 class OwnedConformance(DurableConformance):
     """For storages that one process owns."""
+
+    keeps_index: ClassVar[bool] = False
 
     async def test_an_owner_that_comes_back_sees_what_another_one_did(self, root):
         first, second = manage(self.make(root)), manage(self.make(root))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime as dt
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from ..query import Cursor, Query
 from ..values import Key
@@ -247,6 +247,20 @@ class ResourceStore(Store):
         raise AssertionError("only where keeps_records")
 
 
+class IndexOf(Protocol):
+    """Makes index entries of stored bodies."""
+
+    def __call__(self, body: bytes, encoding: Encoding) -> IndexEntry:
+        """Return the entry of a body. Raises if the body cannot be read, or does not fit the model."""
+
+    def kept(self, body: bytes | None, encoding: Encoding, shown: bytes) -> IndexEntry:
+        """Return the entry of a resource whose body does not fit, or is lost (None). Raises nothing.
+
+        Each field is taken from the body if it can be read there, or else from `shown`, the indexed fields of the
+        entry that the resource has, as JSON.
+        """
+
+
 class IStorage(ABC):
     """One model's storage as the ResourceManager sees it: bodies and metadata together."""
 
@@ -274,10 +288,10 @@ class IStorage(ABC):
     def bind(self, spec: ModelSpec) -> None: ...
 
     @abstractmethod
-    async def open(self, index: Callable[[bytes, Encoding], IndexEntry]) -> None:
+    async def open(self, index: IndexOf) -> None:
         """Make the storage ready: rebuild what is not durable, bring the index up to the bound fields.
 
-        `index` makes an entry of a body. Called again it does nothing that was done.
+        `index` makes an entry of a body; see IndexOf. Called again it does nothing that was done.
         """
 
     @abstractmethod

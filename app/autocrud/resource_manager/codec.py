@@ -14,7 +14,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 import msgspec
@@ -26,8 +26,6 @@ from .basic import Encoding, IndexedField, IndexEntry
 
 T = TypeVar("T")
 
-IndexOf = Callable[[bytes, Encoding], IndexEntry]
-"""Makes the index entry of a stored body."""
 
 MAX_FAULTS = 100
 MISSING = UNSET  # what a path that leads nowhere yields; msgspec's own word for a field that is not there
@@ -154,6 +152,48 @@ class Codec(Generic[T]):
         if self._omits_defaults:  # then the data does not show them either
             shown = project(msgspec.json.decode(canonical_json(data)), list(self.fields))
         return IndexEntry(keys, tuple(missing), canonical_json(shown))
+
+    def index_kept(self, *trees: Any) -> IndexEntry:
+        """Return what can be indexed of trees of JSON that do not fit the model: each field from the first that has it."""
+        keys: dict[str, Any] = {}
+        missing: list[str] = []
+        shown: dict[str, Any] = {}
+        for path in self._paths:
+            for tree in trees:
+                value = path.read_loosely(tree)
+                if value is MISSING:
+                    continue
+                with contextlib.suppress(ValueError):
+                    keys[path.name] = path.key(value)
+                    path.show(shown, value)
+                    break
+            else:
+                keys[path.name] = None
+                missing.append(path.name)
+        return IndexEntry(keys, tuple(missing), canonical_json(shown))
+
+
+class CodecIndex:
+    """The IndexOf of a codec."""
+
+    def __init__(self, codec: Codec[Any]) -> None:
+        self._codec = codec
+
+    def __call__(self, body: bytes, encoding: Encoding) -> IndexEntry:
+        return self._codec.index(self._codec.decode(body, encoding))
+
+    def kept(self, body: bytes | None, encoding: Encoding, shown: bytes) -> IndexEntry:
+        return self._codec.index_kept(_loosely_decoded(body, encoding), _loosely_decoded(shown, Encoding.json))
+
+
+def _loosely_decoded(body: bytes | None, encoding: Encoding) -> Any:
+    """Return what a body holds, whatever its model was; None if it cannot be read."""
+    if body is None:
+        return None
+    try:
+        return msgspec.json.decode(body) if encoding == Encoding.json else msgspec.msgpack.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _indexed_field(given: IndexedField | tuple[str, Any] | str) -> IndexedField:
@@ -328,6 +368,7 @@ class _Path:
             owner, step = _step(model, owner, part, given.name)
             self._steps.append(step)
         self.name = ".".join(step[0] for step in self._steps)
+        self._type = owner
         try:
             self.kind = kind_of(owner)
             declared = self.kind if given.type is None else kind_of(given.type)
@@ -348,6 +389,17 @@ class _Path:
             if data is MISSING:
                 return MISSING
         return data
+
+    def read_loosely(self, tree: Any) -> Any:
+        """Return the value in a tree of JSON, if the path leads to one that has the field's type; MISSING if not."""
+        for name, _, _ in self._steps:
+            if not isinstance(tree, dict) or name not in tree:
+                return MISSING
+            tree = tree[name]
+        try:
+            return msgspec.convert(tree, self._type)
+        except (msgspec.ValidationError, ValueError, OverflowError):
+            return MISSING
 
     def key(self, value: Any) -> Any:
         if value is None or value is MISSING:

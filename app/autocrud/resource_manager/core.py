@@ -33,7 +33,6 @@ from ..query import MAX_LIMIT, Filter, Query
 from .basic import (
     Encoding,
     Hit,
-    IndexEntry,
     IStorage,
     ModelSpec,
     Page,
@@ -45,7 +44,7 @@ from .basic import (
 from .bounds import Bounds
 from .caller import Caller, IdempotencyKey
 from .checks import missing, storable_number
-from .codec import Codec, Document
+from .codec import Codec, CodecIndex, Document
 from .operations import (
     Create,
     Delete,
@@ -135,11 +134,8 @@ class ResourceManager(Generic[T]):
     async def open(self) -> None:
         """Make the storage ready; done by the first use, or earlier so that errors show at start."""
         if not self._opened:
-            await self.storage.open(self._index)
+            await self.storage.open(CodecIndex(self.codec))
             self._opened = True
-
-    def _index(self, body: bytes, encoding: Encoding) -> IndexEntry:
-        return self.codec.index(self.codec.decode(body, encoding))
 
     # Reading
 

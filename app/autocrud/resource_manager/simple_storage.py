@@ -38,23 +38,21 @@ from .basic import (
     DoneBefore,
     Encoding,
     Hit,
-    IndexEntry,
+    IndexOf,
     IStorage,
     MetaStore,
     ModelSpec,
     Once,
     Page,
-    Reindex,
     ResourceMeta,
     ResourceStore,
     RevisionInfo,
-    Version,
     Write,
 )
 from .checks import shared, taken
-from .codec import IndexOf
 from .disk_pair import DiskPair
 from .meta_store.simple import DiskMetaStore
+from .reindexing import Reindexing
 from .resource_store.simple import DiskResourceStore
 from .sqlite.committer import GaveUp
 from .threads import outlived
@@ -80,6 +78,7 @@ class SimpleStorage(IStorage):
             self._pair = DiskPair(meta_store, resource_store)
         self._follows = not self.meta_store.authoritative and resource_store.keeps_records
         self._spec = ModelSpec("unbound")
+        self._reindexing = Reindexing("unbound", self.meta_store, resource_store)
         self._index: IndexOf | None = None
         self._generation = 0
         self._sweep_after = ""
@@ -102,6 +101,7 @@ class SimpleStorage(IStorage):
 
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
+        self._reindexing = Reindexing(spec.name, self.meta_store, self.resource_store)
         self.resource_store.bind(spec)  # first, because an index of its own lies where it lies
         self.meta_store.bind(spec)
 
@@ -165,21 +165,12 @@ class SimpleStorage(IStorage):
             after = uids[-1]
 
     async def _reindex(self, outdated: Sequence[ResourceMeta], index: IndexOf) -> None:
-        entries = [await self._entry(meta, index) for meta in outdated]
+        entries = await self._reindexing.entries(outdated, index)
         try:
             await self.meta_store.reindex(entries)
         except UniqueConflict as error:
             await self.meta_store.give_up(error.field)
             raise shared(self._spec.name, error.field) from None
-
-    async def _entry(self, meta: ResourceMeta, index: IndexOf) -> Reindex:
-        try:
-            entry = index(await self.resource_store.get(meta.uid), meta.encoding)
-        except Exception as error:
-            # One unreadable body must not keep everything else from being found.
-            log.error("%s %s cannot be indexed: %s", self._spec.name, meta.resource_id, error)
-            entry = IndexEntry({}, tuple(self._spec.fields), b"{}")
-        return Reindex(meta.resource_id, Version(meta.version, meta.nonce), entry)
 
     # Reading
 
@@ -369,7 +360,8 @@ class SimpleStorage(IStorage):
         await self.resource_store.health()
 
     async def impairments(self) -> list[str]:
-        return [*await self.meta_store.impairments(), *await self.resource_store.impairments()]
+        stores = [*await self.meta_store.impairments(), *await self.resource_store.impairments()]
+        return [*stores, *self._reindexing.degradations()]
 
     async def maintain(self, budget_s: float) -> None:
         """Index what an older program has written since, and sweep orphaned bodies; where the time ends, the next call goes on."""
