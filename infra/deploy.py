@@ -82,8 +82,7 @@ def deploy(*, stage: str, stack: str | None = None, yes: Annotated[bool, Paramet
     aws = check_credentials(stored, choose_region(stored, yes=yes))
     is_new = select_stack(name)
     config = configure(name, stage, stored, aws.region, is_new=is_new)
-    if is_new:
-        check_quota(aws, config)
+    check_quota(aws, config, None if is_new else deployed_function(name))
     preview(name)
     print(f"\n{cost(config)}")
     if config.keeps:
@@ -103,9 +102,12 @@ def check_place() -> None:
 
 def check_stage(stage: str) -> None:
     """Raise ConfigError if there is no such stage."""
-    from infra.config import read
+    from infra.config import allowed, read
 
-    read({"stage": stage})
+    try:
+        read({"stage": stage})
+    except ConfigError:
+        raise ConfigError(f"STAGE is {stage!r}: expected {allowed('stage')}") from None
 
 
 def check_terminal(*, yes: bool) -> None:
@@ -309,19 +311,32 @@ def configure(stack: str, stage: str, stored: Mapping[str, Any], region: str, *,
     return read({**own, "stage": stage})
 
 
-def check_quota(aws: Aws, config: StackConfig) -> None:
-    """Raise ConfigError if the account cannot reserve the concurrent executions that a database's function gets."""
+def deployed_function(stack: str) -> str | None:
+    """Return the name of the function that the stack has; None before its first complete update."""
+    try:
+        return pulumi_cli.outputs(stack).function_name
+    except ConfigError:
+        return None
+
+
+def check_quota(aws: Aws, config: StackConfig, function: str | None) -> None:
+    """Raise ConfigError if the account cannot reserve the concurrent executions that a database's function gets.
+
+    function    the stack's present function, whose own reservation counts as free
+    """
     from botocore.exceptions import ClientError
 
     wanted = config.reserved_concurrency
     if wanted is None:
         return
+    functions = aws.session.client("lambda")
     try:
-        limits = aws.session.client("lambda").get_account_settings()["AccountLimit"]
+        limits = functions.get_account_settings()["AccountLimit"]
+        answer = functions.get_function_concurrency(FunctionName=function) if function else {}
     except ClientError as error:
         print(f"Not checked: the account's quota of concurrent executions ({error.response['Error']['Code']}).")
         return
-    free = limits["UnreservedConcurrentExecutions"]
+    free = limits["UnreservedConcurrentExecutions"] + answer.get("ReservedConcurrentExecutions", 0)
     if free - wanted < UNRESERVED:
         raise ConfigError(
             f"the account has {free} unreserved concurrent executions of Lambda, expected {wanted + UNRESERVED}: request"

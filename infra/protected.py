@@ -1,7 +1,7 @@
 """Refuse an update that would delete protected resources, before it changes anything.
 
-The engine refuses too, but last: it creates, updates and deletes everything else first. So this reads from the stack's
-state what is protected, and compares it with what the config still asks for. `test_protected.py` keeps the comparison
+The engine would refuse too, but only after it has created, updated and deleted everything else. Therefore `check` reads
+from the stack's state what is protected, and compares it with what the config still asks for. `test_protected.py` keeps the comparison
 in step with the program.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -260,7 +261,7 @@ def test_the_command_signs_in_as_the_stack_wants(place, auth, header):
 
 
 def test_the_stage_is_checked_first(place):
-    assert place.refused("--stage", "production", "--yes").startswith('crudstack:stage is "production": expected dev')
+    assert place.refused("--stage", "production", "--yes").startswith("STAGE is 'production': expected dev")
     assert place.pulumi.asked() == []
 
 
@@ -457,7 +458,7 @@ def deploy_to(*, free: int | None, reserved: int | None = None) -> None:
     stub.add_response("get_function_concurrency", answer, {"FunctionName": OUTPUTS["function_name"]})
     aws = deploy.Aws(SimpleNamespace(client=lambda _: client), "1", "eu-central-1")
     with stub:
-        deploy.check_quota(aws, WITH_DATABASE)
+        deploy.check_quota(aws, WITH_DATABASE, None)
         deploy.check_reservation(aws, WITH_DATABASE, parse_outputs(json.dumps(OUTPUTS), "OUTPUTS"))
         stub.assert_no_pending_responses()
 
@@ -484,5 +485,19 @@ def test_a_reservation_that_was_lost_is_told(reserved, said):
 
 def test_lambda_is_not_asked_about_a_stack_that_reserves_nothing():
     asks_nothing = deploy.Aws(None, "1", "eu-central-1")
-    deploy.check_quota(asks_nothing, read({}))
+    deploy.check_quota(asks_nothing, read({}), "crudstack-dev-api")
     deploy.check_reservation(asks_nothing, read({}), parse_outputs(json.dumps(OUTPUTS), "OUTPUTS"))
+
+
+@pytest.mark.parametrize(("free", "held", "fits"), [(100, 35, True), (110, 20, False), (134, None, False)])
+def test_the_reservation_that_a_function_has_counts_as_free(free, held, fits):
+    """An update that adds a database, or a larger one, is checked too."""
+    client = boto3.client("lambda", region_name="eu-central-1", aws_access_key_id="x", aws_secret_access_key="x")  # noqa: S106
+    stub = Stubber(client)
+    limit = {"ConcurrentExecutions": 1000, "UnreservedConcurrentExecutions": free}
+    stub.add_response("get_account_settings", {"AccountLimit": limit}, {})
+    held_now = {} if held is None else {"ReservedConcurrentExecutions": held}
+    stub.add_response("get_function_concurrency", held_now, {"FunctionName": "crudstack-dev-api"})
+    aws = deploy.Aws(SimpleNamespace(client=lambda _: client), "1", "eu-central-1")
+    with stub, contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="unreserved"):
+        deploy.check_quota(aws, WITH_DATABASE, "crudstack-dev-api")

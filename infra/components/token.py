@@ -44,7 +44,8 @@ class ApiToken(Component):
         version = self._secret_version(secret, generation)
         if stack.keeps and generation > 1:
             self._secret_version(secret, generation - 1, after=version)
-        # The id is AWS's, so the labels of a planned version, which are those of another token, never get out.
+        # A preview draws another token than the update. It does not know the id of a version that is only planned, so it
+        # shows no SHA-256 for it.
         labels = Output.all(version.version_id, version.version_stages)
         self.sha256: Output[str] = labels.apply(lambda known: _labelled(known[1]))
         self.register_outputs({"sha256": self.sha256})

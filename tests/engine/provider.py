@@ -5,7 +5,7 @@ It behaves as pulumi-aws and its bridge do where the engine can see it:
 - Check refuses unknown, missing and mistyped arguments (by the classes of the installed pulumi_aws), combinations and
   values that the real validators refuse, and makes up names.
 - Diff compares the *state* with the new inputs, as Terraform's plan does, and knows what replaces a resource.
-- Read answers from the account, never from the request, but for what AWS does not tell and only a state knows. Inputs
+- Read answers from the account. From the request it takes only what AWS never tells, such as the path of the zip. Inputs
   become what the state says, so a write-only argument is gone after a refresh (the bridge's extractInputs).
 - Create, Update and Delete fail as AWS does: references to what is gone, dependents, protection.
 
