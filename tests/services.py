@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,33 @@ def ministack_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]
 
 
 @pytest.fixture(scope="session")
+def s3_server(request: pytest.FixtureRequest) -> S3Server:
+    """The server that the S3 slice runs on: ministack, or the one that TEST_S3_ENDPOINT_URL names, with AWS keys.
+
+    The slice: `pytest -m s3_slice`. A named server keeps the data. Each process has a bucket of its own there, because prefixes
+    are named after tests and repeat in other processes and runs.
+    """
+    url = os.environ.get("TEST_S3_ENDPOINT_URL")
+    server: S3Server = request.getfixturevalue("ministack_s3") if url is None else named(url)
+    os.environ["TEST_S3"] = json.dumps(server)
+    os.environ["TEST_S3_BUCKET"] = BUCKET if url is None else f"tests-{uuid.uuid4().hex[:12]}"
+    if url is not None:
+        make_bucket(os.environ["TEST_S3_BUCKET"], url, "us-east-1")
+    return server
+
+
+def named(url: str) -> S3Server:
+    """Return a server that somebody else runs, with the ambient keys. Raises AssertionError without keys."""
+    keys = [os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    if not all(keys):
+        raise AssertionError(
+            "TEST_S3_ENDPOINT_URL is set without keys, expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY beside it:"
+            " set both"
+        )
+    return S3Server(url.rstrip("/"), *map(str, keys))
+
+
+@pytest.fixture(scope="session")
 def seaweed_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A server that checks signatures."""
     directory = tmp_path_factory.mktemp("seaweed")
@@ -71,6 +99,9 @@ def seaweed_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 def _make_bucket(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
     environment = {"AWS_ACCESS_KEY_ID": server.access_key_id, "AWS_SECRET_ACCESS_KEY": server.secret_access_key}
+    before = {
+        name: os.environ.get(name) for name in environment
+    }  # a server that TEST_S3_ENDPOINT_URL names has keys too
     os.environ.update(environment)
     deadline = time.monotonic() + 60
     try:
@@ -82,8 +113,11 @@ def _make_bucket(server: S3Server, process: subprocess.Popen[bytes], log: Path) 
                 raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
             time.sleep(0.2)
     finally:
-        for name in environment:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _ports(count: int) -> list[int]:

@@ -13,14 +13,24 @@ import threading
 import httpx
 import pytest
 
+from tests.services import named
 from tests.test_server import write_until_killed
 
 
 @pytest.fixture
-def on_bucket(serve, ministack_s3, tmp_path):
+def on_bucket(serve, s3_server, tmp_path):
     """Start servers that share nothing but a bucket."""
     numbers = itertools.count()
-    return lambda: serve("s3-sqlite", tmp_path / str(next(numbers)), s3=ministack_s3, prefix=tmp_path.name)
+    bucket = {"CRUDSTACK_BUCKET": os.environ["TEST_S3_BUCKET"]}
+    return lambda: serve(
+        "s3-sqlite", tmp_path / str(next(numbers)), s3=s3_server, prefix=tmp_path.name, environment=bucket
+    )
+
+
+def test_a_named_server_without_keys_is_refused(monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    with pytest.raises(AssertionError, match="expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        named("http://127.0.0.1:1")
 
 
 def check(url: str, seen: dict[str, str]) -> None:
@@ -32,6 +42,7 @@ def check(url: str, seen: dict[str, str]) -> None:
         assert client.get("/article/count").json()["count"] >= len(seen)
 
 
+@pytest.mark.s3_slice
 def test_kill_9_of_servers_on_one_bucket_loses_nothing(on_bucket):
     seen: dict[str, str] = {}
     survivor = on_bucket()
@@ -58,6 +69,7 @@ def test_kill_9_of_servers_on_one_bucket_loses_nothing(on_bucket):
     survivor.stop()
 
 
+@pytest.mark.s3_slice
 def test_a_server_that_was_stopped_for_a_while_goes_on_rightly(on_bucket):
     """Its PUTs arrive late, its copy is old, and others have collected what it knew."""
     frozen, other = on_bucket(), on_bucket()
@@ -81,6 +93,7 @@ def test_a_server_that_was_stopped_for_a_while_goes_on_rightly(on_bucket):
     check(other.url, seen | dict(acknowledged))
 
 
+@pytest.mark.s3_slice
 def test_of_four_servers_one_wins_each_round(on_bucket):
     servers = [on_bucket() for _ in range(4)]
     clients = [httpx.Client(base_url=server.url, timeout=30) for server in servers]

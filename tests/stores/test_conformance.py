@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,22 @@ class MemoryWithS3(IStorageFactory):
         self.prefix = f"{root.name}/"
 
     def build(self, model_name: str) -> IStorage:
-        endpoint, access_key, secret_key = given("TEST_MINISTACK")
+        endpoint, access_key, secret_key = given("TEST_S3")
         return SimpleStorage(
             MemoryMetaStore(),
-            LooksAtOnce(BUCKET, f"{self.prefix}{model_name}/", endpoint, access_key, secret_key, "us-east-1"),
+            LooksAtOnce(
+                os.environ["TEST_S3_BUCKET"],
+                f"{self.prefix}{model_name}/",
+                endpoint,
+                access_key,
+                secret_key,
+                "us-east-1",
+            ),
         )
 
 
-@pytest.mark.usefixtures("ministack_s3")
+@pytest.mark.s3_slice
+@pytest.mark.usefixtures("s3_server")
 class TestMemoryWithS3(SharedConformance):
     def make(self, root: Path) -> IStorageFactory:
         return MemoryWithS3(root)
@@ -96,18 +105,20 @@ class TestS3SqliteOnTheDouble(DurableConformance):
         return S3StorageFactory("double", object_store=_doubles.setdefault(root, MemoryObjectStore()))
 
 
-@pytest.mark.usefixtures("ministack_s3")
-class TestS3SqliteOnMinistack(SharedConformance):
+@pytest.mark.s3_slice
+@pytest.mark.usefixtures("s3_server")
+class TestS3Sqlite(SharedConformance):
     def make(self, root: Path) -> IStorageFactory:
-        return S3StorageFactory(BUCKET, *given("TEST_MINISTACK"), prefix=f"{root.name}/")
+        return S3StorageFactory(os.environ["TEST_S3_BUCKET"], *given("TEST_S3"), prefix=f"{root.name}/")
 
 
-@pytest.mark.usefixtures("ministack_s3")
+@pytest.mark.s3_slice
+@pytest.mark.usefixtures("s3_server")
 class TestS3SqliteWithOneCopyForAll(SharedConformance):
     """Processes that share a directory, and with it the local copy."""
 
     def make(self, root: Path) -> IStorageFactory:
-        return S3StorageFactory(BUCKET, *given("TEST_MINISTACK"), prefix=f"{root.name}/", local_dir=root)
+        return S3StorageFactory(os.environ["TEST_S3_BUCKET"], *given("TEST_S3"), prefix=f"{root.name}/", local_dir=root)
 
 
 @pytest.mark.usefixtures("seaweed_s3")
