@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -19,6 +20,7 @@ from contextvars import ContextVar
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from ..errors import StoreUnavailable
 from . import s3_credentials
@@ -83,6 +85,11 @@ Outcome = Stored | Lost | Unknown
 class ObjectStore(ABC):
     """Keys are relative to the bucket. Reads and unconditional writes raise StoreUnavailable when they cannot be done."""
 
+    @property
+    def endpoint(self) -> str:
+        """The name of the server behind this client. What was found out about a server holds for its endpoint."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
     @abstractmethod
     async def get(self, key: str) -> Object | None:
         """The object, None if there is none."""
@@ -143,6 +150,7 @@ class S3ObjectStore(ObjectStore):
             from obstore.store import S3Store
 
         self._obstore, self._errors = obstore, exceptions
+        self._endpoint = _server(endpoint_url)
         self._missing = (FileNotFoundError, exceptions.NotFoundError)
         self._failed = (exceptions.BaseError, OSError)  # obstore raises Python's own errors where there are any
         options: dict[str, Any] = {"virtual_hosted_style_request": False}
@@ -169,6 +177,10 @@ class S3ObjectStore(ObjectStore):
         self._swaps = client({"timeout": "10s"}, {"max_retries": 0})
         self._objects = client({"timeout": "20s"}, patient)
         self._files = client({"timeout": "1h", "read_timeout": "30s"}, patient)
+
+    @property
+    def endpoint(self) -> str:
+        return self._endpoint
 
     async def get(self, key: str) -> Object | None:
         try:
@@ -272,6 +284,15 @@ def s3(
 ) -> S3ObjectStore:
     """The client of this bucket: one for all stores of the process, so that they share connections."""
     return S3ObjectStore(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
+
+
+def _server(endpoint_url: str | None) -> str:
+    """Return scheme, host and port of an endpoint, without credentials and path; `aws` if there is none."""
+    url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")
+    if not url:
+        return "aws"
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:

@@ -4,6 +4,9 @@
     store.fault = lambda request: LOST_ANSWER if request.op == "put_if" else None
     store.latency = lambda request: 0.020
 
+    store.check_then_act = lambda: 0.003
+
+With `check_then_act` a conditional PUT compares first, and writes so many seconds later: a faulty server, which loses acknowledged writes.
 Latency passes on the event loop's clock, so on one with virtual time it costs none. `requests` counts what was asked.
 """
 
@@ -52,6 +55,7 @@ class MemoryObjectStore(ObjectStore):
         self.bytes_put = 0
         self.fault: Callable[[Call], Fault | None] = lambda _: None
         self.latency: Callable[[Call], float] = lambda _: 0.0
+        self.check_then_act: Callable[[], float] | None = None
         self._lock = threading.Lock()
         self._late: set[asyncio.Task[None]] = set()
 
@@ -115,7 +119,22 @@ class MemoryObjectStore(ObjectStore):
                 self._swap(key, body, etag)
             return Lost() if fault.answer == "lost" else Unknown("injected")
 
+        if self.check_then_act is not None:
+            return await self._put_late(Call("put_if", key, len(body)), body, etag, self.check_then_act())
         return await self._serve(Call("put_if", key, len(body)), work)
+
+    async def _put_late(self, call: Call, body: bytes, etag: str | None, seconds: float) -> Outcome:
+        def compare(fault: Fault | None) -> Outcome | None:
+            if fault is not None:
+                return Lost() if fault.answer == "lost" else Unknown("injected")
+            found = self.objects.get(call.key)
+            return None if (None if found is None else found.etag) == etag else Lost()
+
+        refused = await self._serve(call, compare)
+        if refused is not None:
+            return refused
+        await asyncio.sleep(seconds)
+        return Stored(self._store(call.key, body))
 
     async def _land(self, seconds: float, key: str, body: bytes, etag: str | None) -> None:
         await asyncio.sleep(seconds)

@@ -4,6 +4,7 @@
     BORN                               the id of the store, written once
     seg/{ver}-{first}-{uuid}           records; immutable
     snap/{ver}-{seq}-{uuid}.sqlite     an ordinary SQLite file; immutable
+    race/{uuid}                        written and deleted while conditions are raced
 
 A name starts with the version of the HEAD that may be the first to refer to it. So a name whose version is not above HEAD's, and which HEAD
 does not contain, can never be referred to again (I2). Nothing that another store keeps below this key has such a name in these two folders.
@@ -90,6 +91,7 @@ class Head(Struct, frozen=True, kw_only=True):
     logged: int = 0  # bytes of records, ever
     schema: Schema = Schema()
     imported: str | None = None  # ETag of the plain database that this store began with
+    raced: tuple[str, ...] = ()  # the endpoints whose conditional writes were raced, the newest last
     others: dict[str, Any] = {}  # keys of later versions, kept as they are
 
     def next(self, **changes: Any) -> Head:

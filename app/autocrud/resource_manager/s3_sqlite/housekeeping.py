@@ -7,6 +7,7 @@ swapped in only if the announcement is still there. What is not referred to any 
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from .head import (
     snapshot_key,
     version_in,
 )
-from .local_copy import new_path
+from .local_copy import LEFTOVER_S, new_path
+from .race import FOLDER
 from .replica import Replica, sha256_of
 
 log = logging.getLogger("crudstack.s3sqlite")
@@ -171,7 +173,7 @@ class Housekeeping:
         return key in head.keys
 
     async def collect(self) -> int:
-        """Remove every segment and snapshot that no HEAD can refer to any more; how many there were."""
+        """Remove every segment and snapshot that no HEAD can refer to any more, and what killed races left; return how many there were."""
         await self._replica.check()
         head = await self._replica.head()
         garbage, prefix = [], self._replica.prefix
@@ -180,6 +182,10 @@ class Housekeeping:
                 version = version_in(listed.key.removeprefix(prefix))
                 if version is not None and version <= head.ver and listed.key not in head.keys:
                     garbage.append(listed.key)
+        # A race lasts seconds. Objects of one that was killed are not waited for after a day.
+        old = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=LEFTOVER_S)
+        raced = [listed async for listed in self._objects.list(f"{prefix}{FOLDER}")]
+        garbage += [listed.key for listed in raced if listed.modified < old]
         for at in range(0, len(garbage), 1000):
             await self._objects.delete(garbage[at : at + 1000])
         return len(garbage)

@@ -38,6 +38,7 @@ from ..sqlite.tables import ResourceTables
 from ..threads import in_thread, outlived
 from .head import Head, Record, Snapshot, decode_head, decode_segment, snapshot_key
 from .local_copy import CopyBusy, LocalCopy, State, current_path, make_current, new_path, remove_leftovers
+from .race import race_conditions
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ log = logging.getLogger("crudstack.s3sqlite")
 NOTHING = State("", 0, 0, "")
 MAX_ROUNDS = 100
 MAX_BIRTHS = 5
+MAX_RACED = 8
+"""Endpoints that HEAD remembers as raced: one server may be reached by several names."""
 SHORT_LOG = 256 * 1024
 """Bytes of records that an empty copy replays where others may look on; for more a new file is made, in a third of the time."""
 TORN = (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.SQLError)
@@ -90,6 +93,9 @@ class Replica:
             await self.check()
             head = await self.head()
             await asyncio.gather(self._probe(head.store), self._refuse_old_writers(head))
+            if self.objects.endpoint not in head.raced:
+                await race_conditions(self.objects, self.prefix)
+                await self._record_race()
             self._opened = True
 
     async def close(self) -> None:
@@ -429,6 +435,25 @@ class Replica:
                 )
             if isinstance(outcome, Unknown):
                 raise StoreUnavailable("the object storage did not say whether it honours conditions; try again")
+
+    async def _record_race(self) -> None:
+        """Note in HEAD that this endpoint passed the race, so that no later start of any instance pays for one.
+
+        The outcome of the PUT does not matter: HEAD is read again until it names the endpoint. A PUT that lands late changes nothing else.
+        """
+        endpoint = self.objects.endpoint
+        for _ in range(MAX_ROUNDS):
+            state, head = await self.blocking(lambda copy: copy.head())
+            if endpoint in head.raced:
+                return
+            changed = head.next(raced=(*head.raced, endpoint)[-MAX_RACED:])
+            body = changed.encode()
+            outcome = await self.objects.put_if(self.head_key, body, state.etag)
+            if isinstance(outcome, Stored):
+                await self.catch_up(Object(body, outcome.etag))
+            else:
+                await self.check()
+        raise StoreUnavailable("HEAD could not be changed; try again")
 
     async def _refuse_old_writers(self, head: Head) -> None:
         if head.imported is not None:
