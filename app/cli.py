@@ -30,11 +30,11 @@ from . import local_s3 as buckets
 from . import sign_in
 from . import stack as stacks
 from .autocrud.errors import ConfigError, CrudError, StoreUnavailable
-from .autocrud.resource_manager.object_store import said
+from .autocrud.resource_manager.s3_errors import said
 from .main import create_app
 from .request_log import RequestLog
 from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
-from .wiring import needs_s3
+from .wiring import needs_s3, region_of
 
 cli = App(
     name="crudstack",
@@ -101,7 +101,7 @@ def serve(
             if local_s3 and settings.local.s3_endpoint_url is None:
                 settings = replace(settings, local=_start_s3(settings.local, running))
             if make_bucket and settings.outputs.bucket is not None:
-                buckets.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, settings.outputs.region)
+                buckets.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, region_of(settings))
         _serve(create_app(settings), host, port, access_log=access_log)
 
 

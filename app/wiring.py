@@ -12,7 +12,6 @@ A kind is a name for a pair, and a pair is a MetaStore and a ResourceStore by na
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from . import sign_in
 from .autocrud.errors import ConfigError
+from .autocrud.resource_manager import s3_profile
 from .autocrud.resource_manager.basic import IStorage, MetaStore, ResourceStore
 from .autocrud.resource_manager.core import SimpleStorage
 from .autocrud.resource_manager.drivers import driver
@@ -79,6 +79,11 @@ def pairs(settings: Settings) -> list[Pair]:
     return [pair_of(storage, settings) for storage in (outputs.storage, *outputs.storage_overrides.values())]
 
 
+def region_of(settings: Settings) -> str:
+    """Return the AWS region: of the stack, else of AWS_REGION, AWS_DEFAULT_REGION or the profile in use, else us-east-1."""
+    return settings.outputs.region or s3_profile.region() or "us-east-1"
+
+
 def needs_s3(settings: Settings) -> bool:
     """Whether any model is stored on S3."""
     return any(pair.meta == "s3-sqlite" or pair.resource.endswith("s3") for pair in pairs(settings))
@@ -106,6 +111,7 @@ class _Maker:
         self.kind = (
             storage if isinstance(storage, str) else f"{{meta: {self.pair.meta}, resource: {self.pair.resource}}}"
         )
+        self._settings = settings
         self.outputs, self.local, self.idle_work = settings.outputs, settings.local, idle_work
         prefix = self.outputs.prefix
         if re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))*", prefix) is None:
@@ -279,5 +285,4 @@ class _Maker:
         return s3(self._bucket(), self.local.s3_endpoint_url, region_name=self._region())
 
     def _region(self) -> str:
-        given = self.outputs.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        return given or "us-east-1"
+        return region_of(self._settings)

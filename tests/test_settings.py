@@ -18,11 +18,11 @@ from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
-from app.autocrud.resource_manager.object_store import said
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
+from app.autocrud.resource_manager.s3_errors import said
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
 from app.settings import JwtAuth, NoAuth, TokenAuth, load
 from tests.conformance.model import Item, manage

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from ..errors import StoreUnavailable
+from ..errors import ConfigError, StoreUnavailable
 from . import s3_credentials
 from .drivers import driver
+from .obstore_exit import tracked, wait_at_exit
+from .s3_errors import brief, said
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Store
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("crudstack.s3")
 
 CONCURRENT_GETS = 32
+RETRIES = 4
 
 REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", default=None)
 """Where the requests that are made on somebody's behalf are counted, if they want to know. Commits that share a swap count for one of them."""
@@ -169,13 +172,16 @@ class S3ObjectStore(ObjectStore):
         elif (ambient := s3_credentials.provider()) is not None:
             options["credential_provider"] = ambient
 
+        trusted = _trusted()
+
         def client(client_options: ClientConfig, retry_config: RetryConfig) -> S3Store:
-            http: ClientConfig = {"allow_http": True, "connect_timeout": "3s", **client_options}
+            http: ClientConfig = {"allow_http": True, "connect_timeout": "3s", **trusted, **client_options}
             return S3Store(bucket, client_options=http, retry_config=retry_config, **options)
 
-        patient: RetryConfig = {"max_retries": 4, "retry_timeout": timedelta(seconds=15)}
+        patient: RetryConfig = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=15)}
         self._swaps = client({"timeout": "10s"}, {"max_retries": 0})
         self._objects = client({"timeout": "20s"}, patient)
+        wait_at_exit(_touch)
         self._files = client({"timeout": "1h", "read_timeout": "30s"}, patient)
 
     @property
@@ -202,14 +208,14 @@ class S3ObjectStore(ObjectStore):
 
     async def _read(self, key: str, options: Any) -> Object:
         _count("GET")
-        result = await self._obstore.get_async(self._objects, key, options=options)
+        result = await tracked(self._obstore.get_async(self._objects, key, options=options))
         etag = result.meta["e_tag"]
-        return Object(bytes(await result.bytes_async()), etag or "")
+        return Object(bytes(await tracked(result.bytes_async())), etag or "")
 
     async def put(self, key: str, body: bytes) -> None:
         _count("PUT")
         try:
-            await self._obstore.put_async(self._objects, key, body)
+            await tracked(self._obstore.put_async(self._objects, key, body))
         except self._failed as error:
             raise _unavailable("PUT", key, error) from error
 
@@ -218,12 +224,12 @@ class S3ObjectStore(ObjectStore):
         mode: Any = "create" if etag is None else {"e_tag": etag}
         errors = self._errors
         try:
-            result = await self._obstore.put_async(self._swaps, key, body, mode=mode, use_multipart=False)
+            result = await tracked(self._obstore.put_async(self._swaps, key, body, mode=mode, use_multipart=False))
         except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
             return Lost()
         except Exception as error:  # whatever it is, it does not say that nothing was stored
             log.warning("PUT %s: %s", key, said(error))
-            return Unknown(type(error).__name__)
+            return Unknown(brief(error))
         new = result["e_tag"]
         return Stored(new) if new else Unknown("the answer has no ETag")
 
@@ -232,7 +238,7 @@ class S3ObjectStore(ObjectStore):
         folder = prefix.rpartition("/")[0]
         try:
             stream = self._obstore.list(self._objects, folder or None, offset=after or None, chunk_size=1000)
-            async for page in stream:
+            async for page in _pages(stream):
                 _count("LIST")
                 for meta in sorted(page, key=lambda meta: meta["path"]):
                     if meta["path"].startswith(prefix):
@@ -243,7 +249,7 @@ class S3ObjectStore(ObjectStore):
     async def delete(self, keys: Sequence[str]) -> None:
         _count("DELETE")
         try:
-            await self._obstore.delete_async(self._objects, keys)
+            await tracked(self._obstore.delete_async(self._objects, keys))
         except self._missing:
             for key in keys if len(keys) > 1 else ():
                 await self.delete([key])
@@ -253,9 +259,9 @@ class S3ObjectStore(ObjectStore):
     async def download(self, key: str, path: Path) -> bool:
         _count("GET")
         try:
-            result = await self._obstore.get_async(self._files, key)
+            result = await tracked(self._obstore.get_async(self._files, key))
             with await asyncio.to_thread(path.open, "wb") as file:
-                async for chunk in result.stream(min_chunk_size=8 * 1024 * 1024):
+                async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
                     await asyncio.to_thread(file.write, chunk)
         except self._missing:
             return False
@@ -266,12 +272,12 @@ class S3ObjectStore(ObjectStore):
     async def upload(self, key: str, path: Path) -> None:
         _count("PUT")
         try:
-            await self._obstore.put_async(self._files, key, path)
+            await tracked(self._obstore.put_async(self._files, key, path))
         except self._failed as error:
             raise _unavailable("PUT", key, error) from error
 
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
-        return await self._obstore.sign_async(self._objects, method, key, timedelta(seconds=seconds))
+        return await tracked(self._obstore.sign_async(self._objects, method, key, timedelta(seconds=seconds)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -301,14 +307,32 @@ def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
     return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
 
 
-def said(error: BaseException) -> str:
-    """Return what an error of the driver says, in one line.
+def _trusted() -> ClientConfig:
+    """Return the option that trusts the CAs of AWS_CA_BUNDLE besides those of the system. Raises ConfigError if it is no PEM file."""
+    path = os.environ.get("AWS_CA_BUNDLE")
+    if not path:
+        return {}
+    try:
+        pem = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"AWS_CA_BUNDLE names {path!r}, which cannot be read: {error.strerror}") from None
+    if b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise ConfigError(f"AWS_CA_BUNDLE names {path!r}: expected a PEM file with the certificate of a CA")
+    return {"root_certificate": pem}
 
-    The driver adds pages of its own state, and names itself before the reason that a credential provider gave. If there
-    are no credentials at all, it only says that it asked the machine for a role.
-    """
-    line = str(error).partition("\n")[0]
-    if "http://169.254.169.254/" in line:
-        return "no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set, and this machine has no role"
-    _, provided, reason = line.partition("External AWS credential provider: StoreUnavailable: ")
-    return reason if provided else line
+
+async def _pages(stream: Any) -> AsyncIterator[Any]:
+    """Iterate over a stream of obstore; each of its steps is a request of its own."""
+    while True:
+        try:
+            page = await tracked(stream.__anext__())
+        except StopAsyncIteration:
+            return
+        yield page
+
+
+def _touch() -> None:
+    """Enter obstore and leave it."""
+    from obstore.store import MemoryStore
+
+    MemoryStore()

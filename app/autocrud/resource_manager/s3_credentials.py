@@ -1,10 +1,11 @@
 """Credentials for S3 that obstore does not find by itself.
 
 obstore finds access keys in the environment, web identities, and the roles of ECS, EKS and EC2. If the environment has
-credentials of another kind, `provider` returns the function that obstore calls for them. One kind is known today:
+credentials of another kind, `provider` returns the function that obstore calls for them:
 
     ContainerCredentials   an endpoint, with its token in the environment: Lambda with SnapStart, which sets no
                            AWS_ACCESS_KEY_ID, because a snapshot must hold no keys
+    ProfileCredentials     a profile in ~/.aws (s3_profile.py)
 
 To add a kind, return its function from `provider`. What obstore 0.12 does with that function:
 
@@ -27,6 +28,7 @@ import msgspec
 from msgspec import Struct
 
 from ..errors import StoreUnavailable
+from .s3_profile import has_profile, profile_credentials
 
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
@@ -64,7 +66,12 @@ class _Busy(Exception):
 
 
 def provider(environment: Mapping[str, str] = os.environ) -> Callable[[], S3Credential] | None:
-    """Return what obstore must call for credentials; None if it finds those of this environment by itself."""
+    """Return what obstore must call for credentials; None if it finds those of this environment by itself.
+
+    Raises ConfigError if there is a profile and botocore is not installed.
+    """
+    if not environment.get("AWS_ACCESS_KEY_ID") and has_profile(environment):
+        return profile_credentials()
     if not environment.get(FULL_URI) or any(environment.get(name) for name in FOUND_BY_OBSTORE):
         return None
     return ContainerCredentials(environment)

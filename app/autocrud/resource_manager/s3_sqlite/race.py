@@ -1,14 +1,17 @@
 """Race conditional writes before a store is trusted to an object storage.
 
-The engine is correct only if a conditional PUT compares and writes in one step. Some servers compare first and write afterwards. They answer
-single requests correctly, and two concurrent writers are both told that they succeeded: one acknowledged write is lost. Only a race shows it.
+The engine is correct only if a conditional PUT compares and writes in one step. Some servers compare first and write
+afterwards. They answer single requests correctly, and two concurrent writers are both told that they succeeded: one
+acknowledged write is lost. Only a race shows it.
 
-Invariant of a round: several writers send a PUT with the same condition at once. At most one may succeed, and the object then holds what the
-winner wrote. A round proves something only if there is one winner and all others were refused. Any other round that breaks no rule
-(no winner, an unknown outcome) is repeated: S3 answers 409 to PUTs that conflict, and an answer may be lost on its way.
+Invariant of a round: several writers send a PUT with the same condition at once. At most one may succeed, and the
+object then holds what the winner wrote. A round proves something only if there is one winner and all others were
+refused. Any other round that breaks no rule (no winner, an unknown outcome) is repeated: S3 answers 409 to PUTs that
+conflict, and an answer may be lost on its way.
 
-No false alarm: each attempt creates a key of its own and writes bodies that nothing else has, so an ETag never returns. A PUT without an answer
-that lands late names an ETag that was replaced or a key that exists, or it wins and the round has no winner. No PUT is ever retried.
+No false alarm: each attempt creates a key of its own and writes bodies that nothing else has, so an ETag never
+returns. A PUT without an answer that lands late names an ETag that was replaced or a key that exists, or it wins and
+the round has no winner. No PUT is ever retried.
 
 A race is a sample: a server may pass by luck. Therefore a fork is also looked for whenever HEAD is read (replica).
 """

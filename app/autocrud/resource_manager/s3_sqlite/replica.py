@@ -394,7 +394,9 @@ class Replica:
         head = await self._imported()
         if head is None:
             head = Head(store=uuid4().hex, nonce=os.urandom(8))
-        await self.objects.put_if(self.head_key, head.encode(), None)  # whatever came of it: HEAD is read next
+        outcome = await self.objects.put_if(self.head_key, head.encode(), None)
+        if isinstance(outcome, Unknown):
+            _check_may_write(outcome)  # whatever else came of it: HEAD is read next
 
     async def _imported(self) -> Head | None:
         """A HEAD that begins with the plain database at `key`, if there is one."""
@@ -434,7 +436,10 @@ class Replica:
                     f"the object storage ignores {condition}, so writers would overwrite each other; use one that honours it (S3 does)"
                 )
             if isinstance(outcome, Unknown):
-                raise StoreUnavailable("the object storage did not say whether it honours conditions; try again")
+                _check_may_write(outcome)
+                raise StoreUnavailable(
+                    f"the object storage did not say whether it honours conditions ({outcome.reason}); try again"
+                )
 
     async def _record_race(self) -> None:
         """Note in HEAD that this endpoint passed the race, so that no later start of any instance pays for one.
@@ -483,6 +488,15 @@ class _Checks:
         # From here on the check is being sent: who comes now waits for the next one.
         self._running, self._next = self._next, None
         await self._check()  # type: ignore[misc]
+
+
+def _check_may_write(outcome: Unknown) -> None:
+    """Raise ConfigError if the answer to a PUT was that this key may not write."""
+    if outcome.reason.startswith("403 "):
+        raise ConfigError(
+            f"the AWS credentials may read but not write: the object storage answered {outcome.reason} to a PUT; allow s3:PutObject,"
+            " s3:GetObject, s3:DeleteObject and s3:ListBucket"
+        )
 
 
 def _newer(one: State, other: State) -> State:

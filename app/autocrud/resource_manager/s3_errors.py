@@ -1,0 +1,99 @@
+"""Turn errors of obstore into one sentence each, without secrets.
+
+obstore prints the method, the URL and the body of the answer, then a dump of its own state. `said` keeps status, code
+and message of an S3 answer, and the cause of a failed connection, which only the dump names.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+
+LONGEST = 300
+"""Characters of a message of the server; some quote the whole request."""
+NO_CREDENTIALS = (
+    "no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set, AWS_PROFILE and ~/.aws name"
+    " none, and this machine has no role"
+)
+_DUMP = "\n\nDebug source:"
+_REQUEST = re.compile(r"Error performing ([A-Z]+) (\S+) in \S+?(?:, after \d+ retries[^-]*)? - ")
+_STATUS = re.compile(r"Server returned (?:non-2xx status code|error response): (\d{3}[A-Za-z '-]*):? ?(.*)", re.DOTALL)
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
+_OS_MESSAGE = re.compile(r'Os \{[^}]*?message: "([^"]*)"')
+_PROVIDER = re.compile(r"External AWS credential provider: (?:\w+: )?(.*)", re.DOTALL)
+
+
+def said(error: BaseException) -> str:
+    """Return what an error of the driver says, in one line: `PUT URL: 403 Forbidden, AccessDenied: message`."""
+    text, _, dump = str(error).partition(_DUMP)
+    if "http://169.254.169.254/" in text:  # without keys, obstore asks this machine for those of a role
+        return NO_CREDENTIALS
+    if provider := _PROVIDER.search(text):
+        return _line(provider[1])
+    request = _REQUEST.search(text)
+    what = f"{request[1]} {_address(request[2])}" if request else ""
+    reason = text[request.end() :] if request else text
+    if status := _STATUS.search(reason):
+        return f"{what}: {_answer(status[1].strip(), status[2])}"
+    if not request:
+        return text.partition("\n")[0]
+    return f"{what}: {_connection(reason, dump)}"
+
+
+def answered(error: BaseException) -> tuple[int, str] | None:
+    """Return the status and the code of the S3 answer that caused an error; None if there was no answer."""
+    text = str(error).partition(_DUMP)[0]
+    status = _STATUS.search(text)
+    return None if status is None else (int(status[1][:3]), _element("Code", status[2]) or "")
+
+
+def brief(error: BaseException) -> str:
+    """Return status and code of the S3 answer, for readers who may not see addresses and names of accounts."""
+    text = str(error).partition(_DUMP)[0]
+    status = _STATUS.search(text)
+    if status is None:
+        return type(error).__name__
+    code = _element("Code", status[2])
+    return f"{status[1].strip()}{f', {code}' if code else ''}"
+
+
+def _answer(status: str, body: str) -> str:
+    code, message = _element("Code", body), _element("Message", body)
+    if code is None:
+        return status
+    hint = "; is the bucket in another region? set AWS_REGION" if code in _OF_REGION else ""
+    return f"{status}, {code}{f': {message}' if message else ''}{hint}"
+
+
+_OF_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
+
+
+def _element(name: str, body: str) -> str | None:
+    found = re.search(rf"<{name}>(.*?)</{name}>", body, re.DOTALL)
+    return None if found is None else _line(html.unescape(found[1]))
+
+
+def _connection(reason: str, dump: str) -> str:
+    """Return why a request had no answer."""
+    if certificate := _CERTIFICATE.search(dump):
+        return (
+            f"TLS: the certificate of the server is not accepted ({certificate[1]}); if a private CA signed it, set"
+            " AWS_CA_BUNDLE to the PEM file of that CA"
+        )
+    if "InvalidContentType" in dump:
+        return "TLS: the server does not speak TLS on this port; is its endpoint http:// instead of https://?"
+    if "without LOCATION" in reason:
+        return "the server redirects without a target; is the bucket in another region? set AWS_REGION"
+    if cause := _OS_MESSAGE.search(dump):
+        return cause[1]
+    return _line(reason)
+
+
+def _address(url: str) -> str:
+    """Return a URL without its query, which may be a signature, and without user information."""
+    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."

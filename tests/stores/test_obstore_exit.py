@@ -1,0 +1,76 @@
+"""A process that used S3ObjectStore ends with its own exit code, whenever it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from app.autocrud.resource_manager import obstore_exit
+from tests.services import BUCKET
+
+ANSWERED = "await asyncio.gather(*(store.get('exit/a') for _ in range(20)))"
+ABANDONED = "tasks = [asyncio.ensure_future(store.get('exit/a')) for _ in range(40)]\n    await asyncio.sleep(0.005)"
+SCRIPT = """
+import asyncio, sys
+from app.autocrud.resource_manager.object_store import S3ObjectStore
+
+async def main():
+    store = S3ObjectStore(sys.argv[1], sys.argv[2], "local", "local", "us-east-1")
+    await store.put("exit/a", b"x")
+    {}
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("end", [ANSWERED, ABANDONED])
+def test_a_short_script_ends_with_its_own_exit_code(ministack_s3, end):
+    """Without the wait at exit about one of ten runs ended with SIGABRT."""
+    command = [sys.executable, "-c", SCRIPT.format(end), BUCKET, ministack_s3.url]
+    for _ in range(30):
+        done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_exit_waits_for_a_thread_that_still_has_the_future_of_a_request():
+    entered, leave, left = threading.Event(), threading.Event(), threading.Event()
+    loop = asyncio.new_event_loop()
+    held = [obstore_exit.tracked(loop.create_future())]
+    touched: list[bool] = []
+
+    def like_obstore() -> None:
+        entered.set()
+        assert leave.wait(60)
+        left.set()
+        held.clear()
+
+    def touch() -> None:
+        touched.append(left.is_set())
+        if len(touched) == 5:
+            leave.set()
+
+    thread = threading.Thread(target=like_obstore)
+    thread.start()
+    assert entered.wait(60)
+    obstore_exit.wait(touch)
+    assert left.is_set()
+    assert len(touched) > 5
+    thread.join()
+    loop.close()
+
+
+def test_a_request_that_nobody_waits_for_does_not_keep_the_process_for_ever(monkeypatch, caplog):
+    monkeypatch.setattr(obstore_exit, "LONGEST_WAIT_S", 0.01)
+    loop = asyncio.new_event_loop()
+    future = obstore_exit.tracked(loop.create_future())
+    obstore_exit.wait(lambda: None)
+    assert "still under way when the process ended" in caplog.text
+    del future
+    gc.collect()
+    loop.close()
