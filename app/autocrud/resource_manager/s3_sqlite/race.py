@@ -13,7 +13,7 @@ No false alarm: each attempt creates a key of its own and writes bodies that not
 returns. A PUT without an answer that lands late names an ETag that was replaced or a key that exists, or it wins and
 the round has no winner. No PUT is ever retried.
 
-A race is a sample: a server may pass by luck. Therefore a fork is also looked for whenever HEAD is read (replica).
+A race is a sample: a server may pass by luck.
 """
 
 from __future__ import annotations
