@@ -35,10 +35,11 @@ from ...errors import (
 from ..object_store import UNCHANGED, Object, ObjectStore, Stored, Unknown
 from ..sqlite.errors import translated
 from ..sqlite.tables import ResourceTables
-from ..threads import in_thread, outlived
+from ..threads import in_thread
 from .head import Head, Record, Snapshot, decode_head, decode_segment, snapshot_key
 from .local_copy import CopyBusy, LocalCopy, State, current_path, make_current, new_path, remove_leftovers
 from .race import race_conditions
+from .shared_checks import SharedChecks
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class Replica:
         self.owed = 0  # the version of an own swap that the copy lacks: no read, of whatever consistency, before it has caught up
         self._opened = False
         self._openings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
-        self._checks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Checks] = weakref.WeakKeyDictionary()
+        self._checks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, SharedChecks] = weakref.WeakKeyDictionary()
 
     # Opening
 
@@ -254,7 +255,7 @@ class Replica:
         loop = asyncio.get_running_loop()
         checks = self._checks.get(loop)
         if checks is None:
-            checks = self._checks.setdefault(loop, _Checks(self.check))
+            checks = self._checks.setdefault(loop, SharedChecks(self.check))
         await checks.next()
 
     async def catch_up(self, got: Object, known: State = NOTHING) -> bool:
@@ -469,30 +470,9 @@ class Replica:
                 )
 
 
-class _Checks:
-    """Shares checks within an event loop: one runs, and those who come meanwhile wait for the next."""
-
-    def __init__(self, check: Callable[[], object]) -> None:
-        self._check = check
-        self._running: asyncio.Task[None] | None = None
-        self._next: asyncio.Task[None] | None = None
-
-    async def next(self) -> None:
-        if self._next is None or self._next.done():  # done: cancelled before it began
-            self._next = asyncio.create_task(self._run(self._running))
-        await outlived(self._next)
-
-    async def _run(self, previous: asyncio.Task[None] | None) -> None:
-        if previous is not None:
-            await asyncio.wait([previous])
-        # From here on the check is being sent: who comes now waits for the next one.
-        self._running, self._next = self._next, None
-        await self._check()  # type: ignore[misc]
-
-
 def _check_may_write(outcome: Unknown) -> None:
     """Raise ConfigError if the answer to a PUT was that this key may not write."""
-    if outcome.reason.startswith("403 "):
+    if outcome.reason.startswith("403 ") and outcome.reason.endswith("AccessDenied"):  # not: an expired token
         raise ConfigError(
             f"the AWS credentials may read but not write: the object storage answered {outcome.reason} to a PUT; allow s3:PutObject,"
             " s3:GetObject, s3:DeleteObject and s3:ListBucket"
