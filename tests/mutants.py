@@ -338,7 +338,7 @@ MUTANTS = [
     ),
     (
         "a check that is under way is shared",
-        P + "replica.py",
+        P + "shared_checks.py",
         "        self._running, self._next = self._next, None\n        await self._check()  # type: ignore[misc]",
         "        await self._check()  # type: ignore[misc]\n        self._running, self._next = self._next, None",
         S3,

@@ -26,6 +26,7 @@ from pulumi import _types
 from pulumi.runtime import mocks, rpc, settings, stack
 from pulumi.runtime.proto import engine_pb2, resource_pb2
 
+from tests.engine.wire import opened
 from tests.infra.hcl import attribute, terraform_type
 
 SERVICES = "acm apigatewayv2 budgets cloudwatch ec2 elasticache iam lambda_ mq rds route53 s3 secretsmanager sns vpc"
@@ -233,17 +234,6 @@ def _end(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
     loop.set_exception_handler(lambda *_: None)  # of what nobody asks for any more
     loop.close()
-
-
-def opened(value: Any) -> Any:
-    """Without the envelopes of secrets; whole numbers as int, as they are on the wire in all languages but this one."""
-    if isinstance(value, dict):
-        if value.get(rpc._special_sig_key) == rpc._special_secret_sig:
-            return opened(value["value"])
-        return {name: opened(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [opened(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def holds_secret(value: Any) -> bool:
