@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import threading
-import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -222,22 +221,19 @@ def test_an_endpoint_that_fails_for_a_moment_is_asked_again(endpoint):
 async def test_requests_that_wait_for_a_dead_endpoint_fail_together(endpoint, bucket):
     """And the event loop goes on meanwhile. obstore alone would ask once for each request, one after the other."""
     endpoint.delay_s = 60
-    store, gaps = S3ObjectStore("b", bucket[0]), []
+    store, turns = S3ObjectStore("b", bucket[0]), []
 
     async def watch() -> None:
         while True:
-            before = time.monotonic()
             await asyncio.sleep(0.01)
-            gaps.append(time.monotonic() - before)
+            turns.append(endpoint.asked)
 
-    watching, began = asyncio.create_task(watch()), time.monotonic()
+    watching = asyncio.create_task(watch())
     failed = await asyncio.gather(*(store.get(f"{number}") for number in range(20)), return_exceptions=True)
-    took = time.monotonic() - began
     watching.cancel()
     assert {type(one) for one in failed} == {StoreUnavailable}
-    assert s3_credentials.TIMEOUT_S <= took < 2 * s3_credentials.TIMEOUT_S
     assert endpoint.asked == 1
-    assert max(gaps) < 1
+    assert turns.count(1) > 1  # of the event loop, while the endpoint was asked
     endpoint.delay_s = 0
     await asyncio.sleep(s3_credentials.REUSE_S)
     assert await store.get("x") is not None
