@@ -1,6 +1,6 @@
 """Tests that cannot run here, because a program that they need is not there, and how the reader is told.
 
-`make test` uses what is there; its last lines name what did not run, and why. With CRUDSTACK_RUN_ALL=1, as .ci/run has
+`make test` uses what is there; its last lines name what did not run, and why. With TESTS_MUST_ALL_RUN=1, as .ci/run has
 it, such a test fails instead.
 """
 
@@ -16,8 +16,8 @@ PREFIX = "NOT RUN: "
 
 def not_run(reason: str) -> NoReturn:
     """End this test as one that did not run. `reason`: what needs which program, and the command that gets it."""
-    if os.environ.get("CRUDSTACK_RUN_ALL"):
-        pytest.fail(f"{PREFIX}{reason} (CRUDSTACK_RUN_ALL is set)")
+    if os.environ.get("TESTS_MUST_ALL_RUN"):
+        pytest.fail(f"{PREFIX}{reason} (TESTS_MUST_ALL_RUN is set)")
     pytest.skip(f"{PREFIX}{reason}")
 
 

@@ -111,10 +111,14 @@ class Place:
         )
         os.close(side)
         shown, left = "", list(answers)
-        end = time.monotonic() + 120
+        end, interrupted = time.monotonic() + 120, 0.0
         try:
             while time.monotonic() < end:
                 if not select.select([main], [], [], 0.1)[0]:
+                    # Between showing a question and reading the answer, Python loses a signal. A person presses again.
+                    if interrupted and time.monotonic() > interrupted + 5:
+                        os.killpg(running.pid, signal.SIGINT)
+                        interrupted = time.monotonic()
                     continue
                 try:
                     read = os.read(main, 4096)
@@ -128,7 +132,7 @@ class Place:
                         os.write(main, f"{left.pop(0)}\n".encode())
                     elif interrupt:
                         os.killpg(running.pid, signal.SIGINT)
-                        interrupt = False
+                        interrupted, interrupt = time.monotonic(), False
             return Typed(running.wait(10), shown.replace("\r\n", "\n"))
         finally:
             running.kill()

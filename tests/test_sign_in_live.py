@@ -269,7 +269,7 @@ async def app(stack, outputs):
     """A client of the app that knows these outputs, and what a function's environment has."""
     told = {"CRUDSTACK_OUTPUTS": json.dumps(outputs), "AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"]}
     app = create_app(settings.load(told), idle_work=False)
-    token = stack.one("aws:secretsmanager/secretVersion:SecretVersion", "token-1").inputs["secretStringWo"]
+    token = stack.one("aws:secretsmanager/secretVersion:SecretVersion", "token-1").inputs["secretString"]
     signed_in = {"authorization": f"Bearer {token}"}
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://app", headers=signed_in) as client:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent import futures
@@ -23,6 +25,9 @@ from pulumi.automation._server import LanguageServer
 from pulumi.automation._stack import ExecKind
 from pulumi.runtime import reset_options, run_in_stack, set_all_config
 from pulumi.runtime.proto import language_pb2, language_pb2_grpc
+
+LIMIT_S = 60
+"""For a program to end after its engine."""
 
 
 @dataclass
@@ -65,7 +70,23 @@ class Done:
 class ProgramServer(LanguageServer):
     """The SDK's server for inline programs, which closes what it opened however the program ends."""
 
+    def __init__(self, program: Callable[[], None]) -> None:
+        super().__init__(program)
+        self._ended = threading.Event()
+        self._ended.set()
+
+    def wait(self) -> None:
+        """Wait until no program runs. The engine may be gone before its program: then the next one would meet it."""
+        assert self._ended.wait(LIMIT_S), "a program did not end"
+
     def Run(self, request: Any, context: Any) -> Any:
+        self._ended.clear()
+        try:
+            return contextvars.copy_context().run(self._run, request)
+        finally:
+            self._ended.set()
+
+    def _run(self, request: Any) -> Any:
         reset_options(
             project=request.project,
             monitor_address=request.monitor_address,
@@ -103,10 +124,11 @@ def run(stack: auto.Stack, operation: str, arguments: list[str], program: Callab
     log.unlink(missing_ok=True)
     with contextlib.ExitStack() as running:
         if operation in ("preview", "up"):
-            server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
-            language_pb2_grpc.add_LanguageRuntimeServicer_to_server(ProgramServer(program), server)
+            programs, server = ProgramServer(program), grpc.server(futures.ThreadPoolExecutor(max_workers=4))
+            language_pb2_grpc.add_LanguageRuntimeServicer_to_server(programs, server)
             arguments = [*arguments, f"--client=127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"]
             server.start()
+            running.callback(programs.wait)
             running.callback(lambda: server.stop(None).wait())
         command = [operation, *arguments, "--exec-kind", ExecKind.INLINE.value, "--event-log", str(log)]
         try:
