@@ -26,8 +26,8 @@ from pulumi.automation._stack import ExecKind
 from pulumi.runtime import reset_options, run_in_stack, set_all_config
 from pulumi.runtime.proto import language_pb2, language_pb2_grpc
 
-LIMIT_S = 60
-"""For a program to end after its engine."""
+GRACE_S = 2
+"""For a program to end by itself after its engine."""
 
 
 @dataclass
@@ -74,10 +74,13 @@ class ProgramServer(LanguageServer):
         super().__init__(program)
         self._ended = threading.Event()
         self._ended.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def wait(self) -> None:
-        """Wait until no program runs. The engine may be gone before its program: then the next one would meet it."""
-        assert self._ended.wait(LIMIT_S), "a program did not end"
+    def end(self) -> None:
+        """Stop a program whose engine is gone: it would wait for answers for ever, and the next program would meet it."""
+        if not self._ended.wait(GRACE_S) and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._ended.wait(GRACE_S)
 
     def Run(self, request: Any, context: Any) -> Any:
         self._ended.clear()
@@ -98,6 +101,7 @@ class ProgramServer(LanguageServer):
         )
         set_all_config(request.config, request.configSecretKeys or None)
         loop, executor = asyncio.new_event_loop(), ThreadPoolExecutor(max_workers=4 * max(request.parallel, 1))
+        self._loop = loop
         loop.set_default_executor(executor)
         loop.set_exception_handler(lambda *_: None)  # of what nobody waits for any more
         try:
@@ -110,7 +114,7 @@ class ProgramServer(LanguageServer):
                 task.cancel()
             with contextlib.suppress(Exception):
                 loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            executor.shutdown()
+            executor.shutdown(wait=False)
             loop.close()
         return language_pb2.RunResponse()
 
@@ -128,7 +132,7 @@ def run(stack: auto.Stack, operation: str, arguments: list[str], program: Callab
             language_pb2_grpc.add_LanguageRuntimeServicer_to_server(programs, server)
             arguments = [*arguments, f"--client=127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"]
             server.start()
-            running.callback(programs.wait)
+            running.callback(programs.end)
             running.callback(lambda: server.stop(None).wait())
         command = [operation, *arguments, "--exec-kind", ExecKind.INLINE.value, "--event-log", str(log)]
         try:
