@@ -9,6 +9,8 @@ Invariant: a thread of obstore enters Python for a request only while it holds a
 request. It drops the reference after its last call. So if no future lives, no thread of obstore is in Python or will
 enter it. A request that was cancelled drops its future soon, because obstore stops it. `wait` is called at exit, when
 no event loop runs any more.
+
+Not covered: a credential provider (s3_credentials.py) that still runs after its request was cancelled.
 """
 
 from __future__ import annotations
