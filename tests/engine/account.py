@@ -76,7 +76,7 @@ class Account:
     def create(self, type_: str, id: str, properties: Properties) -> None:
         """Raises AwsError if the id is taken, or if a property names what does not exist any more."""
         with self._changed() as content:
-            self._refuse_lost_references(content, properties)
+            self._refuse_lost_references(content, id, properties)
             if f"{type_} {id}" in content["resources"] and not TYPES[type_].put:
                 raise AwsError(f"{id} exists already")
             if type_.endswith(":Stage"):
@@ -91,7 +91,7 @@ class Account:
             old = content["resources"].get(f"{type_} {id}")
             if old is None:
                 raise AwsError(f"{id} does not exist")
-            self._refuse_lost_references(content, properties)
+            self._refuse_lost_references(content, id, properties)
             if type_.endswith(":Broker") and old.get("engineVersion") != properties.get("engineVersion"):
                 # Amazon MQ developer guide, "RabbitMQ 4": in-place upgrades from 3.13 are not supported.
                 raise AwsError("BadRequestException: in place upgrades to this engine version are not supported")
@@ -134,8 +134,9 @@ class Account:
         return {**told, "_untold": {name: properties[name] for name in untold if name in properties}}
 
     @staticmethod
-    def _refuse_lost_references(content: dict[str, Any], properties: Properties) -> None:
-        there = {key.partition(" ")[2] for key in content["resources"]}
+    def _refuse_lost_references(content: dict[str, Any], id: str, properties: Properties) -> None:
+        # An id that follows from a name (a function's alias) is taken again after its resource went, and stands in its ARN.
+        there = {key.partition(" ")[2] for key in content["resources"]} | {id}
         for gone in set(content["gone"]) - there:
             # Names that a person chose ("api.example.org", "$default") exist without AWS.
             if re.search(r"[0-9a-f]{7}", gone) and _names(properties, gone):

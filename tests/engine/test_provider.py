@@ -140,6 +140,10 @@ def test_the_account_refuses_what_aws_refuses(tmp_path):
         account.delete(vpc, "vpc-0123456789a")
     with pytest.raises(AwsError, match="vpc-0123456789a does not exist"):
         account.create(subnet, "subnet-0123456789b", {"vpcId": "vpc-0123456789a"})
+    alias = "arn:aws:lambda:eu-central-1:123456789012:function:api-0123456:live"
+    for _ in range(2):  # its id follows from its name: it is the same one again, after it went
+        account.create("aws:lambda/alias:Alias", alias, {"name": "live", "arn": alias})
+        account.remove("aws:lambda/alias:Alias", alias)
     account.create("aws:rds/instance:Instance", "db-1", {"deletionProtection": True})
     with pytest.raises(AwsError, match="cannot delete protected"):
         account.delete("aws:rds/instance:Instance", "db-1")
