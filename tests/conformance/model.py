@@ -6,13 +6,13 @@ import datetime as dt
 import enum
 import itertools
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 from msgspec import UNSET, Struct, UnsetType
 
 from app.autocrud import Encoding, IndexedField
-from app.autocrud.resource_manager.basic import ResourceStore
+from app.autocrud.resource_manager.basic import Findings, IndexEntry, Reindex, ResourceStore, Version
 from app.autocrud.resource_manager.codec import Codec
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.operations import Retention
@@ -130,3 +130,16 @@ class Failing:
 
     def heal(self) -> None:
         del self._store.get
+
+
+async def drop_entries(manager: ResourceManager[Any]) -> bool:
+    """Leave the index as programs before R4 of `reindexing` did when no body could be read. False: it is not kept."""
+    store = manager.storage.meta_store
+    if (await store.findings()) == Findings(healed=True) and not store.authoritative:
+        return False
+    fields = tuple(manager.storage._spec.fields)
+    empty = IndexEntry({}, fields, b"{}")
+    entries = [Reindex(meta.resource_id, Version(meta.version, meta.nonce), empty) async for meta in store.scan()]
+    await store.reindex(entries)
+    await store.keep_findings(Findings())
+    return True

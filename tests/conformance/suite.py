@@ -53,7 +53,7 @@ from app.autocrud.resource_manager.operations import (
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 
 from . import reference
-from .model import INDEXED, Clock, Failing, Item, Stricter, manage
+from .model import INDEXED, Clock, Failing, Item, Stricter, drop_entries, manage
 from .strategies import SAMPLES, items, queries
 
 ROUNDS = 25
@@ -894,6 +894,107 @@ class DurableConformance(StorageConformance):
         (told,) = await manager.storage.impairments()
         assert told.startswith("1 resources have lost their data")
         assert told.endswith(": r1")
+        await manager.close()
+
+    async def test_what_an_earlier_program_dropped_from_the_index_comes_back_once(self, root):
+        """R4. It left empty entries that counted as made, and gave a unique value of one out again."""
+        manager = manage(self.make(root), indexed=INDEXED)
+        for number in range(5):
+            await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        await manager.create(Item(text="y", code="gone"), resource_id="lost")
+        await manager.delete("r0")
+        if not await drop_entries(manager):
+            await manager.close()
+            return  # its index is made of the bodies at each start
+        await manager.storage.resource_store.delete([(await manager.get("lost")).meta.uid])
+        await manager.create(Item(text="second", code="c1"), resource_id="second")
+        assert await manager.count(Query(where=field("text").eq("x"))) == 0
+        await manager.close()
+
+        for _ in range(2):  # a restart does not forget
+            manager = manage(self.make(root), indexed=INDEXED)
+            await manager.open()
+            assert await manager.count(Query(where=field("text").eq("x"))) == 4
+            assert await manager.count(Query(where=field("number").gte(0), include_deleted=True)) == 5
+            assert await manager.count(Query(where=field("code").eq("c1"))) == 2
+            lost, shared = await manager.storage.impairments()
+            assert lost.startswith("1 resources have lost their data")
+            assert lost.endswith(": lost")
+            assert shared.startswith("1 resources have a value of a unique field that another one has too")
+            assert "r1" not in shared  # ids of such resources are for the log alone
+            with pytest.raises(UniqueConflict):
+                await manager.create(Item(code="c2"))
+            with pytest.raises(UniqueConflict):
+                await manager.create(Item(code="c1"))
+            for resource_id in ("r1", "second"):
+                with pytest.raises(UniqueConflict):
+                    await manager.update(resource_id, Item(text="x", code="c1"))
+            await manager.close()
+
+        manager = manage(self.make(root), indexed=INDEXED)
+        await manager.update("second", Item(text="second", code="c9"))
+        with pytest.raises(UniqueConflict):  # the one that came back has it still
+            await manager.create(Item(code="c1"))
+        await manager.update("r1", Item(text="x", code="c1"))
+        await manager.purge("lost")
+        await manager.storage.maintain(10)
+        assert await manager.storage.impairments() == []
+        await manager.update("r1", Item(text="x", code="c8"))
+        await manager.create(Item(code="c1"))
+        await manager.close()
+        manager = manage(self.make(root), indexed=INDEXED)
+        await manager.open()
+        assert await manager.storage.impairments() == []
+        await manager.close()
+
+    async def test_healing_goes_on_where_a_body_could_not_be_read(self, root):
+        """R1 holds while entries are healed: whichever read fails, the next start makes all of them."""
+        manager = manage(self.make(root), indexed=INDEXED)
+        for number in range(3):
+            await manager.create(Item(text="x", code=f"c{number}"), resource_id=f"r{number}")
+        if not await drop_entries(manager):
+            await manager.close()
+            return
+        await manager.close()
+        for failing in range(3):
+            manager = manage(self.make(root), indexed=INDEXED)
+            bodies = Failing(manager.storage.resource_store, at=failing, error=StoreUnavailable("503 of the test"))
+            with pytest.raises(StoreUnavailable):
+                await manager.open()
+            bodies.heal()
+            await manager.close()
+        manager = manage(self.make(root), indexed=INDEXED)
+        assert await manager.count(Query(where=field("text").eq("x"))) == 3
+        await manager.close()
+
+    async def test_healing_beside_a_field_that_is_indexed_later(self, root):
+        """R4: the entries are outdated as well, so they are made before those that are empty are looked for."""
+        manager = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
+        for number in range(3):
+            await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        if not await drop_entries(manager):
+            await manager.close()
+            return
+        await manager.create(Item(text="second", code="c1", number=9), resource_id="second")
+        await manager.close()
+        manager = manage(self.make(root), indexed=INDEXED)
+        await manager.open()
+        assert await manager.count(Query(where=field("text").eq("x"))) == 3
+        assert await manager.count(Query(where=field("number").gte(0))) == 4
+        (told,) = await manager.storage.impairments()
+        assert "another one has too" in told
+        with pytest.raises(UniqueConflict):
+            await manager.create(Item(code="c1"))
+        await manager.close()
+
+    async def test_an_entry_of_lists_alone_comes_back(self, root):
+        manager = manage(self.make(root), indexed=["tags"])
+        await manager.create(Item(tags=["a"]))
+        await manager.create(Item())
+        if await drop_entries(manager):
+            await manager.close()
+            manager = manage(self.make(root), indexed=["tags"])
+        assert await manager.count(Query(where=field("tags").contains("a"))) == 1
         await manager.close()
 
     async def test_data_that_do_not_fit_the_model_are_indexed_as_far_as_they_do(self, root):

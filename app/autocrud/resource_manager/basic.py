@@ -27,6 +27,7 @@ from .records import (
     DoneBefore,
     Encoding,
     Expect,
+    Findings,
     Hit,
     IndexedField,
     IndexEntry,
@@ -156,8 +157,12 @@ class MetaStore(Store):
         """Resources whose index was made for other indexed fields than the bound ones."""
         return []
 
-    async def reindex(self, entries: Sequence[Reindex]) -> None:
-        """Replace index entries where the resource is still in the expected state; versions stay. UniqueConflict."""
+    async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
+        """Replace index entries where the resource is still in the expected state; versions stay. Raises UniqueConflict.
+
+        `share`: a resource may have a value of a unique field that another one has. As long as both have it, whoever
+        writes it is refused, these two as well.
+        """
         raise AssertionError("a store that reports outdated entries takes new ones")
 
     async def indexed(self, *, force: bool = False) -> bool:
@@ -173,6 +178,17 @@ class MetaStore(Store):
     async def give_up(self, name: str) -> None:
         """Two resources would share a value of a unique field. If some are not indexed by it yet, it was forced and never held: let
         everybody write again who did before."""
+        return None
+
+    async def findings(self) -> Findings:
+        """Return what was kept last; nothing is healed where nothing was kept.
+
+        A store that begins empty with each start has nothing to heal, and need not keep anything.
+        """
+        return Findings(healed=True)
+
+    async def keep_findings(self, findings: Findings) -> None:
+        """Keep the findings in place of those before."""
         return None
 
     def follow(self, changes: Sequence[Change]) -> None:
@@ -384,6 +400,7 @@ __all__ = [
     "DoneBefore",
     "Encoding",
     "Expect",
+    "Findings",
     "Hit",
     "IStorage",
     "IndexEntry",

@@ -177,6 +177,19 @@ class Reindex(NamedTuple):
     entry: IndexEntry
 
 
+class Findings(Struct, frozen=True):
+    """What was found when a model was indexed, as its store keeps it; see `reindexing`.
+
+    healed  the index entries that programs before this one had dropped were made again
+    lost    ids of resources whose bodies are lost or damaged
+    shared  ids of resources with a value of a unique field that another one has
+    """
+
+    healed: bool = False
+    lost: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+
 class Write(NamedTuple):
     """A change, and the body that its record names (None where the body exists already)."""
 

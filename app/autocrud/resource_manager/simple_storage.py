@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator, Hashable, Sequence
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
-from ..errors import CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable, UniqueConflict
+from ..errors import CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable
 from ..query import Query
 from ..values import Key
 from .basic import (
@@ -49,7 +49,7 @@ from .basic import (
     RevisionInfo,
     Write,
 )
-from .checks import shared, taken
+from .checks import taken
 from .disk_pair import DiskPair
 from .meta_store.simple import DiskMetaStore
 from .reindexing import Reindexing
@@ -59,9 +59,7 @@ from .threads import outlived
 
 log = logging.getLogger("crudstack.storage")
 
-REINDEX_PAGE = 200
-MAX_REINDEXES = 50
-"""How often the index is completed again because an older program was faster."""
+REBUILD_PAGE = 200
 SWEEP_PAGE = 1000
 MAX_RENEWALS = 8
 """How often bodies are written again because a sweep was faster: each time needs a whole sweep."""
@@ -78,7 +76,7 @@ class SimpleStorage(IStorage):
             self._pair = DiskPair(meta_store, resource_store)
         self._follows = not self.meta_store.authoritative and resource_store.keeps_records
         self._spec = ModelSpec("unbound")
-        self._reindexing = Reindexing("unbound", self.meta_store, resource_store)
+        self._reindexing = Reindexing(self._spec, self.meta_store, resource_store)
         self._index: IndexOf | None = None
         self._generation = 0
         self._sweep_after = ""
@@ -101,7 +99,7 @@ class SimpleStorage(IStorage):
 
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
-        self._reindexing = Reindexing(spec.name, self.meta_store, self.resource_store)
+        self._reindexing = Reindexing(spec, self.meta_store, self.resource_store)
         self.resource_store.bind(spec)  # first, because an index of its own lies where it lies
         self.meta_store.bind(spec)
 
@@ -140,21 +138,14 @@ class SimpleStorage(IStorage):
             self.resource_store.own()
             await self._rebuild()
         self._generation = await self.meta_store.generation()
-        for attempt in range(MAX_REINDEXES):
-            while outdated := await self.meta_store.outdated(REINDEX_PAGE):
-                await self._reindex(outdated, index)
-            if await self.meta_store.indexed():
-                return
-            if attempt:
-                await self.meta_store.indexed(force=True)
-        raise StoreUnavailable("an older program writes so much that the index cannot be completed; stop it")
+        await self._reindexing.open(index)
 
     async def _rebuild(self) -> None:
         self.meta_store.bind(self._spec)  # empty again: another process may have owned the records since the last time
         batch: list[Change] = []
         async for change in self.resource_store.records():
             batch.append(change)
-            if len(batch) >= REINDEX_PAGE:
+            if len(batch) >= REBUILD_PAGE:
                 await asyncio.to_thread(self.meta_store.follow, batch)
                 batch = []
         await asyncio.to_thread(self.meta_store.follow, batch)
@@ -163,14 +154,6 @@ class SimpleStorage(IStorage):
         while uids := await self.resource_store.older_than(1, after, SWEEP_PAGE):
             await self.resource_store.delete(await self.meta_store.unreferenced(uids))
             after = uids[-1]
-
-    async def _reindex(self, outdated: Sequence[ResourceMeta], index: IndexOf) -> None:
-        entries = await self._reindexing.entries(outdated, index)
-        try:
-            await self.meta_store.reindex(entries)
-        except UniqueConflict as error:
-            await self.meta_store.give_up(error.field)
-            raise shared(self._spec.name, error.field) from None
 
     # Reading
 
@@ -369,9 +352,10 @@ class SimpleStorage(IStorage):
             await self.resource_store.maintain(budget_s)
             return  # swept whenever it is opened
         deadline = time.monotonic() + budget_s
-        while time.monotonic() < deadline and (outdated := await self.meta_store.outdated(REINDEX_PAGE)):
-            assert self._index is not None, "it was opened"
-            await self._reindex(outdated, self._index)
+        assert self._index is not None, "it was opened"
+        while time.monotonic() < deadline and await self._reindexing.step(self._index):
+            pass
+        await self._reindexing.look_again(self._index)
         await self.meta_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
         await self.resource_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
         if not self._sweep_after:

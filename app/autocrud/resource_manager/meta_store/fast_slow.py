@@ -56,6 +56,7 @@ from ..basic import (
     Done,
     DoneBefore,
     Encoding,
+    Findings,
     Hit,
     MetaStore,
     ModelSpec,
@@ -323,8 +324,14 @@ class FastSlowMetaStore(MetaStore):
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         return await self._slow.outdated(limit)
 
-    async def reindex(self, entries: Sequence[Reindex]) -> None:
-        await self._slow.reindex(entries)
+    async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
+        await self._slow.reindex(entries, share=share)
+
+    async def findings(self) -> Findings:
+        return await self._slow.findings()
+
+    async def keep_findings(self, findings: Findings) -> None:
+        await self._slow.keep_findings(findings)
 
     async def indexed(self, *, force: bool = False) -> bool:
         return await self._slow.indexed(force=force)

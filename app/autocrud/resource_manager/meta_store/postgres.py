@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequen
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
+import msgspec
 import psycopg
 from msgspec.structs import replace
 from psycopg.errors import UniqueViolation
@@ -36,6 +37,7 @@ from ..basic import (
     Done,
     DoneBefore,
     Encoding,
+    Findings,
     Hit,
     MetaStore,
     ModelSpec,
@@ -62,7 +64,7 @@ from ..postgres.pool import (
     pool_of,
 )
 from ..postgres.query import PostgresDialect
-from ..postgres.schema import CONFLICT, DONE, PARTS, STALE, UNKNOWN_UNIQUE, Schema, name_of
+from ..postgres.schema import CONFLICT, DONE, PARTS, SHARED, STALE, UNKNOWN_UNIQUE, Schema, name_of
 from ..sql import SqlBuilder
 from ..threads import outlived
 from .fast_slow import Fence
@@ -340,6 +342,8 @@ class PostgresMetaStore(MetaStore):
             raise StaleGeneration("a body is of a generation that may be swept already") from None
         if state == UNKNOWN_UNIQUE:
             raise not_indexed(self._spec.name, detail) from None
+        if state == SHARED:
+            raise taken(detail) from None
         unique = isinstance(cause, UniqueViolation)
         if state == DONE or (unique and cause.diag.constraint_name == name_of(self._table, "done-pkey")):
             found_done = await self.done(call.once.key) if call.once is not None else None
@@ -349,10 +353,21 @@ class PostgresMetaStore(MetaStore):
         if unique and cause.diag.constraint_name == name_of(self._table, "taken"):
             raise taken(detail.partition("=(")[2].partition(", ")[0]) from None
 
-    async def reindex(self, entries: Sequence[Reindex]) -> None:
+    async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         if self._spec_id is None:
             await self._open()
-        await self._call(Call([], None, self._spec_id or 0, self._encode, entries))
+        await self._call(Call([], None, self._spec_id or 0, self._encode, entries, share=share))
+
+    async def findings(self) -> Findings:
+        ((kept,),) = await self._rows("SELECT findings FROM <state>")
+        return Findings() if kept is None else msgspec.json.decode(kept, type=Findings)
+
+    async def keep_findings(self, findings: Findings) -> None:
+        async def keep(connection: Connection) -> None:
+            kept = msgspec.json.encode(findings).decode()
+            await connection.execute(self._filled("UPDATE <state> SET findings = %s"), (kept,))
+
+        await self._do(keep)
 
     async def indexed(self, *, force: bool = False) -> bool:
         if self._spec_id is not None and self._migration.uniques >= set(self._spec.unique):

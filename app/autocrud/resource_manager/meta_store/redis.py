@@ -49,6 +49,7 @@ from ..basic import (
     Done,
     DoneBefore,
     Encoding,
+    Findings,
     Hit,
     MetaStore,
     ModelSpec,
@@ -249,8 +250,21 @@ class RedisMetaStore(MetaStore):
             exact.append(change)
         return exact
 
-    async def reindex(self, entries: Sequence[Reindex]) -> None:
-        await self._transact(scripts.REINDEX, lambda unique: self._writer.entries(entries, unique), adopts=False)
+    async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
+        def arguments(unique: list[str]) -> list[Any]:
+            return self._writer.entries(entries, unique, share=share)
+
+        await self._transact(scripts.REINDEX, arguments, adopts=False)
+
+    async def findings(self) -> Findings:
+        kept = await self._call("HGET", self._meta_key, "findings")
+        if kept is None:  # where nothing was ever stored nothing is to be healed
+            return Findings(healed=not (await self._look()).store)
+        return msgspec.json.decode(kept, type=Findings)
+
+    async def keep_findings(self, findings: Findings) -> None:
+        if (await self._look()).store:
+            await self._call("HSET", self._meta_key, "findings", msgspec.json.encode(findings))
 
     async def indexed(self, *, force: bool = False) -> bool:
         known = await self._look()

@@ -14,7 +14,20 @@ from typing import ClassVar
 
 from ...query import Query
 from ...values import Key
-from ..basic import Change, Done, Encoding, Hit, MetaStore, ModelSpec, Once, Page, Reindex, ResourceMeta, RevisionInfo
+from ..basic import (
+    Change,
+    Done,
+    Encoding,
+    Findings,
+    Hit,
+    MetaStore,
+    ModelSpec,
+    Once,
+    Page,
+    Reindex,
+    ResourceMeta,
+    RevisionInfo,
+)
 from ..sqlite.committer import Stage
 from ..sqlite.database import FileDatabase, MemoryDatabase
 from ..sqlite.tables import ResourceTables
@@ -72,8 +85,8 @@ class _TablesMetaStore(MetaStore):
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         return await self._db.read(lambda db: self._tables.outdated(db, limit))
 
-    async def reindex(self, entries: Sequence[Reindex]) -> None:
-        await self._db.write(lambda db: self._tables.reindex(db, entries) and None)
+    async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
+        await self._db.write(lambda db: self._tables.reindex(db, entries, () if share else None) and None)
 
     async def indexed(self, *, force: bool = False) -> bool:
         tables = self._tables
@@ -126,6 +139,12 @@ class DiskMetaStore(_TablesMetaStore):
     def commit_stage(self, changes: Sequence[Change], once: Once | None = None) -> Stage:
         """`commit`, as the stage of a larger write."""
         return Stage(self._db, lambda db: self._tables.commit(db, changes, once=once))
+
+    async def findings(self) -> Findings:
+        return await self._db.read(self._tables.findings)
+
+    async def keep_findings(self, findings: Findings) -> None:
+        await self._db.write(lambda db: self._tables.keep_findings(db, findings))
 
     async def opened(self) -> None:
         await self._db.opened()

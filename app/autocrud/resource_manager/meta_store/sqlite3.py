@@ -20,7 +20,20 @@ import apsw
 
 from ...errors import ConfigError, CrudError
 from ...query import Query
-from ..basic import Change, Done, Encoding, Hit, MetaStore, ModelSpec, Once, Page, Reindex, ResourceMeta, RevisionInfo
+from ..basic import (
+    Change,
+    Done,
+    Encoding,
+    Findings,
+    Hit,
+    MetaStore,
+    ModelSpec,
+    Once,
+    Page,
+    Reindex,
+    ResourceMeta,
+    RevisionInfo,
+)
 from ..object_store import ObjectStore, s3
 from ..s3_sqlite.committer import Committer, Edit
 from ..s3_sqlite.head import Head, Schema
@@ -210,8 +223,15 @@ class S3SqliteMetaStore(MetaStore):
         await self._replica.open()
         return await self._room().commit(work)
 
-    async def reindex(self, entries: Sequence[Reindex]) -> None:
-        await self._write(Work(entries=entries))
+    async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
+        await self._write(Work(entries=entries, share=share))
+
+    async def findings(self) -> Findings:
+        return (await self.head()).findings
+
+    async def keep_findings(self, findings: Findings) -> None:
+        await self._replica.open()
+        await self._room().committer.edit(Edit(lambda head: head.next(findings=findings)))
 
     async def indexed(self, *, force: bool = False) -> bool:
         if await self._read(self._tables.stale):

@@ -21,9 +21,11 @@ class Call:
         spec: int,
         encode: Callable[[Any], bytes],
         entries: Sequence[Reindex] = (),
+        *,
+        share: bool = False,
     ) -> None:
         self.changes, self.once = changes, once
-        self._spec, self._encode = spec, encode
+        self._spec, self._encode, self._share = spec, encode, share
         self._docs: list[bytes] = []
         self._numbers: dict[int, int] = {}
         described = [self._change(change) for change in changes] + [self._entry(entry) for entry in entries]
@@ -58,7 +60,7 @@ class Call:
 
     def _entry(self, entry: Reindex) -> dict[str, Any]:
         state = {"id": entry.resource_id, "version": entry.expect.version, "nonce": entry.expect.nonce}
-        return state | self._index(entry.entry)
+        return state | self._index(entry.entry) | ({"share": True} if self._share else {})
 
     def _once(self, once: Once) -> dict[str, Any]:
         """With the documents that its results are; of what is purged after it, nothing."""

@@ -121,6 +121,7 @@ class Migration:
             )
             if cursor.rowcount:
                 await connection.execute(self._filled("DELETE FROM <unique> WHERE field = %s"), (name,))
+                await connection.execute(self._filled("DELETE FROM <shared-values> WHERE field = %s"), (name,))
                 self.uniques.discard(name)
 
     async def _stored_uniques(self, connection: Connection) -> Sequence[str]:

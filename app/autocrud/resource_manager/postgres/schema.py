@@ -3,10 +3,12 @@
     {t}            a row a resource: its document, the columns that queries compare, the keys of its indexed fields
     {t}:revisions  the records
     {t}:unique     the values of unique fields, and who holds them
+    {t}:shared-values  the values that a resource has beside the one that holds them; only where an index entry was lost and came back
     {t}:done       what the commits left that carried an Idempotency-Key
     {t}:recent     the transactions of the last day, and those that were given up on (see below)
     {t}:specs      the sets of indexed fields, with their kinds, that rows were written under
-    {t}:state      one row: generation, unique fields, and the life of the cache before it that is in use (see `meta_store.fast_slow`)
+    {t}:state      one row: generation, unique fields, findings (see `reindexing`), and the life of the cache before it that is in use
+                   (see `meta_store.fast_slow`)
 
 A commit is one call of one function, hence one round trip and one transaction. What it keeps:
 
@@ -32,11 +34,11 @@ from ...values import Kind
 from ..sql import quoted
 from .query import PostgresDialect
 
-CONFLICT, STALE, DONE, UNKNOWN_UNIQUE = "CS001", "CS002", "CS003", "CS004"
+CONFLICT, STALE, DONE, UNKNOWN_UNIQUE, SHARED = "CS001", "CS002", "CS003", "CS004", "CS005"
 """SQLSTATEs that the function raises."""
 
 
-PARTS = ("revisions", "unique", "done", "recent", "specs", "state")
+PARTS = ("revisions", "unique", "shared-values", "done", "recent", "specs", "state")
 
 
 def name_of(table: str, part: str = "") -> str:
@@ -104,6 +106,9 @@ CREATE TABLE IF NOT EXISTS <unique> (
   field text NOT NULL, value text COLLATE "C" NOT NULL, id text COLLATE "C" NOT NULL,
   CONSTRAINT <taken> UNIQUE (field, value) DEFERRABLE INITIALLY DEFERRED);
 CREATE INDEX IF NOT EXISTS <unique-id> ON <unique> (id);
+CREATE TABLE IF NOT EXISTS <shared-values> (
+  id text COLLATE "C" NOT NULL, field text NOT NULL, value text COLLATE "C" NOT NULL, PRIMARY KEY (id, field));
+CREATE INDEX IF NOT EXISTS <shared-values-by-value> ON <shared-values> (field, value);
 CREATE TABLE IF NOT EXISTS <done> (
   key text NOT NULL, operation int NOT NULL, request text NOT NULL, time bigint NOT NULL, id text COLLATE "C", doc bytea,
   CONSTRAINT <done-pkey> PRIMARY KEY (key, operation));
@@ -115,10 +120,11 @@ CREATE TABLE IF NOT EXISTS <specs> (id int PRIMARY KEY, fields jsonb NOT NULL UN
 INSERT INTO <specs> VALUES (0, '{}') ON CONFLICT DO NOTHING;
 CREATE TABLE IF NOT EXISTS <state> (
   one int PRIMARY KEY CHECK (one = 1), format int NOT NULL, generation bigint NOT NULL, uniques text[] NOT NULL);
-INSERT INTO <state> VALUES (1, 1, 0, '{}') ON CONFLICT DO NOTHING;
 ALTER TABLE <state> ADD COLUMN IF NOT EXISTS fast_life text, ADD COLUMN IF NOT EXISTS fast_since timestamptz,
-  ADD COLUMN IF NOT EXISTS fast_lease float8 NOT NULL DEFAULT 0,
+  ADD COLUMN IF NOT EXISTS findings text, ADD COLUMN IF NOT EXISTS fast_lease float8 NOT NULL DEFAULT 0,
   ADD COLUMN IF NOT EXISTS fast_store text NOT NULL DEFAULT gen_random_uuid()::text;
+INSERT INTO <state> (one, format, generation, uniques, findings) VALUES (1, 1, 0, '{}', '{"healed":true}')
+ON CONFLICT DO NOTHING;
 """
 
 _FUNCTION = """
@@ -155,6 +161,7 @@ BEGIN
       expected := FOUND;
       DELETE FROM <revisions> WHERE id = c->>'id';
       DELETE FROM <unique> WHERE id = c->>'id';
+      DELETE FROM <shared-values> WHERE id = c->>'id';
       UPDATE <done> SET id = NULL, doc = NULL WHERE id = c->>'id';
     ELSIF m IS NULL THEN  -- an index entry for exactly this state
       UPDATE <main> SET keys = c->'keys', absent = ARRAY(SELECT jsonb_array_elements_text(c->'absent')), spec = (c->>'spec')::int,
@@ -194,17 +201,31 @@ BEGIN
     END IF;
     IF c ? 'keys' AND uniques_ <> '{}' THEN
       DELETE FROM <unique> WHERE id = c->>'id';
+      DELETE FROM <shared-values> WHERE id = c->>'id';
       FOREACH field_ IN ARRAY uniques_ LOOP
         IF NOT EXISTS (SELECT 1 FROM <specs> WHERE id = (c->>'spec')::int AND fields ? field_) THEN
           RAISE EXCEPTION 'unique' USING ERRCODE = 'CS004', DETAIL = field_;
         END IF;
         value_ := c->'keys'->>field_;
-        IF value_ IS NOT NULL THEN
-          INSERT INTO <unique> VALUES (field_, <held>, c->>'id');
+        IF value_ IS NULL THEN CONTINUE; END IF;
+        IF c ? 'share' THEN
+          IF EXISTS (SELECT 1 FROM <unique> WHERE field = field_ AND value = <held>) THEN
+            INSERT INTO <shared-values> VALUES (c->>'id', field_, <held>);
+            CONTINUE;
+          END IF;
         END IF;
+        INSERT INTO <unique> VALUES (field_, <held>, c->>'id');
       END LOOP;
     END IF;
   END LOOP;
+  -- What is held and shared both was lost and came back: nobody may write it.
+  IF uniques_ <> '{}' THEN
+    SELECT s.field INTO field_ FROM <shared-values> s JOIN <unique> u USING (field, value)
+      WHERE u.id IN (SELECT x->>'id' FROM jsonb_array_elements(changes) x WHERE x ? 'keys' AND NOT x ? 'share') LIMIT 1;
+    IF FOUND THEN
+      RAISE EXCEPTION 'shared' USING ERRCODE = 'CS005', DETAIL = field_;
+    END IF;
+  END IF;
   IF once IS NOT NULL THEN
     DELETE FROM <done> WHERE time < (once->>'time')::bigint - 86400000000;
     INSERT INTO <done> SELECT once->>'key', x.at - 1, once->>'request', (once->>'time')::bigint, x.result->>'id', docs[(x.result->>'doc')::int]

@@ -4,13 +4,15 @@ Keys below a prefix. An id never becomes a key: `{hash}` is its SHA-256 in hex, 
 name here ends with another one, stores with different prefixes never meet either.
 
     meta         hash: `store`, an id drawn at birth; `seq`, how many transactions there were, and `head`, the txid of the last one; `tx`, counts
-                 what `tx` (below) took up; `generation`; `unique`, a JSON list of names; `bytes` of the log; `pause`, until when (Unix time) nobody commits
+                 what `tx` (below) took up; `generation`; `unique`, a JSON list of names; `bytes` of the log; `pause`, until when (Unix time) nobody commits;
+                 `findings`, see `reindexing`
     ids          set of the hashes of all ids
     res:{hash}   hash, a resource: `s` its version and nonce, `d` its document, `i` its index entry, `q` its unique values (a list in
                  MessagePack), `r{number}` a revision's record behind its uid, `n{uid}` that revision's number, `t` the highest number that ever
                  was, `k{operation}:{key}` the places in `done` that tell of it
     specs        hash: the sets of indexed fields that index entries name
     unique       hash: a value of a unique field -> the hash that holds it
+    shared       hash: such a value -> the other hashes that have it, in MessagePack; only where an index entry was lost and came back
     done         hash: `h:{key}` -> time, number of operations, request; `{operation}:{key}` -> hash and document that it left
     keytimes     sorted set: the keys in `done` by their time
     tx           sorted set: `+{txid}` of what was done and `-{txid}` of what was refused, the newest by `meta.tx`
@@ -48,7 +50,7 @@ local P, at = string.sub(KEYS[1], 1, -5), 0
 local function arg() at = at + 1 return ARGV[at] end
 local function num() return tonumber(arg()) end
 local META, LOG, IDS, SPECS = KEYS[1], P .. 'log', P .. 'ids', P .. 'specs'
-local UNIQUE, DONE, TIMES, TX = P .. 'unique', P .. 'done', P .. 'keytimes', P .. 'tx'
+local UNIQUE, SHARED, DONE, TIMES, TX = P .. 'unique', P .. 'shared', P .. 'done', P .. 'keytimes', P .. 'tx'
 local function res(hash) return P .. 'res:' .. hash end
 local meta = redis.call('HMGET', META, 'store', 'seq', 'head', 'tx', 'unique', 'generation', 'bytes', 'pause')
 local store, seq, head, tx = meta[1] or '', tonumber(meta[2] or 0), meta[3] or '', tonumber(meta[4] or 0)
@@ -57,7 +59,10 @@ local function say(code, ...) return {code, store, tx, unique, generation, ...} 
 local function lacks() return store == '' and (redis.call('LLEN', LOG) > 0 or redis.call('SCARD', IDS) > 0) end
 local function note(sign, txid, candidate, cap)
   tx = tx + 1
-  if store == '' then store = candidate end
+  if store == '' then
+    store = candidate
+    redis.call('HSET', META, 'findings', '{"healed":true}')
+  end
   redis.call('HSET', META, 'store', store, 'tx', tx)
   redis.call('ZADD', TX, tx, sign .. txid)
   redis.call('ZREMRANGEBYRANK', TX, 0, -cap - 1)
@@ -87,13 +92,21 @@ if redis.call('ZSCORE', TX, '-' .. txid) then return say('refused') end
 if store ~= expected then return say('store') end
 if since > tx or tx - since >= cap then return say('old') end
 if lacks() then return say('damaged') end
-redis.call('LLEN', LOG) redis.call('SCARD', IDS) redis.call('HLEN', UNIQUE) redis.call('HLEN', DONE) redis.call('ZCARD', TIMES)
+redis.call('LLEN', LOG) redis.call('SCARD', IDS) redis.call('HLEN', UNIQUE) redis.call('HLEN', SHARED)
+redis.call('HLEN', DONE) redis.call('ZCARD', TIMES)
 local known = redis.call('HEXISTS', SPECS, spec) == 1
 
 local function tokens()
   local list = {}
   for i = 1, width do list[i] = arg() end
   return list
+end
+local function sharers(token)
+  local packed = redis.call('HGET', SHARED, token)
+  return packed and cmsgpack.unpack(packed) or {}
+end
+local function share_among(token, hashes)
+  if #hashes > 0 then redis.call('HSET', SHARED, token, cmsgpack.pack(hashes)) else redis.call('HDEL', SHARED, token) end
 end
 -- The number of a unique field whose value two resources would have. `final`: what those in `order` end with.
 local function clash(order, final)
@@ -105,6 +118,9 @@ local function clash(order, final)
         claims[token] = true
         local holder = redis.call('HGET', UNIQUE, token)
         if holder and holder ~= hash and not final[holder] then return j end
+        for _, other in ipairs(sharers(token)) do
+          if other ~= hash and not final[other] then return j end
+        end
       end
     end
   end
@@ -114,16 +130,29 @@ local function begin() redis.call('HSET', META, 'tx', tx) end
 local function release(order)
   for _, hash in ipairs(order) do
     local held = redis.call('HGET', res(hash), 'q')
-    for _, token in ipairs(held and cmsgpack.unpack(held) or {}) do redis.call('HDEL', UNIQUE, token) end
+    for _, token in ipairs(held and cmsgpack.unpack(held) or {}) do
+      if redis.call('HGET', UNIQUE, token) == hash then redis.call('HDEL', UNIQUE, token) else
+        local rest = {}
+        for _, other in ipairs(sharers(token)) do
+          if other ~= hash then rest[#rest + 1] = other end
+        end
+        share_among(token, rest)
+      end
+    end
   end
 end
-local function take(order, final)
+-- `share`: what another resource holds is shared with it.
+local function take(order, final, share)
   for _, hash in ipairs(order) do
     local list = {}
     for _, token in ipairs(final[hash]) do
       if token ~= '' then
         list[#list + 1] = token
-        redis.call('HSET', UNIQUE, token, hash)
+        if share and redis.call('HEXISTS', UNIQUE, token) == 1 then
+          local all = sharers(token)
+          all[#all + 1] = hash
+          share_among(token, all)
+        else redis.call('HSET', UNIQUE, token, hash) end
       end
     end
     if #list > 0 then redis.call('HSET', res(hash), 'q', cmsgpack.pack(list)) else redis.call('HDEL', res(hash), 'q') end
@@ -270,7 +299,7 @@ REINDEX = _script(
     _WRITE,
     """
 if unique ~= minded then return say('unique') end
-local chosen, lines, order, final = {}, {}, {}, {}
+local share, chosen, lines, order, final = arg() == '1', {}, {}, {}, {}
 for _ = 1, num() do
   local e = {hash = arg(), expect = arg(), index = arg(), tokens = tokens()}
   if redis.call('HGET', res(e.hash), 's') == e.expect then
@@ -279,13 +308,13 @@ for _ = 1, num() do
     final[e.hash] = e.tokens
   end
 end
-local taken = clash(order, final)
+local taken = not share and clash(order, final)
 if taken then return say('taken', taken) end
 if #chosen > 0 then
   begin()
   release(order)
   for _, e in ipairs(chosen) do redis.call('HSET', res(e.hash), 'i', e.index) end
-  take(order, final)
+  take(order, final, share)
   append(lines)
   note('+', txid, candidate, cap)
 end

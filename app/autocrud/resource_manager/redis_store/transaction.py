@@ -92,9 +92,9 @@ class Writer:
             arguments += ["", b""] if meta is None or gone else [digest(meta.resource_id), self._encode(meta)]
         return arguments
 
-    def entries(self, entries: Sequence[Reindex], unique: Sequence[str]) -> list[Any]:
+    def entries(self, entries: Sequence[Reindex], unique: Sequence[str], *, share: bool) -> list[Any]:
         """The arguments of REINDEX."""
-        arguments: list[Any] = [len(entries)]
+        arguments: list[Any] = ["1" if share else "0", len(entries)]
         for resource_id, expect, entry in entries:
             index, *tokens = self._index(entry, unique)
             arguments += [digest(resource_id), state(expect), index, *tokens]

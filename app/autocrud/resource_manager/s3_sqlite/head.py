@@ -25,6 +25,7 @@ from msgspec.structs import replace
 
 from ...errors import ConfigError, MetadataTooLarge, StoreDamaged
 from ..ops import Op
+from ..records import Findings
 
 FORMAT = 1
 _NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
@@ -92,6 +93,7 @@ class Head(Struct, frozen=True, kw_only=True):
     schema: Schema = Schema()
     imported: str | None = None  # ETag of the plain database that this store began with
     raced: tuple[str, ...] = ()  # the endpoints whose conditional writes were raced, the newest last
+    findings: Findings = Findings()  # what was found when the model was indexed
     others: dict[str, Any] = {}  # keys of later versions, kept as they are
 
     def next(self, **changes: Any) -> Head:

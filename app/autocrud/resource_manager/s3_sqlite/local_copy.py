@@ -97,6 +97,7 @@ class Work(NamedTuple):
     changes: Sequence[Change] = ()
     entries: Sequence[Reindex] = ()
     once: Once | None = None
+    share: bool = False  # entries may share values of unique fields
 
 
 class LocalCopy:
@@ -298,7 +299,7 @@ class LocalCopy:
 
     def _attempt(self, connection: apsw.Connection, work: Work, spec: str, unique: Sequence[str]) -> Attempt:
         if work.entries:
-            done = set(self.tables.reindex(connection, work.entries, unique))
+            done = set(self.tables.reindex(connection, work.entries, () if work.share else unique))
             ops = [
                 Op("index", entry.resource_id, index=indexed(entry.entry, spec))
                 for entry in work.entries

@@ -33,6 +33,7 @@ from ...errors import (
     StoreUnavailable,
 )
 from ..object_store import UNCHANGED, Object, ObjectStore, Stored, Unknown
+from ..records import Findings
 from ..sqlite.errors import translated
 from ..sqlite.tables import ResourceTables
 from ..threads import in_thread
@@ -394,7 +395,7 @@ class Replica:
             return
         head = await self._imported()
         if head is None:
-            head = Head(store=uuid4().hex, nonce=os.urandom(8))
+            head = Head(store=uuid4().hex, nonce=os.urandom(8), findings=Findings(healed=True))
         outcome = await self.objects.put_if(self.head_key, head.encode(), None)
         if isinstance(outcome, Unknown):
             _check_may_write(outcome)  # whatever else came of it: HEAD is read next
