@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import itertools
+from collections.abc import Awaitable, Callable, Collection
 from decimal import Decimal
 from typing import Any, Literal
 from uuid import UUID
@@ -16,6 +17,7 @@ from app.autocrud.resource_manager.basic import Findings, IndexEntry, Reindex, R
 from app.autocrud.resource_manager.codec import Codec
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.operations import Retention
+from app.autocrud.resource_manager.simple_storage import SimpleStorage
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 
 
@@ -132,14 +134,48 @@ class Failing:
         del self._store.get
 
 
-async def drop_entries(manager: ResourceManager[Any]) -> bool:
-    """Leave the index as programs before R4 of `reindexing` did when no body could be read. False: it is not kept."""
+class FailingCall:
+    """Lets one request of a start fail. at: which one, from 0. done: the store has done it all the same."""
+
+    def __init__(self, storage: SimpleStorage, *, at: int, done: bool, error: Exception) -> None:
+        self._at, self._done, self._error, self._calls = at, done, error, itertools.count()
+        self.failed = False
+        of_meta_store = ("generation", "findings", "keep_findings", "outdated", "reindex", "indexed", "search")
+        self._patched = [(storage.meta_store, name) for name in of_meta_store] + [(storage.resource_store, "get")]
+        for store, name in self._patched:
+            setattr(store, name, self._failing(getattr(store, name)))
+
+    def _failing(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def called(*arguments: Any, **named: Any) -> Any:
+            if next(self._calls) != self._at:
+                return await call(*arguments, **named)
+            self.failed = True
+            if self._done:
+                await call(*arguments, **named)
+            raise self._error
+
+        return called
+
+    def heal(self) -> None:
+        for store, name in self._patched:
+            delattr(store, name)
+
+
+async def drop_entries(manager: ResourceManager[Any], ids: Collection[str] = ()) -> bool:
+    """Leave the index as programs before R4 of `reindexing` did when no body could be read, or not those of some ids.
+
+    False: it is not kept.
+    """
     store = manager.storage.meta_store
     if (await store.findings()) == Findings(healed=True) and not store.authoritative:
         return False
     fields = tuple(manager.storage._spec.fields)
     empty = IndexEntry({}, fields, b"{}")
-    entries = [Reindex(meta.resource_id, Version(meta.version, meta.nonce), empty) async for meta in store.scan()]
+    entries = [
+        Reindex(meta.resource_id, Version(meta.version, meta.nonce), empty)
+        async for meta in store.scan()
+        if not ids or meta.resource_id in ids
+    ]
     await store.reindex(entries)
     await store.keep_findings(Findings())
     return True
