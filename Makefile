@@ -9,10 +9,10 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-infra deploy run test pulumi lint mutants bench package docs lock clean
+.PHONY: help setup setup-infra deploy run test pulumi s3-servers lint mutants bench package docs lock clean
 
 help: ## what can be done here
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(VENV)/.dev ## everything for working on it, into .venv
 
@@ -33,6 +33,9 @@ test: $(VENV)/.dev .local/checkov/.done ## the whole suite
 
 pulumi: $(VENV)/.venv ## the pulumi commands that the tests run, built once into the user's cache (needs Go)
 	@$(BIN)/python -m tests.engine.install
+
+s3-servers: $(VENV)/.venv ## the S3 servers that the tests run against, got once into the user's cache (needs Go and npm)
+	@$(BIN)/python -m tests.s3_servers.install
 
 lint: $(VENV)/.dev ## format, rules, types, direction of dependencies
 	@$(BIN)/ruff format --check .
@@ -103,6 +106,8 @@ lock: $(VENV)/.venv ## lock the newest versions that the ranges in pyproject.tom
 	@$(LOCK) --group specstar -o requirements/specstar.txt --upgrade
 	@$(LOCK) --group pocketbase -o requirements/pocketbase.txt --upgrade
 	@$(LOCK) --group checkov -o requirements/checkov.txt --upgrade
+	@$(LOCK) --group localstack -o requirements/localstack.txt --upgrade --exclude-newer 2026-02-20
+	@$(LOCK) --group rclone -o requirements/rclone.txt --upgrade
 	@echo uv | { $(LOCK) - -o requirements/uv.txt --upgrade; }
 
 clean: ## remove .venv and caches; data in LOCAL_DIR stays

@@ -138,7 +138,8 @@ def make_bucket(bucket: str, endpoint_url: str | None, region: str | None) -> No
 
     once = botocore.config.Config(retries={"max_attempts": 2}, connect_timeout=5, s3={"addressing_style": "path"})
     try:
-        client = boto3.client("s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=once)
+        # Not the default session: it keeps the credentials of its first use.
+        client = boto3.Session().client("s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=once)
         try:
             client.head_bucket(Bucket=bucket)
         except botocore.exceptions.ClientError as error:

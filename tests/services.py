@@ -81,7 +81,7 @@ def seaweed_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
     config = directory / "s3.json"
     config.write_text(json.dumps({"identities": [identity]}))
-    ports = _ports(4)
+    ports = free_ports(4)
     names = ("s3", "master", "volume", "filer")
     command = [str(WEED), "mini", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={config}"]
     command += [f"-{name}.port={port}" for name, port in zip(names, ports, strict=True)]
@@ -98,39 +98,43 @@ def seaweed_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def _make_bucket(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    environment = {"AWS_ACCESS_KEY_ID": server.access_key_id, "AWS_SECRET_ACCESS_KEY": server.secret_access_key}
-    before = {
-        name: os.environ.get(name) for name in environment
-    }  # a server that TEST_S3_ENDPOINT_URL names has keys too
-    os.environ.update(environment)
     deadline = time.monotonic() + 60
-    try:
-        while True:
-            with contextlib.suppress(Exception):
-                make_bucket(BUCKET, server.url, "us-east-1")
-                return
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
-            time.sleep(0.2)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    while True:
+        with contextlib.suppress(Exception):
+            create_bucket(BUCKET, server)
+            return
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
+        time.sleep(0.2)
 
 
-def _ports(count: int) -> list[int]:
-    """Free ports whose neighbours 10,000 above are free too: SeaweedFS takes both."""
+def create_bucket(name: str, server: S3Server) -> None:
+    """Make a bucket with a server's keys. They stand in the environment meanwhile, where a named server may have its own."""
+    keys = {"AWS_ACCESS_KEY_ID": server.access_key_id, "AWS_SECRET_ACCESS_KEY": server.secret_access_key}
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in keys.items():
+            patch.setenv(variable, value)
+        make_bucket(name, server.url, "us-east-1")
+
+
+_given: set[int] = set()
+"""Ports that this process gave out: their servers may not listen yet."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Free ports that were never given before, whose neighbours 10,000 above are free too: SeaweedFS takes both."""
     found: list[int] = []
     with contextlib.ExitStack() as held:
         for port in range(20000 + os.getpid() % 5000, 32000):
+            if port in _given:
+                continue
             with contextlib.suppress(OSError):
                 for one in (port, port + 10000):
                     probe = held.enter_context(socket.socket())
                     probe.bind(("127.0.0.1", one))
                 found.append(port)
             if len(found) == count:
+                _given.update(found)
                 return found
     raise AssertionError("there are no free ports")
 

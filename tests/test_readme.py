@@ -116,7 +116,11 @@ def test_the_servers_of_compose_listen_on_loopback_where_the_page_says():
     assert all(port.startswith("127.0.0.1:") for port in published)
     section = (ROOT / "docs/storage.md").read_text().partition("## Servers here")[2]
     named = set(re.findall(r"127\.0\.0\.1:\d+", section))
-    assert named == {port.rpartition(":")[0] for port in published} - {"127.0.0.1:9001"}  # MinIO's console
+    assert named == {port.rpartition(":")[0] for port in published} - {"127.0.0.1:9001", "127.0.0.1:4566"}
+    local = (ROOT / "docs/local.md").read_text()
+    assert "http://127.0.0.1:9001>" in local  # MinIO's console
+    assert "CRUDSTACK_S3_ENDPOINT_URL=http://127.0.0.1:4566 " in local  # LocalStack
+    assert f"version {services['localstack']['image'].rpartition(':')[2]}," in local
     login = services["postgres"]["environment"]
     assert f"postgresql://{login['POSTGRES_USER']}:{login['POSTGRES_PASSWORD']}@" in section
     assert f"AWS_ACCESS_KEY_ID={services['minio']['environment']['MINIO_ROOT_USER']} " in section
