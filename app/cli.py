@@ -117,6 +117,25 @@ def outputs(*, stack: str | None = None) -> None:
     print(msgspec.json.format(msgspec.json.encode(stacks.outputs(stack))).decode())
 
 
+@cli.command
+def s3_check(store: str, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Say whether an S3 store is fit, before anything is put there. Every object that is written for it is deleted.
+
+    The endpoint comes from CRUDSTACK_S3_ENDPOINT_URL, keys and region as for `serve`. The exit code is 0 if the store is fit, 1 if it is not.
+
+    Parameters
+    ----------
+    store
+        s3://bucket/prefix, or s3://bucket.
+    json
+        Print one JSON document instead of sentences.
+    """
+    from .s3_check_command import run
+
+    if code := run(store, as_json=json):
+        sys.exit(code)
+
+
 @tokens.command
 def rotate(*, stack: str | None = None, yes: Annotated[bool, Parameter(negative="")] = False) -> None:
     """Replace a stack's API token by a new one, by `pulumi up`. The old one is refused from then on.

@@ -178,12 +178,9 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
         if name.startswith("CRUDSTACK_") and name not in VARIABLES:
             raise ConfigError(f"{name} is no setting; there are {', '.join(VARIABLES)}{meant(name, VARIABLES)}")
     given = {name: value for name in VARIABLES if (value := environment.get(name))}
-    endpoint = next((value for name in ENDPOINT_VARIABLES if (value := environment.get(name))), None)
-    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-        raise ConfigError(f"the S3 endpoint is {endpoint!r}: expected a URL, like http://127.0.0.1:9000")
     local = LocalOverrides(
         data_dir=given.get("CRUDSTACK_DATA_DIR"),
-        s3_endpoint_url=endpoint,
+        s3_endpoint_url=s3_endpoint(environment),
         pg_dsn=given.get("CRUDSTACK_PG_DSN"),
         redis_url=given.get("CRUDSTACK_REDIS_URL"),
         amqp_url=given.get("CRUDSTACK_AMQP_URL"),
@@ -212,6 +209,14 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
         ),
         local,
     )
+
+
+def s3_endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the URL of another S3 than Amazon's, if there is one. Raises ConfigError if it is no URL."""
+    endpoint = next((value for name in ENDPOINT_VARIABLES if (value := environment.get(name))), None)
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"the S3 endpoint is {endpoint!r}: expected a URL, like http://127.0.0.1:9000")
+    return endpoint
 
 
 def parse_storage(text: str, name: str) -> Storage:

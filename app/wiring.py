@@ -81,7 +81,22 @@ def pairs(settings: Settings) -> list[Pair]:
 
 def region_of(settings: Settings) -> str:
     """Return the AWS region: of the stack, else of AWS_REGION, AWS_DEFAULT_REGION or the profile in use, else us-east-1."""
-    return settings.outputs.region or s3_profile.region() or "us-east-1"
+    return region_or_default(settings.outputs.region)
+
+
+def region_or_default(given: str | None) -> str:
+    """Return a region that was given, else that of AWS_REGION, AWS_DEFAULT_REGION or the profile in use, else us-east-1."""
+    return given or s3_profile.region() or "us-east-1"
+
+
+def checked_prefix(prefix: str) -> str:
+    """Return a prefix of keys, empty or with a slash at its end. Raises ConfigError if a key cannot begin with it."""
+    if re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))*", prefix) is None:
+        raise ConfigError(
+            f"the prefix is {prefix!r}: expected names of letters, digits, '.', '_' and '-' with '/' between them,"
+            " like team/app"
+        )
+    return prefix and f"{prefix.rstrip('/')}/"
 
 
 def needs_s3(settings: Settings) -> bool:
@@ -113,12 +128,7 @@ class _Maker:
         )
         self._settings = settings
         self.outputs, self.local, self.idle_work = settings.outputs, settings.local, idle_work
-        prefix = self.outputs.prefix
-        if re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))*", prefix) is None:
-            raise ConfigError(
-                f"the prefix is {prefix!r}: expected names of letters, digits, '.', '_' and '-' with '/' between them, like team/app"
-            )
-        self.prefix = prefix and f"{prefix.rstrip('/')}/"
+        self.prefix = checked_prefix(self.outputs.prefix)
 
     def factory(self) -> PairStorageFactory:
         return PairStorageFactory(self._meta(), self._resource())

@@ -62,9 +62,10 @@ class Listed(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """The conditional PUT took place."""
+    """The conditional PUT took place. `version` is the id of the version that it made, if the bucket keeps versions."""
 
     etag: str
+    version: str | None = None
 
 
 class Lost(NamedTuple):
@@ -212,6 +213,14 @@ class S3ObjectStore(ObjectStore):
         etag = result.meta["e_tag"]
         return Object(bytes(await tracked(result.bytes_async())), etag or "")
 
+    async def get_range(self, key: str, start: int, end: int) -> bytes:
+        """Return the bytes from `start` up to `end`, which is not included. Raises StoreUnavailable if the answer is another."""
+        _count("GET")
+        try:
+            return bytes(await tracked(self._obstore.get_range_async(self._objects, key, start=start, end=end)))
+        except self._failed as error:
+            raise _unavailable("GET", key, error) from error
+
     async def put(self, key: str, body: bytes) -> None:
         _count("PUT")
         try:
@@ -231,7 +240,7 @@ class S3ObjectStore(ObjectStore):
             log.warning("PUT %s: %s", key, said(error))
             return Unknown(brief(error))
         new = result["e_tag"]
-        return Stored(new) if new else Unknown("the answer has no ETag")
+        return Stored(new, result["version"]) if new else Unknown("the answer has no ETag")
 
     async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
         # obstore lists below folders: the prefix up to its last slash, the rest is compared here.

@@ -20,6 +20,7 @@ _REQUEST = re.compile(r"Error performing ([A-Z]+) (\S+) in \S+?(?:, after \d+ re
 _STATUS = re.compile(r"Server returned (?:non-2xx status code|error response): (\d{3}[A-Za-z '-]*):? ?(.*)", re.DOTALL)
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _OS_MESSAGE = re.compile(r'Os \{[^}]*?message: "([^"]*)"')
+_DNS = re.compile(r'"dns error",.*?error: "([^"]*)"', re.DOTALL)
 _PROVIDER = re.compile(r"External AWS credential provider: (?:\w+: )?(.*)", re.DOTALL)
 
 
@@ -82,6 +83,8 @@ def _connection(reason: str, dump: str) -> str:
         )
     if "InvalidContentType" in dump:
         return "TLS: the server does not speak TLS on this port; is its endpoint http:// instead of https://?"
+    if dns := _DNS.search(dump):
+        return f"the name of the server cannot be resolved ({dns[1]})"
     if "without LOCATION" in reason:
         return "the server redirects without a target; is the bucket in another region? set AWS_REGION"
     if cause := _OS_MESSAGE.search(dump):
