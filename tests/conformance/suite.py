@@ -1075,6 +1075,16 @@ class SharedConformance(DurableConformance):
 
     shares: ClassVar[bool] = True
 
+    async def test_writers_of_several_instances_to_one_resource_all_succeed(self, root):
+        """Without an expectation no writer is told that others were faster, however many there are."""
+        instances = [manage(self.make(root)) for _ in range(3)]
+        rid = (await instances[0].create(Item())).meta.resource_id
+        writes = [(at, number) for number in range(10) for at in range(len(instances))]
+        await asyncio.gather(*(instances[at].update(rid, Item(number=10 * number + at)) for at, number in writes))
+        for instance in instances:
+            assert (await instance.get(rid)).meta.version == len(writes) + 1
+            await instance.close()
+
     async def test_what_another_instance_did_under_the_key_meanwhile_is_the_answer(self, root):
         """It looked for the key, the other one committed, and now the change is no longer possible."""
         here, there = manage(self.make(root)), manage(self.make(root))

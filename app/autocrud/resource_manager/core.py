@@ -156,6 +156,8 @@ class ResourceManager(Generic[T]):
                 before, meta = meta, await self.storage.get(resource_id)
                 if meta == before:
                     raise
+        else:
+            raise contention()  # `within` was never compared
         if meta.is_deleted and not include_deleted:
             raise deleted(resource_id)
         return meta

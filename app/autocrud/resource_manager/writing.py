@@ -4,6 +4,8 @@
   failure, finds that commit or none.
 - O2 *What was done is not planned again*: the key is looked up first, because what was done may no longer be possible. What is looked up
   only spares work; the commit decides.
+- O3 *Contention is waited out.* If a rival was faster, nothing was changed, and the request is planned again, until its attempts have taken
+  CONTENTION_TIMEOUT_S. Only then is the answer WriteContention. A request with an expectation ends earlier: planning refuses it.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ from .operations import Create, Delete, Modify, Operation, Plan, Purge, Retentio
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 16
+"""How often something is read again because a body that it names is missing."""
+CONTENTION_TIMEOUT_S = 25.0
+"""How long a write competes with others, on the event loop's clock; API Gateway waits for 30 s."""
+LONGEST_PAUSE_S = 0.05
 
 
 class Writer(Generic[T]):
@@ -127,24 +133,38 @@ class Writer(Generic[T]):
         turn = self._turns_of_loop().get(first) if self._turns else None
         if turn is None:
             committed = await self._attempt(operations, caller, key)
-            if committed is not None:
+            if committed is not None and not isinstance(committed, StoreDamaged):
                 return committed
             turn = self._turns_of_loop().setdefault(first, asyncio.Lock())
         async with turn:
-            for attempt in range(MAX_ATTEMPTS):
-                committed = await self._attempt(operations, caller, key, last=attempt == MAX_ATTEMPTS - 1)
-                if committed is not None:
+            loop = asyncio.get_running_loop()
+            deadline, attempts, unreadable = loop.time() + CONTENTION_TIMEOUT_S, 0, 0
+            while True:
+                last = loop.time() >= deadline
+                committed = await self._attempt(operations, caller, key)
+                if isinstance(committed, StoreDamaged):
+                    unreadable += 1
+                    if last or unreadable == MAX_ATTEMPTS:
+                        raise committed
+                elif committed is not None:
                     return committed
-                await asyncio.sleep(0.001 * attempt)  # let whoever is in the middle of it finish
-        raise contention()
+                else:
+                    unreadable = 0  # somebody was faster, so the next attempt reads another state
+                if last:
+                    raise contention()
+                await asyncio.sleep(min(0.001 * attempts, LONGEST_PAUSE_S))  # let the rival finish
+                attempts += 1
 
     def _turns_of_loop(self) -> weakref.WeakValueDictionary[str, asyncio.Lock]:
         return self._turns.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
 
     async def _attempt(
-        self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None, *, last: bool = False
-    ) -> Sequence[State | None] | None:
-        """The states that the operations leave; None if somebody was faster. DoneBefore."""
+        self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None
+    ) -> Sequence[State | None] | StoreDamaged | None:
+        """Return the states that the operations leave; None if somebody was faster; StoreDamaged if a body cannot be read.
+
+        A body that is missing may be that of a draft which somebody has just replaced. Raises DoneBefore if the key was used.
+        """
         if self._storage.peeks:
             await self._refuse_again(key, peek=True)
             try:
@@ -158,10 +178,8 @@ class Writer(Generic[T]):
         await self._storage.catch_up()
         try:
             plan, states = await self._plan(operations, caller, peek=False)
-        except StoreDamaged:
-            if last:
-                raise
-            return None  # a body that is missing may be that of a draft which somebody has just replaced
+        except StoreDamaged as error:
+            return error
         except CrudError:
             await self._refuse_again(key, peek=False)  # perhaps because the same request was done elsewhere since
             raise
@@ -201,7 +219,7 @@ class Writer(Generic[T]):
             once = None if key is None else key.once(operations, states, plan.writes, self._clock())
             try:
                 committed = await self._storage.commit(plan.writes, once)
-            except VersionConflict:
+            except (VersionConflict, WriteContention):  # neither has changed anything
                 return None
             except UniqueConflict as error:
                 error.operation = await self._who_wants(error, plan, states)

@@ -212,7 +212,9 @@ class RedisMetaStore(MetaStore):
     async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
         if not changes and once is None:
             return []
-        for _ in range(ATTEMPTS):
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + COMMIT_TIMEOUT_S
+        while True:
             exact = await self._exact(changes)
 
             def arguments(unique: list[str], exact: Sequence[Change] = exact) -> list[Any]:
@@ -228,8 +230,9 @@ class RedisMetaStore(MetaStore):
             if code == b"conflict":
                 at, found = told
                 check_expectation(changes[at - 1].expect, changes[at - 1].meta.resource_id, version_of(found))
-                # That one expected nothing; who was faster has changed what it was to be put upon.
-        raise WriteContention("other writers kept changing the resource; nothing was changed, try again")
+                # That change expects nothing. A rival has replaced the state that it was made for, so it is made again.
+            if loop.time() >= deadline:
+                raise WriteContention("other writers kept changing the resource; nothing was changed, try again")
 
     async def _exact(self, changes: Sequence[Change]) -> Sequence[Change]:
         """The changes with exact expectations: "any" becomes what is there now, which the commit then expects."""
