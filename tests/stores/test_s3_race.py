@@ -24,7 +24,7 @@ from tests.check_then_act_proxy import CheckThenActProxy
 KEY = "meta/note.sqlite"
 HEAD = f"{KEY}/HEAD"
 RACE = f"{KEY}/race/"
-PUTS = race.OBJECTS * race.WRITERS * race.ROUNDS * 2
+PUTS = race.OBJECTS * race.WRITERS * race.ROUNDS * (1 + race.REPLACED)
 
 
 class Note(Struct):
