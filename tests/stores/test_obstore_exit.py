@@ -38,6 +38,45 @@ def test_a_short_script_ends_with_its_own_exit_code(ministack_s3, end):
         assert (done.returncode, done.stderr) == (0, "")
 
 
+PROVIDER = """
+import asyncio, sys, threading, time
+from app.autocrud.resource_manager import object_store, s3_credentials
+
+started = threading.Event()
+
+def provider():
+    started.set()
+    time.sleep(float(sys.argv[1]))
+    print("the provider has returned", flush=True)
+    return {"access_key_id": "a", "secret_access_key": "b", "token": None, "expires_at": None}
+
+async def main():
+    store = object_store.S3ObjectStore("b", "http://127.0.0.1:1", region_name="us-east-1")
+    task = asyncio.ensure_future(store.get("a"))
+    await asyncio.to_thread(started.wait)
+    task.cancel()
+    await asyncio.wait([task])
+
+s3_credentials.provider = lambda: provider
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.5])
+def test_the_exit_waits_for_a_credential_provider_whose_request_was_cancelled(seconds):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    for _ in range(10 if seconds < 0.1 else 1):
+        done = subprocess.run(
+            [sys.executable, "-c", PROVIDER, str(seconds)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "the provider has returned\n", "")
+
+
 def test_the_exit_waits_for_a_thread_that_still_has_the_future_of_a_request():
     entered, leave, left = threading.Event(), threading.Event(), threading.Event()
     loop = asyncio.new_event_loop()

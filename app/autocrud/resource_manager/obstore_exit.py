@@ -10,7 +10,9 @@ request. It drops the reference after its last call. So if no future lives, no t
 enter it. A request that was cancelled drops its future soon, because obstore stops it. `wait` is called at exit, when
 no event loop runs any more.
 
-Not covered: a credential provider (s3_credentials.py) that still runs after its request was cancelled.
+A credential provider (s3_credentials.py) needs no count of its own: obstore calls it within the request that needs
+credentials, on that request's thread. A cancelled request is dropped only between two steps, so its thread holds the
+future until the provider has returned.
 """
 
 from __future__ import annotations
