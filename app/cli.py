@@ -29,8 +29,9 @@ from msgspec.structs import replace
 from . import local_s3 as buckets
 from . import sign_in
 from . import stack as stacks
-from .autocrud.errors import ConfigError, CrudError, StoreUnavailable
+from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreUnavailable
 from .autocrud.resource_manager.s3_errors import said
+from .lost_copies import lost_copies, remedy
 from .main import create_app
 from .request_log import RequestLog
 from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
@@ -216,6 +217,10 @@ def _open(app: FastAPI) -> None:
             await app.state.crud.open()
             for manager in app.state.crud.managers.values():
                 await manager.storage.impairments()  # what can be done without is tried too: the log says what fails
+        except HeadLost as error:
+            copies = await lost_copies(app.state.crud.managers.values())
+            await app.state.crud.close()
+            raise ConfigError(f"{error.detail}{remedy(copies)}") from None
         except BaseException:
             await app.state.crud.close()  # what still tries to connect would keep the event loop from ending
             raise

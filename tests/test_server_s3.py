@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 
+import boto3
 import httpx
 import pytest
 
@@ -189,3 +191,58 @@ def test_a_second_local_s3_on_one_directory_is_refused_and_told_how_to_share_the
     assert httpx.put(f"{second.url}/article/a", json=article, headers=new).status_code == 412
     second.stop()
     first.stop()
+
+
+def test_after_the_server_lost_its_data_the_start_names_the_command_that_removes_the_local_copies(
+    serve, ministack_s3, bucket, tmp_path
+):
+    directory = tmp_path / "a directory"
+    first = serve("s3-sqlite", directory, s3=ministack_s3, environment={"CRUDSTACK_BUCKET": bucket})
+    article = {"title": "Sun", "content": "", "author": "a"}
+    httpx.put(f"{first.url}/article/a", json=article, headers={"if-none-match": "*"}).raise_for_status()
+    first.stop()
+    keys = {"aws_access_key_id": ministack_s3.access_key_id, "aws_secret_access_key": ministack_s3.secret_access_key}
+    client = boto3.client("s3", endpoint_url=ministack_s3.url, region_name="us-east-1", **keys)
+    for listed in client.list_objects_v2(Bucket=bucket)["Contents"]:
+        client.delete_object(Bucket=bucket, Key=listed["Key"])
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CRUDSTACK_STORAGE": "s3-sqlite",
+        "CRUDSTACK_BUCKET": bucket,
+        "CRUDSTACK_DATA_DIR": str(directory),
+        "CRUDSTACK_S3_ENDPOINT_URL": ministack_s3.url,
+        "AWS_ACCESS_KEY_ID": ministack_s3.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": ministack_s3.secret_access_key,
+    }
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "HEAD is missing" in done.stderr
+    removal = shlex.split(done.stderr.partition("which remember them: ")[2])
+    assert removal[:2] == ["rm", "-r"]
+    assert len(removal) == 2 + 3  # one for each model of app/models.py
+    subprocess.run(removal, check=True)
+    again = serve("s3-sqlite", directory, s3=ministack_s3, environment={"CRUDSTACK_BUCKET": bucket})
+    assert httpx.get(f"{again.url}/article/count").json() == {"count": 0}
+    again.stop()
+
+
+def test_a_removed_head_of_a_store_that_is_still_there_is_no_reason_to_remove_copies_that_remember_nothing(
+    serve, ministack_s3, bucket, tmp_path
+):
+    first = serve("s3-sqlite", tmp_path / "first", s3=ministack_s3, environment={"CRUDSTACK_BUCKET": bucket})
+    first.stop()
+    httpx.delete(f"{ministack_s3.url}/{bucket}/meta/article.sqlite/HEAD").raise_for_status()
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CRUDSTACK_STORAGE": "s3-sqlite",
+        "CRUDSTACK_BUCKET": bucket,
+        "CRUDSTACK_DATA_DIR": str(tmp_path / "second"),
+        "CRUDSTACK_S3_ENDPOINT_URL": ministack_s3.url,
+        "AWS_ACCESS_KEY_ID": ministack_s3.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": ministack_s3.secret_access_key,
+    }
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.endswith("put it back, or remove all\n")

@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +17,7 @@ import pytest
 from app.autocrud.errors import StoreUnavailable
 from app.autocrud.resource_manager import s3_credentials
 from app.autocrud.resource_manager.object_store import S3ObjectStore
-from app.autocrud.resource_manager.s3_credentials import FULL_URI, TOKEN, fetch, is_local, provider
+from app.autocrud.resource_manager.s3_credentials import FOUND_BY_OBSTORE, FULL_URI, TOKEN, fetch, is_local, provider
 from tests.lambda_runtime import CredentialsEndpoint
 
 OTHERS = [name for name in os.environ if name.startswith("AWS_")]
@@ -68,12 +70,28 @@ def test_obstore_is_left_alone_if_it_finds_credentials_itself():
     uri = {FULL_URI: "http://127.0.0.1:1/", TOKEN: "x"}
     assert provider({}) is None
     assert provider(uri) is not None
-    assert {name for name in s3_credentials.FOUND_BY_OBSTORE if provider({**uri, name: "x"}) is None} == {
+    secret = {"AWS_SECRET_ACCESS_KEY": "x"}
+    keys = {name: {**uri, name: "x"} | (secret if name == "AWS_ACCESS_KEY_ID" else {}) for name in FOUND_BY_OBSTORE}
+    assert {name for name, given in keys.items() if provider(given) is None} == {
         "AWS_ACCESS_KEY_ID",
         "AWS_WEB_IDENTITY_TOKEN_FILE",
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
         "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")],
+)
+def test_one_of_two_keys_is_one_sentence_at_start(tmp_path, given, missing):
+    told = f"crudstack: {given} is set and {missing} is not: set both, or neither to use a profile or a role\n"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), given: "the-secret"}
+    environment |= {"CRUDSTACK_STORAGE": "s3-sqlite", "CRUDSTACK_BUCKET": "b"}
+    for arguments in (["serve", "--port", "0"], ["s3-check", "s3://b"]):
+        command = [sys.executable, "-c", "from app.cli import main; main()", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
 
 
 @pytest.mark.usefixtures("environment")

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
-from ..errors import StoreUnavailable
+from ..errors import ConfigError, StoreUnavailable
 from .s3_profile import has_profile, profile_credentials
 
 if TYPE_CHECKING:
@@ -68,13 +68,22 @@ class _Busy(Exception):
 def provider(environment: Mapping[str, str] = os.environ) -> Callable[[], S3Credential] | None:
     """Return what obstore must call for credentials; None if it finds those of this environment by itself.
 
-    Raises ConfigError if there is a profile and botocore is not installed.
+    Raises ConfigError if one of two access keys is missing, or if there is a profile and botocore is not installed.
     """
-    if not environment.get("AWS_ACCESS_KEY_ID") and has_profile(environment):
+    key, secret = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
+    if key and not secret:
+        raise _one_key_alone("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    if not key and has_profile(environment):
         return profile_credentials()
+    if secret and not key:
+        raise _one_key_alone("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
     if not environment.get(FULL_URI) or any(environment.get(name) for name in FOUND_BY_OBSTORE):
         return None
     return ContainerCredentials(environment)
+
+
+def _one_key_alone(given: str, missing: str) -> ConfigError:
+    return ConfigError(f"{given} is set and {missing} is not: set both, or neither to use a profile or a role")
 
 
 class ContainerCredentials:

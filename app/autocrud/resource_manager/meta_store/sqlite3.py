@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, TypeVar
 
 import apsw
 
-from ...errors import ConfigError, CrudError
+from ...errors import ConfigError, CrudError, StoreUnavailable
 from ...query import Query
 from ..basic import (
     Change,
@@ -131,6 +131,14 @@ class S3SqliteMetaStore(MetaStore):
     @property
     def place(self) -> Hashable:
         return "s3", self._objects, self.key
+
+    @property
+    def kept_copy(self) -> Path | None:
+        """Return the directory of the local copy if it outlives this process and remembers a HEAD, else None."""
+        try:
+            return self._directory if self._replica.copy.state().store else None
+        except (StoreUnavailable, apsw.Error):  # not open, or torn
+            return None
 
     def _room(self) -> _Room:
         """What belongs to the event loop that asks."""
