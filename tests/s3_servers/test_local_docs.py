@@ -89,6 +89,31 @@ def test_make_run_on_a_server_as_the_page_says(title: str, tmp_path: Path, reque
             assert client.get(f"{path}/data").raise_for_status().json()["title"] == title
 
 
+def test_make_run_after_localstack_forgot_everything(tmp_path: Path):
+    """It refuses, and prints the command that removes what remembers; then it starts with nothing."""
+    directory = tmp_path / "s3"
+    directory.mkdir()
+    with running("localstack-4.13.1", directory) as server:
+        (port,) = free_ports(1)
+        script, url = lines_of("LocalStack", server.s3, tmp_path / "local", port), f"http://127.0.0.1:{port}"
+        body = {"title": "t", "content": "", "author": "a"}
+        with serving(script, url, tmp_path / "log") as client:
+            client.post("/article", json=body).raise_for_status()
+        server.stop()
+        server.start()
+        environment = {name: os.environ[name] for name in ("PATH", "HOME")}
+        refused = subprocess.run(
+            ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert refused.returncode != 0
+        command = re.search(r"which remember them: (rm -r .*)", refused.stderr)
+        assert command is not None, refused.stderr
+        subprocess.run(["bash", "-c", command[1]], cwd=ROOT, check=True)
+        with serving(script, url, tmp_path / "log") as client:
+            assert client.get("/article/count").json() == {"count": 0}
+            client.post("/article", json=body).raise_for_status()
+
+
 def test_the_table_names_what_is_tested():
     for server in install.SERVERS.values():
         assert re.search(

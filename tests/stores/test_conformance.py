@@ -112,13 +112,12 @@ class TestS3Sqlite(SharedConformance):
         return S3StorageFactory(os.environ["TEST_S3_BUCKET"], *given("TEST_S3"), prefix=f"{root.name}/")
 
 
-@pytest.mark.s3_slice
-@pytest.mark.usefixtures("s3_server")
+@pytest.mark.usefixtures("ministack_s3")
 class TestS3SqliteWithOneCopyForAll(SharedConformance):
-    """Processes that share a directory, and with it the local copy."""
+    """Processes that share a directory, and with it the local copy: no matter of the server, so it is not in the slice."""
 
     def make(self, root: Path) -> IStorageFactory:
-        return S3StorageFactory(os.environ["TEST_S3_BUCKET"], *given("TEST_S3"), prefix=f"{root.name}/", local_dir=root)
+        return S3StorageFactory(BUCKET, *given("TEST_MINISTACK"), prefix=f"{root.name}/", local_dir=root)
 
 
 @pytest.mark.usefixtures("seaweed_s3")
