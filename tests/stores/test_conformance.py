@@ -118,11 +118,3 @@ class TestS3SqliteWithOneCopyForAll(SharedConformance):
 
     def make(self, root: Path) -> IStorageFactory:
         return S3StorageFactory(BUCKET, *given("TEST_MINISTACK"), prefix=f"{root.name}/", local_dir=root)
-
-
-@pytest.mark.usefixtures("seaweed_s3")
-class TestS3SqliteOnSeaweed(DurableConformance):
-    """A server that checks signatures. It is slow under contention, so processes race elsewhere."""
-
-    def make(self, root: Path) -> IStorageFactory:
-        return S3StorageFactory(BUCKET, *given("TEST_SEAWEED"), prefix=f"{root.name}/")
