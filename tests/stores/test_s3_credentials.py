@@ -66,9 +66,10 @@ def bucket():
     server.server_close()
 
 
-def test_obstore_is_left_alone_if_it_finds_credentials_itself():
-    uri = {FULL_URI: "http://127.0.0.1:1/", TOKEN: "x"}
-    assert provider({}) is None
+def test_obstore_is_left_alone_if_it_finds_credentials_itself(tmp_path):
+    home = {"HOME": str(tmp_path)}
+    uri = {FULL_URI: "http://127.0.0.1:1/", TOKEN: "x", **home}
+    assert provider(home) is None
     assert provider(uri) is not None
     secret = {"AWS_SECRET_ACCESS_KEY": "x"}
     keys = {name: {**uri, name: "x"} | (secret if name == "AWS_ACCESS_KEY_ID" else {}) for name in FOUND_BY_OBSTORE}

@@ -5,7 +5,9 @@ botocore is imported only when credentials are asked for, so it is never part of
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
+import logging
 import os
 import re
 import threading
@@ -17,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, StoreUnavailable
 
 if TYPE_CHECKING:
+    from botocore.credentials import RefreshableCredentials
     from obstore.store import S3Credential
 
 PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
-ASK_AGAIN = timedelta(minutes=10)
-"""Credentials without an end may be replaced in their file, so they are read again after this time."""
+ASK_AGAIN_S = 600
+"""botocore is asked again after this time at the latest. It renews credentials in time, and reads a file that was changed."""
 _CREDENTIALS = re.compile(r"^\s*(aws_access_key_id|credential_process|sso_|role_arn|login_session)", re.MULTILINE)
 
 
@@ -64,7 +67,7 @@ def region(environment: Mapping[str, str] = os.environ) -> str | None:
 
 def _files(environment: Mapping[str, str]) -> list[Path]:
     """Return the credentials file and the config file, whether they exist or not."""
-    home = environment.get("HOME")
+    home = environment.get("HOME") or _home_of_user()
     found = []
     for variable, name in (("AWS_SHARED_CREDENTIALS_FILE", "credentials"), ("AWS_CONFIG_FILE", "config")):
         if given := environment.get(variable):
@@ -72,6 +75,16 @@ def _files(environment: Mapping[str, str]) -> list[Path]:
         elif home:
             found.append(Path(home) / ".aws" / name)
     return found
+
+
+def _home_of_user() -> str | None:
+    """Return the home directory that the user database names, which botocore reads too if HOME is not set."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return None
 
 
 def _text(path: Path) -> str:
@@ -91,6 +104,8 @@ class ProfileCredentials:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._renewed: Any = None
+        for name in ("botocore.credentials", "botocore.tokens"):
+            logging.getLogger(name).addFilter(_without_traceback)
 
     def __call__(self) -> S3Credential:
         """Return credentials. Raises StoreUnavailable with a reason that holds no secret."""
@@ -112,14 +127,27 @@ class ProfileCredentials:
                 raise StoreUnavailable(
                     f"the profile in use has no AWS credentials: {_one_line(error)}{_hint(error)}"
                 ) from None
-        end = getattr(found, "_expiry_time", None)  # botocore has no public name for it
-        latest = datetime.now(UTC) + ASK_AGAIN
+            lasts_s = _lasts_s(found) if isinstance(found, RefreshableCredentials) else ASK_AGAIN_S
         return {
             "access_key_id": keys.access_key,
             "secret_access_key": keys.secret_key,
             "token": keys.token,
-            "expires_at": latest if end is None else min(end, latest),
+            "expires_at": datetime.now(UTC) + timedelta(seconds=lasts_s),
         }
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Keep the one line that botocore logs if it cannot renew credentials. The reason is in the error that is raised."""
+    record.exc_info = None
+    return True
+
+
+def _lasts_s(credentials: RefreshableCredentials) -> int:
+    """Return for how many seconds credentials are valid, at most ASK_AGAIN_S. botocore tells only whether they last so long."""
+    ends = bisect.bisect_left(
+        range(ASK_AGAIN_S + 1), True, key=lambda seconds: credentials.refresh_needed(refresh_in=seconds)
+    )
+    return max(0, ends - 1)
 
 
 def _one_line(error: Exception) -> str:
