@@ -345,8 +345,8 @@ MUTANTS = [
     ),
     (
         "a missing HEAD is made again",
-        P + "replica.py",
-        "if await self.objects.get(self.head_key) is None:",
+        P + "creation.py",
+        "if await self._objects.get(self._head_key) is None:",
         "if False:",
         S3,
     ),

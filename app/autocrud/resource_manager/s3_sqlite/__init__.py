@@ -3,7 +3,8 @@
     head           HEAD, records, segments: what stands in the bucket
     local_copy     the SQLite file that reads are served from
     race           the race of conditional writes, before a storage is trusted
-    replica        a local copy kept up with HEAD: birth, check, catch-up
+    creation       HEAD and BORN are created once, and the probe of conditions
+    replica        a local copy kept up with HEAD: check, catch-up
     committer      the swap: group commit, unknown outcomes, rejections
     housekeeping   snapshots, merges, collection
 

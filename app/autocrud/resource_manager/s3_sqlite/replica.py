@@ -2,9 +2,6 @@
 
 Reads are strong: a conditional GET of HEAD, with the ETag that the copy's rows were committed with, proves that these rows are the newest; if it
 brings a newer HEAD, the copy catches up first. A check may be shared only by reads that began before it was sent.
-
-Birth: HEAD and BORN are created, never re-created. A copy that has seen a HEAD, or a BORN without one, means that somebody removed it, and a new
-HEAD would let writers who slept through that be acknowledged into another history.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -21,23 +17,21 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-from uuid import uuid4
 
 import apsw
 
 from ...errors import (
-    ConditionalWritesUnsupported,
     ConfigError,
     HeadLost,
     StoreDamaged,
     StoreUnavailable,
 )
-from ..object_store import UNCHANGED, Object, ObjectStore, Stored, Unknown
-from ..records import Findings
+from ..object_store import UNCHANGED, Object, ObjectStore, Stored
 from ..sqlite.errors import translated
 from ..sqlite.tables import ResourceTables
 from ..threads import in_thread
-from .head import Head, Record, Snapshot, decode_head, decode_segment, snapshot_key
+from .creation import StoreCreation
+from .head import Head, Record, Snapshot, decode_head, decode_segment
 from .local_copy import CopyBusy, LocalCopy, State, current_path, make_current, new_path, remove_leftovers
 from .race import race_conditions
 from .shared_checks import SharedChecks
@@ -66,14 +60,14 @@ class Replica:
 
     def __init__(self, objects: ObjectStore, key: str, tables: ResourceTables, directory: Path | None) -> None:
         self.objects, self.key, self.prefix, self.tables = objects, key, f"{key}/", tables
-        self.head_key, self.born_key = f"{key}/HEAD", f"{key}/BORN"
+        self.head_key = f"{key}/HEAD"
+        self._creation = StoreCreation(objects, key)
         self._given = directory
         self._temporary: Path | None = None
         self._clean: weakref.finalize[..., Replica] | None = None
         self._mutex = threading.Lock()
         self._copy: LocalCopy | None = None
         self._seen = NOTHING  # the newest HEAD that this process knew, should its copy be lost
-        self._confirmed = ""  # the store whose birth this process has confirmed
         self.owed = 0  # the version of an own swap that the copy lacks: no read, of whatever consistency, before it has caught up
         self._opened = False
         self._openings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
@@ -94,7 +88,7 @@ class Replica:
                 await self._blocking(lambda: remove_leftovers(self.directory))
             await self.check()
             head = await self.head()
-            await asyncio.gather(self._probe(head.store), self._refuse_old_writers(head))
+            await asyncio.gather(self._creation.probe(head.store), self._creation.refuse_old_writers(head))
             if self.objects.endpoint not in head.raced:
                 await race_conditions(self.objects, self.prefix)
                 await self._record_race()
@@ -246,7 +240,7 @@ class Replica:
                     raise ConfigError(
                         f"{self.head_key} cannot be created: does the bucket exist, and may this program write to it?"
                     )
-                await self._give_birth(known)
+                await self._creation.create(self.directory, known.store)
             elif isinstance(got, Object) and await self.catch_up(got, known):
                 return
         raise StoreUnavailable("HEAD kept changing; nothing was changed, try again")
@@ -263,7 +257,7 @@ class Replica:
         """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again."""
         head = decode_head(got.body)
         self._check_lineage(head, known)
-        await self._confirm_birth(head)
+        await self._creation.confirm(head)
         for _ in range(MAX_ROUNDS):
             state = await self._state()
             copy = self.copy
@@ -380,68 +374,7 @@ class Replica:
         finally:
             await self._blocking(lambda: path.unlink(missing_ok=True))
 
-    # Birth
-
-    async def _give_birth(self, known: State) -> None:
-        lost = HeadLost(
-            f"{self.head_key} is missing, although the store was in use: somebody removed it; put it back, or remove all"
-        )
-        if known.store:
-            raise lost
-        if await self.objects.get(self.born_key) is not None:
-            # HEAD is there before BORN, so only now its absence means something.
-            if await self.objects.get(self.head_key) is None:
-                raise lost
-            return
-        head = await self._imported()
-        if head is None:
-            head = Head(store=uuid4().hex, nonce=os.urandom(8), findings=Findings(healed=True))
-        outcome = await self.objects.put_if(self.head_key, head.encode(), None)
-        if isinstance(outcome, Unknown):
-            _check_may_write(outcome)  # whatever else came of it: HEAD is read next
-
-    async def _imported(self) -> Head | None:
-        """A HEAD that begins with the plain database at `key`, if there is one."""
-        plain = await self.objects.get(self.key)
-        if plain is None:
-            return None
-        seq = await self._blocking(lambda: _exported_seq(plain.body, self.directory, self.key))
-        key = snapshot_key(self.prefix, 1, seq)
-        await self.objects.put(key, plain.body)
-        snapshot = Snapshot(key, seq, len(plain.body), hashlib.sha256(plain.body).hexdigest())
-        return Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, snap=snapshot, imported=plain.etag)
-
-    async def _confirm_birth(self, head: Head) -> None:
-        """Nobody reads or commits upon a HEAD whose birth is not certain: two may have been created, one after the other was removed."""
-        if head.born or self._confirmed == head.store:
-            return
-        store = head.store.encode()
-        outcome = await self.objects.put_if(self.born_key, store, None)
-        if not isinstance(outcome, Stored):
-            found = await self.objects.get(self.born_key)
-            if found is None:
-                raise StoreUnavailable("the store could not be created; try again")
-            if found.body != store:
-                raise HeadLost(f"{self.born_key} names another store than {self.head_key}: somebody removed a HEAD")
-        self._confirmed = head.store
-
-    async def _probe(self, store: str) -> None:
-        """See that conditions are honoured. A storage that ignores them overwrites BORN with what it holds already."""
-        body = store.encode()
-        impossible = f'"{"0" * 32}"'
-        outcomes = await asyncio.gather(
-            self.objects.put_if(self.born_key, body, None), self.objects.put_if(self.born_key, body, impossible)
-        )
-        for condition, outcome in zip(("If-None-Match", "If-Match"), outcomes, strict=True):
-            if isinstance(outcome, Stored):
-                raise ConditionalWritesUnsupported(
-                    f"the object storage ignores {condition}, so writers would overwrite each other; use one that honours it (S3 does)"
-                )
-            if isinstance(outcome, Unknown):
-                _check_may_write(outcome)
-                raise StoreUnavailable(
-                    f"the object storage did not say whether it honours conditions ({outcome.reason}); try again"
-                )
+    # Races
 
     async def _record_race(self) -> None:
         """Note in HEAD that this endpoint passed the race, so that no later start of any instance pays for one.
@@ -462,23 +395,6 @@ class Replica:
                 await self.check()
         raise StoreUnavailable("HEAD could not be changed; try again")
 
-    async def _refuse_old_writers(self, head: Head) -> None:
-        if head.imported is not None:
-            found = await self.objects.get_if_changed(self.key, head.imported)
-            if isinstance(found, Object):
-                raise ConfigError(
-                    f"{self.key} has changed since it was imported: an earlier deployment still writes to it; stop it, and remove that object"
-                )
-
-
-def _check_may_write(outcome: Unknown) -> None:
-    """Raise ConfigError if the answer to a PUT was that this key may not write."""
-    if outcome.reason.startswith("403 ") and outcome.reason.endswith("AccessDenied"):  # not: an expired token
-        raise ConfigError(
-            f"the AWS credentials may read but not write: the object storage answered {outcome.reason} to a PUT; allow s3:PutObject,"
-            " s3:GetObject, s3:DeleteObject and s3:ListBucket"
-        )
-
 
 def _newer(one: State, other: State) -> State:
     return max(one, other, key=lambda state: state.ver)
@@ -487,19 +403,3 @@ def _newer(one: State, other: State) -> State:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _exported_seq(body: bytes, directory: Path, key: str) -> int:
-    """The seq of a database that `export` wrote; ConfigError for any other."""
-    path = new_path(directory)
-    path.write_bytes(body)
-    connection = None
-    try:
-        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-        return int(connection.execute("SELECT seq FROM copy JOIN state").get)
-    except (apsw.Error, TypeError) as error:
-        raise ConfigError(f"{key} is no database that crudstack exported ({error}); move it away") from None
-    finally:
-        if connection is not None:
-            connection.close()
-        path.unlink(missing_ok=True)
