@@ -160,3 +160,12 @@ class ConditionalWritesUnsupported(ConfigError):
     """The object storage ignores If-Match or If-None-Match, without which writers would overwrite each other."""
 
     type, title, status = "conditional-writes-unsupported", "The object storage ignores conditions", 500
+
+
+class HistoryForked(CrudError):
+    """The history in the bucket does not continue what this process knows: the object storage lost acknowledged writes.
+
+    The model stops in this process, because every later answer could contradict an earlier one.
+    """
+
+    type, title, status = "history-forked", "The object storage lost acknowledged writes", 503

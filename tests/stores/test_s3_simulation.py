@@ -20,7 +20,7 @@ import pytest
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD
-from app.autocrud.errors import ConfigError, CrudError, OutcomeUnknown, ResourceNotFound, StoreDamaged
+from app.autocrud.errors import ConfigError, CrudError, HistoryForked, OutcomeUnknown, ResourceNotFound, StoreDamaged
 from app.autocrud.resource_manager.basic import IndexedField, IStorage
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
@@ -33,7 +33,7 @@ from app.autocrud.resource_manager.object_store_double import (
     MemoryObjectStore,
 )
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
-from app.autocrud.resource_manager.s3_sqlite import housekeeping
+from app.autocrud.resource_manager.s3_sqlite import head, housekeeping
 from app.autocrud.resource_manager.simple_storage import SimpleStorage
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests import virtual_time
@@ -53,12 +53,17 @@ class Note(Struct):
 class SmallTails(IStorageFactory):
     """Everything happens often: segments, merges, snapshots."""
 
-    def __init__(self, objects: MemoryObjectStore, local_dir: Path | None) -> None:
-        self.objects, self.local_dir = objects, local_dir
+    def __init__(self, objects: MemoryObjectStore, local_dir: Path | None, sync_interval: float | None = 0.3) -> None:
+        self.objects, self.local_dir, self.sync_interval = objects, local_dir, sync_interval
 
     def build(self, model_name: str) -> IStorage:
         meta_store = S3SqliteMetaStore(
-            "double", "meta", object_store=self.objects, local_dir=self.local_dir, sync_interval=0.3, tail_bytes=1024
+            "double",
+            "meta",
+            object_store=self.objects,
+            local_dir=self.local_dir,
+            sync_interval=self.sync_interval,
+            tail_bytes=1024,
         )
         return SimpleStorage(meta_store, S3ResourceStore("double", "data/", object_store=self.objects))
 
@@ -136,7 +141,7 @@ class World:
                 await self.step(manager, token)
                 if self.random.random() < 0.05:
                     await manager.maintain(10)
-            except (StoreDamaged, ConfigError):  # HeadLost for one: nobody touches the bucket here
+            except (StoreDamaged, ConfigError, HistoryForked):  # HeadLost for one: nobody touches the bucket here
                 raise
             except CrudError:
                 pass
@@ -173,10 +178,13 @@ class World:
             self.refused.add(token)
             raise
         self.unknown.discard(token)
-        self.acknowledged[token] = (rid, done.meta.revision)
+        self.acknowledge(manager, token, rid, done.meta.revision)
         self.newest[rid] = max(self.newest[rid], done.meta.version)
         if expect is not None:
             self.winners[rid, *expect] += 1
+
+    def acknowledge(self, manager, token: str, rid: str, revision: int) -> None:
+        self.acknowledged[token] = rid, revision
 
     async def ask_again(self, manager) -> None:
         """With the same key, as a client does that heard nothing. A refusal says nothing of the first time, which may still arrive."""
@@ -189,7 +197,7 @@ class World:
             raise
         self.heard_again += by.key.replayed
         self.unknown.discard(note.token)
-        self.acknowledged[note.token] = (rid, done.meta.revision)
+        self.acknowledge(manager, note.token, rid, done.meta.revision)
         self.newest[rid] = max(self.newest[rid], done.meta.version)
 
     async def check(self) -> None:
@@ -227,6 +235,7 @@ def test_no_history_breaks_a_promise(seed, tmp_path, monkeypatch):
     monkeypatch.setattr(housekeeping, "LEAST_LOG", 20_000)
     monkeypatch.setattr(housekeeping, "ABANDONED", 8_000)
     monkeypatch.setattr(housekeeping, "FANOUT", 3)
+    monkeypatch.setattr(head, "MAX_PAST", (1, 3, 32)[seed % 3])  # with few, records decide whether history has forked
 
     async def main() -> int:
         world = World(seed, tmp_path)

@@ -2,6 +2,8 @@
 
     head           HEAD, records, segments: what stands in the bucket
     local_copy     the SQLite file that reads are served from
+    fork           how a process notices that the history in the bucket is not the one that it knows
+    fork_report    which transactions a fork lost: the log, and the record in the data directory
     race           the race of conditional writes, before a storage is trusted
     creation       HEAD and BORN are created once, and the probe of conditions
     replica        a local copy kept up with HEAD: check, catch-up
@@ -18,4 +20,5 @@ strong read one conditional GET. The invariants stand where they are kept:
 - I5 store, seq, ver and ETag commit with the rows (local_copy)
 - I6 no clock decides; `bounded` reads alone look at one, for the staleness they allow
 - I7 no two HEADs have equal bytes (head: the nonce)
+- I8 a HEAD is accepted only if it continues every HEAD that the process knows (fork, replica)
 """

@@ -24,7 +24,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged, StoreUnavailable, WriteContention
+from ...errors import (
+    ConfigError,
+    CrudError,
+    HistoryForked,
+    OutcomeUnknown,
+    StoreDamaged,
+    StoreUnavailable,
+    WriteContention,
+)
 from ..basic import ResourceMeta
 from ..object_store import UNCHANGED, Object, Stored
 from ..threads import outlived
@@ -116,7 +124,7 @@ class Committer:
         while waiting:
             try:
                 settled = await self._swap(waiting)
-            except (ConfigError, StoreDamaged) as error:  # waiting does not help
+            except (ConfigError, StoreDamaged, HistoryForked) as error:  # waiting does not help
                 _answer_all(waiting, error)
                 return
             except CrudError as error:
@@ -175,7 +183,7 @@ class Committer:
         outcome = await self._objects.put_if(self._replica.head_key, body, etag)
         if isinstance(outcome, Stored):
             self._unresolved = ""
-            await self._advance(head, Object(body, outcome.etag))
+            await self._advance(head, records, Object(body, outcome.etag))
             _answer(waiting, trial)
             return True
         # After a conflict too: it may be our own success, repeated by something on the way, and if HEAD has not moved it was none.
@@ -211,10 +219,16 @@ class Committer:
             logged=base.logged + sum(record.size for record in records),
         )
 
-    async def _advance(self, head: Head, got: Object) -> None:
-        """Bring the copy up to our own swap. If it cannot be, the next read must: its ETag is still the old one."""
+    async def _advance(self, head: Head, records: Sequence[Record], got: Object) -> None:
+        """Bring the copy up to our own swap. If it cannot be, the next read must: its ETag is still the old one.
+
+        Raises HistoryForked if another process of this directory knows another HEAD of this version: perhaps the swap is lost, so it is
+        not acknowledged.
+        """
         try:
-            await self._replica.catch_up(got)
+            await self._replica.swapped(head, records, got)
+        except HistoryForked:
+            raise
         except CrudError as error:
             self._replica.owed = head.ver
             log.warning(
@@ -253,7 +267,7 @@ class Committer:
                 outcome = await self._objects.put_if(self._replica.head_key, body, state.etag)
                 if isinstance(outcome, Stored):
                     self._unresolved = ""
-                    await self._advance(head, Object(body, outcome.etag))
+                    await self._advance(head, (), Object(body, outcome.etag))
                     return head
                 self._unresolved = state.etag
                 await self._replica.check()

@@ -29,6 +29,8 @@ from ..records import Findings
 
 FORMAT = 1
 _NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
+MAX_PAST = 32
+"""Versions whose nonces a HEAD names, about 12 bytes each: see fork."""
 MAX_METADATA = 256 * 1024
 """Bytes of one resource's metadata and indexed fields: they travel in every log."""
 
@@ -94,11 +96,13 @@ class Head(Struct, frozen=True, kw_only=True):
     imported: str | None = None  # ETag of the plain database that this store began with
     raced: tuple[str, ...] = ()  # the endpoints whose conditional writes were raced, the newest last
     findings: Findings = Findings()  # what was found when the model was indexed
+    past: tuple[tuple[int, bytes], ...] = ()  # versions before this one with their nonces, the newest last
     others: dict[str, Any] = {}  # keys of later versions, kept as they are
 
     def next(self, **changes: Any) -> Head:
         """The HEAD that may replace this one: one version up, with bytes that no other has (I1, I7)."""
-        return replace(self, ver=self.ver + 1, nonce=os.urandom(8), **changes)
+        past = (*self.past, (self.ver, self.nonce))[-MAX_PAST:]
+        return replace(self, ver=self.ver + 1, past=past, nonce=os.urandom(8), **changes)
 
     def encode(self) -> bytes:
         known = {name: getattr(self, name) for name in _KNOWN}

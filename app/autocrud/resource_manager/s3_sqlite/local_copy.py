@@ -191,10 +191,19 @@ class LocalCopy:
 
     def head(self) -> tuple[State, Head]:
         """Where the copy is, and the HEAD of that moment. StoreUnavailable before the first one."""
-        row: Any = self.read(lambda db: db.execute("SELECT store, seq, ver, etag, head FROM copy").get)
-        if not row[4]:
+        state, head = self.position()
+        if head is None:
             raise StoreUnavailable("the local copy is new; try again")
-        return State(*row[:4]), decode_head(row[4])
+        return state, head
+
+    def position(self) -> tuple[State, Head | None]:
+        """Return where the copy is, and the HEAD of that moment; None before the first one."""
+        row: Any = self.read(lambda db: db.execute("SELECT store, seq, ver, etag, head FROM copy").get)
+        return State(*row[:4]), decode_head(row[4]) if row[4] else None
+
+    def txids(self) -> dict[int, bytes]:
+        """Return the transaction ids of the newest records, by number."""
+        return self.read(lambda db: dict(db.execute("SELECT seq, txid FROM recent")))
 
     def found(self, txids: Sequence[bytes]) -> tuple[State, dict[bytes, int]]:
         """Where the copy is, and those transactions that are in the history there, with their numbers: all of one moment."""
@@ -234,12 +243,16 @@ class LocalCopy:
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
-    def advance(self, records: Sequence[Record], head: Head, etag: str, body: bytes) -> bool:
-        """Bring the copy to this HEAD, whose records above its own `records` holds. False: there is a gap, somebody switched files."""
+    def advance(self, at: State, records: Sequence[Record], head: Head, etag: str, body: bytes) -> bool:
+        """Bring the copy from `at` to this HEAD, whose records above those of the copy are in `records`.
+
+        Return False if nothing was changed: another process has advanced the copy, so HEAD must be compared with it again, or
+        records are missing.
+        """
         with self._writing() as connection:
             state = _state(connection)
-            if state.ver >= head.ver:
-                return True  # somebody was faster
+            if state != at:
+                return False
             new = [record for record in records if record.seq > state.seq]
             if (new[0].seq if new else head.seq + 1) != state.seq + 1:
                 return False
@@ -253,6 +266,12 @@ class LocalCopy:
                 (head.store, head.seq, head.ver, etag, body),
             )
         return True
+
+    def rename(self, at: State, etag: str) -> None:
+        """Note another ETag of the HEAD that the copy is at, unless the copy has moved. The bytes are equal, and so are the rows."""
+        with self._writing() as connection:
+            if _state(connection) == at:
+                connection.execute("UPDATE copy SET etag = ?", (etag,))
 
     def _replay(self, connection: apsw.Connection, schema: Schema, record: Record) -> None:
         ops = decode_ops(record.ops)

@@ -2,6 +2,9 @@
 
 Reads are strong: a conditional GET of HEAD, with the ETag that the copy's rows were committed with, proves that these rows are the newest; if it
 brings a newer HEAD, the copy catches up first. A check may be shared only by reads that began before it was sent.
+
+I8 *a HEAD is accepted only if it continues the history of every HEAD that this process knows*, or is continued by it; else history has
+forked, and this process stops: see fork. The copy is advanced only from the state that HEAD was compared with.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +34,8 @@ from ..sqlite.errors import translated
 from ..sqlite.tables import ResourceTables
 from ..threads import in_thread
 from .creation import StoreCreation
+from .fork import contradicts, txids_of
+from .fork_detector import Compared, ForkDetector
 from .head import Head, Record, Snapshot, decode_head, decode_segment
 from .local_copy import CopyBusy, LocalCopy, State, current_path, make_current, new_path, remove_leftovers
 from .race import race_conditions
@@ -68,6 +73,11 @@ class Replica:
         self._mutex = threading.Lock()
         self._copy: LocalCopy | None = None
         self._seen = NOTHING  # the newest HEAD that this process knew, should its copy be lost
+        self._at: tuple[State, Head | None] = (
+            NOTHING,
+            None,
+        )  # a state of the copy with its HEAD, which need not be decoded again
+        self._forks = ForkDetector(objects, key, directory)
         self.owed = 0  # the version of an own swap that the copy lacks: no read, of whatever consistency, before it has caught up
         self._opened = False
         self._openings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
@@ -77,6 +87,7 @@ class Replica:
 
     async def open(self) -> None:
         """Open or make the copy, bring it up, and see that the storage honours conditions."""
+        self._forks.refuse()
         if self._opened:
             return
         loop = asyncio.get_running_loop()
@@ -105,6 +116,7 @@ class Replica:
 
     @property
     def copy(self) -> LocalCopy:
+        self._forks.refuse()
         if self._copy is None:
             raise StoreUnavailable("the store is not open")
         return self._copy
@@ -133,6 +145,7 @@ class Replica:
             if self._copy is not None:
                 return
             try:
+                self._forks.refuse_recorded()
                 path = current_path(self.directory)
                 if path is not None:
                     try:
@@ -232,6 +245,11 @@ class Replica:
             else:
                 got = await self.objects.get(self.head_key)
             if got is UNCHANGED:
+                if state.ver < known.ver:
+                    raise self._put_back(state.ver, known.ver)
+                if self.owed:
+                    # Another process brought the copy there, perhaps on another history than that of our swap.
+                    await self._compare_copy()
                 self._paid(state.ver)
                 return
             if got is None:
@@ -256,38 +274,89 @@ class Replica:
     async def catch_up(self, got: Object, known: State = NOTHING) -> bool:
         """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again."""
         head = decode_head(got.body)
+        compared = await self._compared(head)
         self._check_lineage(head, known)
         await self._creation.confirm(head)
-        for _ in range(MAX_ROUNDS):
-            state = await self._state()
-            copy = self.copy
+        for again in range(MAX_ROUNDS):
+            if again:
+                compared = await self._compared(head)
+            copy, state = compared.copy, compared.state
             if state.ver >= head.ver and state.store == head.store:
+                if state.ver == head.ver and state.etag != got.etag:
+                    await self._rename(copy, state, got.etag)
+                self._forks.heads.add(head, instead=compared.known)
                 self._paid(state.ver)
                 return True
             try:
-                records = await self._missing(head, state)
+                # The newest known record too, if its id must be compared.
+                start = state if compared.decided else state._replace(seq=max(state.seq - 1, 0))
+                records = await self._missing(head, start)
+                if (
+                    records is not None
+                    and not compared.decided
+                    and contradicts(await self._forks.txids(compared), txids_of(records))
+                ):
+                    await self._forks.stop(head, compared)
                 if records is None or (state.seq == 0 and sum(record.size for record in records) > SHORT_LOG):
-                    await self._build(head, got, copy, snapshot=records is None)
+                    await self._build(head, got, compared, snapshot=records is None)
                     continue
             except _Gone as gone:
-                again = await self.objects.get(self.head_key)
-                if again is not None and again.etag == got.etag:
+                now = await self.objects.get(self.head_key)
+                if now is not None and now.etag == got.etag:
                     raise StoreDamaged(f"{gone} is missing, although HEAD refers to it") from None
                 return False
-            if await self._advance(copy, records, head, got):
+            if await self._advance(copy, state, records, head, got):
+                self._forks.heads.add(head, records[-1] if records else None, instead=compared.known)
                 self._paid(head.ver)
-                self._seen = _newer(self._seen, State(head.store, head.seq, head.ver, got.etag))
+                reached = State(head.store, head.seq, head.ver, got.etag)
+                self._at, self._seen = (reached, head), _newer(self._seen, reached)
                 return True
         raise StoreUnavailable("the local copy could not be brought up; try again")
+
+    async def swapped(self, head: Head, records: Sequence[Record], got: Object) -> None:
+        """Bring the copy to a HEAD that a swap of this process stored, with these new records.
+
+        It is remembered even if the copy cannot be brought up: what is read later must continue it.
+        """
+        self._forks.heads.add(head, records[-1] if records else None)
+        self._seen = _newer(self._seen, State(head.store, head.seq, head.ver, got.etag))
+        await self.catch_up(got)
+
+    async def _compared(self, head: Head) -> Compared:
+        """Compare a HEAD that was read with those that this process knows. Raises HistoryForked."""
+        copy = self.copy
+        try:
+            state = copy.state()
+            at, current = self._at
+            if state != at:
+                state, current = copy.position()
+        except (*TORN, StoreDamaged) as error:
+            log.warning("%s is torn and is made again: %s", copy.path, error)
+            await self._blocking(lambda: self._replace(copy))
+            copy = self.copy
+            state, current = copy.position()
+        return await self._forks.compare(head, copy, state, current)
+
+    async def _compare_copy(self) -> None:
+        """Compare the HEAD of the copy with those that this process knows. Raises HistoryForked."""
+        _, head = await self.blocking(lambda copy: copy.head())
+        await self._compared(head)
+
+    async def _rename(self, copy: LocalCopy, at: State, etag: str) -> None:
+        """Take another ETag of equal bytes. If that fails, the next check tries again."""
+        try:
+            await self._blocking(lambda: copy.rename(at, etag))
+        except (CopyBusy, apsw.Error) as error:
+            log.warning("%s: its ETag has changed, which the local copy could not note: %s", self.head_key, error)
 
     def _paid(self, version: int) -> None:
         """Note that the copy has reached a version."""
         if version >= self.owed:
             self.owed = 0
 
-    async def _advance(self, copy: LocalCopy, records: list[Record], head: Head, got: Object) -> bool:
+    async def _advance(self, copy: LocalCopy, at: State, records: list[Record], head: Head, got: Object) -> bool:
         try:
-            return await self._blocking(lambda: copy.advance(records, head, got.etag, got.body))
+            return await self._blocking(lambda: copy.advance(at, records, head, got.etag, got.body))
         except CopyBusy:
             await self._blocking(lambda: self._mutexed(self._private))
             return False
@@ -304,10 +373,13 @@ class Replica:
                 f"{self.head_key} is of another store than the local copy: somebody replaced it; if that was meant, remove the local copy"
             )
         if head.ver < known.ver or head.seq < known.seq:
-            raise HeadLost(
-                f"{self.head_key} is at version {head.ver}, and was at {known.ver}: somebody put an old one back;"
-                " if that was meant, remove the local copy"
-            )
+            raise self._put_back(head.ver, known.ver)
+
+    def _put_back(self, found: int, known: int) -> HeadLost:
+        return HeadLost(
+            f"{self.head_key} is at version {found}, and was at {known}: somebody put an old one back;"
+            " if that was meant, remove the local copy"
+        )
 
     async def _missing(self, head: Head, state: State) -> list[Record] | None:
         """The records between the copy and HEAD; None if a snapshot is needed, or is less to read."""
@@ -330,7 +402,7 @@ class Replica:
             records += decode_segment(one.body)
         return [*records, *head.tail]
 
-    async def _build(self, head: Head, got: Object, old: LocalCopy, *, snapshot: bool) -> None:
+    async def _build(self, head: Head, got: Object, compared: Compared, *, snapshot: bool) -> None:
         """Make a new file, from the snapshot or from nothing, bring it up to HEAD, and use it from then on."""
         path, seq = new_path(self.directory), 0
         building: LocalCopy | None = None
@@ -342,9 +414,15 @@ class Replica:
             records = await self._missing(head, State(head.store, seq, 0, ""))
             assert records is not None, "nothing is missing between a snapshot and its HEAD"
             building = await self._blocking(lambda: LocalCopy(path, self.tables, building=True))
-            await self._advance(building, records, head, got)
+            await self._advance(building, building.state(), records, head, got)
+            if not compared.decided:
+                known, found = await self._forks.txids(compared), await self._blocking(building.txids)
+                if contradicts(known, found):
+                    await self._forks.stop(head, compared)
+                if known and known.keys().isdisjoint(found):
+                    log.warning("%s: so much was written that a fork could not be noticed", self.head_key)
             await self._blocking(building.built)
-            await self._blocking(lambda: self._use(building, old))
+            await self._blocking(lambda: self._use(building, compared.copy))
         except BaseException:
             if building is not None and self._copy is not building:
                 building.close()
@@ -390,7 +468,7 @@ class Replica:
             body = changed.encode()
             outcome = await self.objects.put_if(self.head_key, body, state.etag)
             if isinstance(outcome, Stored):
-                await self.catch_up(Object(body, outcome.etag))
+                await self.swapped(changed, (), Object(body, outcome.etag))
             else:
                 await self.check()
         raise StoreUnavailable("HEAD could not be changed; try again")
