@@ -175,6 +175,46 @@ def new() -> None:
     print(f"token    {token}\nsetting  CRUDSTACK_AUTH='{setting}'")
 
 
+@cli.command(name="s3-rescue")
+def s3_rescue(file: Path, *, resume: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Write the writes that were acknowledged here and that the object storage lost to a file, as JSON lines (`history-forked`).
+
+    Run it on the machine and with the settings of the program that answered `history-forked`.
+
+    Parameters
+    ----------
+    file
+        The file to write. It must not exist, or have all lost changes already.
+    resume
+        Remove the record of the fork and the local copies afterwards, so that the program serves again. Stop the program before.
+    """
+    from .s3_rescue import rescue
+
+    settings = load()
+    if settings.local.data_dir is None:
+        raise ConfigError(
+            "CRUDSTACK_DATA_DIR is not set: forks are recorded in that directory; without it the log names what is lost"
+        )
+
+    crud = create_app(settings).state.crud
+
+    async def run() -> None:
+        try:
+            done = await rescue(crud.managers, file, resume=resume)
+        finally:
+            await crud.close()
+        without = f", {done.without_data} of them without data" if done.without_data else ""
+        print(f"{file}: {done.changes} lost changes of {done.transactions} transactions{without}")
+        for path in done.copies:
+            print(f"{path}: the local copy, because the log of some transactions is gone")
+        if resume:
+            print("start the program again, on an object storage that decides between concurrent writers")
+        else:
+            print(f"to resume, stop the program and run `crudstack s3-rescue {file} --resume`")
+
+    asyncio.run(run())
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

@@ -16,6 +16,8 @@ STORES = ["tests/stores/test_conformance.py"]
 CRASH = ["tests/stores/test_crash.py"]
 HTTP = ["tests/http/test_routes.py"]
 S3 = ["tests/stores/test_s3_sqlite.py", "tests/stores/test_s3_simulation.py"]
+FORK = ["tests/stores/test_s3_fork.py", "tests/stores/test_s3_fork_simulation.py"]
+RESCUE = ["tests/stores/test_s3_rescue.py"]
 MQ = ["tests/stores/test_mq_cached_s3.py"]
 NEIGHBOURS = ["tests/stores/test_neighbours.py"]
 STOPPED = ["tests/stores/test_stopped_process.py"]
@@ -375,6 +377,56 @@ MUTANTS = [
         'ours = re.search(r"()([0-9]+)-", name)',
         NEIGHBOURS,
     ),
+    ("another HEAD of a known version is taken", P + "fork_detector.py", "if False in answers or", "if", FORK),
+    ("records are not compared", P + "fork_detector.py", "if not compared.decided:", "if False:", FORK),
+    (
+        "fewer records at a higher version are taken",
+        P + "fork.py",
+        "return head.ver > known.ver and",
+        "return False and",
+        FORK,
+    ),
+    (
+        "the newest known record is not read again",
+        P + "replica.py",
+        "start = state if compared.decided else",
+        "start = state if True else",
+        FORK,
+    ),
+    ("a snapshot is not compared", P + "replica.py", "if contradicts(known, found):", "if False:", FORK),
+    (
+        "an own swap is forgotten until the copy has it",
+        P + "replica.py",
+        "        self._forks.heads.add(head, records[-1] if records else None)\n",
+        "",
+        FORK,
+    ),
+    (
+        "a swap that is perhaps lost is acknowledged",
+        P + "committer.py",
+        "        except HistoryForked:\n            raise\n",
+        "",
+        FORK,
+    ),
+    ("a fork is forgotten at a restart", P + "replica.py", "                self._forks.refuse_recorded()\n", "", FORK),
+    ("HEAD names no versions before it", P + "head.py", "past=past, ", "", FORK),
+    (
+        "an old HEAD is taken if a swap is not in the copy",
+        P + "replica.py",
+        "if state.ver < known.ver:",
+        "if False:",
+        FORK,
+    ),
+    ("another ETag of equal bytes stays unknown", P + "replica.py", "state.etag != got.etag:", "False:", FORK),
+    ("a copy that moved is advanced unseen", P + "local_copy.py", "if state != at:", "if state.ver >= head.ver:", FORK),
+    (
+        "rescued changes are forgotten without a file",
+        "app/s3_rescue.py",
+        "if not (resume and _has_all(file, wanted)):",
+        "if not resume:",
+        RESCUE,
+    ),
+    ("a transaction without a log is forgotten", "app/s3_rescue.py", "copies += _keep_copy(one, file)", "pass", RESCUE),
     ("snapshots are taken as they come", P + "replica.py", "!= snapshot.sha256:", "== b'':", S3),
 ]
 

@@ -129,6 +129,15 @@ class S3SqliteMetaStore(MetaStore):
         self._replica = Replica(self._objects, self.key, self._tables, self._directory)
 
     @property
+    def local_directory(self) -> Path | None:
+        """The directory of the local copy, where a fork is recorded; None for a temporary one."""
+        return self._directory
+
+    @property
+    def object_store(self) -> ObjectStore:
+        return self._objects
+
+    @property
     def place(self) -> Hashable:
         return "s3", self._objects, self.key
 
