@@ -17,7 +17,7 @@ from app.autocrud import AutoCRUD
 from app.autocrud.errors import HeadLost, HistoryForked, OutcomeUnknown, StoreUnavailable
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.object_store import Object
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
+from app.autocrud.resource_manager.object_store_double import REFUSED, MemoryObjectStore
 from app.autocrud.resource_manager.s3_sqlite import fork, local_copy
 from app.autocrud.resource_manager.s3_sqlite.fork_report import find_lost, fork_files, read_fork
 from app.autocrud.resource_manager.s3_sqlite.head import MAX_PAST, decode_head, decode_ops
@@ -299,6 +299,45 @@ async def test_a_swap_that_another_process_brought_into_the_shared_copy_is_no_fo
     assert not one.storage.meta_store._replica.owed
     for manager in (one, other):
         await manager.storage.close()
+
+
+async def test_the_copy_has_an_own_swap_though_its_segment_cannot_be_read(objects, tmp_path):
+    manager = instance(objects, tmp_path)
+    await manager.create(Note("0"))
+    objects.fault = lambda call: REFUSED if call.op == "get" and "/seg/" in call.key else None
+    await manager.create(Note("x" * 100_000))
+    assert (head_of(objects).seq, head_of(objects).tail) == (2, ())
+    assert not manager.storage.meta_store._replica.owed
+    assert (await manager.storage.meta_store._replica.blocking(lambda copy: copy.state())).seq == 2
+    await manager.storage.close()
+
+
+async def test_a_copy_that_moved_to_another_history_is_not_advanced(objects, tmp_path, monkeypatch):
+    """Another process of the directory brings the copy to the other history, after HEAD was compared with it."""
+    one, winner, loser = instance(objects, tmp_path), instance(objects), instance(objects)
+    await one.create(Note("both"))
+    await winner.count()
+    await loser.count()
+    before = objects.objects[HEAD]
+    await loser.create(Note("lost"))
+    theirs = objects.objects[HEAD]
+    objects.objects[HEAD] = before
+    await winner.create(Note("kept"))
+    await winner.create(Note("kept too"))
+    advance, moved = local_copy.LocalCopy.advance, []
+
+    def moves(self, at, *args):
+        if not moved:
+            moved.append(True)
+            head = decode_head(theirs.body)
+            assert advance(self, at, head.tail, head, theirs.etag, theirs.body)
+        return advance(self, at, *args)
+
+    monkeypatch.setattr(local_copy.LocalCopy, "advance", moves)
+    with pytest.raises(HistoryForked):
+        await one.count()
+    assert moved
+    await one.storage.close()
 
 
 # Data directories

@@ -271,8 +271,12 @@ class Replica:
             checks = self._checks.setdefault(loop, SharedChecks(self.check))
         await checks.next()
 
-    async def catch_up(self, got: Object, known: State = NOTHING) -> bool:
-        """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again."""
+    async def catch_up(self, got: Object, known: State = NOTHING, own: Sequence[Record] = ()) -> bool:
+        """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again.
+
+        `own`: the newest records up to this HEAD, if it is a swap of this process. They need not be read then, so that no failure of
+        the storage keeps the copy from knowing what is acknowledged.
+        """
         head = decode_head(got.body)
         compared = await self._compared(head)
         self._check_lineage(head, known)
@@ -290,7 +294,10 @@ class Replica:
             try:
                 # The newest known record too, if its id must be compared.
                 start = state if compared.decided else state._replace(seq=max(state.seq - 1, 0))
-                records = await self._missing(head, start)
+                if own and own[0].seq == start.seq + 1:
+                    records: list[Record] | None = list(own)
+                else:
+                    records = await self._missing(head, start)
                 if (
                     records is not None
                     and not compared.decided
@@ -320,7 +327,7 @@ class Replica:
         """
         self._forks.heads.add(head, records[-1] if records else None)
         self._seen = _newer(self._seen, State(head.store, head.seq, head.ver, got.etag))
-        await self.catch_up(got)
+        await self.catch_up(got, own=records)
 
     async def _compared(self, head: Head) -> Compared:
         """Compare a HEAD that was read with those that this process knows. Raises HistoryForked."""
