@@ -1,0 +1,259 @@
+"""Stores that earlier commits wrote: how they are made, kept in a file each, and opened.
+
+    python tests/stores/old_stores.py DIRECTORY
+
+makes the files, with the `app` that Python finds first. To make them with an earlier commit, run this file with
+PYTHONPATH set to a checkout of that commit. `tests/stores/old/COMMIT/` holds what was made; it never changes.
+
+A file is a tar of what was on disk (`disk/`), in the bucket (`s3/`), in Redis (`redis.json`) and in PostgreSQL
+(`postgres.sql`), and of what the store held (`content.json`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psycopg
+import redis
+from msgspec import Struct
+
+from app.autocrud import AutoCRUD, Encoding, IndexedField, Query, field
+from app.autocrud.resource_manager.basic import IStorage
+from app.autocrud.resource_manager.core import ResourceManager, SimpleStorage
+from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
+from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
+from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
+from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
+from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
+from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
+from app.autocrud.resource_manager.storage_factory import (
+    DiskStorageFactory,
+    IStorageFactory,
+    MemoryDiskStorageFactory,
+    S3StorageFactory,
+)
+
+
+class Note(Struct, kw_only=True):
+    text: str
+    code: str | None = None
+    number: int = 0
+    tags: list[str] = []
+
+
+INDEXED = ["text", IndexedField("code", unique=True), "number", ("tags", list[str])]
+
+
+class Servers:
+    """Where the parts of a store are. A test's own, and empty at first."""
+
+    def __init__(self, directory: Path, postgres: str, redis_url: str) -> None:
+        self.directory, self.postgres, self.redis_url = directory, postgres, redis_url
+        self.objects = MemoryObjectStore()
+
+
+class Made(IStorageFactory):
+    def __init__(self, make: Callable[[str], IStorage]) -> None:
+        self._make = make
+
+    def build(self, model_name: str) -> IStorage:
+        return self._make(model_name)
+
+
+def bodies(servers: Servers) -> DiskResourceStore:
+    return DiskResourceStore(rootdir=servers.directory / "bodies")
+
+
+def s3_bodies(servers: Servers) -> S3ResourceStore:
+    return S3ResourceStore("b", prefix="data/", object_store=servers.objects)
+
+
+KINDS: dict[str, Callable[[Servers], IStorageFactory]] = {
+    "disk": lambda servers: DiskStorageFactory(servers.directory),
+    "disk-msgpack": lambda servers: DiskStorageFactory(servers.directory),
+    "memory-disk": lambda servers: MemoryDiskStorageFactory(servers.directory),
+    "s3-sqlite": lambda servers: S3StorageFactory("b", object_store=servers.objects),
+    "memory-s3": lambda servers: Made(lambda _: SimpleStorage(MemoryMetaStore(), s3_bodies(servers))),
+    "postgres": lambda servers: Made(
+        lambda name: SimpleStorage(PostgresMetaStore(servers.postgres, table_name=f"meta_{name}"), bodies(servers))
+    ),
+    "redis": lambda servers: Made(
+        lambda name: SimpleStorage(RedisMetaStore(servers.redis_url, prefix=f"{name}:"), bodies(servers))
+    ),
+}
+
+
+def program(kind: str, servers: Servers, *more: Any) -> ResourceManager[Note]:
+    """A program over a store. `more`: fields that it indexes besides."""
+    encoding = Encoding.msgpack if kind.endswith("msgpack") else None
+    crud = AutoCRUD(storage_factory=KINDS[kind](servers), encoding=encoding)
+    return crud.add_model(Note, indexed_fields=[*INDEXED, *more])
+
+
+async def fill(manager: ResourceManager[Note]) -> None:
+    """Leave something of each kind: revisions, a draft, what was deleted, restored, switched back and purged."""
+    for number in range(8):
+        note = Note(text=f"text {number % 3}", code=f"c{number}", number=number, tags=["a", f"t{number}"])
+        await manager.create(note, resource_id=f"n{number}")
+    for number in range(3):
+        await manager.update("n1", Note(text="changed", code="c1", number=100 + number))
+    await manager.create(Note(text="draft", code=None), resource_id="draft", status="draft")
+    await manager.modify("draft", Note(text="draft 2", code="d"))
+    await manager.delete("n2")
+    await manager.delete("n3")
+    await manager.restore("n3")
+    await manager.switch("n1", 2)
+    await manager.purge("n4")
+
+
+async def content(manager: ResourceManager[Note]) -> dict[str, Any]:
+    """All that can be seen of a store, as JSON."""
+    await manager.open()
+    found: dict[str, Any] = {}
+    async for meta in manager.storage.scan():
+        page = await manager.storage.revisions(meta.resource_id)
+        datas = [manager.codec.decode(await manager.storage.body(one.uid), one.encoding) for one in page.items]
+        found[meta.resource_id] = msgspec.to_builtins({"meta": meta, "revisions": page.items, "data": datas})
+    searches = {
+        "text": field("text").eq("text 0"),
+        "code": field("code").eq("c1"),
+        "number": field("number").gte(3),
+        "tags": field("tags").contains("a"),
+    }
+    counts = {
+        f"{name} {deleted}": await manager.count(Query(where=where, include_deleted=deleted))
+        for name, where in searches.items()
+        for deleted in (False, True)
+    }
+    whole: dict[str, Any] = msgspec.json.decode(msgspec.json.encode({"resources": found, "counts": counts}))
+    return whole
+
+
+# What a store consists of, as one file
+
+
+def pack(servers: Servers, held: dict[str, Any], path: Path, pg_dump: list[str]) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(servers.directory, "disk", filter=_anonymous)
+        for key, found in sorted(servers.objects.objects.items()):
+            _add(tar, f"s3/{key}", found.body)
+        _add(tar, "redis.json", json.dumps(_of_redis(servers.redis_url)).encode())
+        dumped = subprocess.run([*pg_dump, servers.postgres], capture_output=True, check=True)
+        statements = [line for line in dumped.stdout.splitlines() if not line.startswith(b"\\")]
+        _add(tar, "postgres.sql", b"\n".join(statements))
+        _add(tar, "content.json", json.dumps(held).encode())
+
+
+def unpack(path: Path, servers: Servers) -> dict[str, Any]:
+    """Put everything where it was, and return what the store held."""
+    held: dict[str, Any] = {}
+    with tarfile.open(path) as tar:
+        for member in tar.getmembers():
+            if member.name == "disk" or member.name.startswith("disk/"):
+                member.name = member.name.removeprefix("disk").lstrip("/") or "."
+                tar.extract(member, servers.directory, filter="data")
+                continue
+            body = tar.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name.startswith("s3/"):
+                servers.objects._store(member.name.removeprefix("s3/"), body)
+            elif member.name == "redis.json":
+                _to_redis(servers.redis_url, json.loads(body))
+            elif member.name == "postgres.sql":
+                with psycopg.connect(servers.postgres, autocommit=True) as connection:
+                    connection.execute(body)
+            else:
+                held = json.loads(body)
+    return held
+
+
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
+
+
+def _add(tar: tarfile.TarFile, name: str, body: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(body)
+    tar.addfile(member, io.BytesIO(body))
+
+
+def _text(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+def _of_redis(url: str) -> dict[str, Any]:
+    client = redis.Redis.from_url(url)
+    read: dict[bytes, Callable[[bytes], Any]] = {
+        b"hash": lambda key: [[_text(name), _text(value)] for name, value in client.hgetall(key).items()],
+        b"set": lambda key: [_text(value) for value in client.smembers(key)],
+        b"list": lambda key: [_text(value) for value in client.lrange(key, 0, -1)],
+        b"zset": lambda key: [[_text(value), score] for value, score in client.zrange(key, 0, -1, withscores=True)],
+    }
+    try:
+        return {_text(key): [client.type(key).decode(), read[client.type(key)](key)] for key in client.keys("*")}
+    finally:
+        client.close()
+
+
+def _to_redis(url: str, content: dict[str, Any]) -> None:
+    client = redis.Redis.from_url(url)
+    decoded = base64.b64decode
+    try:
+        for name, (kind, values) in content.items():
+            key = decoded(name)
+            if kind == "hash":
+                client.hset(key, mapping={decoded(one): decoded(value) for one, value in values})
+            elif kind == "set":
+                client.sadd(key, *map(decoded, values))
+            elif kind == "list":
+                client.rpush(key, *map(decoded, values))
+            else:
+                client.zadd(key, {decoded(value): score for value, score in values})
+    finally:
+        client.close()
+
+
+async def _make(kind: str, directory: Path, postgres: str, redis_url: str, pg_dump: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        servers = Servers(Path(scratch), postgres, redis_url)
+        manager = program(kind, servers)
+        await fill(manager)
+        held = await content(manager)
+        await manager.storage.close()
+        pack(servers, held, directory / f"{kind}.tar.gz", pg_dump)
+
+
+def main() -> None:
+    from tests.postgres import Postgres, as_somebody, binaries
+    from tests.valkey import Valkey
+
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        postgres, valkey = Postgres(), Valkey(Path(tempfile.mkdtemp()))
+        valkey.start()
+        pg_dump = as_somebody(binaries() / "pg_dump", "--no-owner", "--no-privileges", "--inserts")
+        os.chdir("/")
+        try:
+            asyncio.run(_make(kind, directory, postgres.dsn, valkey.url, pg_dump))
+        finally:
+            valkey.stop()
+            postgres.remove()
+        print(directory / f"{kind}.tar.gz")
+
+
+if __name__ == "__main__":
+    main()
