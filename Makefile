@@ -9,7 +9,7 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-infra deploy run test pulumi s3-servers lint mutants bench package docs lock clean
+.PHONY: help setup setup-infra deploy run s3-rescue test pulumi s3-servers lint mutants bench package docs lock clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -22,11 +22,17 @@ deploy: $(if $(STAGE),$(VENV)/.infra) ## create or update a stack on AWS: STAGE=
 	@test -n "$(STAGE)" || { echo "STAGE is not set, expected dev, prod, local or pr-NAME: make deploy STAGE=dev" >&2; exit 2; }
 	@$(BIN)/python -m infra.deploy --stage "$(STAGE)" $(if $(STACK),--stack "$(STACK)") $(if $(filter-out 0,$(YES)),--yes)
 
+# The settings of `make run`, unless others are set.
+RUN_SETTINGS = CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo s3-sqlite)}" \
+  CRUDSTACK_BUCKET="$${CRUDSTACK_BUCKET:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo crudstack)}" \
+  CRUDSTACK_DATA_DIR="$${CRUDSTACK_DATA_DIR:-$(LOCAL_DIR)/data}"
+
 run: $(VENV)/.local ## serve the API on PORT=8000, on an S3 of its own with its data below LOCAL_DIR=.local
-	@CRUDSTACK_STORAGE="$${CRUDSTACK_STORAGE:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo s3-sqlite)}" \
-	  CRUDSTACK_BUCKET="$${CRUDSTACK_BUCKET:-$$(test -n "$$CRUDSTACK_OUTPUTS" || echo crudstack)}" \
-	  CRUDSTACK_DATA_DIR="$${CRUDSTACK_DATA_DIR:-$(LOCAL_DIR)/data}" \
-	  exec $(BIN)/crudstack serve --host 127.0.0.1 --port $(PORT) --local-s3 --make-bucket
+	@$(RUN_SETTINGS) exec $(BIN)/crudstack serve --host 127.0.0.1 --port $(PORT) --local-s3 --make-bucket
+
+s3-rescue: $(VENV)/.local ## write what the S3 of `make run` lost to FILE=lost.jsonl (RESUME=1: and serve again)
+	@test -n "$(FILE)" || { echo "FILE is not set, expected a new file: make s3-rescue FILE=lost.jsonl" >&2; exit 2; }
+	@$(RUN_SETTINGS) $(BIN)/crudstack s3-rescue "$(FILE)" $(if $(filter-out 0,$(RESUME)),--resume)
 
 test: $(VENV)/.dev .local/checkov/.done ## the whole suite
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

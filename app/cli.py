@@ -82,16 +82,7 @@ def serve(
     access_log
         Write a line of JSON for every request.
     """
-    environment = dict(os.environ)
-    if storage is not None:
-        parse_storage(storage, "--storage")  # what is wrong with it is no fault of a variable
-        environment["CRUDSTACK_STORAGE"] = storage
-        environment.pop("CRUDSTACK_OUTPUTS", None)
-    if stack is not None:
-        for name in STACK_VARIABLES:
-            environment.pop(name, None)
-        environment["CRUDSTACK_OUTPUTS"] = msgspec.json.encode(stacks.outputs(stack)).decode()
-    settings = load(environment)
+    settings = load(_environment(storage, stack))
     if settings.outputs.auth is None and not _is_loopback(host):
         raise ConfigError(
             f"whoever reaches {host} could read and write: say in CRUDSTACK_AUTH who is let in (`crudstack token new` makes a token), or"
@@ -176,7 +167,13 @@ def new() -> None:
 
 
 @cli.command(name="s3-rescue")
-def s3_rescue(file: Path, *, resume: Annotated[bool, Parameter(negative="")] = False) -> None:
+def s3_rescue(
+    file: Path,
+    *,
+    storage: str | None = None,
+    stack: str | None = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
     """Write the writes that were acknowledged here and that the object storage lost to a file, as JSON lines (`history-forked`).
 
     Run it on the machine and with the settings of the program that answered `history-forked`.
@@ -185,12 +182,16 @@ def s3_rescue(file: Path, *, resume: Annotated[bool, Parameter(negative="")] = F
     ----------
     file
         The file to write. It must not exist, or have all lost changes already.
+    storage
+        What `serve --storage` was given.
+    stack
+        What `serve --stack` was given.
     resume
         Remove the record of the fork and the local copies afterwards, so that the program serves again. Stop the program before.
     """
     from .s3_rescue import rescue
 
-    settings = load()
+    settings = load(_environment(storage, stack))
     if settings.local.data_dir is None:
         raise ConfigError(
             "CRUDSTACK_DATA_DIR is not set: forks are recorded in that directory; without it the log names what is lost"
@@ -213,6 +214,20 @@ def s3_rescue(file: Path, *, resume: Annotated[bool, Parameter(negative="")] = F
             print(f"to resume, stop the program and run `crudstack s3-rescue {file} --resume`")
 
     asyncio.run(run())
+
+
+def _environment(storage: str | None, stack: str | None) -> dict[str, str]:
+    """Return the environment with the settings of the options --storage and --stack instead of its own."""
+    environment = dict(os.environ)
+    if storage is not None:
+        parse_storage(storage, "--storage")  # what is wrong with it is no fault of a variable
+        environment["CRUDSTACK_STORAGE"] = storage
+        environment.pop("CRUDSTACK_OUTPUTS", None)
+    if stack is not None:
+        for name in STACK_VARIABLES:
+            environment.pop(name, None)
+        environment["CRUDSTACK_OUTPUTS"] = msgspec.json.encode(stacks.outputs(stack)).decode()
+    return environment
 
 
 def _is_loopback(host: str) -> bool:
