@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import signal
@@ -27,16 +26,13 @@ from urllib.parse import quote
 
 import pytest
 
-LOCAL = Path(__file__).absolute().parent.parent / ".local" / "rabbitmq"
+from tests.debian import Missing, libraries, unpacked
+
 START_TIMEOUT_S = 90.0
 INSTALLED = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 """Where packages put what the command starts for whoever is not the user rabbitmq."""
 NEEDED = ("rabbitmq-server", "erlang-", "libssl", "libsctp", "libtinfo")
 """Of all that the server depends on: what is not part of every system that runs Python."""
-
-
-class Missing(Exception):
-    """There is no server, and none can be had."""
 
 
 # The programs
@@ -57,14 +53,14 @@ def programs() -> Programs:
         if epmd is None:
             raise Missing(f"{command} is there, but Erlang's epmd is not on PATH")
         return Programs([command], epmd, {})
-    return _unpacked(fetched())
+    notice = "RabbitMQ for the tests: fetching the packages of this system, 35 MB, once ..."
+    return _unpacked(unpacked("rabbitmq-server", "rabbitmq", NEEDED, notice))
 
 
 def _unpacked(root: Path) -> Programs:
     """What the shell scripts would do. They know only the place that the packages are meant for, and paths without spaces."""
     erlang, (home,) = root / "usr/lib/erlang", (root / "usr/lib/rabbitmq/lib").glob("rabbitmq_server-*")
     (binaries,) = (path.parent for path in erlang.glob("erts-*/bin/erlexec"))
-    libraries = [str(path) for path in (*root.glob("usr/lib/*-linux-gnu*"), *root.glob("lib/*-linux-gnu*"))]
     environment = {
         "ROOTDIR": str(erlang),
         "BINDIR": str(binaries),
@@ -75,100 +71,12 @@ def _unpacked(root: Path) -> Programs:
         "RABBITMQ_HOME": str(home),
         "RABBITMQ_PLUGINS_DIR": str(home / "plugins"),
         "SYS_PREFIX": "",
-        "LD_LIBRARY_PATH": ":".join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
+        "LD_LIBRARY_PATH": libraries(root),
     }
     boot = "-noinput -s rabbit boot -boot start_sasl +W w +sbwt none +sbwtdcpu none +sbwtdio none"
     quiet = ["-syslog", "logger", "[]", "-syslog", "syslog_error_logger", "false"]
     command = [str(binaries / "erlexec"), *boot.split(), *quiet, "-kernel", "prevent_overlapping_partitions", "false"]
     return Programs(command, str(binaries / "epmd"), environment)
-
-
-def fetched() -> Path:
-    """The unpacked packages. Two runs at once fetch them once; what was interrupted is not there."""
-    for program in ("apt-get", "dpkg"):
-        if shutil.which(program) is None:
-            raise Missing(f"there is no rabbitmq-server on PATH, and no {program} to fetch one with")
-    root = LOCAL / _release()
-    if root.exists():
-        return root
-    LOCAL.mkdir(parents=True, exist_ok=True)
-    with (LOCAL / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.exists():
-            unpacking = LOCAL / f"{root.name}.new"
-            shutil.rmtree(unpacking, ignore_errors=True)
-            for package in _packages(LOCAL / "apt"):
-                _run("dpkg", "-x", str(package), str(unpacking))
-            unpacking.rename(root)
-            shutil.rmtree(LOCAL / "apt", ignore_errors=True)
-    return root
-
-
-def _release() -> str:
-    """A checkout may be used on several systems."""
-    with contextlib.suppress(OSError):
-        lines = Path("/etc/os-release").read_text().splitlines()
-        of = dict(line.split("=", 1) for line in lines if "=" in line)
-        names = [of.get(name, "").strip('"') for name in ("ID", "VERSION_ID")]
-        return "-".join([*filter(None, names), _run("dpkg", "--print-architecture").strip()])
-    return "unknown"
-
-
-def _packages(directory: Path) -> list[Path]:
-    shutil.rmtree(directory, ignore_errors=True)
-    for name in ("state/lists/partial", "cache/archives/partial", "packages"):
-        (directory / name).mkdir(parents=True)
-    # As if nothing were installed: what the system has of Erlang may be half of it.
-    (directory / "status").touch()
-    settings = {
-        "Dir::State": directory / "state",
-        "Dir::State::status": directory / "status",
-        "Dir::Cache": directory / "cache",
-        "APT::Sandbox::User": "root",  # another user could not enter a closed home; without root it changes nothing
-        "Acquire::Languages": "none",
-        "Acquire::Retries": 3,
-        "Acquire::http::Timeout": 30,
-        "Acquire::https::Timeout": 30,
-    }
-    # Not as options: they are split at spaces.
-    configuration = directory / "apt.conf"
-    configuration.write_text("".join(f'{name} "{value}";\n' for name, value in settings.items()))
-    environment = {"APT_CONFIG": str(configuration)}
-    _say("RabbitMQ for the tests: fetching the packages of this system, 35 MB, once ...")
-    _run("apt-get", "-q", "update", environment=environment)
-    plan = _run("apt-get", "-q", "-s", "--no-install-recommends", "install", "rabbitmq-server", environment=environment)
-    names = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
-    wanted = [name for name in names if name.startswith(NEEDED)]
-    _run("apt-get", "-q", "download", *wanted, environment=environment, cwd=directory / "packages")
-    return sorted((directory / "packages").glob("*.deb"))
-
-
-def _run(*command: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
-    done = subprocess.run(
-        command,
-        env={**os.environ, "LC_ALL": "C", **(environment or {})},
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise Missing(
-            f"there is no rabbitmq-server on PATH, and it could not be fetched: {' '.join(command[:3])} ended with"
-            f" {done.returncode} and said\n{done.stdout[-1500:]}"
-        )
-    return done.stdout
-
-
-def _say(text: str) -> None:
-    """To the person, whatever pytest does with output."""
-    try:
-        with Path("/dev/tty").open("w") as terminal:
-            print(text, file=terminal)
-    except OSError:
-        print(text, file=sys.__stderr__, flush=True)
 
 
 # The server
