@@ -58,13 +58,14 @@ from ..postgres.pool import (
     TOOK_TOO_LONG,
     Connection,
     Password,
+    Pool,
     check_dsn,
     close_pool,
     is_lost,
     pool_of,
 )
 from ..postgres.query import PostgresDialect
-from ..postgres.schema import CONFLICT, DONE, PARTS, SHARED, STALE, UNKNOWN_UNIQUE, Schema, name_of
+from ..postgres.schema import CONFLICT, DONE, PARTS, SHARED, STALE, UNKNOWN_UNIQUE, WRONG_ISOLATION, Schema, name_of
 from ..sql import SqlBuilder
 from ..threads import outlived
 from .fast_slow import Fence
@@ -92,6 +93,8 @@ class PostgresMetaStore(MetaStore):
     table_name  what the names of its tables begin with; any text that does not end as the name of one of them, like `:unique`
     password    makes the password of each new connection, where it expires
     max_size    connections of this process to the database, for all models
+    prepare     whether to prepare frequent statements under names, which are state of the session. None: only if no pooler is in between.
+                True fails behind PgBouncer in transaction mode, unless its `max_prepared_statements` is set (1.21 and later)
 
     What is purged no statement finds any more. Nothing short of VACUUM FULL would make PostgreSQL write over it in its files at once, and
     that locks everybody out: it does so as it uses the space again.
@@ -108,6 +111,7 @@ class PostgresMetaStore(MetaStore):
         *,
         password: Password | None = None,
         max_size: int = MAX_SIZE,
+        prepare: bool | None = None,
     ) -> None:
         check_dsn(pg_dsn)
         owner, colon, part = table_name.rpartition(":")
@@ -116,6 +120,7 @@ class PostgresMetaStore(MetaStore):
                 f"table_name is {table_name!r}: that is a table of the store whose table_name is {owner!r}"
             )
         self._dsn, self._password, self._max_size, self._table = pg_dsn, password, max_size, table_name
+        self._prepare = prepare
         self._encode = encoder(encoding or Encoding.json)
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self.bind(ModelSpec("unbound"))
@@ -143,8 +148,10 @@ class PostgresMetaStore(MetaStore):
     async def _on_pool(
         self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True
     ) -> T:
-        pool = pool_of(self._dsn, self._password, self._max_size)
-        return await pool.run(work, again=again, limited=limited)
+        return await self._pool().run(work, again=again, limited=limited)
+
+    def _pool(self) -> Pool:
+        return pool_of(self._dsn, self._password, self._max_size, self._prepare)
 
     async def _rows(self, statement: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a statement that only reads, with `<main>` and the like for its tables."""
@@ -238,7 +245,7 @@ class PostgresMetaStore(MetaStore):
             async with asyncio.timeout(HEALTH_S):
                 await self._rows("SELECT 1 FROM <state>")
         except TimeoutError:
-            raise pool_of(self._dsn, self._password, self._max_size).silent_for(HEALTH_S) from None
+            raise self._pool().silent_for(HEALTH_S) from None
 
     # Writing
 
@@ -294,6 +301,8 @@ class PostgresMetaStore(MetaStore):
                 if is_lost(cause) or cause.sqlstate == TOOK_TOO_LONG:  # which may also be said just after the end
                     if await self._happened(number):
                         return
+                elif cause.sqlstate == WRONG_ISOLATION:  # the session of a pooler; see `postgres.session`
+                    self._pool().isolate()
                 elif cause.sqlstate in RETRIED:
                     log.info("PostgreSQL ended the transaction for another one; it is tried again")
                 else:

@@ -13,6 +13,7 @@ from psycopg.errors import UniqueViolation
 from ..basic import ModelSpec, ResourceMeta
 from ..checks import not_indexed, shared
 from ..documents import meta_of
+from . import pool
 from .pool import Connection
 from .schema import Schema, held
 
@@ -132,7 +133,5 @@ class Migration:
     @contextlib.asynccontextmanager
     async def _alone(self, connection: Connection) -> AsyncIterator[None]:
         """A transaction that may take its time, while nobody commits."""
-        async with connection.transaction():
-            await connection.execute("SET LOCAL statement_timeout = 0")
-            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (self._schema.lock,))
+        async with connection.alone(self._schema.lock, round(pool.IDLE_IN_TRANSACTION_S * 1000)):
             yield

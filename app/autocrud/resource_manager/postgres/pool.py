@@ -17,16 +17,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 
 from ...errors import ConfigError, CrudError, InvalidData, StoreDamaged, StoreUnavailable
+from .session import ISOLATION, SessionlessConnection
 
 log = logging.getLogger("crudstack.postgres")
 
 T = TypeVar("T")
-Connection = AsyncConnection[Any]
+Connection = SessionlessConnection
 Password = Callable[[], str]
 """Makes a password when a connection is made: one that expires, like a sign-in token of IAM."""
 
@@ -35,6 +35,7 @@ WAIT_S = 5.0
 """How long a request waits for a free connection, and how long for a new one."""
 FIRST_PAUSE_S = 0.05
 MAX_IDLE_S = 300.0
+"""How long a connection may be unused before it is closed; shorter than `idle_session_timeout` of app.bootstrap, after which the server closes it."""
 STATEMENT_S = 10.0
 """How long the server works at a statement, including its wait for locks. Then it ends it, and nothing of it stays."""
 ANSWER_S = 12.0
@@ -50,6 +51,15 @@ PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count"
 UNREACHABLE = "the database cannot be reached right now; nothing was changed, try again"
 
 
+def server_settings() -> dict[str, str]:
+    """Return the settings that statements run under, a value by name. The idle limit frees the locks of a client that is stopped in a transaction."""
+    return {
+        "default_transaction_isolation": ISOLATION,  # hardened servers have another default
+        "statement_timeout": f"{STATEMENT_S * 1000:.0f}",
+        "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_S * 1000:.0f}",
+    }
+
+
 class Unreachable(Exception):
     """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
 
@@ -61,8 +71,8 @@ class Pool:
     from ending. Here a connection is taken and given back without waiting for anything.
     """
 
-    def __init__(self, dsn: str, password: Password | None, max_size: int) -> None:
-        self._dsn, self._password = dsn, password
+    def __init__(self, dsn: str, password: Password | None, max_size: int, prepare: bool | None = None) -> None:
+        self._dsn, self._password, self._prepare = dsn, password, prepare
         self._named = conninfo_to_dict(dsn)
         self._clock = asyncio.get_running_loop().time
         self._slots = asyncio.Semaphore(max_size)
@@ -70,6 +80,11 @@ class Pool:
         self._made: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
         self._left = 0.0  # whatever was made before is given up
         self._failure: str | None = None  # why the last attempt to connect failed
+        self._isolating = False
+
+    def isolate(self) -> None:
+        """Ask for READ COMMITTED in each transaction from now on: a server's connection was found that has another default."""
+        self._isolating = True
 
     async def run(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
         """Run something on a connection, within ANSWER_S if `limited`. `again`: once more where the connection turns out to be gone.
@@ -96,7 +111,9 @@ class Pool:
     async def _once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
         await self._slot()
         try:
-            connection = self._idle.pop()[1] if self._idle else await self._connect()
+            connection = self._unused() or await self._connect()
+            if self._isolating:
+                connection.isolate()
             try:
                 with _cut_after(ANSWER_S, connection) if limited else contextlib.nullcontext():
                     return await work(connection)
@@ -122,14 +139,22 @@ class Pool:
                 "the database has no connection to spare right now; nothing was changed, try again"
             ) from None
 
+    def _unused(self) -> Connection | None:
+        """Return a connection that is not used now, if there is one. After a pause, as of a frozen Lambda, all are too old."""
+        self._close_idle()
+        return self._idle.pop()[1] if self._idle else None
+
+    def _close_idle(self) -> None:
+        while self._idle and self._idle[0][0] < self._clock() - MAX_IDLE_S:
+            _close(self._idle.popleft()[1])
+
     def _give_back(self, connection: Connection) -> None:
-        if connection.pgconn.transaction_status != TransactionStatus.IDLE or self._made[connection] < self._left:
+        idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
+        if not idle or connection.disposable or self._made[connection] < self._left:
             _close(connection)
             return
-        now = self._clock()
-        self._idle.append((now, connection))
-        while self._idle[0][0] < now - MAX_IDLE_S:
-            _close(self._idle.popleft()[1])
+        self._idle.append((self._clock(), connection))
+        self._close_idle()
 
     def leave(self) -> None:
         """Use none of the present connections again."""
@@ -160,21 +185,16 @@ class Pool:
 
     async def _connected(self) -> Connection:
         given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack"}
+        given["prepare_threshold"] = None  # until it is known whose the session is
         given |= {name: value for name, value in PEER_GONE.items() if name not in self._named}
         if self._password is not None:
             given["password"] = await asyncio.to_thread(self._password)
-        connection: Connection = await AsyncConnection.connect(self._dsn, **given)
+        connection = await SessionlessConnection.connect(self._dsn, **given)
         self._made[connection] = self._clock()
         self._failure = None
         try:
-            # The commit function looks at what others have committed while it waited; hardened servers have another default. And whoever
-            # is stopped inside a transaction (SIGSTOP, a frozen Lambda) would keep its locks for as long, and everybody waiting.
             with _cut_after(WAIT_S, connection):
-                await connection.execute(
-                    "SET default_transaction_isolation = 'read committed';"
-                    f" SET statement_timeout = {STATEMENT_S * 1000:.0f};"
-                    f" SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_S * 1000:.0f}"
-                )
+                await connection.agree(server_settings(), prepare=self._prepare)
         except BaseException:
             _close(connection)
             raise
@@ -229,8 +249,8 @@ def check_dsn(dsn: str) -> None:
         ) from None
 
 
-def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
-    """The pool of this event loop."""
+def pool_of(dsn: str, password: Password | None, max_size: int, prepare: bool | None = None) -> Pool:
+    """Return the pool of this event loop. The first caller's `max_size` and `prepare` hold."""
     loop = asyncio.get_running_loop()
     pool = _pools.get(loop, {}).get((dsn, password))
     if pool is None:
@@ -238,7 +258,7 @@ def pool_of(dsn: str, password: Password | None, max_size: int) -> Pool:
             for ended in [loop for loop in _pools if loop.is_closed()]:  # without `close`: nobody can use them any more
                 for abandoned in _pools.pop(ended).values():
                     abandoned.abandon()
-            pool = _pools.setdefault(loop, {})[dsn, password] = Pool(dsn, password, max_size)
+            pool = _pools.setdefault(loop, {})[dsn, password] = Pool(dsn, password, max_size, prepare)
     return pool
 
 

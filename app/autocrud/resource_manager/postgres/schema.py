@@ -34,7 +34,7 @@ from ...values import Kind
 from ..sql import quoted
 from .query import PostgresDialect
 
-CONFLICT, STALE, DONE, UNKNOWN_UNIQUE, SHARED = "CS001", "CS002", "CS003", "CS004", "CS005"
+CONFLICT, STALE, DONE, UNKNOWN_UNIQUE, SHARED, WRONG_ISOLATION = "CS001", "CS002", "CS003", "CS004", "CS005", "CS006"
 """SQLSTATEs that the function raises."""
 
 
@@ -132,6 +132,10 @@ CREATE OR REPLACE FUNCTION <function>(call_ uuid, changes jsonb, docs bytea[], o
 DECLARE
   c jsonb; m jsonb; field_ text; value_ text; generation_ bigint; uniques_ text[]; expected boolean;
 BEGIN
+  -- P2 and P3 look at what others have committed while this waited for them.
+  IF current_setting('transaction_isolation') <> 'read committed' THEN
+    RAISE EXCEPTION 'isolation' USING ERRCODE = 'CS006';
+  END IF;
   PERFORM pg_advisory_xact_lock_shared(<lock>);
   -- Conditions with a query in them are nested: each one is planned anew at every call.
   IF once IS NOT NULL THEN
