@@ -121,9 +121,21 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Where nobody is in between, and few servers have a certificate."""
 
 
+IDLE_SESSION_S = 600
+"""After how long the database closes an unused connection of the app's user: functions that are frozen keep theirs for some minutes more.
+
+The app closes its own after MAX_IDLE_S, which is shorter, so it never uses one that the database has closed.
+"""
+
+
 def _make(connection: Any, asked: Inside) -> None:
-    """The user with what it needs: to sign in by IAM, to make tables, and to have schema `public` to itself."""
+    """Make the user with what it needs: to sign in by IAM, to make tables, to have schema `public` to itself, and the settings of its sessions.
+
+    The settings are attributes of the user, because a session's own would be lost in a pooler; RDS Proxy pins a session that has any.
+    """
     from psycopg import sql
+
+    from app.autocrud.resource_manager.postgres.pool import server_settings
 
     names = {"user": sql.Identifier(asked.user), "database": sql.Identifier(asked.database)}
     if connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (asked.user,)).fetchone() is None:
@@ -135,3 +147,6 @@ def _make(connection: Any, asked: Inside) -> None:
         "GRANT ALL ON SCHEMA public TO {user}",
     ):
         connection.execute(sql.SQL(statement).format(**names))
+    for name, value in (server_settings() | {"idle_session_timeout": str(IDLE_SESSION_S * 1000)}).items():
+        setting = sql.SQL("ALTER ROLE {user} SET {name} = {value}")
+        connection.execute(setting.format(**names, name=sql.Identifier(name), value=sql.Literal(value)))

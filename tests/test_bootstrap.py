@@ -14,6 +14,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from app import bootstrap
+from app.autocrud.resource_manager.postgres import pool
 
 MASTER = "master-secret"
 
@@ -55,6 +56,18 @@ def test_the_user_is_made_once_and_can_do_what_the_app_does(postgres, database):
         assert connection.execute("SELECT pg_has_role('rds_iam', 'member')").fetchone() == (True,)
         rights = connection.execute("SELECT rolsuper, rolcanlogin FROM pg_roles WHERE rolname = current_user")
         assert rights.fetchone() == (False, True)
+
+
+def test_its_sessions_have_the_settings_that_the_app_wants(postgres, database):
+    """Of itself, so that the app sends no SET, which RDS Proxy would answer with a pinned session."""
+    for _ in range(2):
+        bootstrap.inside(event(postgres, database), None)
+    server = urlsplit(postgres)
+    dsn = f"postgresql://{database}_app@{server.hostname}:{server.port}/{database}"
+    with psycopg.connect(dsn) as connection:
+        found = connection.execute("SELECT name, setting FROM pg_settings WHERE source = 'user'").fetchall()
+    assert dict(found) == {**pool.server_settings(), "idle_session_timeout": "600000"}
+    assert pool.MAX_IDLE_S < bootstrap.IDLE_SESSION_S
 
 
 def test_a_user_with_a_difficult_name(postgres, database):

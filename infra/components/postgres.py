@@ -2,7 +2,7 @@
 
 Its master password is made, kept and renewed by RDS in Secrets Manager; nothing here ever sees it. The app's user signs in with tokens that its
 role signs, and must be made inside the database first. Nothing outside of the network reaches the database, and nothing inside reaches Secrets
-Manager, so two functions do that together, when the database is made and whenever the event below changes:
+Manager, so two functions do that together, when the database is made and whenever the event below or BOOTSTRAP_VERSION changes:
 
     `app.bootstrap.outside`   not in the network. Gets the event
 
@@ -14,7 +14,7 @@ Manager, so two functions do that together, when the database is made and whenev
         {"host": ..., "port": ..., "database": ..., "user": ..., "username": the master user, "password": its password}
 
     `app.bootstrap.inside`    in the network. Connects with that (TLS), makes the user unless it is there, and gives it what it needs: LOGIN,
-      rds_iam, and all rights in the database and its schema `public`. Doing it again changes nothing.
+      rds_iam, all rights in the database and its schema `public`, and the settings of its sessions. Doing it again changes nothing.
 
 Both answer {"user": ...}, and fail with an error that holds no password: the answer of `outside` is kept in the state of the stack.
 """
@@ -33,6 +33,8 @@ from infra.components.network import Network
 from infra.link import Door, Link, Statement, first, policy, trust
 
 VERSION = "17"
+BOOTSTRAP_VERSION = "2"
+"""Raise it if `app.bootstrap.inside` does more than before: then the next update runs it again in databases that exist."""
 PORT = 5432
 DATABASE = "crudstack"
 MASTER = "crudstack_master"
@@ -224,6 +226,7 @@ class Postgres(Component):
             self.named("bootstrap"),
             function_name=outside.name,
             input=Output.json_dumps(event),
+            triggers={"version": BOOTSTRAP_VERSION},
             opts=self.child(depends_on=[self._made.resource, inside]),
         )
         # Whoever wants to know the user's name waits until there is one.
