@@ -17,12 +17,13 @@ import psycopg
 import pytest
 
 from tests import not_run
+from tests.pgbouncer import pgbouncer
 from tests.postgres import postgres
 from tests.rabbitmq import rabbitmq
 from tests.services import BUCKET, S3Server, ministack_s3, s3_server, seaweed_s3
 from tests.valkey import valkey
 
-__all__ = ["ministack_s3", "postgres", "rabbitmq", "s3_server", "seaweed_s3", "serve", "valkey"]
+__all__ = ["ministack_s3", "pgbouncer", "postgres", "rabbitmq", "s3_server", "seaweed_s3", "serve", "valkey"]
 
 
 class Server:
