@@ -26,9 +26,8 @@ class Postgres(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     multi_az: bool = False
     """A second copy in another availability zone that takes over; twice the price."""
     proxy: bool = False
-    """RDS Proxy. It does not pool yet: each connection of the app is pinned to one of the database's, because the app sets
-    session variables. So a proxy saves no connections; without one, the function's instances are limited to those that
-    the database has connections for, and with one they are not."""
+    """RDS Proxy: any number of the function's instances share a few connections of the database, each for one transaction.
+    So it needs no reservation; without it, the function's instances are limited to those that the database has connections for."""
     storage_gb: Annotated[int, Meta(ge=20, le=65536)] = 20
     """It can only grow: RDS refuses a smaller value than the one before."""
     max_acu: Annotated[float, Meta(ge=1, le=256, multiple_of=0.5)] = 4

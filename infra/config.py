@@ -269,7 +269,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         if not database.proxy and self.concurrency is not None and self.concurrency > self._connected:
             problem = (
                 f"{CONNECTIONS} connections for each are more than the {database.max_connections} of this database, of which {SPARE_CONNECTIONS}"
-                f" are kept; expected at most {self._connected}, or a larger postgres.class or max_acu"
+                f" are kept; expected at most {self._connected}, a larger postgres.class or max_acu, or postgres.proxy"
             )
             yield "concurrency", self.concurrency, problem
 

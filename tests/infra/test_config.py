@@ -108,7 +108,7 @@ REFUSED = [
     ({"concurrency": "0"}, "concurrency is"),
     (
         {"concurrency": "36", "storage": "postgres-s3"},
-        "expected at most 35, or a larger postgres.class or max_acu",
+        "expected at most 35, a larger postgres.class or max_acu, or postgres.proxy",
     ),
     ({"snap_start": "maybe"}, "snap_start is"),
     ({"snap_start": "true", "ephemeral_mb": "1024"}, "expected ephemeral_mb 512, or false"),
