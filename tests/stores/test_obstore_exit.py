@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -101,6 +102,64 @@ def test_the_exit_waits_for_a_thread_that_still_has_the_future_of_a_request():
     assert left.is_set()
     assert len(touched) > 5
     thread.join()
+    loop.close()
+
+
+def test_a_loop_is_closed_after_the_threads_that_answer_to_it():
+    leaving, failed, threads = threading.Event(), [], []
+
+    def like_obstore(held, loop) -> None:
+        assert leaving.wait(60)
+        time.sleep(0.05)
+        try:
+            loop.call_soon_threadsafe(lambda: None)
+        except RuntimeError as error:  # obstore would print it
+            failed.append(error)
+        held.clear()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        held = [obstore_exit.tracked(loop.create_future())]
+        threads.append(threading.Thread(target=like_obstore, args=(held, loop)))
+        threads[0].start()
+        leaving.set()
+
+    asyncio.run(main())
+    threads[0].join()
+    assert failed == []
+
+
+def test_a_loop_that_is_closed_in_another_way_is_forgotten():
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+
+    async def use(loop) -> None:
+        obstore_exit.tracked(loop.create_future())
+
+    first.run_until_complete(use(first))
+    assert first in obstore_exit._guards
+    first.close()
+    second.run_until_complete(use(second))
+    assert first not in obstore_exit._guards
+    second.run_until_complete(second.shutdown_asyncgens())
+    second.close()
+    assert second not in obstore_exit._guards
+
+
+def test_an_error_that_python_printed_does_not_hold_a_request(caplog):
+    """That of an answer to a closed loop names the future in its frames."""
+    loop = asyncio.new_event_loop()
+    future = obstore_exit.tracked(loop.create_future())
+
+    def answer(held):
+        raise RuntimeError(f"Event loop of {held} is closed")
+
+    try:
+        answer(future)
+    except RuntimeError as error:
+        sys.last_traceback = error.__traceback__
+    del future
+    obstore_exit.wait(lambda: None)
+    assert "under way" not in caplog.text
     loop.close()
 
 
