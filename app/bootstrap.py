@@ -122,16 +122,17 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 IDLE_SESSION_S = 600
-"""After how long the database closes an unused connection of the app's user: functions that are frozen keep theirs for some minutes more.
+"""After how long the database closes an unused connection of the app's user. Frozen functions keep theirs otherwise.
 
 The app closes its own after MAX_IDLE_S, which is shorter, so it never uses one that the database has closed.
 """
 
 
 def _make(connection: Any, asked: Inside) -> None:
-    """Make the user with what it needs: to sign in by IAM, to make tables, to have schema `public` to itself, and the settings of its sessions.
+    """Make the user with what it needs: to sign in by IAM, to make tables, and to have schema `public` to itself.
 
-    The settings are attributes of the user, because a session's own would be lost in a pooler; RDS Proxy pins a session that has any.
+    The settings of its sessions are attributes of the user, because a session's own would be lost in a pooler; RDS Proxy
+    pins a session that has any.
     """
     from psycopg import sql
 

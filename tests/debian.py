@@ -1,4 +1,4 @@
-"""Packages of this Debian or Ubuntu for the tests, fetched by apt-get and unpacked: once, without root, and without a change to the system."""
+"""Packages of this Debian or Ubuntu for the tests: fetched by apt-get and unpacked, without a change to the system."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Missing(Exception):
 def unpacked(program: str, local: str, needed: tuple[str, ...], notice: str) -> Path:
     """Return the directory that the package of `program` lies unpacked in, with all packages that it needs.
 
-    Two runs at once fetch them once, and an interrupted run leaves nothing that counts. Raises Missing if there are none.
+    Two runs at once fetch them once, without root. An interrupted run leaves nothing that counts. Raises Missing if
+    there are none.
 
     local   name of the directory below `.local` that keeps them, and apt-get's state meanwhile
     needed  what the names of the packages begin with: what is not part of every system that runs Python

@@ -1,7 +1,8 @@
-"""PgBouncer for the tests, in transaction mode: a plain process on a free loopback port, in a temporary directory, stopped by its pid.
+"""PgBouncer for the tests, in transaction mode: a plain process on a free loopback port, stopped by its pid.
 
-A pgbouncer that is installed is used. Otherwise the package of this Debian or Ubuntu is fetched and unpacked below `.local/pgbouncer`, once, without
-root: Debian 12 has 1.18, where prepared statements fail in transaction mode. `python -m tests.pgbouncer` does that ahead.
+A pgbouncer that is installed is used. Otherwise the package of this Debian or Ubuntu is fetched and unpacked below
+`.local/pgbouncer`, once, without root: Debian 12 has 1.18, where prepared statements fail in transaction mode.
+`python -m tests.pgbouncer` does that ahead.
 
 The address of the one in use is in `TEST_PGBOUNCER`, where processes that a test starts find it.
 """
@@ -56,7 +57,7 @@ def program() -> tuple[str, Mapping[str, str]]:
 
 
 class PgBouncer:
-    """A pooler before a server, with `SERVER_CONNECTIONS` connections for each user and database. It lets `users` in without a password."""
+    """A pooler before a server, with `SERVER_CONNECTIONS` for each user and database. `users` need no password."""
 
     def __init__(self, server: str, *users: str) -> None:
         self._program, self._environment = program()
@@ -140,7 +141,7 @@ def running(server: str, *users: str) -> Iterator[PgBouncer]:
 
 @pytest.fixture(scope="session")
 def pgbouncer() -> Iterator[PgBouncer]:
-    """A pooler before a server of its own, for the superuser `crud` and for a user `crud_app`, which tests make as app.bootstrap does."""
+    """A pooler before a server of its own, for the superuser `crud` and for `crud_app`, which app.bootstrap makes."""
     server = Postgres("-c fsync=off")  # its tables are many, and nothing here is about them after a crash
     try:
         with running(server.dsn, "crud", "crud_app") as pooler:

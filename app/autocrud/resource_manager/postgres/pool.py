@@ -35,7 +35,7 @@ WAIT_S = 5.0
 """How long a request waits for a free connection, and how long for a new one."""
 FIRST_PAUSE_S = 0.05
 MAX_IDLE_S = 300.0
-"""How long a connection may be unused before it is closed; shorter than `idle_session_timeout` of app.bootstrap, after which the server closes it."""
+"""How long a connection may be unused before it is closed; shorter than `idle_session_timeout` of app.bootstrap."""
 STATEMENT_S = 10.0
 """How long the server works at a statement, including its wait for locks. Then it ends it, and nothing of it stays."""
 ANSWER_S = 12.0
@@ -52,7 +52,10 @@ UNREACHABLE = "the database cannot be reached right now; nothing was changed, tr
 
 
 def server_settings() -> dict[str, str]:
-    """Return the settings that statements run under, a value by name. The idle limit frees the locks of a client that is stopped in a transaction."""
+    """Return the settings that statements run under, a value by name.
+
+    The idle limit frees the locks of a client that is stopped in a transaction.
+    """
     return {
         "default_transaction_isolation": ISOLATION,  # hardened servers have another default
         "statement_timeout": f"{STATEMENT_S * 1000:.0f}",
@@ -83,7 +86,7 @@ class Pool:
         self._isolating = False
 
     def isolate(self) -> None:
-        """Ask for READ COMMITTED in each transaction from now on: a server's connection was found that has another default."""
+        """Ask for READ COMMITTED in each transaction from now on: a connection of the server has another default."""
         self._isolating = True
 
     async def run(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
@@ -140,7 +143,7 @@ class Pool:
             ) from None
 
     def _unused(self) -> Connection | None:
-        """Return a connection that is not used now, if there is one. After a pause, as of a frozen Lambda, all are too old."""
+        """Return an unused connection, if there is one. After a pause, as of a frozen Lambda, all are too old."""
         self._close_idle()
         return self._idle.pop()[1] if self._idle else None
 

@@ -1,27 +1,30 @@
 """The settings that statements run under, without state in the session.
 
-A pooler in transaction mode (PgBouncer, RDS Proxy) may run each transaction on another connection to the server, which other clients use in
-between. So a SET would be lost for this client and change the others, and a prepared statement would not be found.
+A pooler in transaction mode (PgBouncer, RDS Proxy) may run each transaction on another connection to the server, which
+other clients use in between. So a SET would be lost for this client and change the others, and a prepared statement
+would not be found.
 
 Invariants:
 
-- S1 *A commit runs at READ COMMITTED.* The function that commits refuses any other level (`schema.WRONG_ISOLATION`). The store then asks for
-  the level in each transaction. So no setting that was read once, from one of the pooler's connections, decides about a commit.
+- S1 *A commit runs at READ COMMITTED.* The function that commits refuses any other level (`schema.WRONG_ISOLATION`).
+  The store then asks for the level in each transaction. So no setting that was read once, from one of the pooler's
+  connections, decides about a commit.
 - S2 *The server ends a statement after `statement_timeout`.* The setting comes from the first of these that applies:
     1. the role, the database or the server has it (`ALTER ROLE ... SET`, as app.bootstrap does): nothing is sent;
     2. the session is this client's own, because no pooler is in between: one SET when the connection is made;
-    3. the session is a pooler's: `SET LOCAL` before each statement, in the same message and the same implicit transaction. The server runs a
-       message only once it has all of it, so a client that is stopped half way holds no lock. An error ends an implicit transaction
-       without a ROLLBACK, so a client that is stopped afterwards keeps no connection of the pooler's;
-    4. the pooler is RDS Proxy, where SET and SET LOCAL pin the server's connection to the client: the client stops waiting after `pool.ANSWER_S`, and
-       the log says which ALTER ROLE is missing.
-- S3 *Explicit transactions are `alone` only.* They set both limits themselves; behind RDS Proxy their connection is closed afterwards, which ends
-  the pinning.
+    3. the session is a pooler's: `SET LOCAL` before each statement, in the same message and the same implicit
+       transaction. The server runs a message only once it has all of it, so a client that is stopped half way holds
+       no lock. An error ends an implicit transaction without a ROLLBACK, so a client that is stopped afterwards keeps
+       no connection of the pooler's;
+    4. the pooler is RDS Proxy, where SET and SET LOCAL pin the server's connection to the client: the client stops
+       waiting after `pool.ANSWER_S`, and the log says which ALTER ROLE is missing.
+- S3 *Explicit transactions are `alone` only.* They set both limits themselves; behind RDS Proxy their connection is
+  closed afterwards, which ends the pinning.
+- S4 *Only a session of this client's own has prepared statements with names*, unless the caller asks for them. Without
+  them a read costs twice the server's CPU time.
 
-- S4 *Only a session of this client's own has prepared statements with names*, unless the caller asks for them. Without them a read costs twice
-  the server's CPU time.
-
-All locks are those of transactions (`pg_advisory_xact_lock`). There is no LISTEN, temporary table or cursor of the server.
+All locks are those of transactions (`pg_advisory_xact_lock`). There is no LISTEN, temporary table or cursor of the
+server.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class Guard(NamedTuple):
 
 
 class _NumberDumper(Dumper):
-    """Writes integers so that a cast binds to all of them: -9223372036854775808::bigint would negate what is out of range."""
+    """Writes integers in parentheses: -9223372036854775808::bigint negates what is out of range."""
 
     def dump(self, obj: int) -> bytes:
         return b"%d" % obj
@@ -77,7 +80,7 @@ class _LiteralCursor(AsyncClientCursor[Any]):
 
 
 class SessionlessConnection(AsyncConnection[Any]):
-    """A connection whose statements run under the settings that the store needs, whatever is between it and the server."""
+    """A connection whose statements run under the settings that the store needs, also through a pooler."""
 
     guard = Guard()
     pooled = False
@@ -88,7 +91,9 @@ class SessionlessConnection(AsyncConnection[Any]):
     """Whether to close it instead of using it again."""
 
     async def agree(self, wanted: Mapping[str, str], *, prepare: bool | None) -> None:
-        """Compare the server's settings with `wanted`, a value by name, and arrange for those that differ. Sends one or two statements.
+        """Compare the server's settings with `wanted`, a value by name, and arrange for those that differ.
+
+        Sends one or two statements.
 
         prepare  whether to prepare frequent statements under names; None: only if the session is this client's own
         """
@@ -115,7 +120,8 @@ class SessionlessConnection(AsyncConnection[Any]):
         )
         if lacking and self.pins:
             log.warning(
-                "RDS Proxy: the server does not have the settings %s. Statements may outlast their limits. As the user %r run:%s",
+                "RDS Proxy: the server does not have the settings %s."
+                " Statements may outlast their limits. As the user %r run:%s",
                 ", ".join(sorted(lacking)),
                 self.info.user,
                 "".join(f" ALTER ROLE CURRENT_USER SET {name} = '{wanted[name]}';" for name in sorted(lacking)),
@@ -128,7 +134,10 @@ class SessionlessConnection(AsyncConnection[Any]):
     async def execute(
         self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool = False
     ) -> AsyncCursor[Any]:
-        """Run a statement as psycopg does. In front of it, in the same round trip, go the settings that the server does not have."""
+        """Run a statement as psycopg does.
+
+        The settings that the server does not have go in front of it, in the same round trip.
+        """
         prefix = self.guard.prefix()
         if not prefix or self.info.transaction_status != TransactionStatus.IDLE:
             return await super().execute(query, params, prepare=prepare, binary=binary)
@@ -145,7 +154,7 @@ class SessionlessConnection(AsyncConnection[Any]):
 
     @contextlib.asynccontextmanager
     async def alone(self, lock: int, idle_ms: int) -> AsyncIterator[None]:
-        """Run an explicit transaction that holds an advisory lock, whose statements may take any time, and which may idle for `idle_ms`."""
+        """Hold an advisory lock in an explicit transaction that may idle for `idle_ms`; statements may take any time."""
         self.disposable = self.disposable or self.pins
         async with self.transaction():
             await super().execute(
