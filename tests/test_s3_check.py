@@ -20,8 +20,11 @@ import boto3
 import pytest
 
 from app.autocrud.resource_manager.s3_sqlite import race
+from app.local_s3 import make_bucket
 from app.s3_requests import Answer, Timings, clock_skew_s
 from tests.check_then_act_proxy import CheckThenActProxy, _answer
+from tests.s3_servers.install import SERVERS
+from tests.s3_servers.servers import running
 from tests.services import BUCKET
 from tests.stores.test_s3_errors import tls
 
@@ -120,6 +123,26 @@ def test_a_server_that_checks_signatures_is_fit_and_presigned_urls_work(seaweed_
     writes = report["writes"]
     assert writes["swaps_per_second"] > writes["writes_per_second_of_one_client"] > 0
     assert "one swap of HEAD" in writes["assumption"]
+
+
+UNFIT = {"versitygw-1.7.0": {"race"}, "rclone-1.75.2": {"conditions", "race"}, "s3rver-3.7.1": {"conditions", "race"}}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_every_server_of_the_docs_is_judged_rightly(name, tmp_path, monkeypatch):
+    with running(name, tmp_path) as server:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.s3.access_key_id)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.s3.secret_access_key)
+        make_bucket("check", server.s3.url, "us-east-1")
+        done = check(
+            server.s3.url,
+            "s3://check/team",
+            AWS_ACCESS_KEY_ID=server.s3.access_key_id,
+            AWS_SECRET_ACCESS_KEY=server.s3.secret_access_key,
+        )
+    failed = {check for check, (result, _) in found(done).items() if result == "failed"}
+    assert (done.returncode, failed) == (1 if name in UNFIT else 0, UNFIT.get(name, set()))
+    assert found(done)["clean-up"][0] == "ok"
 
 
 @pytest.mark.parametrize(("key", "secret"), [(None, "wrong-secret"), ("nobody", "wrong-secret")])
