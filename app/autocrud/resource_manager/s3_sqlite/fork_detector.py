@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -29,6 +30,8 @@ class Compared(NamedTuple):
     current: Head | None
     decided: bool
     """Whether the nonces decided. If not, the newest known record must be read again."""
+    txids: Mapping[int, bytes]
+    """The transaction ids of the records that this process knows, by number; empty if the nonces decided."""
 
 
 class ForkDetector:
@@ -62,19 +65,15 @@ class ForkDetector:
             heads.append(current)
         answers = [same_history(one, head) for one in heads]
         answers += [same_history(one.head, heads[-1]) for one in known]
-        compared = Compared(known, copy, state, current, None not in answers)
+        compared = Compared(known, copy, state, current, None not in answers, {})
         if False in answers or any(shrunk(one, head) for one in heads):
             await self.stop(head, compared)
         if not compared.decided:
-            in_copy, txids = await _txids_in(copy), await self.txids(compared)
-            if contradicts(in_copy, txids) or contradicts(txids, txids_of(head.tail)):
+            in_copy = await _txids_in(copy)
+            compared = compared._replace(txids=in_copy | _txids_of(known))
+            if contradicts(in_copy, compared.txids) or contradicts(compared.txids, txids_of(head.tail)):
                 await self.stop(head, compared)
         return compared
-
-    async def txids(self, compared: Compared) -> dict[int, bytes]:
-        """Return the transaction ids of the records that this process knows, by number."""
-        known = {one.head.seq: one.txid for one in compared.known if one.txid is not None}
-        return await _txids_in(compared.copy) | known
 
     async def stop(self, found: Head, compared: Compared) -> NoReturn:
         """Stop the model in this process, and tell what is lost. Raises HistoryForked."""
@@ -91,7 +90,7 @@ class ForkDetector:
             heads.append(compared.current)
         lost = Lost([], incomplete=True)
         try:
-            recent = ids_alone(await self.txids(compared))
+            recent = ids_alone(await _txids_in(compared.copy) | _txids_of(compared.known))
             lost = await find_lost(self._objects, head_key, [*heads, found], recent, found)
             log_fork(head_key, heads, found, lost)
         except Exception:  # the fork is recorded whatever else fails
@@ -103,6 +102,10 @@ class ForkDetector:
             except OSError as error:
                 log.error("%s: the fork cannot be recorded: %s", directory, error)
                 self._error = LOGGED
+
+
+def _txids_of(known: Iterable[Known]) -> dict[int, bytes]:
+    return {one.head.seq: one.txid for one in known if one.txid is not None}
 
 
 async def _txids_in(copy: LocalCopy) -> dict[int, bytes]:

@@ -298,11 +298,7 @@ class Replica:
                     records: list[Record] | None = list(own)
                 else:
                     records = await self._missing(head, start)
-                if (
-                    records is not None
-                    and not compared.decided
-                    and contradicts(await self._forks.txids(compared), txids_of(records))
-                ):
+                if records is not None and not compared.decided and contradicts(compared.txids, txids_of(records)):
                     await self._forks.stop(head, compared)
                 if records is None or (state.seq == 0 and sum(record.size for record in records) > SHORT_LOG):
                     await self._build(head, got, compared, snapshot=records is None)
@@ -423,7 +419,7 @@ class Replica:
             building = await self._blocking(lambda: LocalCopy(path, self.tables, building=True))
             await self._advance(building, building.state(), records, head, got)
             if not compared.decided:
-                known, found = await self._forks.txids(compared), await self._blocking(building.txids)
+                known, found = compared.txids, await self._blocking(building.txids)
                 if contradicts(known, found):
                     await self._forks.stop(head, compared)
                 if known and known.keys().isdisjoint(found):
