@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from app.autocrud import AutoCRUD
-from app.autocrud.errors import CrudError, HistoryForked, ResourceNotFound, StoreDamaged
+from app.autocrud.errors import CrudError, HeadLost, HistoryForked, ResourceNotFound, StoreDamaged
 from app.autocrud.resource_manager.basic import IndexedField
 from app.autocrud.resource_manager.s3_sqlite import fork_detector, head, housekeeping, replica
 from tests import virtual_time
@@ -147,7 +147,8 @@ def test_no_acknowledged_write_is_lost_silently(tmp_path, monkeypatch):
     total = 0
     for seed in SEEDS:
         lost = simulate(seed, tmp_path / str(seed), monkeypatch)
-        assert lost.keys() <= {HistoryForked}, f"seed {seed}: {lost}"
+        # A HEAD that lands later than the versions that HEADs name may look like an old one: head-lost, which is not silent.
+        assert lost.keys() <= {HistoryForked, HeadLost}, f"seed {seed}: {lost}"
         total += lost.total()
     assert total > len(SEEDS), "the storage hardly lost anything"
 
