@@ -42,6 +42,8 @@ SAMPLES, SAMPLING_S = 100, 10.0
 """How often each request is measured, and for how long at most."""
 LISTINGS, LISTING_S = 5, 30.0
 """Objects whose appearance in a listing is measured, and for how long it is waited for."""
+DELETIONS = 20
+"""How often objects are deleted that a listing still names."""
 LARGE = 6 * 1024 * 1024
 """Bytes of an object that is uploaded in parts: obstore divides files of more than 5 MiB."""
 HEAD_BYTES, BODY_BYTES = 16 * 1024, 2 * 1024
@@ -445,21 +447,24 @@ class S3Check:
     # Deleting
 
     async def _delete(self) -> None:
-        """Delete every object of this run. Keys are known without a listing; a listing only tells whether something stayed."""
+        """Delete every object of this run. Keys are known without a listing; a listing tells whether something stayed."""
         await self._objects.finish()
         keys = sorted(self._objects.written)
         if not keys:
             return
-        problem = await self._try(self._objects.delete(keys))
-        left: list[str] = []
-        if problem is None and self._lists:
+        problem, left = await self._try(self._objects.delete(keys)), []
+        for _ in range(DELETIONS if problem is None and self._lists else 0):
             try:
                 left = [one.key async for one in self._objects.list(self._folder)]
             except StoreUnavailable:
-                self._lists = False
+                break
+            if not left:
+                break
+            await asyncio.sleep(0.2)  # the listing may be old, or the server slow: deleting again does no harm
+            problem = await self._try(self._objects.delete(left))
         if problem is not None or left:
             why = f": {problem}" if problem is not None else ""
-            self._found("clean-up", "failed", f"objects stay below {self._where}{why}; remove them with other keys")
+            self._found("clean-up", "failed", f"objects stay below {self._where}{why}; remove them")
         elif self._objects.unanswered:
             self._found(
                 "clean-up",
