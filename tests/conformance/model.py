@@ -164,10 +164,11 @@ class FailingCall:
 async def drop_entries(manager: ResourceManager[Any], ids: Collection[str] = ()) -> bool:
     """Leave the index as programs before R4 of `reindexing` did when no body could be read, or not those of some ids.
 
-    False: it is not kept.
+    False: the store keeps no findings, so it does not heal, or its index is made of the bodies at each start.
     """
     store = manager.storage.meta_store
-    if (await store.findings()) == Findings(healed=True) and not store.authoritative:
+    await store.keep_findings(Findings())
+    if await store.findings() != Findings():
         return False
     fields = tuple(manager.storage._spec.fields)
     empty = IndexEntry({}, fields, b"{}")
@@ -177,5 +178,4 @@ async def drop_entries(manager: ResourceManager[Any], ids: Collection[str] = ())
         if not ids or meta.resource_id in ids
     ]
     await store.reindex(entries)
-    await store.keep_findings(Findings())
     return True

@@ -181,9 +181,10 @@ class MetaStore(Store):
         return None
 
     async def findings(self) -> Findings:
-        """Return what was kept last; nothing is healed where nothing was kept.
+        """Return what was kept last, and `Findings()` if nothing was: then the store is healed once.
 
-        A store that begins empty with each start has nothing to heal, and need not keep anything.
+        By default nothing is kept, and nothing healed: right for a store that begins empty with each start, or that no
+        earlier program wrote.
         """
         return Findings(healed=True)
 
