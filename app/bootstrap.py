@@ -136,7 +136,7 @@ def _make(connection: Any, asked: Inside) -> None:
     """
     from psycopg import sql
 
-    from app.autocrud.resource_manager.postgres.pool import server_settings
+    from .autocrud.resource_manager.postgres.pool import server_settings
 
     names = {"user": sql.Identifier(asked.user), "database": sql.Identifier(asked.database)}
     if connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (asked.user,)).fetchone() is None:
