@@ -77,7 +77,7 @@ class Postgres(Component):
         self.register_outputs({"host": self.host, "identifier": self.identifier})
 
     def link(self) -> Link:
-        """What signs in as the app's user."""
+        """Return the policy and the outputs with which the function signs in as the app's user."""
         # The same region and account, written as IAM wants it: arn:aws:rds-db:REGION:ACCOUNT:dbuser:ID/USER
         here = self._made.arn.apply(lambda arn: (arn or "").rsplit(":", 2)[0].replace(":rds:", ":rds-db:"))
         user = Output.format("{0}:dbuser:{1}/{2}", here, self._resource_id, APP)

@@ -30,6 +30,7 @@ from ..basic import (
 )
 from ..sqlite.committer import Stage
 from ..sqlite.database import FileDatabase, MemoryDatabase
+from ..sqlite.findings import keep_findings, read_findings
 from ..sqlite.tables import ResourceTables
 
 SCAN_PAGE = 500
@@ -141,10 +142,10 @@ class DiskMetaStore(_TablesMetaStore):
         return Stage(self._db, lambda db: self._tables.commit(db, changes, once=once))
 
     async def findings(self) -> Findings:
-        return await self._db.read(self._tables.findings)
+        return await self._db.read(read_findings)
 
     async def keep_findings(self, findings: Findings) -> None:
-        await self._db.write(lambda db: self._tables.keep_findings(db, findings))
+        await self._db.write(lambda db: keep_findings(db, findings))
 
     async def opened(self) -> None:
         await self._db.opened()

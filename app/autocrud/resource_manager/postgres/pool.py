@@ -243,7 +243,7 @@ _mutex = threading.Lock()
 
 
 def check_dsn(dsn: str) -> None:
-    """ConfigError unless it can be read; it is not quoted, for it may hold a password."""
+    """Raise ConfigError unless this is an address of PostgreSQL. The error does not quote it: it may hold a password."""
     try:
         conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:

@@ -36,7 +36,7 @@ def digest(resource_id: str) -> str:
 
 
 def decode_record(record: bytes) -> RevisionInfo:
-    """A record as it is stored, behind its uid."""
+    """Return the record of a revision from the form in which Redis has it: the length of its uid, ":", the uid, the record."""
     size, _, rest = record.partition(b":")
     return info_of(rest[int(size) :])
 

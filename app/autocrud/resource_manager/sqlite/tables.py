@@ -7,7 +7,6 @@ MetaStores and the records beside the bodies.
     list_values  the elements of indexed lists
     revisions    the records
     done         what the commits left that carried an Idempotency-Key: a row for each operation; `doc` is NULL once it was purged
-    findings     one row, where an index was made again: what was found then, as JSON
     specs        the sets of indexed fields, with their kinds, that rows were written under
     uniques      the fields that every writer keeps unique
     state        one row: `generation`; `live`, how many resources are not deleted; `spec`, the set that this database was last
@@ -37,7 +36,6 @@ from ..basic import (
     Done,
     DoneBefore,
     Encoding,
-    Findings,
     Hit,
     IndexEntry,
     ModelSpec,
@@ -394,21 +392,6 @@ class ResourceTables:
         for resource_id in done:
             self._check_unique(connection, resource_id, unique)
         return done
-
-    @staticmethod
-    def findings(connection: apsw.Connection) -> Findings:
-        if connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'findings'").get is None:
-            return Findings()
-        doc: Any = connection.execute("SELECT doc FROM findings").get
-        return msgspec.json.decode(doc, type=Findings)
-
-    @staticmethod
-    def keep_findings(connection: apsw.Connection, findings: Findings) -> None:
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS findings (one INTEGER PRIMARY KEY CHECK (one = 1), doc TEXT NOT NULL)"
-        )
-        doc = msgspec.json.encode(findings).decode()
-        connection.execute("INSERT OR REPLACE INTO findings VALUES (1, ?)", (doc,))
 
     def _apply(self, connection: apsw.Connection, change: Change, *, follow: bool = False) -> ResourceMeta:
         meta = change.meta
