@@ -81,7 +81,7 @@ class LambdaHandler:
             raise ConfigError(
                 'auth is not set: say who is let in, for example {"mode": "token", ...}; {"mode": "none"} lets everybody in'
             )
-        app = create_app(settings, idle_work=False, fits=fits)
+        app = create_app(settings, idle_work=False, fits=fits, own_host=_domain)
         self._crud = app.state.crud
         if lost := [name for name, manager in self._crud.managers.items() if not manager.storage.remote]:
             raise ConfigError(
@@ -164,6 +164,12 @@ _GATEWAY_HEADERS = {
 def _left(context: Any) -> float:
     """Seconds until Lambda ends this invocation."""
     return float(context.get_remaining_time_in_millis()) / 1e3
+
+
+def _domain(scope: Scope) -> str | None:
+    """Return the host name under which the gateway was asked."""
+    name: str | None = scope["aws.event"]["requestContext"].get("domainName")
+    return name
 
 
 class _AsAsked:

@@ -94,7 +94,8 @@ def serve(
                 settings = replace(settings, local=_start_s3(settings.local, running))
             if make_bucket and settings.outputs.bucket is not None:
                 buckets.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, region_of(settings))
-        _serve(create_app(settings), host, port, access_log=access_log)
+        app = create_app(settings, loopback=_is_loopback(host))
+        _serve(app, host, port, access_log=access_log)
 
 
 @cli.command

@@ -13,6 +13,8 @@ from . import authentication, models, settings, wiring
 from .autocrud import AutoCRUD
 from .autocrud.errors import ConfigError
 from .autocrud.http.guard import Guard
+from .autocrud.http.messages import Scope
+from .foreign_pages import ForeignPages, PageAnswers
 from .misfits import meant
 
 
@@ -21,10 +23,14 @@ def create_app(
     *,
     idle_work: bool = True,
     fits: Callable[[bytes], bool] = lambda _: True,
+    loopback: bool = False,
+    own_host: Callable[[Scope], str | None] | None = None,
 ) -> FastAPI:
     """The API of `models` on the storage that the settings name (default: the environment's), for whom they let in. ConfigError.
 
     `app.state.crud` is the AutoCRUD behind it. `idle_work`: whether anything may run between requests; `fits`: see AutoCRUD.
+    `loopback`: whether it is served on loopback. `own_host`: for a gateway that answers the questions of browsers itself,
+    the host name under which it was asked.
     """
     given = given or settings.load()
     factory = wiring.storage_factory(given, idle_work=idle_work)
@@ -39,6 +45,16 @@ def create_app(
     crud.apply(app)
     if authenticate is not None:  # whatever else the application answers: the description, the docs, what is not there
         app.add_middleware(Guard, authenticate=authenticate)
+    else:
+        app.add_middleware(
+            ForeignPages,
+            origins=given.pages.origins,
+            hosts=given.pages.hosts,
+            loopback=loopback,
+            own_host=own_host or (lambda _: None),
+        )
+    if own_host is None:  # outermost: browsers ask without signing in
+        app.add_middleware(PageAnswers, origins=given.pages.origins, loopback=loopback)
     app.state.crud = crud
     return app
 

@@ -14,6 +14,8 @@ adds. Both come from the environment:
 | CRUDSTACK_REDIS_URL | Redis or Valkey: redis://user:password@host:port/0, or rediss:// with TLS |
 | CRUDSTACK_AMQP_URL | RabbitMQ: amqp://user:password@host:port, or amqps:// with TLS |
 | CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are understood too |
+| CRUDSTACK_CORS | origins whose pages may call, with commas between: https://app.example.org; on loopback http://localhost with any port may |
+| CRUDSTACK_HOSTS | host names of a server on loopback besides localhost and 127.0.0.1, with commas between |
 | CRUDSTACK_AUTH | who is let in: `none`, or as JSON `{"mode": "token", "token_sha256": "..."}` or `{"mode": "jwt", "issuer": "...", "audiences": [...]}` |
 
 Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role. Without a URL of its own, the app signs in to
@@ -23,7 +25,8 @@ the stack's database, cache and broker with that role.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -131,6 +134,7 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     db: Db | None = None
     cache: Cache | None = None
     broker: Broker | None = None
+    cors: tuple[str, ...] = ()
     auth: Auth | None = None
     """None: nobody has said, which is for a person's own machine only."""
 
@@ -145,9 +149,17 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
     amqp_url: str | None = None
 
 
+class Pages(Struct, frozen=True, kw_only=True):
+    """Which pages of browsers may call, and under which names; see foreign_pages."""
+
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+
 class Settings(Struct, frozen=True):
     outputs: StackOutputs
     local: LocalOverrides
+    pages: Pages = Pages()
 
 
 STACK_VARIABLES = (
@@ -166,7 +178,10 @@ VARIABLES = (
     "CRUDSTACK_PG_DSN",
     "CRUDSTACK_REDIS_URL",
     "CRUDSTACK_AMQP_URL",
+    "CRUDSTACK_CORS",
+    "CRUDSTACK_HOSTS",
 )
+ORIGIN = r"\*|https?://[^/\s*]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'
 AUTH = '{"mode": "jwt", "issuer": "https://...", "audiences": ["..."]}, or what `crudstack token new` prints'
 ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -189,7 +204,8 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
         for name in STACK_VARIABLES:
             if name in given:
                 raise ConfigError(f"CRUDSTACK_OUTPUTS and {name} are both set: unset one of them")
-        return Settings(_outputs(given["CRUDSTACK_OUTPUTS"]), local)
+        outputs = _outputs(given["CRUDSTACK_OUTPUTS"])
+        return Settings(outputs, local, _pages(given, outputs.cors))
     if "CRUDSTACK_STORAGE" not in given:
         raise ConfigError(f"CRUDSTACK_STORAGE is not set: expected one of {', '.join(KINDS)}, or set CRUDSTACK_OUTPUTS")
     return Settings(
@@ -208,7 +224,26 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
             auth=parse_auth(given["CRUDSTACK_AUTH"]) if "CRUDSTACK_AUTH" in given else None,
         ),
         local,
+        _pages(given),
     )
+
+
+def _pages(given: Mapping[str, str], of_stack: Sequence[str] = ()) -> Pages:
+    """Return what CRUDSTACK_CORS and CRUDSTACK_HOSTS list, words with commas or blanks between. Raises ConfigError."""
+    origins, hosts = (
+        re.split(r"[,\s]+", given.get(name, "").strip(", ")) for name in ("CRUDSTACK_CORS", "CRUDSTACK_HOSTS")
+    )
+    for origin in filter(None, origins):
+        if re.fullmatch(ORIGIN, origin) is None:
+            raise ConfigError(
+                f"CRUDSTACK_CORS has {origin!r}: expected origins like https://app.example.org, without a path, or * for all"
+            )
+    for host in filter(None, hosts):
+        if re.fullmatch(r"[A-Za-z0-9._-]+(:\d{1,5})?", host) is None:
+            raise ConfigError(
+                f"CRUDSTACK_HOSTS has {host!r}: expected host names like api.example.test, or with a port"
+            )
+    return Pages(origins=(*of_stack, *filter(None, origins)), hosts=tuple(filter(None, hosts)))
 
 
 def s3_endpoint(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -1,0 +1,143 @@
+"""Refuse what pages of other origins ask, where nobody signs in.
+
+A browser sends some requests of any page without asking the server first: a form, a beacon, `fetch` in mode no-cors. And
+a page can have its own name resolve to 127.0.0.1 (DNS rebinding), so that the browser takes this server for the page's
+own. A server on a developer's machine is reached by every page that is open there.
+
+Invariants:
+
+- F1 *A foreign page changes nothing.* A request that may change something is foreign if its `Origin` is neither the
+  server's own nor allowed; without `Origin`, if `Sec-Fetch-Site` says cross-site or same-site. It is refused with 403
+  before anything is done. Browsers send `Origin` with every request of such a kind, and a page cannot take it away.
+- F2 *A name that is not ours reads nothing.* On loopback, a `Host` that is neither a loopback name nor named in
+  CRUDSTACK_HOSTS is refused with 421, reads included. So `Host` cannot be the page's, and F1 may compare `Origin` with it.
+- F3 *A page states what it sends.* With an `Origin`, a body needs a content type: JSON has one that no page sends without
+  asking first.
+
+Where clients sign in with a bearer token none of this is needed: no browser sends such a token on its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
+
+from .autocrud.errors import CrudError
+from .autocrud.http import problems
+from .autocrud.http.messages import Receive, Scope, Send
+
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing."""
+LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1)(:\d{1,5})?"
+"""Origins that may call a server on loopback: the pages that its developer works on."""
+EXPOSED = ("etag", "location", "link", "retry-after", "x-request-id")
+"""Headers of answers that pages may read."""
+PREFLIGHT_S = 600
+
+
+class ForeignOrigin(CrudError):
+    type, title, status = "foreign-origin", "This page may not change anything here", 403
+
+
+class MisdirectedRequest(CrudError):
+    type, title, status = "misdirected-request", "This server does not serve that host name", 421
+
+
+class ContentTypeMissing(CrudError):
+    type, title, status = "unsupported-media-type", "The body has no content type", 415
+
+
+class ForeignPages:
+    """An application that foreign pages neither change nor read.
+
+    origins   allowed origins besides the server's own, like https://app.example.org; "*" allows all
+    hosts     host names that the server has besides those of loopback
+    loopback  whether the server listens on loopback
+    own_host  the host name under which a request reached the server, if its Host header does not say so
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        origins: Collection[str] = (),
+        hosts: Collection[str] = (),
+        loopback: bool = False,
+        own_host: Callable[[Scope], str | None] = lambda _: None,
+    ) -> None:
+        self._app, self._origins, self._loopback = app, frozenset(origins), loopback
+        self._hosts = frozenset(name.lower() for name in hosts)
+        self._own_host = own_host
+        self._local = re.compile(LOCAL_PAGES, re.IGNORECASE) if loopback else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
+            await problems.response(refusal).send(send, head=scope["method"] == "HEAD")
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> CrudError | None:
+        host = (self._own_host(scope) or _one(scope, b"host") or "").lower()
+        if self._loopback and host and not self._is_ours(host):
+            return MisdirectedRequest(
+                f"found the host name {host!r}; expected a name of loopback, like localhost, or one that CRUDSTACK_HOSTS names"
+            )
+        origins = _values(scope, b"origin")
+        if scope["method"] not in SAFE and self._is_foreign(scope, origins, host):
+            found = ", ".join(origins) or f"Sec-Fetch-Site: {_one(scope, b'sec-fetch-site')}"
+            return ForeignOrigin(
+                f"found the origin {found!r}; expected the server's own, or one that CRUDSTACK_CORS names"
+            )
+        if origins and _has_body(scope) and not _values(scope, b"content-type"):
+            return ContentTypeMissing("found a body without a content type from a page; expected application/json")
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        name = host.rpartition(":")[0] if re.search(r":\d+\Z", host) else host
+        return LOOPBACK.fullmatch(host) is not None or host in self._hosts or name in self._hosts
+
+    def _is_foreign(self, scope: Scope, origins: Sequence[str], host: str) -> bool:
+        if origins:
+            return len(origins) > 1 or not self._is_allowed(origins[0], host)
+        return (_one(scope, b"sec-fetch-site") or "").lower() in ("cross-site", "same-site")
+
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        if "*" in self._origins or origin in self._origins:
+            return True
+        if self._local is not None and self._local.fullmatch(origin):
+            return True
+        scheme, found, name = origin.lower().partition("://")
+        default = {"http": ":80", "https": ":443"}.get(scheme)
+        return bool(found and host) and default is not None and name.removesuffix(default) == host.removesuffix(default)
+
+
+class PageAnswers(CORSMiddleware):
+    """Answers the questions of browsers: what pages of these origins may ask and read."""
+
+    def __init__(self, app: Any, *, origins: Collection[str], loopback: bool) -> None:
+        super().__init__(
+            app,
+            allow_origins=list(origins),
+            allow_origin_regex=LOCAL_PAGES if loopback else None,
+            allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=list(EXPOSED),
+            max_age=PREFLIGHT_S,
+        )
+
+
+def _values(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1").strip() for key, value in scope["headers"] if key == name]
+
+
+def _one(scope: Scope, name: bytes) -> str | None:
+    found = _values(scope, name)
+    return found[0] if found else None
+
+
+def _has_body(scope: Scope) -> bool:
+    return _one(scope, b"content-length") not in (None, "0") or bool(_values(scope, b"transfer-encoding"))
