@@ -81,7 +81,7 @@ class LambdaHandler:
             raise ConfigError(
                 'auth is not set: say who is let in, for example {"mode": "token", ...}; {"mode": "none"} lets everybody in'
             )
-        app = create_app(settings, idle_work=False, fits=fits, own_host=_domain)
+        app = create_app(settings, idle_work=False, fits=fits, own_origin=_origin)
         self._crud = app.state.crud
         if lost := [name for name, manager in self._crud.managers.items() if not manager.storage.remote]:
             raise ConfigError(
@@ -166,10 +166,9 @@ def _left(context: Any) -> float:
     return float(context.get_remaining_time_in_millis()) / 1e3
 
 
-def _domain(scope: Scope) -> str | None:
-    """Return the host name under which the gateway was asked."""
-    name: str | None = scope["aws.event"]["requestContext"].get("domainName")
-    return name
+def _origin(scope: Scope) -> str:
+    """Return the origin under which the gateway was asked. It speaks TLS only."""
+    return f"https://{scope['aws.event']['requestContext'].get('domainName', '')}"
 
 
 class _AsAsked:

@@ -9,18 +9,20 @@ Invariants:
 - F1 *A foreign page changes nothing.* A request that may change something is foreign if its `Origin` is neither the
   server's own nor allowed; without `Origin`, if `Sec-Fetch-Site` says cross-site or same-site. It is refused with 403
   before anything is done. Browsers send `Origin` with every request of such a kind, and a page cannot take it away.
-- F2 *A name that is not ours reads nothing.* On loopback, a `Host` that is neither a loopback name nor named in
-  CRUDSTACK_HOSTS is refused with 421, reads included. So `Host` cannot be the page's, and F1 may compare `Origin` with it.
+- F2 *A name that is not ours reads nothing.* On loopback, and wherever CRUDSTACK_HOSTS is set, a `Host` that is neither a
+  loopback name nor named there is refused with 421, reads included. So `Host` cannot be the page's, and F1 may compare
+  `Origin` with it.
 - F3 *A page states what it sends.* With an `Origin`, a body needs a content type: JSON has one that no page sends without
   asking first.
 
-Where clients sign in with a bearer token none of this is needed: no browser sends such a token on its own.
+Where clients sign in with a bearer token none of this is needed: no browser sends such a token on its own. What answers
+tell browsers (SafeAnswers) is the same for all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -28,15 +30,30 @@ from starlette.middleware.cors import CORSMiddleware
 from .autocrud.errors import CrudError
 from .autocrud.http import problems
 from .autocrud.http.messages import Receive, Scope, Send
+from .settings import EXPOSED_HEADERS
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing."""
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1)(:\d{1,5})?"
 """Origins that may call a server on loopback: the pages that its developer works on."""
-EXPOSED = ("etag", "location", "link", "retry-after", "x-request-id")
-"""Headers of answers that pages may read."""
 PREFLIGHT_S = 600
+MAX_QUOTED = 200
+"""Characters of a header in an error."""
+SAFE_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin"))
+DATA_HEADERS = ((b"cache-control", b"private, no-cache"),)
+PAGE_POLICY = (
+    b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    b" object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""For the page of the docs, which has a script and a style in its HTML, and pictures in its style."""
+PAGE_HEADERS = (
+    (b"content-security-policy", PAGE_POLICY),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    *DATA_HEADERS,
+)
 
 
 class ForeignOrigin(CrudError):
@@ -54,10 +71,10 @@ class ContentTypeMissing(CrudError):
 class ForeignPages:
     """An application that foreign pages neither change nor read.
 
-    origins   allowed origins besides the server's own, like https://app.example.org; "*" allows all
-    hosts     host names that the server has besides those of loopback
-    loopback  whether the server listens on loopback
-    own_host  the host name under which a request reached the server, if its Host header does not say so
+    origins     allowed origins besides the server's own, like https://app.example.org; "*" allows all
+    hosts       host names that the server has besides those of loopback
+    loopback    whether the server listens on loopback
+    own_origin  the origin under which a gateway was asked; where there is none, it follows from Host
     """
 
     def __init__(
@@ -67,11 +84,12 @@ class ForeignPages:
         origins: Collection[str] = (),
         hosts: Collection[str] = (),
         loopback: bool = False,
-        own_host: Callable[[Scope], str | None] = lambda _: None,
+        own_origin: Callable[[Scope], str] | None = None,
     ) -> None:
-        self._app, self._origins, self._loopback = app, frozenset(origins), loopback
+        self._app, self._origins = app, frozenset(origins)
         self._hosts = frozenset(name.lower() for name in hosts)
-        self._own_host = own_host
+        self._asks_host = own_origin is None and (loopback or bool(hosts))
+        self._own_origin = own_origin
         self._local = re.compile(LOCAL_PAGES, re.IGNORECASE) if loopback else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,17 +99,16 @@ class ForeignPages:
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> CrudError | None:
-        host = (self._own_host(scope) or _one(scope, b"host") or "").lower()
-        if self._loopback and host and not self._is_ours(host):
+        host = (_one(scope, b"host") or "").lower()
+        if self._asks_host and host and not self._is_ours(host):
             return MisdirectedRequest(
-                f"found the host name {host!r}; expected a name of loopback, like localhost, or one that CRUDSTACK_HOSTS names"
+                f"found the host name {host[:MAX_QUOTED]!r}; expected a name of loopback, like localhost, or one that"
+                " CRUDSTACK_HOSTS names"
             )
         origins = _values(scope, b"origin")
         if scope["method"] not in SAFE and self._is_foreign(scope, origins, host):
-            found = ", ".join(origins) or f"Sec-Fetch-Site: {_one(scope, b'sec-fetch-site')}"
-            return ForeignOrigin(
-                f"found the origin {found!r}; expected the server's own, or one that CRUDSTACK_CORS names"
-            )
+            found = f"the origin {origins[0][:MAX_QUOTED]!r}" if origins else "a page of another site"
+            return ForeignOrigin(f"found {found}; expected the server's own, or one that CRUDSTACK_CORS or cors names")
         if origins and _has_body(scope) and not _values(scope, b"content-type"):
             return ContentTypeMissing("found a body without a content type from a page; expected application/json")
         return None
@@ -102,14 +119,17 @@ class ForeignPages:
 
     def _is_foreign(self, scope: Scope, origins: Sequence[str], host: str) -> bool:
         if origins:
-            return len(origins) > 1 or not self._is_allowed(origins[0], host)
+            return len(origins) > 1 or not self._is_allowed(origins[0], scope, host)
         return (_one(scope, b"sec-fetch-site") or "").lower() in ("cross-site", "same-site")
 
-    def _is_allowed(self, origin: str, host: str) -> bool:
+    def _is_allowed(self, origin: str, scope: Scope, host: str) -> bool:
         if "*" in self._origins or origin in self._origins:
             return True
         if self._local is not None and self._local.fullmatch(origin):
             return True
+        if self._own_origin is not None:
+            return origin == self._own_origin(scope)
+        # A proxy may speak TLS for the server, so both schemes are the server's own.
         scheme, found, name = origin.lower().partition("://")
         default = {"http": ":80", "https": ":443"}.get(scheme)
         return bool(found and host) and default is not None and name.removesuffix(default) == host.removesuffix(default)
@@ -125,9 +145,37 @@ class PageAnswers(CORSMiddleware):
             allow_origin_regex=LOCAL_PAGES if loopback else None,
             allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["*"],
-            expose_headers=list(EXPOSED),
+            expose_headers=list(EXPOSED_HEADERS),
             max_age=PREFLIGHT_S,
         )
+
+
+class SafeAnswers:
+    """An application whose answers say what browsers may do with them.
+
+    Nothing of them is shown inside another page, guessed to be of another type, read as a script or an image by another
+    origin, or kept where other people's requests are answered from.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                given = message.get("headers", ())
+                message["headers"] = [*given, *SAFE_HEADERS, *_of_kind(given)]
+            await send(message)
+
+        await self._app(scope, receive, sent if scope["type"] == "http" else send)
+
+
+def _of_kind(headers: Iterable[tuple[bytes, bytes]]) -> Sequence[tuple[bytes, bytes]]:
+    """Return what an answer with these headers needs besides SAFE_HEADERS: pages, files and data differ."""
+    for name, value in headers:
+        if name == b"content-type":
+            return PAGE_HEADERS if value.startswith(b"text/html") else DATA_HEADERS if b"json" in value else ()
+    return DATA_HEADERS
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:

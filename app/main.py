@@ -14,7 +14,7 @@ from .autocrud import AutoCRUD
 from .autocrud.errors import ConfigError
 from .autocrud.http.guard import Guard
 from .autocrud.http.messages import Scope
-from .foreign_pages import ForeignPages, PageAnswers
+from .foreign_pages import ForeignPages, PageAnswers, SafeAnswers
 from .misfits import meant
 
 
@@ -24,13 +24,13 @@ def create_app(
     idle_work: bool = True,
     fits: Callable[[bytes], bool] = lambda _: True,
     loopback: bool = False,
-    own_host: Callable[[Scope], str | None] | None = None,
+    own_origin: Callable[[Scope], str] | None = None,
 ) -> FastAPI:
     """The API of `models` on the storage that the settings name (default: the environment's), for whom they let in. ConfigError.
 
     `app.state.crud` is the AutoCRUD behind it. `idle_work`: whether anything may run between requests; `fits`: see AutoCRUD.
-    `loopback`: whether it is served on loopback. `own_host`: for a gateway that answers the questions of browsers itself,
-    the host name under which it was asked.
+    `loopback`: whether it is served on loopback. `own_origin`: for a gateway that answers the questions of browsers itself,
+    the origin under which it was asked.
     """
     given = given or settings.load()
     factory = wiring.storage_factory(given, idle_work=idle_work)
@@ -41,7 +41,13 @@ def create_app(
         if model not in crud.managers:
             there = f"there are {', '.join(crud.managers)}{meant(model, crud.managers)}"
             raise ConfigError(f"storage_overrides names the model {model!r}; {there}")
-    app = FastAPI(title="crudstack", version="1", redoc_url=None, exception_handlers={404: _problem, 405: _problem})
+    app = FastAPI(
+        title="crudstack",
+        version="1",
+        redoc_url=None,
+        redirect_slashes=False,  # it would redirect to whatever name the client wrote into Host
+        exception_handlers={404: _problem, 405: _problem},
+    )
     crud.apply(app)
     if authenticate is not None:  # whatever else the application answers: the description, the docs, what is not there
         app.add_middleware(Guard, authenticate=authenticate)
@@ -51,10 +57,11 @@ def create_app(
             origins=given.pages.origins,
             hosts=given.pages.hosts,
             loopback=loopback,
-            own_host=own_host or (lambda _: None),
+            own_origin=own_origin,
         )
-    if own_host is None:  # outermost: browsers ask without signing in
+    if own_origin is None:  # before anybody signs in: browsers ask without that
         app.add_middleware(PageAnswers, origins=given.pages.origins, loopback=loopback)
+    app.add_middleware(SafeAnswers)
     app.state.crud = crud
     return app
 

@@ -15,7 +15,7 @@ adds. Both come from the environment:
 | CRUDSTACK_AMQP_URL | RabbitMQ: amqp://user:password@host:port, or amqps:// with TLS |
 | CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are understood too |
 | CRUDSTACK_CORS | origins whose pages may call, with commas between: https://app.example.org; on loopback http://localhost with any port may |
-| CRUDSTACK_HOSTS | host names of a server on loopback besides localhost and 127.0.0.1, with commas between |
+| CRUDSTACK_HOSTS | host names of the server besides localhost and 127.0.0.1, with commas between; on loopback, or once it is set, others are refused |
 | CRUDSTACK_AUTH | who is let in: `none`, or as JSON `{"mode": "token", "token_sha256": "..."}` or `{"mode": "jwt", "issuer": "...", "audiences": [...]}` |
 
 Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role. Without a URL of its own, the app signs in to
@@ -135,6 +135,7 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     cache: Cache | None = None
     broker: Broker | None = None
     cors: tuple[str, ...] = ()
+    """Origins whose pages may call."""
     auth: Auth | None = None
     """None: nobody has said, which is for a person's own machine only."""
 
@@ -181,6 +182,8 @@ VARIABLES = (
     "CRUDSTACK_CORS",
     "CRUDSTACK_HOSTS",
 )
+EXPOSED_HEADERS = ("etag", "location", "link", "retry-after", "idempotency-replayed", "x-request-id")
+"""Headers of answers that pages of allowed origins may read."""
 ORIGIN = r"\*|https?://[^/\s*]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'
 AUTH = '{"mode": "jwt", "issuer": "https://...", "audiences": ["..."]}, or what `crudstack token new` prints'

@@ -119,7 +119,7 @@ def package(config: StackConfig) -> Path:
 def _said(config: StackConfig) -> dict[str, Any]:
     """What the outputs repeat of the config."""
     storage = {"storage": config.storage, "storage_overrides": config.storage_overrides}
-    return {"version": 1, **msgspec.to_builtins(storage), "stage": config.stage}
+    return {"version": 1, **msgspec.to_builtins(storage), "stage": config.stage, "cors": config.cors}
 
 
 def _auth(config: StackConfig, stack: Stack, bucket: DataBucket) -> dict[str, Any]:

@@ -18,15 +18,16 @@ class Missing(Exception):
     """There is no such program, and none can be had."""
 
 
-def unpacked(program: str, local: str, needed: tuple[str, ...], notice: str) -> Path:
+def unpacked(program: str, local: str, needed: tuple[str, ...], notice: str, without: tuple[str, ...] = ()) -> Path:
     """Return the directory that the package of `program` lies unpacked in, with all packages that it needs.
 
     Two runs at once fetch them once, without root. An interrupted run leaves nothing that counts. Raises Missing if
     there are none.
 
-    local   name of the directory below `.local` that keeps them, and apt-get's state meanwhile
-    needed  what the names of the packages begin with: what is not part of every system that runs Python
-    notice  what the person is told before they are fetched
+    local    name of the directory below `.local` that keeps them, and apt-get's state meanwhile
+    needed   what the names of the packages begin with: what is not part of every system that runs Python
+    notice   what the person is told before they are fetched
+    without  what the names of packages begin with that are left out all the same
     """
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
@@ -41,7 +42,7 @@ def unpacked(program: str, local: str, needed: tuple[str, ...], notice: str) -> 
         if not root.exists():
             unpacking = directory / f"{root.name}.new"
             shutil.rmtree(unpacking, ignore_errors=True)
-            for package in _packages(program, directory / "apt", needed, notice):
+            for package in _packages(program, directory / "apt", needed, notice, without):
                 _run(program, "dpkg", "-x", str(package), str(unpacking))
             unpacking.rename(root)
             shutil.rmtree(directory / "apt", ignore_errors=True)
@@ -64,7 +65,9 @@ def _release(program: str) -> str:
     return "unknown"
 
 
-def _packages(program: str, directory: Path, needed: tuple[str, ...], notice: str) -> list[Path]:
+def _packages(
+    program: str, directory: Path, needed: tuple[str, ...], notice: str, without: tuple[str, ...]
+) -> list[Path]:
     shutil.rmtree(directory, ignore_errors=True)
     for name in ("state/lists/partial", "cache/archives/partial", "packages"):
         (directory / name).mkdir(parents=True)
@@ -89,7 +92,7 @@ def _packages(program: str, directory: Path, needed: tuple[str, ...], notice: st
     install = ("apt-get", "-q", "-s", "--no-install-recommends", "install", program)
     plan = _run(program, *install, environment=environment)
     names = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
-    wanted = [name for name in names if name.startswith(needed)]
+    wanted = [name for name in names if name.startswith(needed) and not name.startswith(without)]
     _run(program, "apt-get", "-q", "download", *wanted, environment=environment, cwd=directory / "packages")
     return sorted((directory / "packages").glob("*.deb"))
 

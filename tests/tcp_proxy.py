@@ -14,8 +14,7 @@ class TcpProxy:
     answers wait (requests arrive)."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._to = (parts.hostname, parts.port)
+        self.lead_to(url)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: set[socket.socket] = set()
@@ -35,6 +34,11 @@ class TcpProxy:
         self._listener.close()
         self.release()
         self.cut()
+
+    def lead_to(self, url: str) -> None:
+        """Forward new connections to the server of another URL."""
+        parts = urlsplit(url)
+        self._to = (parts.hostname, parts.port)
 
     def hold(self) -> None:
         self.held.clear()

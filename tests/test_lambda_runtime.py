@@ -537,3 +537,28 @@ def test_the_disk_of_a_function_is_no_storage(ministack_s3, tmp_path, task):
         one.invoke({})
     assert "use s3-sqlite" in failed.value.error["errorMessage"]
     assert not list(os.scandir(tmp_path / "article")) if (tmp_path / "article").exists() else True
+
+
+@pytest.mark.parametrize("gateway", ["http-api", "function-url"])
+def test_where_nobody_signs_in_foreign_pages_change_nothing(instance, gateway):
+    """The gateway's own name decides; what the client writes into Host and the like does not."""
+    one = instance(auth={"mode": "none"}, cors=["https://app.example.org"])
+    own = http_event("GET", "/", gateway=gateway)["requestContext"]["domainName"]
+    made = one.request("POST", "/article", json_body=ARTICLE, gateway=gateway)
+    assert made.status == 201
+    path = made.headers["location"]
+    for page, status in [
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "https://evil.example", "host": "evil.example", "x-forwarded-host": "evil.example"}, 403),
+        ({"origin": f"http://{own}"}, 403),
+        ({"origin": "http://localhost:5173"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"origin": f"https://{own}"}, 200),
+        ({"origin": "https://app.example.org", "sec-fetch-site": "cross-site"}, 200),
+        ({}, 200),
+    ]:
+        title = {"title": json.dumps(page)}
+        assert one.request("PATCH", path, json_body=title, headers=page, gateway=gateway).status == status, page
+        assert one.request("GET", path, headers=page, gateway=gateway).status == 200
+    assert json.loads(one.request("GET", "/article/count", gateway=gateway).body) == {"count": 1}

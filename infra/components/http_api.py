@@ -9,7 +9,7 @@ from typing import Any
 import pulumi_aws as aws
 from pulumi import Output
 
-from app.settings import JwtAuth
+from app.settings import EXPOSED_HEADERS, JwtAuth
 from infra.choices import Domain
 from infra.components import Component, Stack
 from infra.components.function import ApiFunction
@@ -28,7 +28,6 @@ LOGGED = {
     "integration_error": "$context.integrationErrorMessage",
 }
 """One line a request, without path, query and addresses, as in the app's own log."""
-EXPOSED = ["etag", "location", "last-modified", "retry-after", "idempotency-replayed", "link"]
 
 
 def cors(origins: Sequence[str]) -> Any:
@@ -40,7 +39,7 @@ def cors(origins: Sequence[str]) -> Any:
         "allow_methods": ["*"],
         # Listed even for everybody: browsers take no "*" for Authorization.
         "allow_headers": ["authorization", "content-type", "idempotency-key", "if-match", "if-none-match"],
-        "expose_headers": EXPOSED,
+        "expose_headers": list(EXPOSED_HEADERS),
         "max_age": 3600,
     }
 

@@ -666,6 +666,7 @@ def test_the_program_reads_its_config_and_exports_what_the_app_reads(monkeypatch
             "storage",
             "storage_overrides",
             "stage",
+            "cors",
             "region",
             "api_url",
             "function_name",
