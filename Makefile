@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 LOCAL_DIR ?= .local
+MINUTES ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip insta
 UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-infra deploy run s3-rescue test pulumi s3-servers lint mutants bench package docs lock clean
+.PHONY: help setup setup-infra deploy run s3-rescue test pulumi s3-servers lint fuzz mutants bench package docs lock clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -48,6 +49,10 @@ lint: $(VENV)/.dev ## format, rules, types, direction of dependencies
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+fuzz: $(VENV)/.dev ## send the API what nobody expects, for MINUTES=10: by its description, and byte by byte
+	@FUZZ_EXAMPLES=$$(( 100 * $(MINUTES) )) FUZZ_SECONDS=$$(( 30 * $(MINUTES) )) FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
+	  $(BIN)/python -m pytest -n 2 -s tests/fuzz tests/http/test_schemathesis.py $(ARGS)
 
 mutants: $(VENV)/.dev ## planted defects that the suite must find (long; leaves the tree as it was)
 	@$(BIN)/python -m tests.mutants

@@ -25,7 +25,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response as HttpResponse
 
 from .autocrud.errors import CrudError
 from .autocrud.http import problems
@@ -148,6 +150,20 @@ class PageAnswers(CORSMiddleware):
             expose_headers=list(EXPOSED_HEADERS),
             max_age=PREFLIGHT_S,
         )
+
+    def preflight_response(self, request_headers: Headers) -> HttpResponse:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code == 200:
+            return answer
+        refusal = problems.response(
+            ForeignOrigin(
+                f"found the origin {request_headers['origin'][:MAX_QUOTED]!r} that asks for"
+                f" {request_headers['access-control-request-method'][:MAX_QUOTED]!r}; expected an origin that"
+                " CRUDSTACK_CORS or cors names, and a method that the API has"
+            )
+        )
+        kept = {name: value for name, value in answer.headers.items() if name.startswith(("vary", "access-control-"))}
+        return HttpResponse(refusal.body, refusal.status, kept, refusal.content_type.decode())
 
 
 class SafeAnswers:

@@ -138,6 +138,7 @@ async def test_a_question_of_a_browser_is_answered_without_signing_in():
         assert "PATCH" in answer.headers["access-control-allow-methods"]
         foreign = await one.options("/article/sun", headers=question | {"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in foreign.headers
+        assert (foreign.status_code, foreign.json()["type"]) == (403, "urn:crudstack:foreign-origin")
         # No browser sends the token on its own, so who has it may ask from anywhere.
         headers = {"authorization": f"Bearer {token}", "origin": "https://evil.example"}
         assert (await one.post("/article", json=ARTICLE, headers=headers)).status_code == 201
