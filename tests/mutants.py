@@ -14,6 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 STORES = ["tests/stores/test_conformance.py"]
 CRASH = ["tests/stores/test_crash.py"]
+BOUNDED = ["tests/http/test_bounded_work.py"]
+PATCHES = ["tests/http/test_json_patch.py"]
+PAGES = ["tests/test_foreign_pages.py"]
 HTTP = ["tests/http/test_routes.py"]
 S3 = ["tests/stores/test_s3_sqlite.py", "tests/stores/test_s3_simulation.py"]
 FORK = ["tests/stores/test_s3_fork.py", "tests/stores/test_s3_fork_simulation.py"]
@@ -312,7 +315,38 @@ MUTANTS = [
         "return True or await",
         ACCESS,
     ),
-    ("copies are not counted", H + "patching.py", "if left < 0:", "if False and left < 0:", HTTP),
+    ("copies are not counted", H + "json_patch.py", "if self._left < 0:", "if False:", BOUNDED),
+    (
+        "what copies make in objects is not counted",
+        H + "json_patch.py",
+        "if self._containers_left < 0:",
+        "if False:",
+        BOUNDED,
+    ),
+    ("a long list is moved whole", H + "json_patch.py", "len(container) <= LONG", "True", BOUNDED),
+    ("a patch shares its values", H + "json_patch.py", "return _decode(_encode(value))", "return value", PATCHES),
+    ("true is one", H + "json_patch.py", "return found is expected", "return bool(found == expected)", PATCHES),
+    (
+        "a difference has no bound",
+        H + "json_diff.py",
+        "if len(self._operations) > MAX_OPERATIONS:",
+        "if False:",
+        BOUNDED,
+    ),
+    ("names may stand twice", M + "codec.py", "if strings(body) == strings(", "if True or (", BOUNDED),
+    ("ETags have no end", H + "conditions.py", "if len(tags) == MAX_ETAGS:", "if False:", BOUNDED),
+    ("depth is not looked at", M + "json_shape.py", "if self.depth > MAX_DEPTH", "if False", BOUNDED),
+    ("what patches make has no bound", M + "operations.py", "self._grown > operation.max_bytes", "False", BOUNDED),
+    ("large work is done at once", M + "threads.py", "if size < HEAVY_BYTES:", "if True:", BOUNDED),
+    (
+        "a foreign origin may write",
+        "app/foreign_pages.py",
+        "return len(origins) > 1 or not",
+        "return False and not",
+        PAGES,
+    ),
+    ("another host name is served", "app/foreign_pages.py", "if self._asks_host and host", "if False and host", PAGES),
+    ("a site without an origin may write", "app/foreign_pages.py", 'in ("cross-site", "same-site")', "in ()", PAGES),
     ("a rejection is not confirmed", P + "committer.py", "if found is UNCHANGED:", "if True:", S3),
     (
         "a 304 counts while an own PUT may land",

@@ -144,6 +144,12 @@ class ConfigError(CrudError, ValueError):
     type, title, status = "misconfigured", "The service is misconfigured", 500
 
 
+class DataTooLarge(CrudError):
+    """What a patch would make of the data is larger than any body may be."""
+
+    type, title, status = "data-too-large", "The data would be too large", 413
+
+
 class MetadataTooLarge(CrudError):
     """Metadata and indexed fields travel in a log, which long ones would fill."""
 

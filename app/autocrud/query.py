@@ -35,6 +35,8 @@ SCALAR_OPS: tuple[Op, ...] = ("eq", "ne", "lt", "lte", "gt", "gte", *SET_OPS, *S
 MAX_LIMIT = 200
 MAX_CONDITIONS = 200
 MAX_VALUES = 1000
+MAX_NEEDLE = 1000
+"""UTF-8 bytes that `contains` looks for: stores compare them at every place of a text."""
 
 META_FIELDS: dict[str, Kind] = {
     name: kind_of(type_)
@@ -230,7 +232,10 @@ def resolve_compare(condition: Compare, fields: Mapping[str, Kind], parameter: s
             return Compare(name, condition.op, tuple(kind.key(element) for element in value))
         if value is None:
             raise ValueError("nothing compares with null; use is_null")
-        return Compare(name, condition.op, kind.key(value))
+        key = kind.key(value)
+        if condition.op == "contains" and isinstance(key, str) and (size := len(key.encode())) > MAX_NEEDLE:
+            raise ValueError(f"expected at most {MAX_NEEDLE} bytes to look for, got {size}")
+        return Compare(name, condition.op, key)
     except ValueError as error:
         raise invalid(parameter, str(error)) from None
 

@@ -481,7 +481,7 @@ def imported(unpacked):
 def test_unpacked_all_that_the_app_imports_is_there(python, unpacked):
     """Also from wheels of which parts were left out."""
     modules = {module for module in imported(unpacked) if module.partition(".")[0] not in DRIVERS}
-    assert {"apsw", "jsonpatch", "obstore.store"} <= modules
+    assert {"apsw", "mangum", "obstore.store"} <= modules
     program = f"import importlib\nfor name in {sorted(modules)}: importlib.import_module(name)\n"
     run(python, unpacked, program + "print('unpacked and running')")
 

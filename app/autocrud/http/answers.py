@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
@@ -57,7 +56,7 @@ def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple
 
 
 def projected(data: bytes, fields: list[str]) -> bytes:
-    return canonical_json(project(json.loads(data), fields))
+    return canonical_json(project(msgspec.json.decode(data), fields))
 
 
 def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:

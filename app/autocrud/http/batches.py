@@ -28,8 +28,9 @@ from ..resource_manager.operations import (
     Update,
 )
 from .conditions import parse_version
+from .json_patch import MAX_OPERATIONS
 from .options import check_revision
-from .patching import json_patch, merge_patch
+from .patching import GivenPatch, given_json_patch, merge_patch
 from .problems import PreconditionRequired
 
 
@@ -105,8 +106,13 @@ class Batch(Struct, forbid_unknown_fields=True):
 _decode = msgspec.json.Decoder(Batch).decode
 
 
-def parse(body: bytes, codec: Codec[Any], check_id: Any, *, require_if_match: bool) -> list[Operation]:
-    """The operations of a request body. `check_id` raises for ids that cannot be chosen over HTTP."""
+def parse(body: bytes, codec: Codec[Any], check_id: Any, max_body: int, *, require_if_match: bool) -> list[Operation]:
+    """The operations of a request body.
+
+    check_id          raises for ids that cannot be chosen over HTTP
+    max_body          bytes that patches may make of the data
+    require_if_match  whether all must say which state they mean to change
+    """
     parse_json(body)  # for keys that stand twice
     try:
         batch = _decode(body)
@@ -115,10 +121,28 @@ def parse(body: bytes, codec: Codec[Any], check_id: Any, *, require_if_match: bo
     if not 1 <= len(batch.operations) <= MAX_BATCH:
         detail = f"expected 1 to {MAX_BATCH} operations, got {len(batch.operations)}"
         raise InvalidData(detail, (Fault("/operations", detail),))
-    return [_parsed(at, given, codec, check_id, require_if_match) for at, given in enumerate(batch.operations)]
+    patches = [given.patch for given in batch.operations if isinstance(given, PatchOperation)]
+    steps = sum(len(patch) for patch in patches if isinstance(patch, list))
+    if steps > MAX_OPERATIONS:
+        detail = f"expected at most {MAX_OPERATIONS} operations of JSON Patch in a batch, got {steps}"
+        raise InvalidData(detail, (Fault("/operations", detail),))
+    # How much of the body is which patch's is not known any more: an equal part of it each.
+    size = len(body) // len(batch.operations)
+    return [
+        _parsed(at, given, codec, check_id, size, max_body, require_if_match)
+        for at, given in enumerate(batch.operations)
+    ]
 
 
-def _parsed(at: int, given: AnyOperation, codec: Codec[Any], check_id: Any, require_if_match: bool) -> Operation:
+def _parsed(
+    at: int,
+    given: AnyOperation,
+    codec: Codec[Any],
+    check_id: Any,
+    size: int,
+    max_body: int,
+    require_if_match: bool,
+) -> Operation:
     try:
         if isinstance(given, CreateOperation):
             if given.id is not None:
@@ -126,12 +150,12 @@ def _parsed(at: int, given: AnyOperation, codec: Codec[Any], check_id: Any, requ
             return Create(_document(given.data, codec), given.id, given.status)
         if given.if_match is None and require_if_match:
             raise PreconditionRequired("send the ETag of the state you mean to change as if_match")
-        return _on_existing(given, codec)
+        return _on_existing(given, codec, size, max_body)
     except CrudError as error:
         raise located(error, at) from None
 
 
-def _on_existing(given: Any, codec: Codec[Any]) -> Operation:
+def _on_existing(given: Any, codec: Codec[Any], size: int, max_body: int) -> Operation:
     on: dict[str, Any] = {"resource_id": given.id, "expect": _expect(given.if_match)}
     match given:
         case UpdateOperation(data=data, status=status):
@@ -141,8 +165,9 @@ def _on_existing(given: Any, codec: Codec[Any]) -> Operation:
         case PatchOperation(patch=patch, mode=mode, status=status):
             if mode == "modify" and status != "stable":
                 raise InvalidData("modify keeps the status", (Fault("/status", "modify keeps the status"),))
-            apply = merge_patch(patch) if isinstance(patch, dict) else json_patch(patch)
-            return Patch(**on, apply=apply, mode=mode, status=status)
+            is_merge = isinstance(patch, dict)
+            how = GivenPatch(merge_patch(patch), size) if is_merge else given_json_patch(patch, size)
+            return Patch(**on, apply=how.apply, size=how.size, max_bytes=max_body, mode=mode, status=status)
         case SwitchOperation(revision=revision):
             check_revision(revision)
             return Switch(**on, revision=revision)

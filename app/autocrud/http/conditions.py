@@ -10,7 +10,9 @@ from .messages import Request
 from .problems import PreconditionRequired
 
 _ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+_COMMA = re.compile(r"\s*(?:(,)\s*|\Z)")
 _VERSION = re.compile(r"([0-9]{1,18})-([0-9a-f]{16})")
+MAX_ETAGS = 100
 NO_STATE = Version(-1, "")  # what an ETag that is none of ours names: no resource is ever in it
 
 
@@ -19,19 +21,22 @@ class InvalidCondition(InvalidQuery):
 
 
 def etags(header: str) -> list[tuple[bool, str]]:
-    """The entity tags of a header as (weak, opaque). InvalidCondition if it is no list of them."""
-    tags, at = [], 0
+    """The entity tags of a header as (weak, opaque). InvalidCondition if it is no list of them, or a long one."""
+    tags: list[tuple[bool, str]] = []
+    at = 0
     while True:
         match = _ETAG.match(header, at)
         if match is None:
             raise InvalidCondition(f'expected * or a list of ETags like "1-0123456789abcdef", got {header[:100]!r}')
+        if len(tags) == MAX_ETAGS:
+            raise InvalidCondition(f"expected at most {MAX_ETAGS} ETags")
         tags.append((match[1] is not None, match[2]))
-        rest = header[match.end() :].lstrip()
-        if not rest:
-            return tags
-        if not rest.startswith(","):
+        rest = _COMMA.match(header, match.end())
+        if rest is None:
             raise InvalidCondition(f"expected a comma between ETags, got {header[:100]!r}")
-        at = len(header) - len(rest[1:].lstrip())
+        if not rest[1]:
+            return tags
+        at = rest.end()
 
 
 def version_of(opaque: str) -> Version:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from ..access import ANONYMOUS
-from ..errors import CrudError, Fault, InvalidQuery
+from ..errors import CrudError, Fault, InvalidData, InvalidQuery
 from ..resource_manager.caller import Caller
+from ..resource_manager.json_shape import EXPECTED_SHAPE, misshapen
+from ..resource_manager.threads import heavy
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -17,11 +19,18 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 JSON = b"application/json"
 
 
+MAX_QUERY = 32 * 1024
+"""Bytes of a query string."""
+MAX_PARAMETERS = 1000
 _ANYBODY = Caller(ANONYMOUS.name)
 
 
 class BodyTooLarge(CrudError):
     type, title, status = "body-too-large", "The body is too large", 413
+
+
+class QueryTooLong(CrudError):
+    type, title, status = "query-too-long", "The query string is too long", 414
 
 
 class UnsupportedMediaType(CrudError):
@@ -98,7 +107,16 @@ class Request:
     async def body(self, *content_types: str) -> bytes:
         """The whole body. UnsupportedMediaType unless it is of one of these types (none sent counts as JSON)."""
         self.content_type(*content_types)
+        if (coding := self.header(b"content-encoding")) is not None and coding.strip().lower() != "identity":
+            raise UnsupportedMediaType(f"expected a body without Content-Encoding, got {coding[:60]!r}")
         return await self.raw_body()
+
+    async def json(self, *content_types: str) -> bytes:
+        """The whole body, as `body` gives it. InvalidData if it holds more than a JSON text may."""
+        found = await self.body(*content_types)
+        if (too_much := await heavy(len(found), lambda: misshapen(found))) is not None:
+            raise InvalidData(f"the body {too_much}; {EXPECTED_SHAPE}", (Fault("", too_much),))
+        return found
 
     async def raw_body(self) -> bytes:
         """The whole body, whatever its type."""
@@ -137,13 +155,17 @@ class Request:
 
 
 def parse_parameters(raw: bytes) -> list[tuple[str, str]]:
-    """The parameters of a query string. InvalidQuery if it is not UTF-8."""
+    """The parameters of a query string. QueryTooLong, or InvalidQuery if it is not UTF-8."""
     if not raw:
         return []
+    if len(raw) > MAX_QUERY:
+        raise QueryTooLong(f"the query string has {len(raw)} bytes; expected at most {MAX_QUERY}")
+    if (count := raw.count(b"&") + 1) > MAX_PARAMETERS:
+        raise InvalidQuery(f"the query string has {count} parameters; expected at most {MAX_PARAMETERS}")
     try:
-        return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=1000)
+        return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict")
     except ValueError:
-        raise InvalidQuery("the query string is not percent-encoded UTF-8, or has over 1,000 parameters") from None
+        raise InvalidQuery("the query string is not percent-encoded UTF-8") from None
 
 
 def bad_parameter(name: str, detail: str) -> InvalidQuery:

@@ -7,8 +7,7 @@ and its errors are problem details whatever it was mounted on.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -19,13 +18,16 @@ from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
 from ..errors import ConfigError, CrudError
 from ..query import And, Filter, Query
 from ..resource_manager.basic import Page, RevisionInfo
-from ..resource_manager.codec import invalid_data, parse_json
+from ..resource_manager.codec import Document, invalid_data, parse_json
 from ..resource_manager.core import Bounds, Caller, Resource, ResourceManager
 from ..resource_manager.operations import ACTIONS, Expected
+from ..resource_manager.threads import heavy
 from . import batches, conditions, patching, problems, searching
 from .answers import envelope, etag, how_many_fit, page_response, projected, resource_response
 from .guard import PRINCIPAL, Authenticate, principal
+from .json_diff import diff
 from .messages import (
+    BodyTooLarge,
     ClientGone,
     Receive,
     Request,
@@ -67,6 +69,9 @@ class SwitchBody(Struct, forbid_unknown_fields=True):
     revision: int
 
 
+MAX_SWITCH = 1000
+MAX_REMEMBERED = 1000
+"""Bytes of a query string whose meaning is remembered."""
 _decode_switch = msgspec.json.Decoder(SwitchBody).decode
 
 
@@ -112,9 +117,7 @@ class ModelRoutes:
         }
         self._revision: Doors = {"GET": Door("read", self._get_revision)}
         # What a query string means does not change, and clients ask for the same few lists again and again.
-        self._parse = functools.lru_cache(maxsize=512)(
-            lambda raw: searching.parse_search(parse_parameters(raw), manager.codec, manager.name)
-        )
+        self._parse_known = functools.lru_cache(maxsize=512)(self._parse_anew)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         rest = scope["path_params"].get("rest")
@@ -211,14 +214,24 @@ class ModelRoutes:
             f"the answer has {len(response.body)} bytes, too many to be sent; ask for less of it, by fields= where there is that"
         )
 
+    async def _document(self, request: Request) -> Document[Any]:
+        body = await request.json()
+        return await heavy(len(body), lambda: self._manager.codec.parse(body))
+
     # The collection
 
     async def _create(self, request: Request) -> Response:
         status = parse_status(request.options("status"))
-        document = self._manager.codec.parse(await request.body())
+        document = await self._document(request)
         created = await self._manager.create(document, status=status, by=request.by)
         location = f"{request.path}/{created.meta.resource_id}".encode("latin-1")
         return resource_response(created, 201, ((b"location", location),))
+
+    def _parse_anew(self, raw: bytes) -> searching.Search:
+        return searching.parse_search(parse_parameters(raw), self._manager.codec, self._manager.name)
+
+    def _parse(self, raw: bytes) -> searching.Search:
+        return self._parse_known(raw) if len(raw) <= MAX_REMEMBERED else self._parse_anew(raw)
 
     async def _list(self, request: Request) -> Response:
         search = self._parse(request.scope["query_string"])
@@ -235,20 +248,24 @@ class ModelRoutes:
                 if search.fields is None:
                     items = [b'{"meta":%b}' % hit.document for hit in hits.items]
                 else:
-                    items = [envelope(hit.document, projected(hit.shown, search.fields)) for hit in hits.items]
+                    items = await self._projected([(hit.document, hit.shown) for hit in hits.items], search.fields)
             else:
                 page = await self._manager.search_json(query)
                 next_ = page.next
                 if search.fields is None:
                     items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
                 else:
-                    items = [envelope(meta, projected(data, search.fields)) for meta, data in page.items]
+                    items = await self._projected(page.items, search.fields)
             fitting = how_many_fit(items)
             if fitting == len(items):
                 break
             query = replace(query, limit=fitting)  # again, for the cursor that stands after the last one that fits
         cursor = None if next_ is None else searching.encode_cursor(next_, search.cursor_scope)
         return page_response(request, items, cursor)
+
+    async def _projected(self, found: Sequence[tuple[bytes, bytes]], fields: list[str]) -> list[bytes]:
+        size = sum(len(data) for _, data in found)
+        return await heavy(size, lambda: [envelope(meta, projected(data, fields)) for meta, data in found])
 
     async def _count(self, request: Request) -> Response:
         query = searching.parse_count(request.parameters(), self._manager.codec)
@@ -257,8 +274,12 @@ class ModelRoutes:
 
     async def _batch(self, request: Request) -> Response:
         request.options()
-        operations = batches.parse(
-            await request.body(), self._manager.codec, check_id, require_if_match=self._require_if_match
+        body, codec = await request.json(), self._manager.codec
+        operations = await heavy(
+            len(body),
+            lambda: batches.parse(
+                body, codec, check_id, self._policy.max_body, require_if_match=self._require_if_match
+            ),
         )
         await self._allow(request, *dict.fromkeys(ACTIONS[type(operation)] for operation in operations))
         try:
@@ -288,7 +309,8 @@ class ModelRoutes:
             return unchanged
         if "fields" in options:
             fields = searching.parse_fields(options["fields"], self._manager.codec)
-            shown = Resource(self._manager.codec, resource.meta, projected(resource.json, fields), resource.info)
+            data = await heavy(len(resource.json), lambda: projected(resource.json, fields))
+            shown = Resource(self._manager.codec, resource.meta, data, resource.info)
             return resource_response(shown, 200)
         return resource_response(resource, 200)
 
@@ -299,7 +321,8 @@ class ModelRoutes:
             return unchanged
         body = resource.json
         if "fields" in options:
-            body = projected(body, searching.parse_fields(options["fields"], self._manager.codec))
+            whole, fields = body, searching.parse_fields(options["fields"], self._manager.codec)
+            body = await heavy(len(whole), lambda: projected(whole, fields))
         return Response(200, body, (etag(resource.meta),))
 
     async def _read(self, request: Request, options: dict[str, str]) -> tuple[Resource[Any], Response | None]:
@@ -321,7 +344,7 @@ class ModelRoutes:
         options = request.options("status", "mode")
         modify = parse_mode(options)
         status = parse_status(options)
-        document = self._manager.codec.parse(await request.body())
+        document = await self._document(request)
         if creates:
             if modify:
                 raise bad_parameter("mode", "what is not there cannot be modified")
@@ -340,11 +363,14 @@ class ModelRoutes:
         mode: Literal["modify", "update"] = "modify" if parse_mode(options) else "update"
         status = parse_status(options)
         media = request.content_type(*patching.PATCH_TYPES)
-        apply = patching.parse(await request.body(*patching.PATCH_TYPES), media)
+        body = await request.json(*patching.PATCH_TYPES)
+        patch = patching.given(body, media)
         resource_id, expect = self._target(request)
         changed = await self._manager.patch(
             resource_id,
-            apply,
+            patch.apply,
+            size=patch.size,
+            max_bytes=self._policy.max_body,
             expect=expect,
             mode=mode,
             status=status,
@@ -366,6 +392,8 @@ class ModelRoutes:
     async def _switch(self, request: Request) -> Response:
         request.options()
         body = await request.body()
+        if len(body) > MAX_SWITCH:
+            raise BodyTooLarge(f'expected {{"revision": NUMBER}} of at most {MAX_SWITCH} bytes, got {len(body)}')
         parse_json(body)
         try:
             revision = _decode_switch(body).revision
@@ -434,14 +462,16 @@ class ModelRoutes:
         if "from" not in options:
             raise bad_parameter("from", "expected the number of a revision; `to` defaults to the current one")
         include_deleted = include_deleted_of(options)
-        trees = []
+        bodies = []
         for name in ("from", "to"):
             revision = integer(name, options[name], 1, MAX_REVISION) if name in options else None
             found = await self._manager.get(
                 resource_id, revision=revision, include_deleted=include_deleted, within=sight(request.by)
             )
-            trees.append(json.loads(found.json))
-        return Response(200, _encode(patching.diff(*trees)), (), patching.JSON_PATCH.encode())
+            bodies.append(found.json)
+        old, new = bodies
+        patch = await heavy(len(old) + len(new), lambda: _encode(diff(old, new)))
+        return Response(200, patch, (), patching.JSON_PATCH.encode())
 
 
 def sight(by: Caller) -> Filter | None:

@@ -43,6 +43,7 @@ LIST_VALUED = ("sort", "fields")
 OPS = frozenset(get_args(Op))
 DEFAULT_LIMIT = 50
 MAX_SORT_KEYS = 8
+MAX_FIELDS = 100
 
 _CONDITION = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<op>[a-z_]+)\])?")
 _PARTS = re.compile(r"((?:[^\\,]|\\.)*)(?:,|$)", re.DOTALL)
@@ -88,7 +89,9 @@ def _include_deleted(parameters: dict[str, str], conditions: list[Compare]) -> b
 
 def parse_fields(text: str, codec: Codec[Any]) -> list[str]:
     """The paths of `fields=a,b.c`; all must be there in the model."""
-    paths = text.split(",")
+    paths = list(dict.fromkeys(text.split(",")))
+    if len(paths) > MAX_FIELDS:
+        raise bad_parameter("fields", f"expected at most {MAX_FIELDS} fields, got {len(paths)}")
     for path in paths:
         if not codec.has_path(path):
             raise bad_parameter("fields", f"the model has no field {path[:100]!r}")
@@ -160,10 +163,10 @@ def split(text: str) -> list[str]:
 def _sort(text: str | None, codec: Codec[Any]) -> tuple[Sort, ...]:
     if text is None:
         return ()
-    keys = [resolve_sort(Sort.of(part), codec.fields) for part in text.split(",")]
-    if len(keys) > MAX_SORT_KEYS:
-        raise invalid("sort", f"expected at most {MAX_SORT_KEYS} keys")
-    return tuple(keys)
+    parts = text.split(",")
+    if len(parts) > MAX_SORT_KEYS:
+        raise invalid("sort", f"expected at most {MAX_SORT_KEYS} keys, got {len(parts)}")
+    return tuple(resolve_sort(Sort.of(part), codec.fields) for part in parts)
 
 
 def _all(conditions: Sequence[Filter]) -> Filter | None:

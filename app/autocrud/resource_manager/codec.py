@@ -23,6 +23,7 @@ from msgspec import UNSET
 from ..errors import ConfigError, Fault, InvalidData
 from ..values import Kind, kind_of
 from .basic import Encoding, IndexedField, IndexEntry
+from .json_shape import strings
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class Codec(Generic[T]):
             data = self._json.decode(body)
             canonical = canonical_json(data)
             if canonical != body and not self._unknown.surely_none(body):
-                faults = tuple(itertools.islice(self._unknown.faults(_strict_json(body.decode())), MAX_FAULTS))
+                faults = tuple(itertools.islice(self._unknown.faults(_decode_strictly(body)), MAX_FAULTS))
                 if faults:
                     raise InvalidData(f"the data has fields that {self.model.__name__} does not have", faults)
         except msgspec.ValidationError as error:
@@ -216,11 +217,19 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _strict_json = json.JSONDecoder(object_pairs_hook=_distinct).decode
 
 
+def _decode_strictly(body: bytes) -> Any:
+    """Return a tree of JSON. Raises InvalidData if a key stands twice in one object, msgspec.DecodeError for what is no JSON.
+
+    Of keys that stand twice msgspec keeps one. So if the tree has all strings of the text, there was none.
+    """
+    tree = msgspec.json.decode(body)  # no NaN, UTF-8 only
+    return tree if strings(body) == strings(msgspec.json.encode(tree)) else _strict_json(body.decode())
+
+
 def parse_json(body: bytes) -> Any:
     """JSON from outside that has no model: a patch, or an envelope. InvalidData."""
     try:
-        msgspec.json.decode(body)  # stricter than json: no NaN, UTF-8 only
-        return _strict_json(body.decode())
+        return _decode_strictly(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _not_json(error, body) from None
     except RecursionError:

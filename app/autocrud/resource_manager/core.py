@@ -309,13 +309,24 @@ class ResourceManager(Generic[T]):
         resource_id: str,
         apply: Callable[[Any], Any],
         *,
+        size: int = 0,
+        max_bytes: int | None = None,
         expect: Expected | None = None,
         mode: Literal["update", "modify"] = "update",
         status: Status = "stable",
         by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
-        """Update or modify with what `apply` makes of the current data as a JSON tree."""
-        return await self._one(Patch(resource_id=resource_id, expect=expect, apply=apply, mode=mode, status=status), by)
+        """Update or modify with what `apply` makes of the current data as a JSON tree. `size` and `max_bytes`: see Patch."""
+        patch = Patch(
+            resource_id=resource_id,
+            expect=expect,
+            apply=apply,
+            size=size,
+            max_bytes=max_bytes,
+            mode=mode,
+            status=status,
+        )
+        return await self._one(patch, by)
 
     async def publish(
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS

@@ -26,6 +26,7 @@ from uuid_utils import uuid7
 from ..access import Action, Forbidden
 from ..errors import (
     CrudError,
+    DataTooLarge,
     Fault,
     InvalidData,
     ResourceDeleted,
@@ -38,6 +39,8 @@ from .basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Sta
 from .bounds import Bounds, holds
 from .checks import check_expectation, missing, storable_number
 from .codec import Codec, Document, canonical_json
+from .json_shape import EXPECTED_SHAPE, misshapen
+from .threads import heavy
 
 T = TypeVar("T")
 
@@ -84,6 +87,10 @@ class Patch(OnExisting, frozen=True, kw_only=True):
     """Apply a function of JSON trees to the current data, then update or modify. The function may change its argument."""
 
     apply: Callable[[Any], Any]
+    size: int = 0
+    """Bytes of the patch, and of what it may make, as far as that is known: what applying it costs."""
+    max_bytes: int | None = None
+    """Of the data in JSON that it may make: larger data is taken only if it was larger before."""
     mode: Literal["update", "modify"] = "update"
     status: Status = "stable"
 
@@ -152,6 +159,7 @@ class Plan(Generic[T]):
         self._storage, self._codec = storage, codec
         self._schema_version, self._retention = schema_version, retention
         self._by, self._now, self._bounds = by, now, bounds
+        self._grown = 0  # bytes that patches made
         self._states: dict[str, State | None] = {}
         self._records: dict[tuple[str, int], RevisionInfo] = {}
 
@@ -307,10 +315,25 @@ class Plan(Generic[T]):
         return self._write(meta, new, record, document, (meta.uid,))
 
     async def _patched(self, state: State, operation: Patch) -> Document[T]:
+        before = await self.json(state)
+        document = await heavy(len(before) + operation.size, lambda: self._apply(operation, before))
+        self._grown += max(0, len(document.json) - len(before))
+        if operation.max_bytes is not None and self._grown > operation.max_bytes:
+            raise DataTooLarge(f"the patches make more than {operation.max_bytes} bytes; send fewer of them at once")
+        return document
+
+    def _apply(self, operation: Patch, before: bytes) -> Document[T]:
+        """Return what a patch makes of data in JSON."""
         try:
-            return self._codec.parse(canonical_json(operation.apply(decode_json(await self.json(state)))))
+            after = canonical_json(operation.apply(decode_json(before)))
         except RecursionError:
             raise InvalidData("the patched data is nested too deeply", (Fault("", "nested too deeply"),)) from None
+        most = operation.max_bytes
+        if most is not None and len(after) > max(most, len(before)):
+            raise DataTooLarge(f"the patched data has {len(after)} bytes; expected at most {most}")
+        if (found := misshapen(after)) is not None and misshapen(before) is None:
+            raise InvalidData(f"the patched data {found}; {EXPECTED_SHAPE}", (Fault("", found),))
+        return self._codec.parse(after)
 
     async def _publish(self, state: State) -> State:
         meta = state.meta
