@@ -24,6 +24,7 @@ from .http.routes import Policy
 from .resource_manager.basic import Encoding, IndexedField
 from .resource_manager.codec import Codec
 from .resource_manager.core import ResourceManager
+from .resource_manager.limits import MAX_SCHEMA_VERSION
 from .resource_manager.operations import Retention
 from .resource_manager.storage_factory import IStorageFactory, MemoryStorageFactory
 
@@ -126,8 +127,10 @@ class AutoCRUD:
             raise ConfigError(f"{name!r} cannot name a model: a route has this name; pass another one as name=")
         if name.lower() in {other.lower() for other in self._managers}:
             raise ConfigError(f"there is a model {name!r} already; pass another name as name=")
-        if not isinstance(schema_version, int) or schema_version < 1:
-            raise ConfigError(f"schema_version: expected a whole number from 1, got {schema_version!r}")
+        if not isinstance(schema_version, int) or not 1 <= schema_version <= MAX_SCHEMA_VERSION:
+            raise ConfigError(
+                f"schema_version: expected a whole number from 1 to {MAX_SCHEMA_VERSION}, got {schema_version!r}"
+            )
         codec = Codec(model, indexed_fields)
         for field in codec.fields:
             if field in searching.LIST_PARAMETERS or field == "meta" or field.startswith("meta."):

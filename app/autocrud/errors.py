@@ -151,7 +151,7 @@ class DataTooLarge(CrudError):
 
 
 class MetadataTooLarge(CrudError):
-    """Metadata and indexed fields travel in a log, which long ones would fill."""
+    """The indexed fields of a resource, or the items of an indexed list, would become more than a store takes; nothing was changed."""
 
     type, title, status = "metadata-too-large", "The metadata and indexed fields are too large", 413
 

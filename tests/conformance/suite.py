@@ -53,6 +53,7 @@ from app.autocrud.resource_manager.operations import (
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 
 from . import reference
+from .limits import DurableLimitsConformance, LimitsConformance
 from .model import INDEXED, Clock, Failing, FailingCall, Item, Stricter, drop_entries, manage
 from .strategies import SAMPLES, items, queries
 
@@ -67,7 +68,7 @@ def version_of(meta) -> Version:
     return Version(meta.version, meta.nonce)
 
 
-class StorageConformance:
+class StorageConformance(LimitsConformance):
     durable: ClassVar[bool] = False
     shares: ClassVar[bool] = False  # whether two storages that `make` makes in one process are one
 
@@ -799,7 +800,7 @@ class StorageConformance:
             await manager.storage.meta_store.advance_generation()
 
 
-class DurableConformance(StorageConformance):
+class DurableConformance(DurableLimitsConformance, StorageConformance):
     """For storages that keep what they acknowledged."""
 
     durable: ClassVar[bool] = True

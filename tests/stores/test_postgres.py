@@ -8,6 +8,7 @@ import os
 import random
 import socket
 from pathlib import Path
+from unittest import mock
 from urllib.parse import urlsplit
 
 import psycopg
@@ -15,7 +16,15 @@ import pytest
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Encoding, Query, field
-from app.autocrud.errors import ConfigError, InvalidData, StoreUnavailable, UniqueConflict, WriteContention
+from app.autocrud.errors import (
+    ConfigError,
+    InvalidData,
+    MetadataTooLarge,
+    StoreUnavailable,
+    UniqueConflict,
+    WriteContention,
+)
+from app.autocrud.resource_manager import operations
 from app.autocrud.resource_manager.basic import IndexedField, IStorage
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage, Update
 from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
@@ -166,6 +175,20 @@ async def test_a_commit_is_one_round_trip(postgres, name, monkeypatch):
         sent.clear()
         await call()
         assert len(sent) == expected, sent
+    await manager.close()
+
+
+async def test_an_index_entry_that_is_too_long_is_no_unavailable_store(postgres, name):
+    """Only an id that an earlier program took can be so long."""
+    manager = manager_of(postgres, name)
+    with mock.patch.object(operations, "check_new_id", return_value=None):
+        await manager.create(Note("a"), resource_id="".join(random.Random(1).choices("abcdefghijklmnop", k=2000)))
+    (meta,) = [meta async for meta in manager.storage.scan()]
+    long = "".join(map(chr, random.Random(2).choices(range(0x10000, 0x110000), k=256)))
+    with pytest.raises(MetadataTooLarge, match=r"shorten the text; nothing was changed$"):
+        await manager.update(meta.resource_id, Note(long))
+    await manager.update(meta.resource_id, Note("b"))
+    assert await manager.count(Query(where=field("text").eq("b"))) == 1
     await manager.close()
 
 

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..access import Principal, Unauthenticated
-from ..resource_manager.checks import storable_id
+from ..errors import InvalidData
+from ..resource_manager.checks import check_name
 from . import problems
 from .messages import Receive, Request, Scope, Send
 
@@ -15,7 +16,6 @@ Authenticate = Callable[[Request], Principal | Awaitable[Principal]]
 """Says who asks, or raises Unauthenticated. It sees the headers and the scope, not the body."""
 
 PRINCIPAL = "crudstack.principal"
-MAX_NAME = 256
 
 
 async def principal(authenticate: Authenticate, scope: Scope, receive: Receive) -> Principal:
@@ -26,12 +26,12 @@ async def principal(authenticate: Authenticate, scope: Scope, receive: Receive) 
         found = await given if inspect.isawaitable(given) else given
         if not isinstance(found, Principal):
             raise TypeError(f"authenticate answered {type(found).__name__}; expected a Principal")
-        if not 1 <= len(found.name) <= MAX_NAME:
-            raise Unauthenticated(f"the name of who asks has {len(found.name)} characters; expected 1 to {MAX_NAME}")
+        if not found.name:
+            raise Unauthenticated("the name of the caller is empty, expected at least one character")
         try:
-            storable_id(found.name)
-        except ValueError:
-            raise Unauthenticated("the name of who asks holds characters that cannot be stored") from None
+            check_name(found.name)
+        except InvalidData as error:
+            raise Unauthenticated(error.detail) from None
         scope[PRINCIPAL] = found
     return found
 

@@ -119,7 +119,7 @@ ERRORS = {
     409: "The state, or a unique value of another resource, does not allow it",
     410: "The resource is deleted",
     412: "The resource is not in the expected state",
-    413: "The body is too large",
+    413: "The body, or what is indexed of it, is too large",
     415: "This content type is not taken here",
     422: "The body does not fit",
     428: "If-Match is required",

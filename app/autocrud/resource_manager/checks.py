@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import (
     ConfigError,
     Fault,
+    InvalidData,
     ResourceNotFound,
     StoreDamaged,
     StoreUnavailable,
@@ -12,6 +13,7 @@ from ..errors import (
     VersionConflict,
 )
 from .basic import Expect, Version
+from .limits import MAX_ID, MAX_NAME
 
 
 def storable_id(resource_id: str) -> str:
@@ -24,6 +26,25 @@ def storable_id(resource_id: str) -> str:
         except UnicodeEncodeError:
             raise ValueError("an id cannot hold unpaired surrogates") from None
     return resource_id
+
+
+def check_new_id(resource_id: str) -> None:
+    """Raise InvalidData if a storable id is too long for a new resource."""
+    if len(resource_id) > MAX_ID // 4 and (size := len(resource_id.encode())) > MAX_ID:
+        found = f"takes {size} bytes in UTF-8, expected at most {MAX_ID}"
+        raise InvalidData(f"the id of a new resource {found}: choose a shorter one", (Fault("/id", found),))
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidData unless every store can hold the name of a caller."""
+    if not isinstance(name, str):
+        raise InvalidData(f"the name of a caller is a {type(name).__name__}, expected a str")
+    try:
+        storable_id(name)
+    except ValueError:
+        raise InvalidData("the name of a caller holds NUL or an unpaired surrogate, expected text without") from None
+    if len(name) > MAX_NAME // 4 and (size := len(name.encode())) > MAX_NAME:
+        raise InvalidData(f"the name of a caller takes {size} bytes in UTF-8, expected at most {MAX_NAME}")
 
 
 def storable_number(revision: int) -> int:

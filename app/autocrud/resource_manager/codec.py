@@ -24,6 +24,7 @@ from ..errors import ConfigError, Fault, InvalidData
 from ..values import Kind, kind_of
 from .basic import Encoding, IndexedField, IndexEntry
 from .json_shape import strings
+from .limits import MAX_FIELDS
 
 T = TypeVar("T")
 
@@ -62,6 +63,10 @@ class Codec(Generic[T]):
             raise ConfigError(f"{model!r} cannot be a model: expected a msgspec Struct, a dataclass or a TypedDict")
         if isinstance(info, msgspec.inspect.StructType) and info.array_like:
             raise ConfigError(f"{model.__name__} cannot be a model: its data must be a JSON object, not array_like")
+        if len(indexed_fields) > MAX_FIELDS:
+            raise ConfigError(
+                f"{model.__name__} has {len(indexed_fields)} indexed fields, expected at most {MAX_FIELDS}: index fewer"
+            )
         self._unknown = _UnknownFields(info)
         self._paths = [_Path(model, given) for given in map(_indexed_field, indexed_fields)]
         self.fields: Mapping[str, Kind] = {path.name: path.kind for path in self._paths}

@@ -37,10 +37,11 @@ from ..errors import (
 from ..query import Filter
 from .basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Status, Version, Write
 from .bounds import Bounds, holds
-from .checks import check_expectation, missing, storable_number
+from .checks import check_expectation, check_new_id, missing, storable_number
 from .codec import Codec, Document, canonical_json
 from .json_shape import EXPECTED_SHAPE, misshapen
 from .threads import heavy
+from .limits import check_index, may_exceed
 
 T = TypeVar("T")
 
@@ -205,7 +206,7 @@ class Plan(Generic[T]):
             raise deleted(meta.resource_id)
         match operation:
             case Update():
-                return self._append(
+                return await self._append(
                     state, self._codec.accept(operation.data), operation.status, await self._expired(meta, adding=1)
                 )
             case Modify():
@@ -214,7 +215,7 @@ class Plan(Generic[T]):
                 document = await self._patched(state, operation)
                 if operation.mode == "modify":
                     return await self._replace(state, document)
-                return self._append(state, document, operation.status, await self._expired(meta, adding=1))
+                return await self._append(state, document, operation.status, await self._expired(meta, adding=1))
             case Publish():
                 return await self._publish(state)
             case Switch():
@@ -250,6 +251,8 @@ class Plan(Generic[T]):
             resource_id = str(uuid7())
         elif await self._state(resource_id) is not None:
             raise VersionConflict(f"resource {resource_id!r} exists already")
+        else:
+            check_new_id(resource_id)
         uid, digest, encoding = self._storage.new_uid(), document.hash, self._storage.encoding
         meta = ResourceMeta(
             resource_id=resource_id,
@@ -268,14 +271,16 @@ class Plan(Generic[T]):
             created_by=self._by,
             updated_by=self._by,
         )
-        return self._write(None, meta, self._new_record(meta, parent=None), document)
+        index = await self._index(resource_id, document, None)
+        return self._write(None, meta, self._new_record(meta, parent=None), document, index=index)
 
-    def _append(self, state: State, document: Document[T], status: Status, drop: tuple[str, ...]) -> State:
+    async def _append(self, state: State, document: Document[T], status: Status, drop: tuple[str, ...]) -> State:
         meta = state.meta
         digest = document.hash
         if digest == meta.data_hash:
             state.json = document.json
             return state
+        index = await self._index(meta.resource_id, document, state)
         number = meta.total_revision_count + 1
         new = self._next(
             meta,
@@ -287,7 +292,7 @@ class Plan(Generic[T]):
             data_hash=digest,
             encoding=self._storage.encoding,
         )
-        return self._write(meta, new, self._new_record(new, parent=meta.revision), document, drop)
+        return self._write(meta, new, self._new_record(new, parent=meta.revision), document, drop, index=index)
 
     async def _replace(self, state: State, document: Document[T]) -> State:
         meta = state.meta
@@ -299,6 +304,7 @@ class Plan(Generic[T]):
         if digest == meta.data_hash:
             state.json = document.json
             return state
+        index = await self._index(meta.resource_id, document, state)
         encoding = self._storage.encoding
         new = self._next(
             meta, uid=self._storage.new_uid(), data_hash=digest, encoding=encoding, schema_version=self._schema_version
@@ -312,7 +318,15 @@ class Plan(Generic[T]):
             updated_time=new.updated_time,
             updated_by=self._by,
         )
-        return self._write(meta, new, record, document, (meta.uid,))
+        return self._write(meta, new, record, document, (meta.uid,), index=index)
+
+    async def _index(self, resource_id: str, document: Document[T], before: State | None) -> IndexEntry:
+        """Return what new data is found by. Raises MetadataTooLarge if it is larger than `limits` allow after `before`."""
+        entry = self._codec.index(document.data)
+        if may_exceed(entry):
+            old = None if before is None else self._codec.index_kept(decode_json(await self.json(before)))
+            check_index(resource_id, entry, old)
+        return entry
 
     async def _patched(self, state: State, operation: Patch) -> Document[T]:
         before = await self.json(state)
@@ -466,7 +480,6 @@ class Plan(Generic[T]):
         body = None
         if document is not None:
             body, json = self._codec.encode(document, meta.encoding), document.json
-            index = self._codec.index(document.data)
         change = Change(
             meta=meta,
             record=record,

@@ -14,6 +14,10 @@ Invariants:
   `Findings.healed` in the store says that it was done. Its value of a unique field may have been given to another
   resource since. Then both keep it, nobody may write it any more, and `Findings.shared` names the one that came back.
 
+- R5 *No size is refused.* `limits` are for new data. Stored data that is larger is indexed whole, by every store alike, so
+  that it is found by everything, and its values of unique fields are unique. Large entries go to the store a few at a
+  time, so that no transaction carries much more than CHUNK.
+
 `Findings` stay in the store, so that a restart does not forget what it has to say. `maintain` looks again at the
 resources in them, and drops those that are in order.
 """
@@ -21,7 +25,7 @@ resources in them, and drops those that are in order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from functools import reduce
 from operator import and_
 from typing import Any
@@ -42,6 +46,8 @@ NAMED = 10
 """How many ids of resources a sentence names."""
 KEPT = 100
 """How many ids of each kind the store keeps. All are in the log."""
+CHUNK = 1024 * 1024
+"""Bytes of indexed fields, as JSON, that are enough for one transaction."""
 CONDITIONS = 8
 """Fields that an empty entry is searched by; whether it is empty is seen when it is found."""
 EMPTY = b"{}"
@@ -135,14 +141,14 @@ class Reindexing:
             await self._meta_store.keep_findings(now)
 
     async def _reindex(self, outdated: Sequence[ResourceMeta], index: IndexOf, *, share: bool = False) -> None:
-        entries = await self._entries(outdated, index)
-        try:
-            await self._meta_store.reindex(entries)
-        except UniqueConflict as error:
-            if not share:
-                await self._meta_store.give_up(error.field)
-                raise shared(self._spec.name, error.field) from None
-            await self._share(entries)
+        async for entries in self._chunks(outdated, index):
+            try:
+                await self._meta_store.reindex(entries)
+            except UniqueConflict as error:
+                if not share:
+                    await self._meta_store.give_up(error.field)
+                    raise shared(self._spec.name, error.field) from None
+                await self._share(entries)
 
     async def _heal(self, index: IndexOf) -> None:
         """Make the entries again that earlier programs dropped (R4)."""
@@ -154,14 +160,15 @@ class Reindexing:
         after, healed = None, 0
         while True:
             page = await self._meta_store.search(replace(query, after=after))
-            entries = await self._entries([hit.meta for hit in page.items if hit.shown == EMPTY], index)
-            entries = [entry for entry in entries if entry.entry.shown != EMPTY]  # others had nothing to be found by
-            if entries:
-                try:
-                    await self._meta_store.reindex(entries)
-                except UniqueConflict:
-                    await self._share(entries)
-            healed += len(entries)
+            emptied = [hit.meta for hit in page.items if hit.shown == EMPTY]
+            async for chunk in self._chunks(emptied, index):
+                # Others had nothing to be found by.
+                if entries := [entry for entry in chunk if entry.entry.shown != EMPTY]:
+                    try:
+                        await self._meta_store.reindex(entries)
+                    except UniqueConflict:
+                        await self._share(entries)
+                    healed += len(entries)
             if (after := page.next) is None:
                 break
         if healed:
@@ -178,8 +185,22 @@ class Reindexing:
 
     async def _entries(self, outdated: Sequence[ResourceMeta], index: IndexOf) -> list[Reindex]:
         """Return an entry for each resource that is still in the given state. Raises StoreUnavailable (R1)."""
-        found = [await self._entry(meta, index) for meta in outdated]
-        return [entry for entry in found if entry is not None]
+        return [entry async for chunk in self._chunks(outdated, index) for entry in chunk]
+
+    async def _chunks(self, outdated: Sequence[ResourceMeta], index: IndexOf) -> AsyncIterator[list[Reindex]]:
+        """Yield the entries of `_entries`, none in vain, in lists that end once they hold CHUNK bytes (R5)."""
+        chunk: list[Reindex] = []
+        size = 0
+        for meta in outdated:
+            entry = await self._entry(meta, index)
+            if entry is not None:
+                chunk.append(entry)
+                size += len(entry.entry.shown)
+            if size >= CHUNK:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
 
     async def _entry(self, meta: ResourceMeta, index: IndexOf) -> Reindex | None:
         body: bytes | None = None

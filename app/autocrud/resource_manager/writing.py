@@ -32,7 +32,7 @@ from ..query import Compare, Filter, Resolved
 from .basic import Change, Done, DoneBefore, IStorage, ResourceMeta
 from .bounds import holds
 from .caller import Caller, HashedKey
-from .checks import missing, storable_id
+from .checks import check_name, missing, storable_id
 from .codec import Codec
 from .operations import Create, Delete, Modify, Operation, Plan, Purge, Retention, State, Update
 
@@ -66,6 +66,7 @@ class Writer(Generic[T]):
     async def commit(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[State | None]:
         """The states that the operations leave; under a key that was used before, those that they left then."""
         caller = by if isinstance(by, Caller) else Caller(by)
+        check_name(caller.name)
         key = caller.hashed_key()
         if caller.key is None or key is None:
             return await self._in_turn(operations, caller, None)

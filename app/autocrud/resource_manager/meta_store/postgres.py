@@ -22,8 +22,6 @@ from psycopg.errors import UniqueViolation
 from ...errors import (
     ConfigError,
     CrudError,
-    Fault,
-    InvalidData,
     OutcomeUnknown,
     ResourceNotFound,
     RevisionNotFound,
@@ -75,7 +73,6 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.postgres")
 
 SCAN_PAGE = 500
-MAX_ID = 2000
 HEALTH_S = 1.5
 """How long it may be silent when it is asked whether it answers; `/readyz` waits for 2 s."""
 RESOLVE_S = 15.0
@@ -250,9 +247,6 @@ class PostgresMetaStore(MetaStore):
     # Writing
 
     async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
-        for change in changes:
-            if len(storable_id(change.meta.resource_id).encode()) > MAX_ID:
-                raise InvalidData(f"an id may take {MAX_ID} bytes here", (Fault("/id", "too long"),))
         # Goes on where the one who asked does not: a commit is never given up half way.
         return await outlived(asyncio.ensure_future(self._commit(list(changes), once)))
 

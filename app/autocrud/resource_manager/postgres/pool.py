@@ -20,7 +20,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 
-from ...errors import ConfigError, CrudError, InvalidData, StoreDamaged, StoreUnavailable
+from ...errors import ConfigError, CrudError, InvalidData, MetadataTooLarge, StoreDamaged, StoreUnavailable
 from .session import ISOLATION, SessionlessConnection
 
 log = logging.getLogger("crudstack.postgres")
@@ -44,6 +44,8 @@ IDLE_IN_TRANSACTION_S = 10.0
 
 TOOK_TOO_LONG = "57014"
 """SQLSTATE of what STATEMENT_S ended."""
+TOO_LARGE = "54000"
+"""SQLSTATE of an index entry of more than 2.7 KB: that of a long id, which earlier programs took, and a text beside it."""
 
 PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
 """After how many seconds (the last one: milliseconds) a connection counts as lost whose other end acknowledges nothing."""
@@ -213,6 +215,11 @@ def _translated(error: psycopg.Error) -> CrudError:
         return InvalidData("the database cannot hold this text: NUL characters and unpaired surrogates are none")
     if isinstance(error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted | psycopg.errors.UndefinedTable):
         return StoreDamaged("the database has lost something that was stored; its log says what")
+    if state == TOO_LARGE:
+        return MetadataTooLarge(
+            "an index of the database cannot hold the id of this resource together with one of its indexed texts: shorten"
+            " the text; nothing was changed"
+        )
     if state == TOOK_TOO_LONG:
         return StoreUnavailable(f"the database took longer than {STATEMENT_S:g} s; nothing was changed")
     return StoreUnavailable("the database cannot be used right now; nothing was changed")

@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ...errors import ConfigError, MetadataTooLarge, StoreDamaged
+from ...errors import ConfigError, StoreDamaged
 from ..ops import Op
 from ..records import Findings
 
@@ -31,8 +31,6 @@ FORMAT = 1
 _NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
 MAX_PAST = 32
 """Versions whose nonces a HEAD names, about 12 bytes each: see fork."""
-MAX_METADATA = 256 * 1024
-"""Bytes of one resource's metadata and indexed fields: they travel in every log."""
 
 
 class Record(NamedTuple):
@@ -180,14 +178,7 @@ _op_list = msgspec.msgpack.Decoder(list[Op]).decode
 
 
 def encode_ops(ops: Sequence[Op]) -> bytes:
-    """MetadataTooLarge if one is."""
-    encoded = [_encode(op) for op in ops]
-    for op, size in zip(ops, map(len, encoded), strict=True):
-        if size > MAX_METADATA:
-            raise MetadataTooLarge(
-                f"the metadata and indexed fields of {op.resource_id!r} take {size} bytes; at most {MAX_METADATA}"
-            )
-    return _encode([msgspec.Raw(part) for part in encoded])
+    return _encode(ops)
 
 
 def decode_ops(ops: bytes) -> list[Op]:
