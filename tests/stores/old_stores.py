@@ -1,9 +1,10 @@
 """Stores that earlier commits wrote: how they are made, kept in a file each, and opened.
 
-    python tests/stores/old_stores.py DIRECTORY
+    python tests/stores/old_stores.py DIRECTORY [large]
 
 makes the files, with the `app` that Python finds first. To make them with an earlier commit, run this file with
 PYTHONPATH set to a checkout of that commit. `tests/stores/old/COMMIT/` holds what was made; it never changes.
+`large`: with larger values than later commits take; these lie in `tests/stores/old_large/COMMIT/`.
 
 A file is a tar of what was on disk (`disk/`), in the bucket (`s3/`), in Redis (`redis.json`) and in PostgreSQL
 (`postgres.sql`), and of what the store held (`content.json`).
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import redis
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Encoding, IndexedField, Query, field
+from app.autocrud.query import Filter
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import ResourceManager, SimpleStorage
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
@@ -118,7 +120,53 @@ async def fill(manager: ResourceManager[Note]) -> None:
     await manager.purge("n4")
 
 
-async def content(manager: ResourceManager[Note]) -> dict[str, Any]:
+def long_of(kind: str) -> str:
+    """Return a text that the earlier commit took. With an index on S3 it took 256 KiB, in which each text counted twice."""
+    return "\x01" * 37_000 if "s3" in kind else "x" * 300_000  # as JSON 222,000 bytes and 300,000
+
+
+MANY = ["t"] * 11_999 + ["last"]
+LONG_ID = "i" * 1500
+LONG_NAME = "n" * 3000
+
+
+async def fill_large(manager: ResourceManager[Note], kind: str) -> None:
+    """Leave larger values than `limits` allow."""
+    long = long_of(kind)
+    await manager.create(Note(text=long), resource_id="text")
+    await manager.create(Note(text="short", code=long), resource_id="code")
+    await manager.create(Note(text="short", tags=MANY), resource_id="many")
+    await manager.create(Note(text="short"), resource_id=LONG_ID)
+    await manager.create(Note(text="short"), resource_id="name", by=LONG_NAME)
+    await manager.create(Note(text="short"), resource_id="nul", by="a" if kind == "postgres" else "a\0b")
+    await manager.create(Note(text=long), resource_id="draft", status="draft")
+    await manager.create(Note(text=long), resource_id="deleted")
+    await manager.delete("deleted")
+    await manager.create(Note(text=long), resource_id="former")
+    await manager.update("former", Note(text="short"))
+
+
+def large_searches(kind: str) -> dict[str, Filter]:
+    long = long_of(kind)
+    return {
+        "text": field("text").eq(long),
+        "start": field("text").starts_with(long[:30_000]),
+        "code": field("code").eq(long),
+        "tags": field("tags").contains("last"),
+        "id": field("meta.resource_id").eq(LONG_ID),
+        "name": field("meta.created_by").eq(LONG_NAME),
+    }
+
+
+SEARCHES = {
+    "text": field("text").eq("text 0"),
+    "code": field("code").eq("c1"),
+    "number": field("number").gte(3),
+    "tags": field("tags").contains("a"),
+}
+
+
+async def content(manager: ResourceManager[Note], searches: Mapping[str, Filter] = SEARCHES) -> dict[str, Any]:
     """All that can be seen of a store, as JSON."""
     await manager.open()
     found: dict[str, Any] = {}
@@ -126,12 +174,6 @@ async def content(manager: ResourceManager[Note]) -> dict[str, Any]:
         page = await manager.storage.revisions(meta.resource_id)
         datas = [manager.codec.decode(await manager.storage.body(one.uid), one.encoding) for one in page.items]
         found[meta.resource_id] = msgspec.to_builtins({"meta": meta, "revisions": page.items, "data": datas})
-    searches = {
-        "text": field("text").eq("text 0"),
-        "code": field("code").eq("c1"),
-        "number": field("number").gte(3),
-        "tags": field("tags").contains("a"),
-    }
     counts = {
         f"{name} {deleted}": await manager.count(Query(where=where, include_deleted=deleted))
         for name, where in searches.items()
@@ -226,12 +268,12 @@ def _to_redis(url: str, content: dict[str, Any]) -> None:
         client.close()
 
 
-async def _make(kind: str, directory: Path, postgres: str, redis_url: str, pg_dump: list[str]) -> None:
+async def _make(kind: str, directory: Path, postgres: str, redis_url: str, pg_dump: list[str], *, large: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         servers = Servers(Path(scratch), postgres, redis_url)
         manager = program(kind, servers)
-        await fill(manager)
-        held = await content(manager)
+        await (fill_large(manager, kind) if large else fill(manager))
+        held = await content(manager, large_searches(kind) if large else SEARCHES)
         await manager.storage.close()
         pack(servers, held, directory / f"{kind}.tar.gz", pg_dump)
 
@@ -240,7 +282,8 @@ def main() -> None:
     from tests.postgres import Postgres, as_somebody, binaries
     from tests.valkey import Valkey
 
-    directory = Path(sys.argv[1])
+    directory = Path(sys.argv[1]).absolute()
+    large = sys.argv[2:] == ["large"]
     directory.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         postgres, valkey = Postgres(), Valkey(Path(tempfile.mkdtemp()))
@@ -248,7 +291,7 @@ def main() -> None:
         pg_dump = as_somebody(binaries() / "pg_dump", "--no-owner", "--no-privileges", "--inserts")
         os.chdir("/")
         try:
-            asyncio.run(_make(kind, directory, postgres.dsn, valkey.url, pg_dump))
+            asyncio.run(_make(kind, directory, postgres.dsn, valkey.url, pg_dump, large=large))
         finally:
             valkey.stop()
             postgres.remove()

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from app.autocrud import Query, field
-from app.autocrud.errors import UniqueConflict
-from tests.stores.old_stores import KINDS, Note, Servers, content, program, unpack
+from app.autocrud.errors import MetadataTooLarge, UniqueConflict
+from app.autocrud.resource_manager import operations
+from tests.stores.old_stores import (
+    KINDS,
+    LONG_ID,
+    LONG_NAME,
+    MANY,
+    Note,
+    Servers,
+    content,
+    large_searches,
+    long_of,
+    program,
+    unpack,
+)
 from tests.valkey import Valkey
 
 OLD = Path(__file__).with_name("old")
+OLD_LARGE = Path(__file__).with_name("old_large")
 FILES = sorted(path.relative_to(OLD).as_posix() for path in OLD.glob("*/*.tar.gz"))
+LARGE_FILES = sorted(path.relative_to(OLD_LARGE).as_posix() for path in OLD_LARGE.glob("*/*.tar.gz"))
 
 
-def test_there_is_one_of_every_kind():
-    commits = {name.partition("/")[0] for name in FILES}
+@pytest.mark.parametrize("files", [FILES, LARGE_FILES])
+def test_there_is_one_of_every_kind(files: list[str]):
+    commits = {name.partition("/")[0] for name in files}
     assert commits
-    assert set(FILES) == {f"{commit}/{kind}.tar.gz" for commit in commits for kind in KINDS}
+    assert set(files) == {f"{commit}/{kind}.tar.gz" for commit in commits for kind in KINDS}
 
 
 @pytest.fixture
@@ -56,4 +73,44 @@ async def test_a_store_of_an_earlier_commit(servers: Servers, name: str):
     await manager.storage.close()
     manager = program(kind, servers)
     assert await manager.count(Query(where=field("text").eq("new"))) == 2
+    await manager.storage.close()
+
+
+@pytest.mark.parametrize("name", LARGE_FILES)
+async def test_a_store_of_an_earlier_commit_with_larger_values_than_the_limits(servers: Servers, name: str):
+    kind = Path(name).name.removesuffix(".tar.gz")
+    held = unpack(OLD_LARGE / name, servers)
+    assert len(held["resources"]) == 9
+    searches, long = large_searches(kind), long_of(kind)
+    for _ in range(2):
+        manager = program(kind, servers)
+        assert await content(manager, searches) == held
+        assert await manager.storage.impairments() == []
+        await manager.storage.maintain(10)
+        assert await content(manager, searches) == held
+        await manager.storage.close()
+    manager = program(kind, servers)
+    # Elsewhere, and no worse.
+    for resource_id in ("text", "code", "many", LONG_ID, "name", "nul"):
+        await manager.patch(resource_id, lambda tree: tree | {"number": 1})
+    await manager.patch("text", lambda tree: tree | {"text": long[1:]})
+    await manager.patch("many", lambda tree: tree | {"tags": MANY[1:]})
+    await manager.modify("draft", Note(text=long, number=1))
+    await manager.publish("draft")
+    await manager.restore("deleted")
+    await manager.switch("former", 1)
+    assert await manager.count(Query(where=field("number").eq(1))) == 7
+    assert await manager.count(Query(where=field("text").eq(long))) == 3
+    assert (await manager.get("name")).meta.created_by == LONG_NAME
+    with mock.patch.object(operations, "may_exceed", return_value=False), pytest.raises(UniqueConflict):
+        await manager.create(Note(text="", code=long))
+    for resource_id, worse in (("text", {"text": long}), ("code", {"text": "y" * 2000}), ("many", {"tags": MANY})):
+        with pytest.raises(MetadataTooLarge):
+            await manager.patch(resource_id, lambda tree, worse=worse: tree | worse)
+    with pytest.raises(MetadataTooLarge):
+        await manager.create(Note(text=long))
+    await manager.purge("text")
+    await manager.storage.close()
+    manager = program(kind, servers)
+    assert await manager.count(Query(where=field("number").eq(1))) == 6
     await manager.storage.close()
