@@ -273,3 +273,33 @@ class DurableLimitsConformance:
         await manager.patch("r0", lambda tree: tree | {"number": 7})
         assert await ids(manager, Query(where=field("number").eq(7))) == ["r0"]
         await manager.close()
+
+    async def test_a_value_that_cannot_be_indexed_stays_if_its_field_is_indexed_later(self, root):
+        plain = manage(self.make(root), indexed=["number"])
+        await plain.create(Item(text="a\0b", tags=["t", "a\0b"], number=1), resource_id="r")
+        await plain.close()
+
+        manager = manage(self.make(root))
+        await manager.open()
+        assert len(await manager.storage.impairments()) == 1
+        await manager.patch("r", lambda tree: tree | {"number": 2})
+        assert await ids(manager, Query(where=field("number").eq(2) & field("text").exists(False))) == ["r"]
+        for change, pointer in (({"text": "b\0"}, "/text"), ({"tags": ["a\0b"]}, "/tags")):
+            with pytest.raises(InvalidData) as refused:
+                await manager.patch("r", lambda tree, change=change: tree | change)
+            assert [fault.pointer for fault in refused.value.faults] == [pointer]
+        # What a filter of access control finds is what a search finds.
+        for where, found in ((field("number").eq(2), True), (field("text").eq("a"), False)):
+            within = Query(where=where).resolve(manager.codec.fields).where
+            if found:
+                assert (await manager.get("r", within=within)).data.text == "a\0b"
+            else:
+                with pytest.raises(ResourceNotFound):
+                    await manager.get("r", within=within)
+        await manager.patch("r", lambda tree: tree | {"text": "c", "tags": ["t"]})
+        assert await ids(manager, Query(where=field("text").eq("c") & field("tags").contains("t"))) == ["r"]
+        with pytest.raises(InvalidData):
+            await manager.patch("r", lambda tree: tree | {"text": "a\0b"})
+        await manager.switch("r", 1)
+        assert await ids(manager, Query(where=field("number").eq(1))) == ["r"]
+        await manager.close()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..access import Action
 from ..query import META_FIELDS, Filter, about_data, truth
-from .basic import Encoding, ResourceMeta
+from .basic import ResourceMeta
 from .codec import Codec
 
 
@@ -32,7 +32,7 @@ async def holds(
     keys: dict[str, Any] = {f"meta.{name}": kind.key(getattr(meta, name)) for name, kind in META_FIELDS.items()}
     missing: tuple[str, ...] = ()
     if about_data(where):
-        entry = codec.index(codec.decode(await json(), Encoding.json))
+        entry = codec.index_stored(await json())
         keys |= entry.keys
         missing = entry.missing
     return truth(where, keys, missing) is True

@@ -138,8 +138,12 @@ class Codec(Generic[T]):
                 return False
         return True
 
-    def index(self, data: T) -> IndexEntry:
-        """What is indexed of the data. InvalidData for values that no store could compare."""
+    def index(self, data: T, before: Any = MISSING) -> IndexEntry:
+        """Return what is indexed of the data. Raises InvalidData for a value that no store could compare.
+
+        `before`: the data that are replaced, as a tree of JSON. Such a value is left out if it is there too: the field was not
+        indexed when it was stored, and the resource must stay changeable elsewhere.
+        """
         keys: dict[str, Any] = {}
         missing: list[str] = []
         shown: dict[str, Any] = {}
@@ -148,9 +152,13 @@ class Codec(Generic[T]):
             try:
                 keys[path.name] = path.key(value)
             except ValueError as error:
-                raise InvalidData(
-                    f"{path.name}: {error}", (Fault("/" + path.name.replace(".", "/"), str(error)),)
-                ) from None
+                if path.read_loosely(before) != value:
+                    raise InvalidData(
+                        f"{path.name}: {error}", (Fault("/" + path.name.replace(".", "/"), str(error)),)
+                    ) from None
+                keys[path.name] = None
+                missing.append(path.name)
+                continue
             if value is MISSING:
                 missing.append(path.name)
             else:
@@ -158,6 +166,13 @@ class Codec(Generic[T]):
         if self._omits_defaults:  # then the data does not show them either
             shown = project(msgspec.json.decode(canonical_json(data)), list(self.fields))
         return IndexEntry(keys, tuple(missing), canonical_json(shown))
+
+    def index_stored(self, json: bytes) -> IndexEntry:
+        """Return what can be indexed of stored data: all fields, if the data fit the model."""
+        try:
+            return self.index(self._json.decode(json))
+        except (msgspec.ValidationError, InvalidData):
+            return self.index_kept(msgspec.json.decode(json))
 
     def index_kept(self, *trees: Any) -> IndexEntry:
         """Return what can be indexed of trees of JSON that do not fit the model: each field from the first that has it."""

@@ -322,7 +322,12 @@ class Plan(Generic[T]):
 
     async def _index(self, resource_id: str, document: Document[T], before: State | None) -> IndexEntry:
         """Return what new data is found by. Raises MetadataTooLarge if it is larger than `limits` allow after `before`."""
-        entry = self._codec.index(document.data)
+        try:
+            entry = self._codec.index(document.data)
+        except InvalidData:
+            if before is None:
+                raise
+            entry = self._codec.index(document.data, decode_json(await self.json(before)))
         if may_exceed(entry):
             old = None if before is None else self._codec.index_kept(decode_json(await self.json(before)))
             check_index(resource_id, entry, old)
@@ -380,7 +385,8 @@ class Plan(Generic[T]):
         if json is None:
             body = await self._storage.body(record.uid)
             json = self._codec.to_json(body, record.encoding)
-        return self._write(meta, new, None, json=json, index=self._codec.index(self._codec.parse(json).data))
+        self._codec.parse(json)  # raises InvalidData if the model has changed
+        return self._write(meta, new, None, json=json, index=self._codec.index_stored(json))
 
     def _mark(self, state: State, *, is_deleted: bool) -> State:
         return self._write(state.meta, self._next(state.meta, is_deleted=is_deleted), None, json=state.json)
