@@ -396,7 +396,8 @@ class _Path:
             self.omits_defaults |= getattr(getattr(owner, "__struct_config__", None), "omit_defaults", False)
             owner, step = _step(model, owner, part, given.name)
             self._steps.append(step)
-        self.name = ".".join(step[0] for step in self._steps)
+        *self._parents, self._last = [step[0] for step in self._steps]
+        self.name = ".".join([*self._parents, self._last])
         self._type = owner
         try:
             self.kind = kind_of(owner)
@@ -438,10 +439,9 @@ class _Path:
         return [self.kind.key(element) for element in value if element is not None]
 
     def show(self, into: dict[str, Any], value: Any) -> None:
-        *parents, last = self._steps
-        for name, _, _ in parents:
+        for name in self._parents:
             into = into.setdefault(name, {})
-        into[last[0]] = value
+        into[self._last] = value
 
 
 def _step(model: type, owner: Any, part: str, name: str) -> tuple[Any, tuple[str, str, bool]]:

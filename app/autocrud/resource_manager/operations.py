@@ -271,7 +271,9 @@ class Plan(Generic[T]):
             created_by=self._by,
             updated_by=self._by,
         )
-        index = await self._index(resource_id, document, None)
+        index = self._codec.index(document.data)
+        if may_exceed(index):
+            check_index(resource_id, index, None)
         return self._write(None, meta, self._new_record(meta, parent=None), document, index=index)
 
     async def _append(self, state: State, document: Document[T], status: Status, drop: tuple[str, ...]) -> State:
@@ -280,7 +282,7 @@ class Plan(Generic[T]):
         if digest == meta.data_hash:
             state.json = document.json
             return state
-        index = await self._index(meta.resource_id, document, state)
+        index = await self._index(document, state)
         number = meta.total_revision_count + 1
         new = self._next(
             meta,
@@ -304,7 +306,7 @@ class Plan(Generic[T]):
         if digest == meta.data_hash:
             state.json = document.json
             return state
-        index = await self._index(meta.resource_id, document, state)
+        index = await self._index(document, state)
         encoding = self._storage.encoding
         new = self._next(
             meta, uid=self._storage.new_uid(), data_hash=digest, encoding=encoding, schema_version=self._schema_version
@@ -320,17 +322,14 @@ class Plan(Generic[T]):
         )
         return self._write(meta, new, record, document, (meta.uid,), index=index)
 
-    async def _index(self, resource_id: str, document: Document[T], before: State | None) -> IndexEntry:
+    async def _index(self, document: Document[T], before: State) -> IndexEntry:
         """Return what new data is found by. Raises MetadataTooLarge if it is larger than `limits` allow after `before`."""
         try:
             entry = self._codec.index(document.data)
         except InvalidData:
-            if before is None:
-                raise
             entry = self._codec.index(document.data, decode_json(await self.json(before)))
         if may_exceed(entry):
-            old = None if before is None else self._codec.index_kept(decode_json(await self.json(before)))
-            check_index(resource_id, entry, old)
+            check_index(before.meta.resource_id, entry, self._codec.index_kept(decode_json(await self.json(before))))
         return entry
 
     async def _patched(self, state: State, operation: Patch) -> Document[T]:
