@@ -26,6 +26,7 @@ NEIGHBOURS = ["tests/stores/test_neighbours.py"]
 STOPPED = ["tests/stores/test_stopped_process.py"]
 ACCESS = ["tests/http/test_access.py"]
 LAMBDA = ["tests/test_lambda_runtime.py"]
+LIMITS = ["tests/test_limits.py", "tests/http/test_limits.py"]
 P = "app/autocrud/resource_manager/s3_sqlite/"
 M = "app/autocrud/resource_manager/"
 H = "app/autocrud/http/"
@@ -462,6 +463,34 @@ MUTANTS = [
     ),
     ("a transaction without a log is forgotten", "app/s3_rescue.py", "copies += _keep_copy(one, file)", "pass", RESCUE),
     ("snapshots are taken as they come", P + "replica.py", "!= snapshot.sha256:", "== b'':", S3),
+    ("no size is refused", M + "limits.py", "return len(entry.shown) > 2 * MAX_ITEMS", "return False", LIMITS),
+    ("lists of any length", M + "limits.py", "len(keys) > MAX_ITEMS:", "False:", LIMITS),
+    ("what is too large may grow", M + "limits.py", "if size > max(SMALL, old_sizes.get(name, 0))", "if False", LIMITS),
+    ("a longer list is no worse", M + "limits.py", "or len(keys) > len(old):", "or False:", LIMITS),
+    ("what is too large may not be changed", M + "limits.py", "if not sizes:", "if False:", LIMITS),
+    ("ids of any length", M + "checks.py", "len(resource_id.encode())) > MAX_ID:", "0):", STORES),
+    ("names that no store can hold", M + "writing.py", "check_name(caller.name)", "pass", STORES),
+    (
+        "a value that was not there before is left out of the index",
+        M + "codec.py",
+        "if path.read_loosely(before) != value:",
+        "if False:",
+        STORES,
+    ),
+    (
+        "a filter on data fails for what cannot be indexed",
+        M + "bounds.py",
+        "codec.index_stored(await json())",
+        "codec.index(codec.decode(await json(), 'json'))",
+        STORES,
+    ),
+    (
+        "large entries travel in one transaction",
+        M + "reindexing.py",
+        "if size >= CHUNK:",
+        "if False:",
+        STORES,
+    ),
 ]
 
 

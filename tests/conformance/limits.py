@@ -21,6 +21,7 @@ from app.autocrud.resource_manager.basic import Change, Version, Write
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
 from app.autocrud.resource_manager.limits import MAX_FIELDS, MAX_ID, MAX_INDEXED, MAX_ITEMS, MAX_NAME, SMALL
 from app.autocrud.resource_manager.operations import Create, Update
+from app.autocrud.resource_manager.reindexing import CHUNK
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 
 from .model import Inner, Item, manage
@@ -260,7 +261,12 @@ class DurableLimitsConformance:
         await plain.close()
 
         manager = manage(self.make(root))
-        await manager.open()
+        meta_store = manager.storage.meta_store
+        with mock.patch.object(meta_store, "reindex", wraps=meta_store.reindex) as reindex:
+            await manager.open()
+        sizes = [[len(entry.entry.shown) for entry in call.args[0]] for call in reindex.await_args_list]
+        assert len(sizes) > 1
+        assert all(sum(chunk[:-1]) < CHUNK for chunk in sizes)
         assert await manager.storage.impairments() == []
         for number, text in enumerate(texts):
             for where in (field("text").eq(text), field("code").starts_with(text[:300]), field("number").eq(number)):
