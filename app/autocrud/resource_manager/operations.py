@@ -40,8 +40,8 @@ from .bounds import Bounds, holds
 from .checks import check_expectation, check_new_id, missing, storable_number
 from .codec import Codec, Document, canonical_json
 from .json_shape import EXPECTED_SHAPE, misshapen
-from .threads import heavy
 from .limits import check_index, may_exceed
+from .threads import heavy
 
 T = TypeVar("T")
 
