@@ -102,6 +102,15 @@ def test_a_patch_can_be_applied_again(target, operations):
     assert json.dumps(apply(copy.deepcopy(target))) == said
 
 
+def test_what_a_patch_adds_is_not_the_patch_itself():
+    value: list = []
+    for operation in ({"op": "add", "path": "/a", "value": value}, {"op": "replace", "path": "/b", "value": value}):
+        at = operation["path"]
+        apply = json_patch.json_patch([operation, {"op": "add", "path": f"{at}/-", "value": 1}])
+        assert [apply({"b": 0})[at[1:]] for _ in range(2)] == [[1], [1]]
+    assert value == []
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.integers(), max_size=12),
