@@ -16,13 +16,13 @@ Invariants:
   asking first.
 
 Where clients sign in with a bearer token none of this is needed: no browser sends such a token on its own. What answers
-tell browsers (SafeAnswers) is the same for all.
+tell browsers (SAFE_HEADERS) is the same for all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -42,20 +42,16 @@ LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1)(:\d{1,5})?"
 PREFLIGHT_S = 600
 MAX_QUOTED = 200
 """Characters of a header in an error."""
-SAFE_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin"))
-DATA_HEADERS = ((b"cache-control", b"private, no-cache"),)
-PAGE_POLICY = (
-    b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
-    b" object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+SAFE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"private, no-cache"),
 )
-"""For the page of the docs, which has a script and a style in its HTML, and pictures in its style."""
-PAGE_HEADERS = (
-    (b"content-security-policy", PAGE_POLICY),
-    (b"x-frame-options", b"DENY"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    (b"referrer-policy", b"no-referrer"),
-    *DATA_HEADERS,
-)
+"""Of every answer: no browser guesses what it is, no other origin gets it as a script or an image, and nobody is answered
+from what was kept of somebody else's."""
+OF_PAGES = frozenset({b"origin", b"sec-fetch-site"})
+"""Headers that browsers write."""
+MAX_KNOWN = 100
 
 
 class ForeignOrigin(CrudError):
@@ -71,12 +67,14 @@ class ContentTypeMissing(CrudError):
 
 
 class ForeignPages:
-    """An application that foreign pages neither change nor read.
+    """An application that foreign pages neither change nor read, and whose answers say what browsers may do with them.
 
     origins     allowed origins besides the server's own, like https://app.example.org; "*" allows all
     hosts       host names that the server has besides those of loopback
     loopback    whether the server listens on loopback
-    own_origin  the origin under which a gateway was asked; where there is none, it follows from Host
+    own_origin  for a gateway that answers the questions of browsers itself: the origin under which it was asked.
+                Otherwise they are answered here, and the own origin follows from Host
+    signed_in   whether clients sign in, so that pages may ask for what they like
     """
 
     def __init__(
@@ -87,20 +85,46 @@ class ForeignPages:
         hosts: Collection[str] = (),
         loopback: bool = False,
         own_origin: Callable[[Scope], str] | None = None,
+        signed_in: bool = False,
     ) -> None:
         self._app, self._origins = app, frozenset(origins)
         self._hosts = frozenset(name.lower() for name in hosts)
-        self._asks_host = own_origin is None and (loopback or bool(hosts))
-        self._own_origin = own_origin
+        self._asks_host = not signed_in and own_origin is None and (loopback or bool(hosts))
+        self._own_origin, self._signed_in = own_origin, signed_in
         self._local = re.compile(LOCAL_PAGES, re.IGNORECASE) if loopback else None
+        self._for_pages = app if own_origin is not None else PageAnswers(app, origins=origins, loopback=loopback)
+        self._known_hosts: set[bytes] = set()
+        """Hosts that were found to be ours, so that they are compared once."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
-            await problems.response(refusal).send(send, head=scope["method"] == "HEAD")
-        else:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *SAFE_HEADERS]
+            await send(message)
+
+        host: bytes | None = None
+        is_page = False
+        for name, value in scope["headers"]:
+            if name == b"host":
+                host = value
+            elif name in OF_PAGES:
+                is_page = True
+        if not is_page and (not self._asks_host or host in self._known_hosts):
+            await self._app(scope, receive, sent)
+        elif (refusal := self._refusal(scope)) is None:
+            if host is not None and len(self._known_hosts) < MAX_KNOWN:
+                self._known_hosts.add(host)
+            await self._for_pages(scope, receive, sent)
+        else:
+            await problems.response(refusal).send(sent, head=scope["method"] == "HEAD")
 
     def _refusal(self, scope: Scope) -> CrudError | None:
+        if self._signed_in:
+            return None
         host = (_one(scope, b"host") or "").lower()
         if self._asks_host and host and not self._is_ours(host):
             return MisdirectedRequest(
@@ -164,34 +188,6 @@ class PageAnswers(CORSMiddleware):
         )
         kept = {name: value for name, value in answer.headers.items() if name.startswith(("vary", "access-control-"))}
         return HttpResponse(refusal.body, refusal.status, kept, refusal.content_type.decode())
-
-
-class SafeAnswers:
-    """An application whose answers say what browsers may do with them.
-
-    Nothing of them is shown inside another page, guessed to be of another type, read as a script or an image by another
-    origin, or kept where other people's requests are answered from.
-    """
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sent(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                given = message.get("headers", ())
-                message["headers"] = [*given, *SAFE_HEADERS, *_of_kind(given)]
-            await send(message)
-
-        await self._app(scope, receive, sent if scope["type"] == "http" else send)
-
-
-def _of_kind(headers: Iterable[tuple[bytes, bytes]]) -> Sequence[tuple[bytes, bytes]]:
-    """Return what an answer with these headers needs besides SAFE_HEADERS: pages, files and data differ."""
-    for name, value in headers:
-        if name == b"content-type":
-            return PAGE_HEADERS if value.startswith(b"text/html") else DATA_HEADERS if b"json" in value else ()
-    return DATA_HEADERS
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:

@@ -14,7 +14,7 @@ from .autocrud import AutoCRUD
 from .autocrud.errors import ConfigError
 from .autocrud.http.guard import Guard
 from .autocrud.http.messages import Scope
-from .foreign_pages import ForeignPages, PageAnswers, SafeAnswers
+from .foreign_pages import ForeignPages
 from .misfits import meant
 
 
@@ -51,17 +51,14 @@ def create_app(
     crud.apply(app)
     if authenticate is not None:  # whatever else the application answers: the description, the docs, what is not there
         app.add_middleware(Guard, authenticate=authenticate)
-    else:
-        app.add_middleware(
-            ForeignPages,
-            origins=given.pages.origins,
-            hosts=given.pages.hosts,
-            loopback=loopback,
-            own_origin=own_origin,
-        )
-    if own_origin is None:  # before anybody signs in: browsers ask without that
-        app.add_middleware(PageAnswers, origins=given.pages.origins, loopback=loopback)
-    app.add_middleware(SafeAnswers)
+    app.add_middleware(  # outermost: browsers ask what they may without signing in
+        ForeignPages,
+        origins=given.pages.origins,
+        hosts=given.pages.hosts,
+        loopback=loopback,
+        own_origin=own_origin,
+        signed_in=authenticate is not None,
+    )
     app.state.crud = crud
     return app
 

@@ -346,7 +346,13 @@ MUTANTS = [
         "return False and not",
         PAGES,
     ),
-    ("another host name is served", "app/foreign_pages.py", "if self._asks_host and host", "if False and host", PAGES),
+    (
+        "another host name is served",
+        "app/foreign_pages.py",
+        "if self._asks_host and host and",
+        "if False and host and",
+        PAGES,
+    ),
     ("a site without an origin may write", "app/foreign_pages.py", 'in ("cross-site", "same-site")', "in ()", PAGES),
     ("a rejection is not confirmed", P + "committer.py", "if found is UNCHANGED:", "if True:", S3),
     (

@@ -99,6 +99,27 @@ async def test_names_of_loopback_and_those_of_the_setting_are_served(host):
         assert (await one.get("/article", headers={"host": host})).status_code == 200
 
 
+async def test_beyond_loopback_host_names_are_asked_for_once_some_are_named():
+    for named, status in (("", 200), ("api.example.org", 421)):
+        async with client(loopback=False, CRUDSTACK_AUTH="none", CRUDSTACK_HOSTS=named) as one:
+            assert (await one.get("/article", headers={"host": "evil.example"})).status_code == status
+            assert (await one.get("/article", headers={"host": "api.example.org:8000"})).status_code == 200
+
+
+async def test_a_host_that_was_let_in_once_lets_in_no_other():
+    async with client() as one:
+        for host, status in [
+            ("localhost:8000", 200),
+            ("evil.example", 421),
+            ("localhost:8000", 200),
+            ("evil.example", 421),
+        ]:
+            assert (await one.get("/article", headers={"host": host})).status_code == status
+            assert (await one.options("/article", headers={"host": host})).status_code == (
+                405 if status == 200 else 421
+            )
+
+
 async def test_beyond_loopback_the_origin_is_compared_with_the_host():
     async with client(loopback=False, base="http://api.example.org", CRUDSTACK_AUTH="none") as one:
         assert (await one.get("/article")).status_code == 200

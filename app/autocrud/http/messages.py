@@ -10,7 +10,7 @@ from ..access import ANONYMOUS
 from ..errors import CrudError, Fault, InvalidData, InvalidQuery
 from ..resource_manager.caller import Caller
 from ..resource_manager.json_shape import EXPECTED_SHAPE, misshapen
-from ..resource_manager.threads import heavy
+from ..resource_manager.threads import HEAVY_BYTES, heavy
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -114,7 +114,11 @@ class Request:
     async def json(self, *content_types: str) -> bytes:
         """The whole body, as `body` gives it. InvalidData if it holds more than a JSON text may."""
         found = await self.body(*content_types)
-        if (too_much := await heavy(len(found), lambda: misshapen(found))) is not None:
+        if len(found) < HEAVY_BYTES:
+            too_much = misshapen(found)
+        else:
+            too_much = await heavy(len(found), lambda: misshapen(found))
+        if too_much is not None:
             raise InvalidData(f"the body {too_much}; {EXPECTED_SHAPE}", (Fault("", too_much),))
         return found
 

@@ -21,7 +21,7 @@ from ..resource_manager.basic import Page, RevisionInfo
 from ..resource_manager.codec import Document, invalid_data, parse_json
 from ..resource_manager.core import Bounds, Caller, Resource, ResourceManager
 from ..resource_manager.operations import ACTIONS, Expected
-from ..resource_manager.threads import heavy
+from ..resource_manager.threads import HEAVY_BYTES, heavy
 from . import batches, conditions, patching, problems, searching
 from .answers import envelope, etag, how_many_fit, page_response, projected, resource_response
 from .guard import PRINCIPAL, Authenticate, principal
@@ -216,6 +216,8 @@ class ModelRoutes:
 
     async def _document(self, request: Request) -> Document[Any]:
         body = await request.json()
+        if len(body) < HEAVY_BYTES:
+            return self._manager.codec.parse(body)
         return await heavy(len(body), lambda: self._manager.codec.parse(body))
 
     # The collection
