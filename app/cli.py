@@ -12,7 +12,6 @@ import os
 import secrets
 import select
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,20 +19,18 @@ from typing import Annotated
 
 import apsw
 import msgspec
-import uvicorn
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 from fastapi import FastAPI
 from msgspec.structs import replace
 
 from . import local_s3 as buckets
-from . import sign_in
+from . import server, sign_in
 from . import stack as stacks
 from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreUnavailable
 from .autocrud.resource_manager.s3_errors import said
 from .lost_copies import lost_copies, remedy
 from .main import create_app
-from .request_log import RequestLog
 from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
 from .wiring import needs_s3, region_of
 
@@ -252,17 +249,9 @@ def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOver
 
 
 def _serve(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
-    with _bound(host, port) as listener:
+    with server.bind(host, port) as listener:
         _open(app)
-        served = RequestLog(app) if access_log else app
-        config = uvicorn.Config(served, access_log=False, log_level="warning", server_header=False)
-        server = _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}")
-        try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-        if server.unread is not None:
-            raise server.unread
+        server.run(app, listener, host, access_log=access_log)
 
 
 def _open(app: FastAPI) -> None:
@@ -310,44 +299,6 @@ def _said_afterwards() -> Iterator[list[logging.LogRecord]]:
         logging.root.removeHandler(held)
         for record in {record.getMessage(): record for record in records}.values():
             logging.getLogger(record.name).handle(record)
-
-
-class _Server(uvicorn.Server):
-    """Says where it serves as soon as it does."""
-
-    def __init__(self, config: uvicorn.Config, app: FastAPI, url: str) -> None:
-        super().__init__(config)
-        self._app, self._url = app, url
-        self.unread: BrokenPipeError | None = None
-        """The error if nobody reads where it says that it serves. It then stops in an orderly way."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            lines = [f"  {self._url}/{name}" for name in self._app.state.crud.managers]
-            try:
-                print("\n".join([*lines, f"docs at {self._url}/docs, Ctrl-C stops"]), flush=True)
-            except BrokenPipeError as error:
-                self.unread, self.should_exit = error, True
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that has the address, and does not listen yet."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {_shown(host)}:{port}: {error.strerror or error}; choose another --port"
-        ) from None
-    return listener
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def main() -> None:
