@@ -1,7 +1,13 @@
-"""The server underneath `crudstack serve`: uvicorn."""
+"""The server underneath `crudstack serve`: uvicorn, on connections that are bounded.
+
+Uvicorn runs the event loop, the signals, the lifespan and the answers. `http_protocol` and `connections` bound what clients may
+send and leave open.
+"""
 
 from __future__ import annotations
 
+import functools
+import resource
 import socket
 import sys
 
@@ -9,7 +15,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from .autocrud.errors import ConfigError
+from .connections import Connections
+from .http_protocol import LimitedProtocol
 from .request_log import RequestLog
+
+MAX_CONNECTIONS = 1024
+BACKLOG = 256
+OTHER_FILES = 512
+"""File descriptors for all else: databases, caches, connections to stores, and those of a backlog that are accepted before they are counted."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -29,11 +42,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -> None:
     """Serve until Ctrl-C. Raises BrokenPipeError if nobody reads where it says that it serves."""
+    connections = Connections(connection_limit())
     config = uvicorn.Config(
         RequestLog(app) if access_log else app,
         access_log=False,
         log_level="warning",
         server_header=False,
+        http=functools.partial(LimitedProtocol, connections),  # type: ignore[arg-type]
+        ws="none",
+        backlog=BACKLOG,
     )
     server = _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}")
     try:
@@ -42,6 +59,23 @@ def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -
         print("stopped", file=sys.stderr)
     if server.unread is not None:
         raise server.unread
+
+
+def connection_limit() -> int:
+    """Return how many connections the file descriptors suffice for, after raising their limit if that is allowed.
+
+    So accepting a connection never fails for want of a file descriptor, nor does opening a file because there are connections.
+    """
+    wanted = MAX_CONNECTIONS + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if most > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_CONNECTIONS
+    return max(8, soft - OTHER_FILES, soft // 4)
 
 
 class _Server(uvicorn.Server):

@@ -37,6 +37,7 @@ class Server:
         s3: S3Server | None = None,
         prefix: str = "",
         environment: Mapping[str, str] = {},
+        max_files: int | None = None,
     ) -> None:
         more = environment
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("CRUDSTACK_", "AWS_"))}
@@ -50,6 +51,8 @@ class Server:
             }
         environment |= more
         command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", *arguments]
+        if max_files is not None:
+            command = ["sh", "-c", f'ulimit -n {max_files}; exec "$0" "$@"', *command]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         self.said = []
         for line in self.process.stdout:
