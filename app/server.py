@@ -1,7 +1,7 @@
-"""The server underneath `crudstack serve`: uvicorn, on connections that are bounded.
+"""The server underneath `crudstack serve`: uvicorn, on connections and requests that are bounded.
 
 Uvicorn runs the event loop, the signals, the lifespan and the answers. `http_protocol` and `connections` bound what clients may
-send and leave open.
+send and leave open, `overload` how many requests run at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import resource
 import socket
 import sys
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from .autocrud.errors import ConfigError
 from .connections import Connections
 from .http_protocol import LimitedProtocol
+from .overload import IN_PROGRESS, QUEUED, Overload
 from .request_log import RequestLog
 
 MAX_CONNECTIONS = 1024
@@ -43,8 +45,12 @@ def bind(host: str, port: int) -> socket.socket:
 def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -> None:
     """Serve until Ctrl-C. Raises BrokenPipeError if nobody reads where it says that it serves."""
     connections = Connections(connection_limit())
+    # Fewer connections than slots would leave none for health checks while all are busy.
+    queued = max(0, min(QUEUED, connections.limit - 2 * IN_PROGRESS))
+    in_progress = min(IN_PROGRESS, connections.limit // 2)
+    served: Any = Overload(app, unsent=connections.unsent, in_progress=in_progress, queued=queued)
     config = uvicorn.Config(
-        RequestLog(app) if access_log else app,
+        RequestLog(served) if access_log else served,
         access_log=False,
         log_level="warning",
         server_header=False,

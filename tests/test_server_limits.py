@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from app import connections, http_protocol, server
+from app import connections, http_protocol, overload, server
 from tests.conftest import Server
 
 MB = 1024 * 1024
@@ -231,6 +232,30 @@ async def test_a_slow_client_is_told_and_let_go(served):
     assert [(answer.status, answer.type) for answer in answers[:7]] == [(408, "request-timeout")] * 7
     assert {answer.headers["connection"] for answer in answers[:7]} == {"close"}
     await back_to(files_before, served)
+
+
+async def test_answers_that_nobody_reads_hold_a_bounded_number_of_bytes(served):
+    """Each client asks for as much as it may, and reads nothing. They are let go, and others are served meanwhile."""
+    article = {"title": "t", "content": "c" * MB, "author": "a"}
+    for _ in range(4):
+        httpx.post(f"{served.url}/article", json=article, timeout=HANGS_S).raise_for_status()
+    files_before, before, most = files(served), resident(served), 0
+    url = urlsplit(served.url)
+    asking = b"GET /article HTTP/1.1\r\n" + HOST + b"\r\n"
+    sockets = [socket.create_connection((url.hostname, url.port)) for _ in range(150)]
+    try:
+        for each in sockets:
+            each.sendall(asking * 3)
+        until = time.monotonic() + HANGS_S
+        while files(served) > files_before:  # until all of them are let go
+            most = max(most, resident(served) - before)
+            assert is_alive(served)
+            assert time.monotonic() < until
+            await asyncio.sleep(0.1)
+        assert most < overload.MAX_UNSENT + 4 * MB * overload.IN_PROGRESS + 32 * MB
+    finally:
+        for each in sockets:
+            each.close()
 
 
 async def test_bodies_that_do_not_end_hold_a_bounded_number_of_bytes(served):

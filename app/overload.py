@@ -1,0 +1,198 @@
+"""Overload: at most IN_PROGRESS requests in progress, QUEUED that wait for their turn, and 503 with Retry-After for the rest.
+
+An event loop takes every request that arrives. Under more load than it can serve all of them get slower together, until
+each client has given up before its answer is there. Here a request is refused at once, before its body is read, if it
+could not begin soon, so that the accepted ones are answered in time.
+
+Invariants:
+
+- O1 *In progress are IN_PROGRESS requests at most.* A slot is held from the admission of a request until its answer is handed
+  to the server, except while the server waits for the client to send the body. So no slow client holds a slot.
+- O2 *The queue is bounded.* QUEUED requests wait, each for at most WAIT_S. A request that was admitted is never refused: after
+  its body has arrived it has the next free slot, before all that are new.
+- O3 *Slots are not lost.* `free` and the slots that are held are IN_PROGRESS together, also after errors and cancellation: a slot
+  is given back exactly once.
+- O4 *Answers that nobody reads hold a bounded number of bytes.* While MAX_UNSENT bytes of answers wait for their readers no request is
+  admitted, and a large answer to a read is replaced by 503 before its first byte is handed to the server.
+- O5 *Health checks do not wait.* /healthz touches no store and needs no slot. /readyz asks the stores, so it has a few slots of
+  its own: neither do requests keep it waiting, nor does it add work without bound.
+
+IN_PROGRESS: the event loop runs Python on one core, at 0.2 to 1 ms a request, that is 1,000 to 5,000 requests a second. A
+request beyond that waits for a store: for a disk (0 to 5 ms; four threads read, a commit takes all the writes that wait
+for it) or for a network (5 to 30 ms for PostgreSQL or S3). 1,000 a second at 30 ms each are 30 in progress. More would be
+answered little sooner, and each holds memory: 32 pages of 4 MB are 128 MB. QUEUED is a tenth of a second of work, or two.
+
+On Lambda one request runs at a time in a process, and the service limits how many processes there are, so this is not used there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from .autocrud.errors import CrudError
+from .autocrud.http import problems
+from .autocrud.http.messages import Receive, Scope, Send
+from .connections import TooMuchInTransfer
+
+IN_PROGRESS = 32
+QUEUED = 128
+WAIT_S = 3.0
+PROBES = 4
+MAX_UNSENT = 32 * 1024 * 1024
+LARGE = 64 * 1024
+"""An answer of so many bytes may wait for its reader; a smaller one fits into the buffers of the sockets."""
+HEALTH, READINESS = "/healthz", "/readyz"
+RETRY_AFTER = ((b"retry-after", b"1"),)
+
+
+class Overloaded(CrudError):
+    type, title, status = "overloaded", "The server has too much to do", 503
+
+
+class Gate:
+    """Slots for `limit` holders and a queue of `queued` that wait for one. All in one event loop."""
+
+    def __init__(self, limit: int, queued: int) -> None:
+        self.free, self._limit, self._queued = limit, limit, queued
+        self._new: deque[asyncio.Future[bool]] = deque()
+        self._returning: deque[asyncio.Future[bool]] = deque()
+
+    async def enter(self) -> bool:
+        """Take a slot, and wait for it if the queue has room. Return False if there is none within WAIT_S."""
+        if self.free:  # then nobody waits
+            self.free -= 1
+            return True
+        if len(self._new) >= self._queued:
+            return False
+        return await self._wait(self._new, WAIT_S)
+
+    async def come_back(self) -> None:
+        """Take a slot again, as the next one."""
+        if self.free:
+            self.free -= 1
+        else:
+            await self._wait(self._returning, None)
+
+    def leave(self) -> None:
+        """Give a slot back: to whoever waits, or to all."""
+        for queue in (self._returning, self._new):
+            while queue:
+                waiting = queue.popleft()
+                if not waiting.done():
+                    waiting.set_result(True)
+                    return
+        self.free += 1
+
+    async def _wait(self, queue: deque[asyncio.Future[bool]], seconds: float | None) -> bool:
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[bool] = loop.create_future()
+        queue.append(waiting)
+        late = None if seconds is None else loop.call_later(seconds, _give_up, waiting)
+        try:
+            admitted = await waiting
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled() and waiting.result():
+                self.leave()  # it was admitted in the moment in which it was cancelled
+            elif waiting in queue:
+                queue.remove(waiting)
+            raise
+        finally:
+            if late is not None:
+                late.cancel()
+        if not admitted:
+            queue.remove(waiting)
+        return admitted
+
+    def __str__(self) -> str:
+        return f"{self._limit} requests in progress and {self._queued} that wait"
+
+
+def _give_up(waiting: asyncio.Future[bool]) -> None:
+    if not waiting.done():
+        waiting.set_result(False)
+
+
+class _Slot:
+    """A slot of an admitted request, and what the application receives and sends meanwhile."""
+
+    __slots__ = ("_gate", "_held", "_reads", "_receive", "_send", "_start", "_unsent")
+
+    def __init__(self, gate: Gate, scope: Scope, receive: Receive, send: Send, unsent: Callable[[], int]) -> None:
+        self._gate, self._receive, self._send, self._unsent = gate, receive, send, unsent
+        self._reads = scope["method"] == "GET"
+        self._held, self._start = True, None
+
+    def leave(self) -> None:
+        if self._held:
+            self._held = False
+            self._gate.leave()
+
+    async def receive(self) -> Any:
+        """Wait for the client without the slot."""
+        if not self._held:
+            return await self._receive()
+        self.leave()
+        message = await self._receive()
+        await self._gate.come_back()
+        self._held = True
+        return message
+
+    async def send(self, message: Any) -> None:
+        """Send without the slot, as soon as there is a body: the work is done, and what streams waits for its reader."""
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self.leave()
+        if self._start is not None:
+            start, self._start = self._start, None
+            if self._reads and len(message.get("body", b"")) > LARGE and self._unsent() > MAX_UNSENT:
+                await _refuse(_unread(), self._send)
+                return
+            await self._send(start)
+        await self._send(message)
+
+
+class Overload:
+    """An application that refuses what it cannot serve in time.
+
+    unsent  says how many bytes of answers wait for their readers
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        unsent: Callable[[], int] = lambda: 0,
+        in_progress: int = IN_PROGRESS,
+        queued: int = QUEUED,
+    ) -> None:
+        self._app, self._unsent = app, unsent
+        self._gate, self._probes = Gate(in_progress, queued), Gate(PROBES, 0)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == HEALTH:
+            await self._app(scope, receive, send)
+            return
+        gate = self._probes if scope["path"] == READINESS else self._gate
+        if self._unsent() > MAX_UNSENT:
+            await _refuse(_unread(), send, scope)
+        elif await gate.enter():
+            slot = _Slot(gate, scope, receive, send, self._unsent)
+            try:
+                await self._app(scope, slot.receive, slot.send)
+            finally:
+                slot.leave()
+        else:
+            await _refuse(Overloaded(f"found {gate}; expected fewer requests at once; try again"), send, scope)
+
+
+def _unread() -> TooMuchInTransfer:
+    return TooMuchInTransfer(f"found over {MAX_UNSENT} bytes of answers that wait to be read; try again")
+
+
+async def _refuse(error: CrudError, send: Send, scope: Scope | None = None) -> None:
+    head = scope is not None and scope["method"] == "HEAD"
+    await problems.response(error, RETRY_AFTER).send(send, head=head)
