@@ -60,21 +60,20 @@ class Gate:
         self._new: deque[asyncio.Future[bool]] = deque()
         self._returning: deque[asyncio.Future[bool]] = deque()
 
-    async def enter(self) -> bool:
-        """Take a slot, and wait for it if the queue has room. Return False if there is none within WAIT_S."""
-        if self.free:  # then nobody waits
-            self.free -= 1
-            return True
-        if len(self._new) >= self._queued:
-            return False
-        return await self._wait(self._new, WAIT_S)
-
-    async def come_back(self) -> None:
-        """Take a slot again, as the next one."""
+    def take(self) -> bool:
+        """Take a slot if one is free; then nobody waits. Return whether it was."""
         if self.free:
             self.free -= 1
-        else:
-            await self._wait(self._returning, None)
+            return True
+        return False
+
+    async def wait(self) -> bool:
+        """Wait for a slot if the queue has room. Return False if there is none within WAIT_S."""
+        return len(self._new) < self._queued and await self._wait(self._new, WAIT_S)
+
+    async def come_back(self) -> None:
+        """Wait for a slot again, before all that are new."""
+        await self._wait(self._returning, None)
 
     def leave(self) -> None:
         """Give a slot back: to whoever waits, or to all."""
@@ -136,7 +135,8 @@ class _Slot:
             return await self._receive()
         self.leave()
         message = await self._receive()
-        await self._gate.come_back()
+        if not self._gate.take():
+            await self._gate.come_back()
         self._held = True
         return message
 
@@ -148,7 +148,8 @@ class _Slot:
         self.leave()
         if self._start is not None:
             start, self._start = self._start, None
-            if self._reads and len(message.get("body", b"")) > LARGE and self._unsent() > MAX_UNSENT:
+            whole = not message.get("more_body", False)
+            if self._reads and whole and len(message.get("body", b"")) > LARGE and self._unsent() > MAX_UNSENT:
                 await _refuse(_unread(), self._send)
                 return
             await self._send(start)
@@ -179,7 +180,7 @@ class Overload:
         gate = self._probes if scope["path"] == READINESS else self._gate
         if self._unsent() > MAX_UNSENT:
             await _refuse(_unread(), send, scope)
-        elif await gate.enter():
+        elif gate.take() or await gate.wait():
             slot = _Slot(gate, scope, receive, send, self._unsent)
             try:
                 await self._app(scope, slot.receive, slot.send)
