@@ -92,11 +92,11 @@ OTHERS = (
     "",
 )
 METHODS = (
-    *("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS") * 4,
+    *("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS") * 12,
     *("TRACE", "CONNECT", "get", "PROPFIND", "", "G T"),
 )
-VERSIONS = (*("HTTP/1.1",) * 30, "HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/1.10", "HTTP/", "", "http/1.1", "XTTP/1.1")
-ENDS = (*("\r\n",) * 40, "\n", "\r", "\r\n ", "\r\r\n", "")
+VERSIONS = (*("HTTP/1.1",) * 150, "HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/1.10", "HTTP/", "", "http/1.1", "XTTP/1.1")
+ENDS = (*("\r\n",) * 300, "\n", "\r", "\r\n ", "\r\r\n", "")
 BODIES = (
     *(
         b"",
@@ -157,19 +157,50 @@ HEADERS = {
     "Name\x00": ("x",),
     "N\xe9": ("\x01\x02",),
 }
+ARTICLE = b'{"title": "t", "content": "c", "author": "a"}'
+RIGHT = (
+    *(
+        ("GET", f"/article{rest}", b"")
+        for rest in ("", "/sun", "/sun/data", "/sun/revisions", "/sun/diff?from=1", "/count")
+    ),
+    *(("GET", "/article?author[in]=a,b&sort=-author&limit=3&fields=title", b""), ("HEAD", "/article/sun", b"")),
+    *(("POST", "/article", ARTICLE), ("POST", "/article/batch", BODIES[-5]), ("PUT", "/article/sun", ARTICLE)),
+    *(
+        ("PATCH", "/article/sun", b'{"title": "x"}'),
+        ("DELETE", "/article/moon", b""),
+        ("POST", "/article/sun/publish", b""),
+    ),
+    *(("POST", "/article/sun/switch", b'{"revision": 1}'), ("POST", "/article/moon/restore", b"")),
+)
+"""Requests that are answered with what they ask for, unless something is added to them."""
+ORDINARY = (
+    "If-Match",
+    "If-None-Match",
+    "Idempotency-Key",
+    "Accept",
+    "Range",
+    "Content-Type",
+    "Sec-Fetch-Site",
+    "X-Many",
+)
+"""Headers that leave a request what it is."""
 
 
 def request(number: int) -> bytes:
     """Return the request of this number, or several in one piece."""
     chance = random.Random(number)
-    made = b"".join(_one(chance) for _ in range(chance.choice((1, 1, 1, 1, 1, 1, 2, 3))))
-    return _damaged(chance, made) if chance.random() < 0.35 else made
+    count = chance.choice((1, 1, 1, 1, 1, 1, 2, 3))
+    made = b"".join(_one(chance, is_last=at == count - 1) for at in range(count))
+    return _damaged(chance, made) if chance.random() < 0.2 else made
 
 
-def _one(chance: random.Random) -> bytes:
-    method = chance.choice(METHODS)
-    body = chance.choice(BODIES) if method in ("POST", "PUT", "PATCH") or chance.random() < 0.1 else b""
-    lines = [f"{method} {_target(chance)} {chance.choice(VERSIONS)}"]
+def _one(chance: random.Random, *, is_last: bool) -> bytes:
+    if chance.random() < 0.4:
+        method, target, body = chance.choice(RIGHT)
+    else:
+        method, target = chance.choice(METHODS), _target(chance)
+        body = chance.choice(BODIES) if method in ("POST", "PUT", "PATCH") or chance.random() < 0.1 else b""
+    lines = [f"{method} {target} {chance.choice(VERSIONS)}"]
     if chance.random() < 0.95:
         lines.append("Host: 127.0.0.1")
     if chance.random() < 0.9:
@@ -178,9 +209,11 @@ def _one(chance: random.Random) -> bytes:
             if chance.random() < 0.7
             else f"Content-Type: {_value(chance, 'Content-Type')}"
         )
-    for _ in range(chance.choice((0, 0, 1, 1, 2, 3, 8))):
-        name = chance.choice(list(HEADERS))
+    for _ in range(chance.choice((0, 0, 0, 1, 1, 2, 5))):
+        name = chance.choice(list(HEADERS) if chance.random() < 0.2 else ORDINARY)
         lines.append(f"{name}: {_value(chance, name)}")
+    if is_last and chance.random() < 0.9:
+        lines.append("Connection: close")  # so that nobody waits for more
     if chance.random() < 0.02:
         lines += ["X-Many: " + "v" * chance.choice((1, 100))] * chance.choice((60, 500, 3000))
     if chance.random() < 0.02:
