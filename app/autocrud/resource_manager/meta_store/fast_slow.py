@@ -34,7 +34,8 @@ remove documents and tokens again, and store what was committed if the token of 
 
 Assumed: the clocks of Redis and PostgreSQL, which may be wrong, are not set back or forth by much while they run (a Redis that is set back by more
 than L only misses, by less than L it may keep a document for as long), and *all* who write go through this class: a program that writes to the slow store
-alone is seen up to L later. Not promised: before a commit is acknowledged one reader may see it and the next one not yet.
+alone is seen up to L later. Not promised, as docs/storage.md tells users: before a commit is acknowledged, one read may
+see it and a later one the older state.
 """
 
 from __future__ import annotations
