@@ -133,9 +133,9 @@ class OutcomeUnknown(CrudError):
 
 
 class StoreDamaged(CrudError):
-    """Something that was stored cannot be read back."""
+    """Something that was stored cannot be read back. Repeating the request does not help, repairing the store does."""
 
-    type, title, status = "store-damaged", "Stored data cannot be read", 500
+    type, title, status = "store-damaged", "Stored data cannot be read", 503
 
 
 class ConfigError(CrudError, ValueError):
@@ -159,7 +159,7 @@ class MetadataTooLarge(CrudError):
 class HeadLost(StoreDamaged):
     """What is in the bucket is not, or is older than, what was there before: somebody removed or replaced it."""
 
-    type, title, status = "head-lost", "The store in the bucket was removed or replaced", 500
+    type, title, status = "head-lost", "The store in the bucket was removed or replaced", 503
 
 
 class ConditionalWritesUnsupported(ConfigError):

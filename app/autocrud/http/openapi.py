@@ -124,7 +124,7 @@ ERRORS = {
     422: "The body does not fit",
     428: "If-Match is required",
     500: "The server failed",
-    503: "The store is unavailable, or the outcome is unknown",
+    503: "The store is unavailable, stored data is damaged, or the outcome is unknown",
 }
 ETAG = {"ETag": {"schema": {"type": "string"}, "description": "the resource's state, for If-Match and If-None-Match"}}
 
