@@ -43,10 +43,16 @@ class Inside(Database, frozen=True, kw_only=True, forbid_unknown_fields=True):
     password: str
     """The master user's."""
 
+    def __repr__(self) -> str:
+        return f"Inside({self.user!r}, by {self.username!r})"
+
 
 class Master(Struct, frozen=True):
     username: str
     password: str
+
+    def __repr__(self) -> str:
+        return f"Master({self.username!r})"
 
 
 class BootstrapFailed(Exception):
@@ -113,8 +119,10 @@ def inside(event: Any, _: Any) -> dict[str, str]:
             _make(connection, asked)
     except psycopg.Error as error:
         reason = str(error).partition("\n")[0].replace(asked.password, "***")
-        raise BootstrapFailed(f"the user {asked.user!r} could not be made: {reason}") from None
-    return {"user": asked.user}
+    else:
+        return {"user": asked.user}
+    # Outside of `except`: the driver's error holds the password in an attribute.
+    raise BootstrapFailed(f"the user {asked.user!r} could not be made: {reason}")
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

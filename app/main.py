@@ -15,7 +15,7 @@ from .autocrud.errors import ConfigError
 from .autocrud.http.guard import Guard
 from .autocrud.http.messages import Scope
 from .foreign_pages import ForeignPages
-from .misfits import meant
+from .misfits import found, meant
 
 
 def create_app(
@@ -40,7 +40,7 @@ def create_app(
     for model in factory.overrides:
         if model not in crud.managers:
             there = f"there are {', '.join(crud.managers)}{meant(model, crud.managers)}"
-            raise ConfigError(f"storage_overrides names the model {model!r}; {there}")
+            raise ConfigError(f"storage_overrides names the model {found(model, crud.managers)}; {there}")
     app = FastAPI(
         title="crudstack",
         version="1",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from msgspec import inspect
+
+from .autocrud.secret import quoted
 
 
 def misfit(value: Any, type_: Any, at: str) -> str | None:
@@ -34,7 +37,7 @@ def _misfit(value: Any, info: inspect.Type, at: str) -> str | None:
         case inspect.StructType(fields=fields, tag_field=tag) if isinstance(value, dict):
             return _misfit_of_object(value, {field.encode_name: field for field in fields}, tag, at)
         case inspect.DictType(value_type=inner) if isinstance(value, dict):
-            return next(filter(None, (_misfit(one, inner, f"{at}.{key}") for key, one in value.items())), None)
+            return next(filter(None, (_misfit(one, inner, f"{at}.{_name(key)}") for key, one in value.items())), None)
     return None
 
 
@@ -61,7 +64,9 @@ def _misfit_of_object(
     known = [*fields] if tag is None else [tag, *fields]
     for key in value:
         if key not in known:
-            return f"{at} has {key!r}, which is nothing here: expected {', '.join(known)}{meant(key, known)}"
+            return (
+                f"{at} has {found(key, known)}, which is nothing here: expected {', '.join(known)}{meant(key, known)}"
+            )
     for name, field in fields.items():
         if name in value:
             if wrong := _misfit(value[name], field.type, f"{at}.{name}"):
@@ -72,7 +77,18 @@ def _misfit_of_object(
 
 
 def _none_of(value: object, choices: Iterable[object], at: str) -> str:
-    return f"{at} is {value!r}: expected {_listed(choices)}{meant(value, choices)}"
+    return f"{at} is {found(value, choices)}: expected {_listed(choices)}{meant(value, choices)}"
+
+
+def found(value: object, choices: Iterable[object]) -> str:
+    """Return a value for a message: a misspelling of a choice as it is, anything else only if it cannot be a secret."""
+    names = [str(one) for one in choices]
+    short = isinstance(value, str) and len(value) <= max(map(len, names)) + 2 and re.fullmatch(r"[\w.-]+", value)
+    return repr(value) if short and meant(value, names) else quoted(value)
+
+
+def _name(key: object) -> str:
+    return str(key) if quoted(key) == repr(key) else "..."
 
 
 def _lacks(at: str, name: str, choices: Iterable[object]) -> str:

@@ -60,7 +60,8 @@ def parse_store(store: str) -> tuple[str, str]:
     """Return the bucket and the prefix of s3://bucket/prefix. The prefix is empty or ends with a slash."""
     parts = urlsplit(store)
     if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
-        raise ConfigError(f"the store is {store!r}: expected s3://bucket or s3://bucket/prefix")
+        found = "has an @" if "@" in store else f"is {store!r}"  # before an @ there may be a key
+        raise ConfigError(f"the store {found}: expected s3://bucket or s3://bucket/prefix")
     return parts.netloc, checked_prefix(parts.path.removeprefix("/"))
 
 

@@ -34,7 +34,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from .autocrud.errors import ConfigError
-from .misfits import meant, misfit
+from .autocrud.secret import Secret, endpoint_url
+from .misfits import found, meant, misfit
 
 Kind = Literal[
     "s3-sqlite", "postgres-s3", "redis-postgres", "cached-s3", "mq-cached-s3", "full", "disk", "memory-disk", "memory"
@@ -141,13 +142,13 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class LocalOverrides(Struct, frozen=True, kw_only=True):
-    """What only this machine knows."""
+    """What only this machine knows. Addresses that hold passwords are secrets; the stores that use them parse them."""
 
     data_dir: str | None = None
     s3_endpoint_url: str | None = None
-    pg_dsn: str | None = None
-    redis_url: str | None = None
-    amqp_url: str | None = None
+    pg_dsn: Secret | None = None
+    redis_url: Secret | None = None
+    amqp_url: Secret | None = None
 
 
 class Pages(Struct, frozen=True, kw_only=True):
@@ -184,7 +185,7 @@ VARIABLES = (
 )
 EXPOSED_HEADERS = ("etag", "location", "link", "retry-after", "idempotency-replayed", "x-request-id")
 """Headers of answers that pages of allowed origins may read."""
-ORIGIN = r"\*|https?://[^/\s*]+"
+ORIGIN = r"\*|https?://[^/\s*@]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'
 AUTH = '{"mode": "jwt", "issuer": "https://...", "audiences": ["..."]}, or what `crudstack token new` prints'
 ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -199,9 +200,9 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
     local = LocalOverrides(
         data_dir=given.get("CRUDSTACK_DATA_DIR"),
         s3_endpoint_url=s3_endpoint(environment),
-        pg_dsn=given.get("CRUDSTACK_PG_DSN"),
-        redis_url=given.get("CRUDSTACK_REDIS_URL"),
-        amqp_url=given.get("CRUDSTACK_AMQP_URL"),
+        pg_dsn=_secret(given, "CRUDSTACK_PG_DSN"),
+        redis_url=_secret(given, "CRUDSTACK_REDIS_URL"),
+        amqp_url=_secret(given, "CRUDSTACK_AMQP_URL"),
     )
     if "CRUDSTACK_OUTPUTS" in given:
         for name in STACK_VARIABLES:
@@ -231,6 +232,14 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
     )
 
 
+def _secret(given: Mapping[str, str], name: str) -> Secret | None:
+    return Secret(given[name]) if name in given else None
+
+
+def _shown(address: str) -> str:
+    return "an address with an @" if "@" in address else repr(address)
+
+
 def _pages(given: Mapping[str, str], of_stack: Sequence[str] = ()) -> Pages:
     """Return what CRUDSTACK_CORS and CRUDSTACK_HOSTS list, words with commas or blanks between. Raises ConfigError."""
     origins, hosts = (
@@ -239,22 +248,20 @@ def _pages(given: Mapping[str, str], of_stack: Sequence[str] = ()) -> Pages:
     for origin in filter(None, origins):
         if re.fullmatch(ORIGIN, origin) is None:
             raise ConfigError(
-                f"CRUDSTACK_CORS has {origin!r}: expected origins like https://app.example.org, without a path, or * for all"
+                f"CRUDSTACK_CORS has {_shown(origin)}: expected origins like https://app.example.org, without a path, or * for all"
             )
     for host in filter(None, hosts):
         if re.fullmatch(r"[A-Za-z0-9._-]+(:\d{1,5})?", host) is None:
             raise ConfigError(
-                f"CRUDSTACK_HOSTS has {host!r}: expected host names like api.example.test, or with a port"
+                f"CRUDSTACK_HOSTS has {_shown(host)}: expected host names like api.example.test, or with a port"
             )
     return Pages(origins=(*of_stack, *filter(None, origins)), hosts=tuple(filter(None, hosts)))
 
 
 def s3_endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the URL of another S3 than Amazon's, if there is one. Raises ConfigError if it is no URL."""
-    endpoint = next((value for name in ENDPOINT_VARIABLES if (value := environment.get(name))), None)
-    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-        raise ConfigError(f"the S3 endpoint is {endpoint!r}: expected a URL, like http://127.0.0.1:9000")
-    return endpoint
+    """Return the URL of another S3 than Amazon's, if there is one. Raises ConfigError if it is no URL, or holds a password."""
+    name = next((name for name in ENDPOINT_VARIABLES if environment.get(name)), None)
+    return None if name is None else endpoint_url(environment[name], name)
 
 
 def parse_storage(text: str, name: str) -> Storage:
@@ -266,7 +273,7 @@ def parse_storage(text: str, name: str) -> Storage:
         if text == kind:
             return kind
     raise ConfigError(
-        f"{name} is {text!r}: expected one of {', '.join(KINDS)}, or a pair as JSON, like {PAIR}{meant(text, KINDS)}"
+        f"{name} is {found(text, KINDS)}: expected one of {', '.join(KINDS)}, or a pair as JSON, like {PAIR}{meant(text, KINDS)}"
     )
 
 
@@ -286,7 +293,9 @@ def _outputs(text: str) -> StackOutputs:
             text = Path(text).read_text()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
-            raise ConfigError(f"CRUDSTACK_OUTPUTS names the file {text!r}, which cannot be read: {reason}") from None
+            raise ConfigError(
+                f"CRUDSTACK_OUTPUTS names a file that cannot be read ({reason}): expected its path, or JSON"
+            ) from None
     return parse_outputs(text, "CRUDSTACK_OUTPUTS")
 
 

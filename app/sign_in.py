@@ -99,6 +99,9 @@ class _Login(Struct, frozen=True):
     username: str
     password: str
 
+    def __repr__(self) -> str:
+        return f"_Login({self.username!r})"
+
 
 def amqp_url(broker: Broker, region: str) -> Callable[[], str]:
     """What makes the URL with the login in it, for a new connection. StoreUnavailable if the secret cannot be read."""

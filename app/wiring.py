@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from . import sign_in
 from .autocrud.errors import ConfigError
@@ -27,6 +27,7 @@ from .autocrud.resource_manager.drivers import driver
 from .autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
 from .autocrud.resource_manager.storage_factory import IStorageFactory
+from .autocrud.secret import Secret
 from .settings import KINDS, PRESETS, Pair, Settings, Storage
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from .autocrud.resource_manager.meta_store.redis import RedisMetaStore
     from .autocrud.resource_manager.object_store import ObjectStore
     from .autocrud.resource_manager.resource_store.cache import Cache
+
+T = TypeVar("T")
 
 RDS_CERTIFICATES = Path(__file__).with_name("rds-ca.pem")
 """What RDS is verified with, if somebody has put AWS's bundle there."""
@@ -93,7 +96,7 @@ def checked_prefix(prefix: str) -> str:
     """Return a prefix of keys, empty or with a slash at its end. Raises ConfigError if a key cannot begin with it."""
     if re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))*", prefix) is None:
         raise ConfigError(
-            f"the prefix is {prefix!r}: expected names of letters, digits, '.', '_' and '-' with '/' between them,"
+            f"the prefix {'has an @' if '@' in prefix else f'is {prefix!r}'}: expected names of letters, digits, '.', '_' and '-' with '/' between them,"
             " like team/app"
         )
     return prefix and f"{prefix.rstrip('/')}/"
@@ -170,6 +173,7 @@ class _Maker:
         with driver("postgres"):
             from .autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
             from .autocrud.resource_manager.postgres.pool import MAX_SIZE
+        dsn: str | Secret
         password, db = None, self.outputs.db
         if self.local.pg_dsn is None and db is not None:
             dsn = sign_in.postgres_dsn(db, str(RDS_CERTIFICATES) if RDS_CERTIFICATES.exists() else None)
@@ -185,6 +189,7 @@ class _Maker:
     def _redis(self) -> Callable[[str], RedisMetaStore]:
         with driver("redis"):
             from .autocrud.resource_manager.meta_store.redis import RedisMetaStore
+        url: str | Secret
         password, cache = None, self.outputs.cache
         if self.local.redis_url is None and cache is not None:
             url, password = sign_in.redis_url(cache), sign_in.redis_password(cache, self._region())
@@ -240,7 +245,7 @@ class _Maker:
 
             from .autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
         bucket, objects, bodies, caches = self._bucket(), self._objects(), self._bodies(), self._caches()
-        url: str | Callable[[], str]
+        url: Secret | Callable[[], str]
         if self.local.amqp_url is None and self.outputs.broker is not None:
             url = sign_in.amqp_url(self.outputs.broker, self._region())
         else:
@@ -269,7 +274,7 @@ class _Maker:
 
     # Settings
 
-    def _given(self, value: str | None, variable: str, keeps: str) -> str:
+    def _given(self, value: T | None, variable: str, keeps: str) -> T:
         if value is None:
             raise ConfigError(f"{variable} is not set: storage {self.kind!r} keeps {keeps}")
         return value

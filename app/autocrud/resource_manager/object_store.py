@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, StoreUnavailable
+from ..secret import Secret, hidden, http_url, plain
 from . import s3_credentials
 from .drivers import driver
 from .obstore_exit import tracked, wait_at_exit
@@ -142,9 +143,9 @@ class S3ObjectStore(ObjectStore):
     def __init__(
         self,
         bucket: str,
-        endpoint_url: str | None = None,
+        endpoint_url: str | Secret | None = None,
         access_key_id: str | None = None,
-        secret_access_key: str | None = None,
+        secret_access_key: str | Secret | None = None,
         region_name: str | None = None,
         session_token: str | None = None,
     ) -> None:
@@ -159,14 +160,14 @@ class S3ObjectStore(ObjectStore):
         self._failed = (exceptions.BaseError, OSError)  # obstore raises Python's own errors where there are any
         options: dict[str, Any] = {"virtual_hosted_style_request": False}
         if endpoint_url is not None:
-            options["endpoint"] = endpoint_url.rstrip("/")
+            options["endpoint"] = plain(endpoint_url).rstrip("/")
         if region_name is not None:
             options["region"] = region_name
         if access_key_id is not None:
             # As a provider, because a session token of the environment belongs to other keys than these.
             options["credential_provider"] = lambda: {
                 "access_key_id": access_key_id,
-                "secret_access_key": secret_access_key,
+                "secret_access_key": None if secret_access_key is None else plain(secret_access_key),
                 "token": session_token,
                 "expires_at": None,
             }
@@ -289,24 +290,34 @@ class S3ObjectStore(ObjectStore):
         return await tracked(self._obstore.sign_async(self._objects, method, key, timedelta(seconds=seconds)))
 
 
-@functools.lru_cache(maxsize=64)
 def s3(
     bucket: str,
-    endpoint_url: str | None = None,
+    endpoint_url: str | Secret | None = None,
     access_key_id: str | None = None,
-    secret_access_key: str | None = None,
+    secret_access_key: str | Secret | None = None,
     region_name: str | None = None,
 ) -> S3ObjectStore:
-    """The client of this bucket: one for all stores of the process, so that they share connections."""
+    """Return the client of this bucket: one for all stores of the process, so that they share connections."""
+    return _shared(bucket, hidden(endpoint_url), access_key_id, hidden(secret_access_key), region_name)
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(
+    bucket: str,
+    endpoint_url: Secret | None,
+    access_key_id: str | None,
+    secret_access_key: Secret | None,
+    region_name: str | None,
+) -> S3ObjectStore:
     return S3ObjectStore(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
 
 
-def _server(endpoint_url: str | None) -> str:
-    """Return scheme, host and port of an endpoint, without credentials and path; `aws` if there is none."""
-    url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")
+def _server(endpoint_url: str | Secret | None) -> str:
+    """Return scheme, host and port of an endpoint, without credentials and path; `aws` if there is none. Raises ConfigError."""
+    url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")  # as obstore does
     if not url:
         return "aws"
-    parts = urlsplit(url)
+    parts = urlsplit(http_url(url).shown)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..secret import Secret, hidden
 from .basic import Encoding, IStorage, ResourceStore
 from .drivers import driver
 from .meta_store.simple import DiskMetaStore, MemoryMetaStore
@@ -75,9 +76,9 @@ class S3StorageFactory(IStorageFactory):
     def __init__(
         self,
         bucket: str,
-        endpoint_url: str | None = None,
+        endpoint_url: str | Secret | None = None,
         access_key_id: str | None = None,
-        secret_access_key: str | None = None,
+        secret_access_key: str | Secret | None = None,
         region_name: str | None = "us-east-1",
         *,
         prefix: str = "",
@@ -86,8 +87,9 @@ class S3StorageFactory(IStorageFactory):
         sync_interval: float | None = 5.0,
         object_store: ObjectStore | None = None,
     ) -> None:
-        self.bucket, self.prefix, self.endpoint_url, self.region_name = bucket, prefix, endpoint_url, region_name
-        self.access_key_id, self.secret_access_key = access_key_id, secret_access_key
+        self.bucket, self.prefix, self.region_name = bucket, prefix, region_name
+        self.endpoint_url = hidden(endpoint_url)
+        self.access_key_id, self.secret_access_key = access_key_id, hidden(secret_access_key)
         self.local_dir, self.consistency, self.sync_interval = local_dir, consistency, sync_interval
         self.object_store = object_store
 
@@ -122,19 +124,20 @@ class PostgresS3StorageFactory(IStorageFactory):
 
     def __init__(
         self,
-        pg_dsn: str,
+        pg_dsn: str | Secret,
         s3_bucket: str,
-        s3_endpoint: str | None = None,
+        s3_endpoint: str | Secret | None = None,
         s3_access_key: str | None = None,
-        s3_secret_key: str | None = None,
+        s3_secret_key: str | Secret | None = None,
         *,
         region_name: str | None = "us-east-1",
         prefix: str = "",
         password: Callable[[], str] | None = None,
     ) -> None:
-        self.pg_dsn, self.password = pg_dsn, password
-        self.s3_bucket, self.s3_endpoint, self.region_name, self.prefix = s3_bucket, s3_endpoint, region_name, prefix
-        self.s3_access_key, self.s3_secret_key = s3_access_key, s3_secret_key
+        self.pg_dsn, self.password = hidden(pg_dsn), password
+        self.s3_bucket, self.region_name, self.prefix = s3_bucket, region_name, prefix
+        self.s3_endpoint = hidden(s3_endpoint)
+        self.s3_access_key, self.s3_secret_key = s3_access_key, hidden(s3_secret_key)
 
     def build(self, model_name: str) -> IStorage:
         with driver("postgres", "s3"):
@@ -163,14 +166,14 @@ class RedisPgStorageFactory(IStorageFactory):
 
     def __init__(
         self,
-        redis_url: str,
-        pg_dsn: str,
+        redis_url: str | Secret,
+        pg_dsn: str | Secret,
         data_dir: str | Path | None = None,
         *,
         s3_bucket: str | None = None,
-        s3_endpoint: str | None = None,
+        s3_endpoint: str | Secret | None = None,
         s3_access_key: str | None = None,
-        s3_secret_key: str | None = None,
+        s3_secret_key: str | Secret | None = None,
         region_name: str | None = "us-east-1",
         prefix: str = "",
         password: Callable[[], str] | None = None,
@@ -178,10 +181,11 @@ class RedisPgStorageFactory(IStorageFactory):
     ) -> None:
         if (data_dir is None) == (s3_bucket is None):
             raise ConfigError("bodies are kept in one place: expected either data_dir or s3_bucket")
-        self.redis_url, self.pg_dsn, self.password, self.lease_s = redis_url, pg_dsn, password, lease_s
+        self.redis_url, self.pg_dsn, self.password, self.lease_s = hidden(redis_url), hidden(pg_dsn), password, lease_s
         self.data_dir = None if data_dir is None else Path(data_dir)
-        self.s3_bucket, self.s3_endpoint, self.region_name, self.prefix = s3_bucket, s3_endpoint, region_name, prefix
-        self.s3_access_key, self.s3_secret_key = s3_access_key, s3_secret_key
+        self.s3_bucket, self.region_name, self.prefix = s3_bucket, region_name, prefix
+        self.s3_endpoint = hidden(s3_endpoint)
+        self.s3_access_key, self.s3_secret_key = s3_access_key, hidden(s3_secret_key)
 
     def build(self, model_name: str) -> IStorage:
         with driver("postgres", "redis"):
@@ -220,16 +224,17 @@ class CachedS3StorageFactory(IStorageFactory):
     def __init__(
         self,
         s3_bucket: str,
-        s3_endpoint: str | None,
+        s3_endpoint: str | Secret | None,
         cache_dir: str | Path,
         s3_access_key: str | None = None,
-        s3_secret_key: str | None = None,
+        s3_secret_key: str | Secret | None = None,
         *,
         region_name: str | None = "us-east-1",
         prefix: str = "",
     ) -> None:
-        self.s3_bucket, self.s3_endpoint, self.region_name, self.prefix = s3_bucket, s3_endpoint, region_name, prefix
-        self.s3_access_key, self.s3_secret_key = s3_access_key, s3_secret_key
+        self.s3_bucket, self.region_name, self.prefix = s3_bucket, region_name, prefix
+        self.s3_endpoint = hidden(s3_endpoint)
+        self.s3_access_key, self.s3_secret_key = s3_access_key, hidden(s3_secret_key)
         self.cache_dir = Path(cache_dir)
 
     def build(self, model_name: str) -> IStorage:
@@ -261,9 +266,12 @@ class MQCachedS3StorageFactory(IStorageFactory):
         self,
         s3_config: dict[str, Any],
         cache_dir: str | Path,
-        amqp_url: str = "amqp://guest:guest@localhost:5672",
+        amqp_url: str | Secret = "amqp://guest:guest@localhost:5672",
     ) -> None:
-        self.s3_config, self.cache_dir, self.amqp_url = dict(s3_config), Path(cache_dir), amqp_url
+        self.s3_config, self.cache_dir, self.amqp_url = dict(s3_config), Path(cache_dir), hidden(amqp_url)
+        for name in ("endpoint_url", "secret_access_key"):
+            if name in self.s3_config:
+                self.s3_config[name] = hidden(self.s3_config[name])
 
     def build(self, model_name: str) -> IStorage:
         with driver("s3", "cache", "amqp"):

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
 from ...errors import ConfigError
+from ...secret import Secret, amqp_url
 from ..threads import outlived
 from .link import THREAD, Address, Link, checked
 from .listener import LEASE_S
@@ -35,9 +36,10 @@ class _Joined(NamedTuple):
 class Bus:
     """Joins at the first use. `heed` does what others say: in the thread, one call at a time, and again if it fails."""
 
-    def __init__(self, address: Address, prefix: str, heed: Callable[[Words], Awaitable[None]]) -> None:
-        if isinstance(address, str):
+    def __init__(self, address: str | Address, prefix: str, heed: Callable[[Words], Awaitable[None]]) -> None:
+        if isinstance(address, str | Secret):
             checked(address)
+            address = amqp_url(address)
         if prefix.startswith("amq.") or len(prefix.encode()) > 200:
             raise ConfigError(f"queue_prefix is {prefix!r}; expected at most 200 bytes that do not begin with amq.")
         self._address, self._prefix, self._heed = address, prefix, heed

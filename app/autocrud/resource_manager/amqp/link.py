@@ -19,6 +19,7 @@ from aio_pika.abc import AbstractConnection
 from yarl import URL
 
 from ...errors import ConfigError
+from ...secret import AMQP, Secret, amqp_url
 
 log = logging.getLogger("crudstack.amqp")
 
@@ -32,23 +33,21 @@ HEARTBEAT_S = 10
 """Unless the URL names one. After three times as long without a sign of life the broker ends a connection, and its queues with it."""
 CLOSE_S = 2.0
 
-Address = str | Callable[[], str]
-"""A URL, or what makes one, asked in a thread whenever a connection is made: for passwords that change."""
+Address = Secret | Callable[[], str]
+"""A URL, or a function that makes one. It is called in a thread for each connection: for passwords that change."""
 
 
-def checked(address: str) -> URL:
-    """The URL; ConfigError, which does not repeat it: there is a password in it."""
+def checked(address: str | Secret) -> URL:
+    """Return the URL for the driver. Raises ConfigError, which does not quote it, if it is none or is ambiguous."""
+    text = amqp_url(address).reveal()
     with contextlib.suppress(ValueError, TypeError):
-        url = URL(address)
-        if url.scheme in ("amqp", "amqps") and url.host and url.port != 0:
+        url = URL(text)
+        if url.host and url.port != 0:
             for name in ("cafile", "capath", "certfile", "keyfile"):
                 if (path := url.query.get(name)) is not None and not Path(path).exists():
                     raise ConfigError(f"amqp_url: there is no {name} {path}")
             return url if "heartbeat" in url.query else url.update_query(heartbeat=str(HEARTBEAT_S))
-    raise ConfigError(
-        "amqp_url cannot be read; expected amqp://[user:password@]host[:port][/vhost], or amqps:// with TLS (?cafile=...), with special"
-        " characters percent-encoded"
-    )
+    raise ConfigError(f"amqp_url cannot be read: expected {AMQP.like}")
 
 
 class Link:
@@ -59,6 +58,7 @@ class Link:
         self._attempt: asyncio.Task[AbstractConnection] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._failed = False
+        self._secret: Secret | None = None  # of the last attempt
 
     async def connection(self) -> AbstractConnection:
         """An open connection. Whoever asks at the same time shares the attempt, and its failure."""
@@ -71,7 +71,8 @@ class Link:
 
     async def _connect(self) -> AbstractConnection:
         address = self._address
-        url = checked(address if isinstance(address, str) else await asyncio.to_thread(address))
+        self._secret = address if isinstance(address, Secret) else amqp_url(await asyncio.to_thread(address))
+        url = checked(self._secret)
         connection = aio_pika.Connection(url)
         try:
             async with asyncio.timeout(CONNECT_S):
@@ -79,6 +80,7 @@ class Link:
         except BaseException:
             await connection.close()  # or its destructor tries to
             raise
+        connection.url = url.with_user(None)  # the driver would keep the password; a lost connection is made anew here
         return connection
 
     def drop(self, connection: AbstractConnection) -> None:
@@ -94,7 +96,8 @@ class Link:
         """Said by whoever cannot use it; in the log once, until it works again."""
         if not self._failed:
             self._failed = True
-            log.error("RabbitMQ cannot be used: %s: %s", type(error).__name__, error)
+            words = str(error) if self._secret is None else self._secret.hide(str(error))
+            log.error("RabbitMQ cannot be used: %s: %s", type(error).__name__, words)
 
     def works(self) -> None:
         if self._failed:

@@ -29,6 +29,7 @@ from ...errors import (
     VersionConflict,
 )
 from ...query import Query
+from ...secret import Secret
 from ...values import datetime_key
 from ..basic import (
     Change,
@@ -57,7 +58,7 @@ from ..postgres.pool import (
     Connection,
     Password,
     Pool,
-    check_dsn,
+    checked_dsn,
     close_pool,
     is_lost,
     pool_of,
@@ -102,7 +103,7 @@ class PostgresMetaStore(MetaStore):
 
     def __init__(
         self,
-        pg_dsn: str,
+        pg_dsn: str | Secret,
         encoding: Encoding | None = None,
         table_name: str = "resource_meta",
         *,
@@ -110,13 +111,13 @@ class PostgresMetaStore(MetaStore):
         max_size: int = MAX_SIZE,
         prepare: bool | None = None,
     ) -> None:
-        check_dsn(pg_dsn)
+        dsn = checked_dsn(pg_dsn)
         owner, colon, part = table_name.rpartition(":")
         if colon and part in PARTS:
             raise ConfigError(
                 f"table_name is {table_name!r}: that is a table of the store whose table_name is {owner!r}"
             )
-        self._dsn, self._password, self._max_size, self._table = pg_dsn, password, max_size, table_name
+        self._dsn, self._password, self._max_size, self._table = dsn, password, max_size, table_name
         self._prepare = prepare
         self._encode = encoder(encoding or Encoding.json)
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()

@@ -44,6 +44,7 @@ from ...errors import (
     WriteContention,
 )
 from ...query import Query
+from ...secret import Secret
 from ..basic import (
     Change,
     Done,
@@ -118,7 +119,7 @@ class RedisMetaStore(MetaStore):
 
     def __init__(
         self,
-        redis_url: str,
+        redis_url: str | Secret,
         prefix: str = "",
         encoding: Encoding | None = None,
         *,

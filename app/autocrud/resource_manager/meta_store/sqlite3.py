@@ -20,6 +20,7 @@ import apsw
 
 from ...errors import ConfigError, CrudError, StoreUnavailable
 from ...query import Query
+from ...secret import Secret
 from ..basic import (
     Change,
     Done,
@@ -80,9 +81,9 @@ class S3SqliteMetaStore(MetaStore):
         self,
         bucket: str,
         key: str,
-        endpoint_url: str | None = None,
+        endpoint_url: str | Secret | None = None,
         access_key_id: str | None = None,
-        secret_access_key: str | None = None,
+        secret_access_key: str | Secret | None = None,
         region_name: str | None = None,
         encoding: Encoding | None = None,
         auto_sync: bool = True,

@@ -21,6 +21,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 
 from ...errors import ConfigError, CrudError, InvalidData, MetadataTooLarge, StoreDamaged, StoreUnavailable
+from ...secret import POSTGRES, Secret, postgres_url
 from .session import ISOLATION, SessionlessConnection
 
 log = logging.getLogger("crudstack.postgres")
@@ -76,9 +77,9 @@ class Pool:
     from ending. Here a connection is taken and given back without waiting for anything.
     """
 
-    def __init__(self, dsn: str, password: Password | None, max_size: int, prepare: bool | None = None) -> None:
+    def __init__(self, dsn: Secret, password: Password | None, max_size: int, prepare: bool | None = None) -> None:
         self._dsn, self._password, self._prepare = dsn, password, prepare
-        self._named = conninfo_to_dict(dsn)
+        self._named = frozenset(conninfo_to_dict(dsn.reveal()))
         self._clock = asyncio.get_running_loop().time
         self._slots = asyncio.Semaphore(max_size)
         self._idle: deque[tuple[float, Connection]] = deque()  # and since when; the latest is the last one
@@ -179,12 +180,14 @@ class Pool:
             try:
                 return await self._connected()
             except psycopg.Error as error:
-                reason = str(error).partition("\n")[0]
+                reason = self._dsn.hide(str(error).partition("\n")[0])
                 if reason != self._failure:
                     log.warning("PostgreSQL cannot be reached: %s", reason)
                 self._failure = reason
-                if self._clock() + pause > end:
-                    raise StoreUnavailable(UNREACHABLE) from Unreachable(reason)
+            if (
+                self._clock() + pause > end
+            ):  # outside of `except`: the driver's error holds the password in an attribute
+                raise StoreUnavailable(UNREACHABLE) from Unreachable(reason)
             await asyncio.sleep(pause)
             pause *= 2
 
@@ -194,7 +197,7 @@ class Pool:
         given |= {name: value for name, value in PEER_GONE.items() if name not in self._named}
         if self._password is not None:
             given["password"] = await asyncio.to_thread(self._password)
-        connection = await SessionlessConnection.connect(self._dsn, **given)
+        connection = await SessionlessConnection.connect(self._dsn.reveal(), **given)
         self._made[connection] = self._clock()
         self._failure = None
         try:
@@ -245,21 +248,25 @@ def _cut(connection: Connection) -> None:
         same.shutdown(socket.SHUT_RDWR)
 
 
-_pools: dict[asyncio.AbstractEventLoop, dict[tuple[str, Password | None], Pool]] = {}
+_pools: dict[asyncio.AbstractEventLoop, dict[tuple[Secret, Password | None], Pool]] = {}
 _mutex = threading.Lock()
 
 
-def check_dsn(dsn: str) -> None:
-    """Raise ConfigError unless this is an address of PostgreSQL. The error does not quote it: it may hold a password."""
+def checked_dsn(dsn: str | Secret) -> Secret:
+    """Return an address of PostgreSQL. Raises ConfigError, which does not quote it, if it is none or is ambiguous."""
+    secret = postgres_url(dsn)
     try:
-        conninfo_to_dict(dsn)
+        conninfo_to_dict(secret.reveal())
     except psycopg.ProgrammingError:
-        raise ConfigError(
-            "the address of PostgreSQL cannot be read: expected postgresql://user:password@host:port/database"
-        ) from None
+        readable = False
+    else:
+        readable = True
+    if not readable:  # outside of `except`: the driver's error quotes a part of the address
+        raise ConfigError(f"{POSTGRES.name} cannot be read: expected {POSTGRES.like}")
+    return secret
 
 
-def pool_of(dsn: str, password: Password | None, max_size: int, prepare: bool | None = None) -> Pool:
+def pool_of(dsn: Secret, password: Password | None, max_size: int, prepare: bool | None = None) -> Pool:
     """Return the pool of this event loop. The first caller's `max_size` and `prepare` hold."""
     loop = asyncio.get_running_loop()
     pool = _pools.get(loop, {}).get((dsn, password))
@@ -272,7 +279,7 @@ def pool_of(dsn: str, password: Password | None, max_size: int, prepare: bool | 
     return pool
 
 
-def close_pool(dsn: str, password: Password | None) -> None:
+def close_pool(dsn: Secret, password: Password | None) -> None:
     """Give back the connections of this event loop; those that are used now follow when they are given back."""
     with _mutex:
         pools = _pools.get(asyncio.get_running_loop(), {})

@@ -13,13 +13,12 @@ import asyncio
 import contextlib
 import functools
 import logging
-import re
 import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from ...errors import ConfigError, StoreUnavailable
+from ...secret import REDIS, Secret, redis_url
 from .. import drivers
 from .scripts import Script
 
@@ -34,6 +33,10 @@ ANSWER_TIMEOUT_S = 10.0
 Password = Callable[[], str]
 
 
+class Unreachable(Exception):
+    """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
+
+
 class Unanswered(Exception):
     """A command was sent, and its answer never came: it may have been done, or will be."""
 
@@ -41,43 +44,48 @@ class Unanswered(Exception):
 class Client:
     """`user` is the store that asks: connections are closed when the last one closes, or the event loop ends."""
 
-    def __init__(self, url: str, password: Password | None = None) -> None:
+    def __init__(self, url: str | Secret, password: Password | None = None) -> None:
         with drivers.driver("redis"):
             import redis.asyncio
             import redis.asyncio.connection as driver
             import redis.exceptions
 
         self.errors: Any = redis.exceptions
+        self._address = address = redis_url(url)
+        connect = None
         try:
-            where = urlsplit(url)
-            if where.scheme != "unix" and re.fullmatch(r"(/[0-9]*)?", where.path) is None:
-                raise ValueError("the driver would take database 0")
-            given: dict[str, Any] = dict(driver.parse_url(url))
+            given: dict[str, Any] = dict(driver.parse_url(address.reveal()))
             # Whatever the URL asks for: answers are bytes, as every server since Redis 6 sends them.
             given |= {"protocol": 2, "decode_responses": False}
             self._slots = int(given.pop("max_connections", MAX_CONNECTIONS))
             self.db = int(given.get("db") or 0)
-            if password is not None:
-                given["credential_provider"] = _Credentials(given.pop("username", None), password)
-                given.pop("password", None)
+            # The driver would show user and password among the settings of its connections.
+            user, fixed = given.pop("username", None), given.pop("password", None)
+            if password is not None or user is not None or fixed is not None:
+                given["credential_provider"] = _Credentials(user, password or Secret(fixed or "").reveal)
             pool: Any = redis.asyncio.ConnectionPool(**{"socket_timeout": None, **given})
-            self._connect = functools.partial(pool.connection_class, **pool.connection_kwargs)
-            self._connect()  # says what is wrong with the settings, and does nothing else
+            connect = functools.partial(pool.connection_class, **pool.connection_kwargs)
+            connect()  # says what is wrong with the settings, and does nothing else
         except (redis.exceptions.RedisError, ValueError, TypeError):
-            # Without the driver's words, which may quote a part of the password.
+            connect = None
+        if connect is None:  # outside of `except`: the driver's error may quote a part of the password
             raise ConfigError(
-                "redis_url cannot be read; expected redis://[[user]:password@]host:port/db, where db is a number,"
-                " rediss:// with TLS or unix://, with special characters percent-encoded"
-            ) from None
+                f"{REDIS.name} cannot be read: expected {REDIS.like}, with parameters that the driver knows"
+            )
+        self._connect = connect
         self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
 
     def _room(self, user: object) -> _Room:
         loop = asyncio.get_running_loop()
         room = self._rooms.get(loop)
         if room is None:
-            room = self._rooms.setdefault(loop, _Room(self._connect, self.errors, self._slots))
+            room = self._rooms.setdefault(loop, _Room(self._connect, self.errors, self._slots, self._words))
         room.users.add(user)
         return room
+
+    def _words(self, error: Exception) -> str:
+        """Return what the driver or the server says, without the password: a server that has no AUTH repeats it."""
+        return self._address.hide(str(error).partition(", with args beginning with")[0])
 
     async def call(self, user: object, *command: Any) -> Any:
         """A command that may be done twice. StoreUnavailable."""
@@ -141,9 +149,9 @@ class Client:
 class _Room:
     """The connections of one event loop."""
 
-    def __init__(self, connect: Any, errors: Any, slots: int) -> None:
+    def __init__(self, connect: Any, errors: Any, slots: int, words: Callable[[Exception], str]) -> None:
         self.users: set[object] = set()
-        self._connect, self._failures = connect, (errors.RedisError, OSError)
+        self._words, self._connect, self._failures = words, connect, (errors.RedisError, OSError)
         self._answers = (errors.ResponseError, errors.BusyLoadingError)
         self._idle: list[Any] = []
         self._slots = asyncio.Semaphore(slots)
@@ -166,7 +174,7 @@ class _Room:
             except self._answers:
                 raise
             except self._failures as error:
-                log.warning("Redis: %s: %s", type(error).__name__, error)
+                log.warning("Redis: %s: %s", type(error).__name__, self._words(error))
                 await connection.disconnect(nowait=True)
                 await self.close()  # what was cut was probably not cut alone
                 raise Unanswered from None
@@ -186,9 +194,12 @@ class _Room:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await connection.connect()
         except self._failures as error:
-            log.error("Redis: %s: %s", type(error).__name__, error)
+            log.error("Redis: %s: %s", type(error).__name__, self._words(error))
             await connection.disconnect(nowait=True)
-            raise StoreUnavailable("Redis cannot be reached; nothing was changed") from error
+            reason = Unreachable(self._words(error))
+        else:
+            return
+        raise StoreUnavailable("Redis cannot be reached; nothing was changed") from reason
 
     async def _until_the_loop_ends(self) -> AsyncIterator[None]:
         """An event loop that is shut down closes its asynchronous generators: the one moment to close the connections of loops in which
@@ -218,7 +229,11 @@ class _Credentials:
         return self.get_credentials()
 
 
+def client_of(url: str | Secret, password: Password | None = None) -> Client:
+    """Return the client of this URL: one for all stores of the process, so that they share connections."""
+    return _client_of(redis_url(url), password)
+
+
 @functools.lru_cache(maxsize=64)
-def client_of(url: str, password: Password | None = None) -> Client:
-    """The client of this URL: one for all stores of the process, so that they share connections."""
+def _client_of(url: Secret, password: Password | None) -> Client:
     return Client(url, password)

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 from ...errors import ConfigError
+from ...secret import Secret
 from ..basic import Encoding, RevisionInfo
 from ..object_store import CACHED, ObjectStore
 from ..threads import outlived
@@ -73,9 +74,9 @@ class CachedS3ResourceStore(S3ResourceStore):
         *,
         bucket: str,
         prefix: str = "",
-        endpoint_url: str | None = None,
+        endpoint_url: str | Secret | None = None,
         access_key_id: str | None = None,
-        secret_access_key: str | None = None,
+        secret_access_key: str | Secret | None = None,
         region_name: str | None = None,
         encoding: Encoding | None = None,
         object_store: ObjectStore | None = None,

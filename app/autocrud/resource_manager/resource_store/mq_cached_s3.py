@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from ...secret import Secret
 from ..amqp.bus import Bus
 from ..amqp.link import Address
 from ..amqp.words import REFRESH, Words
@@ -58,16 +59,16 @@ class MQCachedS3ResourceStore(CachedS3ResourceStore):
     def __init__(
         self,
         caches: Sequence[Cache],
-        amqp_url: Address = "amqp://guest:guest@localhost:5672",
+        amqp_url: str | Address = "amqp://guest:guest@localhost:5672",
         queue_prefix: str = "",
         ttl_draft: float = 1800,
         ttl_stable: float = 3600,
         *,
         bucket: str,
         prefix: str = "",
-        endpoint_url: str | None = None,
+        endpoint_url: str | Secret | None = None,
         access_key_id: str | None = None,
-        secret_access_key: str | None = None,
+        secret_access_key: str | Secret | None = None,
         region_name: str | None = None,
         encoding: Encoding | None = None,
         object_store: ObjectStore | None = None,

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import ConfigError, StoreDamaged
+from ...secret import Secret
 from ..basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
 from ..object_store import CONCURRENT_GETS, ObjectStore, s3
 
@@ -37,9 +38,9 @@ class S3ResourceStore(ResourceStore):
         self,
         bucket: str,
         prefix: str = "",
-        endpoint_url: str | None = None,
+        endpoint_url: str | Secret | None = None,
         access_key_id: str | None = None,
-        secret_access_key: str | None = None,
+        secret_access_key: str | Secret | None = None,
         region_name: str | None = None,
         encoding: Encoding | None = None,
         *,
