@@ -261,7 +261,7 @@ def _open(app: FastAPI) -> None:
         try:
             await app.state.crud.open()
             for manager in app.state.crud.managers.values():
-                await manager.storage.impairments()  # what can be done without is tried too: the log says what fails
+                await manager.impairments()  # what can be done without is tried too: the log says what fails
         except HeadLost as error:
             copies = await lost_copies(app.state.crud.managers.values())
             await app.state.crud.close()

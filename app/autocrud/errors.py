@@ -136,6 +136,8 @@ class StoreDamaged(CrudError):
     """Something that was stored cannot be read back. Repeating the request does not help, repairing the store does."""
 
     type, title, status = "store-damaged", "Stored data cannot be read", 503
+    resource_id: str | None = None
+    """The resource whose data is damaged; None if it is not known, or if the whole store is damaged."""
 
 
 class ConfigError(CrudError, ValueError):

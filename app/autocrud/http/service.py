@@ -92,7 +92,7 @@ async def ready(managers: Managers) -> Response:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await manager.open()
                 await manager.storage.health()
-                return "ready", await manager.storage.impairments()
+                return "ready", await manager.impairments()
         except TimeoutError:
             return f"no answer within {READY_TIMEOUT_S:g} s", []
         except CrudError as error:

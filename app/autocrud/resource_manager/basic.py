@@ -207,6 +207,9 @@ class ResourceStore(Store):
     encoding: Encoding | None = None
     """The encoding that was given to the store itself, if any."""
 
+    verified: ClassVar[bool] = True
+    """Whether bodies are compared with their hash when they are read. False for a store in this process's memory."""
+
     keeps_records: ClassVar[bool] = False
     """Whether the records methods below work: then a MetaStore that is not authoritative is rebuilt from them."""
 
@@ -234,6 +237,10 @@ class ResourceStore(Store):
     @abstractmethod
     async def delete(self, uids: Sequence[str]) -> None:
         """Remove bodies; those that are not there are no error."""
+
+    async def drop_copies(self, uids: Sequence[str]) -> None:
+        """Remove cached copies of bodies, which turned out to be damaged. The next read comes from where they are kept."""
+        return None
 
     async def maintain(self, budget_s: float) -> None:
         """The store's own housekeeping, for at most about `budget_s` seconds."""
@@ -310,6 +317,15 @@ class IStorage(ABC):
 
         `index` makes an entry of a body; see IndexOf. Called again it does nothing that was done.
         """
+
+    @property
+    def verified(self) -> bool:
+        """As ResourceStore.verified."""
+        return True
+
+    async def drop_copies(self, uids: Sequence[str]) -> None:
+        """As ResourceStore.drop_copies."""
+        return None
 
     @abstractmethod
     def new_uid(self) -> str: ...

@@ -18,14 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-import msgspec
-
 from ..errors import (
+    CrudError,
     InvalidData,
     InvalidQuery,
     OutcomeUnknown,
     ResourceDeleted,
     ResourceNotFound,
+    RevisionNotFound,
     StoreDamaged,
     StoreUnavailable,
 )
@@ -39,7 +39,6 @@ from .basic import (
     ResourceMeta,
     RevisionInfo,
     Status,
-    Version,
 )
 from .bounds import Bounds
 from .caller import Caller, IdempotencyKey
@@ -62,8 +61,10 @@ from .operations import (
     Update,
     deleted,
 )
+from .resource import Resource
 from .simple_storage import SimpleStorage
 from .threads import outlived
+from .verification import ANYTHING, DamagedResources, Part, metadata_of, named
 from .writing import MAX_ATTEMPTS, Writer, contention
 
 T = TypeVar("T")
@@ -71,41 +72,9 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.manager")
 
 MAX_BATCH = 100
+LOOKED_AT = 10
+"""How many damaged resources `impairments` reads again at each call."""
 ANONYMOUS = "anonymous"
-
-
-_decode_meta = msgspec.json.Decoder(ResourceMeta).decode
-_encode = msgspec.json.Encoder().encode
-
-
-class Resource(Generic[T]):
-    """A resource with its data, each as an object and as JSON. `info` is the record of the revision, where one was asked for."""
-
-    __slots__ = ("_codec", "_meta", "info", "json")
-
-    def __init__(
-        self, codec: Codec[T], meta: ResourceMeta | bytes, json: bytes, info: RevisionInfo | None = None
-    ) -> None:
-        self._codec, self._meta, self.json, self.info = codec, meta, json, info
-
-    @property
-    def meta(self) -> ResourceMeta:
-        meta = self._meta
-        if isinstance(meta, bytes):
-            meta = self._meta = _decode_meta(meta)
-        return meta
-
-    @property
-    def meta_json(self) -> bytes:
-        return self._meta if isinstance(self._meta, bytes) else _encode(self._meta)
-
-    @property
-    def data(self) -> T:
-        return self._codec.decode(self.json, Encoding.json)
-
-    @property
-    def version(self) -> Version:
-        return Version(self.meta.version, self.meta.nonce)
 
 
 class ResourceManager(Generic[T]):
@@ -126,6 +95,7 @@ class ResourceManager(Generic[T]):
         self.schema_version, self.retention = schema_version, retention
         self._clock = clock
         self._opened = False
+        self._damaged = DamagedResources()
         self._expire_after = ""
         self._erase_owed = False
         self._writer = Writer(storage, codec, schema_version=schema_version, retention=retention, clock=clock)
@@ -143,6 +113,12 @@ class ResourceManager(Generic[T]):
         self, resource_id: str, *, include_deleted: bool = False, within: Filter | None = None
     ) -> ResourceMeta:
         """The metadata. `within`, a resolved filter: what it does not find is not there."""
+        try:
+            return await self._meta_of(resource_id, include_deleted, within)
+        except StoreDamaged as error:
+            raise self._noted(error, resource_id, None) from None
+
+    async def _meta_of(self, resource_id: str, include_deleted: bool, within: Filter | None) -> ResourceMeta:
         if not self._opened:
             await self.open()
         meta = await self.storage.get(resource_id)
@@ -171,13 +147,25 @@ class ResourceManager(Generic[T]):
         within: Filter | None = None,
     ) -> Resource[T]:
         """The current revision, or the given one; `within` as for `meta`. ResourceNotFound, RevisionNotFound, ResourceDeleted."""
+        try:
+            found = await self._get(resource_id, revision, include_deleted, within)
+        except StoreDamaged as error:
+            raise self._noted(error, resource_id, revision) from None
+        if self._damaged:
+            self._damaged.forget(resource_id, revision)
+        return found
+
+    async def _get(
+        self, resource_id: str, revision: int | None, include_deleted: bool, within: Filter | None
+    ) -> Resource[T]:
         if not self._opened:
             await self.open()
+        to_json = self._writer.verifier.json
         for _ in range(MAX_ATTEMPTS):
             try:
                 if revision is None:
                     meta, body = await self.storage.get_with_body(resource_id)
-                    json = self.codec.to_json(body, meta.encoding)
+                    json = to_json(meta, body)
                     if within is not None and not await self._writer.holds(within, State(meta, json)):
                         raise missing(resource_id)
                     if meta.is_deleted and not include_deleted:
@@ -187,7 +175,7 @@ class ResourceManager(Generic[T]):
                 info = await self.storage.revision(resource_id, storable_number(revision))
                 body = await self.storage.body(info.uid)
                 if await self._is_still(meta, within) and info.revision <= meta.total_revision_count:
-                    return Resource(self.codec, meta, self.codec.to_json(body, info.encoding), info)
+                    return Resource(self.codec, meta, to_json(info, body), info)
             except StoreDamaged:
                 # Somebody may have replaced a draft, or purged, between the two reads; only if nobody did is the body lost.
                 await self._still_lost(resource_id, revision)
@@ -198,12 +186,16 @@ class ResourceManager(Generic[T]):
         return within is None or await self.storage.get(meta.resource_id) == meta
 
     async def _still_lost(self, resource_id: str, revision: int | None) -> None:
-        """Raise StoreDamaged if the body is missing although its record has not changed in between."""
+        """Raise StoreDamaged if the body is missing or damaged although its record has not changed in between.
+
+        A copy in a cache may be damaged while the body is not, so copies are dropped before.
+        """
         for _ in range(2):
             meta = await self.storage.get(resource_id)
             info = meta if revision is None else await self.storage.revision(resource_id, storable_number(revision))
+            await self.storage.drop_copies([info.uid])
             try:
-                await self.storage.body(info.uid)
+                self._writer.verifier.json(info, await self.storage.body(info.uid))
             except StoreDamaged:
                 if await self.storage.get(resource_id) == meta:
                     raise
@@ -222,14 +214,41 @@ class ResourceManager(Generic[T]):
         """History, newest first; `next` of a page is the `before` of the following one."""
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit: expected 1 to {MAX_LIMIT}, got {limit}")
-        for _ in range(MAX_ATTEMPTS):
-            meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
-            page = await self.storage.revisions(
-                resource_id, before if before is None else storable_number(before), limit
-            )
-            if await self._is_still(meta, within):
-                return page
+        try:
+            for _ in range(MAX_ATTEMPTS):
+                meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
+                page = await self.storage.revisions(
+                    resource_id, before if before is None else storable_number(before), limit
+                )
+                if await self._is_still(meta, within):
+                    return page
+        except StoreDamaged as error:
+            raise self._noted(error, resource_id, ANYTHING) from None
         raise contention()
+
+    def _noted(self, error: StoreDamaged, resource_id: str, part: Part) -> StoreDamaged:
+        """Return an error that names the resource, and remember it for /readyz. A damaged store is told by its health."""
+        error = named(error, resource_id)
+        if error.resource_id is not None:
+            self._damaged.note(resource_id, part)
+        return error
+
+    async def impairments(self) -> list[str]:
+        """Return a sentence for each thing that does not work as it should although requests are answered.
+
+        Resources that could not be read are read again, a few at each call, so that those that were repaired are not told.
+        """
+        for resource_id, part in self._damaged.some(LOOKED_AT):
+            try:
+                await self.get(resource_id, revision=None if part == ANYTHING else part, include_deleted=True)
+                if part == ANYTHING:
+                    await self.revisions(resource_id, limit=MAX_LIMIT, include_deleted=True)
+            except (ResourceNotFound, RevisionNotFound):
+                pass
+            except CrudError:
+                continue
+            self._damaged.forget(resource_id, part)
+        return [*await self.storage.impairments(), *self._damaged.degradations()]
 
     async def search(self, query: Query | None = None) -> Page[Resource[T]]:
         """What the query finds, with data."""
@@ -243,32 +262,37 @@ class ResourceManager(Generic[T]):
         resolved = (query or Query()).resolve(self.codec.fields)
         try:
             page, bodies = await self.storage.search_with_bodies(resolved)
+            return Page(self._writer.verifier.page(page.items, bodies), page.next)
         except StoreDamaged:
             # A draft was replaced in between, or a body is lost; one by one tells, and one that is lost must not hide all others.
             page = await self.storage.search(resolved)
             read = [await self._readable(hit, resolved) for hit in page.items]
             return Page([found for found in read if found is not None], page.next)
-        if not {hit.encoding for hit in page.items} <= {Encoding.json}:
-            to_json = self.codec.to_json
-            bodies = [to_json(body, hit.encoding) for hit, body in zip(page.items, bodies, strict=True)]
-        return Page([(hit.document, body) for hit, body in zip(page.items, bodies, strict=True)], page.next)
 
     async def _readable(self, hit: Hit, query: Query) -> tuple[bytes, bytes] | None:
         """What was found, as it is now; None if that is nothing that the query finds, or cannot be read."""
         try:
-            found = await self.get(hit.meta.resource_id, include_deleted=query.include_deleted, within=query.where)
+            resource_id = metadata_of(hit).resource_id
+            found = await self.get(resource_id, include_deleted=query.include_deleted, within=query.where)
             return found.meta_json, found.json
         except (ResourceNotFound, ResourceDeleted):
             return None
         except StoreDamaged as error:
-            log.error("%s %s is left out of a search: %s", self.name, hit.meta.resource_id, error)
+            if error.resource_id is None:
+                self._damaged.note_hit(hit)
+            log.error("%s: a resource is left out of a search: %s", self.name, error)
             return None
 
     async def find(self, query: Query | None = None) -> Page[Hit]:
         """What the query finds, from the index alone."""
         if not self._opened:
             await self.open()
-        return await self.storage.search((query or Query()).resolve(self.codec.fields))
+        page = await self.storage.search((query or Query()).resolve(self.codec.fields))
+        broken = self._writer.verifier.broken(page.items)
+        for hit in broken:  # one that is damaged must not hide all others
+            self._damaged.note_hit(hit)
+            log.error("%s: metadata is damaged and left out of a search; its body is %s", self.name, hit.uid)
+        return Page([hit for hit in page.items if hit not in broken], page.next) if broken else page
 
     async def count(self, query: Query | None = None) -> int:
         if not self._opened:
@@ -400,7 +424,16 @@ class ResourceManager(Generic[T]):
     async def _write(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[State | None]:
         if not self._opened:
             await self.open()
-        return await self._writer.commit(operations, by)
+        try:
+            left = await self._writer.commit(operations, by)
+        except StoreDamaged as error:
+            resource_id = operations[error.operation or 0].resource_id
+            raise error if resource_id is None else self._noted(error, resource_id, ANYTHING) from None
+        if self._damaged:
+            for operation in operations:
+                if isinstance(operation, Purge):
+                    self._damaged.forget_all(operation.resource_id)
+        return left
 
     async def _one(self, operation: Operation, by: str | Caller) -> Resource[T]:
         (state,) = await self._write([operation], by)

@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 
-from .basic import Encoding, ResourceMeta, RevisionInfo
+from ..errors import StoreDamaged
+from .basic import Encoding, Hit, ResourceMeta, RevisionInfo
 
 BRACE = ord("{")
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, IndexError, TypeError, ValueError)
 
 _encoders: dict[Encoding, Callable[[Any], bytes]] = {
     Encoding.json: msgspec.json.Encoder().encode,
@@ -29,8 +31,24 @@ def is_json(doc: bytes) -> bool:
 
 
 def meta_of(doc: Any) -> ResourceMeta:
-    return _meta_json.decode(doc) if is_json(doc) else _meta_msgpack.decode(doc)
+    """Return metadata as it was stored. Raises StoreDamaged."""
+    try:
+        return _meta_json.decode(doc) if is_json(doc) else _meta_msgpack.decode(doc)
+    except UNDECODABLE:
+        raise StoreDamaged("its metadata cannot be decoded; restore the store from a backup") from None
+
+
+def hit_of(doc: bytes, uid: str, encoding: str, shown: bytes) -> Hit:
+    """Return a hit with its metadata as JSON; as they are if they are damaged, so that one resource does not hide the others."""
+    try:
+        return Hit.of(meta_of(doc), shown)
+    except StoreDamaged:
+        return Hit(doc if isinstance(doc, bytes) else b"", uid, encoding, shown)
 
 
 def info_of(doc: Any) -> RevisionInfo:
-    return _info_json.decode(doc) if is_json(doc) else _info_msgpack.decode(doc)
+    """Return the record of a revision as it was stored. Raises StoreDamaged."""
+    try:
+        return _info_json.decode(doc) if is_json(doc) else _info_msgpack.decode(doc)
+    except UNDECODABLE:
+        raise StoreDamaged("the record of a revision cannot be decoded; restore the store from a backup") from None

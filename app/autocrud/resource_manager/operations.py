@@ -42,6 +42,7 @@ from .codec import Codec, Document, canonical_json
 from .json_shape import EXPECTED_SHAPE, misshapen
 from .limits import check_index, may_exceed
 from .threads import heavy
+from .verification import Verifier
 
 T = TypeVar("T")
 
@@ -147,6 +148,7 @@ class Plan(Generic[T]):
         self,
         storage: IStorage,
         codec: Codec[T],
+        verifier: Verifier,
         *,
         schema_version: int,
         retention: Retention | None,
@@ -157,7 +159,7 @@ class Plan(Generic[T]):
     ) -> None:
         self._get = storage.peek if peek else storage.get
         self.writes: list[Write] = []
-        self._storage, self._codec = storage, codec
+        self._storage, self._codec, self._verifier = storage, codec, verifier
         self._schema_version, self._retention = schema_version, retention
         self._by, self._now, self._bounds = by, now, bounds
         self._grown = 0  # bytes that patches made
@@ -241,7 +243,7 @@ class Plan(Generic[T]):
     async def json(self, state: State) -> bytes:
         if state.json is None:
             body = await self._storage.body(state.meta.uid)
-            state.json = self._codec.to_json(body, state.meta.encoding)
+            state.json = self._verifier.json(state.meta, body)
         return state.json
 
     async def _create(self, operation: Create[T]) -> State:
@@ -383,7 +385,7 @@ class Plan(Generic[T]):
         json = self._planned_json(record.uid)
         if json is None:
             body = await self._storage.body(record.uid)
-            json = self._codec.to_json(body, record.encoding)
+            json = self._verifier.json(record, body)
         self._codec.parse(json)  # raises InvalidData if the model has changed
         return self._write(meta, new, None, json=json, index=self._codec.index_stored(json))
 

@@ -36,6 +36,7 @@ from ..errors import ResourceNotFound, StoreDamaged, StoreUnavailable, UniqueCon
 from ..query import MAX_LIMIT, Query, field
 from .basic import Findings, IndexOf, MetaStore, ModelSpec, Reindex, ResourceMeta, ResourceStore, Version
 from .checks import shared
+from .verification import is_sound
 
 log = logging.getLogger("crudstack.storage")
 
@@ -206,6 +207,9 @@ class Reindexing:
         body: bytes | None = None
         try:
             body = await self._resource_store.get(meta.uid)
+            if self._resource_store.verified and not is_sound(meta, body):
+                body = None  # nobody may be found by what somebody else wrote there
+                raise StoreDamaged("its body is not what was stored")
             entry = index(body, meta.encoding)
         except StoreDamaged as error:
             if body is None and await self._has_changed(meta):

@@ -164,6 +164,13 @@ class SimpleStorage(IStorage):
         return await self.meta_store.get(resource_id)
 
     @property
+    def verified(self) -> bool:
+        return self.resource_store.verified
+
+    async def drop_copies(self, uids: Sequence[str]) -> None:
+        await self.resource_store.drop_copies(uids)
+
+    @property
     def peeks(self) -> bool:
         return self.meta_store.peeks
 

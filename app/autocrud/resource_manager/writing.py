@@ -35,6 +35,7 @@ from .caller import Caller, HashedKey
 from .checks import check_name, missing, storable_id
 from .codec import Codec
 from .operations import Create, Delete, Modify, Operation, Plan, Purge, Retention, State, Update
+from .verification import Verifier
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ class Writer(Generic[T]):
         clock: Callable[[], dt.datetime],
     ) -> None:
         self._storage, self._codec, self._clock = storage, codec, clock
+        self.verifier = Verifier(codec, verified=storage.verified)
         self._schema_version, self._retention = schema_version, retention
         self._turns: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]
@@ -197,6 +199,7 @@ class Writer(Generic[T]):
         plan = Plan(
             self._storage,
             self._codec,
+            self.verifier,
             schema_version=self._schema_version,
             retention=self._retention,
             by=caller.name,
@@ -264,7 +267,7 @@ class Writer(Generic[T]):
         """The data of a state; StoreDamaged."""
         if state.json is None:
             body = await self._storage.body(state.meta.uid)
-            state.json = self._codec.to_json(body, state.meta.encoding)
+            state.json = self.verifier.json(state.meta, body)
         return state.json
 
     async def holds(self, where: Filter | None, state: State) -> bool:

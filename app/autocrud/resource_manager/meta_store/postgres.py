@@ -48,7 +48,7 @@ from ..basic import (
     Version,
 )
 from ..checks import check_expectation, missing, not_indexed, storable_id, taken
-from ..documents import encoder, info_of, meta_of
+from ..documents import encoder, hit_of, info_of, meta_of
 from ..postgres.call import Call
 from ..postgres.migration import Migration
 from ..postgres.pool import (
@@ -206,7 +206,7 @@ class PostgresMetaStore(MetaStore):
             rows.pop()
             next_ = tuple(datetime_key(key) if isinstance(key, dt.datetime) else key for key in rows[-1][4:])
         items = [
-            Hit(doc, uid, encoding, shown or b"{}") if doc[:1] == b"{" else Hit.of(meta_of(doc), shown or b"{}")
+            Hit(doc, uid, encoding, shown or b"{}") if doc[:1] == b"{" else hit_of(doc, uid, encoding, shown or b"{}")
             for doc, uid, encoding, shown, *_ in rows
         ]
         return Page(items, next_)

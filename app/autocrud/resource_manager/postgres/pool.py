@@ -217,7 +217,9 @@ def _translated(error: psycopg.Error) -> CrudError:
     if isinstance(error, psycopg.DataError) and state in ("", "22P05", "22021"):
         return InvalidData("the database cannot hold this text: NUL characters and unpaired surrogates are none")
     if isinstance(error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted | psycopg.errors.UndefinedTable):
-        return StoreDamaged("the database has lost something that was stored; its log says what")
+        return StoreDamaged(
+            "the database has lost something that was stored, its log says what; restore it from a backup"
+        )
     if state == TOO_LARGE:
         return MetadataTooLarge(
             "an index of the database cannot hold the id of this resource together with one of its indexed texts: shorten"

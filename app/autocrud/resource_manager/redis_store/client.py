@@ -17,7 +17,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ...errors import ConfigError, StoreUnavailable
+from ...errors import ConfigError, StoreDamaged, StoreUnavailable
 from ...secret import REDIS, Secret, redis_url
 from .. import drivers
 from .scripts import Script
@@ -135,6 +135,8 @@ class Client:
                 raise ConfigError(
                     "this is a Redis Cluster, which cannot be used: one server must hold all keys"
                 ) from None
+            if text.startswith("WRONGTYPE"):
+                raise StoreDamaged("a key of the store in Redis is of another type; restore it from a backup") from None
             raise StoreUnavailable("Redis cannot do this right now; nothing was changed") from error
 
     async def close(self, user: object) -> None:

@@ -173,6 +173,9 @@ class CachedS3ResourceStore(S3ResourceStore):
         """Take bodies out of the caches and leave S3 alone, as when another instance has deleted them."""
         await self._take_out(uids, lambda cache: cache.delete(uids))
 
+    async def drop_copies(self, uids: Sequence[str]) -> None:
+        await self.forget(uids)
+
     async def forget_everything(self) -> None:
         """The same with all bodies."""
         await self._take_out([ANY], lambda cache: cache.clear())

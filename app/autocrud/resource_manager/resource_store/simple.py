@@ -31,6 +31,8 @@ SCAN_PAGE = 500
 
 
 class MemoryResourceStore(ResourceStore):
+    verified: ClassVar[bool] = False
+
     def __init__(self, encoding: Encoding | None = None) -> None:
         self.encoding = encoding
         self._bodies: dict[str, bytes] = {}

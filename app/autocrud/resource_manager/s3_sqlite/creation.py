@@ -1,13 +1,16 @@
 """Create a store in the bucket, once, and check that the storage honours conditions.
 
 Invariant: HEAD and BORN are created, never re-created. If a copy has seen a HEAD, or if BORN exists without a HEAD, then
-HEAD was removed. A new HEAD would let writers that slept through that be acknowledged into another history.
+HEAD was removed. A new HEAD would let writers that slept through that be acknowledged into another history. A BORN that
+somebody removed is written again with the id of the HEAD that was read: if that HEAD is replaced meanwhile, the new one
+is refused, because BORN names another store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 from pathlib import Path
 from uuid import uuid4
@@ -15,10 +18,12 @@ from uuid import uuid4
 import apsw
 
 from ...errors import ConditionalWritesUnsupported, ConfigError, HeadLost, StoreUnavailable
-from ..object_store import Object, ObjectStore, Stored, Unknown
+from ..object_store import Object, ObjectStore, Outcome, Stored, Unknown
 from ..records import Findings
 from .head import Head, Snapshot, snapshot_key
 from .local_copy import new_path
+
+log = logging.getLogger("crudstack.s3sqlite")
 
 
 class StoreCreation:
@@ -84,11 +89,13 @@ class StoreCreation:
 
     async def probe(self, store: str) -> None:
         """Check that conditions are honoured. A storage that ignores them overwrites BORN with what it holds already."""
-        body = store.encode()
-        impossible = f'"{"0" * 32}"'
-        outcomes = await asyncio.gather(
-            self._objects.put_if(self._born_key, body, None), self._objects.put_if(self._born_key, body, impossible)
-        )
+        outcomes = await self._probed(store.encode())
+        if isinstance(outcomes[0], Stored):  # BORN was missing, and is there now; or the condition was ignored
+            outcomes = await self._probed(store.encode())
+            if not isinstance(outcomes[0], Stored):
+                log.warning(
+                    "%s was missing and is written again; did somebody remove objects of the store?", self._born_key
+                )
         for condition, outcome in zip(("If-None-Match", "If-Match"), outcomes, strict=True):
             if isinstance(outcome, Stored):
                 raise ConditionalWritesUnsupported(
@@ -99,6 +106,12 @@ class StoreCreation:
                 raise StoreUnavailable(
                     f"the object storage did not say whether it honours conditions ({outcome.reason}); try again"
                 )
+
+    async def _probed(self, body: bytes) -> tuple[Outcome, Outcome]:
+        impossible = f'"{"0" * 32}"'
+        return await asyncio.gather(
+            self._objects.put_if(self._born_key, body, None), self._objects.put_if(self._born_key, body, impossible)
+        )
 
     async def refuse_old_writers(self, head: Head) -> None:
         """Raise ConfigError if the plain database that was imported has changed since."""

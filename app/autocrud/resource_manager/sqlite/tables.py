@@ -47,7 +47,7 @@ from ..basic import (
     Version,
 )
 from ..checks import check_expectation, generation_of, missing, not_indexed, shared, storable_id, taken
-from ..documents import BRACE, encoder, info_of, meta_of
+from ..documents import encoder, hit_of, info_of, meta_of
 from ..sql import quoted
 from . import sql
 
@@ -204,9 +204,9 @@ class ResourceTables:
         if len(rows) > query.limit:
             rows.pop()
             next_ = rows[-1][4:]
-        if {row[0][0] for row in rows} <= {BRACE}:
+        if {row[0][:1] for row in rows} <= {b"{"}:
             return Page([Hit(row[0], row[1], row[2], row[3]) for row in rows], next_)
-        return Page([Hit.of(meta_of(row[0]), row[3]) for row in rows], next_)
+        return Page([hit_of(*row[:4]) for row in rows], next_)
 
     def count(self, connection: apsw.Connection, query: Query) -> int:
         if query.where is None and not query.include_deleted:
