@@ -7,7 +7,8 @@ could not begin soon, so that the accepted ones are answered in time.
 Invariants:
 
 - O1 *In progress are IN_PROGRESS requests at most.* A slot is held from the admission of a request until its answer is handed
-  to the server, except while the server waits for the client to send the body. So no slow client holds a slot.
+  to the server, except while the server waits for the client to send the body, and while the request waits for its turn
+  with large JSON (`threads.heavy`, which bounds it). So neither a slow client nor one that sends much holds a slot.
 - O2 *The queue is bounded.* QUEUED requests wait, each for at most WAIT_S. A request that was admitted is never refused: after
   its body has arrived it has the next free slot, before all that are new.
 - O3 *Slots are not lost.* `free` and the slots that are held are IN_PROGRESS together, also after errors and cancellation: a slot
@@ -32,9 +33,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .autocrud.errors import CrudError
+from .autocrud.errors import CrudError, Overloaded
 from .autocrud.http import problems
 from .autocrud.http.messages import Receive, Scope, Send
+from .autocrud.resource_manager.threads import TURN
 from .connections import TooMuchInTransfer
 
 IN_PROGRESS = 32
@@ -46,10 +48,6 @@ LARGE = 64 * 1024
 """An answer of so many bytes may wait for its reader; a smaller one fits into the buffers of the sockets."""
 HEALTH, READINESS = "/healthz", "/readyz"
 RETRY_AFTER = ((b"retry-after", b"1"),)
-
-
-class Overloaded(CrudError):
-    type, title, status = "overloaded", "The server has too much to do", 503
 
 
 class Gate:
@@ -129,15 +127,19 @@ class _Slot:
             self._held = False
             self._gate.leave()
 
+    async def come_back(self) -> None:
+        if not self._held:
+            if not self._gate.take():
+                await self._gate.come_back()
+            self._held = True
+
     async def receive(self) -> Any:
         """Wait for the client without the slot."""
         if not self._held:
             return await self._receive()
         self.leave()
         message = await self._receive()
-        if not self._gate.take():
-            await self._gate.come_back()
-        self._held = True
+        await self.come_back()
         return message
 
     async def send(self, message: Any) -> None:
@@ -182,6 +184,7 @@ class Overload:
             await _refuse(_unread(), send, scope)
         elif gate.take() or await gate.wait():
             slot = _Slot(gate, scope, receive, send, self._unsent)
+            TURN.set(slot)  # for the rest of this task, which is this request's own
             try:
                 await self._app(scope, slot.receive, slot.send)
             finally:
@@ -196,4 +199,5 @@ def _unread() -> TooMuchInTransfer:
 
 async def _refuse(error: CrudError, send: Send, scope: Scope | None = None) -> None:
     head = scope is not None and scope["method"] == "HEAD"
-    await problems.response(error, RETRY_AFTER).send(send, head=head)
+    headers = () if isinstance(error, Overloaded) else RETRY_AFTER  # which has it already
+    await problems.response(error, headers).send(send, head=head)

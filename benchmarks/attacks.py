@@ -106,7 +106,7 @@ ATTACKS: dict[str, Callable[[httpx.Client], None]] = {
     "diff of shuffled items": got("/list/shuffled/diff?from=1&to=2"),
     "contains with 30 KB": got("/article?author[contains]=" + "x" * 29_999 + "y"),
     "contains with 1 KB": got("/article?author[contains]=" + "x" * 999 + "y"),
-    "1,000 values in 50 parameters": got("/article?" + "&".join(["author[in]=" + titles(20)] * 900)),
+    "1,000 values of a condition": got("/article?" + "&".join(["author[in]=" + titles(20)] * 50)),
     "2,000,000 objects": posted(b'{"title":"t","content":"c","author":"a","x":[' + b"{}," * 1_999_999 + b"{}]}"),
     "90,000 objects": posted(OBJECTS),
     "3,000,000 numbers": posted(b'{"title":"t","content":"c","author":"a","x":[' + b"1," * 2_999_999 + b"1]}"),

@@ -126,6 +126,12 @@ class StoreUnavailable(CrudError):
     type, title, status = "store-unavailable", "The store is unavailable", 503
 
 
+class Overloaded(CrudError):
+    """There is more to do than could be done in time; this was not begun. Try again."""
+
+    type, title, status = "overloaded", "The server has too much to do", 503
+
+
 class OutcomeUnknown(CrudError):
     """The store cannot say whether the write happened; read before trying again."""
 

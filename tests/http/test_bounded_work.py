@@ -311,12 +311,12 @@ async def test_large_work_waits_in_one_lane_and_no_thread_is_busy_afterwards(api
     assert {answer.status_code for answer in answers} == {201}
     assert {name.rpartition("_")[0] for is_large, name in seen if is_large} == {"crudstack-heavy"}
     assert {name for is_large, name in seen if not is_large} == {threading.current_thread().name}
-    assert threads._LANE._work_queue.empty()
+    assert threads.LANE.executor._work_queue.empty()
     assert len([one for one in threading.enumerate() if one.name.startswith("crudstack-heavy")]) == 1
     tried = await api.patch("/bag/b", content=doubling(22), headers=PATCH)
     assert tried.status_code == 422
     done = threading.Event()
-    threads._LANE.submit(done.set)
+    threads.LANE.executor.submit(done.set)
     assert done.wait(30)
 
 
@@ -341,7 +341,7 @@ JSON = st.recursive(
 @given(JSON, st.booleans(), st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", " :\t")]))
 def test_the_shape_of_a_text_is_that_of_what_it_holds(tree, ascii_only, separators):
     body = json.dumps(tree, ensure_ascii=ascii_only, separators=separators).encode()
-    shape = json_shape._shape(json_shape._without_escapes(body))
+    shape = json_shape.shape(body)
     values, names, containers, strings, depth, empty = walked(tree)
     assert (shape.names, shape.containers, shape.depth) == (names, containers, depth)
     assert shape.values == values + empty
@@ -370,3 +370,44 @@ def test_names_that_stand_twice_are_found(pairs):
         return
     with pytest.raises(InvalidData, match="stands twice"):
         codec.parse_json(body)
+
+
+class Slot:
+    """A turn that a server gave."""
+
+    def __init__(self) -> None:
+        self.held, self.left = True, 0
+
+    def leave(self) -> None:
+        self.held, self.left = False, self.left + 1
+
+    async def come_back(self) -> None:
+        self.held = True
+
+
+async def test_who_waits_for_the_lane_has_no_turn_meanwhile():
+    slot = Slot()
+    token = threads.TURN.set(slot)
+    try:
+        assert await threads.heavy(10, lambda: slot.held)
+        assert slot.left == 0
+        assert await threads.heavy(threads.HEAVY_BYTES, lambda: slot.held) is False
+        assert (slot.held, slot.left) == (True, 1)
+    finally:
+        threads.TURN.reset(token)
+
+
+async def test_what_waits_for_the_lane_is_bounded(api, monkeypatch):
+    monkeypatch.setattr(threads, "MAX_WAITING", 1_000_000)
+    go = threading.Event()
+    first = asyncio.create_task(threads.heavy(2_000_000, lambda: go.wait(30)))  # alone it may be larger
+    await asyncio.sleep(0)
+    large = json.dumps({"x": ["y" * 100] * 2000}).encode()
+    refused = await api.post("/bag", content=large, headers={"content-type": "application/json"})
+    assert (refused.status_code, refused.json()["type"]) == (503, "urn:crudstack:overloaded")
+    assert refused.headers["retry-after"] == "1"
+    assert (await api.post("/bag", json={"x": [1]})).status_code == 201  # small ones go on
+    go.set()
+    assert await first
+    assert threads.LANE.waiting == 0
+    assert (await api.post("/bag", content=large, headers={"content-type": "application/json"})).status_code == 201

@@ -36,20 +36,9 @@ class Shape(NamedTuple):
     containers: int
     depth: int
 
-    @property
-    def excess(self) -> str | None:
-        """What there is too much of, as in "has 700000 names", or None."""
-        if self.values > MAX_VALUES:
-            return f"has {self.values} values"
-        if self.names > MAX_NAMES:
-            return f"has {self.names} names"
-        if self.containers > MAX_CONTAINERS:
-            return f"has {self.containers} objects and lists"
-        return f"is nested {self.depth} deep" if self.depth > MAX_DEPTH else None
-
 
 def misshapen(body: bytes) -> str | None:
-    """Return the excess of a JSON text, or None. Texts that are no JSON may be anything."""
+    """Return what a JSON text has too much of, as in "has 700000 names", or None. Texts that are no JSON may be anything."""
     if len(body) <= 2 * MAX_DEPTH:
         return None
     # Upper bounds: strings hold brackets, colons and commas too.
@@ -59,12 +48,27 @@ def misshapen(body: bytes) -> str | None:
     plain = _without_escapes(body)
     if plain.count(b'"') > 2 * (MAX_VALUES + MAX_NAMES):
         return f"has more than {MAX_VALUES + MAX_NAMES} strings"
-    return _shape(plain).excess
+    outside = _outside_of_strings(plain)
+    values, names, containers = _counts(outside)
+    if values > MAX_VALUES:
+        return f"has {values} values"
+    if names > MAX_NAMES:
+        return f"has {names} names"
+    if containers > MAX_CONTAINERS:
+        return f"has {containers} objects and lists"
+    depth = _depth(outside)
+    return f"is nested {depth} deep" if depth > MAX_DEPTH else None
+
+
+def shape(body: bytes) -> Shape:
+    """Return the shape of a JSON text."""
+    outside = _outside_of_strings(_without_escapes(body))
+    return Shape(*_counts(outside), _depth(outside))
 
 
 def containers(body: bytes) -> int:
     """Return how many objects and lists a JSON text holds."""
-    return _shape(_without_escapes(body)).containers
+    return _counts(_outside_of_strings(_without_escapes(body)))[2]
 
 
 def strings(body: bytes) -> int:
@@ -72,17 +76,24 @@ def strings(body: bytes) -> int:
     return _without_escapes(body).count(b'"') // 2
 
 
-def _shape(plain: bytes) -> Shape:
-    """Return the shape of a text without escapes."""
+def _outside_of_strings(plain: bytes) -> bytes:
+    """Return what a text without escapes has outside of its strings."""
     pieces, at = [], 0
     for match in _STRING.finditer(plain):
         pieces.append(plain[at : match.start()])
         at = match.end()
-    outside = b"".join([*pieces, plain[at:]])
+    return b"".join([*pieces, plain[at:]])
+
+
+def _counts(outside: bytes) -> tuple[int, int, int]:
+    """Return the numbers of values, names and containers."""
     opened = outside.count(b"[") + outside.count(b"{")
+    return opened + outside.count(b",") + 1, outside.count(b":"), opened
+
+
+def _depth(outside: bytes) -> int:
     steps = map(_STEPS.__getitem__, outside.translate(None, _NO_BRACKETS))
-    depth = max(itertools.accumulate(steps), default=0)
-    return Shape(opened + outside.count(b",") + 1, outside.count(b":"), opened, depth)
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _without_escapes(body: bytes) -> bytes:

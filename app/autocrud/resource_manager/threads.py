@@ -6,14 +6,20 @@ And how to wait for what goes on without whoever waits.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
+
+from ..errors import Overloaded
 
 T = TypeVar("T")
 
 HEAVY_BYTES = 64 * 1024
 """JSON from here on is worked on in the lane for heavy work: some milliseconds at most stay on the event loop."""
+MAX_WAITING = 64 * 1024 * 1024
+"""Bytes of JSON that may wait for that; one piece of work may be larger."""
 READERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="crudstack-read")
 
 
@@ -21,17 +27,64 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(READERS, work)
 
 
-_LANE = ThreadPoolExecutor(max_workers=1, thread_name_prefix="crudstack-heavy")
-"""One thread for the heavy work of all requests. It shares the interpreter lock with the event loop, which gets its turn
-every few milliseconds; with more threads it would wait for all of them each time. All that runs here is bounded by the
-size of a body, so nobody's work waits for ever, and none goes on after its request."""
+class Turn(Protocol):
+    """The turn of a request, of which a server gives a few at once."""
+
+    def leave(self) -> None:
+        """Let another request have it."""
+
+    async def come_back(self) -> None:
+        """Wait for it again."""
+
+
+TURN: ContextVar[Turn | None] = ContextVar("crudstack.turn", default=None)
+"""The turn of the request that is being answered, if a server gives turns."""
+
+
+class _Lane:
+    """One thread for the heavy work of all requests.
+
+    It shares the interpreter lock with the event loop, which gets its turn every few milliseconds; with more threads it
+    would wait for all of them each time. All that runs here is bounded by the size of a body, so nobody's work waits for
+    ever, and none goes on after its request. A request that waits here has no turn elsewhere, so that small requests are
+    answered meanwhile; how many may wait is bounded by MAX_WAITING.
+    """
+
+    def __init__(self) -> None:
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="crudstack-heavy")
+        self.waiting = 0  # bytes, of all event loops together
+        self._mutex = threading.Lock()
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        self._enter(size)
+        turn = TURN.get()
+        if turn is not None:
+            turn.leave()
+        try:
+            done = await asyncio.get_running_loop().run_in_executor(self.executor, work)
+        finally:
+            with self._mutex:
+                self.waiting -= size
+        if turn is not None:
+            await turn.come_back()
+        return done
+
+    def _enter(self, size: int) -> None:
+        with self._mutex:
+            if self.waiting and self.waiting + size > MAX_WAITING:
+                raise Overloaded(
+                    f"found {self.waiting} bytes of JSON that wait to be worked on; expected at most {MAX_WAITING} with"
+                    " yours; try again"
+                )
+            self.waiting += size
+
+
+LANE = _Lane()
 
 
 async def heavy(size: int, work: Callable[[], T]) -> T:
     """Do work on JSON of so many bytes: at once, or if it is large after what else is heavy, while others are answered."""
-    if size < HEAVY_BYTES:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(_LANE, work)
+    return work() if size < HEAVY_BYTES else await LANE.run(size, work)
 
 
 async def outlived(future: asyncio.Future[T]) -> T:
