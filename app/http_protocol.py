@@ -125,8 +125,7 @@ class LimitedProtocol(HttpToolsProtocol):
             )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.phase == BODY:
-            self._abandon_request()
+        self._abandon_request()
         self._closing()
         self._registry.remove(self)
         super().connection_lost(exc)
@@ -150,9 +149,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def make_room(self) -> None:
         """End a connection that waits for its client, now."""
         if self.phase == CLOSING or self.transport.get_write_buffer_size():
-            self._abandon_request()
-            self._closing()
-            self.transport.abort()
+            self._abort()
         elif self.phase == HEAD and not self._head_bytes:
             self._close()
         else:
@@ -195,7 +192,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._unsent_since, self._unsent_at_first = now, unsent
         read = self._unsent_at_first - unsent
         if now - self._unsent_since > WRITE_S + read / MIN_RATE or now - self._moved > WRITE_S:
-            self.transport.abort()
+            self._abort()
 
     # What the client sends
 
@@ -449,12 +446,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def refuse(self, error: CrudError, *, linger: bool = True) -> None:
         """Answer with an error, and end the connection. Nothing is written into an answer that has begun."""
-        begun = self.phase in (BODY, ANSWER) and self.cycle.response_started
-        self._abandon_request()
-        if begun or self.transport.is_closing():
-            self._closing()
-            self.transport.abort()
+        if self.transport.is_closing() or (self.phase in (BODY, ANSWER) and self.cycle.response_started):
+            self._abort()
             return
+        self._abandon_request()
         self.transport.write(refusal(error, self.server_state.default_headers))
         if linger:
             self._finish()
@@ -462,11 +457,17 @@ class LimitedProtocol(HttpToolsProtocol):
             self._close()
 
     def _abandon_request(self) -> None:
-        """Tell the application, if it reads a body that has not arrived, that the client is gone."""
-        if self.phase == BODY:
+        """Tell the application, if it works on a request, that the client is gone."""
+        if self.phase in (BODY, ANSWER) and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-            self._registry.forget_body(self)
+        self._registry.forget_body(self)
+
+    def _abort(self) -> None:
+        """End the connection now, with what is not sent."""
+        self._abandon_request()
+        self._closing()
+        self.transport.abort()
 
     def _finish(self) -> None:
         """End the connection after the answer: at once if the client has sent nothing more, otherwise when it has read."""

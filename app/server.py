@@ -56,6 +56,7 @@ def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -
         server_header=False,
         http=functools.partial(LimitedProtocol, connections),  # type: ignore[arg-type]
         ws="none",
+        proxy_headers=False,  # nothing here depends on the scheme or on the client's address
         backlog=BACKLOG,
     )
     server = _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}")
