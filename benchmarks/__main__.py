@@ -25,12 +25,12 @@ from rich.progress import Progress
 from app.local_s3 import ministack
 from infra import artifact
 
-from . import backends, report, s3
+from . import backends, connections, report, s3
 from .load import measure, on_first_core, require_wrk
 from .peers import POCKETBASE, ROOT, ROWS, SPECSTAR, Floor, Ours, Peer, PocketBase, Specstar
 from .report import Cell
 
-PARTS = ("cold", "lambda", "engine", "memory", "disk", "s3", "backends")
+PARTS = ("cold", "lambda", "engine", "memory", "disk", "s3", "backends", "connections")
 PORT = 18_100
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000], help="for s3")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/RESULTS.md", help="where to write")
     options = parser.parse_args()
-    if {"memory", "disk"} & set(options.parts):
+    if {"memory", "disk", "connections"} & set(options.parts):
         require_wrk()
     if not (SPECSTAR.exists() and POCKETBASE.exists()):
         sys.exit("the peers are not installed: run `make bench`")
@@ -63,6 +63,8 @@ def main() -> None:
             sections += s3.sections(progress, 2.0 * options.seconds, options.sizes, SPECSTAR)
         if "backends" in options.parts:
             sections += backends.sections(progress, options.rounds, SPECSTAR)
+        if "connections" in options.parts:
+            sections += connections.sections(progress, options.rounds, PORT)
     tables, rounds = sections[1::2], sections[2::2]
     Console(width=160).print(Markdown("\n".join([sections[0], *tables])))
     options.results.write_text("\n".join([sections[0], *tables, "## Raw numbers\n", *rounds]))

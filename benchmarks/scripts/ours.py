@@ -1,4 +1,4 @@
-"""Our server: `python -m benchmarks.scripts.ours KIND DIRECTORY PORT`."""
+"""Our server: `python -m benchmarks.scripts.ours KIND DIRECTORY PORT [uvicorn]`, as `crudstack serve` runs it or on uvicorn as it is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import uvicorn
 from fastapi import FastAPI
 from msgspec import Struct
 
+from app import server
 from app.autocrud import AutoCRUD
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, IStorageFactory, MemoryStorageFactory
 
@@ -31,6 +32,12 @@ def crud(kind: str, directory: str) -> AutoCRUD:
 
 
 if __name__ == "__main__":
+    kind, directory, port, *plain = sys.argv[1:]
     app = FastAPI()
-    crud(sys.argv[1], sys.argv[2]).apply(app)
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[3]), log_level="error", access_log=False)
+    app.state.crud = crud(kind, directory)
+    app.state.crud.apply(app)
+    if plain:
+        uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="error", access_log=False)
+    else:
+        with server.bind("127.0.0.1", int(port)) as listener:
+            server.run(app, listener, "127.0.0.1", access_log=False)
