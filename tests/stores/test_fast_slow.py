@@ -724,7 +724,7 @@ class Way(TcpProxy):
     def redis_url(self) -> str:
         return self.server.url.replace(f":{self.server.port}/", f":{urlsplit(self.url).port}/")
 
-    def lead_to(self, server: Valkey | None) -> None:
+    def lead_to_server(self, server: Valkey | None) -> None:
         self._to = ("127.0.0.1", 1 if server is None else server.port)
         self.cut()
 
@@ -832,9 +832,9 @@ async def test_four_processes_while_everything_goes_wrong(postgres, servers, tmp
         one.resume()
         await recovered()
         for way in (ways[0], ways[1]):  # cut off alone: what it writes the others must see, what they write it must see
-            way.lead_to(None)
+            way.lead_to_server(None)
             await processes.go_on(**WORK)
-            way.lead_to(one)
+            way.lead_to_server(one)
             await recovered()
         ways[2].hold()  # what it asks is done, and it hears nothing
         await processes.go_on(**WORK)
@@ -853,7 +853,7 @@ async def test_four_processes_while_everything_goes_wrong(postgres, servers, tmp
             one.stop()
             other.promote()
             for way in ways:
-                way.lead_to(other)
+                way.lead_to_server(other)
             await recovered()
         one.start()
         with TcpProxy(other.url) as replication:
@@ -863,10 +863,10 @@ async def test_four_processes_while_everything_goes_wrong(postgres, servers, tmp
             await processes.go_on(written=1)
             one.promote()
             for way in ways[1:]:
-                way.lead_to(one)
+                way.lead_to_server(one)
             for _ in range(2):
                 await processes.go_on(**WORK)  # the first one goes on with the old primary, which is alive
-            ways[0].lead_to(one)
+            ways[0].lead_to_server(one)
             await recovered()
     assert not processes.stale
 
@@ -934,7 +934,7 @@ async def test_a_replica_that_lags_brings_nothing_back(servers, stores, lives):
         new = await _write(store, old)
         primary.stop()
         replica.promote()
-        way.lead_to(replica)
+        way.lead_to_server(replica)
         assert await store.get("r") == (new if lives else old)
 
 
@@ -959,7 +959,7 @@ async def test_a_writer_that_is_cut_off_waits_and_a_reader_that_is_does_not(serv
         lease_s = 2.0 if kind is FastSlowMetaStore else 20.0
         reader, writer = stores(servers[0], lease_s), stores(way, lease_s, kind)
         old = await _write(reader)
-        way.lead_to(None)
+        way.lead_to_server(None)
         assert await reader.get("r") == await writer.get("r") == old
         new = await _write(writer, old)
         assert await writer.get("r") == new
@@ -967,7 +967,7 @@ async def test_a_writer_that_is_cut_off_waits_and_a_reader_that_is_does_not(serv
         (impaired,) = await writer.impairments()
         assert "cannot be reached" in impaired
         assert servers[0].key not in impaired
-        way.lead_to(servers[0])
+        way.lead_to_server(servers[0])
         assert await writer.impairments() == []
         await writer.health()
 
