@@ -29,6 +29,7 @@ from .autocrud.resource_manager.s3_sqlite.fork_report import (
 )
 from .autocrud.resource_manager.s3_sqlite.head import Record, decode_head, decode_ops
 from .autocrud.resource_manager.s3_sqlite.local_copy import current_path
+from .autocrud.resource_manager.verification import Verifier
 
 
 class Rescued(NamedTuple):
@@ -118,7 +119,7 @@ async def _lines(manager: ResourceManager[Any], record: Record) -> list[dict[str
             line["metadata"] = op.meta
             try:
                 body = await manager.storage.body(op.meta.uid)
-                line["data"] = msgspec.Raw(manager.codec.to_json(body, op.meta.encoding))
+                line["data"] = msgspec.Raw(Verifier(manager.codec, verified=True).json(op.meta, body))
             except (CrudError, msgspec.MsgspecError) as error:
                 line |= {"data": None, "error": f"the body cannot be read: {error}"}
             lines.append(line)

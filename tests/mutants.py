@@ -26,6 +26,8 @@ NEIGHBOURS = ["tests/stores/test_neighbours.py"]
 STOPPED = ["tests/stores/test_stopped_process.py"]
 ACCESS = ["tests/http/test_access.py"]
 LAMBDA = ["tests/test_lambda_runtime.py"]
+DAMAGED = ["tests/stores/test_damaged.py"]
+SECRETS = ["tests/test_secrets.py"]
 LIMITS = ["tests/test_limits.py", "tests/http/test_limits.py"]
 P = "app/autocrud/resource_manager/s3_sqlite/"
 M = "app/autocrud/resource_manager/"
@@ -496,6 +498,52 @@ MUTANTS = [
         "if size >= CHUNK:",
         "if False:",
         STORES,
+    ),
+    (
+        "bodies are not compared with their hash",
+        M + "verification.py",
+        "hashlib.sha256(body).hexdigest() == meta.data_hash",
+        "True",
+        DAMAGED,
+    ),
+    ("a body is compared once", M + "verification.py", "known[1] == body and known[0]", "known[0]", DAMAGED),
+    (
+        "a list does not compare what it has compared",
+        M + "verification.py",
+        "one is None or one[1] != body or one[2] != document",
+        "one is None",
+        DAMAGED,
+    ),
+    (
+        "damaged copies stay in caches",
+        M + "resource_store/cached_s3.py",
+        "await self.forget(uids)\n\n    async def forget_everything",
+        "pass\n\n    async def forget_everything",
+        DAMAGED,
+    ),
+    (
+        "damaged resources are not remembered",
+        M + "verification.py",
+        "self._parts[resource_id, part] = None",
+        "pass",
+        DAMAGED,
+    ),
+    (
+        "the index takes what was written over a body",
+        M + "reindexing.py",
+        "and not is_sound(meta, body)",
+        "and False",
+        DAMAGED,
+    ),
+    ("a password may hold an @", "app/autocrud/secret.py", 'if "@" in credentials:', "if False:", SECRETS),
+    ("a password may hold a slash", "app/autocrud/secret.py", "if at and (found", "if False and (found", SECRETS),
+    ("a secret is shown", "app/autocrud/secret.py", "return self.shown", "return self.reveal()", SECRETS),
+    (
+        "the words of Redis are repeated",
+        M + "redis_store/client.py",
+        'self._address.hide(str(error).partition(", with args beginning with")[0])',
+        "str(error)",
+        SECRETS,
     ),
 ]
 

@@ -31,11 +31,13 @@ from redis.asyncio.connection import parse_url
 from yarl import URL
 
 from app import main
-from app.autocrud.errors import ConfigError
+from app.autocrud.errors import ConfigError, StoreUnavailable
 from app.autocrud.resource_manager.object_store import S3ObjectStore
 from app.autocrud.resource_manager.storage_factory import MQCachedS3StorageFactory, RedisPgStorageFactory
 from app.autocrud.secret import Secret, amqp_url, endpoint_url, hidden, postgres_url, quoted, redis_url
+from app.aws_lambda import LambdaHandler
 from app.settings import load
+from tests.lambda_runtime import http_event
 from tests.services import BUCKET
 
 PIECE = 4
@@ -374,6 +376,66 @@ async def test_a_server_that_lets_in(servers, valkey, tmp_path, logged, monkeypa
     broker = quote(urlsplit(os.environ["TEST_RABBITMQ"]).password or "", safe="")
     found += [text[:500] for text in said if broker in text]
     assert not found
+
+
+class Parrot:
+    """A server that knows no command and repeats what it was sent, as Redis does: a password among it."""
+
+    async def __aenter__(self) -> int:
+        self.heard: list[bytes] = []
+        self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
+        return self._server.sockets[0].getsockname()[1]
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            self.heard.append(data)
+            words = [word.decode() for word in data.split(b"\r\n") if word and word[:1] not in b"*$"]
+            said = " ".join(f"'{word}'" for word in words[1:])
+            writer.write(f"-ERR unknown command '{words[0]}', with args beginning with: {said}\r\n".encode())
+        writer.close()
+
+
+async def test_a_redis_that_repeats_the_password(tmp_path, logged):
+    canary = CANARY["CRUDSTACK_REDIS_URL"]
+    parrot = Parrot()
+    async with parrot as port:
+        given = environment(tmp_path, KINDS[1], pg="", redis=f"127.0.0.1:{port}", amqp="", s3="http://127.0.0.1:1")
+        app = main.create_app(load(given))
+        said = [await asked(app)]
+        for manager in app.state.crud.managers.values():
+            with pytest.raises(StoreUnavailable) as caught:
+                await manager.open()
+            said += ["".join(traceback.format_exception(caught.value)), *everything(caught.value)]
+        said += [*walk([app]), logged()]
+        await app.state.crud.close()
+    assert canary.encode() in b"".join(parrot.heard)  # it was repeated
+    assert "unknown command" in logged()
+    assert not leaks("\n".join(said), canary)
+
+
+def test_a_function_that_cannot_reach_its_stores(tmp_path, monkeypatch, logged, capfd):
+    given = environment(tmp_path, "full", **ADDRESSES["refused"]) | {"CRUDSTACK_AUTH": "none"}
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, given[name])
+    handler = LambdaHandler(load(given))
+    context = types.SimpleNamespace(aws_request_id="1", get_remaining_time_in_millis=lambda: 20_000)
+    said = []
+    for method, path in (("GET", "/readyz"), ("POST", "/article"), ("GET", "/article/x")):
+        answer = handler(http_event(method, path, json_body=ARTICLE if method == "POST" else None), context)
+        assert answer["statusCode"] == 503
+        said.append(str(answer))
+    with pytest.raises(StoreUnavailable) as caught:
+        handler({"crudstack": "maintain"}, context)
+    said += ["".join(traceback.format_exception(caught.value)), *everything(caught.value), *walk([handler]), logged()]
+    said += capfd.readouterr()
+    assert not leaks("\n".join(said), *CANARY.values())
+    handler._loop.run_until_complete(handler._crud.close())
+    handler._loop.close()
+    asyncio.set_event_loop(None)
 
 
 def test_factories_show_no_secret():

@@ -30,6 +30,7 @@ from app.autocrud.errors import (
     ResourceNotFound,
     RevisionIsStable,
     RevisionNotFound,
+    StoreDamaged,
     StoreUnavailable,
     UniqueConflict,
     VersionConflict,
@@ -895,6 +896,28 @@ class DurableConformance(DurableLimitsConformance, StorageConformance):
         (told,) = await manager.storage.impairments()
         assert told.startswith("1 resources have lost their data")
         assert told.endswith(": r1")
+        await manager.close()
+
+    async def test_a_body_that_is_lost_is_damage_that_is_named_until_it_is_purged(self, root):
+        """Others are read as before, and the resource can be written anew."""
+        manager = manage(self.make(root), indexed=INDEXED)
+        for number in range(3):
+            await manager.create(Item(text=f"{number}"), resource_id=f"r{number}")
+        await manager.storage.resource_store.delete([(await manager.get("r1")).meta.uid])
+        with pytest.raises(StoreDamaged, match="'r1'"):
+            await manager.get("r1")
+        with pytest.raises(StoreDamaged, match="'r1'"):
+            await manager.patch("r1", lambda tree: tree)
+        assert [found.meta.resource_id for found in (await manager.search()).items] == ["r0", "r2"]
+        assert (await manager.get("r2")).data.text == "2"
+        (told,) = await manager.impairments()
+        assert told.endswith(": r1")
+        await manager.update("r1", Item(text="anew"))
+        assert (await manager.get("r1")).data.text == "anew"
+        with pytest.raises(StoreDamaged, match="'r1'"):
+            await manager.get("r1", revision=1)
+        await manager.purge("r1")
+        assert await manager.impairments() == []
         await manager.close()
 
     async def test_what_an_earlier_program_dropped_from_the_index_comes_back_once(self, root):
