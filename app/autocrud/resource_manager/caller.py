@@ -14,7 +14,8 @@ from typing import NamedTuple
 from ..values import datetime_key
 from .basic import Once, Write
 from .bounds import Bounds
-from .operations import Operation, Purge, State
+from .operations import Operation, Purge
+from .planning import State
 
 
 class IdempotencyKey:

@@ -56,11 +56,10 @@ from .operations import (
     Purge,
     Restore,
     Retention,
-    State,
     Switch,
     Update,
-    deleted,
 )
+from .planning import State, deleted
 from .resource import Resource
 from .simple_storage import SimpleStorage
 from .threads import outlived

@@ -34,7 +34,8 @@ from .bounds import holds
 from .caller import Caller, HashedKey
 from .checks import check_name, missing, storable_id
 from .codec import Codec
-from .operations import Create, Delete, Modify, Operation, Plan, Purge, Retention, State, Update
+from .operations import Create, Delete, Modify, Operation, Purge, Retention, Update
+from .planning import Plan, State
 from .verification import Verifier
 
 T = TypeVar("T")
