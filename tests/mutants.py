@@ -338,7 +338,7 @@ MUTANTS = [
     ),
     ("names may stand twice", M + "codec.py", "if strings(body) == strings(", "if True or (", BOUNDED),
     ("ETags have no end", H + "conditions.py", "if len(tags) == MAX_ETAGS:", "if False:", BOUNDED),
-    ("depth is not looked at", M + "json_shape.py", "if self.depth > MAX_DEPTH", "if False", BOUNDED),
+    ("depth is not looked at", M + "json_shape.py", "if depth > MAX_DEPTH", "if False", BOUNDED),
     ("what patches make has no bound", M + "planning.py", "self._grown > operation.max_bytes", "False", BOUNDED),
     ("large work is done at once", M + "threads.py", "if size < HEAVY_BYTES:", "if True:", BOUNDED),
     (
