@@ -340,7 +340,13 @@ MUTANTS = [
     ("ETags have no end", H + "conditions.py", "if len(tags) == MAX_ETAGS:", "if False:", BOUNDED),
     ("depth is not looked at", M + "json_shape.py", "if depth > MAX_DEPTH", "if False", BOUNDED),
     ("what patches make has no bound", M + "planning.py", "self._grown > operation.max_bytes", "False", BOUNDED),
-    ("large work is done at once", M + "threads.py", "if size < HEAVY_BYTES:", "if True:", BOUNDED),
+    (
+        "large work is done at once",
+        M + "threads.py",
+        "return work() if size < HEAVY_BYTES else",
+        "return work() if True else",
+        BOUNDED,
+    ),
     (
         "a foreign origin may write",
         "app/foreign_pages.py",
