@@ -36,7 +36,7 @@ MAX_LIMIT = 200
 MAX_CONDITIONS = 200
 MAX_VALUES = 1000
 MAX_NEEDLE = 1000
-"""UTF-8 bytes that `contains` looks for: stores compare them at every place of a text."""
+"""UTF-8 bytes that `contains` looks for in a text: stores compare them at every place of it."""
 
 META_FIELDS: dict[str, Kind] = {
     name: kind_of(type_)
@@ -233,7 +233,7 @@ def resolve_compare(condition: Compare, fields: Mapping[str, Kind], parameter: s
         if value is None:
             raise ValueError("nothing compares with null; use is_null")
         key = kind.key(value)
-        if condition.op == "contains" and isinstance(key, str) and (size := len(key.encode())) > MAX_NEEDLE:
+        if condition.op == "contains" and not kind.is_list and (size := len(str(key).encode())) > MAX_NEEDLE:
             raise ValueError(f"expected at most {MAX_NEEDLE} bytes to look for, got {size}")
         return Compare(name, condition.op, key)
     except ValueError as error:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from app.autocrud import Query, field
 from app.autocrud.errors import InvalidData, MetadataTooLarge, ResourceNotFound, UniqueConflict
-from app.autocrud.resource_manager import operations
+from app.autocrud.resource_manager import planning
 from app.autocrud.resource_manager.basic import Change, Version, Write
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
 from app.autocrud.resource_manager.limits import MAX_FIELDS, MAX_ID, MAX_INDEXED, MAX_ITEMS, MAX_NAME, SMALL
@@ -56,8 +56,8 @@ def padded(manager: ResourceManager[Item], item: Item, name: str, unit: str, siz
 async def plant(manager: ResourceManager[Item], item: Item, **how: str) -> str:
     """Create a resource as a program without limits did."""
     with (
-        mock.patch.object(operations, "may_exceed", return_value=False),
-        mock.patch.object(operations, "check_new_id", return_value=None),
+        mock.patch.object(planning, "may_exceed", return_value=False),
+        mock.patch.object(planning, "check_new_id", return_value=None),
     ):
         return (await manager.create(item, **how)).meta.resource_id  # type: ignore[arg-type]
 
