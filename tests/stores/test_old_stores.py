@@ -9,7 +9,7 @@ import pytest
 
 from app.autocrud import Query, field
 from app.autocrud.errors import MetadataTooLarge, UniqueConflict
-from app.autocrud.resource_manager import operations
+from app.autocrud.resource_manager import planning
 from tests.stores.old_stores import (
     KINDS,
     LONG_ID,
@@ -102,7 +102,7 @@ async def test_a_store_of_an_earlier_commit_with_larger_values_than_the_limits(s
     assert await manager.count(Query(where=field("number").eq(1))) == 7
     assert await manager.count(Query(where=field("text").eq(long))) == 3
     assert (await manager.get("name")).meta.created_by == LONG_NAME
-    with mock.patch.object(operations, "may_exceed", return_value=False), pytest.raises(UniqueConflict):
+    with mock.patch.object(planning, "may_exceed", return_value=False), pytest.raises(UniqueConflict):
         await manager.create(Note(text="", code=long))
     for resource_id, worse in (("text", {"text": long}), ("code", {"text": "y" * 2000}), ("many", {"tags": MANY})):
         with pytest.raises(MetadataTooLarge):

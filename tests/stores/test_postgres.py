@@ -24,7 +24,7 @@ from app.autocrud.errors import (
     UniqueConflict,
     WriteContention,
 )
-from app.autocrud.resource_manager import operations
+from app.autocrud.resource_manager import planning
 from app.autocrud.resource_manager.basic import IndexedField, IStorage
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage, Update
 from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
@@ -181,7 +181,7 @@ async def test_a_commit_is_one_round_trip(postgres, name, monkeypatch):
 async def test_an_index_entry_that_is_too_long_is_no_unavailable_store(postgres, name):
     """Only an id that an earlier program took can be so long."""
     manager = manager_of(postgres, name)
-    with mock.patch.object(operations, "check_new_id", return_value=None):
+    with mock.patch.object(planning, "check_new_id", return_value=None):
         await manager.create(Note("a"), resource_id="".join(random.Random(1).choices("abcdefghijklmnop", k=2000)))
     (meta,) = [meta async for meta in manager.storage.scan()]
     long = "".join(map(chr, random.Random(2).choices(range(0x10000, 0x110000), k=256)))
