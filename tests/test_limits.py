@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from unittest import mock
 
 import msgspec
@@ -14,7 +15,7 @@ from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError, MetadataTooLarge
 from app.autocrud.resource_manager import limits
 from app.autocrud.resource_manager.basic import IndexEntry
-from app.autocrud.resource_manager.codec import Codec
+from app.autocrud.resource_manager.codec import Codec, canonical_json
 
 
 class Inner(Struct):
@@ -44,11 +45,12 @@ def sizes(data: Data) -> dict[str, int]:
     return {name: len(msgspec.json.encode(getattr(data, name))) for name in ("a", "b", "numbers")} | {"deep": deep}
 
 
-def refusal(entry: IndexEntry, before: IndexEntry | None) -> str | None:
+def refusal(data: Data, before: Data | None) -> str | None:
     """Return the field that a refused write names; None if the write is allowed."""
     try:
-        if limits.may_exceed(entry):
-            limits.check_index("r", entry, before)
+        if limits.may_exceed(canonical_json(data)):
+            limits.check_items("r", CODEC.items(data), {} if before is None else CODEC.items(before))
+            limits.check_index("r", CODEC.index(data), None if before is None else CODEC.index(before))
     except MetadataTooLarge as error:
         (fault,) = error.faults
         return fault.pointer
@@ -69,7 +71,7 @@ def test_no_sequence_of_writes_makes_a_resource_larger_than_the_rule_allows(star
             )
             fits = total <= 100 or (old_total > 100 and not grown)
             few = len(step.numbers) <= max(6, 0 if now is None else len(now.numbers))
-            refused = refusal(entry, before)
+            refused = refusal(step, now)
             assert refused in (None, "/a", "/b", "/numbers", "/inner/deep")
             allowed = refused is None
             assert allowed is (fits and few)
@@ -80,9 +82,43 @@ def test_no_sequence_of_writes_makes_a_resource_larger_than_the_rule_allows(star
 
 
 def test_an_entry_within_the_limits_costs_one_comparison():
-    entry = CODEC.index(Data(a="x" * (2 * limits.MAX_ITEMS - 100)))
-    assert not limits.may_exceed(entry)
-    assert limits.may_exceed(CODEC.index(Data(numbers=[1] * (limits.MAX_ITEMS + 1))))
+    assert not limits.may_exceed(canonical_json(Data(a="x" * (2 * limits.MAX_ITEMS - 100))))
+    assert limits.may_exceed(canonical_json(Data(numbers=[1] * (limits.MAX_ITEMS + 1))))
+
+
+async def test_no_key_is_made_of_the_items_of_a_list_that_is_too_long():
+    manager = AutoCRUD().add_model(Data, indexed_fields=["numbers"])
+    await manager.create(Data(), resource_id="r")
+    made: list[int] = []
+    (path,) = manager.codec._paths
+    path.kind = path.kind._replace(key=lambda value: made.append(value) or value)
+    for write in (
+        manager.create(Data(numbers=[1] * (limits.MAX_ITEMS + 1))),
+        manager.update("r", Data(numbers=[1] * 900_000)),
+        manager.patch("r", lambda tree: tree | {"numbers": [1] * 900_000}),
+    ):
+        with pytest.raises(MetadataTooLarge):
+            await write
+    assert made == []
+    await manager.update("r", Data(numbers=[1, 2]))
+    assert made == [1, 2]
+
+
+async def test_large_data_is_indexed_off_the_event_loop():
+    manager = AutoCRUD().add_model(Data, indexed_fields=["a"])
+    threads: list[str] = []
+    index = manager.codec.index
+
+    def watched(*arguments: object) -> IndexEntry:
+        threads.append(threading.current_thread().name)
+        return index(*arguments)
+
+    with mock.patch.object(manager.codec, "index", watched):
+        await manager.create(Data(a="x" * 100_000), resource_id="r")
+        with pytest.raises(MetadataTooLarge):
+            await manager.update("r", Data(a="x" * 3_000_000))
+    assert {name.rpartition("_")[0] for name in threads} == {"crudstack-heavy"}
+    assert len(threads) == 3
 
 
 def test_a_model_with_too_many_indexed_fields():

@@ -69,6 +69,7 @@ class Codec(Generic[T]):
             )
         self._unknown = _UnknownFields(info)
         self._paths = [_Path(model, given) for given in map(_indexed_field, indexed_fields)]
+        self._lists = [path for path in self._paths if path.kind.is_list]
         self.fields: Mapping[str, Kind] = {path.name: path.kind for path in self._paths}
         self.unique = tuple(path.name for path in self._paths if path.unique)
         self._omits_defaults = any(path.omits_defaults for path in self._paths)
@@ -166,6 +167,16 @@ class Codec(Generic[T]):
         if self._omits_defaults:  # then the data does not show them either
             shown = project(msgspec.json.decode(canonical_json(data)), list(self.fields))
         return IndexEntry(keys, tuple(missing), canonical_json(shown))
+
+    def items(self, data: T) -> dict[str, int]:
+        """Return how many items each indexed list has."""
+        values = {path.name: path.read(data) for path in self._lists}
+        return {name: len(value) for name, value in values.items() if value is not None and value is not MISSING}
+
+    def items_kept(self, tree: Any) -> dict[str, int]:
+        """Return how many items each indexed list of a tree of JSON has, which need not fit the model."""
+        values = {path.name: path.read_loosely(tree) for path in self._lists}
+        return {name: len(value) for name, value in values.items() if value is not None and value is not MISSING}
 
     def index_stored(self, json: bytes) -> IndexEntry:
         """Return what can be indexed of stored data: all fields, if the data fit the model."""

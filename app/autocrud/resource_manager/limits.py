@@ -12,6 +12,7 @@ wrote them, and a field may be declared indexed after its values were stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -36,25 +37,32 @@ MAX_SCHEMA_VERSION = 2**63 - 1
 _MISSING: Any = object()
 
 
-def may_exceed(entry: IndexEntry) -> bool:
-    """Return False if the entry is within the limits, at the cost of one comparison.
+def may_exceed(json: bytes) -> bool:
+    """Return False if data of this JSON is within the limits, at the cost of one comparison.
 
-    An item of a list takes at least two bytes of JSON, so a list of more than MAX_ITEMS takes more than twice as many.
+    An item of a list takes at least two bytes of JSON, so a list of more than MAX_ITEMS takes more than twice as many; and
+    the indexed fields take no more than all of the data.
     """
-    return len(entry.shown) > 2 * MAX_ITEMS
+    return len(json) > 2 * MAX_ITEMS
+
+
+def check_items(resource_id: str, items: Mapping[str, int], before: Mapping[str, int]) -> None:
+    """Raise MetadataTooLarge if a list breaks L1, before a key is made of each of its items.
+
+    items   how many items each indexed list has
+    before  the same of the state that is replaced (L2)
+    """
+    for name, count in items.items():
+        if count > max(MAX_ITEMS, before.get(name, 0)):
+            found = f"has {count} items, expected at most {MAX_ITEMS}"
+            raise MetadataTooLarge(
+                f"the indexed list {name!r} of resource {resource_id!r} {found}: store fewer items, or do not index it",
+                (Fault(_pointer(name), found),),
+            )
 
 
 def check_index(resource_id: str, entry: IndexEntry, before: IndexEntry | None) -> None:
-    """Raise MetadataTooLarge if the entry breaks L1. `before`: the entry of the state that is replaced (L2)."""
-    for name, keys in entry.keys.items():
-        if isinstance(keys, list) and len(keys) > MAX_ITEMS:
-            old = None if before is None else before.keys.get(name)
-            if not isinstance(old, list) or len(keys) > len(old):
-                found = f"has {len(keys)} items, expected at most {MAX_ITEMS}"
-                raise MetadataTooLarge(
-                    f"the indexed list {name!r} of resource {resource_id!r} {found}: store fewer items, or do not index it",
-                    (Fault(_pointer(name), found),),
-                )
+    """Raise MetadataTooLarge if the size of the entry breaks L1. `before`: the entry of the state that is replaced (L2)."""
     if len(entry.shown) <= MAX_INDEXED:
         return
     sizes = _sizes(entry)

@@ -29,6 +29,7 @@ from ..errors import (
     DataTooLarge,
     Fault,
     InvalidData,
+    MetadataTooLarge,
     ResourceDeleted,
     ResourceNotFound,
     RevisionIsStable,
@@ -40,7 +41,7 @@ from .bounds import Bounds, holds
 from .checks import check_expectation, check_new_id, missing, storable_number
 from .codec import Codec, Document, canonical_json
 from .json_shape import EXPECTED_SHAPE, misshapen
-from .limits import check_index, may_exceed
+from .limits import check_index, check_items, may_exceed
 from .operations import (
     ACTIONS,
     Create,
@@ -203,9 +204,10 @@ class Plan(Generic[T]):
             created_by=self._by,
             updated_by=self._by,
         )
-        index = self._codec.index(document.data)
-        if may_exceed(index):
-            check_index(resource_id, index, None)
+        if may_exceed(document.json):
+            index = await self._large_index(resource_id, document, None)
+        else:
+            index = self._codec.index(document.data)
         return self._write(None, meta, self._new_record(meta, parent=None), document, index=index)
 
     async def _append(self, state: State, document: Document[T], status: Status, drop: tuple[str, ...]) -> State:
@@ -256,13 +258,36 @@ class Plan(Generic[T]):
 
     async def _index(self, document: Document[T], before: State) -> IndexEntry:
         """Return what new data is found by. Raises MetadataTooLarge if it is larger than `limits` allow after `before`."""
+        if may_exceed(document.json):
+            return await self._large_index(before.meta.resource_id, document, before)
         try:
-            entry = self._codec.index(document.data)
+            return self._codec.index(document.data)
         except InvalidData:
-            entry = self._codec.index(document.data, decode_json(await self.json(before)))
-        if may_exceed(entry):
-            check_index(before.meta.resource_id, entry, self._codec.index_kept(decode_json(await self.json(before))))
-        return entry
+            return self._codec.index(document.data, decode_json(await self.json(before)))
+
+    async def _large_index(self, resource_id: str, document: Document[T], before: State | None) -> IndexEntry:
+        """Return what large data is found by, without holding up the event loop."""
+        codec, data = self._codec, document.data
+        items = codec.items(data)
+        try:
+            check_items(resource_id, items, {})
+            entry = await heavy(len(document.json), lambda: codec.index(data))
+            check_index(resource_id, entry, None)
+        except (InvalidData, MetadataTooLarge):
+            if before is None:
+                raise
+        else:
+            return entry
+        old = await self.json(before)
+
+        def index_after() -> IndexEntry:
+            tree = decode_json(old)
+            check_items(resource_id, items, codec.items_kept(tree))
+            entry = codec.index(data, tree)
+            check_index(resource_id, entry, codec.index_kept(tree))
+            return entry
+
+        return await heavy(len(old) + len(document.json), index_after)
 
     async def _patched(self, state: State, operation: Patch) -> Document[T]:
         before = await self.json(state)
