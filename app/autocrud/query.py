@@ -233,7 +233,6 @@ def resolve_compare(condition: Compare, fields: Mapping[str, Kind], parameter: s
         if value is None:
             raise ValueError("nothing compares with null; use is_null")
         key = kind.key(value)
-        if condition.op == "contains" and not kind.is_list and (size := len(str(key).encode())) > MAX_NEEDLE:
         # In a text it is looked for at every place; an item of a list is compared as a whole.
         if condition.op == "contains" and kind.is_text and (size := len(str(key).encode())) > MAX_NEEDLE:
             raise ValueError(f"expected at most {MAX_NEEDLE} bytes to look for, got {size}")
