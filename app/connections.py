@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Protocol
-
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 
 from .autocrud.errors import CrudError
 from .autocrud.http import problems
@@ -182,29 +180,3 @@ class Connections:
         self.body_bytes -= connection.body_bytes
         connection.body_bytes = 0
         self._uploads.pop(connection, None)
-
-
-class HeldFlow(FlowControl):
-    """Reading stays paused, whoever wants to resume it, while bytes are held that were read before."""
-
-    def __init__(self, transport: asyncio.Transport, holds: Callable[[], bool]) -> None:
-        super().__init__(transport)
-        self._holds = holds
-
-    def resume_reading(self) -> None:
-        if self.read_paused and not self._holds():
-            super().resume_reading()
-
-
-class AnswerTransport:
-    """The transport as the writer of an answer sees it: closing waits until the client has read."""
-
-    __slots__ = ("_count", "_write", "close", "is_closing")
-
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None], count: Callable[[int], None]) -> None:
-        self._write, self.is_closing, self.close, self._count = transport.write, transport.is_closing, close, count
-
-    def write(self, data: bytes) -> None:
-        if len(data) > HIGH_WATER_LIMIT:
-            self._count(len(data))
-        self._write(data)

@@ -27,16 +27,14 @@ from urllib.parse import unquote
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .autocrud.errors import CrudError
 from .connections import (
     SWEEP_S,
-    AnswerTransport,
     CodingNotSupported,
     Connections,
     HeadersTooLarge,
-    HeldFlow,
     MalformedRequest,
     RequestTimeout,
     TooManyConnections,
@@ -44,6 +42,7 @@ from .connections import (
     UriTooLong,
     refusal,
 )
+from .http_answers import AnswerTransport, HeldFlow, WholeAnswer
 
 MAX_LINE = 16 * 1024
 MAX_HEAD = 32 * 1024
@@ -79,7 +78,7 @@ class _OneAtATime(Exception):
 class LimitedProtocol(HttpToolsProtocol):
     """A connection. The answers are uvicorn's; what is read, and when, is decided here."""
 
-    cycle: RequestResponseCycle
+    cycle: WholeAnswer
 
     def __init__(self, connections: Connections, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -364,7 +363,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.phase, self._keep_alive = BODY, keep_alive
         self._raw = self._received = self._chunks = 0
         # Until the body has arrived no further request can follow on this connection.
-        self.cycle = RequestResponseCycle(
+        self.cycle = WholeAnswer(
             scope=self.scope,
             transport=cast("asyncio.Transport", self._answers),
             flow=self.flow,

@@ -90,7 +90,16 @@ ELF = b"\x7fELF\x02\x01"
 LICENCES = re.compile(r"LICEN[CS]E|COPYING|NOTICE|AUTHORS", re.IGNORECASE)
 ASK_FOR_THEIR_VERSION = ("psycopg-",)
 """Packages that look up their own version at run time."""
-NOT_DEPLOYED = ("cli.py", "connections.py", "http_protocol.py", "local_s3.py", "overload.py", "server.py", "stack.py")
+NOT_DEPLOYED = (
+    "cli.py",
+    "connections.py",
+    "http_answers.py",
+    "http_protocol.py",
+    "local_s3.py",
+    "overload.py",
+    "server.py",
+    "stack.py",
+)
 """Modules of the app for a person's own machine."""
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,18 +85,20 @@ class Socket:
 
 
 @functools.cache
-def config() -> uvicorn.Config:
-    made = uvicorn.Config(echo, ws="none", http=LimitedProtocol, proxy_headers=False, log_config=None)
+def config(app: Any) -> uvicorn.Config:
+    made = uvicorn.Config(app, ws="none", http=LimitedProtocol, proxy_headers=False, log_config=None)
     made.load()
     return made
 
 
-async def exchange(pieces: list[bytes], check: Callable[[LimitedProtocol], None] = lambda _: None) -> Socket:
+async def exchange(
+    pieces: list[bytes], check: Callable[[LimitedProtocol], None] = lambda _: None, app: Any = echo
+) -> Socket:
     """Send pieces, each when the server reads, until it ends the connection."""
     transport = Socket()
     protocol = LimitedProtocol(
         Connections(10),
-        config=config(),
+        config=config(app),
         server_state=ServerState(),
         app_state={},
         _loop=asyncio.get_running_loop(),
@@ -248,3 +251,48 @@ def test_what_is_parsed_is_what_the_limits_say(monkeypatch) -> None:
         transport = asyncio.run(exchange([head, *[b"a" * size] * 100]))
         assert answers(transport.written)[0][0] == 431
         assert fed <= http_protocol.MAX_HEAD
+
+
+def said(status: int, headers: list[tuple[bytes, bytes]], *parts: bytes, method: str = "GET") -> bytes:
+    """What is written if an application answers so."""
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        for at, part in enumerate(parts, 1):
+            await send({"type": "http.response.body", "body": part, "more_body": at < len(parts)})
+
+    return asyncio.run(exchange([method.encode() + b" / HTTP/1.1\r\nHost: a\r\n\r\n"], app=app)).written
+
+
+LENGTH = (b"content-length", b"3")
+
+
+def test_an_answer_is_written_as_http_says():
+    assert said(200, [LENGTH, (b"etag", b"e")], b"abc") == b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\netag: e\r\n\r\nabc"
+    assert said(200, [LENGTH], b"abc", method="HEAD") == b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n"
+    assert said(204, [], b"") == b"HTTP/1.1 204 No Content\r\n\r\n"
+    assert said(304, [(b"etag", b"e")], b"") == b"HTTP/1.1 304 Not Modified\r\netag: e\r\n\r\n"
+    assert said(200, [LENGTH], b"a", b"bc") == b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc"
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    assert said(200, [], b"abc") == said(200, [], b"abc", b"") == chunked
+    closing = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\nconnection: close\r\n\r\nabc"
+    assert said(200, [LENGTH, (b"connection", b"close")], b"abc") == closing
+    large = b"x" * 100_000
+    assert said(200, [(b"content-length", b"100000")], large).endswith(b"\r\n\r\n" + large)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [LENGTH, (b"x", b"a\r\nset-cookie: b")],
+        [LENGTH, (b"x", b"a\nset-cookie: b")],
+        [LENGTH, (b"x", b"a\rset-cookie: b")],
+        [LENGTH, (b"x: a\r\nset-cookie", b"b")],
+        [(b"content-length", b"4")],
+        [(b"content-length", b"2")],
+    ],
+)
+def test_no_header_adds_another_and_no_length_is_wrong(headers, caplog):
+    written = said(200, headers, b"abc")
+    assert b"set-cookie" not in written
+    assert "Exception in ASGI application" in caplog.text
