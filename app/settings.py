@@ -293,8 +293,10 @@ def _outputs(text: str) -> StackOutputs:
             text = Path(text).read_text()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
+            is_path = re.fullmatch(r"[~.]{0,2}/[^@]*|[^@]*\.json", text)  # and not a secret in the wrong setting
+            which = f"the file {text!r}, which" if is_path else "a file that"
             raise ConfigError(
-                f"CRUDSTACK_OUTPUTS names a file that cannot be read ({reason}): expected its path, or JSON"
+                f"CRUDSTACK_OUTPUTS names {which} cannot be read ({reason}): expected its path, or JSON"
             ) from None
     return parse_outputs(text, "CRUDSTACK_OUTPUTS")
 

@@ -30,12 +30,12 @@ def is_json(doc: bytes) -> bool:
     return doc[0] == BRACE
 
 
-def meta_of(doc: Any) -> ResourceMeta:
-    """Return metadata as it was stored. Raises StoreDamaged."""
+def meta_of(doc: Any, resource_id: object = None) -> ResourceMeta:
+    """Return metadata as it was stored. Raises StoreDamaged, which names the resource if its id is given."""
     try:
         return _meta_json.decode(doc) if is_json(doc) else _meta_msgpack.decode(doc)
     except UNDECODABLE:
-        raise StoreDamaged("its metadata cannot be decoded; restore the store from a backup") from None
+        raise _undecodable("metadata", resource_id) from None
 
 
 def hit_of(doc: bytes, uid: str, encoding: str, shown: bytes) -> Hit:
@@ -46,9 +46,16 @@ def hit_of(doc: bytes, uid: str, encoding: str, shown: bytes) -> Hit:
         return Hit(doc if isinstance(doc, bytes) else b"", uid, encoding, shown)
 
 
-def info_of(doc: Any) -> RevisionInfo:
-    """Return the record of a revision as it was stored. Raises StoreDamaged."""
+def info_of(doc: Any, resource_id: object = None) -> RevisionInfo:
+    """Return the record of a revision as it was stored. Raises StoreDamaged, which names the resource if its id is given."""
     try:
         return _info_json.decode(doc) if is_json(doc) else _info_msgpack.decode(doc)
     except UNDECODABLE:
-        raise StoreDamaged("the record of a revision cannot be decoded; restore the store from a backup") from None
+        raise _undecodable("record of a revision", resource_id) from None
+
+
+def _undecodable(what: str, resource_id: object) -> StoreDamaged:
+    of = "a resource" if resource_id is None else f"resource {resource_id!r}"
+    error = StoreDamaged(f"the {what} of {of} cannot be decoded; restore it from a backup")
+    error.resource_id = resource_id if isinstance(resource_id, str) else None
+    return error

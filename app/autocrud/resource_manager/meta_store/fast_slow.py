@@ -48,9 +48,7 @@ import time
 from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-import msgspec
-
-from ...errors import ConfigError, CrudError, OutcomeUnknown
+from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged
 from ...query import Query
 from ..basic import (
     Change,
@@ -192,7 +190,7 @@ class FastSlowMetaStore(MetaStore):
             return None
         try:
             return meta_of(found[len(self._seal) :])
-        except (msgspec.MsgspecError, IndexError):  # of a program that knows other metadata, perhaps
+        except StoreDamaged:  # a copy; or one of a program that knows other metadata
             return None
 
     @contextlib.contextmanager

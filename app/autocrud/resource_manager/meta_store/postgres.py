@@ -176,7 +176,7 @@ class PostgresMetaStore(MetaStore):
         rows = await self._rows("SELECT doc FROM <main> WHERE id = %s", (storable_id(resource_id),))
         if not rows:
             raise missing(resource_id)
-        return meta_of(rows[0][0])
+        return meta_of(rows[0][0], resource_id)
 
     async def done(self, key: str, *, peek: bool = False) -> Done | None:
         rows = await self._rows("SELECT request, doc FROM <done> WHERE key = %s ORDER BY operation", (key,))
@@ -188,14 +188,14 @@ class PostgresMetaStore(MetaStore):
         )
         if not rows:
             raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
-        return info_of(rows[0][0])
+        return info_of(rows[0][0], resource_id)
 
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         rows = await self._rows(
             "SELECT doc FROM <revisions> WHERE id = %s AND revision < %s ORDER BY revision DESC LIMIT %s",
             (storable_id(resource_id), 2**62 if before is None else before, limit + 1),
         )
-        items = [info_of(row[0]) for row in rows[:limit]]
+        items = [info_of(row[0], resource_id) for row in rows[:limit]]
         return Page(items, items[-1].revision if len(rows) > limit else None)
 
     async def search(self, query: Query) -> Page[Hit]:
@@ -217,8 +217,10 @@ class PostgresMetaStore(MetaStore):
 
     async def scan(self) -> AsyncIterator[ResourceMeta]:
         after = ""
-        while rows := await self._rows("SELECT doc FROM <main> WHERE id > %s ORDER BY id LIMIT %s", (after, SCAN_PAGE)):
-            page = [meta_of(row[0]) for row in rows]
+        while rows := await self._rows(
+            "SELECT doc, id FROM <main> WHERE id > %s ORDER BY id LIMIT %s", (after, SCAN_PAGE)
+        ):
+            page = [meta_of(*row) for row in rows]
             for meta in page:
                 yield meta
             after = page[-1].resource_id
@@ -401,7 +403,7 @@ class PostgresMetaStore(MetaStore):
         ((doc, *fence),) = await self._rows(
             f"SELECT (SELECT doc FROM <main> WHERE id = %s), {FENCE} FROM <state>", (storable_id(resource_id),)
         )
-        return Fence(*fence), None if doc is None else meta_of(doc)
+        return Fence(*fence), None if doc is None else meta_of(doc, resource_id)
 
     async def fence(self) -> Fence:
         (fence,) = await self._rows(f"SELECT {FENCE} FROM <state>")

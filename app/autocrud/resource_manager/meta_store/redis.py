@@ -159,7 +159,7 @@ class RedisMetaStore(MetaStore):
         document = await self._call("HGET", self._key(resource_id), "d")
         if document is None:
             raise missing(resource_id)
-        return meta_of(document)
+        return meta_of(document, resource_id)
 
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         record = await self._call("HGET", self._key(resource_id), f"r{revision}")

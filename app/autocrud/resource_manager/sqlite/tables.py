@@ -175,7 +175,7 @@ class ResourceTables:
         doc = connection.execute("SELECT doc FROM resources WHERE id = ?", (storable_id(resource_id),)).get
         if doc is None:
             raise missing(resource_id)
-        return meta_of(doc)
+        return meta_of(doc, resource_id)
 
     def revision(self, connection: apsw.Connection, resource_id: str, revision: int) -> RevisionInfo:
         doc = connection.execute(
@@ -184,7 +184,7 @@ class ResourceTables:
         ).get
         if doc is None:
             raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
-        return info_of(doc)
+        return info_of(doc, resource_id)
 
     def revisions(
         self, connection: apsw.Connection, resource_id: str, before: int | None, limit: int
@@ -194,7 +194,7 @@ class ResourceTables:
             " WHERE r.id = ? AND v.revision < ? ORDER BY v.revision DESC LIMIT ?",
             (storable_id(resource_id), 2**62 if before is None else before, limit + 1),
         ).fetchall()
-        items = [info_of(row[0]) for row in rows[:limit]]
+        items = [info_of(row[0], resource_id) for row in rows[:limit]]
         return Page(items, items[-1].revision if len(rows) > limit else None)
 
     def search(self, connection: apsw.Connection, query: Query) -> Page[Hit]:
@@ -215,8 +215,8 @@ class ResourceTables:
         return int(connection.execute(self._indexed(connection, statement), params).get)
 
     def scan(self, connection: apsw.Connection, after: str, limit: int) -> list[ResourceMeta]:
-        rows = connection.execute("SELECT doc FROM resources WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
-        return [meta_of(row[0]) for row in rows.fetchall()]
+        rows = connection.execute("SELECT doc, id FROM resources WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
+        return [meta_of(*row) for row in rows.fetchall()]
 
     def records(self, connection: apsw.Connection, resource_id: str) -> list[RevisionInfo]:
         """All records of a resource, oldest first."""
@@ -224,7 +224,7 @@ class ResourceTables:
             "SELECT v.doc FROM revisions v JOIN resources r USING (rid) WHERE r.id = ? ORDER BY v.revision",
             (resource_id,),
         )
-        return [info_of(row[0]) for row in rows.fetchall()]
+        return [info_of(row[0], resource_id) for row in rows.fetchall()]
 
     def unreferenced(self, connection: apsw.Connection, uids: Sequence[str]) -> list[str]:
         statement = self._indexed(connection, "SELECT 1 FROM revisions WHERE uid = ?")
@@ -233,8 +233,8 @@ class ResourceTables:
     def outdated(self, connection: apsw.Connection, limit: int) -> list[ResourceMeta]:
         if not self.stale(connection):
             return []
-        rows = connection.execute(f"SELECT doc FROM resources WHERE {self._outdated} LIMIT ?", (limit,))
-        return [meta_of(row[0]) for row in rows.fetchall()]
+        rows = connection.execute(f"SELECT doc, id FROM resources WHERE {self._outdated} LIMIT ?", (limit,))
+        return [meta_of(*row) for row in rows.fetchall()]
 
     def stale(self, connection: apsw.Connection) -> bool:
         return bool(connection.execute("SELECT stale FROM state").get)
