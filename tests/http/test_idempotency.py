@@ -86,7 +86,7 @@ async def test_conditions_are_no_part_of_the_request(api, note):
 async def test_patches_of_two_types_are_two_requests(api, note):
     body = b'[{"op":"add","path":"/views","value":7}]'
     assert (await api.patch(note[0], content=body, headers=key("k", **PATCH))).status_code == 200
-    problem(await api.patch(note[0], content=body, headers=key("k", **MERGE)), 422, "invalid-data")
+    problem(await api.patch(note[0], content=body, headers=key("k", **MERGE)), 422, "idempotency-key-reused")
 
 
 async def test_a_refusal_may_be_asked_again(api):
