@@ -58,7 +58,9 @@ SLICE = 32 * 1024
 HEAD_S = 10.0
 IDLE_S = 5.0
 BODY_S = 10.0
-WRITE_S = 10.0
+WRITE_S = 30.0
+"""How long a client may take to read the first of an answer, or the next. The buffers of two kernels lie between: they take
+megabytes before a reader of 40 KB a second is seen to read."""
 MIN_RATE = 4096
 """Bytes a second that a client must send of a body, or read of an answer, after BODY_S or WRITE_S."""
 LINGER_S = 5.0

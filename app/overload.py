@@ -13,8 +13,9 @@ Invariants:
   its body has arrived it has the next free slot, before all that are new.
 - O3 *Slots are not lost.* `free` and the slots that are held are IN_PROGRESS together, also after errors and cancellation: a slot
   is given back exactly once.
-- O4 *Answers that nobody reads hold a bounded number of bytes.* While MAX_UNSENT bytes of answers wait for their readers no request is
-  admitted, and a large answer to a read is replaced by 503 before its first byte is handed to the server.
+- O4 *Answers that nobody reads hold a bounded number of bytes.* While MAX_UNSENT bytes of answers wait for their readers, a large
+  answer to a read is replaced by 503 before its first byte is handed to the server; while it is twice as many, a large answer to a
+  write is replaced by 503 `outcome-unknown`. Small answers are always given: who reads slowly keeps nobody else waiting.
 - O5 *Health checks do not wait.* /healthz touches no store and needs no slot. /readyz asks the stores, so it has a few slots of
   its own: neither do requests keep it waiting, nor does it add work without bound.
 
@@ -33,7 +34,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .autocrud.errors import CrudError, Overloaded
+from .autocrud.errors import CrudError, OutcomeUnknown, Overloaded
 from .autocrud.http import problems
 from .autocrud.http.messages import Receive, Scope, Send
 from .autocrud.resource_manager.threads import TURN
@@ -151,11 +152,23 @@ class _Slot:
         if self._start is not None:
             start, self._start = self._start, None
             whole = not message.get("more_body", False)
-            if self._reads and whole and len(message.get("body", b"")) > LARGE and self._unsent() > MAX_UNSENT:
-                await _refuse(_unread(), self._send)
+            if whole and len(message.get("body", b"")) > LARGE and (error := self._unsendable()) is not None:
+                await _refuse(error, self._send)
                 return
             await self._send(start)
         await self._send(message)
+
+    def _unsendable(self) -> CrudError | None:
+        """Return what a large answer is replaced by, if too much waits to be read."""
+        unsent = self._unsent()
+        if self._reads:
+            return _unread() if unsent > MAX_UNSENT else None
+        if unsent <= 2 * MAX_UNSENT:
+            return None
+        return OutcomeUnknown(
+            "this was tried, but its answer cannot be told while so much waits to be read; ask again with the same"
+            " Idempotency-Key, or read it"
+        )
 
 
 class Overload:
@@ -180,9 +193,7 @@ class Overload:
             await self._app(scope, receive, send)
             return
         gate = self._probes if scope["path"] == READINESS else self._gate
-        if self._unsent() > MAX_UNSENT:
-            await _refuse(_unread(), send, scope)
-        elif gate.take() or await gate.wait():
+        if gate.take() or await gate.wait():
             slot = _Slot(gate, scope, receive, send, self._unsent)
             TURN.set(slot)  # for the rest of this task, which is this request's own
             try:

@@ -175,28 +175,31 @@ async def test_who_waits_too_long_is_refused(monkeypatch):
     assert again.status == 200
 
 
-async def test_answers_that_nobody_reads_keep_new_requests_out_and_large_ones_in():
-    unsent = overload.MAX_UNSENT
-    large = b" " * (overload.LARGE + 1)
+async def test_answers_that_nobody_reads_keep_large_ones_back_and_nobody_else():
+    """Who reads slowly makes others wait for nothing small, and what is written is told for twice as long."""
+    unsent, body = 0, b""
 
     async def work(_scope: Any, _receive: Any, send: Any) -> None:
-        nonlocal unsent
-        unsent += 1
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": large})
+        await send({"type": "http.response.body", "body": body})
 
     app = Overload(work, unsent=lambda: unsent)
-    read = Client(app, method="GET")
-    await read.task
-    assert (read.status, len(read.said)) == (503, 2)
-    assert json.loads(read.said[1]["body"])["type"] == "urn:crudstack:too-much-in-transfer"
-    unsent = overload.MAX_UNSENT
-    written = Client(app, method="POST")  # it has happened, so it is told
-    await written.task
-    assert written.status == 200
-    new = Client(app, method="POST")
-    await new.task
-    assert new.status == 503
+    large, small = b" " * (overload.LARGE + 1), b" " * overload.LARGE
+    most = overload.MAX_UNSENT
+    for waits, method, answer, expected in [
+        (most, "GET", large, 200),
+        (most + 1, "GET", large, "urn:crudstack:too-much-in-transfer"),
+        (most + 1, "POST", large, 200),
+        (2 * most + 1, "POST", large, "urn:crudstack:outcome-unknown"),
+        (9 * most, "GET", small, 200),
+        (9 * most, "POST", small, 200),
+    ]:
+        unsent, body = waits, answer
+        client = Client(app, method=method)
+        await client.task
+        found = client.status if client.status == 200 else json.loads(client.said[1]["body"])["type"]
+        assert (found, len(client.said)) == (expected, 2), (unsent, method)
+    assert app._gate.free == overload.IN_PROGRESS
 
 
 @pytest.mark.parametrize("seed", range(100))

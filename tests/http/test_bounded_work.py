@@ -188,6 +188,22 @@ REFUSED = {
     "names": ("POST", "/bag", b'{"":0' + b',"a":1' * MAX_NAMES + b"}", {}, 422, "has 250001 names"),
     "values": ("POST", "/bag", b'{"x":[' + b"1," * MAX_VALUES + b"1]}", {}, 422, "has 1000003 values"),
     "strings": ("POST", "/bag", b'{"x":[' + b'"",' * 1_999_990 + b'""]}', {}, 422, "more than 1250000 strings"),
+    "digits": (
+        "POST",
+        "/bag",
+        b'{"x":[' + b"1" * 401 + b" " * 70_000 + b"]}",
+        {},
+        422,
+        "a number of more than 400 digits",
+    ),
+    "parts of a pointer": (
+        "PATCH",
+        "/bag/b",
+        json.dumps([{"op": "test", "path": "/x" * 300_000, "value": 1}]).encode(),
+        PATCH,
+        422,
+        "a path of 300000 parts; expected at most 201",
+    ),
     "ETags of If-Match": ("DELETE", "/bag/b", b"", {"if-match": ",".join([ETAG] * 25_000)}, 400, "at most 100 ETags"),
     "ETags of If-None-Match": ("GET", "/bag/b", b"", {"if-none-match": ",".join(['"1"'] * 9000)}, 400, "at most 100"),
     "the query string": ("GET", "/bag?author=" + "x" * 33_000, b"", {}, 414, "has 33007 bytes; expected at most 32768"),
@@ -255,6 +271,8 @@ ACCEPTED = {
     "operations of a patch": ("PATCH", "/bag/b", operations(MAX_OPERATIONS), PATCH, 200),
     "depth of JSON": ("POST", "/bag", b'{"x":' + b"[" * 199 + b"]" * 199 + b"}", {}, 201),
     "objects and lists": ("POST", "/bag", lists(MAX_CONTAINERS), {}, 201),
+    "digits in a text": ("POST", "/bag", json.dumps({"x": ["1" * 100_000]}).encode(), {}, 201),
+    "digits of a number": ("POST", "/bag", b'{"x":[' + b"1" * 400 + b" " * 70_000 + b"]}", {}, 201),
     "brackets and commas in a text": ("POST", "/bag", json.dumps({"x": ["[{,:" * 500_000]}).encode(), {}, 201),
     "what contains looks for": ("GET", "/bag?author[contains]=" + "x" * MAX_NEEDLE, b"", {}, 200),
     "the same field many times": ("GET", "/bag?fields=" + ",".join(["x"] * 1000), b"", {}, 200),
@@ -411,3 +429,17 @@ async def test_what_waits_for_the_lane_is_bounded(api, monkeypatch):
     assert await first
     assert threads.LANE.waiting == 0
     assert (await api.post("/bag", content=large, headers={"content-type": "application/json"})).status_code == 201
+
+
+async def test_a_batch_holds_and_tells_a_bounded_amount(api):
+    """Each operation on a large resource has it in memory, and would have it in the answer."""
+    data = {"x": ["y" * 3_000_000]}
+    assert (await api.put("/bag/large", json=data, headers={"if-none-match": "*"})).status_code == 201
+    publish = {"op": "publish", "id": "large"}
+    told = await api.post("/bag/batch", json={"operations": [publish]})
+    assert told.json()["results"][0]["data"]["x"] == data["x"]
+    briefly = await api.post("/bag/batch", json={"operations": [publish] * 2})
+    assert (briefly.status_code, [set(result) for result in briefly.json()["results"]]) == (200, [{"meta"}] * 2)
+    refused = await api.post("/bag/batch", json={"operations": [publish] * 20})
+    assert (refused.status_code, refused.json()["type"]) == (413, "urn:crudstack:data-too-large")
+    assert refused.json()["errors"][0]["pointer"].startswith("/operations/16")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..errors import Fault, InvalidData, PatchConflict
-from ..resource_manager.json_shape import MAX_CONTAINERS, containers
+from ..resource_manager.json_shape import MAX_CONTAINERS, MAX_DEPTH, containers
 from .problems import shortened
 
 MAX_OPERATIONS = 10_000
@@ -147,6 +147,11 @@ def _pointer(at: int, given: dict[str, Any], name: str) -> list[str]:
         raise invalid(
             f"operation {at} of the patch has the {name} {quoted(pointer)}; expected a JSON Pointer like /tags/0, in which"
             " ~ is written ~0, and / inside of a name ~1",
+            f"/{at}/{name}",
+        )
+    if (parts := pointer.count("/")) > MAX_DEPTH + 1:
+        raise invalid(
+            f"operation {at} of the patch has a {name} of {parts} parts; expected at most {MAX_DEPTH + 1}",
             f"/{at}/{name}",
         )
     tokens = pointer.split("/")[1:]

@@ -23,7 +23,7 @@ from ..resource_manager.core import Bounds, Caller, Resource, ResourceManager
 from ..resource_manager.operations import ACTIONS, Expected
 from ..resource_manager.threads import HEAVY_BYTES, heavy
 from . import batches, conditions, patching, problems, searching
-from .answers import envelope, etag, how_many_fit, page_response, projected, resource_response
+from .answers import MAX_PAGE, envelope, etag, how_many_fit, page_response, projected, resource_response
 from .guard import PRINCIPAL, Authenticate, principal
 from .json_diff import diff
 from .messages import (
@@ -299,8 +299,9 @@ class ModelRoutes:
             else:  # deleted, or purged, of which nothing is told
                 shown.append(b'{"meta":%b}' % _encode(result))
                 brief.append(shown[-1])
-        full, short = (b'{"results":[%b]}' % b",".join(results) for results in (shown, brief))
-        return Response(200, full, brief=short)
+        if sum(map(len, shown)) > MAX_PAGE:  # as on Lambda, where it could not be sent
+            return Response(200, _results(brief))
+        return Response(200, _results(shown), brief=_results(brief))
 
     # One resource
 
@@ -474,6 +475,10 @@ class ModelRoutes:
         old, new = bodies
         patch = await heavy(len(old) + len(new), lambda: _encode(diff(old, new)))
         return Response(200, patch, (), patching.JSON_PATCH.encode())
+
+
+def _results(items: list[bytes]) -> bytes:
+    return b'{"results":[%b]}' % b",".join(items)
 
 
 def sight(by: Caller) -> Filter | None:

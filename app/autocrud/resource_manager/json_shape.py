@@ -18,13 +18,18 @@ MAX_NAMES = 250_000
 """Names in all objects together."""
 MAX_VALUES = 1_000_000
 """Values of any kind."""
+MAX_DIGITS = 400
+"""Digits of a number in a text of LARGE bytes: reading a long one takes quadratic work. The largest float has 309."""
+LARGE = 64 * 1024
 EXPECTED_SHAPE = (
     f"expected at most {MAX_VALUES} values, {MAX_NAMES} names and {MAX_CONTAINERS} objects and lists, nested at most"
-    f" {MAX_DEPTH} deep"
+    f" {MAX_DEPTH} deep, and numbers of at most {MAX_DIGITS} digits"
 )
 
 _STRING = re.compile(rb'"[^"]*"')
 _NO_BRACKETS = bytes(code for code in range(256) if code not in b"[]{}")
+_DIGITS = bytes(ord("0") if chr(code).isdigit() and code < 128 else ord(" ") for code in range(256))
+_LONG = b"0" * (MAX_DIGITS + 1)
 _STEPS = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 
 
@@ -43,7 +48,9 @@ def misshapen(body: bytes) -> str | None:
         return None
     # Upper bounds: strings hold brackets, colons and commas too.
     opened = body.count(b"[") + body.count(b"{")
-    if opened <= MAX_DEPTH and body.count(b":") <= MAX_NAMES and opened + body.count(b",") < MAX_VALUES:
+    may_be_long = len(body) >= LARGE and _has_long_number(body)
+    few = opened <= MAX_DEPTH and body.count(b":") <= MAX_NAMES and opened + body.count(b",") < MAX_VALUES
+    if few and not may_be_long:
         return None
     plain = _without_escapes(body)
     if plain.count(b'"') > 2 * (MAX_VALUES + MAX_NAMES):
@@ -56,6 +63,8 @@ def misshapen(body: bytes) -> str | None:
         return f"has {names} names"
     if containers > MAX_CONTAINERS:
         return f"has {containers} objects and lists"
+    if may_be_long and _has_long_number(outside):
+        return f"has a number of more than {MAX_DIGITS} digits"
     depth = _depth(outside)
     return f"is nested {depth} deep" if depth > MAX_DEPTH else None
 
@@ -83,6 +92,10 @@ def _outside_of_strings(plain: bytes) -> bytes:
         pieces.append(plain[at : match.start()])
         at = match.end()
     return b"".join([*pieces, plain[at:]])
+
+
+def _has_long_number(text: bytes) -> bool:
+    return _LONG in text.translate(_DIGITS)
 
 
 def _counts(outside: bytes) -> tuple[int, int, int]:

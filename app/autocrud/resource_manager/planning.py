@@ -63,6 +63,9 @@ from .verification import Verifier
 
 T = TypeVar("T")
 
+MAX_HELD = 48 * 1024 * 1024
+"""Bytes of data that the operations of one batch may leave: all of it is held until they are committed."""
+
 
 class State(Struct):
     """A resource as a plan sees it. `json` is the current data, None until somebody needs it."""
@@ -94,6 +97,7 @@ class Plan(Generic[T]):
         self._schema_version, self._retention = schema_version, retention
         self._by, self._now, self._bounds = by, now, bounds
         self._grown = 0  # bytes that patches made
+        self._held = 0  # bytes of data that the operations left
         self._states: dict[str, State | None] = {}
         self._records: dict[tuple[str, int], RevisionInfo] = {}
 
@@ -102,7 +106,12 @@ class Plan(Generic[T]):
         allowed = None if self._bounds is None else await self._allowed(self._bounds, operation)
         state = await self._add(operation)
         if not isinstance(operation, Delete | Purge | Expire):
-            await self.json(state)  # for the answer: once it is committed, somebody may purge it
+            json = await self.json(state)  # for the answer: once it is committed, somebody may purge it
+            self._held += len(json)
+            if self._held > MAX_HELD and self._held > len(json):
+                raise DataTooLarge(
+                    f"the resources of these operations have over {MAX_HELD} bytes; send fewer of them at once"
+                )
         if self._bounds is not None and not isinstance(operation, Purge) and not await self._holds(allowed, state):
             raise Forbidden("the resource would be none that you may write")
         return state
