@@ -315,6 +315,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         parser, scope, headers = self.parser, self.scope, self.headers
         version = parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise self._refused(MalformedRequest(f"found HTTP/{version}; expected HTTP/1.1 or HTTP/1.0"))
         if version != "1.1":
             scope["http_version"] = version
         scope["method"] = parser.get_method().decode("ascii")
@@ -355,7 +357,8 @@ class LimitedProtocol(HttpToolsProtocol):
         target = httptools.parse_url(self.url)
         if target.host is not None:
             port = b"" if target.port is None else b":%d" % target.port
-            headers[:] = [(b"host", target.host + port), *(pair for pair in headers if pair[0] != b"host")]
+            host = b"[%b]" % target.host if b":" in target.host else target.host
+            headers[:] = [(b"host", host + port), *(pair for pair in headers if pair[0] != b"host")]
         self.scope["query_string"] = target.query or b""
         path: bytes = target.path or b"/"
         return path

@@ -145,6 +145,13 @@ def test_libpq_words_are_taken_and_not_shown():
     assert "v9Kw" not in secret.hide("it was Zq7X 'v9Kw")
 
 
+def test_all_passwords_in_libpq_words_are_hidden():
+    secret = postgres_url("host=h sslpassword=Kq7Xv9Kw user=u password='Zq7Xv9Kw'")
+    assert secret.hide("wrong: Kq7Xv9Kw, 'Zq7Xv9Kw', Zq7Xv9Kw") == secret.hide("wrong: Zq7Xv9Kw, Zq7Xv9Kw, Kq7Xv9Kw")
+    for password in ("Kq7Xv9Kw", "Zq7Xv9Kw"):
+        assert password not in secret.hide(f"wrong: {password}")
+
+
 @pytest.mark.parametrize("value", ["a" * 19, "Zq7Xv9Kw", "postgresql://u:p@h", ["Zq7Xv9Kw"], {"a": 1}, 123456])
 def test_values_that_may_be_secrets_are_described(value):
     assert str(value) not in quoted(value)

@@ -336,6 +336,8 @@ SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
         (b"CONNECT evil.example:80 HTTP/1.1\r\nHost: evil.example:80\r\n\r\n", 400, "malformed-request"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "malformed-request"),
         (b"GET /healthz HTTP/3.0\r\nHost: localhost\r\n\r\n", 400, "malformed-request"),
+        (b"GET /healthz HTTP/2.0\r\nHost: localhost\r\n\r\n", 400, "malformed-request"),
+        (b"GET /healthz HTTP/0.9\r\nHost: localhost\r\n\r\n", 400, "malformed-request"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 500, 400, "malformed-request"),
         # The parser takes the body of what asks for an upgrade for the next request.
         (
@@ -468,7 +470,7 @@ async def test_http_1_0_is_answered_and_the_connection_closed(served):
 
 
 async def test_an_absolute_target_says_for_which_host_it_is(served):
-    for host, status in ((b"localhost", 200), (b"evil.example", 421)):
+    for host, status in ((b"localhost", 200), (b"[::1]:80", 200), (b"evil.example", 421)):
         async with connected(served) as (reader, writer):
             writer.write(b"GET http://" + host + b"/article HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (await next_answer(reader)).status == status

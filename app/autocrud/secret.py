@@ -140,8 +140,10 @@ def postgres_url(text: str | Secret) -> Secret:
     """Return the address of a PostgreSQL: a URL, or libpq's `host=... password=...`. Raises ConfigError."""
     text = plain(text)
     if "://" not in text and re.match(r"\s*\w+\s*=", text):
-        found = re.search(r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", text)
-        return Secret(text, HIDDEN, () if found is None else (found[1], re.sub(r"\\(.)", r"\1", found[1].strip("'"))))
+        # password, and what else ends so: sslpassword
+        found = re.findall(r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", text)
+        parts = [part for value in found for part in (value, re.sub(r"\\(.)", r"\1", value.strip("'")))]
+        return Secret(text, HIDDEN, tuple(parts))
     return url(text, POSTGRES)
 
 

@@ -19,14 +19,19 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD
-from app.autocrud.errors import InvalidData
+from app.autocrud.errors import InvalidData, Overloaded
 from app.autocrud.http import json_patch, patching
 from app.autocrud.http.conditions import MAX_ETAGS, InvalidCondition, etags
 from app.autocrud.http.json_diff import diff
 from app.autocrud.http.json_patch import MAX_OPERATIONS
 from app.autocrud.query import MAX_NEEDLE
-from app.autocrud.resource_manager import codec, json_shape, threads
+from app.autocrud.resource_manager import basic, codec, disk_pair, json_shape, threads
 from app.autocrud.resource_manager.json_shape import MAX_CONTAINERS, MAX_NAMES, MAX_VALUES
+from app.autocrud.resource_manager.storage_factory import (
+    DiskStorageFactory,
+    MemoryDiskStorageFactory,
+    MemoryStorageFactory,
+)
 
 from .conftest import client_of
 
@@ -443,3 +448,95 @@ async def test_a_batch_holds_and_tells_a_bounded_amount(api):
     refused = await api.post("/bag/batch", json={"operations": [publish] * 20})
     assert (refused.status_code, refused.json()["type"]) == (413, "urn:crudstack:data-too-large")
     assert refused.json()["errors"][0]["pointer"].startswith("/operations/16")
+
+
+async def test_few_large_bodies_are_worked_on_at_once(api, monkeypatch):
+    """What is made of a body takes many times its size, so most of them wait as what they are."""
+    turns = threads.large_turns()
+    at_once, most = 0, 0
+    parse = codec.Codec.parse
+
+    def noting(self, body):
+        nonlocal at_once, most
+        at_once = max(at_once, threads.LARGE_AT_ONCE - turns._free)
+        most = max(most, turns._bytes)
+        return parse(self, body)
+
+    monkeypatch.setattr(codec.Codec, "parse", noting)
+    large = json.dumps({"x": ["y" * 100] * 2000}).encode()
+    headers = {"content-type": "application/json"}
+    answers = await asyncio.gather(*(api.post("/bag", content=large, headers=headers) for _ in range(12)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert (at_once, turns._free, turns._bytes, len(turns._waiting)) == (
+        threads.LARGE_AT_ONCE,
+        threads.LARGE_AT_ONCE,
+        0,
+        0,
+    )
+    assert 0 < most <= 12 * len(large)
+    wrong = await asyncio.gather(*(api.patch("/bag/b", content=large[:-1], headers=headers) for _ in range(12)))
+    assert {answer.status_code for answer in wrong} == {422}
+    assert turns._free == threads.LARGE_AT_ONCE
+
+
+async def test_a_turn_for_a_large_body_is_given_back_by_whoever_does_not_wait_for_it():
+    turns = threads.LargeTurns()
+    for _ in range(threads.LARGE_AT_ONCE):
+        await turns.take(10)
+    slot = Slot()
+    token = threads.TURN.set(slot)
+    waiting = [asyncio.create_task(turns.take(100)) for _ in range(3)]
+    threads.TURN.reset(token)
+    await asyncio.sleep(0)
+    assert (slot.held, turns._bytes) == (False, 300)
+    waiting[0].cancel()
+    turns.leave()  # it is for the first, which does not want it any more in the same moment
+    await asyncio.wait(waiting[:2])
+    assert waiting[0].cancelled()
+    assert waiting[1].result() is None
+    waiting[2].cancel()
+    await asyncio.wait(waiting)
+    for _ in range(threads.LARGE_AT_ONCE):
+        turns.leave()
+    assert (turns._free, turns._bytes) == (threads.LARGE_AT_ONCE, 0)
+
+
+async def test_large_bodies_that_wait_are_bounded(monkeypatch):
+    monkeypatch.setattr(threads, "MAX_WAITING", 250)
+    turns = threads.LargeTurns()
+    for _ in range(threads.LARGE_AT_ONCE):
+        await turns.take(1000)
+    waiting = [asyncio.create_task(turns.take(100)) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="found 200 bytes of bodies that wait"):
+        await turns.take(100)
+    for _ in range(threads.LARGE_AT_ONCE + 2):
+        turns.leave()
+    await asyncio.wait(waiting)
+    assert turns._free == threads.LARGE_AT_ONCE
+
+
+@pytest.mark.parametrize("factory", [lambda _: MemoryStorageFactory(), DiskStorageFactory, MemoryDiskStorageFactory])
+async def test_a_list_holds_no_more_than_a_page_needs(factory, tmp_path, monkeypatch):
+    """The pages go on where bodies were too large to be read, and all that is there is in them once."""
+    monkeypatch.setattr(basic, "MAX_READ", 2_000_000)
+    monkeypatch.setattr(disk_pair, "MAX_READ", 2_000_000)
+    monkeypatch.setattr(basic, "READ_AT_ONCE", 2)
+    monkeypatch.setattr(disk_pair, "READ_AT_ONCE", 2)
+    crud = AutoCRUD(storage_factory=factory(tmp_path))
+    crud.add_model(Bag, indexed_fields=["author"])
+    app = FastAPI()
+    crud.apply(app)
+    async with client_of(app) as client:
+        for at in range(9):
+            body = {"author": f"a{at}", "x": ["y" * (900_000 if at % 3 else 10)]}
+            assert (await client.put(f"/bag/{at}", json=body, headers={"if-none-match": "*"})).status_code == 201
+        for more in ("", "&fields=author,x"):
+            found, cursor, pages = [], "", 0
+            while cursor is not None:
+                page = (await client.get(f"/bag?sort=-author&limit=200{more}{cursor and '&cursor=' + cursor}")).json()
+                found += [item["data"]["author"] for item in page["items"]]
+                cursor, pages = page["next_cursor"], pages + 1
+            assert found == [f"a{at}" for at in range(8, -1, -1)]
+            assert pages > 1
+    await crud.close()

@@ -33,6 +33,7 @@ from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3Resou
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.simple_storage import SimpleStorage
+from app.autocrud.resource_manager.sqlite.findings import TABLE
 from app.autocrud.resource_manager.storage_factory import (
     DiskStorageFactory,
     IStorageFactory,
@@ -571,7 +572,20 @@ def _state(path: str) -> Callable[[Place], None]:
     return damage
 
 
+def _findings(statement: str) -> Callable[[Place], None]:
+    def run(place: Place) -> None:
+        connection = apsw.Connection(str(place.directory / "note/meta/index.sqlite"))
+        connection.execute(TABLE)
+        connection.execute(statement)
+        connection.close()
+
+    return run
+
+
 MODELS = {
+    "findings removed": ("disk", _findings("DELETE FROM findings")),
+    "findings that are none": ("disk", _findings("INSERT OR REPLACE INTO findings VALUES (1, 'x')")),
+    "findings of another kind": ("disk", _findings("""INSERT OR REPLACE INTO findings VALUES (1, '{"healed":1}')""")),
     **{f"disk index {way.__name__}": ("disk", _index(way)) for way in (cut, zeroed, header, middle)},
     **{f"disk bodies {way.__name__}": ("disk", _bodies("data", way)) for way in (removed, cut, zeroed, header, middle)},
     **{f"records {way.__name__}": ("memory-disk", _bodies("", way)) for way in (cut, zeroed, header, middle)},

@@ -21,14 +21,16 @@ MAX_LINK = 4096
 _encode = msgspec.json.Encoder().encode
 
 
-def how_many_fit(items: list[bytes]) -> int:
-    """How many of the items make a page of MAX_PAGE bytes; at least one."""
-    size = 0
-    for at, item in enumerate(items):
-        size += len(item) + 1
-        if size > MAX_PAGE and at:
+def how_many_fit(sizes: list[int]) -> int:
+    """How many items of so many bytes make a page of MAX_PAGE bytes; at least one."""
+    if sum(sizes) + len(sizes) <= MAX_PAGE:
+        return len(sizes)
+    total = 0
+    for at, size in enumerate(sizes):
+        total += size + 1
+        if total > MAX_PAGE and at:
             return at
-    return len(items)
+    return len(sizes)
 
 
 def etag(meta: ResourceMeta) -> tuple[bytes, bytes]:

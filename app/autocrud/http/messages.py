@@ -10,7 +10,7 @@ from ..access import ANONYMOUS
 from ..errors import CrudError, Fault, InvalidData, InvalidQuery
 from ..resource_manager.caller import Caller
 from ..resource_manager.json_shape import EXPECTED_SHAPE, misshapen
-from ..resource_manager.threads import HEAVY_BYTES, heavy
+from ..resource_manager.threads import HEAVY_BYTES, heavy, large_turns
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -64,13 +64,14 @@ class Response(NamedTuple):
 class Request:
     """`rest` is what follows the model's path, split at slashes."""
 
-    __slots__ = ("_max_body", "_read", "_receive", "by", "rest", "scope")
+    __slots__ = ("_has_large_turn", "_max_body", "_read", "_receive", "by", "rest", "scope")
 
     def __init__(self, scope: Scope, receive: Receive, rest: list[str], max_body: int) -> None:
         self.scope, self.rest = scope, rest
         self.by = _ANYBODY
         self._receive, self._max_body = receive, max_body
         self._read: bytes | None = None
+        self._has_large_turn = False
 
     @property
     def receive(self) -> Receive:
@@ -117,10 +118,18 @@ class Request:
         if len(found) < HEAVY_BYTES:
             too_much = misshapen(found)
         else:
+            await large_turns().take(len(found))
+            self._has_large_turn = True
             too_much = await heavy(len(found), lambda: misshapen(found))
         if too_much is not None:
             raise InvalidData(f"the body {too_much}; {EXPECTED_SHAPE}", (Fault("", too_much),))
         return found
+
+    def done(self) -> None:
+        """Give back what the request was given; its answer is made."""
+        if self._has_large_turn:
+            self._has_large_turn = False
+            large_turns().leave()
 
     async def raw_body(self) -> bytes:
         """The whole body, whatever its type."""

@@ -135,6 +135,8 @@ class ModelRoutes:
             return
         except Exception as error:
             response = problems.unexpected(error, scope)
+        finally:
+            request.done()
         await response.send(send, head=method == "HEAD")
 
     async def _answer(self, request: Request, method: str) -> Response:
@@ -254,11 +256,15 @@ class ModelRoutes:
             else:
                 page = await self._manager.search_json(query)
                 next_ = page.next
-                if search.fields is None:
-                    items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
-                else:
+                fitting = how_many_fit([len(meta) + len(data) for meta, data in page.items])
+                if search.fields is not None:
                     items = await self._projected(page.items, search.fields)
-            fitting = how_many_fit(items)
+                elif fitting < len(page.items):  # large ones are not put together in vain
+                    query = replace(query, limit=fitting)
+                    continue
+                else:
+                    items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
+            fitting = how_many_fit([len(item) for item in items])
             if fitting == len(items):
                 break
             query = replace(query, limit=fitting)  # again, for the cursor that stands after the last one that fits

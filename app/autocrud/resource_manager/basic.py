@@ -42,6 +42,11 @@ from .records import (
     Write,
 )
 
+MAX_READ = 16 * 1024 * 1024
+"""Bytes of bodies after which a list reads no more. A page of an answer takes less."""
+READ_AT_ONCE = 32
+"""Bodies that a list reads at once: as many as are asked of S3 at the same time."""
+
 
 class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
     """What MetaStores and ResourceStores share."""
@@ -359,9 +364,21 @@ class IStorage(ABC):
         return meta, await self.body(meta.uid)
 
     async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
-        """What a query finds and the bodies of it, as `get_with_body`."""
+        """What a query finds and the bodies of it, as `get_with_body`.
+
+        There may be fewer bodies than hits: reading ends once they take more than MAX_READ bytes. The first one is there.
+        """
         page = await self.search(query)
-        return page, await self.bodies([hit.uid for hit in page.items])
+        uids = [hit.uid for hit in page.items]
+        bodies = await self.bodies(uids[:READ_AT_ONCE])
+        size = sum(map(len, bodies))
+        for at in range(READ_AT_ONCE, len(uids), READ_AT_ONCE):
+            if size > MAX_READ:
+                break
+            more = await self.bodies(uids[at : at + READ_AT_ONCE])
+            bodies += more
+            size += sum(map(len, more))
+        return page, bodies
 
     @abstractmethod
     async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:

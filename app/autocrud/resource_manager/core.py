@@ -59,6 +59,7 @@ from .operations import (
     Switch,
     Update,
 )
+from .page_reading import read_page
 from .planning import State, deleted
 from .resource import Resource
 from .simple_storage import SimpleStorage
@@ -260,7 +261,7 @@ class ResourceManager(Generic[T]):
             await self.open()
         resolved = (query or Query()).resolve(self.codec.fields)
         try:
-            page, bodies = await self.storage.search_with_bodies(resolved)
+            page, bodies = await read_page(self.storage, resolved)
             return Page(self._writer.verifier.page(page.items, bodies), page.next)
         except StoreDamaged:
             # A draft was replaced in between, or a body is lost; one by one tells, and one that is lost must not hide all others.

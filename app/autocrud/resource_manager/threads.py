@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from ..errors import Overloaded
 
@@ -20,6 +22,8 @@ HEAVY_BYTES = 64 * 1024
 """JSON from here on is worked on in the lane for heavy work: some milliseconds at most stay on the event loop."""
 MAX_WAITING = 64 * 1024 * 1024
 """Bytes of JSON that may wait for that; one piece of work may be larger."""
+LARGE_AT_ONCE = 4
+"""Requests with bodies of HEAVY_BYTES and more that are worked on at once."""
 READERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="crudstack-read")
 
 
@@ -80,6 +84,66 @@ class _Lane:
 
 
 LANE = _Lane()
+
+
+class LargeTurns:
+    """Turns of requests with large bodies: LARGE_AT_ONCE of an event loop, from when the body is read to the answer.
+
+    What is made of a body in memory is many times its size. So only a few requests have that at a time; the others wait
+    with the bytes of their bodies, of which there may be MAX_WAITING, and have no turn elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._free = LARGE_AT_ONCE
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._bytes = 0
+
+    async def take(self, size: int) -> None:
+        """Wait for a turn with a body of so many bytes. Raises Overloaded if too much waits."""
+        if self._free:
+            self._free -= 1
+            return
+        if self._bytes + size > MAX_WAITING:
+            raise Overloaded(
+                f"found {self._bytes} bytes of bodies that wait to be worked on; expected at most {MAX_WAITING} with yours;"
+                " try again"
+            )
+        turn = TURN.get()
+        if turn is not None:
+            turn.leave()
+        mine = asyncio.get_running_loop().create_future()
+        self._waiting.append(mine)
+        self._bytes += size
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self.leave()  # it came in the moment in which it was cancelled
+            raise
+        finally:
+            self._bytes -= size
+        if turn is not None:
+            try:
+                await turn.come_back()
+            except BaseException:
+                self.leave()
+                raise
+
+    def leave(self) -> None:
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                return
+        self._free += 1
+
+
+_LARGE_TURNS: WeakKeyDictionary[asyncio.AbstractEventLoop, LargeTurns] = WeakKeyDictionary()
+
+
+def large_turns() -> LargeTurns:
+    """Return the turns of the running event loop."""
+    return _LARGE_TURNS.setdefault(asyncio.get_running_loop(), LargeTurns())
 
 
 async def heavy(size: int, work: Callable[[], T]) -> T:
