@@ -452,68 +452,70 @@ async def test_a_batch_holds_and_tells_a_bounded_amount(api):
 
 async def test_few_large_bodies_are_worked_on_at_once(api, monkeypatch):
     """What is made of a body takes many times its size, so most of them wait as what they are."""
+    large = json.dumps({"x": ["y" * 100] * 2000}).encode()
+    monkeypatch.setattr(threads, "AT_ONCE", 3 * json_shape.weight(large))
     turns = threads.large_turns()
-    at_once, most = 0, 0
+    used, waiting = 0, 0
     parse = codec.Codec.parse
 
     def noting(self, body):
-        nonlocal at_once, most
-        at_once = max(at_once, threads.LARGE_AT_ONCE - turns._free)
-        most = max(most, turns._bytes)
+        nonlocal used, waiting
+        used, waiting = max(used, turns.used), max(waiting, turns.waiting_bytes)
         return parse(self, body)
 
     monkeypatch.setattr(codec.Codec, "parse", noting)
-    large = json.dumps({"x": ["y" * 100] * 2000}).encode()
     headers = {"content-type": "application/json"}
     answers = await asyncio.gather(*(api.post("/bag", content=large, headers=headers) for _ in range(12)))
     assert {answer.status_code for answer in answers} == {201}
-    assert (at_once, turns._free, turns._bytes, len(turns._waiting)) == (
-        threads.LARGE_AT_ONCE,
-        threads.LARGE_AT_ONCE,
-        0,
-        0,
-    )
-    assert 0 < most <= 12 * len(large)
+    assert used == threads.AT_ONCE
+    assert 0 < waiting <= 9 * len(large)
     wrong = await asyncio.gather(*(api.patch("/bag/b", content=large[:-1], headers=headers) for _ in range(12)))
     assert {answer.status_code for answer in wrong} == {422}
-    assert turns._free == threads.LARGE_AT_ONCE
+    assert (turns.used, turns.waiting_bytes, len(turns._waiting)) == (0, 0, 0)
 
 
-async def test_a_turn_for_a_large_body_is_given_back_by_whoever_does_not_wait_for_it():
+async def test_a_turn_for_a_large_body_is_given_back_by_whoever_does_not_wait_for_it(monkeypatch):
+    monkeypatch.setattr(threads, "AT_ONCE", 10)
     turns = threads.LargeTurns()
-    for _ in range(threads.LARGE_AT_ONCE):
-        await turns.take(10)
+    await turns.take(1, 10)
     slot = Slot()
     token = threads.TURN.set(slot)
-    waiting = [asyncio.create_task(turns.take(100)) for _ in range(3)]
+    waiting = [asyncio.create_task(turns.take(100, 10)) for _ in range(3)]
     threads.TURN.reset(token)
     await asyncio.sleep(0)
-    assert (slot.held, turns._bytes) == (False, 300)
+    assert (slot.held, turns.waiting_bytes) == (False, 300)
     waiting[0].cancel()
-    turns.leave()  # it is for the first, which does not want it any more in the same moment
+    turns.leave(10)  # it is for the first, which does not want it any more in the same moment
     await asyncio.wait(waiting[:2])
     assert waiting[0].cancelled()
     assert waiting[1].result() is None
     waiting[2].cancel()
     await asyncio.wait(waiting)
-    for _ in range(threads.LARGE_AT_ONCE):
-        turns.leave()
-    assert (turns._free, turns._bytes) == (threads.LARGE_AT_ONCE, 0)
+    turns.leave(10)
+    assert (turns.used, turns.waiting_bytes) == (0, 0)
 
 
-async def test_large_bodies_that_wait_are_bounded(monkeypatch):
+async def test_large_bodies_that_wait_are_bounded_and_in_order(monkeypatch):
     monkeypatch.setattr(threads, "MAX_WAITING", 250)
+    monkeypatch.setattr(threads, "AT_ONCE", 10)
     turns = threads.LargeTurns()
-    for _ in range(threads.LARGE_AT_ONCE):
-        await turns.take(1000)
-    waiting = [asyncio.create_task(turns.take(100)) for _ in range(2)]
+    await turns.take(1000, 50)  # alone it may take more
+    order = []
+
+    async def one(name, weight):
+        await turns.take(100, weight)
+        order.append(name)
+
+    waiting = [asyncio.create_task(one(*given)) for given in (("a", 10), ("b", 1))]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded, match="found 200 bytes of bodies that wait"):
-        await turns.take(100)
-    for _ in range(threads.LARGE_AT_ONCE + 2):
-        turns.leave()
+        await turns.take(100, 1)
+    turns.leave(50)
+    await asyncio.sleep(0)
+    assert (order, turns.used) == (["a"], 10)  # there is no room for both, and no overtaking
+    turns.leave(10)
     await asyncio.wait(waiting)
-    assert turns._free == threads.LARGE_AT_ONCE
+    assert (order, turns.used) == (["a", "b"], 1)
 
 
 @pytest.mark.parametrize("factory", [lambda _: MemoryStorageFactory(), DiskStorageFactory, MemoryDiskStorageFactory])
@@ -522,7 +524,6 @@ async def test_a_list_holds_no_more_than_a_page_needs(factory, tmp_path, monkeyp
     monkeypatch.setattr(basic, "MAX_READ", 2_000_000)
     monkeypatch.setattr(disk_pair, "MAX_READ", 2_000_000)
     monkeypatch.setattr(basic, "READ_AT_ONCE", 2)
-    monkeypatch.setattr(disk_pair, "READ_AT_ONCE", 2)
     crud = AutoCRUD(storage_factory=factory(tmp_path))
     crud.add_model(Bag, indexed_fields=["author"])
     app = FastAPI()

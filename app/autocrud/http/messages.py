@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 from ..access import ANONYMOUS
 from ..errors import CrudError, Fault, InvalidData, InvalidQuery
 from ..resource_manager.caller import Caller
-from ..resource_manager.json_shape import EXPECTED_SHAPE, misshapen
+from ..resource_manager.json_shape import EXPECTED_SHAPE, misshapen, weight
 from ..resource_manager.threads import HEAVY_BYTES, heavy, large_turns
 
 Scope = MutableMapping[str, Any]
@@ -64,14 +64,14 @@ class Response(NamedTuple):
 class Request:
     """`rest` is what follows the model's path, split at slashes."""
 
-    __slots__ = ("_has_large_turn", "_max_body", "_read", "_receive", "by", "rest", "scope")
+    __slots__ = ("_max_body", "_read", "_receive", "_weight", "by", "rest", "scope")
 
     def __init__(self, scope: Scope, receive: Receive, rest: list[str], max_body: int) -> None:
         self.scope, self.rest = scope, rest
         self.by = _ANYBODY
         self._receive, self._max_body = receive, max_body
         self._read: bytes | None = None
-        self._has_large_turn = False
+        self._weight = 0  # of a large body whose turn it is
 
     @property
     def receive(self) -> Receive:
@@ -118,8 +118,9 @@ class Request:
         if len(found) < HEAVY_BYTES:
             too_much = misshapen(found)
         else:
-            await large_turns().take(len(found))
-            self._has_large_turn = True
+            of_tree = weight(found)
+            await large_turns().take(len(found), of_tree)
+            self._weight = of_tree
             too_much = await heavy(len(found), lambda: misshapen(found))
         if too_much is not None:
             raise InvalidData(f"the body {too_much}; {EXPECTED_SHAPE}", (Fault("", too_much),))
@@ -127,9 +128,9 @@ class Request:
 
     def done(self) -> None:
         """Give back what the request was given; its answer is made."""
-        if self._has_large_turn:
-            self._has_large_turn = False
-            large_turns().leave()
+        if self._weight:
+            large_turns().leave(self._weight)
+            self._weight = 0
 
     async def raw_body(self) -> bytes:
         """The whole body, whatever its type."""

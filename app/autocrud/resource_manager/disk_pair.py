@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..query import Query
-from .basic import MAX_READ, READ_AT_ONCE, Hit, Once, Page, ResourceMeta, Write
+from .basic import MAX_READ, Hit, Once, Page, ResourceMeta, Write
 from .meta_store.simple import DiskMetaStore
 from .resource_store.simple import DiskResourceStore
 from .threads import in_thread
@@ -30,13 +30,7 @@ class DiskPair:
     async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
         def read() -> tuple[Page[Hit], list[bytes]]:
             page = self._meta.search_now(query)
-            uids = [hit.uid for hit in page.items]
-            bodies: list[bytes] = []
-            for at in range(0, len(uids), READ_AT_ONCE):
-                bodies += self._resource.get_many_now(uids[at : at + READ_AT_ONCE])
-                if sum(map(len, bodies)) > MAX_READ:
-                    break
-            return page, bodies
+            return page, self._resource.get_first_now([hit.uid for hit in page.items], MAX_READ)
 
         await self._opened()
         return await in_thread(read)

@@ -75,6 +75,11 @@ def shape(body: bytes) -> Shape:
     return Shape(*_counts(outside), _depth(outside))
 
 
+def weight(body: bytes) -> int:
+    """Return about how many bytes a JSON text takes with its tree: too many where its strings hold brackets and commas."""
+    return len(body) + 64 * (body.count(b"[") + body.count(b"{")) + 24 * body.count(b",")
+
+
 def containers(body: bytes) -> int:
     """Return how many objects and lists a JSON text holds."""
     return _counts(_outside_of_strings(_without_escapes(body)))[2]

@@ -22,8 +22,8 @@ HEAVY_BYTES = 64 * 1024
 """JSON from here on is worked on in the lane for heavy work: some milliseconds at most stay on the event loop."""
 MAX_WAITING = 64 * 1024 * 1024
 """Bytes of JSON that may wait for that; one piece of work may be larger."""
-LARGE_AT_ONCE = 4
-"""Requests with bodies of HEAVY_BYTES and more that are worked on at once."""
+AT_ONCE = 16 * 1024 * 1024
+"""Bytes that the bodies of HEAVY_BYTES and more that are worked on at once may take, as `json_shape.weight` has it."""
 READERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="crudstack-read")
 
 
@@ -87,55 +87,55 @@ LANE = _Lane()
 
 
 class LargeTurns:
-    """Turns of requests with large bodies: LARGE_AT_ONCE of an event loop, from when the body is read to the answer.
+    """Turns of the requests of an event loop that have large bodies, from when the body is read to the answer.
 
-    What is made of a body in memory is many times its size. So only a few requests have that at a time; the others wait
-    with the bytes of their bodies, of which there may be MAX_WAITING, and have no turn elsewhere.
+    What is made of a body takes many times its size. So only as many requests have it at a time as take AT_ONCE, or one
+    that takes more; the others wait in order with the bytes of their bodies, of which there may be MAX_WAITING, and have no
+    turn elsewhere.
     """
 
     def __init__(self) -> None:
-        self._free = LARGE_AT_ONCE
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._bytes = 0
+        self.used = 0
+        self.waiting_bytes = 0
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
 
-    async def take(self, size: int) -> None:
-        """Wait for a turn with a body of so many bytes. Raises Overloaded if too much waits."""
-        if self._free:
-            self._free -= 1
+    async def take(self, size: int, weight: int) -> None:
+        """Wait for a turn with a body of `size` bytes that will take `weight`. Raises Overloaded if too much waits."""
+        if not self._waiting and self._fits(weight):
+            self.used += weight
             return
-        if self._bytes + size > MAX_WAITING:
+        if self.waiting_bytes + size > MAX_WAITING:
             raise Overloaded(
-                f"found {self._bytes} bytes of bodies that wait to be worked on; expected at most {MAX_WAITING} with yours;"
-                " try again"
+                f"found {self.waiting_bytes} bytes of bodies that wait to be worked on; expected at most {MAX_WAITING} with"
+                " yours; try again"
             )
         turn = TURN.get()
         if turn is not None:
             turn.leave()
         mine = asyncio.get_running_loop().create_future()
-        self._waiting.append(mine)
-        self._bytes += size
+        self._waiting.append((mine, weight))
+        self.waiting_bytes += size
         try:
             await mine
-        except asyncio.CancelledError:
+            if turn is not None:
+                await turn.come_back()
+        except BaseException:
             if mine.done() and not mine.cancelled():
-                self.leave()  # it came in the moment in which it was cancelled
+                self.leave(weight)  # it had come, and is not used
             raise
         finally:
-            self._bytes -= size
-        if turn is not None:
-            try:
-                await turn.come_back()
-            except BaseException:
-                self.leave()
-                raise
+            self.waiting_bytes -= size
 
-    def leave(self) -> None:
-        while self._waiting:
-            waiting = self._waiting.popleft()
+    def leave(self, weight: int) -> None:
+        self.used -= weight
+        while self._waiting and (self._waiting[0][0].done() or self._fits(self._waiting[0][1])):
+            waiting, its = self._waiting.popleft()
             if not waiting.done():
+                self.used += its
                 waiting.set_result(None)
-                return
-        self._free += 1
+
+    def _fits(self, weight: int) -> bool:
+        return not self.used or self.used + weight <= AT_ONCE
 
 
 _LARGE_TURNS: WeakKeyDictionary[asyncio.AbstractEventLoop, LargeTurns] = WeakKeyDictionary()

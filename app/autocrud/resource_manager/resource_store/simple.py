@@ -102,6 +102,10 @@ class DiskResourceStore(ResourceStore):
     def get_many_now(self, uids: Sequence[str]) -> list[bytes]:
         return self._db.read_now(lambda db: _bodies(db, uids)) if uids else []
 
+    def get_first_now(self, uids: Sequence[str], most: int) -> list[bytes]:
+        """Return the bodies of the first uids, no more of them than it takes to have over `most` bytes."""
+        return self._db.read_now(lambda db: _first_bodies(db, uids, most)) if uids else []
+
     async def delete(self, uids: Sequence[str]) -> None:
         rows = [(uid,) for uid in uids]
         await self._db.write(lambda db: db.executemany("DELETE FROM bodies WHERE uid = ?", rows) and None)
@@ -188,6 +192,28 @@ class DiskResourceStore(ResourceStore):
 def _put(connection: apsw.Connection, bodies: Sequence[tuple[str, bytes]]) -> None:
     for body in bodies:
         connection.execute("INSERT OR REPLACE INTO bodies VALUES (?, ?)", body)
+
+
+def _first_bodies(connection: apsw.Connection, uids: Sequence[str], most: int) -> list[bytes]:
+    marks = ", ".join("?" * len(uids))
+    found: dict[str, bytes] = {}
+    size = 0
+    rows: Any = connection.execute(f"SELECT uid, body FROM bodies WHERE uid IN ({marks})", uids)
+    for uid, body in rows:
+        found[uid] = body
+        size += len(body)
+        if size > most:  # they come in another order, so those that were read may not be the first
+            break
+    else:
+        try:
+            return [found[uid] for uid in uids]
+        except KeyError as error:
+            raise _lost(error.args[0]) from None
+    found.clear()
+    bodies: list[bytes] = []
+    while len(bodies) < len(uids) and sum(map(len, bodies)) <= most:
+        bodies += _bodies(connection, uids[len(bodies) : len(bodies) + 1])
+    return bodies
 
 
 def _bodies(connection: apsw.Connection, uids: Sequence[str]) -> list[bytes]:
