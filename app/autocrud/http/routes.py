@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
 from ..errors import ConfigError, CrudError
 from ..query import And, Filter, Query
-from ..resource_manager.basic import Page, RevisionInfo
+from ..resource_manager.basic import MAX_READ, Page, RevisionInfo
 from ..resource_manager.codec import Document, invalid_data, parse_json
 from ..resource_manager.core import Bounds, Caller, Resource, ResourceManager
 from ..resource_manager.operations import ACTIONS, Expected
@@ -272,7 +272,7 @@ class ModelRoutes:
         return page_response(request, items, cursor)
 
     async def _projected(self, found: Sequence[tuple[bytes, bytes]], fields: list[str]) -> list[bytes]:
-        size = sum(len(data) for _, data in found)
+        size = min(sum(len(data) for _, data in found), MAX_READ)
         return await heavy(size, lambda: [envelope(meta, projected(data, fields)) for meta, data in found])
 
     async def _count(self, request: Request) -> Response:
