@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ MAX_PAGE = 4 * 1024 * 1024
 MAX_LINK = 4096
 """Bytes of a Link header: a cursor carries the values that a list is sorted by, which may be long, and proxies refuse headers of 8 KB."""
 
+_AROUND = len(b'{"meta":,"data":}')
 _encode = msgspec.json.Encoder().encode
 
 
@@ -31,6 +33,11 @@ def how_many_fit(sizes: list[int]) -> int:
         if total > MAX_PAGE and at:
             return at
     return len(sizes)
+
+
+def pairs_that_fit(found: Sequence[tuple[bytes, bytes]]) -> int:
+    """How many pairs of metadata and data do."""
+    return how_many_fit([len(meta) + len(data) + _AROUND for meta, data in found])
 
 
 def etag(meta: ResourceMeta) -> tuple[bytes, bytes]:
@@ -73,3 +80,19 @@ def page_response(request: Request, items: list[bytes], cursor: str | None) -> R
     query = b"&".join([*kept, b"cursor=" + cursor.encode()])
     link = b'<%b?%b>; rel="next"' % (request.path.encode("latin-1"), query)
     return Response(200, body, ((b"link", link),) if len(link) <= MAX_LINK else ())
+
+
+def batch_response(results: Sequence[Resource[Any] | ResourceMeta | None]) -> Response:
+    """What each operation left, in full or, where that would be more than a page, without the data."""
+    shown, brief = [], []
+    for result in results:
+        if isinstance(result, Resource):
+            shown.append(envelope(result.meta_json, result.json))
+            brief.append(b'{"meta":%b}' % result.meta_json)
+        else:  # deleted, or purged, of which nothing is told
+            shown.append(b'{"meta":%b}' % _encode(result))
+            brief.append(shown[-1])
+    briefly = b'{"results":[%b]}' % b",".join(brief)
+    if sum(map(len, shown)) > MAX_PAGE:
+        return Response(200, briefly)
+    return Response(200, b'{"results":[%b]}' % b",".join(shown), brief=briefly)

@@ -23,7 +23,16 @@ from ..resource_manager.core import Bounds, Caller, Resource, ResourceManager
 from ..resource_manager.operations import ACTIONS, Expected
 from ..resource_manager.threads import HEAVY_BYTES, heavy
 from . import batches, conditions, patching, problems, searching
-from .answers import MAX_PAGE, envelope, etag, how_many_fit, page_response, projected, resource_response
+from .answers import (
+    batch_response,
+    envelope,
+    etag,
+    how_many_fit,
+    page_response,
+    pairs_that_fit,
+    projected,
+    resource_response,
+)
 from .guard import PRINCIPAL, Authenticate, principal
 from .json_diff import diff
 from .messages import (
@@ -256,14 +265,15 @@ class ModelRoutes:
             else:
                 page = await self._manager.search_json(query)
                 next_ = page.next
-                fitting = how_many_fit([len(meta) + len(data) for meta, data in page.items])
                 if search.fields is not None:
                     items = await self._projected(page.items, search.fields)
-                elif fitting < len(page.items):  # large ones are not put together in vain
-                    query = replace(query, limit=fitting)
-                    continue
                 else:
-                    items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
+                    fitting = pairs_that_fit(page.items)
+                    if fitting == len(page.items):
+                        items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
+                        break
+                    query = replace(query, limit=fitting)  # large ones are not put together in vain
+                    continue
             fitting = how_many_fit([len(item) for item in items])
             if fitting == len(items):
                 break
@@ -297,17 +307,7 @@ class ModelRoutes:
                 raise
             error.faults = batches.in_data(error.faults)  # what planning finds wrong in a place, it finds in the data
             raise batches.located(error, error.operation) from None
-        shown, brief = [], []
-        for result in results:
-            if isinstance(result, Resource):
-                shown.append(envelope(result.meta_json, result.json))
-                brief.append(b'{"meta":%b}' % result.meta_json)
-            else:  # deleted, or purged, of which nothing is told
-                shown.append(b'{"meta":%b}' % _encode(result))
-                brief.append(shown[-1])
-        if sum(map(len, shown)) > MAX_PAGE:  # as on Lambda, where it could not be sent
-            return Response(200, _results(brief))
-        return Response(200, _results(shown), brief=_results(brief))
+        return batch_response(results)
 
     # One resource
 
@@ -481,10 +481,6 @@ class ModelRoutes:
         old, new = bodies
         patch = await heavy(len(old) + len(new), lambda: _encode(diff(old, new)))
         return Response(200, patch, (), patching.JSON_PATCH.encode())
-
-
-def _results(items: list[bytes]) -> bytes:
-    return b'{"results":[%b]}' % b",".join(items)
 
 
 def sight(by: Caller) -> Filter | None:
