@@ -160,12 +160,12 @@ class ResourceManager(Generic[T]):
     ) -> Resource[T]:
         if not self._opened:
             await self.open()
-        to_json = self._writer.verifier.json
+        to_json = self._writer.verifier.read
         for _ in range(MAX_ATTEMPTS):
             try:
                 if revision is None:
                     meta, body = await self.storage.get_with_body(resource_id)
-                    json = to_json(meta, body)
+                    json = await to_json(meta, body)
                     if within is not None and not await self._writer.holds(within, State(meta, json)):
                         raise missing(resource_id)
                     if meta.is_deleted and not include_deleted:
@@ -175,7 +175,7 @@ class ResourceManager(Generic[T]):
                 info = await self.storage.revision(resource_id, storable_number(revision))
                 body = await self.storage.body(info.uid)
                 if await self._is_still(meta, within) and info.revision <= meta.total_revision_count:
-                    return Resource(self.codec, meta, to_json(info, body), info)
+                    return Resource(self.codec, meta, await to_json(info, body), info)
             except StoreDamaged:
                 # Somebody may have replaced a draft, or purged, between the two reads; only if nobody did is the body lost.
                 await self._still_lost(resource_id, revision)

@@ -183,7 +183,7 @@ class Plan(Generic[T]):
     async def json(self, state: State) -> bytes:
         if state.json is None:
             body = await self._storage.body(state.meta.uid)
-            state.json = self._verifier.json(state.meta, body)
+            state.json = await self._verifier.read(state.meta, body)
         return state.json
 
     async def _create(self, operation: Create[T]) -> State:

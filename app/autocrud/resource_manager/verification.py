@@ -23,6 +23,7 @@ import msgspec
 from ..errors import StoreDamaged
 from .basic import Encoding, Hit, ResourceMeta, RevisionInfo
 from .codec import Codec
+from .threads import HEAVY_BYTES, heavy
 
 KEPT = 2000
 """Bodies of a model that are kept for comparison."""
@@ -55,6 +56,12 @@ class Verifier:
         if known is not None and known[1] == body and known[0] == meta.data_hash:
             return body
         return self._checked(meta, body, b"")
+
+    async def read(self, meta: ResourceMeta | RevisionInfo, body: bytes) -> bytes:
+        """Return what `json` does. A large body is worked on where large work is: others are answered meanwhile."""
+        if len(body) < HEAVY_BYTES or (not self._verified and meta.encoding == Encoding.json):
+            return self.json(meta, body)
+        return await heavy(len(body), lambda: self.json(meta, body))
 
     def page(self, hits: Sequence[Hit], bodies: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
         """Return the metadata and the data of a list, each as JSON. Raises StoreDamaged if something is damaged."""
