@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from . import local_s3 as buckets
 from . import server, sign_in
 from . import stack as stacks
-from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreUnavailable
+from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreDamaged, StoreUnavailable
 from .autocrud.resource_manager.s3_errors import said
 from .lost_copies import lost_copies, remedy
 from .main import create_app
@@ -261,7 +261,8 @@ def _open(app: FastAPI) -> None:
         try:
             await app.state.crud.open()
             for manager in app.state.crud.managers.values():
-                await manager.impairments()  # what can be done without is tried too: the log says what fails
+                with contextlib.suppress(StoreDamaged):  # such a model is stopped, as the log says
+                    await manager.impairments()  # what can be done without is tried too: the log says what fails
         except HeadLost as error:
             copies = await lost_copies(app.state.crud.managers.values())
             await app.state.crud.close()

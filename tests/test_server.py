@@ -80,6 +80,30 @@ def test_of_two_servers_on_one_directory_one_wins(serve, tmp_path):
         assert first.get(path).json()["meta"]["revision"] == 31
 
 
+def test_a_damaged_model_is_stopped_and_the_others_are_served(serve, tmp_path, capfd):
+    server = serve("disk", tmp_path)
+    with httpx.Client(base_url=server.url) as client:
+        article = {"title": "Sun", "content": "", "author": "a"}
+        path = client.post("/article", json=article).headers["location"]
+    server.stop()
+    (database,) = tmp_path.glob("airport/meta/index.sqlite")
+    database.write_bytes(b"x" * 20_000)
+    again = serve("disk", tmp_path)
+    with httpx.Client(base_url=again.url) as client:
+        assert client.get(f"{path}/data").json()["title"] == "Sun"
+        assert client.post("/article", json=article).status_code == 201
+        stopped = client.get("/airport")
+        assert (stopped.status_code, stopped.json()["type"]) == (503, "urn:crudstack:store-damaged")
+        ready = client.get("/readyz")
+        states = {name: model["status"] for name, model in ready.json()["models"].items()}
+        assert (ready.status_code, states["article"]) == (503, "ready")
+        assert "damaged" in states["airport"]
+    again.stop()
+    said = capfd.readouterr().err
+    assert said.count("airport is stopped, the other models are served: the database file is damaged") == 1
+    assert "Traceback" not in said
+
+
 def test_a_copied_directory_opens_equal(serve, tmp_path):
     server = serve("disk", tmp_path / "here")
     with httpx.Client(base_url=server.url) as client:

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 from .access import Authorize, Permissions
-from .errors import ConfigError, CrudError
+from .errors import ConfigError, CrudError, HeadLost, StoreDamaged
 from .http import searching, service
 from .http.guard import Authenticate
 from .http.routes import Policy
@@ -90,6 +90,7 @@ class AutoCRUD:
         self._managers: dict[str, ResourceManager[Any]] = {}
         self._places: dict[Hashable, str] = {}
         self._applied = self._warned = False
+        self._told: set[str] = set()  # models of which the log said that they are stopped
 
     @property
     def managers(self) -> dict[str, ResourceManager[Any]]:
@@ -189,9 +190,24 @@ class AutoCRUD:
         service.describe_application(app, self._managers, prefix, authenticated=authenticated)
 
     async def open(self) -> None:
-        """Make all stores ready: directories, schemas, indexes. Errors show here instead of at the first request."""
-        for manager in self._managers.values():
-            await manager.open()
+        """Make all stores ready: directories, schemas, indexes. Errors show here instead of at the first request.
+
+        A model whose stored data is damaged stays closed, and the log says so: its requests are answered 503, and all
+        others are served. If all models are, StoreDamaged is raised.
+        """
+        damaged: list[StoreDamaged] = []
+        for name, manager in self._managers.items():
+            try:
+                await manager.open()
+            except HeadLost:  # what was acknowledged may be lost: somebody must decide what to do
+                raise
+            except StoreDamaged as error:
+                damaged.append(error)
+                if name not in self._told:
+                    self._told.add(name)
+                    log.error("%s is stopped, the other models are served: %s", name, error.detail)
+        if damaged and len(damaged) == len(self._managers):
+            raise damaged[0]
         lost = [name for name, manager in self._managers.items() if not manager.storage.durable]
         if lost and not self._warned:
             self._warned = True
