@@ -11,6 +11,8 @@ import itertools
 import re
 from typing import NamedTuple
 
+from .threads import HEAVY_BYTES
+
 MAX_DEPTH = 200
 MAX_CONTAINERS = 100_000
 """Objects and lists together."""
@@ -19,8 +21,7 @@ MAX_NAMES = 250_000
 MAX_VALUES = 1_000_000
 """Values of any kind."""
 MAX_DIGITS = 400
-"""Digits of a number in a text of LARGE bytes: reading a long one takes quadratic work. The largest float has 309."""
-LARGE = 64 * 1024
+"""Digits of a number in a text of HEAVY_BYTES: reading a long one takes quadratic work. The largest float has 309."""
 EXPECTED_SHAPE = (
     f"expected at most {MAX_VALUES} values, {MAX_NAMES} names and {MAX_CONTAINERS} objects and lists, nested at most"
     f" {MAX_DEPTH} deep, and numbers of at most {MAX_DIGITS} digits"
@@ -48,7 +49,7 @@ def misshapen(body: bytes) -> str | None:
         return None
     # Upper bounds: strings hold brackets, colons and commas too.
     opened = body.count(b"[") + body.count(b"{")
-    may_be_long = len(body) >= LARGE and _has_long_number(body)
+    may_be_long = len(body) >= HEAVY_BYTES and _has_long_number(body)
     few = opened <= MAX_DEPTH and body.count(b":") <= MAX_NAMES and opened + body.count(b",") < MAX_VALUES
     if few and not may_be_long:
         return None
