@@ -60,7 +60,7 @@ class TooMuchInTransfer(CrudError):
 
 
 def refusal(error: CrudError, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the last answer on a connection. `headers` are those of every answer."""
+    """Return the bytes of an error answer, after which the connection is closed. `headers` come first in it."""
     response = problems.response(error, ((b"retry-after", b"1"),) if error.status == 503 else ())
     lines = [
         b"HTTP/1.1 %d %b" % (error.status, HTTPStatus(error.status).phrase.encode()),

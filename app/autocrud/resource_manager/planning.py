@@ -68,7 +68,7 @@ MAX_HELD = 48 * 1024 * 1024
 
 
 class State(Struct):
-    """A resource as a plan sees it. `json` is the current data, None until somebody needs it."""
+    """A resource as the operations planned so far leave it. `json` is its current data, None until it was read."""
 
     meta: ResourceMeta
     json: bytes | None = None
