@@ -6,11 +6,16 @@ MINUTES ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
-UV_PIP = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --require-hashes
-UV_SELF = uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .
+# A uv that works: version managers put programs on PATH that fail.
+UV = uv="$$(uv --version >/dev/null 2>&1 && command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv"
+UV_PIP = $(UV) pip install --quiet --python $(BIN)/python --require-hashes
+UV_SELF = $(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+# A virtual environment works only where it was made, and with the Python that made it; .venv/.venv says where that was.
+IS_USABLE := $(shell test "$$(cat $(VENV)/.venv 2>/dev/null)" = "$$(cd $(VENV) 2>/dev/null && pwd -P)" && \
+  $(BIN)/python -I -c 'import os, sysconfig; os.stat(sysconfig.get_path("purelib"))' 2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-infra deploy run s3-rescue test pulumi s3-servers lint fuzz mutants bench package docs lock clean
+.PHONY: help setup setup-infra deploy run s3-rescue test pulumi s3-servers lint fuzz mutants bench package docs lock clean FORCE
 
 help: ## what can be done here
 	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -60,15 +65,22 @@ mutants: $(VENV)/.dev ## planted defects that the suite must find (long; leaves 
 bench: $(VENV)/.dev .local/bench/specstar/.done .local/bench/pocketbase/.done ## benchmarks into benchmarks/RESULTS.md (ARGS=--help)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-# A virtual environment that uv works in; uv comes from PATH, or into it by pip. Stamps, not directories, mark what is complete.
-$(VENV)/.venv:
+# The virtual environment, and uv if PATH has none. Stamps, not directories, mark what is complete; they go with the
+# environment.
+$(VENV)/.venv: $(if $(IS_USABLE),,FORCE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "crudstack needs Python 3.11 or later as '$(PYTHON)': install it, or say make PYTHON=python3.12 ..." >&2; exit 1; }
-	@$(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || \
-	  { rm -rf $(VENV); echo "'$(PYTHON)' cannot make virtual environments: sudo apt-get install python3-venv" >&2; exit 1; }
-	@command -v uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt || \
-	  { echo "uv could not be installed: check the network, or install uv yourself and try again" >&2; exit 1; }
-	@touch $@
+	@case "$$(pwd -P)" in *:*) echo "this checkout lies in $$(pwd -P), and Python makes no virtual environment below" \
+	  "a path with a colon: move it to a path without one" >&2; exit 1;; esac
+	@if test -L $(VENV); then rm $(VENV); fi
+	@said="$$($(PYTHON) -m venv --clear $(VENV) 2>&1)" || { rm -rf $(VENV); case "$$said" in \
+	  *ensurepip*) reason="it has no ensurepip, which is in the package python3-venv of Debian and Ubuntu" ;; \
+	  *) reason="$$(printf '%s\n' "$$said" | tail -n 1)" ;; \
+	  esac; echo "'$(PYTHON)' cannot make a virtual environment: $$reason" >&2; exit 1; }
+	@uv --version >/dev/null 2>&1 || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt || \
+	  { echo "pip cannot install uv, for the reason above. If it cannot be mended, install uv yourself, and try again" >&2; exit 1; }
+	@(cd $(VENV) && pwd -P) > $@.new && mv $@.new $@
 
 $(VENV)/.local: requirements/local.txt pyproject.toml $(VENV)/.venv
 	@$(UV_PIP) -r requirements/local.txt
@@ -85,16 +97,16 @@ $(VENV)/.dev: requirements/dev.txt requirements/examples.txt $(VENV)/.local $(VE
 	@touch $@
 
 .local/checkov/.done: requirements/checkov.txt $(VENV)/.venv
-	@uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" venv --quiet --clear --python $(BIN)/python $(@D)
-	@uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(@D)/bin/python --require-hashes -r $<
+	@$(UV) venv --quiet --clear --python $(BIN)/python $(@D)
+	@$(UV) pip install --quiet --python $(@D)/bin/python --require-hashes -r $<
 	@touch $@
 
 .local/bench/%/.done: requirements/%.txt $(VENV)/.venv
-	@uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" venv --quiet --clear --python $(BIN)/python $(@D)
-	@uv="$$(command -v uv || echo $(BIN)/uv)"; VIRTUAL_ENV= "$$uv" pip install --quiet --python $(@D)/bin/python --require-hashes -r $<
+	@$(UV) venv --quiet --clear --python $(BIN)/python $(@D)
+	@$(UV) pip install --quiet --python $(@D)/bin/python --require-hashes -r $<
 	@touch $@
 
-LOCK = uv="$$(command -v uv || echo $(BIN)/uv)"; "$$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
+LOCK = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
 # What single storages add to requirements/app.txt, a file each.
 DRIVERS = amqp cache postgres redis

@@ -133,7 +133,7 @@ class Clone:
             (venv / "bin" / name).write_text(text)
             (venv / "bin" / name).chmod(0o755)
         for stamp in (".venv", ".local", ".infra"):  # in the order in which make compares them
-            (venv / stamp).touch()
+            (venv / stamp).write_text(f"{venv.resolve()}\n")
 
 
 def walk(clone: Clone, path: str, after: Callable[[str], None] = lambda _line: None) -> str:
