@@ -25,6 +25,7 @@ from msgspec import Struct
 from .autocrud.errors import ConfigError, OutcomeUnknown, StoreUnavailable
 from .autocrud.http import problems
 from .autocrud.http.messages import Receive, Scope, Send
+from .base_path import below, put_below
 from .main import create_app
 from .request_log import RequestLog, write_line
 from .settings import Settings
@@ -35,8 +36,13 @@ TEXT_TYPES = ["text/", "application/json", "application/problem+json", "applicat
 MAX_ANSWER = 6 * 1024 * 1024 - 64 * 1024
 """Bytes of a body in the answer, as Lambda takes it: 6 MB, less what headers may need."""
 LARGE = MAX_ANSWER // 2
+WITHOUT_CONTENT = frozenset({204, 205, 304})
 MARGIN_S = 0.5
 """How long before Lambda ends the function a request is answered at the latest."""
+DEFAULT_STAGE = "$default"
+"""The stage of an HTTP API that is no part of its paths."""
+_STAGE = re.compile(r"[A-Za-z0-9_-]+")
+"""Names of all other stages."""
 LITERAL = "!$&'()*+,;=:@/-._~%"
 """What may stand in a path as it is."""
 
@@ -47,8 +53,10 @@ class _Http(Struct, rename="camel"):
     source_ip: str
 
 
-class _RequestContext(Struct):
+class _RequestContext(Struct, rename="camel"):
     http: _Http
+    stage: str = DEFAULT_STAGE
+    domain_name: str = ""
 
 
 class _HttpEvent(Struct, rename="camel"):
@@ -65,8 +73,9 @@ class _HttpEvent(Struct, rename="camel"):
 
     def check_text(self) -> None:
         """ValueError for what is no text, or no base64. JSON can hold half a character."""
-        http = self.request_context.http
+        context, http = self.request_context, self.request_context.http
         texts = [self.raw_path, self.raw_query_string, self.body or "", http.method, http.path, http.source_ip]
+        texts += [context.stage, context.domain_name]
         for text in (*texts, *self.headers, *self.headers.values(), *(self.cookies or ())):
             text.encode()
         if self.is_base64_encoded:
@@ -172,17 +181,27 @@ def _origin(scope: Scope) -> str:
 
 
 class _AsAsked:
-    """An application that is told the path as it was asked for.
+    """An application that gets the path as the client asked for it, from the event's `rawPath` and from nothing else.
 
-    A function URL hands it on as it was sent, an HTTP API decodes all of it but `%25`. Decoding once more gives the same `path` for both
-    (Mangum does); what no path can hold as it is, is escaped again for `raw_path`, from which links are made.
+    A function URL hands the path on as it was sent, an HTTP API decodes all of it but `%25`. Decoding once more gives the same
+    `path` for both; characters that no path can hold are escaped again for `raw_path`, from which links are made.
+
+    Under the name that AWS gives to an HTTP API, the path begins with the stage unless that is `$default`. The stage becomes
+    the `root_path`. Under a name of one's own the stage is no part of the path; see `base_path` for what may be.
     """
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["raw_path"] = quote(scope["aws.event"]["rawPath"], safe=LITERAL, errors="replace").encode()
+        event = scope["aws.event"]
+        path = quote(event["rawPath"], safe=LITERAL, errors="replace") or "/"
+        context = event["requestContext"]
+        stage = context.get("stage", DEFAULT_STAGE)
+        named = _STAGE.fullmatch(stage) is not None and ".execute-api." in context.get("domainName", "")
+        root = f"/{stage}" if named else ""
+        rest = below(path, root)
+        put_below(scope, "" if rest is None else root, path if rest is None else rest)
         await self._app(scope, receive, send)
 
 
@@ -237,7 +256,12 @@ def _as_base64(body: bytes) -> int:
 
 
 def _encoded(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer with a large body in the smaller of its two forms."""
+    """The answer with a large body in the smaller of its two forms, and without a content type if there can be no content.
+
+    Mangum calls each answer that has no content type JSON.
+    """
+    if answer["statusCode"] in WITHOUT_CONTENT and not answer.get("body"):
+        answer.get("headers", {}).pop("content-type", None)
     text = answer.get("body", "")
     if len(text) >= LARGE and not answer.get("isBase64Encoded"):
         body = text.encode()

@@ -14,8 +14,12 @@ from .autocrud import AutoCRUD
 from .autocrud.errors import ConfigError
 from .autocrud.http.guard import Guard
 from .autocrud.http.messages import Scope
+from .base_path import BasePath
 from .foreign_pages import ForeignPages
 from .misfits import found, meant
+
+OWN_PATHS = ("healthz", "readyz", "docs", "openapi.json")
+"""First parts of paths beside the names of models."""
 
 
 def create_app(
@@ -59,7 +63,15 @@ def create_app(
         own_origin=own_origin,
         signed_in=authenticate is not None,
     )
-    app.state.crud = crud
+    app.state.crud, app.state.base_path = crud, given.base_path
+    if given.base_path is not None:
+        first = given.base_path.split("/")[1:2]
+        if first and first[0] in (taken := [*crud.managers, *OWN_PATHS]):
+            raise ConfigError(
+                f"CRUDSTACK_BASE_PATH is {given.base_path!r}, which begins like a path of the API: expected another first part"
+                f" than {', '.join(taken)}"
+            )
+        app.add_middleware(BasePath, base=given.base_path)
     return app
 
 

@@ -175,6 +175,7 @@ class Overload:
     """An application that refuses what it cannot serve in time.
 
     unsent  says how many bytes of answers wait for their readers
+    base    the prefix under which the API is reached, if there is one
     """
 
     def __init__(
@@ -184,15 +185,18 @@ class Overload:
         unsent: Callable[[], int] = lambda: 0,
         in_progress: int = IN_PROGRESS,
         queued: int = QUEUED,
+        base: str = "",
     ) -> None:
         self._app, self._unsent = app, unsent
+        # Requests come with the prefix and without it; see base_path.
+        self._health, self._readiness = {HEALTH, base + HEALTH}, {READINESS, base + READINESS}
         self._gate, self._probes = Gate(in_progress, queued), Gate(PROBES, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == HEALTH:
+        if scope["type"] != "http" or scope["path"] in self._health:
             await self._app(scope, receive, send)
             return
-        gate = self._probes if scope["path"] == READINESS else self._gate
+        gate = self._probes if scope["path"] in self._readiness else self._gate
         if gate.take() or await gate.wait():
             slot = _Slot(gate, scope, receive, send, self._unsent)
             TURN.set(slot)  # for the rest of this task, which is this request's own

@@ -48,7 +48,9 @@ def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -
     # Fewer connections than slots would leave none for health checks while all are busy.
     queued = max(0, min(QUEUED, connections.limit - 2 * IN_PROGRESS))
     in_progress = min(IN_PROGRESS, connections.limit // 2)
-    served: Any = Overload(app, unsent=connections.unsent, in_progress=in_progress, queued=queued)
+    served: Any = Overload(
+        app, unsent=connections.unsent, in_progress=in_progress, queued=queued, base=app.state.base_path or ""
+    )
     config = uvicorn.Config(
         RequestLog(served) if access_log else served,
         access_log=False,

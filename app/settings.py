@@ -16,6 +16,7 @@ adds. Both come from the environment:
 | CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are understood too |
 | CRUDSTACK_CORS | origins whose pages may call, with commas between: https://app.example.org; on loopback http://localhost with any port may |
 | CRUDSTACK_HOSTS | host names of the server besides localhost and 127.0.0.1, with commas between; on loopback, or once it is set, others are refused |
+| CRUDSTACK_BASE_PATH | the prefix of all paths under which a gateway or a proxy offers the API, like `/v1`, for links; `/` for none |
 | CRUDSTACK_AUTH | who is let in: `none`, or as JSON `{"mode": "token", "token_sha256": "..."}` or `{"mode": "jwt", "issuer": "...", "audiences": [...]}` |
 
 Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role. Without a URL of its own, the app signs in to
@@ -139,6 +140,8 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Origins whose pages may call."""
     auth: Auth | None = None
     """None: nobody has said, which is for a person's own machine only."""
+    base_path: str | None = None
+    """The prefix of all paths under which a gateway offers the API, like `/v1`."""
 
 
 class LocalOverrides(Struct, frozen=True, kw_only=True):
@@ -162,6 +165,8 @@ class Settings(Struct, frozen=True):
     outputs: StackOutputs
     local: LocalOverrides
     pages: Pages = Pages()
+    base_path: str | None = None
+    """The prefix of all paths under which the API is reached, "" for none; None if nobody has said."""
 
 
 STACK_VARIABLES = (
@@ -182,9 +187,11 @@ VARIABLES = (
     "CRUDSTACK_AMQP_URL",
     "CRUDSTACK_CORS",
     "CRUDSTACK_HOSTS",
+    "CRUDSTACK_BASE_PATH",
 )
 EXPOSED_HEADERS = ("etag", "location", "link", "retry-after", "idempotency-replayed", "x-request-id")
 """Headers of answers that pages of allowed origins may read."""
+BASE_PATH = r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
 ORIGIN = r"\*|https?://[^/\s*@]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'
 AUTH = '{"mode": "jwt", "issuer": "https://...", "audiences": ["..."]}, or what `crudstack token new` prints'
@@ -209,7 +216,7 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
             if name in given:
                 raise ConfigError(f"CRUDSTACK_OUTPUTS and {name} are both set: unset one of them")
         outputs = _outputs(given["CRUDSTACK_OUTPUTS"])
-        return Settings(outputs, local, _pages(given, outputs.cors))
+        return Settings(outputs, local, _pages(given, outputs.cors), _base_path(given, outputs.base_path))
     if "CRUDSTACK_STORAGE" not in given:
         raise ConfigError(f"CRUDSTACK_STORAGE is not set: expected one of {', '.join(KINDS)}, or set CRUDSTACK_OUTPUTS")
     return Settings(
@@ -229,6 +236,7 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
         ),
         local,
         _pages(given),
+        _base_path(given),
     )
 
 
@@ -256,6 +264,20 @@ def _pages(given: Mapping[str, str], of_stack: Sequence[str] = ()) -> Pages:
                 f"CRUDSTACK_HOSTS has {_shown(host)}: expected host names like api.example.test, or with a port"
             )
     return Pages(origins=(*of_stack, *filter(None, origins)), hosts=tuple(filter(None, hosts)))
+
+
+def _base_path(given: Mapping[str, str], of_stack: str | None = None) -> str | None:
+    """Return the prefix without a slash at its end. Raises ConfigError unless it is a path of plain segments."""
+    name = "CRUDSTACK_BASE_PATH" if "CRUDSTACK_BASE_PATH" in given else "base_path"
+    path = given.get("CRUDSTACK_BASE_PATH", of_stack)
+    if path is None:
+        return None
+    if re.fullmatch(BASE_PATH, path) is None:
+        raise ConfigError(
+            f"{name} is {_shown(path)}: expected a path like /v1, of letters, digits and - . _ ~ with a slash before each"
+            " part, or / for none"
+        )
+    return path.rstrip("/")
 
 
 def s3_endpoint(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -8,11 +8,14 @@ from msgspec import Meta, Struct, field
 
 
 class Domain(Struct, frozen=True, forbid_unknown_fields=True):
-    """A name of one's own for the API: `zone` is the id of the Route 53 hosted zone that the name lies in."""
+    """A name of one's own for the API: `zone` is the id of the Route 53 hosted zone that the name lies in, `base_path` the
+    prefix of all paths under that name."""
 
     name: Annotated[str, Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]+\Z", max_length=64)]
     """At most 64 characters: AWS makes no certificate for a longer one."""
     zone: Annotated[str, Meta(pattern=r"^Z[A-Z0-9]+\Z")]
+    base_path: Annotated[str, Meta(pattern=r"^(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._-]+)*\Z", max_length=300)] = ""
+    """Like /v1; empty for none. No model may have the name of its first part."""
 
 
 class Postgres(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

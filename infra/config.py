@@ -113,9 +113,9 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     Origins whose pages may call the API."""
     domain: Domain | None = None
-    """{name: api.example.org, zone: Z0123456789}, or null
+    """{name: api.example.org, zone: Z0123456789, base_path: /v1}, the last if wanted, or null
 
-    A name of one's own for the HTTP API, and the id of the Route 53 zone that it lies in. The certificate is made and renewed."""
+    A name of one's own for the HTTP API, the id of the Route 53 zone that it lies in, and a prefix of all paths. The certificate is made and renewed."""
     postgres: Postgres = Postgres()
     """{mode: instance | aurora, class: db.t4g.micro, multi_az: false, proxy: false, storage_gb: 20 to 65536, max_acu: 1 to 256}
 

@@ -103,7 +103,7 @@ def _nested() -> Iterator[str]:
         if described.tag_field:
             yield _row(f"`{key}.{described.tag_field}`", f"`{described.tag}`", "required", "")
         for field in described.fields:
-            default = "required" if field.required else _code(field.default)
+            default = "required" if field.required else "none" if field.default == "" else _code(field.default)
             yield _row(f"`{key}.{field.encode_name}`", _allowed(field.type), default, told.get(field.name, ""))
 
 

@@ -119,7 +119,8 @@ def package(config: StackConfig) -> Path:
 def _said(config: StackConfig) -> dict[str, Any]:
     """What the outputs repeat of the config."""
     storage = {"storage": config.storage, "storage_overrides": config.storage_overrides}
-    return {"version": 1, **msgspec.to_builtins(storage), "stage": config.stage, "cors": config.cors}
+    base = {"base_path": config.domain.base_path} if config.domain is not None and config.domain.base_path else {}
+    return {"version": 1, **msgspec.to_builtins(storage), "stage": config.stage, "cors": config.cors, **base}
 
 
 def _auth(config: StackConfig, stack: Stack, bucket: DataBucket) -> dict[str, Any]:

@@ -313,8 +313,10 @@ def http_event(
     json_body: Any = None,
     gateway: str = "http-api",
     claims: dict[str, str] | None = None,
+    stage: str = "$default",
+    domain: str | None = None,
 ) -> dict[str, Any]:
-    """An event of payload format 2.0. `path` is encoded, with its query.
+    """An event of payload format 2.0. `path` is encoded, with its query, and with the stage if AWS's own name is asked for it.
 
     An HTTP API decodes the path but for `%25` (middleapi/standard-server#93 has captures of both), a function URL hands it on as it is.
     """
@@ -327,6 +329,7 @@ def http_event(
     host = (
         "abc123.execute-api.us-east-1.amazonaws.com" if gateway == "http-api" else "abc123.lambda-url.us-east-1.on.aws"
     )
+    host = domain or host
     context: dict[str, Any] = {
         "accountId": "123456789012" if gateway == "http-api" else "anonymous",
         "apiId": "abc123",
@@ -341,7 +344,7 @@ def http_event(
         },
         "requestId": "JKJaXmPLvHcESHA=",
         "routeKey": "$default",
-        "stage": "$default",
+        "stage": stage,
         "time": "24/Nov/2026:22:00:00 +0000",
         "timeEpoch": int(time.time() * 1000),
     }

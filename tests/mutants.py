@@ -260,8 +260,8 @@ MUTANTS = [
     (
         "the guard lets in what begins like healthz",
         H + "guard.py",
-        'scope["path"] in self._open',
-        'scope["path"].startswith(self._open)',
+        "route_path(scope) in self._open",
+        "route_path(scope).startswith(self._open)",
         [*ACCESS, *LAMBDA],
     ),
     (

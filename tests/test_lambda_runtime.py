@@ -311,6 +311,98 @@ def test_a_query_with_encoded_characters(shared):
     assert [item["meta"]["resource_id"] for item in found.json()["items"]] == [created.json()["meta"]["resource_id"]]
 
 
+def linked(one: Instance, prefix: str, **how) -> None:
+    """All that an answer links to begins with the prefix, and leads to what it says."""
+    ids = [ask(one, "POST", f"{prefix}/article", json_body=ARTICLE, **how).headers["location"] for _ in range(2)]
+    chosen = f"{prefix}/article/{ids[0].rpartition('/')[2]}-again"
+    put = ask(one, "PUT", chosen, json_body=ARTICLE, headers={"if-none-match": "*"}, **how)
+    assert (put.status, put.headers["location"]) == (201, chosen)
+    for path in ids:
+        assert path.startswith(f"{prefix}/article/")
+        assert ask(one, "GET", path, **how).status == 200
+    page = ask(one, "GET", f"{prefix}/article?limit=1", **how)
+    link = re.fullmatch(r'<(.+)>; rel="next"', page.headers["link"])[1]
+    assert link.startswith(f"{prefix}/article?limit=1&cursor=")
+    assert len(ask(one, "GET", link, **how).json()["items"]) == 1
+    description = ask(one, "GET", f"{prefix}/openapi.json", **how).json()
+    assert description.get("servers") == ([{"url": prefix}] if prefix else None)
+    assert one.request("GET", f"{prefix}/healthz", **how).status == 200
+
+
+AWS_NAME, OWN_NAME = "abc123.execute-api.us-east-1.amazonaws.com", "api.example.org"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "how"),
+    [
+        ("", {"stage": "$default"}),
+        ("/dev", {"stage": "dev"}),
+        ("/article", {"stage": "article"}),
+        ("", {"stage": "dev", "domain": OWN_NAME}),
+        ("", {"gateway": "function-url"}),
+    ],
+)
+def test_links_lead_where_the_gateway_is(shared, prefix, how):
+    linked(shared, prefix, **how)
+
+
+@pytest.mark.parametrize(
+    ("path", "how"),
+    [
+        ("/devother/healthz", {"stage": "dev"}),
+        ("/dev", {"stage": "dev"}),
+        ("/dev//healthz", {"stage": "dev"}),
+        ("/dev/dev/healthz", {"stage": "dev"}),
+        ("/dev/healthz", {"stage": "$default"}),
+        ("/$default/healthz", {"stage": "$default"}),
+        ("/dev/healthz", {"stage": "dev", "domain": OWN_NAME}),
+        ("/dev/healthz", {"stage": "dev", "domain": "execute-api.example.org"}),
+    ],
+)
+def test_only_a_stage_is_taken_away(shared, path, how):
+    assert ask(shared, "GET", path, **how).status == 404
+    assert shared.request("GET", path, **how).status == 401
+
+
+def test_a_path_is_that_of_one_field(shared):
+    event = http_event("GET", "/healthz")
+    event["requestContext"]["http"]["path"] = "/article"
+    assert shared.invoke(event)["statusCode"] == 200
+    event["rawPath"], event["requestContext"]["http"]["path"] = "/article", "/healthz"
+    assert shared.invoke(event)["statusCode"] == 401
+
+
+def test_the_base_path_of_a_mapping(instance):
+    one = instance(base_path="/v1/api")
+    linked(one, "/v1/api", domain=OWN_NAME)
+    # Asked otherwise, the links stay those that its users know.
+    for path, how in [
+        ("/article", {"domain": OWN_NAME}),
+        ("/dev/article", {"stage": "dev"}),
+        ("/dev/v1/api/article", {"stage": "dev"}),
+    ]:
+        made = ask(one, "POST", path, json_body=ARTICLE, **how)
+        assert (made.status, made.headers["location"].rpartition("/")[0]) == (201, "/v1/api/article")
+    assert ask(one, "GET", "/v1/article").status == 404
+    assert ask(one, "GET", "/v1/apiary/article").status == 404
+    assert one.request("GET", "/v1/api/healthz").status == 200
+    for path in ("/v1/api/article", "/v1/api/healthz/", "/v1/api//healthz", "/v1/api/v1/api/healthz"):
+        assert one.request("GET", path).status == 401
+
+
+def test_no_content_has_no_type(shared):
+    path = ask(shared, "POST", "/article", json_body=ARTICLE).headers["location"]
+    tag = {"if-none-match": ask(shared, "GET", path).headers["etag"]}
+    answers = [
+        ask(shared, method, below, headers=tag) for method in ("GET", "HEAD") for below in (path, f"{path}/data")
+    ]
+    answers.append(ask(shared, "DELETE", path))
+    assert [answer.status for answer in answers] == [304] * 4 + [204]
+    for answer in answers:
+        assert answer.body == b""
+        assert not {"content-type", "content-length"} & answer.headers.keys()
+
+
 def test_bodies_at_the_limits(instance):
     one = instance()
     for text in ("x" * 5_900_000, "ä" * 2_900_000, '"\\' * 500_000 + "\u2028" * 300_000):
@@ -492,6 +584,17 @@ def test_without_credentials_only_healthz_answers(instance):
             answer = one.request("GET", path, headers=headers)
             assert (answer.status, answer.json()["type"]) == (401, "urn:crudstack:unauthenticated"), path
     assert ask(one, "GET", "/openapi.json").status == 200
+
+
+def test_the_open_route_leads_to_healthz_only(instance):
+    """API Gateway calls the function without a token for the path /healthz, and hands on no claims then."""
+    one = instance(auth={"mode": "jwt", "issuer": "https://issuer.example", "audiences": ["app"]})
+    for method, status in (("GET", 200), ("HEAD", 200), ("POST", 405), ("DELETE", 405)):
+        assert one.request(method, "/healthz").status == status
+    for path in ("/healthz/", "/healthz/x", "//healthz", "/healthz/../article", "/healthz%2F..%2Farticle", "/Healthz"):
+        assert one.request("GET", path, headers=SIGNED_IN).status == 401, path
+    for gateway in ("http-api", "function-url"):
+        assert one.request("GET", "/%68ealthz", gateway=gateway).body == b'{"status":"ok"}'
 
 
 def test_claims_that_api_gateway_verified(instance):

@@ -97,6 +97,16 @@ class HttpApi(Component):
                 opts=self.child(),
             )
             verified = {"authorization_type": "JWT", "authorizer_id": authorizer.id}
+            # Health checks send no token. Of this one path only: API Gateway compares the whole path, and prefers a route
+            # that names it. The app refuses all else that comes without verified claims.
+            aws.apigatewayv2.Route(
+                self.named("healthz"),
+                api_id=api.id,
+                route_key="ANY /healthz",
+                target=target,
+                authorization_type="NONE",
+                opts=self.child(),
+            )
             if origins:
                 # Browsers ask first, without a token. Where a route of its own lets that through, the API answers by itself.
                 aws.apigatewayv2.Route(
@@ -171,7 +181,12 @@ class HttpApi(Component):
             opts=self.child(),
         )
         aws.apigatewayv2.ApiMapping(
-            self.named("domain"), api_id=api.id, domain_name=name.id, stage=stage.id, opts=self.child()
+            self.named("domain"),
+            api_id=api.id,
+            domain_name=name.id,
+            stage=stage.id,
+            api_mapping_key=domain.base_path.removeprefix("/") or None,
+            opts=self.child(),
         )
         configuration = name.domain_name_configuration
         aws.route53.Record(
@@ -188,7 +203,7 @@ class HttpApi(Component):
             ],
             opts=self.child(),
         )
-        return Output.from_input(f"https://{domain.name}")
+        return Output.from_input(f"https://{domain.name}{domain.base_path}")
 
 
 class FunctionUrl(Component):

@@ -51,7 +51,7 @@ CHANGES = {
         "auth",
         JWT,
         updated={*VERSION, "Route all"},
-        created={"Authorizer jwt"},
+        created={"Authorizer jwt", "Route healthz"},
         deleted={"Secret token", "SecretVersion token-1"},
     ),
     "token_generation": Change(
@@ -79,6 +79,12 @@ CHANGES = {
     "snap_start": Change(S3, "snap_start", True, updated=VERSION),
     "cors": Change(S3, "cors", ["https://example.org"], updated={*VERSION, "Api api"}),
     "domain": Change(S3, "domain", DOMAIN, updated={"Api api"}, created=OF_DOMAIN),
+    "domain.base_path": Change(
+        msgspec.structs.replace(S3, domain=DOMAIN),
+        "domain",
+        Domain("api.example.org", "Z0123456789", "/v1"),
+        updated={*VERSION, "ApiMapping domain"},
+    ),
     "postgres.class": Change(
         FULL,
         "postgres",

@@ -342,11 +342,23 @@ def calls_come_by_the_edge(stack: Recording, config: StackConfig) -> Iterator[st
         yield f"the API asks for {routes}"
     if ("OPTIONS /{proxy+}" in routes) != (jwt and bool(config.cors)):
         yield "browsers cannot ask first"
+    if jwt:
+        open_to_all = {key for key, kind in routes.items() if kind == "NONE"} - {"OPTIONS /{proxy+}"}
+        if open_to_all != {"ANY /healthz"}:
+            yield f"without a token the API lets in {open_to_all}, not /healthz"
     api = stack.one("aws:apigatewayv2/api:Api").inputs
     if api.get("corsConfiguration", {}).get("allowOrigins", []) != config.cors:
         yield "the API is for other pages"
     if api.get("disableExecuteApiEndpoint", False) != (config.domain is not None):
         yield "the API has two names"
+    mappings = stack.all("aws:apigatewayv2/apiMapping:ApiMapping")
+    prefixes = [f"/{key}" if (key := mapping.inputs.get("apiMappingKey")) else "" for mapping in mappings]
+    if prefixes != ([] if config.domain is None else [config.domain.base_path]):
+        yield "the domain has another prefix"
+    base_path = config.domain.base_path if config.domain is not None else ""
+    told = stack.outputs.get("base_path", "")
+    if told != base_path or not stack.outputs["api_url"].endswith(base_path):
+        yield "the app does not know its prefix"
 
 
 @rule

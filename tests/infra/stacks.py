@@ -31,7 +31,7 @@ CONFIGS: dict[str, StackConfig] = {
         stage="prod",
         auth=JWT,
         cors=["https://www.example.org"],
-        domain=Domain("api.example.org", "Z0123456789"),
+        domain=Domain("api.example.org", "Z0123456789", "/v1"),
         postgres=Postgres(mode="aurora", multi_az=True, proxy=True),
         cache=Cache(mode="nodes"),
         broker=Broker(mode="cluster"),

@@ -10,7 +10,7 @@ from ..access import Principal, Unauthenticated
 from ..errors import InvalidData
 from ..resource_manager.checks import check_name
 from . import problems
-from .messages import Receive, Request, Scope, Send
+from .messages import Receive, Request, Scope, Send, route_path
 
 Authenticate = Callable[[Request], Principal | Awaitable[Principal]]
 """Says who asks, or raises Unauthenticated. It sees the headers and the scope, not the body."""
@@ -43,7 +43,7 @@ class Guard:
         self._app, self._authenticate, self._open = app, authenticate, open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in self._open):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and route_path(scope) in self._open):
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":  # nothing here speaks WebSocket

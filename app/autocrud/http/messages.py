@@ -61,6 +61,13 @@ class Response(NamedTuple):
         await send({"type": "http.response.body", "body": b"" if head else self.body})
 
 
+def route_path(scope: Scope) -> str:
+    """Return the path that routes are compared with: `path` without the prefix in `root_path`, as Starlette does it."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
 class Request:
     """`rest` is what follows the model's path, split at slashes."""
 
@@ -79,7 +86,7 @@ class Request:
 
     @property
     def path(self) -> str:
-        """The path as the client wrote it, for links."""
+        """Return the path as the client wrote it, with the prefix under which the API is reached: links are made of it."""
         raw: bytes | None = self.scope.get("raw_path")
         return raw.split(b"?")[0].decode("latin-1") if raw else str(self.scope["path"])
 

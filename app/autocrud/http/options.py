@@ -10,7 +10,7 @@ from ..errors import Fault, InvalidData
 from ..resource_manager.basic import Status
 from ..resource_manager.core import IdempotencyKey
 from . import conditions, problems
-from .messages import Request, bad_parameter, flag
+from .messages import Request, bad_parameter, flag, route_path
 
 ID_PATTERN = r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,127}"
 KEY_PATTERN = r"[!-~]{1,255}"
@@ -31,7 +31,7 @@ async def idempotency_key(request: Request, method: str) -> IdempotencyKey | Non
     media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()
     body = hashlib.sha256(await request.raw_body()).hexdigest()
     query = request.scope["query_string"].decode("latin-1")
-    return IdempotencyKey(given, "\n".join((method, request.scope["path"], query, media, body)))
+    return IdempotencyKey(given, "\n".join((method, route_path(request.scope), query, media, body)))
 
 
 def check_id(resource_id: str) -> None:

@@ -16,7 +16,7 @@ from ..errors import CrudError
 from ..resource_manager.core import ResourceManager
 from . import docs, problems
 from .guard import Authenticate, principal
-from .messages import Receive, Request, Response, Scope, Send
+from .messages import Receive, Request, Response, Scope, Send, route_path
 from .openapi import Description, describe
 from .routes import ModelRoutes, Policy
 
@@ -44,7 +44,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope["method"]
-        scope[problems.ROUTE] = scope["path"]
+        scope[problems.ROUTE] = route_path(scope)
         try:
             if self._authenticate is not None:
                 await principal(self._authenticate, scope, receive)
