@@ -13,11 +13,13 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, defstruct
 from msgspec.structs import replace
+from starlette.applications import Starlette
 
 from app.autocrud import Encoding, IndexedField, Query, Retention, field
 from app.autocrud.errors import (
@@ -35,6 +37,8 @@ from app.autocrud.errors import (
     UniqueConflict,
     VersionConflict,
 )
+from app.autocrud.http.routes import Policy
+from app.autocrud.http.service import routes
 from app.autocrud.query import SET_OPS, STATE_OPS, Compare, Not, Sort, ops_of
 from app.autocrud.resource_manager.basic import Version
 from app.autocrud.resource_manager.bounds import holds
@@ -242,6 +246,36 @@ class StorageConformance(LimitsConformance):
             if (before := page.next) is None:
                 break
         assert seen == [7, 6, 5, 4, 3, 2, 1]
+
+    async def test_a_list_goes_on_after_an_item_that_no_answer_holds(self, manager):
+        for number in range(12):
+            note = "x" * (30_000 if number in (0, 5, 6, 11) else 3_000)
+            await manager.create(Item(number=number, note=note), resource_id=f"r{number:02}")
+        policy = Policy(None, None, False, 1_000_000, fits=lambda body: len(body) <= 20_000)
+        transport = httpx.ASGITransport(Starlette(routes=routes({manager.name: manager}, policy)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for more, too_large in (("", {0, 5, 6, 11}), ("&fields=note", {0, 5, 6, 11}), ("&fields=number", set())):
+                seen, cursor, pages = [], "", 0
+                while cursor is not None:
+                    asked = f"/{manager.name}?sort=number&limit=10{more}{cursor and f'&cursor={cursor}'}"
+                    answer = await client.get(asked)
+                    assert answer.status_code == 200
+                    assert len(answer.content) <= 20_000
+                    for item in answer.json()["items"]:
+                        seen.append(item["meta"]["resource_id"])
+                        if len(seen) - 1 in too_large:
+                            assert item.keys() == {"meta", "data", "error"}
+                            assert (item["data"], item["error"]["type"]) == (None, "urn:crudstack:response-too-large")
+                            assert "fields=" in item["error"]["detail"]
+                            whole = await client.get(f"/{manager.name}/{seen[-1]}")
+                            assert whole.json()["type"] == item["error"]["type"]
+                            part = await client.get(f"/{manager.name}/{seen[-1]}?fields=number")
+                            assert part.json()["data"] == {"number": len(seen) - 1}
+                        else:
+                            assert item.keys() == {"meta", "data"}
+                    cursor, pages = answer.json()["next_cursor"], pages + 1
+                assert seen == [f"r{number:02}" for number in range(12)]
+                assert (pages > 2) == bool(too_large)
 
     @pytest.mark.parametrize("keep", [1, 2, 3])
     async def test_retention_keeps_the_last_n(self, root, keep):

@@ -11,7 +11,9 @@ from msgspec.structs import replace
 from ..resource_manager.basic import ResourceMeta
 from ..resource_manager.codec import canonical_json, project
 from ..resource_manager.core import Resource
+from . import problems
 from .messages import Request, Response
+from .problems import ResponseTooLarge
 
 MAX_PAGE = 4 * 1024 * 1024
 """Bytes after which a page ends early, everywhere: an answer of AWS Lambda ends at 6 MB, and base64 takes a third more."""
@@ -66,6 +68,14 @@ def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple
 
 def projected(data: bytes, fields: list[str]) -> bytes:
     return canonical_json(project(msgspec.json.decode(data), fields))
+
+
+def without_data(meta: bytes, item: bytes) -> bytes:
+    """Return an item of a list in place of one that no answer can hold: its metadata, and the problem."""
+    error = ResponseTooLarge(
+        f"this item has {len(item)} bytes, too many for one answer; ask for less of it by fields=, here or at the resource"
+    )
+    return b'{"meta":%b,"data":null,"error":%b}' % (meta, problems.response(error).body)
 
 
 def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:

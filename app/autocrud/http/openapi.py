@@ -237,8 +237,16 @@ class _Model:
             f"{self.title}Resource": closed({"meta": ref("ResourceMeta"), "data": model}),
             f"{self.title}View": closed({"meta": ref("ResourceMeta"), "data": partial}, required=["meta"]),
             f"{self.title}Revision": closed({"meta": ref("RevisionInfo"), "data": model}),
+            f"{self.title}Item": closed(
+                {
+                    "meta": ref("ResourceMeta"),
+                    "data": {"anyOf": [*partial["anyOf"], {"type": "null"}]},
+                    "error": ref("Problem"),
+                },
+                required=["meta"],
+            ),
             f"{self.title}Page": closed(
-                {"items": {"type": "array", "items": ref(f"{self.title}View")}, "next_cursor": CURSOR}
+                {"items": {"type": "array", "items": ref(f"{self.title}Item")}, "next_cursor": CURSOR}
             ),
             f"{self.title}Result": closed(
                 {"meta": {"anyOf": [ref("ResourceMeta"), {"type": "null"}]}, "data": model}, required=["meta"]

@@ -32,6 +32,7 @@ from .answers import (
     pairs_that_fit,
     projected,
     resource_response,
+    without_data,
 )
 from .guard import PRINCIPAL, Authenticate, principal
 from .json_diff import diff
@@ -253,33 +254,37 @@ class ModelRoutes:
             search.fields is not None and set(search.fields) <= set(self._manager.codec.fields)
         )
         items: list[bytes]
+        metas: Sequence[bytes]
         query = search.query
         while True:
             if from_index:
                 hits = await self._manager.find(query)
-                next_ = hits.next
+                next_, metas = hits.next, [hit.document for hit in hits.items]
                 if search.fields is None:
-                    items = [b'{"meta":%b}' % hit.document for hit in hits.items]
+                    items = [b'{"meta":%b}' % meta for meta in metas]
                 else:
                     items = await self._projected([(hit.document, hit.shown) for hit in hits.items], search.fields)
             else:
                 page = await self._manager.search_json(query)
-                next_ = page.next
+                next_, metas = page.next, [meta for meta, _ in page.items]
                 if search.fields is not None:
                     items = await self._projected(page.items, search.fields)
                 else:
                     fitting = pairs_that_fit(page.items)
-                    if fitting == len(page.items):
-                        items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
-                        break
-                    query = replace(query, limit=fitting)  # large ones are not put together in vain
-                    continue
+                    if fitting < len(page.items):
+                        query = replace(query, limit=fitting)  # large ones are not put together in vain
+                        continue
+                    items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
             fitting = how_many_fit([len(item) for item in items])
             if fitting == len(items):
-                break
+                cursor = None if next_ is None else searching.encode_cursor(next_, search.cursor_scope)
+                response = page_response(request, items, cursor)
+                if self._policy.fits(response.body):
+                    return response
+                if len(items) <= 1:
+                    return page_response(request, [without_data(meta, items[0]) for meta in metas], cursor)
+                fitting = len(items) // 2
             query = replace(query, limit=fitting)  # again, for the cursor that stands after the last one that fits
-        cursor = None if next_ is None else searching.encode_cursor(next_, search.cursor_scope)
-        return page_response(request, items, cursor)
 
     async def _projected(self, found: Sequence[tuple[bytes, bytes]], fields: list[str]) -> list[bytes]:
         size = min(sum(len(data) for _, data in found), MAX_READ)
