@@ -137,9 +137,15 @@ def rotate(*, stack: str | None = None, yes: Annotated[bool, Parameter(negative=
     yes
         Do not ask before the changes are made.
     """
-    number = stacks.next_generation(stack)
-    print(f"{stacks.GENERATION} is {number} now", file=sys.stderr)
+    before = stacks.token_sha256(stack)
+    key, number = stacks.next_generation(stack)
+    print(f"{key} is {number} now", file=sys.stderr)
     stacks.up(stack, yes=yes)
+    if (after := stacks.token_sha256(stack)) is not None and after == before:
+        raise ConfigError(
+            f"the API token is the same as before, and still valid: `pulumi up` made no new one, although {key} is"
+            f" {number}; look with `pulumi config` and `pulumi preview` why the program does not read that key"
+        )
     show(stack=stack)
 
 

@@ -6,12 +6,44 @@ import json
 import signal
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from .autocrud.errors import ConfigError
-from .settings import StackOutputs, parse_outputs
+from .settings import StackOutputs, TokenAuth, parse_outputs
 
-GENERATION = "crudstack:token_generation"
+GENERATION = "token_generation"
+"""The name of the key, which follows the name of the project: see `project`."""
+
+
+class ConfigValue(NamedTuple):
+    """A value of a stack's config."""
+
+    text: str | None
+    """Nested values as JSON; None if pulumi does not show a secret."""
+    secret: bool = False
+    """Whether the value, or a value in it, was set with --secret."""
+
+
+def project() -> str:
+    """Return the name of the project, with which all keys of its config begin. Raises ConfigError.
+
+    It is the `name` in Pulumi.yaml of this directory or of the next parent that has one, as for the `pulumi` command.
+    """
+    import yaml
+
+    here = Path.cwd()
+    file = next((file for parent in (here, *here.parents) if (file := parent / "Pulumi.yaml").is_file()), None)
+    if file is None:
+        raise ConfigError(f"there is no Pulumi.yaml in {here} and its parents: run this in the directory of the clone")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    name = content.get("name") if isinstance(content, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{file} has no name: expected a line like `name: crudstack`")
+    return name
 
 
 def outputs(stack: str | None) -> StackOutputs:
@@ -22,20 +54,42 @@ def outputs(stack: str | None) -> StackOutputs:
     return parse_outputs(text, "`pulumi stack output`")
 
 
-def config(stack: str | None) -> dict[str, Any]:
-    """Return the config of a stack with the defaults of Pulumi.yaml, as text by full key. Raises ConfigError."""
+def token_sha256(stack: str | None) -> str | None:
+    """Return the SHA-256 of a stack's API token; None if its auth is another. Raises ConfigError."""
+    auth = outputs(stack).auth
+    return auth.token_sha256 if isinstance(auth, TokenAuth) else None
+
+
+def config(stack: str | None) -> dict[str, ConfigValue]:
+    """Return the config of a stack with the defaults of Pulumi.yaml, by full key. Raises ConfigError."""
     found: dict[str, dict[str, Any]] = json.loads(ask("config", "--json", stack=stack) or "{}")
-    return {key: value["value"] for key, value in found.items() if "value" in value}
+    return {key: ConfigValue(value.get("value"), bool(value.get("secret"))) for key, value in found.items()}
 
 
-def next_generation(stack: str | None) -> int:
-    """Set the config to the next generation of the API token, which the next `pulumi up` makes. Raises ConfigError."""
+def next_generation(stack: str | None) -> tuple[str, int]:
+    """Set the config to the next generation of the API token, which the next `pulumi up` makes.
+
+    Returns the key and its new value. Raises ConfigError, before it sets anything, if the present value is not a plain
+    number, or if a key of another project has one: the Pulumi program refuses such a config, so no token would be made.
+    """
+    key, values = f"{project()}:{GENERATION}", config(stack)
+    others = [other for other in values if other.rpartition(":")[2] == GENERATION and other != key]
+    if others:
+        raise ConfigError(
+            f"{others[0]} is set, expected {key}, because the `name` in Pulumi.yaml is {project()}: run `pulumi preview`,"
+            " which says how to move it, and then this again"
+        )
+    present = values.get(key, ConfigValue("1"))
+    if present.secret:
+        raise ConfigError(
+            f"{key} is a secret, expected a plain number: set it again without --secret, and then run this"
+        )
     try:
-        number = int(config(stack).get(GENERATION, 1)) + 1
+        number = int(present.text or "") + 1
     except ValueError:
-        raise ConfigError(f"{GENERATION} is not a number: correct it in Pulumi.STACK.yaml") from None
-    ask("config", "set", GENERATION, str(number), stack=stack)
-    return number
+        raise ConfigError(f"{key} is not a number: correct it in Pulumi.STACK.yaml") from None
+    ask("config", "set", key, str(number), stack=stack)
+    return key, number
 
 
 def up(stack: str | None, *, yes: bool) -> None:

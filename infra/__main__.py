@@ -23,14 +23,17 @@ def end(message: str) -> NoReturn:
 
 try:
     from app.autocrud.errors import ConfigError
-    from infra.config import project_values, read
-    from infra.protected import check
+    from infra.config import read
+    from infra.config_keys import check_keys, of_program
+    from infra.protected import check, deployed_stage
     from infra.stack import build
 except ImportError as error:
     end(f"{error.name or error} cannot be imported by {sys.executable}: run `make setup-infra`, then this again")
 
 try:
-    config = read(project_values())
+    keys = of_program(ROOT)
+    check_keys(keys, lambda: deployed_stage(ROOT))
+    config = read({name: value.text for name, value in keys.own.items()}, keys.project)
     check(config, ROOT)
     for name, value in build(config).items():
         pulumi.export(name, value)

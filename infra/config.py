@@ -20,10 +20,9 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
-import pulumi
 from msgspec import Meta, Struct
-from pulumi.runtime import config as runtime
 
+from app import stack as pulumi_cli
 from app.autocrud.errors import ConfigError
 from app.settings import PRESETS, JwtAuth, Pair, Storage
 from infra.choices import Broker, Cache, Domain, Postgres
@@ -147,7 +146,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     def __post_init__(self) -> None:
         for key, found, problem in self._problems():
-            raise ConfigError(f"crudstack:{key} is {_shown(found)}: {problem}")
+            raise ConfigError(f"{key} is {_shown(found)}: {problem}")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -283,23 +282,22 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             )
 
 
-def project_values() -> dict[str, Any]:
-    """What Pulumi has for the project in the running program, by key without namespace; pulumi.Config only finds what it is asked for."""
-    namespace = f"{pulumi.get_project()}:"
-    given = {**runtime.get_config_env(), **runtime.CONFIG.get()}
-    return {key.removeprefix(namespace): value for key, value in given.items() if key.startswith(namespace)}
+def read(values: Mapping[str, Any], project: str | None = None) -> StackConfig:
+    """Return the config that Pulumi has for the project, by key without namespace: nested values as JSON, others as text.
 
+    Raises ConfigError with one sentence that names the key as it is written in a stack's file, what was found and what
+    is allowed.
 
-def read(values: Mapping[str, Any]) -> StackConfig:
-    """The config from what Pulumi has for the project, by key without namespace: nested values as JSON, all others as text.
-
-    ConfigError in one sentence that names key, what was found and what is allowed.
+    project    the name of the project; None: the one in Pulumi.yaml
     """
     types = get_type_hints(StackConfig, include_extras=True)
-    for key in values:
-        if key not in types:
-            raise ConfigError(f"crudstack:{key} is no setting; there are {', '.join(types)}")
-    return StackConfig(**{key: _decoded(key, value, types[key]) for key, value in values.items()})
+    try:
+        for key in values:
+            if key not in types:
+                raise ConfigError(f"{key} is no setting; there are {', '.join(types)}")
+        return StackConfig(**{key: _decoded(key, value, types[key]) for key, value in values.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{project or pulumi_cli.project()}:{error.detail}") from None
 
 
 def _decoded(key: str, value: Any, type_: Any) -> Any:
@@ -308,7 +306,7 @@ def _decoded(key: str, value: Any, type_: Any) -> Any:
     elif value == "":
         # The CLI hands a null of a stack's YAML on as an empty text.
         if NoneType not in get_args(type_):
-            raise ConfigError(f"crudstack:{key} is empty or null: expected {allowed(key)}, or no such key at all")
+            raise ConfigError(f"{key} is empty or null: expected {allowed(key)}, or no such key at all")
         value = None
     nested = isinstance(value, str) and value.lstrip().startswith(("{", "["))
     try:
@@ -316,7 +314,7 @@ def _decoded(key: str, value: Any, type_: Any) -> Any:
         return msgspec.convert(json.loads(value) if nested else value, type_, strict=False)
     except ValueError as error:
         found = value if nested else _shown(value)
-        raise ConfigError(f"crudstack:{key} is {found}: expected {allowed(key)} ({error})") from None
+        raise ConfigError(f"{key} is {found}: expected {allowed(key)} ({error})") from None
 
 
 def _pair(storage: Storage) -> Pair:

@@ -295,20 +295,33 @@ def configure(stack: str, stage: str, stored: Mapping[str, Any], region: str, *,
     The stage of a stack that exists is never changed: every resource would be replaced, and the old data deleted.
     """
     from infra.config import read
+    from infra.config_keys import Keys, check_keys, project_file_keys
 
     values = pulumi_cli.config(stack)
-    found, explicit = values.get("crudstack:stage", "dev"), _stored(stored, "crudstack:stage")
+    project = pulumi_cli.project()
+    keys = Keys(project=project, stack=stack, values=values, in_project_file=project_file_keys(Path("Pulumi.yaml")))
+    check_keys(keys, lambda: None if is_new else deployed_stage(stack))
+    own = {name: value.text for name, value in keys.own.items()}
+    key = f"{project}:stage"
+    # A key of a stack's file without a namespace is the project's.
+    found, explicit = own.get("stage") or "dev", _stored(stored, key) or _stored(stored, "stage")
     if found != stage and (explicit or not is_new):
         raise ConfigError(
             f"the stack {stack} has the stage {found}, expected {stage}: a stage never changes, so name another stack,"
             f" like `make deploy STAGE={stage} STACK={stage}`"
         )
     if not explicit:
-        pulumi_cli.ask("config", "set", "crudstack:stage", stage, stack=stack)
-    if not values.get("aws:region"):
+        pulumi_cli.ask("config", "set", key, stage, stack=stack)
+    if "aws:region" not in values:
         pulumi_cli.ask("config", "set", "aws:region", region, stack=stack)
-    own = {key.removeprefix("crudstack:"): value for key, value in values.items() if key.startswith("crudstack:")}
-    return read({**own, "stage": stage})
+    return read({**own, "stage": stage}, project)
+
+
+def deployed_stage(stack: str) -> str | None:
+    """Return the stage that the resources of the stack have; None if there are none. Raises ConfigError."""
+    from infra.protected import stage_of
+
+    return stage_of(json.loads(pulumi_cli.ask("stack", "export", stack=stack)))
 
 
 def deployed_function(stack: str) -> str | None:

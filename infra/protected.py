@@ -8,6 +8,7 @@ in step with the program.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Iterable
@@ -32,6 +33,10 @@ DATABASE = {
     "SecurityGroup": None,
 }
 """What a database consists of, by type; the value is the one `postgres.mode` that has it."""
+
+
+DATA_BUCKET = re.compile(r"crudstack-(.+)-data")
+"""The name of the bucket that every stack has; the group is the stage."""
 
 
 class Protected(NamedTuple):
@@ -60,16 +65,44 @@ def check(config: StackConfig, root: Path) -> None:
 
     root    the directory of Pulumi.yaml
     """
-    stack = f"{pulumi.get_organization()}/{pulumi.get_project()}/{pulumi.get_stack()}"
     try:
-        state = export(stack, root)
+        state = export(_stack(), root)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         pulumi.log.warn(
             f"`pulumi stack export` did not tell what is protected ({_reason(error)}): if this update would delete a"
             " protected resource, Pulumi refuses that at its end, after the other changes"
         )
         return
-    refuse(config, protected(state), pulumi.get_stack())
+    refuse(config, protected(state), pulumi.get_stack(), pulumi.get_project())
+
+
+def deployed_stage(root: Path) -> str | None:
+    """Return the stage that the resources of the running program's stack have; None if there are none.
+
+    Raises ConfigError if the state cannot be read.
+
+    root    the directory of Pulumi.yaml
+    """
+    try:
+        return stage_of(export(_stack(), root))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise ConfigError(
+            f"`pulumi stack export` did not tell the stage of this stack ({_reason(error)}): correct that, then run"
+            " this again"
+        ) from None
+
+
+def stage_of(state: Any) -> str | None:
+    """Return the stage in the names of the resources of an exported state; None if it has none of them."""
+    for each in (state.get("deployment") or {}).get("resources") or []:
+        name = each["urn"].rpartition("::")[2]
+        if each["type"] == "aws:s3/bucket:Bucket" and (found := DATA_BUCKET.fullmatch(name)):
+            return found[1]
+    return None
+
+
+def _stack() -> str:
+    return f"{pulumi.get_organization()}/{pulumi.get_project()}/{pulumi.get_stack()}"
 
 
 def export(stack: str, root: Path) -> Any:
@@ -100,8 +133,11 @@ def protected(state: Any) -> list[Protected]:
     ]
 
 
-def refuse(config: StackConfig, found: Iterable[Protected], stack: str) -> None:
-    """Raise ConfigError if the program no longer registers one of these resources. `stack` is what it is called."""
+def refuse(config: StackConfig, found: Iterable[Protected], stack: str, project: str) -> None:
+    """Raise ConfigError if the program no longer registers one of these resources.
+
+    The names of the stack and the project are for the sentence.
+    """
     by_refusal: dict[Refusal, list[str]] = {}
     for resource in found:
         if (refusal := refusal_of(config, resource)) is not None:
@@ -109,7 +145,7 @@ def refuse(config: StackConfig, found: Iterable[Protected], stack: str) -> None:
     for refusal, urns in by_refusal.items():
         quoted = " ".join(f"'{urn}'" for urn in urns)
         raise ConfigError(
-            f"crudstack:{refusal.key} is {refusal.found}: the update would remove {refusal.lost}, which this stack"
+            f"{project}:{refusal.key} is {refusal.found}: the update would remove {refusal.lost}, which this stack"
             f" protects; expected {refusal.expected}, or, to give it up, first"
             f" `pulumi state unprotect {quoted} --stack {shlex.quote(stack)}`"
         )
@@ -149,7 +185,7 @@ def _database(config: StackConfig, mode: str | None, name: str) -> Refusal | Non
 
 
 def _storage(config: StackConfig) -> Refusal:
-    expected = "a storage, or an entry of crudstack:storage_overrides, that needs it, such as postgres-s3"
+    expected = "a storage, or an entry of storage_overrides, that needs it, such as postgres-s3"
     return Refusal("storage", _shown(config.storage), "the database", expected)
 
 

@@ -37,6 +37,9 @@ PAGE = """\
 
 Made by `make docs` from `infra/config.py` and `infra/choices.py`; change it there. How to set a key: [On AWS](deploy.md).
 
+In `Pulumi.STACK.yaml` a key may stand alone or after the name of the project, as `storage` or `crudstack:storage`. A key that begins with another
+name than that in `Pulumi.yaml` is refused, and so is a value that is set with `--secret`, because no key holds a secret.
+
 Every key has a default. A wrong key, a wrong value or a combination that makes no sense is refused before anything is made, in one sentence that
 says what was found and what is allowed. Write versions in quotes (`"4.2"`), or YAML makes numbers of them.
 

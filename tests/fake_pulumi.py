@@ -20,6 +20,7 @@ arguments = [word for word in sys.argv[1:] if word != "--non-interactive"]
 with (here / "asked").open("a") as file:
     print(json.dumps({{"arguments": arguments, "environment": dict(os.environ)}}), file=file)
 state = json.loads((here / "state.json").read_text())
+project = yaml.safe_load(pathlib.Path("Pulumi.yaml").read_text()) if os.path.exists("Pulumi.yaml") else {{}}
 stack = state["selected"]
 if "--stack" in arguments:
     at = arguments.index("--stack")
@@ -69,10 +70,19 @@ def salt():
     return "v1:" + hashlib.sha256(phrase.encode()).hexdigest()
 
 
+def full(key):
+    return key if ":" in key else f"{{project['name']}}:{{key}}"
+
+
 def config(name):
-    project = yaml.safe_load(pathlib.Path("Pulumi.yaml").read_text())["config"]
-    usual = {{f"crudstack:{{key}}": value["default"] for key, value in project.items()}}
-    return {{**usual, **(content(name).get("config") or {{}})}}
+    usual = {{full(key): value["default"] for key, value in project["config"].items()}}
+    return {{**usual, **{{full(key): value for key, value in (content(name).get("config") or {{}}).items()}}}}
+
+
+def shown(value):
+    if isinstance(value, dict) and "secure" in json.dumps(value):
+        return {{"secret": True}}
+    return {{"value": text(value), "secret": False}}
 
 
 def text(value):
@@ -119,11 +129,11 @@ match words:
     case ["config"]:
         backend()
         selected()
-        print(json.dumps({{key: {{"value": text(value), "secret": False}} for key, value in config(stack).items()}}))
+        print(json.dumps({{key: shown(value) for key, value in config(stack).items()}}))
     case ["config", "set", key, value]:
         backend()
         selected()
-        key = key if ":" in key else f"crudstack:{{key}}"
+        key = full(key)
         new = content(stack)
         new["config"] = {{**(new.get("config") or {{}}), key: value}}
         file(stack).write_text(yaml.safe_dump(new))
@@ -141,6 +151,11 @@ match words:
         if operation == "up":
             made["outputs"] = json.loads((here / "outputs.json").read_text())
         save()
+    case ["stack", "export"]:
+        backend()
+        name = "crudstack-" + ((selected()["outputs"] or {{}}).get("stage") or "none") + "-data"
+        bucket = {{"urn": "urn:pulumi:dev::x::aws:s3/bucket:Bucket::" + name, "type": "aws:s3/bucket:Bucket"}}
+        print(json.dumps({{"deployment": {{"resources": [bucket] if selected()["outputs"] else []}}}}))
     case ["stack", "output", *name]:
         backend()
         found = selected()["outputs"] or {{}}

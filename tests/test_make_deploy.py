@@ -146,6 +146,13 @@ class Place:
     def write(self, name: str = "dev", **content: Any) -> None:
         (self.directory / f"Pulumi.{name}.yaml").write_text(yaml.safe_dump(content))
 
+    def rename(self, name: str) -> None:
+        """Give the project another name."""
+        file = self.directory / "Pulumi.yaml"
+        text = file.read_text()
+        assert text.startswith("name: crudstack\n")
+        file.write_text(text.replace("name: crudstack\n", f"name: {name}\n", 1))
+
     def changed(self) -> list[str]:
         """The commands that may have changed something on AWS."""
         return [command for command in self.pulumi.asked() if command.startswith(("up", "destroy", "refresh"))]
@@ -422,6 +429,54 @@ def test_the_config_is_checked_before_the_preview(place):
     place.write(config={"crudstack:storage": "postgress"})
     assert place.refused().startswith('crudstack:storage is "postgress": expected s3-sqlite')
     assert "preview --stack dev" not in place.pulumi.asked()
+
+
+def test_a_project_of_another_name_has_keys_of_that_name(place):
+    place.rename("myproject")
+    place.write(config={"storage": "s3-sqlite", "myproject:log_days": 7})
+    for _ in range(2):
+        done = place.run("--stage", "prod", "--stack", "dev", "--yes")
+        assert done.returncode == 0, done.stderr
+        assert place.stack_file()["config"]["myproject:stage"] == "prod"
+    assert not [key for key in place.stack_file()["config"] if key.startswith("crudstack:")]
+
+
+def test_a_stage_without_a_namespace_is_the_project_s(place):
+    place.write("prod", config={"stage": "prod", "log_days": 90})
+    assert place.refused("--stage", "dev", "--stack", "prod", "--yes").startswith("the stack prod has the stage prod")
+    done = place.run("--stage", "prod", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert [command for command in place.pulumi.asked() if command.startswith("config set")] == [
+        "config set aws:region eu-central-1 --stack prod"
+    ]
+
+
+def test_a_key_of_another_project_is_refused_before_anything_is_set(place):
+    place.rename("myproject")
+    place.write("prod", config={"crudstack:stage": "prod"})
+    said = place.refused("--stage", "prod", "--yes")
+    assert said.startswith("crudstack:stage is set, but the `name` in Pulumi.yaml is myproject")
+    assert "`pulumi config set --stack prod --plaintext myproject:stage prod && pulumi config rm --stack prod" in said
+    assert place.stack_file("prod")["config"] == {"crudstack:stage": "prod"}
+    assert place.changed() == []
+
+
+def test_a_deployed_stack_keeps_its_stage_if_a_key_of_another_project_is_moved(place):
+    place.pulumi.will_output(OUTPUTS)
+    assert place.run("--stage", "dev", "--yes").returncode == 0
+    place.rename("myproject")
+    place.write(config={"aws:region": "eu-central-1", "crudstack:stage": "prod"})
+    said = place.refused("--stage", "prod", "--stack", "dev", "--yes")
+    assert "this stack was deployed with the stage dev" in said
+    assert "`pulumi config rm --stack dev crudstack:stage`" in said
+
+
+def test_a_secret_is_refused_before_anything_is_set(place):
+    place.write(config={"crudstack:stage": {"secure": "v1:abc"}})
+    said = place.refused()
+    assert said.startswith("crudstack:stage is set as a secret, expected plain text")
+    assert '--plaintext crudstack:stage "$(pulumi config get --stack dev crudstack:stage)"`' in said
+    assert place.changed() == []
 
 
 @pytest.mark.parametrize("text", ["config: [", "- a list", "config: text"])

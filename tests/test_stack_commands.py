@@ -42,7 +42,8 @@ known = json.loads(config.read_text()) if config.exists() else {{}}
 if asked[:3] == ["stack", "output", "--json"]:
     print((here / "outputs.json").read_text())
 elif asked[:2] == ["config", "--json"]:
-    print(json.dumps({{name: {{"value": value, "secret": False}} for name, value in known.items()}}))
+    shown = {{name: {{"secret": True}} if value is None else {{"value": value}} for name, value in known.items()}}
+    print(json.dumps(shown))
 elif asked[:2] == ["config", "set"]:
     config.write_text(json.dumps({{**known, asked[2]: asked[3]}}))
 elif asked[:1] == ["up"] and (here / "slow").exists():
@@ -70,13 +71,14 @@ def pulumi(tmp_path) -> Path:
     program.write_text(PULUMI.format(python=sys.executable))
     program.chmod(0o755)
     (tmp_path / "outputs.json").write_text(json.dumps(OUTPUTS))
+    (tmp_path / "Pulumi.yaml").write_text("name: crudstack\n")
     return tmp_path
 
 
 def crudstack(path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", "from app.cli import main; main()", *arguments]
     given = {"PATH": str(path), **environment}
-    return subprocess.run(command, env=given, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=path, env=given, capture_output=True, text=True, check=False, timeout=60)
 
 
 def asked(pulumi: Path) -> list[list[str]]:
@@ -194,13 +196,71 @@ def keep(environment: dict[str, str], name: str, token: str) -> None:
 
 
 def test_a_token_is_rotated_by_the_next_generation(pulumi, secrets):
-    (pulumi / "after.json").write_text(json.dumps(with_token("new-token")))
-    keep(secrets, "data-1/api-token", "new-token")  # as the update does
     for generation in (2, 3):
+        token = f"token-{generation}"
+        (pulumi / "after.json").write_text(json.dumps(with_token(token)))
+        keep(secrets, "data-1/api-token", token)  # as the update does
         done = crudstack(pulumi, "token", "rotate", "--stack", "dev", "--yes", **secrets)
-        assert (done.returncode, done.stdout) == (0, "new-token\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, f"{token}\n"), done.stderr
         assert json.loads((pulumi / "config.json").read_text()) == {"crudstack:token_generation": str(generation)}
     assert ["up", "--yes", "--stack", "dev"] in asked(pulumi)
+
+
+def test_a_rotation_in_a_project_of_another_name(pulumi, secrets):
+    (pulumi / "Pulumi.yaml").write_text("name: myproject\n")
+    (pulumi / "after.json").write_text(json.dumps(with_token("new-token")))
+    keep(secrets, "data-1/api-token", "new-token")
+    done = crudstack(pulumi, "token", "rotate", **secrets)
+    assert (done.returncode, done.stdout) == (0, "new-token\n"), done.stderr
+    assert json.loads((pulumi / "config.json").read_text()) == {"myproject:token_generation": "2"}
+    assert "myproject:token_generation is 2 now" in done.stderr
+
+
+def test_a_rotation_that_made_no_new_token_fails(pulumi, secrets):
+    for name in ("outputs.json", "after.json"):
+        (pulumi / name).write_text(json.dumps(with_token("the-token")))
+    keep(secrets, "data-1/api-token", "the-token")
+    done = crudstack(pulumi, "token", "rotate", **secrets)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(
+        "crudstack: the API token is the same as before, and still valid: `pulumi up` made no new one"
+    )
+    assert "the-token" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"old:token_generation": "3"}, "old:token_generation is set, expected crudstack:token_generation, because"),
+        ({"crudstack:token_generation": "three"}, "crudstack:token_generation is not a number"),
+        ({"crudstack:token_generation": None}, "crudstack:token_generation is a secret, expected a plain number"),
+    ],
+)
+def test_a_generation_that_cannot_be_raised_changes_nothing(pulumi, config, says):
+    (pulumi / "config.json").write_text(json.dumps(config))
+    done = crudstack(pulumi, "token", "rotate")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"crudstack: {says}")
+    assert not [words for words in asked(pulumi) if words[0] == "up" or words[:2] == ["config", "set"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "there is no Pulumi.yaml in "),
+        ("name: [", "cannot be read: "),
+        ("runtime: python", "has no name: expected a line like `name: crudstack`"),
+    ],
+)
+def test_a_project_without_a_name_is_one_sentence(pulumi, text, says):
+    (pulumi / "Pulumi.yaml").unlink()
+    if text is not None:
+        (pulumi / "Pulumi.yaml").write_text(text)
+    done = crudstack(pulumi, "token", "rotate")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_rotation_that_is_declined_can_go_on(pulumi, secrets):

@@ -78,5 +78,5 @@ def _labelled(labels: Sequence[str]) -> str:
             return label.removeprefix(LABEL)
     raise pulumi.RunError(
         f"the secret of the API token has lost its label {LABEL}...: expected the label that the program gave it; "
-        "raise crudstack:token_generation by one to make a new token"
+        f"raise {pulumi.get_project()}:token_generation by one to make a new token"
     )

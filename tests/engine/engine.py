@@ -28,8 +28,9 @@ import yaml
 from pulumi import automation as auto
 
 from infra.artifact import ROOT
-from infra.config import StackConfig, project_values, read
-from infra.protected import check
+from infra.config import StackConfig, read
+from infra.config_keys import check_keys, of_program
+from infra.protected import check, deployed_stage
 from infra.stack import build
 from tests.engine.inline import Done, run
 from tests.engine.provider import VERSION, Provider, serve
@@ -101,7 +102,9 @@ class EngineStack:
         if self.program is not None:
             outputs = self.program()
         else:
-            config = read(project_values())
+            keys = of_program(self._work)
+            check_keys(keys, lambda: deployed_stage(self._work))
+            config = read({name: value.text for name, value in keys.own.items()}, keys.project)
             if self.checks_protection:
                 check(config, self._work)
             outputs = build(config, zip=self.engine.zip)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from infra.artifact import ROOT
 from infra.config import StackConfig
@@ -68,6 +69,118 @@ def test_a_config_error_is_one_line(newest, command, sentence):
     assert "unhandled" not in said
     assert "Traceback" not in said
     assert newest.account.all() == {}
+
+
+LEFTOVERS = """
+  crudstack:stage: prod
+  crudstack:alarm_email: null
+  crudstack:storage: {meta: s3-sqlite, resource: s3}
+  crudstack:cors: ["https://www.example.org"]
+  crudstack:log_days: 90
+  crudstack:tags: {team: blue and green}
+  crudstack:storag: s3-sqlite
+  old:memory_mb: 1024
+  pulumi:tags: {owner: me}
+"""
+
+
+def rename(checkout, name="myproject"):
+    file = checkout.path / "Pulumi.yaml"
+    file.write_text(file.read_text().replace("name: crudstack\n", f"name: {name}\n", 1))
+
+
+def error_of(said):
+    """The one error of an operation."""
+    errors = {line.partition("error: ")[2] for line in said.splitlines() if "error: " in line}
+    assert len(errors) == 1, said
+    return errors.pop()
+
+
+def command_of(said):
+    """The command that an error says to run."""
+    (command,) = re.findall(r"run `(pulumi .*?)`, (?:then|which)", error_of(said))
+    return command
+
+
+def test_a_renamed_project_refuses_the_keys_of_its_old_name_until_the_command_has_moved_them(checkout):
+    """With the oldest and the newest CLI. The command is pasted into a shell as it is."""
+    rename(checkout)
+    checkout.run(SETUP)
+    with (checkout.path / "Pulumi.dev.yaml").open("a") as file:
+        file.write(LEFTOVERS.lstrip("\n"))
+    checkout.run("pulumi config set --secret --path 'crudstack:auth.issuer' https://login.example.org")
+    checkout.run("pulumi config set --path 'crudstack:auth.mode' jwt")
+    checkout.run("pulumi config set --path 'crudstack:auth.audiences[0]' api")
+    for operation in ("preview", "up --yes"):
+        said = checkout.run(f"pulumi {operation} --color never", code=1)
+        assert error_of(said).startswith("crudstack:alarm_email, crudstack:auth, crudstack:cors, crudstack:log_days, ")
+        assert "login.example.org" not in said
+    assert checkout.account.all() == {}
+    checkout.run(command_of(said))
+    content = yaml.safe_load((checkout.path / "Pulumi.dev.yaml").read_text())["config"]
+    assert content == {
+        "aws:region": "eu-central-1",
+        "myproject:stage": "prod",
+        "myproject:storage": {"meta": "s3-sqlite", "resource": "s3"},
+        "myproject:cors": ["https://www.example.org"],
+        "myproject:log_days": "90",
+        "myproject:tags": {"team": "blue and green"},
+        "myproject:memory_mb": "1024",
+        "myproject:auth": {"mode": "jwt", "issuer": "https://login.example.org", "audiences": ["api"]},
+        "pulumi:tags": {"owner": "me"},
+    }
+    assert 'bucket           : "crudstack-prod-data-' in checkout.run("pulumi preview --color never")
+
+
+def test_every_command_works_in_a_renamed_project(newest, ministack_s3):
+    newest.run("pulumi config set log_days 7 && pulumi up --yes --skip-preview")
+    newest.run("pulumi stack select dev && pulumi stack rename organization/myproject/dev")
+    rename(newest)
+    newest.run("pulumi stack select dev")
+    newest.run(command_of(newest.run("pulumi preview --color never", code=1)))
+    newest.run("pulumi up --yes --skip-preview --expect-no-changes")
+    before = json.loads(newest.run(".venv/bin/crudstack outputs"))
+    said = newest.run("pulumi config set log_days 8 && pulumi preview --color never", code=1)
+    assert error_of(said).startswith("myproject:log_days is 8: expected 1, 3, 5")
+    # Secrets Manager is asked for the new token, which is in the account of the provider's double alone.
+    newest.run("pulumi config set log_days 7")
+    aws = {"AWS_ENDPOINT_URL": ministack_s3.url, "AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local"}
+    said = newest.run(".venv/bin/crudstack token rotate --yes", code=2, **aws)
+    assert "myproject:token_generation is 2 now" in said
+    assert "the API token cannot be read from Secrets Manager" in said
+    after = json.loads(newest.run(".venv/bin/crudstack outputs --stack dev"))
+    assert after["auth"]["token_sha256"] != before["auth"]["token_sha256"]
+    assert newest.run("pulumi config get token_generation").strip() == "2"
+    newest.run("pulumi destroy --yes")
+    assert newest.account.all() == {}
+
+
+def test_a_rotation_fails_if_the_program_makes_no_new_token(newest):
+    """As it was in a renamed project, whose program read the generation of another name."""
+    file = newest.path / "infra/stack.py"
+    text = file.read_text()
+    assert "generation=config.token_generation" in text
+    file.write_text(text.replace("generation=config.token_generation", "generation=1"))
+    newest.run("pulumi up --yes --skip-preview")
+    said = newest.run(".venv/bin/crudstack token rotate --yes", code=2)
+    assert said.splitlines()[-1].startswith("crudstack: the API token is the same as before, and still valid")
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("log_days 90", "crudstack:log_days"),
+        ("--path postgres.class db.t4g.small", "crudstack:postgres"),
+        ("storage s3-sqlite", "crudstack:storage"),
+    ],
+)
+def test_a_secret_is_refused_until_the_command_has_set_it_as_plain_text(checkout, setting, shown):
+    checkout.run(f"{SETUP} && pulumi config set --secret {setting}")
+    said = checkout.run("pulumi preview --color never", code=1)
+    assert error_of(said).startswith(f"{shown} is set as a secret, expected plain text")
+    checkout.run(command_of(said))
+    assert "secure" not in (checkout.path / "Pulumi.dev.yaml").read_text()
+    assert "+ 34 to create" in checkout.run("pulumi preview")
 
 
 def test_null_in_a_stack_file_is_null(newest):

@@ -243,9 +243,19 @@ def test_a_null_is_taken_where_the_page_says_so():
 @pytest.mark.parametrize("name", ["dev", "prod"])
 def test_the_example_stacks_can_be_read(name):
     values = yaml.safe_load((ROOT / f"Pulumi.{name}.yaml.example").read_text())["config"]
-    own = {key.removeprefix("crudstack:"): value for key, value in values.items() if key.startswith("crudstack:")}
-    assert read({key: handed_on(value) for key, value in own.items()}).stage == name
-    assert values["aws:region"]
+    # Pulumi takes a key without a namespace for one of the project, whatever its name is.
+    assert {key for key in values if ":" in key} == {"aws:region"}
+    assert read({key: handed_on(value) for key, value in values.items() if ":" not in key}).stage == name
+
+
+def test_an_error_names_the_key_as_the_project_s_file_has_it(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^myproject:log_days is 31: expected"):
+        read({"log_days": "31"}, "myproject")
+    (tmp_path / "Pulumi.yaml").write_text("name: another\n")
+    (tmp_path / "infra").mkdir()
+    monkeypatch.chdir(tmp_path / "infra")
+    with pytest.raises(ConfigError, match=r"^another:log_day is no setting; "):
+        read({"log_day": "30"})
 
 
 def test_log_days_are_described_as_they_are():

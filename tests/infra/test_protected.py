@@ -75,7 +75,7 @@ CHANGES = [
     ("generation 3", "plain", "token_generation is 1: ", "expected 3, or 4 for a new token, or"),
     ("database", "plain", "storage is s3-sqlite: ", "such as postgres-s3, or"),
     ("all", "broker", "storage is mq-cached-s3: ", "such as postgres-s3, or"),
-    ("database of one model", "plain", "storage is s3-sqlite: ", "crudstack:storage_overrides"),
+    ("database of one model", "plain", "storage is s3-sqlite: ", "an entry of storage_overrides"),
     ("database", "aurora", "postgres.mode is aurora: ", "expected instance, or"),
     ("aurora", "nodes", "postgres.mode is instance: ", "expected aurora, or"),
     ("two of aurora", "aurora", "postgres.multi_az is false: ", "expected true, or"),
@@ -86,7 +86,7 @@ CHANGES = [
 def test_one_sentence_names_the_key_and_unprotects_exactly_what_would_go(stacks, before, after, says, expects):
     registered, there = stacks[after][0], stacks[before][1]
     with pytest.raises(ConfigError) as refused:
-        refuse(CONFIGS[after], there, "main")
+        refuse(CONFIGS[after], there, "main", "crudstack")
     said = refused.value.detail
     assert said.startswith(f"crudstack:{says}")
     assert expects in said
@@ -96,7 +96,7 @@ def test_one_sentence_names_the_key_and_unprotects_exactly_what_would_go(stacks,
     assert (unprotect[:3], stack) == (["pulumi", "state", "unprotect"], "main")
     assert set(unprotect[3:]) == {each.urn for each in there} - registered
     # Whoever does that goes on.
-    refuse(CONFIGS[after], [each for each in there if each.urn not in unprotect], "main")
+    refuse(CONFIGS[after], [each for each in there if each.urn not in unprotect], "main", "crudstack")
 
 
 def test_one_key_after_the_other_if_several_are_about_protected_resources(stacks):
@@ -104,7 +104,7 @@ def test_one_key_after_the_other_if_several_are_about_protected_resources(stacks
     keys = []
     while True:
         try:
-            refuse(config, there, "main")
+            refuse(config, there, "main", "crudstack")
         except ConfigError as error:
             keys.append(error.detail.partition(" ")[0])
             urns = re.findall("'(urn:.*?)'", error.detail)
@@ -130,13 +130,13 @@ def test_one_key_after_the_other_if_several_are_about_protected_resources(stacks
     ],
 )
 def test_rotation_and_all_that_deletes_nothing_protected_is_possible(stacks, before, after):
-    refuse(CONFIGS[after], stacks[before][1], "main")
+    refuse(CONFIGS[after], stacks[before][1], "main", "crudstack")
 
 
 @pytest.mark.parametrize("stage", ["dev", "local", "pr-prod"])
 def test_a_stack_that_is_prod_stays_it(stacks, stage):
     with pytest.raises(ConfigError) as refused:
-        refuse(StackConfig(stage=stage), stacks["database"][1], "main")
+        refuse(StackConfig(stage=stage), stacks["database"][1], "main", "crudstack")
     assert refused.value.detail.startswith(
         f"crudstack:stage is {stage}: the update would remove all resources of the stage prod"
     )
@@ -156,7 +156,7 @@ def test_resources_of_others_are_none_of_ours():
         Protected(f"{URN}pulumi:providers:aws::default", "pulumi:providers:aws", "default"),
         Protected(f"{URN}crudstack:aws:HttpApi::http-api", "crudstack:aws:HttpApi", "http-api"),
     ]
-    refuse(CONFIGS["function-url"], others, "main")
+    refuse(CONFIGS["function-url"], others, "main", "crudstack")
 
 
 # The state, as the CLI tells it
