@@ -6,13 +6,18 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
+LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+"""Of a host name, by RFC 1123: at most 63 letters, digits and hyphens. The name as a whole is limited where it is used."""
+TOP_LEVEL = r"([a-z]{1,63}|xn--[a-z0-9]([a-z0-9-]{0,57}[a-z0-9])?)"
+"""The last label: letters, or another script in punycode, such as xn--p1ai."""
+
 
 class Domain(Struct, frozen=True, forbid_unknown_fields=True):
     """A name of one's own for the API: `zone` is the id of the Route 53 hosted zone that the name lies in, `base_path` the
     prefix of all paths under that name."""
 
-    name: Annotated[str, Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]+\Z", max_length=64)]
-    """At most 64 characters: AWS makes no certificate for a longer one."""
+    name: Annotated[str, Meta(pattern=rf"^({LABEL}\.)+{TOP_LEVEL}\Z", max_length=64)]
+    """In lower case, other scripts in punycode (xn--...). At most 64 characters: AWS makes no certificate for a longer one."""
     zone: Annotated[str, Meta(pattern=r"^Z[A-Z0-9]+\Z")]
     base_path: Annotated[str, Meta(pattern=r"^(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._-]+)*\Z", max_length=300)] = ""
     """Like /v1; empty for none. No model may have the name of its first part."""
@@ -53,7 +58,7 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """ElastiCache for Valkey: serverless, which holds up to `max_gb`, or nodes of `node_type`."""
 
     mode: Literal["serverless", "nodes"] = "serverless"
-    node_type: Annotated[str, Meta(pattern=r"^cache\.[a-z0-9]+\.[a-z0-9]+$")] = "cache.t4g.micro"
+    node_type: Annotated[str, Meta(pattern=r"^cache\.[a-z0-9]+\.[a-z0-9]+\Z")] = "cache.t4g.micro"
     max_gb: Annotated[int, Meta(ge=1, le=5000)] = 1
 
 

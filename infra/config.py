@@ -130,8 +130,9 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     log_days: int = 30
     """1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653
 
-    Days that logs are kept."""
-    alarm_email: Annotated[str, Meta(pattern=r"^[^@\s]+@[^@\s]+$")] | None = None
+    Days that the logs of the functions and of the HTTP API are kept. Not those of RDS and RDS Proxy (/aws/rds/...) and Amazon MQ
+    (/aws/amazonmq/...), which create their log groups themselves and keep them for ever: docs/deploy.md says how to change that."""
+    alarm_email: Annotated[str, Meta(pattern=r"^[^@\s]+@[^@\s]+\Z")] | None = None
     """an address, or null
 
     Who is written to when an alarm goes off; AWS asks for a confirmation once."""

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from app.settings import StackOutputs
-from infra.config import StackConfig
+from infra.config import StackConfig, descriptions
 from tests.infra.recorder import Recording, Resource, resource_class
 from tests.infra.sdk_types import findings
 from tests.infra.stacks import environment, policies
@@ -257,6 +257,25 @@ def roles_may_do_what_they_must_and_no_more(stack: Recording, config: StackConfi
         (trusted,) = json.loads(role.inputs["assumeRolePolicy"])["Statement"]
         if trusted["Principal"].keys() != {"Service"}:
             yield f"{role.name} may be taken by {trusted['Principal']}"
+
+
+LOGS_OF_SERVICES = {
+    "aws:rds/instance:Instance": ("enabledCloudwatchLogsExports", "/aws/rds/..."),
+    "aws:rds/cluster:Cluster": ("enabledCloudwatchLogsExports", "/aws/rds/..."),
+    "aws:rds/proxy:Proxy": ("engineFamily", "/aws/rds/..."),
+    "aws:mq/broker:Broker": ("logs", "/aws/amazonmq/..."),
+    "aws:elasticache/replicationGroup:ReplicationGroup": ("logDeliveryConfigurations", "/aws/elasticache/..."),
+    "aws:ec2/flowLog:FlowLog": ("logDestination", "/aws/vpc/..."),
+}
+"""What writes logs to groups that the program does not make: by type the argument that lets it, and how they are called."""
+
+
+@rule
+def logs_without_a_limit_are_named_where_the_limit_is_set(stack: Recording, config: StackConfig) -> Iterator[str]:
+    for type_, (argument, group) in LOGS_OF_SERVICES.items():
+        for resource in stack.all(type_):
+            if resource.inputs.get(argument) and group not in descriptions()["log_days"]:
+                yield f"{resource.name} keeps logs in {group} for ever, which the text of log_days does not say"
 
 
 @rule

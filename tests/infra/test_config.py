@@ -50,6 +50,22 @@ def test_values_come_as_text_and_nested_ones_as_json():
     assert read({"concurrency": "null"}).concurrency is None
 
 
+@pytest.mark.parametrize("top", ["org", "xn--p1ai", "xn--fiqs8s", "xn--vermgensberatung-pwb", "xn--a", "museum"])
+def test_names_in_punycode_are_taken_everywhere(top):
+    name = f"xn--e1afmkfd.{top}"
+    config = read(
+        {
+            "domain": json.dumps({"name": f"api.{name}", "zone": "Z0123456789"}),
+            "alarm_email": f"ops@{name}",
+            "cors": json.dumps([f"https://www.{name}", f"http://{name}:8080"]),
+            "auth": json.dumps({"mode": "jwt", "issuer": f"https://login.{name}/", "audiences": ["api"]}),
+        }
+    )
+    assert config.domain is not None
+    assert config.domain.name == f"api.{name}"
+    assert read({"domain": json.dumps({"name": f"{'a' * 59}.xn", "zone": "Z0"})}).domain is not None
+
+
 def test_the_kinds_are_those_of_the_app():
     assert {kind: pair for kind, pair in PRESETS.items() if kind in KINDS} == KINDS
     assert set(PRESETS) - set(KINDS) == {"memory", "disk", "memory-disk"}
@@ -126,9 +142,35 @@ REFUSED = [
     ({"broker": '{"version": "3.13", "instance": "mq.t3.micro"}', "storage": "full"}, "`$.instance`"),
     ({"log_days": "31"}, "log_days is 31: expected 1, 3, 5"),
     ({"alarm_email": "ops"}, "alarm_email is"),
+    ({"alarm_email": "ops@example.org\n"}, "alarm_email is"),
     ({"budget_usd": "0", "alarm_email": "a@b"}, "budget_usd is"),
     ({"budget_usd": "50"}, "nobody would be told; expected alarm_email"),
     ({"domain": json.dumps({"name": "a" * 61 + ".org", "zone": "Z0"})}, "`str` of length <= 64"),
+    *(
+        ({"domain": json.dumps({"name": name, "zone": "Z0"})}, "`$.name`")
+        for name in (
+            *(
+                "example",
+                "a_b.example.org",
+                "-a.org",
+                "a-.org",
+                "a..org",
+                ".org",
+                "a.org.",
+                "a.org\n",
+                "API.example.org",
+            ),
+            *(
+                "api.example.xn--",
+                "api.example.xn--a-",
+                "api.example.xn--a_b",
+                "api.example.0rg",
+                "api.10",
+                "api.пример",
+            ),
+            *("*.example.org", "https://a.org", f"{'a' * 64}.org", f"a.xn--{'a' * 60}"),
+        )
+    ),
     ({"tags": '{"aws:team": "x"}'}, "are taken"),
     ({"tags": '{"AWS:team": "x"}'}, "are taken"),
     ({"tags": '{"crudstack:stage": "prod"}'}, "are taken"),

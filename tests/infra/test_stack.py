@@ -188,6 +188,9 @@ PLANTED = {
         (S3, change("aws:iam/role:Role", managedPolicyArns=["arn:aws:iam::aws:policy/AdministratorAccess"])),
         (S3, change("aws:iam/role:Role", assumeRolePolicy='{"Statement": [{"Principal": {"AWS": "*"}}]}')),
     ],
+    "logs_without_a_limit_are_named_where_the_limit_is_set": [
+        (ALL, change("aws:elasticache/replicationGroup:ReplicationGroup", logDeliveryConfigurations=[{}])),
+    ],
     "functions_are_for_lambda_and_log_for_a_while": [
         (S3, change("aws:cloudwatch/logGroup:LogGroup", retentionInDays=...)),
         (S3, change(FUNCTION, runtime="python3.12")),
