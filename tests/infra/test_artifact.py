@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from app.autocrud.errors import ConfigError
-from infra import artifact
+from infra import app_files, artifact
 from infra.artifact import LAMBDA, ROOT, Target, build, host, interpreter, report
+from infra.pythons import compile_modules
 
 MAGIC_313 = struct.pack("<H", 3571) + b"\r\n"
 UNCHECKED_HASH = 0b01
@@ -86,7 +87,11 @@ def test_two_builds_from_scratch_are_equal_byte_for_byte(built, app, tmp_path):
     arguments = {"app": app, "cache": tmp_path / "another cache"}
     program = (
         "import os, sys; from pathlib import Path; from infra.artifact import build\n"
-        "walk = os.walk; os.walk = lambda top: reversed(list(walk(top)))\n"  # file systems have no order
+        "list_ = os.listdir; os.listdir = lambda path: list_(path)[::-1]\n"  # file systems have no order
+        "class Reversed(list):\n"
+        "    __enter__ = lambda self: self\n"
+        "    __exit__ = lambda self, *_: None\n"
+        "scan = os.scandir; os.scandir = lambda path='.': Reversed(list(scan(path))[::-1])\n"
         "out, app, cache = map(Path, sys.argv[1:]); print(build(out, app=app, cache=cache).sha256)"
     )
     environment = os.environ | {
@@ -111,7 +116,7 @@ def test_two_builds_from_scratch_are_equal_byte_for_byte(built, app, tmp_path):
 
 
 def test_the_same_inputs_again_do_not_ask_uv(built, app, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "_install", lambda *_: pytest.fail("the wheels are there"))
+    monkeypatch.setattr(artifact, "install", lambda *_: pytest.fail("the wheels are there"))
     again = build(tmp_path / "new" / "again.zip", app=app, cache=cache)
     assert again == built._replace(path=again.path)
     assert again.path.read_bytes() == built.path.read_bytes()
@@ -119,7 +124,7 @@ def test_the_same_inputs_again_do_not_ask_uv(built, app, cache, tmp_path, monkey
 
 
 def test_other_requirements_are_other_wheels(app, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "_install", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(artifact, "install", lambda *_: pytest.fail("asked"))
     changed = tmp_path / "app.txt"
     changed.write_text((ROOT / "requirements/app.txt").read_text() + "# one more line\n")
     with pytest.raises(pytest.fail.Exception, match="asked"):
@@ -165,7 +170,7 @@ def test_bytecode_does_not_depend_on_what_was_compiled_before(contents, module, 
     source = tmp_path / module
     source.parent.mkdir(parents=True)
     source.write_bytes(contents[module])
-    assert artifact._compile(tmp_path, LAMBDA, interpreter("3.13")) == []
+    assert compile_modules(tmp_path, [module], LAMBDA, interpreter("3.13")) == []
     compiled = f"{source.parent.relative_to(tmp_path)}/__pycache__/{source.stem}.cpython-313.pyc"
     assert (tmp_path / compiled).read_bytes() == contents[compiled]
 
@@ -193,11 +198,13 @@ def test_nothing_is_in_it_that_lambda_does_not_need(contents):
 
 def test_licences_are_passed_on(contents):
     described = {name for name in contents if ".dist-info/" in name}
-    assert len({name.partition("/")[0] for name in described}) >= 15
-    assert all(
-        re.match(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS|licenses$)", name.split("/")[1], re.IGNORECASE)
+    licences = {
+        name
         for name in described
-    )
+        if re.match(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS)", name.split("/")[1], re.IGNORECASE)
+    }
+    assert len({name.partition("/")[0] for name in licences}) >= 15
+    assert {name.split("/")[1] for name in described - licences} == {"METADATA", "entry_points.txt"}
 
 
 def test_it_is_small(built):
@@ -205,13 +212,16 @@ def test_it_is_small(built):
 
 
 def test_the_report_adds_up(built, contents):
-    *rows, total, where = report(built).splitlines()
+    *rows, total, missing, compiled, where = report(built).splitlines()
     sizes = {name: int(size.replace(",", "")) for size, name in (row.split(maxsplit=1) for row in rows)}
     headers = sizes.pop("(headers of the zip)")
     assert sizes == built.parts
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert sum(sizes.values()) + headers == built.size
     assert total.split() == [f"{built.size:,}", "total,", f"{built.unpacked:,}", "unpacked"]
+    assert missing == "nothing was left out"
+    assert compiled == f"compiled by Python {built.python}, contents sha256 {built.contents}"
+    assert re.fullmatch(r"3\.13\.\d+", built.python)
     assert where == f"{built.path} sha256 {built.sha256}"
     assert built.unpacked == sum(map(len, contents.values()))
 
@@ -257,10 +267,13 @@ def test_a_library_that_lambda_can_load_is_accepted(cache, small_app, tmp_path, 
 
 def test_a_wheel_for_another_machine_is_found_and_not_kept(small_app, tmp_path, monkeypatch):
     def install(directory, *_):
-        directory.mkdir()
+        info = directory / "fast-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fast\nVersion: 1.0\n")
+        (info / "RECORD").write_text("fast.abi3.so,,\n")
         (directory / "fast.abi3.so").write_bytes(elf(62))
 
-    monkeypatch.setattr(artifact, "_install", install)
+    monkeypatch.setattr(artifact, "install", install)
     with pytest.raises(ConfigError, match=r"^fast\.abi3\.so is for x86_64, expected aarch64"):
         build(tmp_path / "x.zip", app=small_app, cache=tmp_path / "cache")
     assert names(tmp_path) == ["cache", "small"]
@@ -343,6 +356,70 @@ def test_files_of_the_app_that_are_private_stay_here(cache, small_app, tmp_path)
     with zipfile.ZipFile(build(tmp_path / "x.zip", app=small_app, cache=cache).path) as archive:
         deployed = {name for name in archive.namelist() if name.startswith("app/") and "__pycache__" not in name}
     assert deployed == {"app/__init__.py", "app/page.html", "app/more/cli.py"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            lambda: os.urandom(artifact.MAX_ZIPPED),
+            (
+                r"^the zip has 6[0-9,]+ bytes zipped, and Lambda takes 52,412,416 at most; the largest parts are"
+                r" app/data 5[0-9,]+, obstore 4,[0-9,]+, pydantic_core [0-9,]+, "
+            ),
+        ),
+        (
+            lambda: bytes(artifact.MAX_UNPACKED),
+            (
+                r"^the zip has 2[0-9,]+ bytes unpacked, and Lambda takes 262,144,000 at most; the largest parts are"
+                r" app/data 262,144,000, obstore "
+            ),
+        ),
+    ],
+    ids=["zipped", "unpacked"],
+)
+def test_what_lambda_would_refuse_is_refused_here(cache, small_app, tmp_path, content, message):
+    (small_app / "data").mkdir()
+    (small_app / "data/a.bin").write_bytes(content())
+    out = tmp_path / "out" / "x.zip"
+    out.parent.mkdir()
+    out.write_bytes(b"the last one")
+    with pytest.raises(ConfigError, match=message) as raised:
+        build(out, app=small_app, cache=cache)
+    assert "\n" not in str(raised.value)
+    assert names(out.parent) == ["x.zip"]
+    assert out.read_bytes() == b"the last one"
+
+
+def test_what_is_too_large_unpacked_is_not_even_copied(cache, small_app, tmp_path, monkeypatch):
+    monkeypatch.setattr(app_files, "copy", lambda *_: pytest.fail("it copies"))
+    with (small_app / "sparse.bin").open("wb") as file:
+        file.truncate(artifact.MAX_UNPACKED)
+    with pytest.raises(ConfigError, match=r"the largest parts are app/sparse\.bin 262,144,000, "):
+        build(tmp_path / "x.zip", app=small_app, cache=cache)
+    assert names(tmp_path) == ["small"]
+
+
+def test_bytecode_counts_for_the_limit(cache, small_app, tmp_path, monkeypatch):
+    """Its size is not known before it is made."""
+    packages = build(tmp_path / "x.zip", app=small_app, cache=cache).unpacked
+    monkeypatch.setattr(artifact, "MAX_UNPACKED", packages - 1)
+    with pytest.raises(ConfigError, match="bytes unpacked, and Lambda takes"):
+        build(tmp_path / "x.zip", app=small_app, cache=cache)
+
+
+def test_what_was_left_out_is_reported_and_makes_no_other_zip(cache, small_app, tmp_path):
+    before = build(tmp_path / "x.zip", app=small_app, cache=cache)
+    (small_app.parent / ".gitignore").write_text("*.json\n")
+    for name in ("a.json", "prod.env", "models.py~", "node_modules/x/i.js"):
+        (small_app / name).parent.mkdir(parents=True, exist_ok=True)
+        (small_app / name).write_text("secret")
+    after = build(tmp_path / "x.zip", app=small_app, cache=cache)
+    assert after.sha256 == before.sha256
+    assert report(after).splitlines()[-3] == (
+        "left out: models.py~ (an editor's or a tool's copy); a.json (git ignores it);"
+        " prod.env (may hold secrets); node_modules/ (of Node.js)"
+    )
 
 
 @pytest.mark.parametrize("target", ["file", "directory"])

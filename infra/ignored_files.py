@@ -1,0 +1,224 @@
+"""Tell which files git ignores: by git itself in a checkout, and by the `.gitignore` files elsewhere.
+
+>>> rules = rules_for(Path("app"))
+>>> rules.ignored([("models.py", False), ("credentials.json", False), ("data", True)])
+[False, True, False]
+
+Git's own answer counts in a checkout: `.gitignore`, `.git/info/exclude` and the user's `core.excludesFile` are obeyed,
+and a file that is tracked is not ignored. Without git, or outside of a checkout, the `.gitignore` files and
+`.git/info/exclude` are read here. Every other failure of git is a ConfigError, so that no failure publishes a file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from pathspec import GitIgnoreSpec
+
+from app.autocrud.errors import ConfigError
+
+LIMIT_S = 60
+"""For one command of git. It takes some milliseconds."""
+KEPT = frozenset({"GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM", "GIT_CONFIG_SYSTEM"})
+"""Variables that say where the user's settings are. All other `GIT_*`, as hooks set them, may name another repository."""
+
+
+class Rules(Protocol):
+    """What is ignored below one directory. Paths are relative to it, with slashes; bytes that are no UTF-8 as surrogates."""
+
+    def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
+        """Return for each entry, a path and whether it is a directory, whether git ignores it."""
+        ...
+
+    def tracks(self, path: str) -> bool:
+        """Return whether a file is tracked, or holds tracked files if it is a directory, although a pattern matches it."""
+        ...
+
+    def is_repository(self, path: str) -> bool:
+        """Return whether a directory is a repository of its own, which needs rules of its own."""
+        ...
+
+
+def rules_for(directory: Path) -> Rules:
+    """Return the rules for the files below a directory of the project. Raises ConfigError if git fails."""
+    directory = directory.resolve()
+    top = next((parent for parent in (directory, *directory.parents) if os.path.lexists(parent / ".git")), None)
+    if top is None:
+        return FileRules(directory.parent, directory)
+    if shutil.which("git") is None:
+        return FileRules(top, directory)
+    try:
+        rules = GitRules(directory)
+        project = directory.parent
+        if top not in (directory, project) and not rules.tracks(""):
+            # A repository around the project that ignores the project, such as one of a home directory, says nothing of it.
+            relative = project.relative_to(top).as_posix()
+            if GitRules(top).ignored([(relative, True)]) == [True]:
+                return FileRules(project, directory)
+    except _NotARepositoryError:
+        return FileRules(top, directory)
+    return rules
+
+
+def repository_rules(directory: Path) -> Rules:
+    """Return the rules for a repository within the project, such as a submodule. Raises ConfigError if git fails."""
+    if os.path.lexists(directory / ".git") and shutil.which("git") is not None:
+        try:
+            return GitRules(directory.resolve())
+        except _NotARepositoryError:
+            pass
+    return FileRules(directory, directory)
+
+
+class _NotARepositoryError(Exception):
+    """Git finds no repository, although there is a `.git`: its repository was not copied with it, for example."""
+
+
+class GitRules:
+    """The answers of git. Obeys everything that git obeys."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        listed = _git(directory, "ls-files", "-z").split(b"\0")
+        self._files = {os.fsdecode(path) for path in listed if path}
+        self._folders = {parent.as_posix() for path in self._files for parent in PurePosixPath(path).parents}
+
+    def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
+        """Return which entries git ignores, in one call of git."""
+        if not entries:
+            return []
+        # With `./` no name is taken for a pattern. The answers are matched by their order, because git may write a name in
+        # another Unicode normalization than the directory has it.
+        asked = b"".join(os.fsencode(f"./{path}") + b"\0" for path, _ in entries)
+        answers = _git(self._directory, "check-ignore", "--stdin", "-z", "-v", "-n", input=asked).split(b"\0")[:-1]
+        patterns = answers[2::4]
+        if len(patterns) != len(entries) or len(answers) != 4 * len(entries):
+            raise ConfigError(
+                f"`git check-ignore` in {self._directory} gave {len(answers)} fields for {len(entries)} files, expected"
+                f" 4 for each: check the git on PATH with `git --version`"
+            )
+        return [bool(pattern) and not pattern.startswith(b"!") for pattern in patterns]
+
+    def tracks(self, path: str) -> bool:
+        """Return whether the index has this file, or files below this directory."""
+        return path in self._files or (path or ".") in self._folders
+
+    def is_repository(self, path: str) -> bool:
+        """Return whether this is a submodule, or another clone."""
+        return path in self._files or os.path.lexists(self._directory / path / ".git")
+
+
+class FileRules:
+    """The rules of `.gitignore` files and of `.git/info/exclude`, read without git.
+
+    top          the uppermost directory whose `.gitignore` counts
+    directory    to which paths are relative; `top`, or below it
+
+    A tracked file that a pattern matches counts as ignored: without git nothing says that it is tracked. `?` matches a
+    character, and not a byte as in git; `a/**/` matches `a` too. Each leaves out more than git, never less.
+    """
+
+    def __init__(self, top: Path, directory: Path) -> None:
+        self._top, self._directory = top, directory
+        self._specs: dict[Path, GitIgnoreSpec] = {}
+        self._exclude = _spec(top / ".git/info/exclude")
+        parts = directory.relative_to(top).parts
+        above = [top.joinpath(*parts[: count + 1]) for count in range(len(parts))]
+        self._all = any(self._matched(path, is_directory=True) for path in above)
+
+    def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
+        """Return which entries the patterns match. Their parent directories were asked for before."""
+        return [self._all or self._matched(self._directory / path, is_directory=is_dir) for path, is_dir in entries]
+
+    def tracks(self, path: str) -> bool:
+        """Return False: see above."""
+        return False
+
+    def is_repository(self, path: str) -> bool:
+        """Return whether this is a submodule, or another clone."""
+        return os.path.lexists(self._directory / path / ".git")
+
+    def _matched(self, path: Path, *, is_directory: bool) -> bool:
+        """Return whether the pattern that counts, the last one of the nearest file, excludes this path."""
+        for parent in path.parents:
+            if parent not in self._specs:
+                self._specs[parent] = _spec(parent / ".gitignore")
+            if (found := _check(self._specs[parent], path, parent, is_directory=is_directory)) is not None:
+                return found
+            if parent == self._top:
+                break
+        return _check(self._exclude, path, self._top, is_directory=is_directory) or False
+
+
+def _check(spec: GitIgnoreSpec, path: Path, parent: Path, *, is_directory: bool) -> bool | None:
+    """Return whether the last pattern of a file that matches this path, itself and not only a parent of it, excludes it.
+
+    GitIgnoreSpec.check_file answers for a whole path at once, and weighs patterns for directories otherwise than git.
+    """
+    relative = path.relative_to(parent).as_posix()
+    for pattern in reversed(list(spec.patterns)):
+        # A comment has neither.
+        if pattern.include is None or pattern.regex is None:
+            continue
+        has_parent = PARENT in pattern.regex.groupindex
+        match = pattern.regex.search(relative)
+        if match is not None and (not has_parent or match.end(PARENT) == -1):
+            return pattern.include
+        match = pattern.regex.search(f"{relative}/") if is_directory and has_parent else None
+        if match is not None and match.end(PARENT) == len(relative) + 1:
+            return pattern.include
+    return None
+
+
+PARENT = "ps_d"
+"""The group of pathspec's regular expressions that matches the slash behind a directory."""
+
+
+def _spec(file: Path) -> GitIgnoreSpec:
+    """Read a file of patterns as git does: it follows no link, and drops a byte order mark and the end of lines of Windows."""
+    if file.is_symlink() or not file.is_file():
+        return GitIgnoreSpec.from_lines([])
+    try:
+        text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+        return GitIgnoreSpec.from_lines(line.removesuffix("\r") for line in text.split("\n"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read, so what git ignores is not known: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} has a pattern that cannot be read: {error}") from None
+
+
+def _git(directory: Path, *arguments: str, input: bytes = b"") -> bytes:
+    """Return what git prints about a checkout. Raises ConfigError if it fails.
+
+    A checkout of another owner, as a container has it, is asked too: these commands only read, start no program of the
+    checkout, and the code of the checkout is what runs here already.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in KEPT}
+    command = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=directory,
+            input=input,
+            capture_output=True,
+            check=False,
+            env=environment | {"LC_ALL": "C"},
+            timeout=LIMIT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"git cannot say what it ignores in {directory}: {error}") from None
+    # Exit code 1 of check-ignore: none is ignored.
+    if done.returncode == 0 or (done.returncode == 1 and arguments[0] == "check-ignore"):
+        return done.stdout
+    said = done.stderr.decode(errors="replace").strip().partition("\n")[0] or f"it ended with {done.returncode}"
+    if "not a git repository" in said:
+        raise _NotARepositoryError(said)
+    raise ConfigError(
+        f"git cannot say what it ignores in {directory}, so nothing is published: {said}; run `git status` there, and"
+        " build again when it works"
+    )
