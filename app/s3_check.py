@@ -14,10 +14,8 @@ import hashlib
 import ipaddress
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 from uuid import uuid4
@@ -27,6 +25,7 @@ from msgspec import Struct
 from .autocrud.errors import ConditionalWritesUnsupported, StoreUnavailable
 from .autocrud.resource_manager.object_store import UNCHANGED, Lost, Outcome, S3ObjectStore, Stored, Unknown
 from .autocrud.resource_manager.s3_sqlite.race import race_conditions
+from .autocrud.resource_manager.temporary import ProcessDirectory
 from .s3_requests import (
     Answer,
     RecordedObjects,
@@ -317,8 +316,8 @@ class S3Check:
 
     async def _check_large(self) -> None:
         key, content = self._key("large"), os.urandom(LARGE)
-        with tempfile.TemporaryDirectory(prefix="crudstack-") as directory:
-            path, back = Path(directory) / "file", Path(directory) / "back"
+        with ProcessDirectory() as directory:
+            path, back = directory.path / "file", directory.path / "back"
             await asyncio.to_thread(path.write_bytes, content)
             await self._objects.upload(key, path)
             there = await self._objects.download(key, back)

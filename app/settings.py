@@ -9,6 +9,7 @@ adds. Both come from the environment:
 | CRUDSTACK_STORAGE | instead of it: a storage kind, or a pair as JSON: `{"meta": "memory", "resource": "disk"}` |
 | CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
 | CRUDSTACK_DATA_DIR | the directory of what is kept on disk; for storage on S3 where local copies and caches lie, if anywhere |
+| CRUDSTACK_CACHE_MB | megabytes of the cache on disk of all models together (1 MB = 1024 * 1024 bytes); a quarter of its disk, at most 1024, if not set |
 | CRUDSTACK_BUCKET, CRUDSTACK_PREFIX, CRUDSTACK_REGION | the bucket of what is stored on S3, what its keys start with, its region |
 | CRUDSTACK_PG_DSN | PostgreSQL: postgresql://user:password@host:port/database |
 | CRUDSTACK_REDIS_URL | Redis or Valkey: redis://user:password@host:port/0, or rediss:// with TLS |
@@ -148,6 +149,7 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
     """What only this machine knows. Addresses that hold passwords are secrets; the stores that use them parse them."""
 
     data_dir: str | None = None
+    cache_mb: int | None = None
     s3_endpoint_url: str | None = None
     pg_dsn: Secret | None = None
     redis_url: Secret | None = None
@@ -181,6 +183,7 @@ VARIABLES = (
     "CRUDSTACK_OUTPUTS",
     *STACK_VARIABLES,
     "CRUDSTACK_DATA_DIR",
+    "CRUDSTACK_CACHE_MB",
     "CRUDSTACK_S3_ENDPOINT_URL",
     "CRUDSTACK_PG_DSN",
     "CRUDSTACK_REDIS_URL",
@@ -192,6 +195,7 @@ VARIABLES = (
 EXPOSED_HEADERS = ("etag", "location", "link", "retry-after", "idempotency-replayed", "x-request-id")
 """Headers of answers that pages of allowed origins may read."""
 BASE_PATH = r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
+MAX_CACHE_MB = 1_000_000
 ORIGIN = r"\*|https?://[^/\s*@]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'
 AUTH = '{"mode": "jwt", "issuer": "https://...", "audiences": ["..."]}, or what `crudstack token new` prints'
@@ -206,6 +210,7 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
     given = {name: value for name in VARIABLES if (value := environment.get(name))}
     local = LocalOverrides(
         data_dir=given.get("CRUDSTACK_DATA_DIR"),
+        cache_mb=_megabytes(given.get("CRUDSTACK_CACHE_MB")),
         s3_endpoint_url=s3_endpoint(environment),
         pg_dsn=_secret(given, "CRUDSTACK_PG_DSN"),
         redis_url=_secret(given, "CRUDSTACK_REDIS_URL"),
@@ -284,6 +289,16 @@ def s3_endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
     """Return the URL of another S3 than Amazon's, if there is one. Raises ConfigError if it is no URL, or holds a password."""
     name = next((name for name in ENDPOINT_VARIABLES if environment.get(name)), None)
     return None if name is None else endpoint_url(environment[name], name)
+
+
+def _megabytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MAX_CACHE_MB):
+        raise ConfigError(
+            f"CRUDSTACK_CACHE_MB is {text[:40]!r}: expected a whole number of megabytes from 1 to {MAX_CACHE_MB}, like 128"
+        )
+    return int(text)
 
 
 def parse_storage(text: str, name: str) -> Storage:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from .autocrud.errors import ConfigError
 from .autocrud.resource_manager import s3_profile
 from .autocrud.resource_manager.basic import IStorage, MetaStore, ResourceStore
 from .autocrud.resource_manager.core import SimpleStorage
+from .autocrud.resource_manager.disk_space import space
 from .autocrud.resource_manager.drivers import driver
 from .autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
@@ -41,7 +43,9 @@ T = TypeVar("T")
 RDS_CERTIFICATES = Path(__file__).with_name("rds-ca.pem")
 """What RDS is verified with, if somebody has put AWS's bundle there."""
 CACHED_BODIES = 1000
-CACHE_BYTES = 128 * 1024**2
+MOST_CACHED = 1024**3
+"""Bytes that the cache on disk of all models takes at most, if nothing else is said."""
+CACHE_NAME = "all-models"
 
 
 class WiredStorageFactory(IStorageFactory):
@@ -265,12 +269,28 @@ class _Maker:
         root = self._beside_s3("cache")
         if root is None and not self.idle_work:  # a function has a disk of its own, which lives as long as it does
             root = Path(tempfile.gettempdir()) / "crudstack-cache"
+        if root is None:
+            return lambda _: [MemoryCache(max_size=CACHED_BODIES)]
+        # One for all models, so that they have one bound and the least recently used entry of them all goes first.
+        disk = DiskCache(root / CACHE_NAME, max_bytes=self._cache_bytes(root))
 
         def made(model: str) -> list[Cache]:
-            memory = MemoryCache(max_size=CACHED_BODIES)
-            return [memory] if root is None else [memory, DiskCache(root / model, max_bytes=CACHE_BYTES)]
+            former = root / model  # of earlier releases, which had one for each model
+            if model != CACHE_NAME and (former / "lock").exists():
+                shutil.rmtree(former, ignore_errors=True)
+            return [MemoryCache(max_size=CACHED_BODIES), disk]
 
         return made
+
+    def _cache_bytes(self, root: Path) -> int:
+        """Return what the cache on disk may count, so that it takes no more room than it was given, or than a quarter of the disk.
+
+        A value in a file is counted with its bytes, from 32 KB. On disk it takes up to three blocks of 4 KB more: the last
+        one of the file, and two directories.
+        """
+        given = self.local.cache_mb
+        room = given * 1024**2 if given is not None else min(space(root).total // 4, MOST_CACHED)
+        return room * 32 // (32 + 3 * 4)
 
     # Settings
 

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from ..errors import ConfigError, StoreUnavailable
 from ..secret import Secret, hidden, http_url, plain
 from . import s3_credentials
+from .disk_space import full, is_full
 from .drivers import driver
 from .obstore_exit import tracked, wait_at_exit
 from .s3_errors import brief, said
@@ -268,14 +269,18 @@ class S3ObjectStore(ObjectStore):
 
     async def download(self, key: str, path: Path) -> bool:
         _count("GET")
+        size = 0
         try:
             result = await tracked(self._obstore.get_async(self._files, key))
+            size = result.meta["size"]
             with await asyncio.to_thread(path.open, "wb") as file:
                 async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
                     await asyncio.to_thread(file.write, chunk)
         except self._missing:
             return False
         except self._failed as error:
+            if is_full(error, path.parent):
+                raise full(error, path.parent, size) from error
             raise _unavailable("GET", key, error) from error
         return True
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ...errors import ConfigError, StoreUnavailable
+from ..disk_space import cache_may_grow, register
 from ..locks import lock_within
 from ..threads import outlived
 from .disk_index import (
@@ -203,7 +204,8 @@ class DiskCache(Cache):
     """The entries that were used last, as many as fit into `max_bytes` (1 GiB), below a directory of a local disk.
 
     They survive restarts, and several processes may share the directory. A body of more than a quarter of `max_bytes` is not kept: it would
-    drive out the rest. What a killed process left half done is not counted, and goes when its time is over.
+    drive out the rest. What a killed process left half done is not counted, and goes when its time is over. A disk with little room
+    (disk_space.reserve) takes no more entries, and a process that starts with little room, or fills the disk, empties the cache.
 
     Invariants:
 
@@ -233,6 +235,7 @@ class DiskCache(Cache):
         self._index: Any = None  # this and the rest belong to the thread
         self._identity: tuple[int, int] | None = None
         self._worked = False
+        register(self)
 
     async def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
         nothing: dict[str, Entry] = {}
@@ -265,6 +268,13 @@ class DiskCache(Cache):
     async def erase(self) -> None:
         # SQLite overwrites what it deletes, and diskcache deletes only what has not expired.
         await self._try(lambda index: index.expire(now=self._clock()), 0)
+
+    def empty(self) -> None:
+        """Remove all entries, as far as possible. Blocks; for disk_space.make_room."""
+        try:
+            self._ask(self._leave_behind).result()
+        except OSError as error:
+            log.warning("%s: %s; some entries stay", self.cache_dir, error)
 
     async def close(self) -> None:
         with self._state:
@@ -345,6 +355,9 @@ class DiskCache(Cache):
 
     def _open(self) -> Any:
         number = self._life()
+        if not self._worked and not cache_may_grow(self.cache_dir):
+            self._next_life(number)  # perhaps with files that killed processes left, which nothing counts
+            number += 1
         try:
             return driver().Index(self._directory(number), self.max_bytes)
         except Exception as error:  # see `is_damage`
@@ -437,6 +450,9 @@ class DiskCache(Cache):
 
     def _put(self, index: Any, entries: Mapping[str, Entry]) -> None:
         now = self._clock()
+        if not cache_may_grow(self.cache_dir):
+            delete_rows(index, [_address(key) for key in entries])  # they may be other bodies than those there
+            return
         for key, (body, ttl_s) in entries.items():
             address, expires = _address(key), now + ttl_s
             if ttl_s <= 0 or 4 * (HEADER.size + len(body)) > self.max_bytes:

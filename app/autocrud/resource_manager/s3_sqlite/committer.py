@@ -147,6 +147,9 @@ class Committer:
 
     async def _swap(self, waiting: list[Transaction]) -> bool:
         """One attempt. True: all are answered. Whoever was found in the history meanwhile is answered too."""
+        if self._replica.owed:
+            # A swap at the copy's state must fail. If the copy cannot be brought up, a full disk for one, nothing was sent.
+            await self._replica.check()
         if any(transaction.uncertain for transaction in waiting):
             await self._find(waiting)
             waiting = [transaction for transaction in waiting if not transaction.future.done()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from msgspec import Struct
 
 from ...errors import CrudError, StoreDamaged
 from ..object_store import ObjectStore
+from ..temporary import ProcessDirectory
 from .fork import txids_of
 from .head import Head, Record, Segment, decode_head, decode_ops, decode_segment
 from .local_copy import current_path
@@ -149,8 +149,8 @@ def forget_copy(directory: Path) -> None:
 
 
 async def _snapshot_txids(objects: ObjectStore, key: str) -> dict[int, bytes]:
-    with tempfile.TemporaryDirectory(prefix="crudstack-") as directory:
-        path = Path(directory) / "snapshot.sqlite"
+    with ProcessDirectory() as directory:
+        path = directory.path / "snapshot.sqlite"
         try:
             if await objects.download(key, path):
                 with contextlib.closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as connection:

@@ -137,9 +137,7 @@ class LocalCopy:
 
     def remove(self) -> None:
         """Delete the file; connections that are still open go on reading it."""
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(OSError):
-                Path(f"{self.path}{suffix}").unlink()
+        remove_database(self.path)
 
     # Reading
 
@@ -391,7 +389,11 @@ class LocalCopy:
     def copy_to(self, path: Path) -> int:
         """Write a compact copy of the file, and return its seq."""
         with contextlib.closing(self._connect()) as connection:
-            connection.execute("VACUUM INTO ?", (str(path),))
+            try:
+                connection.execute("VACUUM INTO ?", (str(path),))
+            except apsw.Error:
+                remove_database(path)  # it would not write to a file that is there
+                raise
         with contextlib.closing(apsw.Connection(str(path))) as copied:
             seq = cast("int", copied.execute("SELECT seq FROM copy").get)
             # Where it was is no matter of whoever loads it: the HEAD that names it is. What HEAD held is overwritten.
@@ -440,8 +442,18 @@ def current_path(directory: Path) -> Path | None:
 
 def make_current(path: Path) -> None:
     temporary = path.parent / f"current-{uuid4().hex}"
-    temporary.write_text(path.name)
-    temporary.replace(path.parent / "current")
+    try:
+        temporary.write_text(path.name)
+        temporary.replace(path.parent / "current")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_database(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(OSError):
+            Path(f"{path}{suffix}").unlink()
 
 
 def remove_leftovers(directory: Path) -> None:

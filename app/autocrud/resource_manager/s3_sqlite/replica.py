@@ -13,11 +13,10 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import shutil
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,15 +28,26 @@ from ...errors import (
     StoreDamaged,
     StoreUnavailable,
 )
+from ..disk_space import full, is_full
 from ..object_store import UNCHANGED, Object, ObjectStore, Stored
 from ..sqlite.errors import translated
 from ..sqlite.tables import ResourceTables
 from ..threads import in_thread
+from .copy_directory import CopyDirectory
 from .creation import StoreCreation
 from .fork import contradicts, txids_of
 from .fork_detector import Compared, ForkDetector
 from .head import Head, Record, Snapshot, decode_head, decode_segment
-from .local_copy import CopyBusy, LocalCopy, State, current_path, make_current, new_path, remove_leftovers
+from .local_copy import (
+    CopyBusy,
+    LocalCopy,
+    State,
+    current_path,
+    make_current,
+    new_path,
+    remove_database,
+    remove_leftovers,
+)
 from .race import race_conditions
 from .shared_checks import SharedChecks
 
@@ -67,9 +77,7 @@ class Replica:
         self.objects, self.key, self.prefix, self.tables = objects, key, f"{key}/", tables
         self.head_key = f"{key}/HEAD"
         self._creation = StoreCreation(objects, key)
-        self._given = directory
-        self._temporary: Path | None = None
-        self._clean: weakref.finalize[..., Replica] | None = None
+        self._place = CopyDirectory(directory)
         self._mutex = threading.Lock()
         self._copy: LocalCopy | None = None
         self._seen = NOTHING  # the newest HEAD that this process knew, should its copy be lost
@@ -94,8 +102,8 @@ class Replica:
         async with self._openings.setdefault(loop, asyncio.Lock()):
             if self._opened:
                 return
-            await self._blocking(self._open_copy)
-            if self._given is not None:
+            await self._place.with_room(lambda: self._blocking(self._open_copy))
+            if self._place.given is not None:
                 await self._blocking(lambda: remove_leftovers(self.directory))
             await self.check()
             head = await self.head()
@@ -110,9 +118,7 @@ class Replica:
         copy, self._copy = self._copy, None
         if copy is not None:
             await self._blocking(copy.close)
-        clean, self._clean, self._temporary = self._clean, None, None
-        if clean is not None:
-            await self._blocking(clean)
+        await self._blocking(self._place.remove_own)
 
     @property
     def copy(self) -> LocalCopy:
@@ -128,20 +134,10 @@ class Replica:
 
     @property
     def directory(self) -> Path:
-        if self._given is not None and self._temporary is None:
-            self._given.mkdir(parents=True, exist_ok=True)
-            return self._given
-        return self._own_directory()
-
-    def _own_directory(self) -> Path:
-        """A directory of this process, gone with it."""
-        if self._temporary is None:
-            self._temporary = Path(tempfile.mkdtemp(prefix="crudstack-"))
-            self._clean = weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
-        return self._temporary
+        return self._place.made()
 
     def _open_copy(self) -> None:
-        with self._mutex:
+        with self._mutex, self._place.errors():
             if self._copy is not None:
                 return
             try:
@@ -152,34 +148,46 @@ class Replica:
                         self._copy = LocalCopy(path, self.tables)
                         self._seen = _newer(self._seen, self._copy.state())
                     except apsw.Error as error:
+                        if is_full(error, path.parent):
+                            raise
                         log.warning("%s cannot be used and is made again: %s", path, error)
                     else:
                         return
-                self._switch(LocalCopy(new_path(self.directory), self.tables))
+                self._switch(self._empty_copy())
             except CopyBusy:
                 self._private()
-            except OSError as error:
-                log.error("%s: %s", self._given, error)
-                raise StoreUnavailable("the directory of the local copy cannot be used") from error
 
     def _switch(self, copy: LocalCopy) -> None:
         """Use another file from now on. Whoever reads the old one may finish."""
-        make_current(copy.path)
+        try:
+            make_current(copy.path)
+        except OSError:
+            copy.close()
+            copy.remove()
+            raise
         old, self._copy = self._copy, copy
         if old is not None:
             old.remove()
 
     def _private(self) -> None:
         """Leave the shared directory to whoever holds its lock."""
-        log.warning("%s: the lock cannot be had; this process makes a copy of its own", self._given)
-        self._copy = LocalCopy(new_path(self._own_directory()), self.tables)
+        log.warning("%s: the lock cannot be had; this process makes a copy of its own", self._place.given)
+        self._copy = self._empty_copy(self._place.own())
+
+    def _empty_copy(self, directory: Path | None = None) -> LocalCopy:
+        path = new_path(directory or self.directory)
+        try:
+            return LocalCopy(path, self.tables)
+        except BaseException:
+            remove_database(path)
+            raise
 
     def _replace(self, lost: LocalCopy) -> None:
         """Begin with an empty copy, unless somebody has already."""
-        with self._mutex:
+        with self._mutex, self._place.errors():
             if self._copy is lost:
                 try:
-                    self._switch(LocalCopy(new_path(self.directory), self.tables))
+                    self._switch(self._empty_copy())
                 except CopyBusy:
                     self._private()
 
@@ -190,14 +198,14 @@ class Replica:
 
     async def blocking(self, work: Callable[[LocalCopy], T]) -> T:
         """Run something on the copy in a thread; a copy that is torn, or whose lock cannot be had, is replaced."""
-        return await self._on_copy(work, self._blocking)
+        return await self._place.with_room(lambda: self._on_copy(work, self._blocking))
 
     async def read(self, work: Callable[[apsw.Connection], T], *, quick: bool = False) -> T:
         """`quick` promises microseconds: then it runs here, if that is possible without waiting. A trip to a thread takes four times as long."""
         if quick:
             with contextlib.suppress(apsw.Error):  # a thread waits for it, or finds out
                 return self.copy.read_now(work)
-        return await self._on_copy(lambda copy: copy.read(work), in_thread)
+        return await self._place.with_room(lambda: self._on_copy(lambda copy: copy.read(work), in_thread))
 
     async def _on_copy(self, work: Callable[[LocalCopy], T], run: Callable[..., object]) -> T:
         for last in (False, False, True):
@@ -210,8 +218,8 @@ class Replica:
                     raise StoreUnavailable("the local copy is locked; nothing was changed") from None
                 await self._blocking(lambda: self._mutexed(self._private))
             except apsw.Error as error:
-                if last or not isinstance(error, TORN):
-                    raise translated(error) from error
+                if last or not isinstance(error, TORN) or is_full(error, copy.path.parent):
+                    raise translated(error, copy.path.parent) from error
                 log.warning("%s is torn and is made again: %s", copy.path, error)
                 await self._blocking(lambda copy=copy: self._replace(copy))  # type: ignore[misc]
             await self.check()
@@ -229,7 +237,7 @@ class Replica:
             return self.copy.state()
 
     def _mutexed(self, work: Callable[[], None]) -> None:
-        with self._mutex:
+        with self._mutex, self._place.errors():
             work()
 
     # Checking
@@ -272,6 +280,10 @@ class Replica:
         await checks.next()
 
     async def catch_up(self, got: Object, known: State = NOTHING, own: Sequence[Record] = ()) -> bool:
+        """`_catch_up`; if the disk is full, again with room that was made."""
+        return await self._place.with_room(partial(self._catch_up, got, known, own))
+
+    async def _catch_up(self, got: Object, known: State, own: Sequence[Record]) -> bool:
         """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again.
 
         `own`: the newest records up to this HEAD, if it is a swap of this process. They need not be read then, so that no failure of
@@ -363,12 +375,12 @@ class Replica:
         except CopyBusy:
             await self._blocking(lambda: self._mutexed(self._private))
             return False
-        except TORN as error:
+        except apsw.Error as error:
+            if not isinstance(error, TORN) or is_full(error, copy.path.parent):
+                raise translated(error, copy.path.parent) from error
             log.warning("%s is torn and is made again: %s", copy.path, error)
             await self._blocking(lambda: self._replace(copy))
             return False
-        except apsw.Error as error:
-            raise translated(error) from error
 
     def _check_lineage(self, head: Head, known: State) -> None:
         if known.store and known.store != head.store:
@@ -426,10 +438,12 @@ class Replica:
                     log.warning("%s: so much was written that a fork could not be noticed", self.head_key)
             await self._blocking(building.built)
             await self._blocking(lambda: self._use(building, compared.copy))
-        except BaseException:
+        except BaseException as error:
             if building is not None and self._copy is not building:
                 building.close()
-            path.unlink(missing_ok=True)
+            remove_database(path)
+            if isinstance(error, (apsw.Error, OSError)) and is_full(error, path.parent):
+                raise full(error, path.parent, head.snap.size if snapshot and head.snap else 0) from error
             raise
 
     async def _download(self, snapshot: Snapshot, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import apsw
 
-from ...errors import OutcomeUnknown, StoreUnavailable
+from ...errors import CrudError, OutcomeUnknown, StoreUnavailable
 from .errors import translated
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _do(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
         try:
             job.results.append(job.stages[number].work(connection))
         except apsw.Error as error:
-            job.error = translated(error)
+            job.error = _translated(error, job, number)
     return all(job.error is None for job in jobs)
 
 
@@ -188,13 +188,13 @@ def _transact(connection: apsw.Connection, jobs: list[_Job], number: int) -> boo
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         for job in jobs:
-            job.error = translated(error)
+            job.error = _translated(error, job, number)
         return False
     done = [job for job in jobs if job.error is None]
     try:
         connection.execute("COMMIT" if done else "ROLLBACK")
     except apsw.Error as error:
-        failure = translated(error)
+        failure = _translated(error, done[0], number) if done else translated(error)
         if not isinstance(error, apsw.FullError | apsw.BusyError):
             # The log may hold the commit although its sync failed; what a restart makes of it nobody knows.
             failure = OutcomeUnknown("the disk failed during the commit; read before you try again")
@@ -219,7 +219,7 @@ def _attempt(connection: apsw.Connection, jobs: list[_Job], number: int, *, save
         except apsw.FullError:
             raise  # nobody's write would fit
         except BaseException as error:
-            job.error = translated(error) if isinstance(error, apsw.Error) else error
+            job.error = _translated(error, job, number) if isinstance(error, apsw.Error) else error
             if not connection.in_transaction:
                 raise apsw.AbortError("the transaction was rolled back") from error
             if savepoints:
@@ -229,6 +229,10 @@ def _attempt(connection: apsw.Connection, jobs: list[_Job], number: int, *, save
         if savepoints:
             connection.execute("RELEASE job")
     return True
+
+
+def _translated(error: apsw.Error, job: _Job, number: int) -> CrudError:
+    return translated(error, job.stages[number].database.path.parent)
 
 
 def _finish(jobs: list[_Job]) -> None:

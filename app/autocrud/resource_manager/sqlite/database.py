@@ -38,6 +38,7 @@ import apsw
 
 from ...errors import StoreUnavailable
 from ..directories import make_directory
+from ..disk_space import full, is_full
 from ..threads import in_thread
 from .committer import Committer, GaveUp, Stage, Work
 from .errors import translated
@@ -186,7 +187,7 @@ class FileDatabase:
         try:
             return work(connection)
         except apsw.Error as error:
-            raise translated(error) from error
+            raise translated(error, self.path.parent) from error
         finally:
             self._idle.append(connection)
 
@@ -230,8 +231,10 @@ class FileDatabase:
         try:
             return self._file()
         except apsw.Error as error:
-            raise translated(error) from error
+            raise translated(error, self.path.parent) from error
         except OSError as error:
+            if is_full(error, self.path.parent):
+                raise full(error, self.path.parent) from error
             log.error("%s: %s", self.path, error)
             raise StoreUnavailable("the data directory cannot be used") from error
 
@@ -241,7 +244,7 @@ class FileDatabase:
             connection = apsw.Connection(str(self.path))
             _configure(connection)
         except apsw.Error as error:
-            raise translated(error) from error
+            raise translated(error, self.path.parent) from error
         return connection
 
     def _close_connections(self, _: apsw.Connection) -> None:

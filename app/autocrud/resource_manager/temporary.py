@@ -1,0 +1,167 @@
+"""Directories that belong to one process, and the removal of those whose process is gone.
+
+A process that is killed cannot remove its directory. Lambda keeps /tmp when it ends a process, so the next process must
+remove what it finds. On other machines several processes share the directory for temporary files.
+
+Each directory is locked (flock of the directory itself) for as long as its process lives; the kernel releases the lock
+when the process ends, however it ends. Invariants:
+
+- P1 *Only the holder of its lock removes a directory, and only while its name still leads to the locked inode.*
+- P2 *A process uses a directory only after it has locked it, and has then found it at its name.* So a cleaner that takes
+  the lock between `mkdir` and the lock of the maker costs the maker a second attempt, and nothing else.
+- P3 *A cleaner waits for no lock, follows no symbolic link, and leaves what another user owns.* If two cleaners meet, one
+  leaves the directory to the other. If a cleaner is killed, the next one removes the rest.
+
+A child of `fork` shares the lock with its parent: the directory stays until both are gone. Other programs that a process
+starts do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+import weakref
+from pathlib import Path
+from typing import Self
+
+log = logging.getLogger("crudstack.temporary")
+
+PREFIX = "crudstack-process-"
+_NAME = re.compile(rf"{PREFIX}[0-9a-f]{{16}}")
+_OLD_NAME = re.compile(r"crudstack-[a-z0-9_]{8}")
+"""As earlier releases named them, which took no lock."""
+OLD_AFTER_S = 24 * 3600.0
+_IN_USE_BYTE = 128
+"""The byte of a -shm file on which each connection of SQLite holds a shared lock (UNIX_SHM_DMS in os_unix.c)."""
+ATTEMPTS = 20
+
+_cleaned: set[str] = set()
+
+
+class ProcessDirectory:
+    """A new directory in that for temporary files. It is removed by `remove`, with this object, or at the end of the
+    process; by the next process that makes one if this one is killed.
+
+    The first one that a process makes removes those of processes that are gone. Blocks. Raises OSError.
+    """
+
+    def __init__(self) -> None:
+        parent = tempfile.gettempdir()
+        if parent not in _cleaned:
+            _cleaned.add(parent)
+            remove_abandoned()
+        self.path, lock = _make(parent)
+        self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
+
+    def remove(self) -> None:
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _make(parent: str) -> tuple[Path, int | None]:
+    """Return a new directory and the descriptor that holds its lock (P2)."""
+    for _ in range(ATTEMPTS):
+        path = os.path.join(parent, f"{PREFIX}{secrets.token_hex(8)}")  # noqa: PTH118 - as scandir gives it
+        os.mkdir(path, 0o700)  # noqa: PTH102
+        try:
+            lock = _locked(path)
+        except BlockingIOError:
+            continue  # a cleaner was faster, and removes it
+        except OSError as error:
+            os.rmdir(path)  # noqa: PTH106
+            log.warning(
+                "%s: directories cannot be locked here (%s); if this process is killed, its one stays", parent, error
+            )
+            return Path(tempfile.mkdtemp(prefix="crudstack-unlocked-")), None
+        if lock is not None:
+            return Path(path), lock
+    raise OSError(f"{parent}: new directories are removed by another program at once")
+
+
+def _locked(path: str) -> int | None:
+    """Lock a directory and return the descriptor; None if it is not at its name any more. BlockingIOError: another has the lock."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            at_name, locked = os.lstat(path), os.fstat(lock)
+            if (at_name.st_dev, at_name.st_ino) == (locked.st_dev, locked.st_ino):
+                return lock
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
+def _remove(path: Path, lock: int | None, process: int) -> None:
+    if os.getpid() == process:  # a forked child shares the directory, and does not own it
+        shutil.rmtree(path, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+
+
+def remove_abandoned() -> None:
+    """Remove the directories of processes that are gone. Blocks for as long as the removal takes; raises nothing."""
+    try:
+        with os.scandir(tempfile.gettempdir()) as entries:
+            paths = [
+                entry.path
+                for entry in entries
+                if _NAME.fullmatch(entry.name) or (_OLD_NAME.fullmatch(entry.name) and _is_old_and_unused(entry.path))
+            ]
+    except OSError as error:
+        log.warning("directories of earlier processes cannot be looked for: %s", error)
+        return
+    for path in paths:
+        try:
+            if os.lstat(path).st_uid != os.geteuid():
+                continue
+            lock = _locked(path)
+        except OSError:  # its process lives, or it cannot be opened
+            continue
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _is_old_and_unused(path: str) -> bool:
+    """Return whether an earlier release left this directory with a local copy that no process has open."""
+    try:
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return False
+        names = {entry.name for entry in Path(path).iterdir()}
+        if not names >= {"current", "lock"} or found.st_mtime > time.time() - OLD_AFTER_S:
+            return False
+        return not any(_is_open(os.path.join(path, name)) for name in names if name.endswith("-shm"))  # noqa: PTH118
+    except OSError:
+        return False
+
+
+def _is_open(shared_memory: str) -> bool:
+    """Return whether another process has the database of this -shm file open."""
+    handle = os.open(shared_memory, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _IN_USE_BYTE)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
