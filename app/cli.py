@@ -29,6 +29,7 @@ from . import server, sign_in
 from . import stack as stacks
 from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreDamaged, StoreUnavailable
 from .autocrud.resource_manager.s3_errors import said
+from .aws_account import check_profile, stack_profile, use_profile
 from .lost_copies import lost_copies, remedy
 from .main import create_app
 from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
@@ -104,7 +105,9 @@ def outputs(*, stack: str | None = None) -> None:
     stack
         Its name; the selected one if none is given.
     """
-    print(msgspec.json.format(msgspec.json.encode(stacks.outputs(stack))).decode())
+    found = stacks.outputs(stack)
+    check_profile(stack_profile(stacks.config(stack)))
+    print(msgspec.json.format(msgspec.json.encode(found)).decode())
 
 
 @cli.command
@@ -137,6 +140,7 @@ def rotate(*, stack: str | None = None, yes: Annotated[bool, Parameter(negative=
     yes
         Do not ask before the changes are made.
     """
+    check_profile(stack_profile(stacks.config(stack)))
     before = stacks.token_sha256(stack)
     key, number = stacks.next_generation(stack)
     print(f"{key} is {number} now", file=sys.stderr)
@@ -158,7 +162,12 @@ def show(*, stack: str | None = None) -> None:
     stack
         Its name; the selected one if none is given.
     """
-    print(sign_in.api_token(stacks.outputs(stack)))
+    found = stacks.outputs(stack)
+    use_profile(stack_profile(stacks.config(stack)))
+    try:
+        print(sign_in.api_token(found))
+    except StoreUnavailable as error:
+        raise ConfigError(f"{error.detail}{f': {said(error.__cause__)}' if error.__cause__ else ''}") from None
 
 
 @tokens.command
@@ -231,6 +240,7 @@ def _environment(storage: str | None, stack: str | None) -> dict[str, str]:
         for name in STACK_VARIABLES:
             environment.pop(name, None)
         environment["CRUDSTACK_OUTPUTS"] = msgspec.json.encode(stacks.outputs(stack)).decode()
+        use_profile(stack_profile(stacks.config(stack)))
     return environment
 
 

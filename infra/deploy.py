@@ -23,6 +23,8 @@ from cyclopts import App, CycloptsError, Parameter
 
 from app import stack as pulumi_cli
 from app.autocrud.errors import ConfigError, CrudError
+from app.aws_account import KEY as PROFILE
+from app.aws_account import check_profile
 from app.settings import JwtAuth, StackOutputs, TokenAuth
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def deploy(*, stage: str, stack: str | None = None, yes: Annotated[bool, Paramet
     check_python()
     stored = stack_file(name)
     check_passphrase(name, stored, log_in(yes=yes))
+    check_profile(_stored(stored, PROFILE))
     aws = check_credentials(stored, choose_region(stored, yes=yes))
     is_new = select_stack(name)
     config = configure(name, stage, stored, aws.region, is_new=is_new)
@@ -167,8 +170,19 @@ def _file_of(stack: str) -> Path:
 
 
 def _stored(stored: Mapping[str, Any], key: str) -> str | None:
-    value = (stored.get("config") or {}).get(key)
+    """Return a text of the stack's config, before `pulumi` can be asked: of the stack's file, else of Pulumi.yaml."""
+    project = yaml.safe_load(Path("Pulumi.yaml").read_text())
+    value = {**_plain(project), **(stored.get("config") or {})}.get(key)
     return value if isinstance(value, str) else None
+
+
+def _plain(project: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that Pulumi.yaml gives to all stacks; those of the project's own keys are only defaults."""
+    found = {}
+    for key, value in (project.get("config") or {}).items():
+        if ":" in key:
+            found[key] = value.get("value", value.get("default")) if isinstance(value, dict) else value
+    return found
 
 
 def log_in(*, yes: bool) -> str:
@@ -222,7 +236,7 @@ def choose_region(stored: Mapping[str, Any], *, yes: bool) -> str:
     region = _stored(stored, "aws:region") or os.environ.get("AWS_REGION")
     if not region:
         try:
-            profile = _stored(stored, "aws:profile")
+            profile = _stored(stored, PROFILE)
             region = botocore.session.Session(profile=profile).get_config_variable("region")
         except BotoCoreError as error:
             raise ConfigError(_no_credentials(error)) from None
@@ -244,7 +258,7 @@ def check_credentials(stored: Mapping[str, Any], region: str) -> Aws:
     from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError
 
     try:
-        session = boto3.Session(profile_name=_stored(stored, "aws:profile"), region_name=region)
+        session = boto3.Session(profile_name=_stored(stored, PROFILE), region_name=region)
         quickly = Config(connect_timeout=10, read_timeout=20, retries={"total_max_attempts": 2})
         identity = session.client("sts", config=quickly).get_caller_identity()
     except EndpointConnectionError:

@@ -75,7 +75,7 @@ def full(key):
 
 
 def config(name):
-    usual = {{full(key): value["default"] for key, value in project["config"].items()}}
+    usual = {{full(key): value.get("default", value.get("value")) for key, value in project["config"].items()}}
     return {{**usual, **{{full(key): value for key, value in (content(name).get("config") or {{}}).items()}}}}
 
 

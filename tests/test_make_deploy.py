@@ -28,6 +28,7 @@ from app.settings import parse_outputs
 from infra import deploy
 from infra.artifact import ROOT
 from infra.config import read
+from tests.aws_signer_double import SignerDouble
 from tests.fake_pulumi import FakePulumi
 
 PASSPHRASE, TOKEN = "a passphrase of the tests", "the-token"
@@ -413,6 +414,51 @@ def test_the_region_is_asked_for_if_nothing_says_it(place):
     done = place.typed(answers=("eu-south-1", "y"))
     assert done.code == 0, done.shown
     assert place.stack_file()["config"]["aws:region"] == "eu-south-1"
+
+
+PROFILES = """
+[profile work]
+aws_access_key_id = work-key
+aws_secret_access_key = secret
+"""
+
+
+@pytest.fixture
+def signers(place):
+    """What noted who signed; the environment has keys of another account."""
+    (place.directory / "aws.ini").write_text(PROFILES)
+    with SignerDouble() as double:
+        place.environment |= {"AWS_ENDPOINT_URL": double.url, "AWS_CONFIG_FILE": str(place.directory / "aws.ini")}
+        yield double.signers
+
+
+def test_the_profile_of_the_stack_is_who_deploys(place, signers):
+    place.write(config={"aws:profile": "work"})
+    done = place.run("--stage", "dev", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "AWS account 111111111111" in done.stdout
+    assert set(signers) == {("sts", "work-key")}
+
+
+def test_the_profile_may_be_in_pulumi_yaml(place, signers):
+    with (place.directory / "Pulumi.yaml").open("a") as file:
+        file.write("  aws:profile:\n    value: work\n")
+    done = place.run("--stage", "dev", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert set(signers) == {("sts", "work-key")}
+
+
+def test_another_profile_is_refused_before_aws_is_asked(place, signers):
+    place.write(config={"aws:profile": "work"})
+    place.environment["AWS_PROFILE"] = "other"
+    assert place.refused().startswith(
+        "AWS_PROFILE is other, and aws:profile in the stack's config is work: expected one"
+    )
+    place.write(config={"aws:profile": "other"})
+    assert (
+        "is other, expected a profile in ~/.aws/config or ~/.aws/credentials, where there are work" in place.refused()
+    )
+    assert (signers, place.changed()) == ([], [])
 
 
 def test_a_stage_never_changes(place):

@@ -17,6 +17,9 @@ import httpx
 import pytest
 
 from app import cli
+from app.autocrud.errors import ConfigError
+from app.aws_account import use_profile
+from tests.aws_signer_double import SignerDouble
 
 OUTPUTS = {
     "version": 1,
@@ -93,7 +96,8 @@ def test_outputs_are_printed_as_the_app_decodes_them(pulumi):
     done = crudstack(pulumi, "outputs", "--stack", "dev")
     printed = json.loads(done.stdout)
     assert {name: printed[name] for name in OUTPUTS} == OUTPUTS
-    assert asked(pulumi) == [["stack", "output", "--json", "--non-interactive", "--stack", "dev"]]
+    commands = (["stack", "output"], ["config"])
+    assert asked(pulumi) == [[*words, "--json", "--non-interactive", "--stack", "dev"] for words in commands]
     assert crudstack(pulumi, "outputs").returncode == 0
 
 
@@ -280,6 +284,167 @@ def test_a_token_is_shown_only_if_it_is_the_stack_s(pulumi, secrets):
     assert "another-token" not in done.stderr
     (pulumi / "outputs.json").write_text(json.dumps(OUTPUTS))
     assert "this stack has no API token" in crudstack(pulumi, "token", "show", **secrets).stderr
+
+
+# The account of a stack
+
+PROFILES = """
+[default]
+aws_access_key_id = default-key
+aws_secret_access_key = secret
+[profile work]
+aws_access_key_id = work-key
+aws_secret_access_key = secret
+[profile role]
+role_arn = arn:aws:iam::111111111111:role/x
+source_profile = from-environment
+[profile from-environment]
+role_arn = arn:aws:iam::111111111111:role/y
+credential_source = Environment
+"""
+KEYS = {"AWS_ACCESS_KEY_ID": "env-key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_SESSION_TOKEN": "token"}
+
+
+@pytest.fixture
+def account(pulumi):
+    """An AWS, and the environment of somebody with several profiles."""
+    (pulumi / "aws.ini").write_text(PROFILES)
+    (pulumi / "outputs.json").write_text(json.dumps(with_token("the-token")))
+    with SignerDouble("the-token") as double:
+        yield (
+            double,
+            {
+                "HOME": str(pulumi),
+                "AWS_CONFIG_FILE": str(pulumi / "aws.ini"),
+                "AWS_ENDPOINT_URL": double.url,
+                "AWS_EC2_METADATA_DISABLED": "true",
+            },
+        )
+
+
+def names_profile(pulumi, name):
+    (pulumi / "config.json").write_text(json.dumps({"aws:profile": name}))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        KEYS,
+        {"AWS_PROFILE": "work"},
+        {"AWS_DEFAULT_PROFILE": "work", **KEYS},
+        {"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere", "AWS_ROLE_ARN": "arn:aws:iam::111111111111:role/x"},
+    ],
+    ids=lambda given: "-".join(given) or "nothing",
+)
+def test_the_token_is_read_with_the_profile_of_the_stack(pulumi, account, given):
+    """As Pulumi's provider does it, which prefers aws:profile to all of these."""
+    double, environment = account
+    names_profile(pulumi, "work")
+    done = crudstack(pulumi, "token", "show", **environment, **given)
+    assert (done.returncode, done.stdout) == (0, "the-token\n"), done.stderr
+    assert double.signers == [("secretsmanager", "work-key")]
+
+
+def test_without_a_profile_the_environment_is_as_it_was(pulumi, account):
+    double, environment = account
+    for given, key in (({}, "default-key"), (KEYS, "env-key"), ({"AWS_PROFILE": "work"}, "work-key")):
+        done = crudstack(pulumi, "token", "show", **environment, **given)
+        assert done.returncode == 0, done.stderr
+        assert double.signers.pop() == ("secretsmanager", key)
+
+
+def test_the_data_are_read_with_the_profile_of_the_stack(pulumi, account):
+    double, environment = account
+    names_profile(pulumi, "work")
+    environment |= {"CRUDSTACK_S3_ENDPOINT_URL": double.url, "CRUDSTACK_DATA_DIR": str(pulumi / "data"), **KEYS}
+    done = crudstack(pulumi, "serve", "--stack", "dev", "--port", "0", **environment)
+    assert done.returncode == 2
+    assert "AccessDenied" in done.stderr
+    assert set(double.signers) == {("s3", "work-key")}
+
+
+COMMANDS = [["outputs"], ["token", "show"], ["token", "rotate"], ["serve", "--stack", "dev", "--port", "0"]]
+
+
+@pytest.mark.parametrize("variable", ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"])
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_another_profile_of_the_environment_is_refused(pulumi, account, command, variable):
+    double, environment = account
+    names_profile(pulumi, "work")
+    done = crudstack(pulumi, *command, **environment, **{variable: "default"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"crudstack: {variable} is default, and aws:profile in the stack's config is work: expected"
+    )
+    assert f"`unset {variable}`" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert double.signers == []
+    assert not [words for words in asked(pulumi) if words[0] == "up" or words[:2] == ["config", "set"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_profile_that_is_not_there_is_one_sentence(pulumi, account, command):
+    double, environment = account
+    names_profile(pulumi, "nobody")
+    done = crudstack(pulumi, *command, **environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "aws:profile in the stack's config is nobody, expected a profile in ~/.aws/config" in done.stderr
+    assert "there are default, from-environment, role, work: run `aws configure --profile nobody`" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert double.signers == []
+    # A name in the environment alone is botocore's to find.
+    (pulumi / "config.json").unlink()
+    said = crudstack(pulumi, "token", "show", **environment, AWS_PROFILE="nobody").stderr
+    assert said.endswith("Secrets Manager: The config profile (nobody) could not be found\n")
+
+
+def test_files_that_cannot_be_read_are_one_sentence(pulumi, account):
+    _, environment = account
+    names_profile(pulumi, "work")
+    (pulumi / "aws.ini").write_text("[profile work\n")
+    done = crudstack(pulumi, "token", "show", **environment)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert "the profiles in ~/.aws cannot be read: " in done.stderr
+
+
+@pytest.mark.parametrize("name", ["role", "from-environment"])
+def test_a_profile_that_takes_its_keys_from_the_environment_is_refused(pulumi, account, name):
+    _, environment = account
+    names_profile(pulumi, name)
+    done = crudstack(pulumi, "token", "show", **environment, **KEYS)
+    assert done.stderr.startswith("crudstack: the profile from-environment has credential_source = Environment")
+
+
+def test_a_secret_profile_is_refused(pulumi, account):
+    names_profile(pulumi, None)
+    assert "aws:profile is a secret, expected the plain name" in crudstack(pulumi, "outputs", **account[1]).stderr
+
+
+def test_pulumi_keeps_its_own_environment(pulumi, account):
+    """It may keep its state in a bucket of another account, whose keys are in the environment."""
+    _, environment = account
+    names_profile(pulumi, "work")
+    (pulumi / "after.json").write_text(json.dumps(with_token("the-token")))
+    (pulumi / "outputs.json").write_text(json.dumps(with_token("before")))
+    program = pulumi / "pulumi"
+    seen = (
+        'import os\n(pathlib.Path(__file__).parent / "keys").open("a").write(os.environ["AWS_ACCESS_KEY_ID"] + "\\n")\n'
+    )
+    program.write_text(program.read_text().replace("asked = ", f"{seen}asked = ", 1))
+    done = crudstack(pulumi, "token", "rotate", **environment, **KEYS)
+    assert done.returncode == 0, done.stderr
+    assert set((pulumi / "keys").read_text().split()) == {"env-key"}
+
+
+def test_use_profile_changes_nothing_if_it_refuses(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    given = dict(KEYS)
+    with pytest.raises(ConfigError, match="where there is none"):
+        use_profile("work", given)
+    use_profile(None, given)
+    assert given == KEYS
 
 
 def test_the_data_of_a_stack_are_served_here(pulumi, serve, ministack_s3):
