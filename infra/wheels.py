@@ -12,6 +12,7 @@ import fnmatch
 import os
 import re
 import struct
+import subprocess
 from collections.abc import Iterator, Sequence
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,13 @@ from typing import NamedTuple
 
 from app.autocrud.errors import ConfigError
 from infra.pythons import Target, uv
+
+ADVICE = {
+    "wheels": "`make lock` takes newer versions, which may have a wheel",
+    "Hash mismatch": "`make lock` writes the hashes anew",
+    "Failed to fetch": "Check the network",
+}
+"""What to do if uv says these words."""
 
 
 class Tried(NamedTuple):
@@ -94,15 +102,18 @@ def install(directory: Path, target: Target, python: Path, requirements: Sequenc
         *(argument for path in requirements for argument in ("-r", path.absolute())),
     )
     if done.returncode:
-        # The first line says what failed, the last one how.
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [
-            f"it ended with {done.returncode}"
-        ]
-        reason = said[-1] if len(said) == 1 else f"{said[0]} ... {said[-1]}"
         raise ConfigError(
-            f"uv cannot install the wheels of {', '.join(map(str, requirements))} for {target.platform or 'this machine'} and Python {target.python}, "
-            f"check the network, or run `make lock` if a version has no wheel: {reason}"
+            f"uv cannot install the wheels of {', '.join(map(str, requirements))} for"
+            f" {target.platform or 'this machine'} and Python {target.python}: {_reason(done)}"
         )
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what uv said in one line, and what to do about it if that is known."""
+    lines = [re.sub(r"^[^\w`]*((error|cause): )?", "", line) for line in done.stderr.splitlines()]
+    said = "; ".join(line.rstrip(" .") for line in lines if line) or f"it ended with {done.returncode}"
+    advice = next((advice for words, advice in ADVICE.items() if words in said), None)
+    return f"{said}. {advice}" if advice else said
 
 
 def keep_needed(installed: Path, tree: Path, python: Path) -> list[str]:

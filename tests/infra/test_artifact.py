@@ -280,21 +280,35 @@ def test_a_wheel_for_another_machine_is_found_and_not_kept(small_app, tmp_path, 
     assert names(tmp_path / "cache") == []
 
 
-def test_a_requirement_that_cannot_be_installed_is_one_sentence_and_leaves_nothing(app, tmp_path):
+ZEROS = f"sha256:{'0' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("requirement", "environment", "reason", "advice"),
+    [
+        ("LOCKED", {}, f"Hash mismatch for .*{ZEROS}", "`make lock` writes the hashes anew"),
+        ("docopt==0.6.2", {}, "docopt==0.6.2 has no usable wheels", "`make lock` takes newer versions, .*"),
+        ("msgspec==99.0", {}, "there is no version of msgspec==99.0", None),
+        ("LOCKED", {"UV_INDEX_URL": "http://127.0.0.1:9/", "UV_NO_CACHE": "1"}, "Failed to fetch", "Check the network"),
+    ],
+)
+def test_what_uv_says_of_a_requirement_is_one_sentence_and_leaves_nothing(
+    app, tmp_path, monkeypatch, requirement, environment, reason, advice
+):
+    for name, value in {"UV_HTTP_RETRIES": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
     requirements = tmp_path / "app.txt"
-    lock = (ROOT / "requirements/app.txt").read_text()
-    version = re.search(r"^msgspec==\S+", lock, re.MULTILINE)[0]
-    requirements.write_text(f"{version} --hash=sha256:{'0' * 64}\n")
+    version = re.search(r"^msgspec==\S+", (ROOT / "requirements/app.txt").read_text(), re.MULTILINE)[0]
+    requirements.write_text(f"{requirement.replace('LOCKED', version)} --hash={ZEROS}\n")
     with pytest.raises(ConfigError) as raised:
         build(tmp_path / "x.zip", requirements=[requirements], app=app, cache=tmp_path / "cache")
     sentence = str(raised.value)
     assert "\n" not in sentence
     assert sentence.startswith(
-        f"uv cannot install the wheels of {requirements} for aarch64-manylinux_2_28 and Python 3.13, "
+        f"uv cannot install the wheels of {requirements} for aarch64-manylinux_2_28 and Python 3.13: "
     )
-    assert "`make lock`" in sentence
-    assert version in sentence
-    assert re.search(r"sha256:[0-9a-f]{64}$", sentence)
+    assert re.search(reason, sentence), sentence
+    assert ". " not in sentence if advice is None else re.search(rf"\. {advice}$", sentence), sentence
     assert names(tmp_path) == ["app.txt", "cache"]
     assert names(tmp_path / "cache") == []
 
