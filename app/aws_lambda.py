@@ -25,6 +25,7 @@ from msgspec import Struct
 from .autocrud.errors import ConfigError, OutcomeUnknown, StoreUnavailable
 from .autocrud.http import problems
 from .autocrud.http.messages import Receive, Scope, Send
+from .autocrud.resource_manager.deadline import DEADLINE, Deadline
 from .base_path import below, put_below
 from .main import create_app
 from .request_log import RequestLog, write_line
@@ -37,6 +38,8 @@ MAX_ANSWER = 6 * 1024 * 1024 - 64 * 1024
 """Bytes of a body in the answer, as Lambda takes it: 6 MB, less what headers may need."""
 LARGE = MAX_ANSWER // 2
 WITHOUT_CONTENT = frozenset({204, 205, 304})
+MEMORY_OF_CPU, DEFAULT_MEMORY = 1769, 512
+"""MB of memory with which a function has one whole CPU, and those of a function that does not say how many it has."""
 MARGIN_S = 0.5
 """How long before Lambda ends the function a request is answered at the latest."""
 DEFAULT_STAGE = "$default"
@@ -110,6 +113,17 @@ class LambdaHandler:
         _check(event)
         return _encoded(self._mangum(event | {"headers": _sound(event.get("headers", {}))}, context))
 
+    async def _maintained(self, budget: float, seconds: float) -> bool:
+        """Do housekeeping. Return False if it was cut off after so many seconds."""
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                await self._crud.maintain(budget)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return False
+        return True
+
     def _maintain(self, context: Any) -> dict[str, Any]:
         began = time.perf_counter()
         budget = max(0.0, _left(context) - 2 * MARGIN_S)
@@ -120,7 +134,9 @@ class LambdaHandler:
             "budget_s": round(budget, 1),
         }
         try:
-            self._loop.run_until_complete(self._crud.maintain(budget))
+            # The budget ends between two steps. A step that takes longer is cut off: housekeeping goes on after it was killed, too.
+            if not self._loop.run_until_complete(self._maintained(budget, _left(context) - MARGIN_S)):
+                line |= {"level": "WARNING", "message": "maintain was cut off; the next event goes on"}
         except BaseException:
             line |= {"level": "ERROR", "message": "maintain failed"}
             raise
@@ -128,6 +144,11 @@ class LambdaHandler:
             line["duration_ms"] = round((time.perf_counter() - began) * 1e3)
             write_line(line)
         return {"maintained": sorted(self._crud.managers), "duration_ms": line["duration_ms"]}
+
+
+def _cpus() -> float:
+    """Return the share of a CPU that Lambda gives a function of this size."""
+    return int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", DEFAULT_MEMORY)) / MEMORY_OF_CPU
 
 
 def _is_scheduled(event: Any) -> bool:
@@ -208,11 +229,14 @@ class _AsAsked:
 class _InTime:
     """An application that answers before Lambda ends the function: a 503 that says what is known, instead of nothing.
 
+    The timer is for what waits. Python that runs cannot be interrupted, so each request has a deadline too, against which such
+    work is checked before it begins (see `deadline`).
+
     What was begun goes on when the machine is used again, or never; so a write's outcome is unknown then.
     """
 
     def __init__(self, app: Any) -> None:
-        self._app = app
+        self._app, self._cpus = app, _cpus()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -222,8 +246,10 @@ class _InTime:
             started = True
             await send(message)
 
+        seconds = _left(scope["aws.context"]) - MARGIN_S
+        DEADLINE.set(Deadline(seconds, self._cpus))  # for the rest of this task, which is this request's own
         try:
-            async with asyncio.timeout(_left(scope["aws.context"]) - MARGIN_S):
+            async with asyncio.timeout(seconds):
                 await self._app(scope, receive, sent)
         except TimeoutError:
             if started:

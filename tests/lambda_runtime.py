@@ -10,6 +10,7 @@ invocations (SIGSTOP), 6 MB for an event and for an answer, and events as the tw
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import queue
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +35,8 @@ from infra import artifact
 ROOT = Path(__file__).parent.parent
 MAX_EVENT = 6 * 1024 * 1024
 MAX_RESPONSE = 6_291_556
+PERIOD_S = 0.1
+"""In which a process has its share of the CPU."""
 ARN = "arn:aws:lambda:us-east-1:123456789012:function:crudstack"
 
 
@@ -161,6 +165,26 @@ class Instance:
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def throttled(self, cpus: float) -> Iterator[None]:
+        """Let the process run for this share of the time only, as Lambda does with less memory than 1,769 MB."""
+        ended = threading.Event()
+
+        def run() -> None:
+            while not ended.is_set():
+                self.freeze()
+                ended.wait(PERIOD_S * (1 - cpus))
+                self.thaw()
+                ended.wait(PERIOD_S * cpus)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def kill(self) -> None:
         self.process.kill()

@@ -532,6 +532,45 @@ def test_the_time_ends_in_the_middle_of_a_write(instance, ministack_s3):
         assert (read.status, read.json()["type"]) == (503, "urn:crudstack:store-unavailable")
 
 
+@pytest.mark.parametrize(("memory", "seconds", "status"), [(128, 6.0, 503), (512, 29.0, 200)])
+def test_work_in_python_is_refused_if_it_might_not_end(ministack_s3, tmp_path, task, memory, seconds, status):
+    """A text of five megabytes in escapes is a third of a second of a whole CPU, of which a function has a share.
+
+    Running Python is not interrupted by a timer. What is refused was not done; what the limits allow is done with the defaults.
+    """
+    environment = settings(ministack_s3, tmp_path.name) | {"AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(memory)}
+    body = json.dumps({"content": "\x01" * 600_000})  # each is six characters, and two more in an event
+    with Instance(task, environment, tmp_path) as one:
+        path = ask(one, "POST", "/article", json_body=ARTICLE).headers["location"]
+        ask(one, "PATCH", path, json_body={"title": "Moon"})
+        before = ask(one, "GET", path)
+        with one.throttled(memory / 1769):
+            answer = ask(
+                one, "PATCH", path, body=body, seconds=seconds, headers={"content-type": "application/merge-patch+json"}
+            )
+        assert answer.status == status, answer.body
+        after = ask(one, "GET", path)
+        if status == 503:
+            assert answer.json()["type"] == "urn:crudstack:not-enough-time"
+            assert after.body == before.body
+        else:
+            assert after.json()["meta"]["revision"] == 3
+
+
+def test_housekeeping_that_takes_long_is_cut_off(instance, ministack_s3):
+    with TcpProxy(ministack_s3.url) as proxy:
+        one = instance(proxy.url)
+        for number in range(20):
+            assert ask(one, "POST", "/article", json_body=ARTICLE | {"title": f"{number}"}).status == 201
+        proxy.hold()
+        one.invoke({"crudstack": "maintain"}, seconds=3)
+        assert one.lines()[-1]["message"].startswith("maintain was cut off")
+        proxy.release()
+        assert ask(one, "GET", "/article/count").json() == {"count": 20}
+        one.invoke({"crudstack": "maintain"})
+        assert one.lines()[-1]["message"] == "maintain"
+
+
 def test_killed_in_the_middle_of_a_write(instance, ministack_s3):
     with TcpProxy(ministack_s3.url) as proxy:
         for number in range(6):

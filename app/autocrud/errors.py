@@ -132,6 +132,14 @@ class Overloaded(CrudError):
     type, title, status = "overloaded", "The server has too much to do", 503
 
 
+class NotEnoughTime(CrudError):
+    """The request's time might end before this is done, so it was not begun; nothing was changed."""
+
+    type, title, status = "not-enough-time", "There is not enough time left", 503
+    may_fit = False
+    """Whether the whole time of a request would do, so that it helps to try again."""
+
+
 class OutcomeUnknown(CrudError):
     """The store cannot say whether the write happened; read before trying again."""
 

@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from ..resource_manager.basic import ResourceMeta
+from ..resource_manager.basic import MAX_READ, ResourceMeta
 from ..resource_manager.codec import canonical_json, project
 from ..resource_manager.core import Resource
+from ..resource_manager.deadline import DEADLINE, operations
+from ..resource_manager.threads import heavy
 from . import problems
 from .messages import Request, Response
 from .problems import ResponseTooLarge
@@ -40,6 +42,19 @@ def how_many_fit(sizes: list[int]) -> int:
 def pairs_that_fit(found: Sequence[tuple[bytes, bytes]]) -> int:
     """How many pairs of metadata and data do."""
     return how_many_fit([len(meta) + len(data) + _AROUND for meta, data in found])
+
+
+def how_many_in_time(found: Sequence[tuple[bytes, bytes]], parts: int) -> int:
+    """Return how many documents can be worked on in a part of the time that is left, at least one; all if there is no deadline."""
+    deadline = DEADLINE.get()
+    if deadline is None:
+        return len(found)
+    left = deadline.affordable() // parts
+    for at, (_, data) in enumerate(found):
+        left -= operations(data)
+        if left < 0:
+            return max(1, at)
+    return len(found)
 
 
 def etag(meta: ResourceMeta) -> tuple[bytes, bytes]:
@@ -76,6 +91,16 @@ def without_data(meta: bytes, item: bytes) -> bytes:
         f"this item has {len(item)} bytes, too many for one answer; ask for less of it by fields=, here or at the resource"
     )
     return b'{"meta":%b,"data":null,"error":%b}' % (meta, problems.response(error).body)
+
+
+async def all_projected(found: Sequence[tuple[bytes, bytes]], fields: list[str]) -> list[bytes]:
+    """Return the items of a list with these fields of their data."""
+    size = min(sum(len(data) for _, data in found), MAX_READ)
+
+    def work() -> list[bytes]:
+        return [envelope(meta, projected(data, fields)) for meta, data in found]
+
+    return await heavy(size, work, *(data for _, data in found))
 
 
 def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:

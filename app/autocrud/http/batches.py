@@ -15,6 +15,7 @@ from ..errors import CrudError, Fault, InvalidData
 from ..resource_manager.basic import Status, Version
 from ..resource_manager.codec import Codec, Document, invalid_data, parse_json
 from ..resource_manager.core import MAX_BATCH
+from ..resource_manager.deadline import operations
 from ..resource_manager.operations import (
     Create,
     Delete,
@@ -127,9 +128,9 @@ def parse(body: bytes, codec: Codec[Any], check_id: Any, max_body: int, *, requi
         detail = f"expected at most {MAX_OPERATIONS} operations of JSON Patch in a batch, got {steps}"
         raise InvalidData(detail, (Fault("/operations", detail),))
     # How much of the body is which patch's is not known any more: an equal part of it each.
-    size = len(body) // len(batch.operations)
+    size, work = len(body) // len(batch.operations), operations(body)
     return [
-        _parsed(at, given, codec, check_id, size, max_body, require_if_match)
+        _parsed(at, given, codec, check_id, size, work, max_body, require_if_match)
         for at, given in enumerate(batch.operations)
     ]
 
@@ -140,6 +141,7 @@ def _parsed(
     codec: Codec[Any],
     check_id: Any,
     size: int,
+    work: int,
     max_body: int,
     require_if_match: bool,
 ) -> Operation:
@@ -150,12 +152,12 @@ def _parsed(
             return Create(_document(given.data, codec), given.id, given.status)
         if given.if_match is None and require_if_match:
             raise PreconditionRequired("send the ETag of the state you mean to change as if_match")
-        return _on_existing(given, codec, size, max_body)
+        return _on_existing(given, codec, size, work, max_body)
     except CrudError as error:
         raise located(error, at) from None
 
 
-def _on_existing(given: Any, codec: Codec[Any], size: int, max_body: int) -> Operation:
+def _on_existing(given: Any, codec: Codec[Any], size: int, work: int, max_body: int) -> Operation:
     on: dict[str, Any] = {"resource_id": given.id, "expect": _expect(given.if_match)}
     match given:
         case UpdateOperation(data=data, status=status):
@@ -166,8 +168,10 @@ def _on_existing(given: Any, codec: Codec[Any], size: int, max_body: int) -> Ope
             if mode == "modify" and status != "stable":
                 raise InvalidData("modify keeps the status", (Fault("/status", "modify keeps the status"),))
             is_merge = isinstance(patch, dict)
-            how = GivenPatch(merge_patch(patch), size) if is_merge else given_json_patch(patch, size)
-            return Patch(**on, apply=how.apply, size=how.size, max_bytes=max_body, mode=mode, status=status)
+            how = GivenPatch(merge_patch(patch), size, work) if is_merge else given_json_patch(patch, size, work)
+            return Patch(
+                **on, apply=how.apply, size=how.size, work=how.work, max_bytes=max_body, mode=mode, status=status
+            )
         case SwitchOperation(revision=revision):
             check_revision(revision)
             return Switch(**on, revision=revision)

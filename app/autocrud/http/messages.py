@@ -128,7 +128,7 @@ class Request:
             of_tree = weight(found)
             await large_turns().take(len(found), of_tree)
             self._weight = of_tree
-            too_much = await heavy(len(found), lambda: misshapen(found))
+            too_much = await heavy(len(found), lambda: misshapen(found), found)
         if too_much is not None:
             raise InvalidData(f"the body {too_much}; {EXPECTED_SHAPE}", (Fault("", too_much),))
         return found

@@ -6,20 +6,27 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..resource_manager.codec import parse_json
-from .json_patch import invalid, json_patch
+from ..resource_manager.deadline import MOST_PARTS, STEP_BYTES, operations
+from .json_patch import MAX_MADE, MAX_OPERATIONS, invalid, json_patch
 
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
+LEAST_OPERATION = len('{"op":"add","path":"","value":1}')
+"""Bytes of the shortest operation that may do something."""
+STEP_WORK = 30
+"""Operations of one step of a JSON Patch in a list of a million items, which is in pieces (see `json_patch.Row`)."""
 MAX_DOUBLINGS = 10
 """After so many copies the work counts as large, whatever is copied."""
 PATCH_TYPES = (MERGE_PATCH, "application/json", JSON_PATCH)
 
 
 class GivenPatch(NamedTuple):
-    """`apply` makes new data of a JSON tree, which it may change. `size`: about how many bytes it works on, the data's aside."""
+    """`apply` makes new data of a JSON tree, which it may change. `size`: about how many bytes it works on, the data's aside.
+    `work`: operations that it takes at most, those on the data aside."""
 
     apply: Callable[[Any], Any]
     size: int
+    work: int
 
 
 def given(body: bytes, media: str) -> GivenPatch:
@@ -35,12 +42,22 @@ def given(body: bytes, media: str) -> GivenPatch:
 
     # What is written in escapes is not looked for: it counts as many copies.
     copies = 0 if media != JSON_PATCH else MAX_DOUBLINGS if b"\\u" in body else body.count(b'"copy"')
-    return GivenPatch(apply, _work(len(body), copies))
+    work = operations(body)
+    if media == JSON_PATCH:
+        count = len(body) // LEAST_OPERATION if b"\\u" in body else body.count(b'"op"')
+        work += work_of_json_patch(min(MAX_OPERATIONS, count), copies)
+    return GivenPatch(apply, _work(len(body), copies), work)
 
 
-def given_json_patch(patch: Any, size: int) -> GivenPatch:
-    """A JSON Patch of about `size` bytes. InvalidData if it is none."""
-    return GivenPatch(json_patch(patch), _work(size, sum(1 for operation in patch if operation["op"] == "copy")))
+def given_json_patch(patch: Any, size: int, work: int) -> GivenPatch:
+    """Return a JSON Patch of about `size` bytes, on which `work` operations are done at most. Raises InvalidData if it is none."""
+    copies = sum(1 for operation in patch if operation["op"] == "copy")
+    return GivenPatch(json_patch(patch), _work(size, copies), work + work_of_json_patch(len(patch), copies))
+
+
+def work_of_json_patch(count: int, copies: int) -> int:
+    """Return how many operations so many steps of a JSON Patch take at most, beside those on its text and on the data."""
+    return count * STEP_WORK + (MAX_MADE // STEP_BYTES + MOST_PARTS if copies else 0)
 
 
 def _work(size: int, copies: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from ..access import Unauthenticated
-from ..errors import CrudError, KeyInFlight, Overloaded, StoreUnavailable, WriteContention
+from ..errors import CrudError, KeyInFlight, NotEnoughTime, Overloaded, StoreUnavailable, WriteContention
 from .messages import Response, Scope
 
 log = logging.getLogger("crudstack.http")
@@ -49,7 +49,8 @@ def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) ->
             {"pointer": shortened(fault.pointer), "detail": shortened(fault.detail)}
             for fault in error.faults[:MAX_FAULTS]
         ]
-    if isinstance(error, Overloaded | StoreUnavailable | WriteContention | KeyInFlight):
+    again = isinstance(error, Overloaded | StoreUnavailable | WriteContention | KeyInFlight)
+    if again or (isinstance(error, NotEnoughTime) and error.may_fit):
         headers = (*headers, (b"retry-after", b"1"))
     if isinstance(error, Unauthenticated):
         headers = (*headers, (b"www-authenticate", error.challenge.encode()))

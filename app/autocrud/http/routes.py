@@ -15,19 +15,21 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
-from ..errors import ConfigError, CrudError
-from ..query import And, Filter, Query
-from ..resource_manager.basic import MAX_READ, Page, RevisionInfo
+from ..errors import ConfigError, CrudError, NotEnoughTime
+from ..query import Filter, Query
+from ..resource_manager.basic import Page, RevisionInfo
 from ..resource_manager.codec import Document, invalid_data, parse_json
 from ..resource_manager.core import Bounds, Caller, Resource, ResourceManager
+from ..resource_manager.deadline import STEP_BYTES, check_time
 from ..resource_manager.operations import ACTIONS, Expected
 from ..resource_manager.threads import HEAVY_BYTES, heavy
 from . import batches, conditions, patching, problems, searching
 from .answers import (
+    all_projected,
     batch_response,
-    envelope,
     etag,
     how_many_fit,
+    how_many_in_time,
     page_response,
     pairs_that_fit,
     projected,
@@ -59,6 +61,7 @@ from .options import (
     parse_mode,
     parse_status,
 )
+from .searching import narrowed, sight
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -217,7 +220,14 @@ class ModelRoutes:
             ) from None
 
     def _sendable(self, response: Response, method: str) -> Response:
-        """The response, or what takes its place if it is too large to be sent."""
+        """The response, or what takes its place if it is too large to be sent, or to be made ready for that in time."""
+        if len(response.body) >= HEAVY_BYTES and (method in ("GET", "HEAD") or response.brief is not None):
+            try:
+                check_time(len(response.body) // STEP_BYTES)
+            except NotEnoughTime:
+                if response.brief is None or method in ("GET", "HEAD"):
+                    raise
+                response = response._replace(body=response.brief)
         if self._policy.fits(response.body):
             return response
         if response.brief is not None and method not in ("GET", "HEAD"):  # what is written must be acknowledged
@@ -230,7 +240,7 @@ class ModelRoutes:
         body = await request.json()
         if len(body) < HEAVY_BYTES:
             return self._manager.codec.parse(body)
-        return await heavy(len(body), lambda: self._manager.codec.parse(body))
+        return await heavy(len(body), lambda: self._manager.codec.parse(body), body)
 
     # The collection
 
@@ -254,27 +264,29 @@ class ModelRoutes:
             search.fields is not None and set(search.fields) <= set(self._manager.codec.fields)
         )
         items: list[bytes]
-        metas: Sequence[bytes]
-        query = search.query
+        found: Sequence[tuple[bytes, bytes]]
+        query, shortened = search.query, False
         while True:
             if from_index:
                 hits = await self._manager.find(query)
-                next_, metas = hits.next, [hit.document for hit in hits.items]
-                if search.fields is None:
-                    items = [b'{"meta":%b}' % meta for meta in metas]
-                else:
-                    items = await self._projected([(hit.document, hit.shown) for hit in hits.items], search.fields)
+                next_, found = hits.next, [(hit.document, hit.shown) for hit in hits.items]
             else:
                 page = await self._manager.search_json(query)
-                next_, metas = page.next, [meta for meta, _ in page.items]
-                if search.fields is not None:
-                    items = await self._projected(page.items, search.fields)
-                else:
-                    fitting = pairs_that_fit(page.items)
-                    if fitting < len(page.items):
-                        query = replace(query, limit=fitting)  # large ones are not put together in vain
-                        continue
-                    items = [b'{"meta":%b,"data":%b}' % found for found in page.items]
+                next_, found = page.next, page.items
+            if search.fields is not None:
+                in_time = how_many_in_time(found, 1 if shortened else 2)
+                if in_time < len(found):
+                    query, shortened = replace(query, limit=in_time), True
+                    continue
+                items = await all_projected(found, search.fields)
+            elif from_index:
+                items = [b'{"meta":%b}' % meta for meta, _ in found]
+            else:
+                fitting = pairs_that_fit(found)
+                if fitting < len(found):
+                    query = replace(query, limit=fitting)  # large ones are not put together in vain
+                    continue
+                items = [b'{"meta":%b,"data":%b}' % pair for pair in found]
             fitting = how_many_fit([len(item) for item in items])
             if fitting == len(items):
                 cursor = None if next_ is None else searching.encode_cursor(next_, search.cursor_scope)
@@ -282,13 +294,9 @@ class ModelRoutes:
                 if self._policy.fits(response.body):
                     return response
                 if len(items) <= 1:
-                    return page_response(request, [without_data(meta, items[0]) for meta in metas], cursor)
+                    return page_response(request, [without_data(meta, items[0]) for meta, _ in found], cursor)
                 fitting = len(items) // 2
             query = replace(query, limit=fitting)  # again, for the cursor that stands after the last one that fits
-
-    async def _projected(self, found: Sequence[tuple[bytes, bytes]], fields: list[str]) -> list[bytes]:
-        size = min(sum(len(data) for _, data in found), MAX_READ)
-        return await heavy(size, lambda: [envelope(meta, projected(data, fields)) for meta, data in found])
 
     async def _count(self, request: Request) -> Response:
         query = searching.parse_count(request.parameters(), self._manager.codec)
@@ -303,6 +311,7 @@ class ModelRoutes:
             lambda: batches.parse(
                 body, codec, check_id, self._policy.max_body, require_if_match=self._require_if_match
             ),
+            body,
         )
         await self._allow(request, *dict.fromkeys(ACTIONS[type(operation)] for operation in operations))
         try:
@@ -323,7 +332,7 @@ class ModelRoutes:
             return unchanged
         if "fields" in options:
             fields = searching.parse_fields(options["fields"], self._manager.codec)
-            data = await heavy(len(resource.json), lambda: projected(resource.json, fields))
+            data = await heavy(len(resource.json), lambda: projected(resource.json, fields), resource.json)
             shown = Resource(self._manager.codec, resource.meta, data, resource.info)
             return resource_response(shown, 200)
         return resource_response(resource, 200)
@@ -336,7 +345,7 @@ class ModelRoutes:
         body = resource.json
         if "fields" in options:
             whole, fields = body, searching.parse_fields(options["fields"], self._manager.codec)
-            body = await heavy(len(whole), lambda: projected(whole, fields))
+            body = await heavy(len(whole), lambda: projected(whole, fields), whole)
         return Response(200, body, (etag(resource.meta),))
 
     async def _read(self, request: Request, options: dict[str, str]) -> tuple[Resource[Any], Response | None]:
@@ -384,6 +393,7 @@ class ModelRoutes:
             resource_id,
             patch.apply,
             size=patch.size,
+            work=patch.work,
             max_bytes=self._policy.max_body,
             expect=expect,
             mode=mode,
@@ -484,18 +494,5 @@ class ModelRoutes:
             )
             bodies.append(found.json)
         old, new = bodies
-        patch = await heavy(len(old) + len(new), lambda: _encode(diff(old, new)))
+        patch = await heavy(len(old) + len(new), lambda: _encode(diff(old, new)), old, new)
         return Response(200, patch, (), patching.JSON_PATCH.encode())
-
-
-def sight(by: Caller) -> Filter | None:
-    """What there is for a caller."""
-    return None if by.bounds is None else by.bounds.read
-
-
-def narrowed(query: Query, by: Caller) -> Query:
-    """A resolved query that finds only what there is for a caller."""
-    within = sight(by)
-    if within is None:
-        return query
-    return replace(query, where=within if query.where is None else And((query.where, within)))

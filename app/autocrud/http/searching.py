@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import msgspec
+from msgspec.structs import replace
 
 from ..query import (
     MAX_LIMIT,
@@ -33,6 +34,7 @@ from ..query import (
     resolve_name,
     resolve_sort,
 )
+from ..resource_manager.caller import Caller
 from ..resource_manager.codec import Codec
 from ..values import INT_MAX, INT_MIN, Key
 from .messages import bad_parameter, flag, integer
@@ -197,3 +199,16 @@ def decode_cursor(text: str, scope: bytes, length: int) -> Cursor:
     if any(isinstance(key, int) and not INT_MIN <= key <= INT_MAX for key in cursor):
         raise invalid("cursor", "expected the next_cursor of an answer")
     return tuple(cursor)
+
+
+def sight(by: Caller) -> Filter | None:
+    """What there is for a caller."""
+    return None if by.bounds is None else by.bounds.read
+
+
+def narrowed(query: Query, by: Caller) -> Query:
+    """A resolved query that finds only what there is for a caller."""
+    within = sight(by)
+    if within is None:
+        return query
+    return replace(query, where=within if query.where is None else And((query.where, within)))

@@ -334,18 +334,20 @@ class ResourceManager(Generic[T]):
         apply: Callable[[Any], Any],
         *,
         size: int = 0,
+        work: int | None = None,
         max_bytes: int | None = None,
         expect: Expected | None = None,
         mode: Literal["update", "modify"] = "update",
         status: Status = "stable",
         by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
-        """Update or modify with what `apply` makes of the current data as a JSON tree. `size` and `max_bytes`: see Patch."""
+        """Update or modify with what `apply` makes of the current data as a JSON tree. `size`, `work` and `max_bytes`: see Patch."""
         patch = Patch(
             resource_id=resource_id,
             expect=expect,
             apply=apply,
             size=size,
+            work=work,
             max_bytes=max_bytes,
             mode=mode,
             status=status,

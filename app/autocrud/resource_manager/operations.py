@@ -58,6 +58,8 @@ class Patch(OnExisting, frozen=True, kw_only=True):
     apply: Callable[[Any], Any]
     size: int = 0
     """Bytes of the patch, and of what it may make, as far as that is known: what applying it costs."""
+    work: int | None = None
+    """Operations that it takes beside those on the data (`deadline.operations`); None if nobody has counted: `size` then."""
     max_bytes: int | None = None
     """Of the data in JSON that it may make: larger data is taken only if it was larger before."""
     mode: Literal["update", "modify"] = "update"

@@ -40,6 +40,7 @@ from .basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Sta
 from .bounds import Bounds, holds
 from .checks import check_expectation, check_new_id, missing, storable_number
 from .codec import Codec, Document, canonical_json
+from .deadline import check_time
 from .json_shape import EXPECTED_SHAPE, misshapen
 from .limits import check_index, check_items, may_exceed
 from .operations import (
@@ -103,6 +104,7 @@ class Plan(Generic[T]):
 
     async def add(self, operation: Operation) -> State:
         """Plan one operation; the state that it leaves. Raises what the operation may not do."""
+        check_time()
         allowed = None if self._bounds is None else await self._allowed(self._bounds, operation)
         state = await self._add(operation)
         if not isinstance(operation, Delete | Purge | Expire):
@@ -280,7 +282,7 @@ class Plan(Generic[T]):
         items = codec.items(data)
         try:
             check_items(resource_id, items, {})
-            entry = await heavy(len(document.json), lambda: codec.index(data))
+            entry = await heavy(len(document.json), lambda: codec.index(data), document.json)
             check_index(resource_id, entry, None)
         except (InvalidData, MetadataTooLarge):
             if before is None:
@@ -296,11 +298,16 @@ class Plan(Generic[T]):
             check_index(resource_id, entry, codec.index_kept(tree))
             return entry
 
-        return await heavy(len(old) + len(document.json), index_after)
+        return await heavy(len(old) + len(document.json), index_after, old, document.json)
 
     async def _patched(self, state: State, operation: Patch) -> Document[T]:
         before = await self.json(state)
-        document = await heavy(len(before) + operation.size, lambda: self._apply(operation, before))
+        document = await heavy(
+            len(before) + operation.size,
+            lambda: self._apply(operation, before),
+            before,
+            more=operation.size if operation.work is None else operation.work,
+        )
         self._grown += max(0, len(document.json) - len(before))
         if operation.max_bytes is not None and self._grown > operation.max_bytes:
             raise DataTooLarge(f"the patches make more than {operation.max_bytes} bytes; send fewer of them at once")

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from ..errors import Overloaded
+from .deadline import DEADLINE, operations
 
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ class _Lane:
         self._mutex = threading.Lock()
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
+        """Do the work after all that was here before. `size`: bytes of JSON that wait with it."""
         self._enter(size)
         turn = TURN.get()
         if turn is not None:
@@ -146,8 +148,21 @@ def large_turns() -> LargeTurns:
     return _LARGE_TURNS.setdefault(asyncio.get_running_loop(), LargeTurns())
 
 
-async def heavy(size: int, work: Callable[[], T]) -> T:
-    """Do work on JSON of so many bytes: at once, or if it is large after what else is heavy, while others are answered."""
+async def heavy(size: int, work: Callable[[], T], *texts: bytes, more: int = 0) -> T:
+    """Do work on JSON of so many bytes: at once, or if it is large after what else is heavy, while others are answered.
+
+    texts, more  the JSON, and operations beside those on it: what bounds the work if the request has a deadline
+
+    Raises NotEnoughTime if the work might not end before that, when its turn has come.
+    """
+    if (deadline := DEADLINE.get()) is not None:
+        count = (operations(*texts) if texts else size) + more
+        unchecked = work
+
+        def work() -> T:
+            deadline.check(count)
+            return unchecked()
+
     return work() if size < HEAVY_BYTES else await LANE.run(size, work)
 
 

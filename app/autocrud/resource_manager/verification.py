@@ -61,7 +61,7 @@ class Verifier:
         """Return what `json` does. A large body is worked on where large work is: others are answered meanwhile."""
         if len(body) < HEAVY_BYTES or (not self._verified and meta.encoding == Encoding.json):
             return self.json(meta, body)
-        return await heavy(len(body), lambda: self.json(meta, body))
+        return await heavy(len(body), lambda: self.json(meta, body), body)
 
     def page(self, hits: Sequence[Hit], bodies: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
         """Return the metadata and the data of a list, each as JSON. Raises StoreDamaged if something is damaged."""

@@ -34,6 +34,7 @@ from .bounds import holds
 from .caller import Caller, HashedKey
 from .checks import check_name, missing, storable_id
 from .codec import Codec
+from .deadline import check_time
 from .operations import Create, Delete, Modify, Operation, Purge, Retention, Update
 from .planning import Plan, State
 from .verification import Verifier
@@ -221,6 +222,7 @@ class Writer(Generic[T]):
         self, plan: Plan[T], operations: Sequence[Operation], states: list[State], key: HashedKey | None
     ) -> Sequence[State | None] | None:
         if plan.writes or key is not None:  # a key is remembered even where nothing changes
+            check_time()  # the last moment at which a failure is certain
             once = None if key is None else key.once(operations, states, plan.writes, self._clock())
             try:
                 committed = await self._storage.commit(plan.writes, once)
