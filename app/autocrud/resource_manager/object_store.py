@@ -4,7 +4,8 @@
     MemoryObjectStore()          a double in memory (object_store_double): atomic, with faults and latency as wished
 
 A conditional PUT is the only step of the engine that decides between writers, so its outcome has a type: `Stored`, `Lost` or `Unknown`.
-Nothing retries it. Everything else may be repeated without harm, and is.
+Nothing repeats it, unless the answer says that it was refused before it was looked at. Everything else may be repeated without harm, and is:
+see s3_clients.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, StoreUnavailable
@@ -28,15 +29,17 @@ from . import s3_credentials
 from .disk_space import full, is_full
 from .drivers import driver
 from .obstore_exit import tracked, wait_at_exit
+from .s3_clients import FILE, Clients, Kind, kind_of
 from .s3_errors import brief, said
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Store
 
+T = TypeVar("T")
+
 log = logging.getLogger("crudstack.s3")
 
 CONCURRENT_GETS = 32
-RETRIES = 4
 
 REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", default=None)
 """Where the requests that are made on somebody's behalf are counted, if they want to know. Commits that share a swap count for one of them."""
@@ -164,6 +167,7 @@ class S3ObjectStore(ObjectStore):
             options["endpoint"] = plain(endpoint_url).rstrip("/")
         if region_name is not None:
             options["region"] = region_name
+        renew: Callable[[], None] | None = None
         if access_key_id is not None:
             # As a provider, because a session token of the environment belongs to other keys than these.
             options["credential_provider"] = lambda: {
@@ -173,7 +177,8 @@ class S3ObjectStore(ObjectStore):
                 "expires_at": None,
             }
         elif (ambient := s3_credentials.provider()) is not None:
-            options["credential_provider"] = ambient
+            options["credential_provider"] = kept = s3_credentials.KeptCredentials(ambient)
+            renew = kept.renew
 
         trusted = _trusted()
 
@@ -181,11 +186,8 @@ class S3ObjectStore(ObjectStore):
             http: ClientConfig = {"allow_http": True, "connect_timeout": "3s", **trusted, **client_options}
             return S3Store(bucket, client_options=http, retry_config=retry_config, **options)
 
-        patient: RetryConfig = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=15)}
-        self._swaps = client({"timeout": "10s"}, {"max_retries": 0})
-        self._objects = client({"timeout": "20s"}, patient)
+        self._clients = Clients(client, renew)
         wait_at_exit(_touch)
-        self._files = client({"timeout": "1h", "read_timeout": "30s"}, patient)
 
     @property
     def endpoint(self) -> str:
@@ -209,58 +211,112 @@ class S3ObjectStore(ObjectStore):
                 return None
             raise _unavailable("GET", key, error) from error
 
+    async def _repeated(self, kind: Kind, request: Callable[[S3Store], Awaitable[T]]) -> T:
+        """Make a request that does no harm if it is done twice. Repeats it on new connections if it had no answer."""
+        attempt = 0
+        while True:
+            pools = self._clients.current()
+            try:
+                result = await request(pools.client(kind, attempt))
+            except self._failed as error:
+                if isinstance(error, (self._errors.NotModifiedError, *self._missing)):
+                    self._clients.succeeded()
+                    raise
+                if not await self._clients.may_repeat(kind, pools, attempt, error):
+                    raise
+                attempt += 1
+            else:
+                self._clients.succeeded()
+                return result
+
     async def _read(self, key: str, options: Any) -> Object:
-        _count("GET")
-        result = await tracked(self._obstore.get_async(self._objects, key, options=options))
-        etag = result.meta["e_tag"]
-        return Object(bytes(await tracked(result.bytes_async())), etag or "")
+        async def request(client: S3Store) -> Object:
+            _count("GET")
+            result = await tracked(self._obstore.get_async(client, key, options=options))
+            etag = result.meta["e_tag"]
+            return Object(bytes(await tracked(result.bytes_async())), etag or "")
+
+        return await self._repeated("small", request)
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
         """Return the bytes from `start` up to `end`, which is not included. Raises StoreUnavailable if the answer is another."""
-        _count("GET")
+
+        async def request(client: S3Store) -> bytes:
+            _count("GET")
+            return bytes(await tracked(self._obstore.get_range_async(client, key, start=start, end=end)))
+
         try:
-            return bytes(await tracked(self._obstore.get_range_async(self._objects, key, start=start, end=end)))
+            return await self._repeated("small", request)
         except self._failed as error:
             raise _unavailable("GET", key, error) from error
 
     async def put(self, key: str, body: bytes) -> None:
-        _count("PUT")
+        await self._put(key, body, len(body))
+
+    async def _put(self, key: str, body: bytes | Path, size: int) -> None:
+        async def request(client: S3Store) -> None:
+            _count("PUT")
+            await tracked(self._obstore.put_async(client, key, body))
+
         try:
-            await tracked(self._obstore.put_async(self._objects, key, body))
+            await self._repeated(kind_of(size), request)
         except self._failed as error:
             raise _unavailable("PUT", key, error) from error
 
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
-        _count("PUT")
         mode: Any = "create" if etag is None else {"e_tag": etag}
         errors = self._errors
-        try:
-            result = await tracked(self._obstore.put_async(self._swaps, key, body, mode=mode, use_multipart=False))
-        except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
-            return Lost()
-        except Exception as error:  # whatever it is, it does not say that nothing was stored
-            log.warning("PUT %s: %s", key, said(error))
-            return Unknown(brief(error))
-        new = result["e_tag"]
-        return Stored(new, result["version"]) if new else Unknown("the answer has no ETag")
+        for again in (False, True):
+            _count("PUT")
+            pools = self._clients.current()
+            client = self._clients.swap_client(pools)
+            try:
+                result = await tracked(self._obstore.put_async(client, key, body, mode=mode, use_multipart=False))
+            except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
+                self._clients.swap_answered()
+                return Lost()
+            except Exception as error:  # whatever else it is, it does not say that nothing was stored
+                if not again and await self._clients.renewed(pools, error):
+                    continue
+                log.warning("PUT %s: %s", key, said(error))
+                self._clients.swap_failed(pools, error)
+                return Unknown(brief(error))
+            self._clients.swap_answered()
+            new = result["e_tag"]
+            return Stored(new, result["version"]) if new else Unknown("the answer has no ETag")
+        raise AssertionError("unreachable")
 
     async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
         # obstore lists below folders: the prefix up to its last slash, the rest is compared here.
         folder = prefix.rpartition("/")[0]
-        try:
-            stream = self._obstore.list(self._objects, folder or None, offset=after or None, chunk_size=1000)
-            async for page in _pages(stream):
-                _count("LIST")
-                for meta in sorted(page, key=lambda meta: meta["path"]):
-                    if meta["path"].startswith(prefix):
-                        yield Listed(meta["path"], meta["size"], meta["last_modified"])
-        except self._failed as error:
-            raise _unavailable("LIST", prefix, error) from error
+        attempt = 0
+        while True:
+            pools = self._clients.current()
+            client = pools.client("small", attempt)
+            try:
+                async for page in _pages(
+                    self._obstore.list(client, folder or None, offset=after or None, chunk_size=1000)
+                ):
+                    _count("LIST")
+                    self._clients.succeeded()
+                    attempt = 0
+                    for meta in sorted(page, key=lambda meta: meta["path"]):
+                        after = meta["path"]  # from where it goes on after a failure
+                        if after.startswith(prefix):
+                            yield Listed(after, meta["size"], meta["last_modified"])
+                return
+            except self._failed as error:
+                if not await self._clients.may_repeat("small", pools, attempt, error):
+                    raise _unavailable("LIST", prefix, error) from error
+                attempt += 1
 
     async def delete(self, keys: Sequence[str]) -> None:
-        _count("DELETE")
+        async def request(client: S3Store) -> None:
+            _count("DELETE")
+            await tracked(self._obstore.delete_async(client, keys))
+
         try:
-            await tracked(self._obstore.delete_async(self._objects, keys))
+            await self._repeated("small", request)
         except self._missing:
             for key in keys if len(keys) > 1 else ():
                 await self.delete([key])
@@ -268,31 +324,50 @@ class S3ObjectStore(ObjectStore):
             raise _unavailable("DELETE", keys[0], error) from error
 
     async def download(self, key: str, path: Path) -> bool:
-        _count("GET")
-        size = 0
+        size = attempt = 0
+        done, etag = 0, None
         try:
-            result = await tracked(self._obstore.get_async(self._files, key))
-            size = result.meta["size"]
             with await asyncio.to_thread(path.open, "wb") as file:
-                async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
-                    await asyncio.to_thread(file.write, chunk)
+                while True:
+                    pools = self._clients.current()
+                    rest: Any = {"range": {"offset": done}, "if_match": etag} if done and etag else {}
+                    try:
+                        _count("GET")
+                        client = pools.client("small", attempt)
+                        result = await tracked(self._obstore.get_async(client, key, options=rest))
+                        size, etag = result.meta["size"], result.meta["e_tag"]
+                        if not rest:
+                            done = 0
+                            file.seek(0)
+                        async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
+                            await asyncio.to_thread(file.write, chunk)
+                            done, attempt = done + len(chunk), 0
+                            self._clients.succeeded()
+                        await asyncio.to_thread(file.truncate)
+                        return True
+                    except self._failed as error:
+                        if isinstance(error, self._missing) or is_full(error, path.parent):
+                            raise
+                        if not await self._clients.may_repeat("small", pools, attempt, error):
+                            raise
+                        attempt += 1
         except self._missing:
             return False
         except self._failed as error:
             if is_full(error, path.parent):
                 raise full(error, path.parent, size) from error
             raise _unavailable("GET", key, error) from error
-        return True
 
     async def upload(self, key: str, path: Path) -> None:
-        _count("PUT")
-        try:
-            await tracked(self._obstore.put_async(self._files, key, path))
-        except self._failed as error:
-            raise _unavailable("PUT", key, error) from error
+        body = await asyncio.to_thread(_content, path)
+        await self._put(key, body, len(body) if isinstance(body, bytes) else FILE + 1)
 
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
-        return await tracked(self._obstore.sign_async(self._objects, method, key, timedelta(seconds=seconds)))
+        return await tracked(
+            self._obstore.sign_async(
+                self._clients.current().client("small", 0), method, key, timedelta(seconds=seconds)
+            )
+        )
 
 
 def s3(
@@ -344,6 +419,11 @@ def _trusted() -> ClientConfig:
     if b"-----BEGIN CERTIFICATE-----" not in pem:
         raise ConfigError(f"AWS_CA_BUNDLE names {path!r}: expected a PEM file with the certificate of a CA")
     return {"root_certificate": pem}
+
+
+def _content(path: Path) -> bytes | Path:
+    """Return what to upload: the bytes of a small file, which are sent in one request."""
+    return path if path.stat().st_size > FILE else path.read_bytes()
 
 
 async def _pages(stream: Any) -> AsyncIterator[Any]:

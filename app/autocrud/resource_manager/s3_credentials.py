@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -50,6 +50,7 @@ REUSE_S = 0.5
 """How long the outcome of a fetch answers further calls. Shorter than a person needs to try again, and long enough for
 the requests that waited: if the endpoint is down, they fail together and not one time-out after another."""
 MAX_ANSWER = 64 * 1024
+ENDS_SOON = timedelta(minutes=5)
 
 
 class _Answer(Struct, frozen=True, rename="pascal"):
@@ -86,6 +87,36 @@ def _one_key_alone(given: str, missing: str) -> ConfigError:
     return ConfigError(f"{given} is set and {missing} is not: set both, or neither to use a profile or a role")
 
 
+class KeptCredentials:
+    """Keeps what a provider returned for clients of obstore that are made later, each of which asks on its own.
+
+    Kept until 5 minutes before they end, as obstore does, or until `renew`.
+    """
+
+    def __init__(self, provider: Callable[[], S3Credential]) -> None:
+        self._provider = provider
+        self._kept: S3Credential | None = None
+
+    def __call__(self) -> S3Credential:
+        """Return credentials. Blocks as the provider does, and raises what it raises."""
+        kept = self._kept
+        if kept is None or _ends_soon(kept):
+            kept = self._kept = self._provider()
+        return kept
+
+    def renew(self) -> None:
+        """Have the provider asked again, because S3 refused what it returned last."""
+        self._kept = None
+        forget = getattr(self._provider, "forget", None)
+        if forget is not None:
+            forget()
+
+
+def _ends_soon(credential: S3Credential) -> bool:
+    ends = credential.get("expires_at")
+    return ends is not None and ends - datetime.now(UTC) < ENDS_SOON
+
+
 class ContainerCredentials:
     """Fetches credentials from the endpoint that the environment names.
 
@@ -116,6 +147,11 @@ class ContainerCredentials:
         if isinstance(outcome, StoreUnavailable):
             raise StoreUnavailable(str(outcome))
         return outcome
+
+    def forget(self) -> None:
+        """Fetch at the next call, however little time has passed."""
+        with self._lock:
+            self._last = None
 
 
 def fetch(uri: str, token: str | None) -> S3Credential:

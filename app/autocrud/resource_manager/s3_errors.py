@@ -48,6 +48,17 @@ def answered(error: BaseException) -> tuple[int, str] | None:
     return None if status is None else (int(status[1][:3]), _element("Code", status[2]) or "")
 
 
+def had_no_answer(error: BaseException) -> bool:
+    """Return whether the server gave no answer to a request that it may have received, or only a part of one.
+
+    Not so if no connection was made because it was refused, the name is unknown or TLS failed; nor without credentials.
+    """
+    text, _, dump = str(error).partition(_DUMP)
+    if "http://169.254.169.254/" in text or _PROVIDER.search(text) or _STATUS.search(text):
+        return False
+    return "TimedOut" in dump or ("HttpError" in dump and "kind: Connect," not in dump)
+
+
 def brief(error: BaseException) -> str:
     """Return status and code of the S3 answer, for readers who may not see addresses and names of accounts."""
     text = str(error).partition(_DUMP)[0]

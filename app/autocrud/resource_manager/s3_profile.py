@@ -107,6 +107,11 @@ class ProfileCredentials:
         for name in ("botocore.credentials", "botocore.tokens"):
             logging.getLogger(name).addFilter(_without_traceback)
 
+    def forget(self) -> None:
+        """Begin a new session of botocore at the next call."""
+        with self._lock:
+            self._renewed = None
+
     def __call__(self) -> S3Credential:
         """Return credentials. Raises StoreUnavailable with a reason that holds no secret."""
         import botocore.session

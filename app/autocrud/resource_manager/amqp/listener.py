@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
 
+from ..moments import Moment
 from .speaker import SILENCE_S
 from .words import NOTHING, Words, read, written
 
@@ -20,22 +20,6 @@ MARKER_S = 0.3
 IDLE_S = 10.0
 """How long after the last read they end."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
-
-_running = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-class Moment(NamedTuple):
-    """By two clocks: one that goes on while the machine sleeps, and the one that is set when a snapshot of it is restored."""
-
-    running: float
-    wall: float
-
-    @classmethod
-    def now(cls) -> Moment:
-        return cls(time.clock_gettime(_running), time.time())
-
-    def age(self) -> float:
-        return max(time.clock_gettime(_running) - self.running, abs(time.time() - self.wall))
 
 
 class OutOfOrder(Exception):

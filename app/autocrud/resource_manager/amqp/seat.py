@@ -33,8 +33,9 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage
 from aio_pika.exceptions import AMQPChannelError
 
+from ..moments import Moment
 from .link import CLOSE_S, CONNECT_S, Link
-from .listener import FIRST_PAUSE_S, LEASE_S, LONGEST_PAUSE_S, Listener, Moment
+from .listener import FIRST_PAUSE_S, LEASE_S, LONGEST_PAUSE_S, Listener
 from .speaker import Speaker
 from .words import EVERYTHING, NOTHING, Words
 

@@ -1,0 +1,23 @@
+"""Ages that hold although a machine is frozen, restored from a snapshot, or has its clock set."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+_running = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+class Moment(NamedTuple):
+    """By two clocks: one that goes on while the machine sleeps, and the one that is set when a snapshot of it is restored."""
+
+    running: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        return cls(time.clock_gettime(_running), time.time())
+
+    def age(self) -> float:
+        """Return the seconds since then, or more: a clock that was set makes it older, never younger."""
+        return max(time.clock_gettime(_running) - self.running, abs(time.time() - self.wall))
