@@ -34,8 +34,8 @@ try:
     keys = of_program(ROOT)
     check_keys(keys, lambda: deployed_stage(ROOT))
     config = read({name: value.text for name, value in keys.own.items()}, keys.project)
-    check(config, ROOT)
-    for name, value in build(config).items():
+    state = check(config, ROOT)
+    for name, value in build(config, state=state).items():
         pulumi.export(name, value)
 except ConfigError as error:
     end(error.detail)

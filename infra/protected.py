@@ -57,8 +57,10 @@ class Refusal(NamedTuple):
     expected: str
 
 
-def check(config: StackConfig, root: Path) -> None:
+def check(config: StackConfig, root: Path) -> Any:
     """Raise ConfigError if an update of the running program's stack would delete protected resources.
+
+    Returns the state of the stack, None if it cannot be read.
 
     The sentence names the key, and the command that unprotects exactly these resources. After that command the update
     goes on. If the state cannot be read, a warning says why, and the engine's own refusal remains.
@@ -72,8 +74,9 @@ def check(config: StackConfig, root: Path) -> None:
             f"`pulumi stack export` did not tell what is protected ({_reason(error)}): if this update would delete a"
             " protected resource, Pulumi refuses that at its end, after the other changes"
         )
-        return
+        return None
     refuse(config, protected(state), pulumi.get_stack(), pulumi.get_project())
+    return state
 
 
 def deployed_stage(root: Path) -> str | None:

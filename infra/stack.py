@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pulumi
 from pulumi import Output
 
 from app.settings import JwtAuth
 from infra import artifact
+from infra.artifact import Artifact
 from infra.components import Stack, Transform
 from infra.components.broker import Broker
 from infra.components.bucket import DataBucket
@@ -26,15 +28,21 @@ from infra.components.observability import Observability
 from infra.components.postgres import Postgres
 from infra.components.token import ApiToken
 from infra.config import StackConfig
+from infra.deployed_code import Package, package_of
 from infra.link import Link
 
 
 def build(
-    config: StackConfig, *, zip: Path | None = None, transforms: Mapping[str, Transform] | None = None
+    config: StackConfig,
+    *,
+    zip: Path | Package | None = None,
+    state: Any = None,
+    transforms: Mapping[str, Transform] | None = None,
 ) -> dict[str, Any]:
     """Register what the config asks for. The fields of app.settings.StackOutputs, of which some are Outputs.
 
     zip         of the app; None: it is built, with the drivers that the kinds need
+    state       of the stack, exported: functions that run the contents of the built zip already keep their code
     transforms  changes to a component's resources by its class, see Transform
     """
     stack = Stack(
@@ -43,7 +51,7 @@ def build(
         tags={"crudstack:stage": config.stage, **config.tags},
         transforms=transforms or {},
     )
-    code = str(zip or package(config))
+    code = Package(str(zip)) if isinstance(zip, Path) else zip or package_of(package(config), state)
     bucket = DataBucket(stack, keep_days=30 if config.keeps else 1)
     links = [bucket.link("write")]
 
@@ -108,12 +116,15 @@ def build(
     return {**outputs, "api_url": url, "function_name": function.name}
 
 
-def package(config: StackConfig) -> Path:
-    """The zip of the app with the drivers that the kinds need."""
+def package(config: StackConfig) -> Artifact:
+    """Build the zip of the app with the drivers that the kinds need. Files that were left out are named in the log."""
     requirements = [artifact.ROOT / "requirements/app.txt"]
     requirements += [artifact.ROOT / f"requirements/app-{extra}.txt" for extra in sorted(config.extras)]
     name = "-".join(["lambda", *sorted(config.extras)])
-    return artifact.build(artifact.ROOT / f"dist/{name}.zip", requirements=requirements).path
+    built = artifact.build(artifact.ROOT / f"dist/{name}.zip", requirements=requirements)
+    if built.left_out:
+        pulumi.log.info(f"the zip of the app: {artifact.left_out(built)}")
+    return built
 
 
 def _said(config: StackConfig) -> dict[str, Any]:

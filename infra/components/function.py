@@ -11,6 +11,7 @@ from pulumi import Input, Output
 
 from infra.components import Component, Stack
 from infra.components.network import Network
+from infra.deployed_code import Package
 from infra.link import Link, Statement, policy, trust
 
 TRACING = Statement("Trace", ("xray:PutTraceSegments", "xray:PutTelemetryRecords"), ("*",))
@@ -21,7 +22,7 @@ class Function(Component):
     """A function of Python 3.13 on arm64, with JSON logs in a group of its own, traced by X-Ray.
 
     name          part of the names of its resources
-    zip           path of the zip
+    zip           the zip of the app
     handler       "app.handler.handler"
     links         what it may do; `network` only if one of them has a door
     environment   beside it nothing is set
@@ -37,7 +38,7 @@ class Function(Component):
         stack: Stack,
         name: str,
         *,
-        zip: str,
+        zip: Package,
         handler: str,
         links: Sequence[Link] = (),
         network: Network | None = None,
@@ -83,7 +84,8 @@ class Function(Component):
             runtime="python3.13",
             architectures=["arm64"],
             handler=handler,
-            code=pulumi.FileArchive(zip),
+            code=pulumi.FileArchive(zip.path),
+            source_code_hash=zip.contents,
             memory_size=memory_mb,
             timeout=timeout_s,
             ephemeral_storage={"size": ephemeral_mb},
@@ -97,7 +99,7 @@ class Function(Component):
             else None,
             publish=True,
             # Lambda tries the role when it makes the function.
-            opts=options(depends_on=granted),
+            opts=options(depends_on=granted, ignore_changes=zip.ignored(self.named(name))),
         )
         self.function, self.name, self.arn = function, function.name, function.arn
         self.register_outputs({"name": self.name, "arn": self.arn})

@@ -30,6 +30,7 @@ from infra import choices
 from infra.components import Component, Stack
 from infra.components.function import Function
 from infra.components.network import Network
+from infra.deployed_code import Package
 from infra.link import Door, Link, Statement, first, policy, trust
 
 VERSION = "17"
@@ -63,7 +64,9 @@ class Postgres(Component):
     Outputs: `host`, `identifier`.
     """
 
-    def __init__(self, stack: Stack, *, settings: choices.Postgres, network: Network, zip: str, log_days: int) -> None:
+    def __init__(
+        self, stack: Stack, *, settings: choices.Postgres, network: Network, zip: Package, log_days: int
+    ) -> None:
         super().__init__(stack, "postgres")
         self.settings = settings
         self._group = network.group(self, "database", "who may reach the database", holds_data=True)
@@ -190,7 +193,7 @@ class Postgres(Component):
             cluster.cluster_identifier,
         )
 
-    def _bootstrap(self, network: Network, zip: str, log_days: int) -> None:
+    def _bootstrap(self, network: Network, zip: Package, log_days: int) -> None:
         """Make the app's user. See above."""
         inside = Function(
             self.stack,

@@ -436,6 +436,64 @@ def test_what_was_left_out_is_reported_and_makes_no_other_zip(cache, small_app, 
     )
 
 
+def rewritten(path, target, change=lambda _, content: content, *, level=9):
+    """The zip with other contents, or compressed otherwise."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist()[::-1]:
+            content = change(info, old.read(info))
+            if content is not None:
+                new.writestr(info, content, zipfile.ZIP_DEFLATED, level)
+    return artifact.contents(target)
+
+
+def test_how_a_zip_is_compressed_is_no_other_content(built, tmp_path):
+    other = tmp_path / "other.zip"
+    assert rewritten(built.path, other, level=1) == built.contents == artifact.contents(built.path)
+    assert other.read_bytes() != built.path.read_bytes()
+
+
+def test_bytecode_of_another_patch_release_is_no_other_content(built, tmp_path):
+    def recompiled(info, content):
+        return content + b"0" if info.filename.endswith(".pyc") else content
+
+    assert rewritten(built.path, tmp_path / "other.zip", recompiled) == built.contents
+
+
+@pytest.mark.parametrize("name", ["app/models.py", "app/__pycache__/models.cpython-313.pyc"])
+@pytest.mark.parametrize("change", ["first byte", "removed", "permissions", "name"])
+def test_everything_else_is_other_content(built, tmp_path, name, change):
+    def changed(info, content):
+        if info.filename != name:
+            return content
+        if change == "permissions":
+            info.external_attr = 0o100755 << 16
+        if change == "name":
+            info.filename = info.filename.replace("models", "others")
+        return {"first byte": b"#" + content[1:], "removed": None}.get(change, content)
+
+    assert rewritten(built.path, tmp_path / "other.zip", changed) != built.contents
+
+
+def test_bytecode_without_its_source_counts_as_a_whole(cache, small_app, tmp_path):
+    """It is what runs then."""
+    found = []
+    for content in (bytes(32), bytes(31) + b"x"):
+        (small_app / "sourceless.pyc").write_bytes(content)
+        found.append(build(tmp_path / "x.zip", app=small_app, cache=cache).contents)
+    assert found[0] != found[1]
+
+
+def test_every_checkout_has_the_same_bytes(tmp_path):
+    """Also with core.autocrlf, as Git for Windows sets it."""
+    clone = tmp_path / "clone"
+    options = ("-c", "core.autocrlf=true", "-c", "core.eol=crlf")
+    subprocess.run(["git", "clone", "--quiet", *options, ROOT, clone], check=True)
+    listed = subprocess.run(["git", "ls-files", "--eol"], cwd=clone, check=True, capture_output=True, text=True).stdout
+    assert not [line for line in listed.splitlines() if "crlf" in line.split("\t")[0].replace("eol=", "")]
+    lines = [line for line in listed.splitlines() if line.endswith("app/models.py")]
+    assert [line.split()[:2] for line in lines] == [["i/lf", "w/lf"]]
+
+
 @pytest.mark.parametrize("target", ["file", "directory"])
 def test_links_are_not_followed(cache, small_app, tmp_path, target):
     secret = tmp_path / "secret" / "key.py"
