@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from infra.components.cache import node_count
-from infra.components.network import ZONES
 from infra.config import KINDS, Need, StackConfig, read
+from infra.zones import ZONES
 
 MONTH_H = 730
 MONTH_S = 3600 * MONTH_H / 1e6

@@ -30,6 +30,7 @@ from infra.components.token import ApiToken
 from infra.config import StackConfig
 from infra.deployed_code import Package, package_of
 from infra.link import Link
+from infra.zones import subnet_zones
 
 
 def build(
@@ -41,8 +42,11 @@ def build(
 ) -> dict[str, Any]:
     """Register what the config asks for. The fields of app.settings.StackOutputs, of which some are Outputs.
 
+    Raises ConfigError before anything is registered.
+
     zip         of the app; None: it is built, with the drivers that the kinds need
-    state       of the stack, exported: functions that run the contents of the built zip already keep their code
+    state       of the stack, exported: functions that run the contents of the built zip already keep their code, and
+                subnets their zone
     transforms  changes to a component's resources by its class, see Transform
     """
     stack = Stack(
@@ -51,12 +55,13 @@ def build(
         tags={"crudstack:stage": config.stage, **config.tags},
         transforms=transforms or {},
     )
+    zones = subnet_zones(stack.name, state) if config.needs else []
     code = Package(str(zip)) if isinstance(zip, Path) else zip or package_of(package(config), state)
     bucket = DataBucket(stack, keep_days=30 if config.keeps else 1)
     links = [bucket.link("write")]
 
     database = "postgres" in config.needs
-    network = Network(stack, region=bucket.region, holds_data=database) if config.needs else None
+    network = Network(stack, region=bucket.region, zones=zones, holds_data=database) if config.needs else None
     postgres = cache = broker = None
     if network is not None:
         if database:

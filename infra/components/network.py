@@ -10,9 +10,6 @@ from pulumi import Input, Output, Resource
 from infra.components import Component, Stack
 from infra.link import Door, Link, Statement
 
-ZONES = 2
-INCOMPLETE_ZONES = ["use1-az3", "usw1-az2", "cac1-az3", "apne1-az3"]
-"""Availability zones that are short of Lambda, RDS Proxy or Amazon MQ."""
 INTERFACES = (
     "ec2:CreateNetworkInterface",
     "ec2:DescribeNetworkInterfaces",
@@ -27,12 +24,15 @@ INTERFACES = (
 class Network(Component):
     """Two private subnets, a free way to S3 that stays inside AWS, and nothing else: no NAT, no internet gateway.
 
+    zones         the availability zone of each subnet, see infra/zones.py
     holds_data    whether a database is in it, which cannot be without its VPC and subnets
 
     Outputs: `vpc_id`, `subnet_ids`, `s3_prefixes`, the id of the list of S3's addresses.
     """
 
-    def __init__(self, stack: Stack, *, region: Input[str], holds_data: bool = False) -> None:
+    def __init__(
+        self, stack: Stack, *, region: Input[str], zones: Sequence[str | None], holds_data: bool = False
+    ) -> None:
         super().__init__(stack, "network")
         options = self.kept if holds_data else self.child
         vpc = aws.ec2.Vpc(
@@ -49,18 +49,13 @@ class Network(Component):
         # Whoever forgets to name a group is in this one: nothing in, nothing out.
         aws.ec2.DefaultSecurityGroup(self.named("default"), vpc_id=vpc.id, ingress=[], egress=[], opts=self.child())
         table = aws.ec2.RouteTable(self.named("private"), vpc_id=vpc.id, opts=self.child())
-        zones = aws.get_availability_zones_output(
-            state="available",
-            filters=[{"name": "opt-in-status", "values": ["opt-in-not-required"]}],
-            exclude_zone_ids=INCOMPLETE_ZONES,
-        )
         self.subnet_ids: list[Output[str]] = []
-        for index in range(ZONES):
+        for index, zone in enumerate(zones):
             subnet = aws.ec2.Subnet(
                 self.named(f"private-{index}"),
                 vpc_id=vpc.id,
                 cidr_block=f"10.0.0.{128 * index}/25",
-                availability_zone=_nth(zones.names, index),
+                availability_zone=zone,
                 map_public_ip_on_launch=False,
                 tags={"Name": self.named(f"private-{index}")},
                 # The zones of an account may become more; what is in a subnet must not move for that.
@@ -160,8 +155,3 @@ class Network(Component):
             opts=component.child(),
         )
         return Door(service, group.id, 443)
-
-
-def _nth(names: Output[Sequence[str]], index: int) -> Output[str | None]:
-    """A name of a list that AWS fills in; None while there is none."""
-    return names.apply(lambda found: found[index] if found else None)

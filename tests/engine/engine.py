@@ -105,9 +105,8 @@ class EngineStack:
             keys = of_program(self._work)
             check_keys(keys, lambda: deployed_stage(self._work))
             config = read({name: value.text for name, value in keys.own.items()}, keys.project)
-            if self.checks_protection:
-                check(config, self._work)
-            outputs = build(config, zip=self.engine.zip)
+            state = check(config, self._work) if self.checks_protection else None
+            outputs = build(config, zip=self.engine.zip, state=state)
         for name, value in outputs.items():
             pulumi.export(name, value)
 

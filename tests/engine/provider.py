@@ -48,6 +48,7 @@ class Faults:
     create, delete   a part of the URN of resources whose Create or Delete fails
     cut              a part of the URN of resources that are made, and the provider ends before it says so
     latency_s        seconds that each change takes
+    zones            the availability zones that are open to the account, by id; by default all of ZONES
     """
 
     def __init__(self, directory: Path) -> None:
@@ -113,8 +114,14 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         if request.tok != "aws:index/getAvailabilityZones:getAvailabilityZones":
             context.abort(grpc.StatusCode.UNIMPLEMENTED, f"the tests' provider answers no {request.tok}")
         response = provider_pb2.InvokeResponse()
-        names = [f"{REGION}{zone}" for zone in ZONES]
-        getattr(response, "return").update({**from_struct(request.args), "id": REGION, "names": names})
+        asked = from_struct(request.args)
+        there = self.faults.get("zones")
+        zones = {f"euc1-az{zone}": f"{REGION}{letter}" for zone, letter in zip((2, 3, 1), ZONES, strict=True)}
+        open_zones = [id for id in (zones if there is None else there) if id not in asked.get("excludeZoneIds", ())]
+        known = {**zones, **(there or {})}
+        told = list(known) if asked.get("allAvailabilityZones") else open_zones
+        answer = {"names": [known[id] for id in told], "zoneIds": told, "groupNames": [REGION]}
+        getattr(response, "return").update({**asked, **answer, "id": REGION, "region": REGION})
         return response
 
     def Check(self, request: Any, context: Any) -> Any:

@@ -183,6 +183,15 @@ def test_a_secret_is_refused_until_the_command_has_set_it_as_plain_text(checkout
     assert "+ 34 to create" in checkout.run("pulumi preview")
 
 
+def test_a_region_with_one_zone_is_one_line_in_the_preview(newest):
+    newest.faults.set(zones={"euc1-az1": "eu-central-1c"})
+    newest.run("pulumi config set storage postgres-s3")
+    for operation in ("preview", "up --yes --skip-preview"):
+        error = error_of(newest.run(f"pulumi {operation} --color never", code=1))
+        assert error.startswith("the region eu-central-1 shows 1 usable availability zone (eu-central-1c), expected 2")
+    assert newest.account.all() == {}
+
+
 def test_null_in_a_stack_file_is_null(newest):
     with (newest.path / "Pulumi.dev.yaml").open("a") as file:
         file.write("  crudstack:concurrency: null\n  crudstack:domain: null\n  crudstack:alarm_email: null\n")

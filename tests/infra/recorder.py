@@ -167,7 +167,8 @@ class Monitor(mocks.MockMonitor):
         if request.tok != "aws:index/getAvailabilityZones:getAvailabilityZones":
             raise AssertionError(f"the program asks AWS: {request.tok}")
         answer = resource_pb2.ResourceInvokeResponse()
-        answer.__getattribute__("return").update({"names": [f"{REGION}{zone}" for zone in "abc"]})
+        names = [f"{REGION}{zone}" for zone in "abc"]
+        answer.__getattribute__("return").update({"names": names, "zoneIds": ["1", "2", "3"], "id": REGION})
         return answer
 
 

@@ -23,9 +23,9 @@ from app.request_log import METRICS, RequestLog
 from infra import costs, reference
 from infra.artifact import ROOT
 from infra.components.http_api import LOGGED
-from infra.components.network import ZONES
 from infra.config import KINDS, StackConfig, read
 from infra.deploy import UNRESERVED
+from infra.zones import ZONES
 from tests.engine.install import pinned
 from tests.infra.stacks import CONFIGS, policies, recording
 
