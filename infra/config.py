@@ -49,8 +49,6 @@ SPARE_CONNECTIONS = 10
 """Kept for RDS itself, the bootstrap and a person with psql."""
 LOG_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653)
 """That CloudWatch Logs can keep."""
-MAX_OVERRIDES = 2500
-"""Bytes of storage_overrides: the environment of a function ends at 4 KB, and holds more than these."""
 TAG = re.compile(r"[\w .:/=+\-@]*")
 """The characters of a tag."""
 MAX_TAGS = 48
@@ -185,12 +183,6 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         """Key, what was found, and what it should be."""
         if "" in self.storage_overrides:
             yield "storage_overrides", self.storage_overrides, "a model has a name; expected {MODEL: as storage}"
-        if len(msgspec.json.encode(self.storage_overrides)) > MAX_OVERRIDES:
-            yield (
-                "storage_overrides",
-                f"{len(self.storage_overrides)} models",
-                f"the function's environment takes no more than {MAX_OVERRIDES} bytes of them; expected fewer, or another storage",
-            )
         for model, storage in (("", self.storage), *self.storage_overrides.items()):
             pair = KINDS.get(storage) if isinstance(storage, str) else storage
             if pair is None or pair.meta not in METAS or pair.resource not in RESOURCES:
@@ -241,6 +233,22 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             yield from self._database_problems()
         if "broker" in self.needs:
             yield from self._broker_problems()
+        yield from self._environment_problems()
+
+    def _environment_problems(self) -> Iterator[tuple[str, Any, str]]:
+        """The values that AWS fills in count with the greatest length that they may have."""
+        from infra import environment
+
+        found = environment.size_at_worst(self)
+        if found <= environment.LIMIT:
+            return
+        parts = environment.parts(self)
+        largest, *others = (f"{key} takes {bytes:,}" for key, bytes in parts.items() if bytes > 100)
+        problem = (
+            f"the function's environment would have {found:,} bytes, of which {', '.join([largest, *others])}; expected at"
+            f" most {environment.LIMIT:,}, which Lambda takes: fewer or shorter entries"
+        )
+        yield next(iter(parts)), "too long", problem
 
     def _tag_problems(self) -> Iterator[tuple[str, Any, str]]:
         """What AWS refuses, in the strictest of its services: the engine would fail after other changes."""

@@ -29,6 +29,7 @@ from infra.components.postgres import Postgres
 from infra.components.token import ApiToken
 from infra.config import StackConfig
 from infra.deployed_code import Package, package_of
+from infra.environment import VARIABLE, said
 from infra.link import Link
 from infra.zones import subnet_zones
 
@@ -75,7 +76,7 @@ def build(
             broker = Broker(stack, settings=config.broker, network=network)
             links.append(broker.link())
 
-    outputs = {**_said(config), "auth": _auth(config, stack, bucket), **_sum(links)}
+    outputs = {**said(config), "auth": _auth(config, stack, bucket), **_sum(links)}
     function = ApiFunction(
         stack,
         "api",
@@ -83,7 +84,7 @@ def build(
         handler="app.handler.handler",
         links=links,
         network=network,
-        environment={"CRUDSTACK_OUTPUTS": Output.json_dumps(outputs)},
+        environment={VARIABLE: Output.json_dumps(outputs)},
         memory_mb=config.memory_mb,
         ephemeral_mb=config.ephemeral_mb,
         timeout_s=config.timeout_s,
@@ -130,13 +131,6 @@ def package(config: StackConfig) -> Artifact:
     if built.left_out:
         pulumi.log.info(f"the zip of the app: {artifact.left_out(built)}")
     return built
-
-
-def _said(config: StackConfig) -> dict[str, Any]:
-    """What the outputs repeat of the config."""
-    storage = {"storage": config.storage, "storage_overrides": config.storage_overrides}
-    base = {"base_path": config.domain.base_path} if config.domain is not None and config.domain.base_path else {}
-    return {"version": 1, **msgspec.to_builtins(storage), "stage": config.stage, "cors": config.cors, **base}
 
 
 def _auth(config: StackConfig, stack: Stack, bucket: DataBucket) -> dict[str, Any]:
