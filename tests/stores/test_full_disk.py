@@ -162,6 +162,22 @@ async def test_what_killed_processes_left_is_removed_before_a_request_fails(obje
     await manager.storage.close()
 
 
+async def test_copies_that_killed_processes_left_in_a_shared_directory_go_when_the_disk_is_full(objects, disk):
+    manager = instance(objects, disk / "copies")
+    await manager.create(note(0), resource_id="note")
+    (directory,) = (disk / "copies").iterdir()
+    left, young = directory / f"copy-{'0' * 32}.sqlite", directory / f"copy-{'1' * 32}.sqlite"
+    left.write_bytes(b"\0" * 4 * MB)
+    young.touch()
+    os.utime(left, (time.time() - 120, time.time() - 120))
+    fill(disk)
+    for number in range(12):
+        await manager.create(note(number), resource_id=f"note{number}")
+    assert not left.exists()
+    assert young.exists(), "another process may be making it"
+    await manager.storage.close()
+
+
 async def test_a_cache_that_starts_with_little_room_starts_empty(disk):
     """So files that killed processes left half done do not fill the disk: nothing counts them."""
     cache = DiskCache(disk / "cache", max_bytes=4 * MB)

@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -115,11 +116,13 @@ def register(cache: Evictable) -> None:
     _caches.add(cache)
 
 
-def make_room(directory: Path) -> bool:
+def make_room(directory: Path, remove_more: Callable[[], None] | None = None) -> bool:
     """Remove what processes left that are gone, and the entries of all caches of this process. Return whether that gave
     the file system of `directory` more room. Blocks."""
     before = space(directory)
     remove_abandoned()
+    if remove_more is not None:
+        remove_more()
     for cache in list(_caches):
         if _on_same_disk(cache.cache_dir, directory):
             cache.empty()

@@ -16,8 +16,12 @@ from ...errors import StoreUnavailable
 from ..disk_space import DiskFull, full, is_full, make_room
 from ..sqlite.errors import translated
 from ..temporary import ProcessDirectory
+from .local_copy import remove_leftovers
 
 T = TypeVar("T")
+
+UNUSED_S = 60.0
+"""After how long a file that nobody writes to is removed from a shared directory on a full disk. One in the making is written to all the time."""
 
 log = logging.getLogger("crudstack.s3sqlite")
 
@@ -66,8 +70,13 @@ class CopyDirectory:
             try:
                 return await work()
             except DiskFull:
-                if not await asyncio.get_running_loop().run_in_executor(None, lambda: make_room(self._where())):
+                if not await asyncio.get_running_loop().run_in_executor(None, self._make_room):
                     raise
+
+    def _make_room(self) -> bool:
+        given = self.given
+        more = None if given is None else lambda: remove_leftovers(given, UNUSED_S)
+        return make_room(self._where(), more)
 
     def _where(self) -> Path:
         """Return the directory, or a place on the disk that it is to be made on."""

@@ -456,11 +456,13 @@ def remove_database(path: Path) -> None:
             Path(f"{path}{suffix}").unlink()
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Remove files that processes left which were killed. A file that somebody still works with is younger than a day; one that somebody
-    only reads stays readable for them."""
+def remove_leftovers(directory: Path, unused_s: float = LEFTOVER_S) -> None:
+    """Remove files that processes left which were killed: those that nobody has written to for `unused_s`, and that are not the current one.
+
+    A process that only reads such a file may finish. One that works on it longer than that finds it empty, and makes it again.
+    """
     current = current_path(directory)
     for path in directory.glob("c*-*"):
         with contextlib.suppress(OSError):
-            if not (current and path.name.startswith(current.name)) and path.stat().st_mtime < time.time() - LEFTOVER_S:
+            if not (current and path.name.startswith(current.name)) and path.stat().st_mtime < time.time() - unused_s:
                 path.unlink()
