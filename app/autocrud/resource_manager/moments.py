@@ -20,4 +20,8 @@ class Moment(NamedTuple):
 
     def age(self) -> float:
         """Return the seconds since then, or more: a clock that was set makes it older, never younger."""
-        return max(time.clock_gettime(_running) - self.running, abs(time.time() - self.wall))
+        return Moment.now().after(self)
+
+    def after(self, earlier: Moment) -> float:
+        """Return the age of an earlier moment at this one."""
+        return max(self.running - earlier.running, abs(self.wall - earlier.wall))

@@ -217,17 +217,13 @@ class S3ObjectStore(ObjectStore):
         while True:
             pools = self._clients.current()
             try:
-                result = await request(pools.client(kind, attempt))
+                return await request(pools.client(kind, attempt))
             except self._failed as error:
-                if isinstance(error, (self._errors.NotModifiedError, *self._missing)):
-                    self._clients.succeeded()
+                if isinstance(error, (self._errors.NotModifiedError, *self._missing)):  # answers
                     raise
                 if not await self._clients.may_repeat(kind, pools, attempt, error):
                     raise
                 attempt += 1
-            else:
-                self._clients.succeeded()
-                return result
 
     async def _read(self, key: str, options: Any) -> Object:
         async def request(client: S3Store) -> Object:
@@ -298,7 +294,6 @@ class S3ObjectStore(ObjectStore):
                     self._obstore.list(client, folder or None, offset=after or None, chunk_size=1000)
                 ):
                     _count("LIST")
-                    self._clients.succeeded()
                     attempt = 0
                     for meta in sorted(page, key=lambda meta: meta["path"]):
                         after = meta["path"]  # from where it goes on after a failure
@@ -342,7 +337,6 @@ class S3ObjectStore(ObjectStore):
                         async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
                             await asyncio.to_thread(file.write, chunk)
                             done, attempt = done + len(chunk), 0
-                            self._clients.succeeded()
                         await asyncio.to_thread(file.truncate)
                         return True
                     except self._failed as error:

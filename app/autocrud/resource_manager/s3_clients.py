@@ -94,13 +94,11 @@ class Clients:
 
     def current(self) -> Pools:
         """Return the pools to use now (C2)."""
-        if self._used.age() > IDLE_S:
+        now = Moment.now()
+        if now.after(self._used) > IDLE_S:
             self._retire(self._pools)
+        self._used = now
         return self._pools
-
-    def succeeded(self) -> None:
-        """Note that S3 has answered."""
-        self._used = Moment.now()
 
     def swap_client(self, pools: Pools) -> S3Store:
         """Return the client for a conditional PUT: one that waits longer after those that had no answer."""
@@ -108,7 +106,6 @@ class Clients:
 
     def swap_answered(self) -> None:
         self._slow_swaps = 0
-        self.succeeded()
 
     def swap_failed(self, pools: Pools, error: BaseException) -> None:
         """A conditional PUT had no answer that says what it did. It is not repeated here (C3)."""
@@ -142,4 +139,3 @@ class Clients:
         """Use no connection of these pools again (C1). If another request has retired them, its new ones stay."""
         if self._pools is pools:
             self._pools = Pools(self._make)
-            self._used = Moment.now()
