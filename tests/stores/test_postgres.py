@@ -29,6 +29,7 @@ from app.autocrud.resource_manager.basic import IndexedField, IStorage
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage, Update
 from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
+from app.autocrud.resource_manager.moments import Moment
 from app.autocrud.resource_manager.postgres import pool
 from app.autocrud.resource_manager.postgres.schema import name_of
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
@@ -298,6 +299,38 @@ async def test_answers_that_never_come_hold_no_reader_up(behind, monkeypatch):
         proxy.release()
         await asyncio.wait([left])
         await asyncio.gather(*(manager.meta("r") for _ in range(5)))
+
+
+@pytest.mark.parametrize("how", ["read", "write"])
+async def test_connections_that_were_dropped_while_unused_cost_no_request(behind, monkeypatch, how):
+    """Dropped without a word, as by a NAT while a function was frozen: one connection is waited for, and shortly."""
+    manager, proxy = behind
+    await manager.create(Note("0"), resource_id="r")
+    all_there = asyncio.Barrier(5)
+    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(5)))
+    connections = [connection for _, connection in manager.storage.meta_store._pool()._idle]
+    checked = []
+    check = pool.Connection.check
+
+    async def counted(connection):
+        checked.append(connection)
+        await check(connection)
+
+    monkeypatch.setattr(pool.Connection, "check", counted)
+    monkeypatch.setattr(pool, "CHECK_S", 0.3)
+    await manager.meta("r")
+    assert checked == []  # they were used a moment ago
+    for connection in connections:
+        connection.used = Moment(connection.used.running, connection.used.wall - pool.CHECK_AFTER_S - 1)
+    await manager.meta("r")
+    assert len(checked) == 1
+    for connection in connections:
+        connection.used = Moment(connection.used.running - pool.CHECK_AFTER_S - 1, connection.used.wall)
+    assert proxy.swallow() >= 5
+    async with asyncio.timeout(pool.ANSWER_S - 4):  # an answer would be waited for longer
+        await (manager.meta("r") if how == "read" else manager.update("r", Note("1")))
+    assert len(checked) == 2
+    assert all(connection.closed for connection in connections)
 
 
 async def test_an_answer_that_never_comes_to_a_writer_is_resolved(behind, postgres, name, monkeypatch):

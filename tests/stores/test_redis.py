@@ -33,6 +33,7 @@ from app.autocrud.resource_manager.basic import KEEP_KEYS_US, Change, IndexedFie
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager, SimpleStorage
 from app.autocrud.resource_manager.meta_store import redis as meta_store_redis
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
+from app.autocrud.resource_manager.moments import Moment
 from app.autocrud.resource_manager.operations import Create, Delete, Purge, Retention, Switch, Update
 from app.autocrud.resource_manager.redis_store import client as redis_client
 from app.autocrud.resource_manager.redis_store import mirror, scripts
@@ -241,6 +242,36 @@ async def test_connections_cut_while_idle_cost_nobody_a_request(instance, server
         server.client_kill_filter(_type="normal", skipme=True)
         await manager.get(created[0].meta.resource_id)
     assert (await manager.get(created[0].meta.resource_id)).meta.version == 3
+
+
+@pytest.mark.parametrize("how", ["read", "write"])
+async def test_connections_that_were_dropped_while_unused_cost_no_request(instance, valkey, monkeypatch, how):
+    """Dropped without a word, as by a NAT while a function was frozen: one connection is waited for, and shortly."""
+    parts = urlsplit(valkey)
+    with TcpProxy(f"http://{parts.hostname}:{parts.port}") as network:
+        manager = instance(url=valkey.replace(f":{parts.port}", f":{urlsplit(network.url).port}"))
+        created = await asyncio.gather(*(manager.create(Note(f"{number}")) for number in range(10)))
+        room = meta_store(manager)._client._room(meta_store(manager))
+        assert len(room._idle) > 3
+        monkeypatch.setattr(redis_client, "CHECK_S", 0.3)
+        checked = []
+        alive = type(room)._ask
+
+        async def counted(self, connection, command):
+            checked.extend(command[:1] if command == ("PING",) else ())
+            return await alive(self, connection, command)
+
+        monkeypatch.setattr(type(room), "_ask", counted)
+        await manager.count()
+        assert checked == []  # they were used a moment ago
+        age = redis_client.CHECK_AFTER_S + 1
+        room._idle = [(one, Moment(used.running - age, used.wall)) for one, used in room._idle]
+        assert network.swallow() > 3
+        async with asyncio.timeout(redis_client.ANSWER_TIMEOUT_S - 3):  # an answer would be waited for longer
+            rid = created[0].meta.resource_id
+            await (manager.meta(rid) if how == "read" else manager.update(rid, Note("new")))
+        assert checked == ["PING"]
+        await manager.storage.close()
 
 
 # The copy that searches read

@@ -22,6 +22,7 @@ from psycopg.pq import TransactionStatus
 
 from ...errors import ConfigError, CrudError, InvalidData, MetadataTooLarge, StoreDamaged, StoreUnavailable
 from ...secret import POSTGRES, Secret, postgres_url
+from ..moments import Moment
 from .session import ISOLATION, SessionlessConnection
 
 log = logging.getLogger("crudstack.postgres")
@@ -41,6 +42,10 @@ STATEMENT_S = 10.0
 """How long the server works at a statement, including its wait for locks. Then it ends it, and nothing of it stays."""
 ANSWER_S = 12.0
 """How long an answer is waited for. Then the connection counts as lost: something between us and the server swallows what is sent."""
+CHECK_AFTER_S = 2.0
+"""How long a connection may be unused before it is asked whether it is there. A network may have dropped it without a word."""
+CHECK_S = 2.0
+"""How long the answer to that is waited for. That of a statement is waited for longer, because a statement may take long."""
 IDLE_IN_TRANSACTION_S = 10.0
 
 TOOK_TOO_LONG = "57014"
@@ -48,7 +53,7 @@ TOOK_TOO_LONG = "57014"
 TOO_LARGE = "54000"
 """SQLSTATE of an index entry of more than 2.7 KB: that of a long id, which earlier programs took, and a text beside it."""
 
-PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
+PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 5_000}
 """After how many seconds (the last one: milliseconds) a connection counts as lost whose other end acknowledges nothing."""
 
 UNREACHABLE = "the database cannot be reached right now; nothing was changed, try again"
@@ -117,7 +122,7 @@ class Pool:
     async def _once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
         await self._slot()
         try:
-            connection = self._unused() or await self._connect()
+            connection = await self._alive() or await self._connect()
             if self._isolating:
                 connection.isolate()
             try:
@@ -145,6 +150,28 @@ class Pool:
                 "the database has no connection to spare right now; nothing was changed, try again"
             ) from None
 
+    async def _alive(self) -> Connection | None:
+        """Return an unused connection that was used a moment ago, or answers; None if there is none.
+
+        One that does not answer is not alone: all of its time are given up, so one request waits for all of them.
+        """
+        connection = self._unused()
+        if connection is None or connection.used.age() <= CHECK_AFTER_S:
+            return connection
+        try:
+            with _cut_after(CHECK_S, connection):
+                await connection.check()
+        except psycopg.Error as error:
+            log.warning("PostgreSQL: an unused connection is gone: %s", type(error).__name__)
+            if self._made[connection] >= self._left:
+                self.leave()
+            _close(connection)
+            return None
+        except BaseException:
+            _close(connection)
+            raise
+        return connection
+
     def _unused(self) -> Connection | None:
         """Return an unused connection, if there is one. After a pause, as of a frozen Lambda, all are too old."""
         self._close_idle()
@@ -159,6 +186,7 @@ class Pool:
         if not idle or connection.disposable or self._made[connection] < self._left:
             _close(connection)
             return
+        connection.used = Moment.now()
         self._idle.append((self._clock(), connection))
         self._close_idle()
 

@@ -39,6 +39,8 @@ from psycopg import AsyncClientCursor, AsyncConnection, AsyncCursor, IsolationLe
 from psycopg.adapt import Dumper
 from psycopg.pq import TransactionStatus
 
+from ..moments import Moment
+
 log = logging.getLogger("crudstack.postgres")
 
 ISOLATION = "read committed"
@@ -89,6 +91,8 @@ class SessionlessConnection(AsyncConnection[Any]):
     """Whether this is RDS Proxy, so that no SET may be sent."""
     disposable = False
     """Whether to close it instead of using it again."""
+    used: Moment
+    """When it was last given back."""
 
     async def agree(self, wanted: Mapping[str, str], *, prepare: bool | None) -> None:
         """Compare the server's settings with `wanted`, a value by name, and arrange for those that differ.
@@ -126,6 +130,10 @@ class SessionlessConnection(AsyncConnection[Any]):
                 self.info.user,
                 "".join(f" ALTER ROLE CURRENT_USER SET {name} = '{wanted[name]}';" for name in sorted(lacking)),
             )
+
+    async def check(self) -> None:
+        """Raise psycopg.Error if the server does not answer on this connection."""
+        await super().execute("SELECT 1")
 
     def isolate(self) -> None:
         """Ask for READ COMMITTED in each transaction from now on."""

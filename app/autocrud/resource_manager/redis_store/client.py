@@ -20,6 +20,7 @@ from typing import Any
 from ...errors import ConfigError, StoreDamaged, StoreUnavailable
 from ...secret import REDIS, Secret, redis_url
 from .. import drivers
+from ..moments import Moment
 from .scripts import Script
 
 log = logging.getLogger("crudstack.redis")
@@ -28,6 +29,10 @@ MAX_CONNECTIONS = 16
 """Of a pool, if the URL names no `max_connections`. Commands that find all in use wait for their turn."""
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
+CHECK_AFTER_S = 2.0
+"""How long a connection may be unused before it is asked whether it is there. A network may have dropped it without a word."""
+CHECK_S = 2.0
+"""How long the answer to that is waited for. That of a command is waited for longer, because a script may take long."""
 
 
 Password = Callable[[], str]
@@ -155,7 +160,7 @@ class _Room:
         self.users: set[object] = set()
         self._words, self._connect, self._failures = words, connect, (errors.RedisError, OSError)
         self._answers = (errors.ResponseError, errors.BusyLoadingError)
-        self._idle: list[Any] = []
+        self._idle: list[tuple[Any, Moment]] = []  # connections, and when each was used last
         self._slots = asyncio.Semaphore(slots)
         self._guard: AsyncIterator[None] | None = None
 
@@ -165,7 +170,7 @@ class _Room:
             self._guard = self._until_the_loop_ends()
             await anext(self._guard)
         async with self._slots:
-            connection = self._idle.pop() if self._idle else self._connect()
+            connection = await self._alive() or self._connect()
             try:
                 if not connection.is_connected:
                     await self._open(connection)
@@ -185,7 +190,30 @@ class _Room:
                 raise
             finally:
                 if connection.is_connected:
-                    self._idle.append(connection)
+                    self._idle.append((connection, Moment.now()))
+
+    async def _alive(self) -> Any:
+        """Return an unused connection that was used a moment ago, or answers; None if there is none.
+
+        One that does not answer is not alone: all that are unused are closed, so one request waits for all of them.
+        """
+        if not self._idle:
+            return None
+        connection, used = self._idle.pop()
+        if used.age() <= CHECK_AFTER_S:
+            return connection
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self._ask(connection, ("PING",))
+        except self._failures as error:
+            log.warning("Redis: an unused connection is gone: %s", type(error).__name__)
+            await connection.disconnect(nowait=True)
+            await self.close()
+            return None
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
 
     async def _ask(self, connection: Any, command: tuple[Any, ...]) -> Any:
         await connection.send_command(*command)
@@ -213,8 +241,9 @@ class _Room:
 
     async def close(self) -> None:
         while self._idle:
+            connection, _ = self._idle.pop()
             with contextlib.suppress(*self._failures):
-                await self._idle.pop().disconnect()
+                await connection.disconnect()
 
 
 class _Credentials:
