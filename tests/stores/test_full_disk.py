@@ -325,7 +325,9 @@ def test_processes_that_are_killed_again_and_again_lose_nothing_and_fill_no_disk
                 if round_ % 3 < 2 and one.stdout.readline() != "checked\n":
                     raise AssertionError(one.stderr.read())
                 for _ in range(rng.randrange(1, 4) if round_ % 3 < 2 else 0):
-                    acknowledged.update([one.stdout.readline().split()])
+                    line = one.stdout.readline()
+                    assert line, one.stderr.read()
+                    acknowledged.update([line.split()])
                 time.sleep(rng.random())
                 one.kill()
                 for line in one.stdout:
