@@ -133,10 +133,13 @@ def select(app: Path) -> Selection:
                     if ignored and not directory.rules.tracks(within) and not include.may_match_below(entry.path):
                         left_out.append(LeftOut(f"{entry.path}/", IGNORED))
                         continue
-                    rules, base = directory.rules, directory.base
-                    if not ignored and rules.is_repository(within):
-                        rules, base = repository_rules(app / entry.path), f"{entry.path}/"
-                    below.append(_Directory(entry.path, rules, base, ignored))
+                    rules = directory.rules
+                    # A submodule may be tracked in a directory that is ignored.
+                    if rules.is_repository(within) and (not ignored or rules.tracks(within)):
+                        inner = repository_rules(app / entry.path, rules, within)
+                        below.append(_Directory(entry.path, inner, f"{entry.path}/", ignored=False))
+                    else:
+                        below.append(_Directory(entry.path, rules, directory.base, ignored))
                 elif (included := include.matches(entry.path)) or not ignored or directory.rules.tracks(within):
                     _check_publishable(app, entry, included=included)
                     files.append(entry.path)

@@ -11,6 +11,7 @@ and a file that is tracked is not ignored. Without git, or outside of a checkout
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -32,7 +33,10 @@ class Rules(Protocol):
     """What is ignored below one directory. Paths are relative to it, with slashes; bytes that are no UTF-8 as surrogates."""
 
     def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
-        """Return for each entry, a path and whether it is a directory, whether git ignores it."""
+        """Return for each entry, a path and whether it is a directory, whether git ignores it.
+
+        A directory that a pattern matches counts as ignored although files in it are tracked: see `tracks`.
+        """
         ...
 
     def tracks(self, path: str) -> bool:
@@ -40,7 +44,7 @@ class Rules(Protocol):
         ...
 
     def is_repository(self, path: str) -> bool:
-        """Return whether a directory is a repository of its own, which needs rules of its own."""
+        """Return whether a directory is a repository of its own, of which `repository_rules` are the rules."""
         ...
 
 
@@ -65,14 +69,17 @@ def rules_for(directory: Path) -> Rules:
     return rules
 
 
-def repository_rules(directory: Path) -> Rules:
-    """Return the rules for a repository within the project, such as a submodule. Raises ConfigError if git fails."""
+def repository_rules(directory: Path, outer: Rules, path: str) -> Rules:
+    """Return the rules for a repository within the project, such as a submodule. Raises ConfigError if git fails.
+
+    outer    the rules of the repository around it
+    path     what the directory is called there
+    """
+    inner: Rules = FileRules(directory, directory)
     if os.path.lexists(directory / ".git") and shutil.which("git") is not None:
-        try:
-            return GitRules(directory.resolve())
-        except _NotARepositoryError:
-            pass
-    return FileRules(directory, directory)
+        with contextlib.suppress(_NotARepositoryError):
+            inner = GitRules(directory.resolve())
+    return InnerRules(inner, outer, path)
 
 
 class _NotARepositoryError(Exception):
@@ -92,17 +99,21 @@ class GitRules:
         """Return which entries git ignores, in one call of git."""
         if not entries:
             return []
-        # With `./` no name is taken for a pattern. The answers are matched by their order, because git may write a name in
-        # another Unicode normalization than the directory has it.
+        # Without --no-index git would take names for patterns, and `key[1].json` for tracked if `key1.json` is. The answers
+        # are matched by their order, because git may write a name in another Unicode normalization than the directory.
         asked = b"".join(os.fsencode(f"./{path}") + b"\0" for path, _ in entries)
-        answers = _git(self._directory, "check-ignore", "--stdin", "-z", "-v", "-n", input=asked).split(b"\0")[:-1]
+        said = _git(self._directory, "check-ignore", "--no-index", "--stdin", "-z", "-v", "-n", input=asked)
+        answers = said.split(b"\0")[:-1]
         patterns = answers[2::4]
         if len(patterns) != len(entries) or len(answers) != 4 * len(entries):
             raise ConfigError(
                 f"`git check-ignore` in {self._directory} gave {len(answers)} fields for {len(entries)} files, expected"
                 f" 4 for each: check the git on PATH with `git --version`"
             )
-        return [bool(pattern) and not pattern.startswith(b"!") for pattern in patterns]
+        return [
+            bool(pattern) and not pattern.startswith(b"!") and path not in self._files
+            for pattern, (path, _) in zip(patterns, entries, strict=True)
+        ]
 
     def tracks(self, path: str) -> bool:
         """Return whether the index has this file, or files below this directory."""
@@ -111,6 +122,29 @@ class GitRules:
     def is_repository(self, path: str) -> bool:
         """Return whether this is a submodule, or another clone."""
         return path in self._files or os.path.lexists(self._directory / path / ".git")
+
+
+class InnerRules:
+    """The rules of a repository within another one, as of a submodule: a file is ignored if a pattern of either matches it.
+
+    Files that the inner repository tracks are not ignored: `tracks` tells them.
+    """
+
+    def __init__(self, inner: Rules, outer: Rules, path: str) -> None:
+        self._inner, self._outer, self._path = inner, outer, path
+
+    def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
+        """Return which entries either repository ignores."""
+        of_outer = self._outer.ignored([(f"{self._path}/{path}", is_directory) for path, is_directory in entries])
+        return [inner or outer for inner, outer in zip(self._inner.ignored(entries), of_outer, strict=True)]
+
+    def tracks(self, path: str) -> bool:
+        """Return whether the index of the inner repository has this file, or files below this directory."""
+        return self._inner.tracks(path)
+
+    def is_repository(self, path: str) -> bool:
+        """Return whether this is a submodule, or another clone."""
+        return self._inner.is_repository(path)
 
 
 class FileRules:
@@ -180,8 +214,11 @@ PARENT = "ps_d"
 
 
 def _spec(file: Path) -> GitIgnoreSpec:
-    """Read a file of patterns as git does: it follows no link, and drops a byte order mark and the end of lines of Windows."""
-    if file.is_symlink() or not file.is_file():
+    """Read a file of patterns as git does, which drops a byte order mark and the end of lines of Windows."""
+    # `.git/info/exclude` may be a link.
+    if file.name == ".gitignore" and file.is_symlink():
+        raise ConfigError(f"{file} is a symbolic link, which git does not follow: put the file itself in its place")
+    if not file.is_file():
         return GitIgnoreSpec.from_lines([])
     try:
         text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
@@ -212,13 +249,20 @@ def _git(directory: Path, *arguments: str, input: bytes = b"") -> bytes:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"git cannot say what it ignores in {directory}: {error}") from None
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    # Git only warns about such a file, and goes on without its patterns.
+    if unread := [line for line in said if "unable to access" in line]:
+        raise ConfigError(
+            f"git cannot read all of what it ignores in {directory}, so nothing is published: {unread[0]}; make that file"
+            " readable and not a link, or remove it"
+        )
     # Exit code 1 of check-ignore: none is ignored.
     if done.returncode == 0 or (done.returncode == 1 and arguments[0] == "check-ignore"):
         return done.stdout
-    said = done.stderr.decode(errors="replace").strip().partition("\n")[0] or f"it ended with {done.returncode}"
-    if "not a git repository" in said:
-        raise _NotARepositoryError(said)
+    if any("not a git repository" in line for line in said):
+        raise _NotARepositoryError
+    reason = said[0] if said else f"it ended with {done.returncode}"
     raise ConfigError(
-        f"git cannot say what it ignores in {directory}, so nothing is published: {said}; run `git status` there, and"
+        f"git cannot say what it ignores in {directory}, so nothing is published: {reason}; run `git status` there, and"
         " build again when it works"
     )

@@ -166,6 +166,47 @@ def test_a_worktree_and_a_submodule_are_checkouts(tmp_path):
     assert chosen(tmp_path / "two/app", tmp_path)[0] == ["lib/other.json", "models.py"]
 
 
+def test_the_name_of_a_file_is_no_pattern_for_tracked_files(app, tmp_path):
+    git(app.parent, "init", "--quiet")
+    put(app.parent, ".gitignore", content="*.json\n*.d\n")
+    put(app, "key1.json", "key[1].json", "k?y1.json", "data1.d/x.txt", "data[1].d/x.txt")
+    git(app.parent, "add", "--force", "app/key1.json", "app/data1.d/x.txt")
+    assert chosen(app, tmp_path)[0] == ["data1.d/x.txt", "key1.json", "models.py"]
+
+
+def test_what_git_ignores_stays_out_of_a_clone_within_the_project_too(project, tmp_path):
+    put(project.parent, ".gitignore", content="credentials.json\n")
+    put(project, "lib/m.py", "lib/credentials.json", "lib/mine.json", "lib/.gitignore", content="mine.json\n")
+    if shutil.which("git") is None:
+        (project / "lib/.git").mkdir()
+    else:
+        git(project / "lib", "init", "--quiet")
+    assert chosen(project, tmp_path)[0] == ["lib/m.py", "models.py"]
+
+
+def test_a_submodule_that_is_tracked_in_an_ignored_directory_goes_in(app, tmp_path):
+    (tmp_path / "lib").mkdir()
+    git(tmp_path / "lib", "init", "--quiet")
+    put(tmp_path / "lib", "m.py")
+    git(tmp_path / "lib", "add", ".")
+    git(tmp_path / "lib", "commit", "--quiet", "--message", "x")
+    git(app.parent, "init", "--quiet")
+    put(app.parent, ".gitignore", content="vendor/\n")
+    git(app.parent, "submodule", "add", "--force", "--quiet", str(tmp_path / "lib"), "app/vendor/lib")
+    put(app, "vendor/x.json", "vendor/lib/x.json")
+    assert chosen(app, tmp_path)[0] == ["models.py", "vendor/lib/m.py"]
+
+
+def test_patterns_that_git_cannot_read_publish_nothing(project):
+    """Git warns, exits with 0 and goes on without them. A link stands for a file of another owner here: root reads all."""
+    put(project.parent, "patterns", content="credentials.json\n")
+    (project.parent / ".gitignore").symlink_to("patterns")
+    put(project, "credentials.json")
+    with pytest.raises(ConfigError, match=r"\.gitignore.* link") as raised:
+        select(project)
+    assert "\n" not in str(raised.value)
+
+
 def test_in_a_larger_repository_its_rules_hold_too(tmp_path):
     git(tmp_path, "init", "--quiet")
     put(tmp_path, ".gitignore", content="*.secret\n")
