@@ -202,7 +202,8 @@ def _not_never(app: Path, entries: Iterable[_Entry], left_out: list[LeftOut], in
     """Yield the entries that no rule of this module leaves out by their names."""
     for entry in entries:
         name = entry.path.rpartition("/")[2]
-        if name in UNNOTICED or entry.path in NOT_DEPLOYED or name.endswith((".pyi", "py.typed")):
+        is_for_types = not entry.is_directory and (name == "py.typed" or name.endswith(".pyi"))
+        if name in UNNOTICED or entry.path in NOT_DEPLOYED or is_for_types:
             continue
         if (reason := _never(app / entry.path)) is None:
             yield entry

@@ -207,6 +207,11 @@ def test_patterns_that_git_cannot_read_publish_nothing(project):
     assert "\n" not in str(raised.value)
 
 
+def test_only_the_marker_file_of_types_is_left_out_in_silence(app, tmp_path):
+    put(app, "py.typed", "models.pyi", "happy.typed")
+    assert chosen(app, tmp_path) == (["happy.typed", "models.py"], {})
+
+
 def test_in_a_larger_repository_its_rules_hold_too(tmp_path):
     git(tmp_path, "init", "--quiet")
     put(tmp_path, ".gitignore", content="*.secret\n")
