@@ -21,12 +21,14 @@ from pulumi.runtime import config as runtime
 
 from app.autocrud.errors import ConfigError
 from app.stack import ConfigValue
-from infra.config import StackConfig, allowed, read
+from infra.config import StackConfig, read
 
 FIRST_NAME = "crudstack"
 """The name that the project has until its user changes it."""
 OF_PULUMI = "pulumi"
 """The namespace of the engine's own keys."""
+TAKEN = ("aws", OF_PULUMI)
+"""Names under which the project's keys would be mixed with others that every stack needs, such as aws:region."""
 
 DeployedStage = Callable[[], str | None]
 """Returns the stage that the stack's resources have; None if there are none. Raises ConfigError."""
@@ -69,10 +71,15 @@ def project_file_keys(file: Path) -> frozenset[str]:
 
 
 def check_keys(keys: Keys, deployed_stage: DeployedStage) -> None:
-    """Raise ConfigError if a key would be ignored, or if one of the project's keys is a secret.
+    """Raise ConfigError if a key would be ignored, if one of the project's keys is a secret, or if its name is `TAKEN`.
 
     The sentence names the keys and the command that corrects them. It never holds the value of a secret.
     """
+    if keys.project in TAKEN:
+        raise ConfigError(
+            f"the `name` in Pulumi.yaml is {keys.project}, with which keys like {keys.project}:"
+            f"{'region' if keys.project == 'aws' else 'tags'} begin that are not the project's: expected another name"
+        )
     if leftovers := [key for key in sorted(keys.values) if _is_leftover(keys, key)]:
         raise ConfigError(_leftover(keys, leftovers, deployed_stage))
     if secrets := [name for name, value in keys.own.items() if value.secret]:
@@ -162,10 +169,9 @@ def _set(keys: Keys, old: str, new: str) -> str:
     """Return the command that sets a key to the value of another one, as plain text. It reads a secret by itself."""
     value = keys.values[old]
     if value.secret or value.text is None:
+        # If `config get` fails, the JSON is not valid and nothing is set; `config set` would take its output as an empty
+        # value, and the next command would remove the old key. `config set` would also make a text of an object.
         get = keys.command("get", shlex.quote(old))
-        if "{" not in allowed(new.rpartition(":")[2]) and "[" not in allowed(new.rpartition(":")[2]):
-            return keys.command("set", "--plaintext", shlex.quote(new), f'"$({get})"')
-        # `config set` would make a text of an object, of which `config set --path` forgets all other keys.
         plain = f'{get} --json | sed \'s/"secret": true/"secret": false/\''
         return keys.command("set-all", "--json", f'"{{\\"{new}\\": $({plain})}}"')
     nested = _nested(value.text)

@@ -132,6 +132,29 @@ def test_a_renamed_project_refuses_the_keys_of_its_old_name_until_the_command_ha
     assert 'bucket           : "crudstack-prod-data-' in checkout.run("pulumi preview --color never")
 
 
+def test_the_command_that_moves_a_secret_never_loses_it(checkout):
+    """If pulumi cannot read it, and if the command is pasted twice."""
+    rename(checkout)
+    checkout.run(SETUP)
+    checkout.run(
+        "pulumi config set --secret crudstack:alarm_email a@example.org && pulumi config set crudstack:log_days 7"
+    )
+    command = command_of(checkout.run("pulumi preview --color never", code=1))
+    file = checkout.path / "Pulumi.dev.yaml"
+    before = file.read_text()
+    checkout.run(f"export PULUMI_CONFIG_PASSPHRASE=wrong; {command}", code=1)
+    assert file.read_text() == before
+    checkout.run(command)
+    moved = file.read_text()
+    assert yaml.safe_load(moved)["config"] == {
+        "aws:region": "eu-central-1",
+        "myproject:alarm_email": "a@example.org",
+        "myproject:log_days": "7",
+    }
+    checkout.run(command, code=1)
+    assert file.read_text() == moved
+
+
 def test_every_command_works_in_a_renamed_project(newest, ministack_s3):
     newest.run("pulumi config set log_days 7 && pulumi up --yes --skip-preview")
     newest.run("pulumi stack select dev && pulumi stack rename organization/myproject/dev")

@@ -86,7 +86,7 @@ def test_an_object_stays_one(value):
 def test_a_secret_is_moved_without_being_shown():
     given = {"crudstack:alarm_email": SECRET, "crudstack:auth": json.dumps({"issuer": SECRET})}
     said = refused(keys(given, secret=given))
-    assert '"$(pulumi config get --stack dev crudstack:alarm_email)"' in said
+    assert "$(pulumi config get --stack dev crudstack:alarm_email --json | sed" in said
     assert "$(pulumi config get --stack dev crudstack:auth --json | sed" in said
     # As `pulumi config --json` has it for `make deploy`.
     assert refused(keys(dict.fromkeys(given), secret=given)) == said
@@ -167,13 +167,21 @@ def test_a_key_of_pulumi_yaml_is_renamed_there():
 def test_a_secret_is_refused_with_the_command_that_sets_it_as_plain_text():
     said = refused(keys({"crudstack:log_days": SECRET}, project="crudstack", secret=["crudstack:log_days"]))
     assert said.startswith("crudstack:log_days is set as a secret, expected plain text: no setting holds a secret, and")
-    assert '`pulumi config set --stack dev --plaintext crudstack:log_days "$(pulumi config get --stack dev' in said
+    assert (
+        '`pulumi config set-all --stack dev --json "{\\"crudstack:log_days\\": $(pulumi config get --stack dev' in said
+    )
     # Also one that makes no sense otherwise: the refusal of a value would show it.
     assert "is set as a secret" in refused(keys({"p:stage": SECRET}, project="p", secret=["p:stage"]))
 
 
 def test_a_provider_s_secrets_are_its_own():
     check_keys(keys({"aws:secretKey": SECRET}, secret=["aws:secretKey"]), lambda: None)
+
+
+@pytest.mark.parametrize(("project", "key"), [("aws", "aws:region"), ("pulumi", "pulumi:tags")])
+def test_a_name_that_others_keys_begin_with_is_refused(project, key):
+    said = refused(keys({key: "eu-central-1"}, project=project))
+    assert said.startswith(f"the `name` in Pulumi.yaml is {project}, with which keys like {key} begin")
 
 
 def test_nothing_is_refused_for_the_stage_alone():
