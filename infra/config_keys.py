@@ -108,8 +108,10 @@ def _leftover(keys: Keys, leftovers: list[str], deployed_stage: DeployedStage) -
     found = f"{_list(leftovers)} {'is' if len(leftovers) == 1 else 'are'} set, but"
     reads = f"the `name` in Pulumi.yaml is {keys.project}, so the program reads keys like {keys.project}:stage only"
     if in_file := [key for key in leftovers if key in keys.in_project_file]:
-        names = _list([key.rpartition(":")[2] for key in in_file])
-        return f"{found} {reads}: rename {_list(in_file)} to {names} in Pulumi.yaml"
+        # The file has each setting already, so a key that is renamed there would be there twice.
+        settings = [name for key in in_file if (name := key.rpartition(":")[2]) in StackConfig.__struct_fields__]
+        set_there = f"set the `default` of {_list(settings)} there instead, and " if settings else ""
+        return f"{found} {reads}: in Pulumi.yaml, {set_there}remove {_list(in_file)}"
     moved, notes = [], []
     for key in leftovers:
         name, value = key.rpartition(":")[2], keys.values[key]

@@ -158,9 +158,11 @@ def test_the_stage_of_a_stack_is_read_from_its_state():
     assert stage_of({"deployment": None}) is None
 
 
-def test_a_key_of_pulumi_yaml_is_renamed_there():
+def test_a_key_of_pulumi_yaml_is_removed_there():
     said = refused(keys({"crudstack:stage": "prod", "crudstack:log_days": "7"}, in_file=["crudstack:stage"]))
-    assert said.endswith("rename crudstack:stage to stage in Pulumi.yaml")
+    assert said.endswith("in Pulumi.yaml, set the `default` of stage there instead, and remove crudstack:stage")
+    said = refused(keys({"crudstack:anything": "1"}, in_file=["crudstack:anything"]))
+    assert said.endswith("in Pulumi.yaml, remove crudstack:anything")
     assert not [key for key in project_file_keys(ROOT / "Pulumi.yaml") if ":" in key]
 
 
