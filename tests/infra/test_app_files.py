@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import socket
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from app import wiring
 from app.autocrud.errors import ConfigError
 from infra import app_files
-from infra.app_files import LISTED, PRIVATE, LeftOut, copy, listed, select
+from infra.app_files import LISTED, NOT_DEPLOYED, PRIVATE, LeftOut, copy, listed, select
+from infra.artifact import ROOT
 from infra.ignored_files import FileRules, GitRules, rules_for
 from tests.not_run import not_run
 
@@ -552,3 +554,19 @@ def walked(app: Path, rules) -> dict[str, bool]:
         found |= ignored
         level = [path for path, is_directory in entries if is_directory and not ignored[path]]
     return found
+
+
+def test_modules_of_the_app_that_no_handler_imports_are_not_deployed():
+    imported: set[str] = set()
+    found = [ROOT / "app/handler.py", ROOT / "app/bootstrap.py"]
+    while found:
+        path = found.pop()
+        if path.name in imported:
+            continue
+        imported.add(path.name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                names = [node.module.partition(".")[0]] if node.module else [name.name for name in node.names]
+                found += [file for name in names if (file := ROOT / f"app/{name}.py").exists()]
+    own = {path.name for path in (ROOT / "app").glob("*.py") if path.name != "__init__.py"}
+    assert own - imported == NOT_DEPLOYED
