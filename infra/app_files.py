@@ -326,13 +326,14 @@ class _Include:
 
     def _read(self) -> list[str]:
         try:
-            settings = tomllib.loads(self._file.read_bytes().decode()).get("tool", {}).get("crudstack", {})
+            tools = tomllib.loads(self._file.read_bytes().decode()).get("tool", {})
         except FileNotFoundError:
             return []
         except OSError as error:
             raise ConfigError(f"{self._file} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ConfigError(f"{self._file} is no TOML: {error}") from None
+        settings = tools.get("crudstack", {}) if isinstance(tools, dict) else tools
         expected = 'expected `package-include = ["app/data/*.json"]` alone in [tool.crudstack]'
         if not isinstance(settings, dict) or (unknown := sorted(settings.keys() - {"package-include"})):
             raise ConfigError(f"{self._file} has {unknown[0] if isinstance(settings, dict) else settings}: {expected}")

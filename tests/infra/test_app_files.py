@@ -378,6 +378,7 @@ def test_data_that_was_generated_is_brought_back(project, tmp_path):
         ('[tool.crudstack]\npackage-include = ["../x"]', r"has '\.\./x': expected"),
         ("[tool.crudstack]\npackage_include = []", "has package_include: expected"),
         ("[tool]\ncrudstack = 1", "has 1: expected"),
+        ("tool = 1", "has 1: expected"),
         ("[tool", "is no TOML"),
     ],
 )
