@@ -18,9 +18,6 @@ from .base_path import BasePath
 from .foreign_pages import ForeignPages
 from .misfits import found, meant
 
-OWN_PATHS = ("healthz", "readyz", "docs", "openapi.json")
-"""First parts of paths beside the names of models."""
-
 
 def create_app(
     given: settings.Settings | None = None,
@@ -66,7 +63,7 @@ def create_app(
     app.state.crud, app.state.base_path = crud, given.base_path
     if given.base_path is not None:
         first = given.base_path.split("/")[1:2]
-        if first and first[0] in (taken := [*crud.managers, *OWN_PATHS]):
+        if first and first[0] in (taken := [*crud.managers, *settings.OWN_PATHS]):
             raise ConfigError(
                 f"CRUDSTACK_BASE_PATH is {given.base_path!r}, which begins like a path of the API: expected another first part"
                 f" than {', '.join(taken)}"

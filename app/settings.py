@@ -195,6 +195,8 @@ VARIABLES = (
 EXPOSED_HEADERS = ("etag", "location", "link", "retry-after", "idempotency-replayed", "x-request-id")
 """Headers of answers that pages of allowed origins may read."""
 BASE_PATH = r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
+OWN_PATHS = ("healthz", "readyz", "docs", "openapi.json")
+"""First parts of paths beside the names of models, with which no base path may begin."""
 MAX_CACHE_MB = 1_000_000
 ORIGIN = r"\*|https?://[^/\s*@]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'

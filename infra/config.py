@@ -24,7 +24,7 @@ from msgspec import Meta, Struct
 
 from app import stack as pulumi_cli
 from app.autocrud.errors import ConfigError
-from app.settings import PRESETS, JwtAuth, Pair, Storage
+from app.settings import OWN_PATHS, PRESETS, JwtAuth, Pair, Storage
 from infra.choices import Broker, Cache, Domain, Postgres
 
 Need = Literal["postgres", "cache", "broker"]
@@ -204,6 +204,12 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             )
         if self.domain is not None and self.edge != "http-api":
             yield "domain", self.domain, "a function URL has a name of its own; expected edge http-api, or domain null"
+        if self.domain is not None and self.domain.base_path.split("/")[1:2] in ([name] for name in OWN_PATHS):
+            yield (
+                "domain.base_path",
+                self.domain.base_path,
+                f"the app has a path that begins like that; expected another first part than {', '.join(OWN_PATHS)}",
+            )
         if self.timeout_s > API_WAITS_S and self.edge == "http-api":
             yield (
                 "timeout_s",

@@ -95,6 +95,13 @@ def test_overrides_need_their_union():
 
 
 REFUSED = [
+    *(
+        (
+            {"domain": json.dumps({"name": "api.example.org", "zone": "Z0", "base_path": path})},
+            f'domain.base_path is "{path}": the app has a path that begins like that; expected another first part than',
+        )
+        for path in ("/healthz", "/docs/v1", "/openapi.json")
+    ),
     ({"storag": "s3-sqlite"}, "storag is no setting; there are storage, "),
     ({"storage": "s3"}, 'storage is "s3": expected s3-sqlite, postgres-s3'),
     ({"storage": "memory"}, 'storage is "memory": on AWS it would not outlive'),
