@@ -12,7 +12,8 @@ UV_PIP = $(UV) pip install --quiet --python $(BIN)/python --require-hashes
 UV_SELF = $(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 # A virtual environment works only where it was made, and with the Python that made it; .venv/.venv says where that was.
 IS_USABLE := $(shell test "$$(cat $(VENV)/.venv 2>/dev/null)" = "$$(cd $(VENV) 2>/dev/null && pwd -P)" && \
-  $(BIN)/python -I -c 'import os, sysconfig; os.stat(sysconfig.get_path("purelib"))' 2>/dev/null && echo yes)
+  $(BIN)/python -I -c 'import os, sys, sysconfig; os.stat(sysconfig.get_path("purelib")); sys.exit(sys.prefix == sys.base_prefix)' \
+  2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-infra deploy run s3-rescue test pulumi s3-servers lint fuzz mutants bench package docs lock clean FORCE
@@ -73,10 +74,11 @@ $(VENV)/.venv: $(if $(IS_USABLE),,FORCE)
 	@case "$$(pwd -P)" in *:*) echo "this checkout lies in $$(pwd -P), and Python makes no virtual environment below" \
 	  "a path with a colon: move it to a path without one" >&2; exit 1;; esac
 	@if test -L $(VENV); then rm $(VENV); fi
-	@said="$$($(PYTHON) -m venv --clear $(VENV) 2>&1)" || { rm -rf $(VENV); case "$$said" in \
-	  *ensurepip*) reason="it has no ensurepip, which is in the package python3-venv of Debian and Ubuntu" ;; \
+	@said="$$($(PYTHON) -m venv --clear $(VENV) 2>&1)" || { case "$$said" in \
+	  *"ensurepip is not"*) reason="it has no ensurepip, which is in the package python3-venv of Debian and Ubuntu" ;; \
+	  *ensurepip*) reason="$$($(BIN)/python -m ensurepip 2>&1 | grep -v '^$$\|^ \|^Traceback\|^subprocess' | tail -n 1)" ;; \
 	  *) reason="$$(printf '%s\n' "$$said" | tail -n 1)" ;; \
-	  esac; echo "'$(PYTHON)' cannot make a virtual environment: $$reason" >&2; exit 1; }
+	  esac; rm -rf $(VENV); echo "'$(PYTHON)' cannot make a virtual environment: $$reason" >&2; exit 1; }
 	@uv --version >/dev/null 2>&1 || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt || \
 	  { echo "pip cannot install uv, for the reason above. If it cannot be mended, install uv yourself, and try again" >&2; exit 1; }

@@ -108,7 +108,11 @@ def setup_was_interrupted(venv: Path) -> None:
     (venv / ".venv").write_text("")
 
 
-@pytest.mark.parametrize("damage", [python_is_gone, python_is_another, setup_was_interrupted])
+def it_is_no_environment(venv: Path) -> None:
+    (venv / "pyvenv.cfg").unlink()
+
+
+@pytest.mark.parametrize("damage", [python_is_gone, python_is_another, setup_was_interrupted, it_is_no_environment])
 def test_an_environment_that_does_not_work_is_made_again(checkout: Path, damage: Callable[[Path], None]) -> None:
     make(checkout, ".venv/.local")
     damage(checkout / ".venv")
@@ -145,6 +149,27 @@ def test_the_reason_is_that_of_the_tool(checkout: Path, printed: str, reason: st
     python.chmod(0o755)
     said = make(checkout, f"PYTHON={python}", ".venv/.venv", code=2)
     assert said.splitlines()[0] == f"'{python}' cannot make a virtual environment: {reason}"
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_failure_of_ensurepip_is_not_its_absence(checkout: Path) -> None:
+    """Python itself names only the command that failed."""
+    python = checkout.parent / "python3"
+    command = (
+        "Error: Command '['/x/.venv/bin/python', '-m', 'ensurepip', '--upgrade']' returned non-zero exit status 1."
+    )
+    full = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+    made = (
+        f"#!/bin/sh\necho '{full}'\necho\necho Traceback\necho '  File'\necho subprocess.CalledProcessError\nexit 1\n"
+    )
+    (checkout.parent / "made").write_text(made)
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -m ] || exit 0\nmkdir -p .venv/bin; cp ../made .venv/bin/python; chmod +x .venv/bin/python\n'
+        f'echo "{command}"\nexit 1\n'
+    )
+    python.chmod(0o755)
+    said = make(checkout, f"PYTHON={python}", ".venv/.venv", code=2)
+    assert said.splitlines()[0] == f"'{python}' cannot make a virtual environment: {full}"
     assert not (checkout / ".venv").exists()
 
 
