@@ -288,7 +288,10 @@ def _check_ca(app: Path, files: Iterable[str], left_out: Iterable[LeftOut]) -> N
     if reason is None or CA_FILE in files:
         return
     expected = (
-        f"`git add --force {CA_FILE}` there" if reason == IGNORED else "put AWS's bundle of certificates in its place"
+        f'`git add --force {CA_FILE}` there, or outside of a checkout `package-include = ["{app.name}/{CA_FILE}"]` in'
+        " [tool.crudstack] of pyproject.toml"
+        if reason == IGNORED
+        else "put AWS's bundle of certificates in its place"
     )
     raise ConfigError(
         f"{shown(app / CA_FILE)} would be left out ({reason}), and without it the app does not verify the database's"

@@ -393,8 +393,10 @@ def test_the_ca_file_is_not_left_out_in_silence(project, tmp_path):
     put(project, "rds-ca.pem", content="-----BEGIN CERTIFICATE-----\n")
     with pytest.raises(
         ConfigError, match=r"/app/rds-ca\.pem would be left out \(git ignores it\), and without it the app"
-    ):
+    ) as raised:
         select(project)
+    # Without git, or in an archive of the sources, nothing can be added.
+    assert 'or outside of a checkout `package-include = ["app/rds-ca.pem"]` in [tool.crudstack]' in str(raised.value)
     put(project.parent, "pyproject.toml", content='[tool.crudstack]\npackage-include = ["app/rds-ca.pem"]\n')
     assert chosen(project, tmp_path)[0] == ["models.py", "rds-ca.pem"]
     put(project, "rds-ca.pem", content=PEM)
