@@ -193,7 +193,10 @@ def _entries(app: Path, directory: str) -> list[_Entry]:
         entries = []
         for name in names:
             path = f"{directory}/{name}" if directory else name
-            status = (app / path).lstat()
+            try:
+                status = (app / path).lstat()
+            except FileNotFoundError:  # an editor's file of a moment
+                continue
             entries.append(_Entry(path, stat.S_ISDIR(status.st_mode), status))
     except FileNotFoundError:
         if directory:

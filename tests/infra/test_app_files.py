@@ -489,6 +489,20 @@ def test_a_file_that_became_a_pipe_or_a_link_is_not_opened(app, tmp_path):
         copy(app, selection, tmp_path / "copy")
 
 
+def test_a_file_that_is_gone_before_it_is_looked_at_is_not_there(app, monkeypatch):
+    """Editors make and delete files like 4913 beside the one that they save."""
+    put(app, "4913")
+    lstat = Path.lstat
+
+    def after(path):
+        if path.name == "4913":
+            path.unlink()
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", after)
+    assert select(app).files == ["models.py"]
+
+
 def test_the_report_is_short():
     many = [LeftOut(f"data/{number}.csv", "git ignores it") for number in range(LISTED + 1)]
     few = [LeftOut(f"{number}.env", "may hold secrets") for number in range(LISTED)]
