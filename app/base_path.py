@@ -1,8 +1,8 @@
 """The prefix of all paths under which the API is reached: that of a gateway's mapping, or of a proxy.
 
-Gateways and proxies differ in what they hand on: some keep the prefix, some take it away. So requests are answered with the
-prefix and without it, and whatever the answer links to carries it. ASGI's `root_path` is how the application and its routes
-know it: `path` and `raw_path` begin with it, and routes are compared with what follows (`messages.route_path`).
+Some gateways and proxies keep the prefix in the path, others remove it. So requests are answered with the prefix and
+without it, and every link in an answer begins with it. The application and its routes know the prefix as ASGI's
+`root_path`: `path` and `raw_path` begin with it, and routes are compared with the rest (`messages.route_path`).
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     Origins whose pages may call the API."""
     domain: Domain | None = None
-    """{name: api.example.org, zone: Z0123456789, base_path: /v1}, the last if wanted, or null
+    """{name: api.example.org, zone: Z0123456789, base_path: /v1}, of which base_path is optional, or null
 
     A name of one's own for the HTTP API, the id of the Route 53 zone that it lies in, and a prefix of all paths. The certificate is made and renewed."""
     postgres: Postgres = Postgres()
