@@ -28,7 +28,7 @@ class BasePath:
 
 
 def below(path: str, prefix: str) -> str | None:
-    """Return what follows the prefix in a percent-encoded path, at least a slash; None unless it begins with all its segments."""
+    """Return what follows the prefix in a percent-encoded path, or None unless it begins with all its segments."""
     rest = path
     for segment in prefix.split("/")[1:]:
         if not rest.startswith("/"):

@@ -163,7 +163,7 @@ def select(app: Path) -> Selection:
 def copy(app: Path, selection: Selection, target: Path) -> Selection:
     """Copy the chosen files, and return those that were copied: without databases, and without data that hold a key.
 
-    The bytes that are looked at are those that are copied, so a file that changes meanwhile is published as it was seen.
+    The bytes that are checked are those that are copied, so a file that changes meanwhile is published as it was seen.
     Raises ConfigError if a module holds a key, and if a file cannot be read.
     """
     files: list[str] = []
@@ -286,7 +286,7 @@ def _copy(source: Path, target: Path) -> str | None:
 
 
 def _check_ca(app: Path, files: Iterable[str], left_out: Iterable[LeftOut]) -> None:
-    """Raise ConfigError if the CA file is there, and would be left out: the app would not verify the database any more."""
+    """Raise ConfigError if the CA file exists and would be left out: the app would no longer verify the database."""
     reason = next((each.reason for each in left_out if each.path == CA_FILE), None)
     if reason is None or CA_FILE in files:
         return
@@ -303,7 +303,7 @@ def _check_ca(app: Path, files: Iterable[str], left_out: Iterable[LeftOut]) -> N
 
 
 class _Include:
-    """The setting `package-include`: patterns, in the syntax of `.gitignore`, of files that go in although git ignores them."""
+    """The setting `package-include`: patterns, as in `.gitignore`, of files that go in although git ignores them."""
 
     def __init__(self, app: Path) -> None:
         self._app, self._file = app, app.parent / "pyproject.toml"

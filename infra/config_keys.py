@@ -99,7 +99,7 @@ def _is_leftover(keys: Keys, key: str) -> bool:
 
 
 def _is_provider(namespace: str) -> bool:
-    """Return whether a package of the Pulumi program has this namespace. A provider without one cannot be used in it."""
+    """Return whether a package of the Pulumi program has this namespace. Without one, a provider cannot be used."""
     package = f"pulumi_{namespace.replace('-', '_')}"
     return namespace == OF_PULUMI or (package.isidentifier() and importlib.util.find_spec(package) is not None)
 
@@ -162,7 +162,7 @@ def _secret(keys: Keys, names: list[str]) -> str:
     are = "is set as a secret" if len(full) == 1 else "are set as secrets"
     command = " && ".join(_set(keys, key, key) for key in full)
     return (
-        f"{_list(full)} {are}, expected plain text: no setting holds a secret, and the stack's state would show the value"
+        f"{_list(full)} {are}, expected plain text: no setting holds a secret, and the stack's state would show it"
         f" as plain text; run `{command}`, which sets it without --secret, then this again"
     )
 
@@ -171,8 +171,8 @@ def _set(keys: Keys, old: str, new: str) -> str:
     """Return the command that sets a key to the value of another one, as plain text. It reads a secret by itself."""
     value = keys.values[old]
     if value.secret or value.text is None:
-        # If `config get` fails, the JSON is not valid and nothing is set; `config set` would take its output as an empty
-        # value, and the next command would remove the old key. `config set` would also make a text of an object.
+        # If `config get` fails, the JSON is not valid and nothing is set. `config set` would set an empty value, and
+        # the next command would remove the old key. `config set` would also make a text of an object.
         get = keys.command("get", shlex.quote(old))
         plain = f'{get} --json | sed \'s/"secret": true/"secret": false/\''
         return keys.command("set-all", "--json", f'"{{\\"{new}\\": $({plain})}}"')

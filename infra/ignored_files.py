@@ -26,11 +26,11 @@ from app.autocrud.errors import ConfigError
 LIMIT_S = 60
 """For one command of git. It takes some milliseconds."""
 KEPT = frozenset({"GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM", "GIT_CONFIG_SYSTEM"})
-"""Variables that say where the user's settings are. All other `GIT_*`, as hooks set them, may name another repository."""
+"""Variables that say where the user's settings are. All other `GIT_*`, which hooks set, may name another one."""
 
 
 class Rules(Protocol):
-    """What is ignored below one directory. Paths are relative to it, with slashes; bytes that are no UTF-8 as surrogates."""
+    """What is ignored below a directory. Paths are relative to it, with slashes; non-UTF-8 bytes are surrogates."""
 
     def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
         """Return for each entry, a path and whether it is a directory, whether git ignores it.
@@ -40,7 +40,7 @@ class Rules(Protocol):
         ...
 
     def tracks(self, path: str) -> bool:
-        """Return whether a file is tracked, or holds tracked files if it is a directory, although a pattern matches it."""
+        """Return whether a file is tracked, or a directory holds tracked files, although a pattern matches it."""
         ...
 
     def is_repository(self, path: str) -> bool:
@@ -60,7 +60,7 @@ def rules_for(directory: Path) -> Rules:
         rules = GitRules(directory)
         project = directory.parent
         if top not in (directory, project) and not rules.tracks(""):
-            # A repository around the project that ignores the project, such as one of a home directory, says nothing of it.
+            # A repository around the project that ignores the project, such as one of a home directory, does not count.
             relative = project.relative_to(top).as_posix()
             if GitRules(top).ignored([(relative, True)]) == [True]:
                 return FileRules(project, directory)
@@ -99,8 +99,9 @@ class GitRules:
         """Return which entries git ignores, in one call of git."""
         if not entries:
             return []
-        # Without --no-index git would take names for patterns, and `key[1].json` for tracked if `key1.json` is. The answers
-        # are matched by their order, because git may write a name in another Unicode normalization than the directory.
+        # Without --no-index git would take names for patterns, and `key[1].json` for tracked if `key1.json` is. The
+        # answers are matched by their order, because git may write a name in another Unicode normalization than the
+        # directory.
         asked = b"".join(os.fsencode(f"./{path}") + b"\0" for path, _ in entries)
         said = _git(self._directory, "check-ignore", "--no-index", "--stdin", "-z", "-v", "-n", input=asked)
         answers = said.split(b"\0")[:-1]
@@ -125,7 +126,7 @@ class GitRules:
 
 
 class InnerRules:
-    """The rules of a repository within another one, as of a submodule: a file is ignored if a pattern of either matches it.
+    """The rules of a repository within another one, such as a submodule: a pattern of either ignores a file.
 
     Files that the inner repository tracks are not ignored: `tracks` tells them.
     """
@@ -190,7 +191,7 @@ class FileRules:
 
 
 def _check(spec: GitIgnoreSpec, path: Path, parent: Path, *, is_directory: bool) -> bool | None:
-    """Return whether the last pattern of a file that matches this path, itself and not only a parent of it, excludes it.
+    """Return whether the last pattern of a file that matches this path, and not only a parent of it, excludes it.
 
     GitIgnoreSpec.check_file answers for a whole path at once, and weighs patterns for directories otherwise than git.
     """
@@ -253,8 +254,8 @@ def _git(directory: Path, *arguments: str, input: bytes = b"") -> bytes:
     # Git only warns about such a file, and goes on without its patterns.
     if unread := [line for line in said if "unable to access" in line]:
         raise ConfigError(
-            f"git cannot read all of what it ignores in {directory}, so nothing is published: {unread[0]}; make that file"
-            " readable and not a link, or remove it"
+            f"git cannot read all of what it ignores in {directory}, so nothing is published: {unread[0]}; make that"
+            " file readable and not a link, or remove it"
         )
     # Exit code 1 of check-ignore: none is ignored.
     if done.returncode == 0 or (done.returncode == 1 and arguments[0] == "check-ignore"):

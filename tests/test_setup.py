@@ -164,7 +164,8 @@ def test_a_failure_of_ensurepip_is_not_its_absence(checkout: Path) -> None:
     )
     (checkout.parent / "made").write_text(made)
     python.write_text(
-        f'#!/bin/sh\n[ "$1" = -m ] || exit 0\nmkdir -p .venv/bin; cp ../made .venv/bin/python; chmod +x .venv/bin/python\n'
+        f'#!/bin/sh\n[ "$1" = -m ] || exit 0\nmkdir -p .venv/bin\n'
+        "cp ../made .venv/bin/python\nchmod +x .venv/bin/python\n"
         f'echo "{command}"\nexit 1\n'
     )
     python.chmod(0o755)

@@ -97,8 +97,8 @@ class HttpApi(Component):
                 opts=self.child(),
             )
             verified = {"authorization_type": "JWT", "authorizer_id": authorizer.id}
-            # Health checks send no token, so this route has no authorizer. It matches this one path only, and API Gateway
-            # prefers it to $default. The app refuses every other request without verified claims.
+            # Health checks send no token, so this route has no authorizer. It matches this one path only, and API
+            # Gateway prefers it to $default. The app refuses every other request without verified claims.
             aws.apigatewayv2.Route(
                 self.named("healthz"),
                 api_id=api.id,

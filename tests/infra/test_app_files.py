@@ -200,7 +200,7 @@ def test_a_submodule_that_is_tracked_in_an_ignored_directory_goes_in(app, tmp_pa
 
 
 def test_patterns_that_git_cannot_read_publish_nothing(project):
-    """Git warns, exits with 0 and goes on without them. A link stands for a file of another owner here: root reads all."""
+    """Git warns, exits with 0 and goes on without them. A link stands for an unreadable file: root reads all."""
     put(project.parent, "patterns", content="credentials.json\n")
     (project.parent / ".gitignore").symlink_to("patterns")
     put(project, "credentials.json")
