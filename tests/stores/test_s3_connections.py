@@ -232,6 +232,20 @@ async def test_a_refused_clock_or_token_is_tried_once_more(server, store, name, 
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("answers", [(SILENT, "400 ExpiredToken"), ("400 ExpiredToken", SILENT)])
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_a_dropped_connection_and_an_expired_token_come_together(server, store, name, answers):
+    """So it is after a long freeze."""
+    server.objects["k"] = b"body"
+    expected = await REQUESTS[name](store)
+    server.objects["k"] = b"body"
+    server.requests.clear()
+    left = list(answers)
+    server.plan = lambda _: left.pop(0) if left else None
+    assert await REQUESTS[name](store) == expected
+    assert len(server.requests) == 3
+
+
 async def test_an_expired_token_has_the_provider_asked_again(server, monkeypatch):
     calls = []
 

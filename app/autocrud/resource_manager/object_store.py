@@ -29,7 +29,7 @@ from . import s3_credentials
 from .disk_space import full, is_full
 from .drivers import driver
 from .obstore_exit import tracked, wait_at_exit
-from .s3_clients import FILE, Clients, Kind, kind_of
+from .s3_clients import FILE, Attempts, Clients, Kind, kind_of
 from .s3_errors import brief, said
 
 if TYPE_CHECKING:
@@ -213,17 +213,21 @@ class S3ObjectStore(ObjectStore):
 
     async def _repeated(self, kind: Kind, request: Callable[[S3Store], Awaitable[T]]) -> T:
         """Make a request that does no harm if it is done twice. Repeats it on new connections if it had no answer."""
-        attempt = 0
+        attempts = Attempts()
         while True:
             pools = self._clients.current()
             try:
                 return await request(pools.client(kind, attempt))
+                result = await request(pools.client(kind, attempts.count))
             except self._failed as error:
                 if isinstance(error, (self._errors.NotModifiedError, *self._missing)):  # answers
                     raise
-                if not await self._clients.may_repeat(kind, pools, attempt, error):
+                if not await self._clients.may_repeat(kind, pools, attempts, error):
                     raise
                 attempt += 1
+            else:
+                self._clients.succeeded()
+                return result
 
     async def _read(self, key: str, options: Any) -> Object:
         async def request(client: S3Store) -> Object:
@@ -285,25 +289,26 @@ class S3ObjectStore(ObjectStore):
     async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
         # obstore lists below folders: the prefix up to its last slash, the rest is compared here.
         folder = prefix.rpartition("/")[0]
-        attempt = 0
+        attempts = Attempts()
         while True:
             pools = self._clients.current()
-            client = pools.client("small", attempt)
+            client = pools.client("small", attempts.count)
             try:
                 async for page in _pages(
                     self._obstore.list(client, folder or None, offset=after or None, chunk_size=1000)
                 ):
                     _count("LIST")
                     attempt = 0
+                    self._clients.succeeded()
+                    attempts = Attempts()
                     for meta in sorted(page, key=lambda meta: meta["path"]):
                         after = meta["path"]  # from where it goes on after a failure
                         if after.startswith(prefix):
                             yield Listed(after, meta["size"], meta["last_modified"])
                 return
             except self._failed as error:
-                if not await self._clients.may_repeat("small", pools, attempt, error):
+                if not await self._clients.may_repeat("small", pools, attempts, error):
                     raise _unavailable("LIST", prefix, error) from error
-                attempt += 1
 
     async def delete(self, keys: Sequence[str]) -> None:
         async def request(client: S3Store) -> None:
@@ -319,7 +324,7 @@ class S3ObjectStore(ObjectStore):
             raise _unavailable("DELETE", keys[0], error) from error
 
     async def download(self, key: str, path: Path) -> bool:
-        size = attempt = 0
+        size, attempts = 0, Attempts()
         done, etag = 0, None
         try:
             with await asyncio.to_thread(path.open, "wb") as file:
@@ -328,7 +333,7 @@ class S3ObjectStore(ObjectStore):
                     rest: Any = {"range": {"offset": done}, "if_match": etag} if done and etag else {}
                     try:
                         _count("GET")
-                        client = pools.client("small", attempt)
+                        client = pools.client("small", attempts.count)
                         result = await tracked(self._obstore.get_async(client, key, options=rest))
                         size, etag = result.meta["size"], result.meta["e_tag"]
                         if not rest:
@@ -337,14 +342,15 @@ class S3ObjectStore(ObjectStore):
                         async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
                             await asyncio.to_thread(file.write, chunk)
                             done, attempt = done + len(chunk), 0
+                            done, attempts = done + len(chunk), Attempts()
+                            self._clients.succeeded()
                         await asyncio.to_thread(file.truncate)
                         return True
                     except self._failed as error:
                         if isinstance(error, self._missing) or is_full(error, path.parent):
                             raise
-                        if not await self._clients.may_repeat("small", pools, attempt, error):
+                        if not await self._clients.may_repeat("small", pools, attempts, error):
                             raise
-                        attempt += 1
         except self._missing:
             return False
         except self._failed as error:

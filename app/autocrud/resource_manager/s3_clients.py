@@ -62,6 +62,16 @@ def kind_of(size: int) -> Kind:
     return "small" if size <= LARGE else "large" if size <= FILE else "file"
 
 
+class Attempts:
+    """What a request has been through, since it began or last made progress."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Attempts that failed."""
+        self.renewed = False
+        """Whether the time and the credentials of the last one are those of a renewal: one is enough."""
+
+
 class Pools:
     """Clients that were made at the same time, each with connections of its own. Made at their first use."""
 
@@ -113,15 +123,20 @@ class Clients:
             self._slow_swaps = min(self._slow_swaps + 1, len(WAITS_S["swap"]) - 1)
             self._retire(pools)
 
-    async def may_repeat(self, kind: Kind, pools: Pools, attempt: int, error: BaseException) -> bool:
-        """Return whether a request that does no harm if it is done twice is to be repeated, as attempt + 1."""
-        if attempt + 1 >= len(WAITS_S[kind]):
+    async def may_repeat(self, kind: Kind, pools: Pools, attempts: Attempts, error: BaseException) -> bool:
+        """Return whether a request that does no harm if it is done twice is to be repeated, and count the attempt."""
+        waited_s = WAITS_S[kind][attempts.count]
+        attempts.count += 1
+        if attempts.count >= len(WAITS_S[kind]):
             return False
         if had_no_answer(error):
-            log.info("no answer within %g s; the connections are given up", WAITS_S[kind][attempt])
+            log.info("no answer within %g s; the connections are given up", waited_s)
             self._retire(pools)
             return True
-        return attempt == 0 and await self.renewed(pools, error)
+        if attempts.renewed or not await self.renewed(pools, error):
+            return False
+        attempts.renewed = True
+        return True
 
     async def renewed(self, pools: Pools, error: BaseException) -> bool:
         """If S3 refused a request for its time or its credentials, wait for the clock, forget the credentials and return True."""
