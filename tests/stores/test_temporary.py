@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -285,3 +286,18 @@ def test_where_directories_cannot_be_locked_they_work_and_it_is_said(tmp, monkey
         assert names(tmp) == [mine.path.name]
     assert "cannot be locked" in caplog.text
     assert names(tmp) == []
+
+
+def test_without_a_free_descriptor_no_directory_without_a_lock_is_made(tmp, monkeypatch):
+    """It would stay for ever if the process is killed later."""
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(temporary.os, "open", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            ProcessDirectory()
+    assert names(tmp) == []
+    with ProcessDirectory() as mine:
+        assert mine.path.name.startswith(temporary.PREFIX)

@@ -19,6 +19,7 @@ starts do not.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -41,6 +42,8 @@ _OLD_NAME = re.compile(r"crudstack-[a-z0-9_]{8}")
 OLD_AFTER_S = 24 * 3600.0
 _IN_USE_BYTE = 128
 """The byte of a -shm file on which each connection of SQLite holds a shared lock (UNIX_SHM_DMS in os_unix.c)."""
+_FOR_NOW = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
+"""Errors that do not say that directories cannot be locked."""
 ATTEMPTS = 20
 
 _cleaned: set[str] = set()
@@ -82,6 +85,8 @@ def _make(parent: str) -> tuple[Path, int | None]:
             continue  # a cleaner was faster, and removes it
         except OSError as error:
             os.rmdir(path)  # noqa: PTH106
+            if error.errno in _FOR_NOW:
+                raise
             log.warning(
                 "%s: directories cannot be locked here (%s); if this process is killed, its one stays", parent, error
             )
