@@ -306,6 +306,28 @@ async def test_connections_that_were_idle_are_not_used(server, store, running, w
     assert lost == []
 
 
+async def test_a_connection_that_was_idle_is_not_used_although_others_were(server, monkeypatch):
+    monkeypatch.setattr(s3_clients, "IDLE_S", 0.5)
+    store = S3ObjectStore("b", server.url, "key", "secret", "us-east-1")
+    together = asyncio.Barrier(3)
+
+    async def both() -> None:
+        async def one() -> None:
+            await together.wait()
+            await store.get("k")
+
+        await asyncio.gather(one(), one(), together.wait())
+
+    await both()
+    assert server.connections == 2
+    for _ in range(10):
+        await asyncio.sleep(0.1)
+        await store.get("k")
+    assert server.connections == 2
+    await both()
+    assert server.connections == 3
+
+
 async def test_connections_in_use_are_kept(server, store):
     server.objects["k"] = b"body"
     for _ in range(20):

@@ -83,7 +83,11 @@ class Pools:
     def client(self, kind: Kind, attempt: int) -> S3Store:
         found = self._clients.get((kind, attempt))
         if found is None:
-            client: ClientConfig = {"timeout": "1h", "read_timeout": timedelta(seconds=WAITS_S[kind][attempt])}
+            client: ClientConfig = {
+                "timeout": "1h",
+                "read_timeout": timedelta(seconds=WAITS_S[kind][attempt]),
+                "pool_idle_timeout": timedelta(seconds=IDLE_S),  # of each one, while others of the pool are used
+            }
             retry: RetryConfig = {
                 "max_retries": 0 if kind == "swap" else RETRIES,
                 "retry_timeout": timedelta(seconds=RETRY_S),
