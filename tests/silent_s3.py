@@ -31,6 +31,7 @@ class SilentS3:
         self.objects: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.plan: Callable[[Request], str | None] = lambda _: None
+        self.before_answer: Callable[[], object] = lambda: None
         self.connections = 0
         self.page = 1000
         self._mutex = threading.Lock()
@@ -72,6 +73,7 @@ class SilentS3:
                         self.requests.append(request)
                         what = self.plan(request)
                         status, more, answer = self._answer(request, what)
+                    self.before_answer()
                     if what == SILENT:
                         file.read()  # acknowledged, and lost
                         return

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import socket
+import threading
 
 import pytest
 from msgspec import Struct
@@ -309,14 +310,11 @@ async def test_connections_that_were_idle_are_not_used(server, store, running, w
 async def test_a_connection_that_was_idle_is_not_used_although_others_were(server, monkeypatch):
     monkeypatch.setattr(s3_clients, "IDLE_S", 0.5)
     store = S3ObjectStore("b", server.url, "key", "secret", "us-east-1")
-    together = asyncio.Barrier(3)
 
     async def both() -> None:
-        async def one() -> None:
-            await together.wait()
-            await store.get("k")
-
-        await asyncio.gather(one(), one(), together.wait())
+        server.before_answer = threading.Barrier(2, timeout=30).wait  # so each has a connection of its own
+        await asyncio.gather(store.get("k"), store.get("k"))
+        server.before_answer = lambda: None
 
     await both()
     assert server.connections == 2
@@ -347,10 +345,8 @@ async def test_a_list_goes_on_where_it_was_dropped(server, store, lost):
 
 
 async def test_a_download_goes_on_where_it_was_dropped(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3_clients, "WAITS_S", WAITS | {"small": (2, 2, 2)})  # for a machine that is busy
-    store = S3ObjectStore("b", server.url, "key", "secret", "us-east-1")
-async def test_a_download_goes_on_where_it_was_dropped(server, store, tmp_path, monkeypatch):
     monkeypatch.setattr(s3_clients, "WAITS_S", WAITS | {"small": (2, 2, 2)})  # a busy machine hashes 40 MB first
+    store = S3ObjectStore("b", server.url, "key", "secret", "us-east-1")
     server.objects["file"] = os.urandom(40 * 1024 * 1024)
     server.plan = lambda _: HALF if len(server.requests) <= 3 else None
     assert await store.download("file", tmp_path / "file")

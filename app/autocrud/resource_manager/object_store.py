@@ -217,17 +217,12 @@ class S3ObjectStore(ObjectStore):
         while True:
             pools = self._clients.current()
             try:
-                return await request(pools.client(kind, attempt))
-                result = await request(pools.client(kind, attempts.count))
+                return await request(pools.client(kind, attempts.count))
             except self._failed as error:
                 if isinstance(error, (self._errors.NotModifiedError, *self._missing)):  # answers
                     raise
                 if not await self._clients.may_repeat(kind, pools, attempts, error):
                     raise
-                attempt += 1
-            else:
-                self._clients.succeeded()
-                return result
 
     async def _read(self, key: str, options: Any) -> Object:
         async def request(client: S3Store) -> Object:
@@ -298,8 +293,6 @@ class S3ObjectStore(ObjectStore):
                     self._obstore.list(client, folder or None, offset=after or None, chunk_size=1000)
                 ):
                     _count("LIST")
-                    attempt = 0
-                    self._clients.succeeded()
                     attempts = Attempts()
                     for meta in sorted(page, key=lambda meta: meta["path"]):
                         after = meta["path"]  # from where it goes on after a failure
@@ -341,9 +334,7 @@ class S3ObjectStore(ObjectStore):
                             file.seek(0)
                         async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
                             await asyncio.to_thread(file.write, chunk)
-                            done, attempt = done + len(chunk), 0
                             done, attempts = done + len(chunk), Attempts()
-                            self._clients.succeeded()
                         await asyncio.to_thread(file.truncate)
                         return True
                     except self._failed as error:
