@@ -302,6 +302,20 @@ async def test_answers_that_never_come_hold_no_reader_up(behind, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["read", "write"])
+async def test_connections_that_were_dropped_a_moment_after_their_use_cost_no_request(behind, monkeypatch, how):
+    """They are not asked whether they are there: an answer is waited for, and then a new connection is used."""
+    manager, proxy = behind
+    await manager.create(Note("0"), resource_id="r")
+    all_there = asyncio.Barrier(5)
+    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(5)))
+    monkeypatch.setattr(pool, "ANSWER_S", 1.0)
+    monkeypatch.setattr(meta_store_postgres, "STATEMENT_S", 0.8)
+    assert proxy.swallow() >= 5
+    await (manager.meta("r") if how == "read" else manager.create(Note("1")))
+    assert await manager.count() == (1 if how == "read" else 2)
+
+
+@pytest.mark.parametrize("how", ["read", "write"])
 async def test_connections_that_were_dropped_while_unused_cost_no_request(behind, monkeypatch, how):
     """Dropped without a word, as by a NAT while a function was frozen: one connection is waited for, and shortly."""
     manager, proxy = behind

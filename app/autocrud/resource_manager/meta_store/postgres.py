@@ -62,6 +62,7 @@ from ..postgres.pool import (
     close_pool,
     is_lost,
     pool_of,
+    repeat_s,
 )
 from ..postgres.query import PostgresDialect
 from ..postgres.schema import CONFLICT, DONE, PARTS, SHARED, STALE, UNKNOWN_UNIQUE, WRONG_ISOLATION, Schema, name_of
@@ -305,7 +306,7 @@ class PostgresMetaStore(MetaStore):
                 else:
                     await self._raise(cause, call)
                     raise
-                if last or clock() - began > STATEMENT_S:
+                if last or clock() - began > (repeat_s() if is_lost(cause) else STATEMENT_S):
                     raise
             else:
                 return

@@ -59,6 +59,12 @@ PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count"
 UNREACHABLE = "the database cannot be reached right now; nothing was changed, try again"
 
 
+def repeat_s() -> float:
+    """Return for how many seconds after its begin a request whose connection was lost is repeated: an answer and a check
+    may have been waited for in vain."""
+    return ANSWER_S + CHECK_S
+
+
 def server_settings() -> dict[str, str]:
     """Return the settings that statements run under, a value by name.
 
@@ -107,7 +113,7 @@ class Pool:
             try:
                 return await self._once(work, limited)
             except psycopg.OperationalError as error:
-                if not again or not is_lost(error) or self._clock() - began > ANSWER_S:
+                if not again or not is_lost(error) or self._clock() - began > repeat_s():
                     raise
                 return await self._once(work, limited)
         except psycopg.Error as error:
