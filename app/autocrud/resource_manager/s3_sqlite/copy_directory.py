@@ -20,6 +20,9 @@ from .local_copy import remove_leftovers
 
 T = TypeVar("T")
 
+ROUNDS = 3
+"""How often room is made for one piece of work. On a disk that others fill, each round may find a little."""
+
 UNUSED_S = 60.0
 """After how long a file that nobody writes to is removed from a shared directory on a full disk. One in the making is written to all the time."""
 
@@ -65,13 +68,14 @@ class CopyDirectory:
             raise StoreUnavailable("the directory of the local copy cannot be used") from error
 
     async def with_room(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do it. If the disk is full, make room on it and do it again, as long as that gives any."""
-        while True:
+        """Do the work. If the disk is full, make room on it and do the work again, at most ROUNDS times."""
+        for _ in range(ROUNDS):
             try:
                 return await work()
             except DiskFull:
                 if not await asyncio.get_running_loop().run_in_executor(None, self._make_room):
                     raise
+        return await work()
 
     def _make_room(self) -> bool:
         given = self.given
