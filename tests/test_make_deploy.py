@@ -521,7 +521,8 @@ def test_a_secret_is_refused_before_anything_is_set(place):
     place.write(config={"crudstack:stage": {"secure": "v1:abc"}})
     said = place.refused()
     assert said.startswith("crudstack:stage is set as a secret, expected plain text")
-    assert '--plaintext crudstack:stage "$(pulumi config get --stack dev crudstack:stage)"`' in said
+    assert "pulumi config set-all --stack dev --json " in said
+    assert "$(pulumi config get --stack dev crudstack:stage --json" in said
     assert place.changed() == []
 
 

@@ -344,6 +344,15 @@ async def test_batch(api, note):
 
 
 @pytest.mark.parametrize(
+    "patch", [[{"path": ""}], [{}], [1], ["op"], [[]], [None], "x", 1, None, [{"op": "fly", "path": ""}]]
+)
+async def test_a_patch_in_a_batch_that_is_none_is_422(api, note, patch):
+    body = {"operations": [{"op": "patch", "id": note[0].removeprefix("/note/"), "patch": patch}]}
+    wrong = problem(await api.post("/note/batch", json=body), 422, "invalid-data")
+    assert wrong["errors"][0]["pointer"].startswith("/operations/0")
+
+
+@pytest.mark.parametrize(
     ("body", "pointer"),
     [
         (b"", ""),

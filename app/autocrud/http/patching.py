@@ -51,8 +51,9 @@ def given(body: bytes, media: str) -> GivenPatch:
 
 def given_json_patch(patch: Any, size: int, work: int) -> GivenPatch:
     """Return a JSON Patch of about `size` bytes, on which `work` operations are done at most. Raises InvalidData if it is none."""
+    apply = json_patch(patch)
     copies = sum(1 for operation in patch if operation["op"] == "copy")
-    return GivenPatch(json_patch(patch), _work(size, copies), work + work_of_json_patch(len(patch), copies))
+    return GivenPatch(apply, _work(size, copies), work + work_of_json_patch(len(patch), copies))
 
 
 def work_of_json_patch(count: int, copies: int) -> int:
