@@ -41,8 +41,9 @@ def check_profile(profile: str | None, environment: Mapping[str, str] = os.envir
     if profile not in (known := _profiles()):
         there = f"are {', '.join(sorted(known))}" if known else "is none"
         raise ConfigError(
-            f"{KEY} in the stack's config is {profile}, expected a profile in ~/.aws/config or ~/.aws/credentials, where"
-            f" there {there}: run `aws configure --profile {profile}`, or change the stack by `pulumi config set {KEY} NAME`"
+            f"{KEY} in the stack's config is {profile}, expected a profile in ~/.aws/config or ~/.aws/credentials,"
+            f" where there {there}: run `aws configure --profile {profile}`, or change the stack by `pulumi config"
+            f" set {KEY} NAME`"
         )
 
 

@@ -99,7 +99,7 @@ def _is_leftover(keys: Keys, key: str) -> bool:
 
 
 def _is_provider(namespace: str) -> bool:
-    """Return whether a package of the Pulumi program has this namespace. Without one, a provider cannot be used."""
+    """Return whether a namespace is that of a provider whose package is installed. The program can use no other."""
     package = f"pulumi_{namespace.replace('-', '_')}"
     return namespace == OF_PULUMI or (package.isidentifier() and importlib.util.find_spec(package) is not None)
 

@@ -1,13 +1,13 @@
 """Leave the code of a function as it is if the new zip holds what runs already.
 
-Pulumi compares zips by the hash of their bytes. Another zlib compresses the same files to other bytes, and another patch
-release of Python compiles the same modules to other bytecode, so two machines would deploy in turn what has not changed.
-Therefore each function records the hash of the contents, `artifact.contents`, as its `source_code_hash`. AWS's provider
-only stores that. If the state says that a function has these contents, its `code` is ignored.
+Pulumi compares zips by the hash of their bytes. Another zlib compresses the same files to other bytes, and another
+patch release of Python compiles the same modules to other bytecode, so two machines would deploy in turn what has not
+changed. Therefore each function records the hash of the contents, `artifact.contents`, as its `source_code_hash`. AWS's
+provider only stores that. If the state says that a function has these contents, its `code` is ignored.
 
 Invariant: a function is named by `running` only if an update that uploaded these contents has succeeded. The state gets
-the inputs of a resource when its update ends; inputs and outputs that differ, errors of the provider, and operations that
-were interrupted, are an update that may not have ended.
+the inputs of a resource when its update ends; inputs and outputs that differ, errors of the provider, and operations
+that were interrupted, are an update that may not have ended.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def package_of(artifact: Artifact, state: Any) -> Package:
 
 
 def running(state: Any, contents: str) -> frozenset[str]:
-    """Return the names of the functions that have these contents, and whose recorded zip is at its place on this machine.
+    """Return the names of the functions that have these contents and whose recorded zip exists on this machine.
 
     The provider reads the recorded zip at each update of a function, whatever is updated.
     """

@@ -31,7 +31,10 @@ LAMBDA = Target("aarch64-manylinux_2_28", "3.13")
 
 
 def host(python: str | None = None) -> Target:
-    """Return a target for this machine and, unless said otherwise, this Python: to try out here what Lambda would run."""
+    """Return a target for this machine, to try out here what Lambda would run.
+
+    python  its version, or None for that of this process
+    """
     return Target(None, python or f"{sys.version_info.major}.{sys.version_info.minor}")
 
 
@@ -44,7 +47,10 @@ class Interpreter(NamedTuple):
 
 
 def interpreter(version: str) -> Path:
-    """Return a CPython of this minor version: this one, one on PATH, pyenv's, or uv's, which installs it if it can. ConfigError without one."""
+    """Return a CPython of this minor version: this one, one on PATH, pyenv's, or uv's, which installs it if it can.
+
+    Raises ConfigError if there is none.
+    """
     return find_interpreter(version).path
 
 
@@ -107,8 +113,8 @@ def uv(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
-# Bytecode says how its source is recognized. By time, as usual, all of it would count as stale, because the zip's times are fixed, and every
-# cold start would compile everything again. By an unchecked hash the source is not even looked at.
+# Bytecode says how its source is recognized. By time, as usual, all of it would count as stale, because the zip's times
+# are fixed, and every cold start would compile everything again. By an unchecked hash the source is not even looked at.
 #
 # It reports what it cannot compile as a list of strings.
 COMPILER = """

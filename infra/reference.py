@@ -111,7 +111,7 @@ def _nested() -> Iterator[str]:
 
 
 def _told(cls: type) -> dict[str, str]:
-    """The texts below the fields of a class."""
+    """Return the text that stands below each field in the source of a class, by the name of the field."""
     body = next(node.body for node in ast.parse(inspect.getsource(cls)).body if isinstance(node, ast.ClassDef))
     return {
         ast.unparse(field.target): " ".join(str(text.value.value).split())

@@ -1,8 +1,8 @@
 """Install the locked wheels, and drop what Lambda does not need of them.
 
-Every package keeps its modules, its data, `METADATA`, `entry_points.txt` and licences, so `importlib.metadata` knows its
-version, and finds plugins, as on any machine. More is dropped only of the packages and versions of `TRIED`, which the
-tests run without it. A package of another version, or of the user's own, keeps everything.
+Every package keeps its modules, its data, `METADATA`, `entry_points.txt` and licences, so `importlib.metadata` knows
+its version, and finds plugins, as on any machine. More is dropped only of the packages and versions of `TRIED`, which
+the tests run without it. A package of another version, or of the user's own, keeps everything.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ TRIED = {
     "uuid-utils": Tried("1.2.0", TYPES),
     "yarl": Tried("1.25.1", (*TYPES, *SOURCES)),
 }
-"""What is locked in requirements/app*.txt. A test keeps both the same; after `make lock`, run the tests, then change this."""
+"""The packages of requirements/app*.txt. A test keeps both equal: after `make lock` run the tests, then change this."""
 
 OF_THIS_INSTALLATION = frozenset({"INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_cache.json"})
 """Files of a `.dist-info` that differ between machines and installers."""
@@ -134,7 +134,7 @@ def keep_needed(installed: Path, tree: Path, python: Path) -> list[str]:
                     _drop_sections(tree / path)
                 moved.append(path)
         if tried is None:
-            # Of the files that are in the zip, without hashes, in an order of its own: whatever wrote it, it is the same.
+            # The files that are in the zip, sorted and without hashes, so that it is the same whatever installed them.
             record = f"{info.name}/RECORD"
             (tree / info.name).mkdir(parents=True, exist_ok=True)
             lines = [f"{_quoted(path)},,\n" for path in sorted({*kept, record})]
@@ -202,7 +202,7 @@ def _drop_sections(path: Path) -> None:
 
 
 def without_sections(content: bytes) -> bytes:
-    """Return a library without what no loader reads: the sections behind its segments, which only linkers and debuggers look at.
+    """Return a library without the sections behind its segments, which only linkers and debuggers read.
 
     Other files are returned as they are. (`strip` for another architecture than this machine's is rarely installed.)
     """

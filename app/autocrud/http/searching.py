@@ -202,12 +202,12 @@ def decode_cursor(text: str, scope: bytes, length: int) -> Cursor:
 
 
 def sight(by: Caller) -> Filter | None:
-    """What there is for a caller."""
+    """Return the filter of what a caller may read, or None if the caller may read everything."""
     return None if by.bounds is None else by.bounds.read
 
 
 def narrowed(query: Query, by: Caller) -> Query:
-    """A resolved query that finds only what there is for a caller."""
+    """Return a resolved query that finds only what a caller may read."""
     within = sight(by)
     if within is None:
         return query

@@ -1,11 +1,11 @@
 """The time that a request has, if it ends without an answer: on AWS Lambda the process is ended or frozen then.
 
-Running Python cannot be interrupted. A timer of the event loop fires late while another thread holds the interpreter lock,
-and one step of C over some megabytes of JSON may hold it for longer than the timer has. So work is not begun if it could
-take longer than the time that is left:
+Running Python cannot be interrupted. A timer of the event loop fires late while another thread holds the interpreter
+lock, and one step of C over some megabytes of JSON may hold it for longer than the timer has. So work is not begun if
+it could take longer than the time that is left:
 
-- T1 *Work is bounded before it begins.* `operations` counts at most how many steps a JSON text takes, from its bytes. The
-  slowest work on JSON does more than OPERATIONS_PER_S of them on a whole CPU, and Lambda gives a share of one.
+- T1 *Work is bounded before it begins.* `operations` counts at most how many steps a JSON text takes, from its bytes.
+  The slowest work on JSON does more than OPERATIONS_PER_S of them on a whole CPU, and Lambda gives a share of one.
 - T2 *What is refused changed nothing.* A write is checked while it is planned and once before it is committed, never
   after. So the answer is a failure for certain, and not an unknown outcome.
 - T3 *Work in pieces is checked at each piece*: the operations of a batch, the pages of a list, each attempt of a write.
@@ -21,8 +21,9 @@ from contextvars import ContextVar
 from ..errors import NotEnoughTime
 
 OPERATIONS_PER_S = 800_000
-"""Steps that the slowest work on JSON does in a second of one CPU at least. It was seen to do twice as many, and most work
-five times (`python -m benchmarks.json_work`). With 512 MB and 29 s all that the limits allow is within the time."""
+"""Steps that the slowest work on JSON does in a second of one CPU at least. It was seen to do twice as many, and most
+work five times (`python -m benchmarks.json_work`). With 512 MB and 29 s all that the limits allow is within the
+time."""
 STEP_BYTES = 16
 """Bytes of text that count as one step: texts are copied, hashed and searched, and escapes in them are undone."""
 MOST_PARTS = 1_650_000

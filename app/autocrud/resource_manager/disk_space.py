@@ -57,7 +57,10 @@ _caches: weakref.WeakSet[Evictable] = weakref.WeakSet()
 
 
 def space(directory: Path) -> Space:
-    """Return the space of the file system of a directory, or of the nearest one above it that exists. Raises OSError."""
+    """Return the space of the file system that holds a directory. If it does not exist, its nearest parent counts.
+
+    Raises OSError.
+    """
     while True:
         try:
             found = os.statvfs(directory)
@@ -107,7 +110,8 @@ def full(error: BaseException, directory: Path, needed: int = 0) -> DiskFull:
     wanted = f", and {needed / MB:.1f} MB are needed" if needed else ""
     log.error("%s: the disk is full: %s%s: %s", directory, known, wanted, error)
     return DiskFull(
-        f"the disk is full: {known}{wanted}; nothing was changed. Make room on it, or give it more; its directory is in the log"
+        f"the disk is full: {known}{wanted}; nothing was changed. Make room on it, or give it more; its directory is in"
+        " the log"
     )
 
 

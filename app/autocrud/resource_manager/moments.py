@@ -9,7 +9,10 @@ _running = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Moment(NamedTuple):
-    """By two clocks: one that goes on while the machine sleeps, and the one that is set when a snapshot of it is restored."""
+    """A moment on two clocks, in seconds.
+
+    `running` goes on while the machine sleeps. `wall` is set when a snapshot of the machine is restored.
+    """
 
     running: float
     wall: float

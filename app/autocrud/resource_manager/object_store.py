@@ -105,7 +105,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
-        """The object, unless it still has this ETag."""
+        """Return the object, UNCHANGED if its ETag is still this one, or None if there is no such object."""
 
     @abstractmethod
     async def put(self, key: str, body: bytes) -> None:

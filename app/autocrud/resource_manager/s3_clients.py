@@ -1,18 +1,19 @@
 """obstore's clients, which are pools of connections to S3, and when they are given up.
 
-A NAT or a firewall may forget a connection without a word: no FIN, no RST. Requests on it have no answer, and a pool may
-hold many such connections. So an answer is waited for only shortly at first, and what had none is not trusted again.
+A NAT or a firewall may forget a connection without a word: no FIN, no RST. Requests on it have no answer, and a pool
+may hold many such connections. So an answer is waited for only shortly at first, and what had none is not trusted
+again.
 
-- C1 *After a request without an answer, every later attempt goes on a new connection.* Its pools are retired: no request
-  takes a connection out of them again. So one request pays for all connections that were lost together.
-- C2 *Connections that were idle for IDLE_S are not used*, whether the machine was frozen or not: by the clock that goes on
-  while a machine sleeps, and by the wall clock, which is set after a thaw.
+- C1 *After a request without an answer, every later attempt goes on a new connection.* Its pools are retired: no
+  request takes a connection out of them again. So one request pays for all connections that were lost together.
+- C2 *Connections that were idle for IDLE_S are not used*, whether the machine was frozen or not: by the clock that goes
+  on while a machine sleeps, and by the wall clock, which is set after a thaw.
 - C3 *What may have taken place is repeated only if that does no harm*: reads, lists, deletes, unconditional PUTs. A
-  conditional PUT is repeated here only if S3 answered that it refused the request for its time or its credentials. Such an
-  answer says that nothing was stored; no answer says nothing, and is `Unknown`.
-- C4 *Bound.* WAITS_S are the seconds without a byte after which an attempt is given up; there are no more attempts. Within
-  one, obstore repeats refused connections and answers of 500 and above for RETRY_S, which is shorter than any of the
-  waits: so obstore never repeats what had no answer, on a connection of the same pool.
+  conditional PUT is repeated here only if S3 answered that it refused the request for its time or its credentials. Such
+  an answer says that nothing was stored; no answer says nothing, and is `Unknown`.
+- C4 *Bound.* WAITS_S are the seconds without a byte after which an attempt is given up; there are no more attempts.
+  Within one, obstore repeats refused connections and answers of 500 and above for RETRY_S, which is shorter than any of
+  the waits: so obstore never repeats what had no answer, on a connection of the same pool.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ WAITS_S: dict[Kind, tuple[float, ...]] = {
     "large": (4, 6, 15),
     "file": (30, 30),
 }
-"""Seconds without a byte of an answer, by attempt. The time in which a body is sent counts, so larger ones have more: the
-last attempt of 6 MB succeeds at 3.5 Mbit/s."""
+"""Seconds without a byte of an answer, by attempt. The time in which a body is sent counts, so larger ones have more:
+the last attempt of 6 MB succeeds at 3.5 Mbit/s."""
 LARGE, FILE = 128 * 1024, 8 * 1024 * 1024
 """Bytes from which a body is large, or sent as a file is."""
 RETRIES, RETRY_S = 4, 2.0
 IDLE_S = 60.0
 RENEW_PAUSE_S = 0.25
-"""Before a request that S3 refused for its time is repeated: the clock of a machine that was thawed is set in moments."""
+"""Pause before a request that S3 refused for its time is repeated: a thawed machine sets its clock within moments."""
 REFUSED = {
     "RequestTimeTooSkewed",
     "RequestExpired",
@@ -144,7 +145,10 @@ class Clients:
         return True
 
     async def renewed(self, pools: Pools, error: BaseException) -> bool:
-        """If S3 refused a request for its time or its credentials, wait for the clock, forget the credentials and return True."""
+        """Return whether S3 refused a request for its time or its credentials.
+
+        If it did, this has waited for the clock and forgotten the credentials.
+        """
         answer = answered(error)
         if answer is None or answer[1] not in REFUSED:
             return False

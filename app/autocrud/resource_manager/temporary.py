@@ -7,13 +7,13 @@ Each directory is locked (flock of the directory itself) for as long as its proc
 when the process ends, however it ends. Invariants:
 
 - P1 *Only the holder of its lock removes a directory, and only while its name still leads to the locked inode.*
-- P2 *A process uses a directory only after it has locked it, and has then found it at its name.* So a cleaner that takes
-  the lock between `mkdir` and the lock of the maker costs the maker a second attempt, and nothing else.
-- P3 *A cleaner waits for no lock, follows no symbolic link, and leaves what another user owns.* If two cleaners meet, one
-  leaves the directory to the other. If a cleaner is killed, the next one removes the rest.
+- P2 *A process uses a directory only after it has locked it, and has then found it at its name.* So a cleaner that
+  takes the lock between `mkdir` and the lock of the maker costs the maker a second attempt, and nothing else.
+- P3 *A cleaner waits for no lock, follows no symbolic link, and leaves what another user owns.* If two cleaners meet,
+  one leaves the directory to the other. If a cleaner is killed, the next one removes the rest.
 
-A child of `fork` shares the lock with its parent: the directory stays until both are gone. Other programs that a process
-starts do not.
+A child of `fork` shares the lock with its parent: the directory stays until both are gone. Other programs that a
+process starts do not.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def _make(parent: str) -> tuple[Path, int | None]:
 
 
 def _locked(path: str) -> int | None:
-    """Lock a directory and return the descriptor; None if it is not at its name any more. BlockingIOError: another has the lock."""
+    """Lock a directory and return the descriptor, or None if the directory is not at its name any more.
+
+    Raises BlockingIOError if another process holds the lock.
+    """
     try:
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -24,7 +24,8 @@ ROUNDS = 3
 """How often room is made for one piece of work. On a disk that others fill, each round may find a little."""
 
 UNUSED_S = 60.0
-"""After how long a file that nobody writes to is removed from a shared directory on a full disk. One in the making is written to all the time."""
+"""On a full disk, a file of a shared directory that nobody has written to for so long is removed. A file in the making
+is written to all the time."""
 
 log = logging.getLogger("crudstack.s3sqlite")
 
