@@ -25,7 +25,7 @@ from msgspec import Struct
 from .autocrud.errors import ConfigError, OutcomeUnknown, StoreUnavailable
 from .autocrud.http import problems
 from .autocrud.http.messages import Receive, Scope, Send
-from .autocrud.resource_manager.deadline import DEADLINE, Deadline
+from .autocrud.resource_manager.runtime.deadline import DEADLINE, Deadline
 from .base_path import below, put_below
 from .main import create_app
 from .request_log import RequestLog, write_line

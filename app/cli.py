@@ -24,14 +24,15 @@ from cyclopts.validators import Number
 from fastapi import FastAPI
 from msgspec.structs import replace
 
-from . import local_s3 as buckets
-from . import server, sign_in
-from . import stack as stacks
+from . import iam_auth as sign_in
 from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreDamaged, StoreUnavailable
-from .autocrud.resource_manager.s3_errors import said
-from .aws_account import check_profile, stack_profile, use_profile
-from .lost_copies import lost_copies, remedy
+from .autocrud.resource_manager.backends.s3.errors import said
+from .dev import local_s3 as buckets
+from .dev import pulumi_cli as stacks
+from .dev.aws_account import check_profile, stack_profile, use_profile
 from .main import create_app
+from .s3_tools.lost_copies import lost_copies, remedy
+from .server import serve as server
 from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
 from .wiring import needs_s3, region_of
 
@@ -123,7 +124,7 @@ def s3_check(store: str, *, json: Annotated[bool, Parameter(negative="")] = Fals
     json
         Print one JSON document instead of sentences.
     """
-    from .s3_check_command import run
+    from .s3_tools.s3_check_command import run
 
     if code := run(store, as_json=json):
         sys.exit(code)
@@ -202,7 +203,7 @@ def s3_rescue(
     resume
         Remove the record of the fork and the local copies afterwards, so that the program serves again. Stop the program before.
     """
-    from .s3_rescue import rescue
+    from .s3_tools.s3_rescue import rescue
 
     settings = load(_environment(storage, stack))
     if settings.local.data_dir is None:

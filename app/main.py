@@ -16,7 +16,7 @@ from .autocrud.http.guard import Guard
 from .autocrud.http.messages import Scope
 from .base_path import BasePath
 from .foreign_pages import ForeignPages
-from .misfits import found, meant
+from .settings_errors import found, meant
 
 
 def create_app(

@@ -17,7 +17,7 @@ import msgspec
 
 from .autocrud.http.messages import Receive, Scope, Send
 from .autocrud.http.problems import ROUTE
-from .autocrud.resource_manager.object_store import CACHED, REQUESTS
+from .autocrud.resource_manager.backends.s3.object_store import CACHED, REQUESTS
 
 _encode = msgspec.json.Encoder().encode
 

@@ -37,7 +37,7 @@ from msgspec import Meta, Struct
 
 from .autocrud.errors import ConfigError
 from .autocrud.secret import Secret, endpoint_url
-from .misfits import found, meant, misfit
+from .settings_errors import found, meant, misfit
 
 Kind = Literal[
     "s3-sqlite", "postgres-s3", "redis-postgres", "cached-s3", "mq-cached-s3", "full", "disk", "memory-disk", "memory"

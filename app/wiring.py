@@ -19,23 +19,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from . import sign_in
+from . import iam_auth as sign_in
 from .autocrud.errors import ConfigError
-from .autocrud.resource_manager import s3_profile
+from .autocrud.resource_manager.backends.s3 import profile as s3_profile
 from .autocrud.resource_manager.basic import IStorage, MetaStore, ResourceStore
 from .autocrud.resource_manager.core import SimpleStorage
-from .autocrud.resource_manager.disk_space import space
-from .autocrud.resource_manager.drivers import driver
 from .autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
+from .autocrud.resource_manager.runtime.disk_space import space
+from .autocrud.resource_manager.runtime.drivers import driver
 from .autocrud.resource_manager.storage_factory import IStorageFactory
 from .autocrud.secret import Secret
 from .settings import KINDS, PRESETS, Pair, Settings, Storage
 
 if TYPE_CHECKING:
+    from .autocrud.resource_manager.backends.s3.object_store import ObjectStore
     from .autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
     from .autocrud.resource_manager.meta_store.redis import RedisMetaStore
-    from .autocrud.resource_manager.object_store import ObjectStore
     from .autocrud.resource_manager.resource_store.cache import Cache
 
 T = TypeVar("T")
@@ -175,8 +175,8 @@ class _Maker:
 
     def _postgres(self) -> Callable[[str], PostgresMetaStore]:
         with driver("postgres"):
+            from .autocrud.resource_manager.backends.postgres.pool import MAX_SIZE
             from .autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
-            from .autocrud.resource_manager.postgres.pool import MAX_SIZE
         dsn: str | Secret
         password, db = None, self.outputs.db
         if self.local.pg_dsn is None and db is not None:
@@ -315,7 +315,7 @@ class _Maker:
         return self._given(self.outputs.bucket, "CRUDSTACK_BUCKET", "its data in that bucket")
 
     def _objects(self) -> ObjectStore:
-        from .autocrud.resource_manager.object_store import s3
+        from .autocrud.resource_manager.backends.s3.object_store import s3
 
         return s3(self._bucket(), self.local.s3_endpoint_url, region_name=self._region())
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
-from app.local_s3 import ministack
+from app.dev.local_s3 import ministack
 from infra import artifact
 
 from . import backends, connections, report, s3

@@ -20,9 +20,9 @@ from app.autocrud.errors import CrudError
 from app.autocrud.http import batches, patching
 from app.autocrud.http.answers import projected
 from app.autocrud.http.json_diff import diff
-from app.autocrud.resource_manager.codec import Codec, canonical_json
-from app.autocrud.resource_manager.deadline import OPERATIONS_PER_S, operations
-from app.autocrud.resource_manager.json_shape import misshapen
+from app.autocrud.resource_manager.model.codec import Codec, canonical_json
+from app.autocrud.resource_manager.model.json_shape import misshapen
+from app.autocrud.resource_manager.runtime.deadline import OPERATIONS_PER_S, operations
 
 
 class Inner(Struct):

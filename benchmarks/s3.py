@@ -24,11 +24,11 @@ from rich.progress import Progress
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import WriteContention
+from app.autocrud.resource_manager.backends.s3.memory_object_store import Call, Fault, MemoryObjectStore
 from app.autocrud.resource_manager.core import Resource, ResourceManager
-from app.autocrud.resource_manager.object_store_double import Call, Fault, MemoryObjectStore
-from app.autocrud.resource_manager.operations import Create
+from app.autocrud.resource_manager.engine.operations import Create
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
-from app.local_s3 import ministack
+from app.dev.local_s3 import ministack
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import httpx
 import psycopg
 
-from app.local_s3 import LOCAL_KEYS, ministack
+from app.dev.local_s3 import LOCAL_KEYS, ministack
 from tests.postgres import Postgres
 from tests.valkey import Valkey
 

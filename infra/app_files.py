@@ -31,20 +31,23 @@ CA_FILE = "rds-ca.pem"
 """AWS's bundle of certificates: with it the app verifies the database's certificate, without it the app cannot."""
 NOT_DEPLOYED = frozenset(
     {
-        "aws_account.py",
         "cli.py",
-        "connections.py",
-        "http_answers.py",
-        "http_protocol.py",
-        "local_s3.py",
-        "lost_copies.py",
-        "overload.py",
-        "s3_check.py",
-        "s3_check_command.py",
-        "s3_requests.py",
-        "s3_rescue.py",
-        "server.py",
-        "stack.py",
+        "dev/__init__.py",
+        "dev/aws_account.py",
+        "dev/local_s3.py",
+        "dev/pulumi_cli.py",
+        "s3_tools/__init__.py",
+        "s3_tools/lost_copies.py",
+        "s3_tools/s3_check.py",
+        "s3_tools/s3_check_command.py",
+        "s3_tools/s3_requests.py",
+        "s3_tools/s3_rescue.py",
+        "server/__init__.py",
+        "server/connections.py",
+        "server/http_answers.py",
+        "server/http_protocol.py",
+        "server/overload.py",
+        "server/serve.py",
     }
 )
 """Modules of the app for a person's own machine."""

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
-from app import stack as pulumi_cli
 from app.autocrud.errors import ConfigError
+from app.dev import pulumi_cli
 from app.settings import OWN_PATHS, PRESETS, JwtAuth, Pair, Storage
 from infra.choices import Broker, Cache, Domain, Postgres
 

@@ -20,7 +20,7 @@ from msgspec import Struct
 from pulumi.runtime import config as runtime
 
 from app.autocrud.errors import ConfigError
-from app.stack import ConfigValue
+from app.dev.pulumi_cli import ConfigValue
 from infra.config import StackConfig, read
 
 FIRST_NAME = "crudstack"

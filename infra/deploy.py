@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import yaml
 from cyclopts import App, CycloptsError, Parameter
 
-from app import stack as pulumi_cli
 from app.autocrud.errors import ConfigError, CrudError
-from app.aws_account import KEY as PROFILE
-from app.aws_account import check_profile
+from app.dev import pulumi_cli
+from app.dev.aws_account import KEY as PROFILE
+from app.dev.aws_account import check_profile
 from app.settings import JwtAuth, StackOutputs, TokenAuth
 
 if TYPE_CHECKING:

@@ -154,7 +154,7 @@ class RabbitMQ:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - as app.local_s3 does
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - as app.dev.local_s3 does
             )
 
     def _settings(self) -> str:

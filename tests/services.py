@@ -20,8 +20,8 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from app.autocrud.resource_manager.object_store import S3ObjectStore, s3
-from app.local_s3 import make_bucket, ministack
+from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore, s3
+from app.dev.local_s3 import make_bucket, ministack
 
 BUCKET = "tests"
 WEED = Path(sys.executable).with_name("weed")

@@ -14,7 +14,7 @@ from app.autocrud.errors import ConfigError
 from app.autocrud.http.messages import route_path
 from app.base_path import below, put_below
 from app.main import create_app
-from app.overload import HEALTH, Overload
+from app.server.overload import HEALTH, Overload
 
 ARTICLE = {"title": "Sun", "content": "It shines.", "author": "alice"}
 

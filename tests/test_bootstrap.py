@@ -13,8 +13,8 @@ import psycopg
 import pytest
 from botocore.exceptions import ClientError
 
-from app import bootstrap
-from app.autocrud.resource_manager.postgres import pool
+from app import create_db_user as bootstrap
+from app.autocrud.resource_manager.backends.postgres import pool
 
 MASTER = "master-secret"
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from app.autocrud.errors import InvalidData
-from app.autocrud.resource_manager.codec import Codec
+from app.autocrud.resource_manager.model.codec import Codec
 
 
 class Flat(Struct):

@@ -10,7 +10,7 @@ import sys
 HEAVY = (
     *("boto3", "botocore", "pulumi", "psycopg", "redis", "aio_pika", "cachetools", "diskcache"),
     *("uvicorn", "uvloop", "httptools", "cyclopts", "rich", "ministack", "httpx", "fastapi_offline", "jsonpatch"),
-    *("unittest", "pdb", "sqlite3", "multiprocessing", "app.cli", "app.local_s3"),
+    *("unittest", "pdb", "sqlite3", "multiprocessing", "app.cli", "app.dev.local_s3"),
 )
 
 
@@ -31,4 +31,4 @@ def test_the_handler_imports_nothing_heavy_that_it_does_not_use():
 def test_the_engine_on_disk_does_not_load_what_s3_needs():
     modules = imported("from app.autocrud import AutoCRUD")
     assert "app.autocrud.core" in modules
-    assert not modules & {*HEAVY, "obstore", "mangum", "app.autocrud.resource_manager.object_store"}
+    assert not modules & {*HEAVY, "obstore", "mangum", "app.autocrud.resource_manager.backends.s3.object_store"}

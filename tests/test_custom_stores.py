@@ -19,11 +19,11 @@ import pytest
 from app import settings, wiring
 from app.autocrud.errors import ConfigError, OutcomeUnknown, StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager import storage_factory
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.basic import Change, IStorage, Once
 from app.autocrud.resource_manager.core import SimpleStorage
+from app.autocrud.resource_manager.engine.operations import Create, Purge
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
-from app.autocrud.resource_manager.operations import Create, Purge
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory

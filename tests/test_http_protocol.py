@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
-from app import http_protocol
-from app.connections import Connections
-from app.http_protocol import LimitedProtocol
+from app.server import http_protocol
+from app.server.connections import Connections
+from app.server.http_protocol import LimitedProtocol
 
 
 class Sent(NamedTuple):

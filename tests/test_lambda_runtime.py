@@ -16,7 +16,7 @@ import time
 import pytest
 
 from app.autocrud.errors import ConfigError
-from app.autocrud.resource_manager.s3_credentials import REUSE_S
+from app.autocrud.resource_manager.backends.s3.credentials import REUSE_S
 from infra.artifact import interpreter
 from tests.lambda_runtime import CredentialsEndpoint, Gateway, Instance, InvocationFailed, http_event, unpack
 from tests.services import BUCKET

@@ -13,9 +13,9 @@ from msgspec import Struct, defstruct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError, MetadataTooLarge
-from app.autocrud.resource_manager import limits
 from app.autocrud.resource_manager.basic import IndexEntry
-from app.autocrud.resource_manager.codec import Codec, canonical_json
+from app.autocrud.resource_manager.contract import limits
+from app.autocrud.resource_manager.model.codec import Codec, canonical_json
 
 
 class Inner(Struct):

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from app import overload
-from app.overload import Gate, Overload
+from app.server import overload
+from app.server.overload import Gate, Overload
 from tests.conftest import Server
 from tests.test_server_limits import HANGS_S, MB, back_to, files, next_answer, resident
 

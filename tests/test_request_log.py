@@ -6,9 +6,9 @@ from fastapi import FastAPI
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.cache import MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory

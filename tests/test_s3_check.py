@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 
-from app.autocrud.resource_manager.s3_sqlite import race
-from app.local_s3 import make_bucket
-from app.s3_requests import Answer, Timings, clock_skew_s
+from app.autocrud.resource_manager.backends.s3_sqlite import race
+from app.dev.local_s3 import make_bucket
+from app.s3_tools.s3_requests import Answer, Timings, clock_skew_s
 from tests.check_then_act_proxy import CheckThenActProxy, _answer
 from tests.s3_servers.install import SERVERS
 from tests.s3_servers.servers import running
@@ -32,7 +32,7 @@ __all__ = ["tls"]
 
 KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
 COMMAND = [sys.executable, "-c", "from app.cli import main; main()", "s3-check"]
-QUICK = [*COMMAND[:2], f"import app.s3_check as checks; checks.SAMPLES = 5; {COMMAND[2]}", "s3-check"]
+QUICK = [*COMMAND[:2], f"import app.s3_tools.s3_check as checks; checks.SAMPLES = 5; {COMMAND[2]}", "s3-check"]
 """The same with few samples of each request."""
 PERMISSIONS = ("s3:PutObject", "s3:GetObject", "s3:DeleteObject", "s3:ListBucket")
 

@@ -32,7 +32,7 @@ from yarl import URL
 
 from app import main
 from app.autocrud.errors import ConfigError, StoreUnavailable
-from app.autocrud.resource_manager.object_store import S3ObjectStore
+from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore
 from app.autocrud.resource_manager.storage_factory import MQCachedS3StorageFactory, RedisPgStorageFactory
 from app.autocrud.secret import Secret, amqp_url, endpoint_url, hidden, postgres_url, quoted, redis_url
 from app.aws_lambda import LambdaHandler

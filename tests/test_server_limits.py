@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from app import connections, http_protocol, overload, server
+from app.server import connections, http_protocol, overload
+from app.server import serve as server
 from tests.conftest import Server
 
 MB = 1024 * 1024

@@ -13,6 +13,7 @@ import pytest
 
 from app import main, wiring
 from app.autocrud.errors import ConfigError
+from app.autocrud.resource_manager.backends.s3.errors import said
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
@@ -22,7 +23,6 @@ from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3Resou
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
-from app.autocrud.resource_manager.s3_errors import said
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
 from app.settings import JwtAuth, NoAuth, TokenAuth, load
 from tests.conformance.model import Item, manage

@@ -11,7 +11,7 @@ import pytest
 from botocore.model import ServiceId
 from botocore.signers import RequestSigner
 
-from app import sign_in
+from app import iam_auth as sign_in
 from app.autocrud.errors import ConfigError, StoreUnavailable
 from app.settings import Broker, Cache, Db
 

@@ -24,8 +24,10 @@ import redis
 from botocore.model import ServiceId
 from botocore.signers import RequestSigner
 
-from app import bootstrap, settings, sign_in, wiring
-from app.local_s3 import make_bucket
+from app import create_db_user as bootstrap
+from app import iam_auth as sign_in
+from app import settings, wiring
+from app.dev.local_s3 import make_bucket
 from app.main import create_app
 from tests.infra.deploy import certificates, resolved
 from tests.infra.recorder import REGION

@@ -18,7 +18,7 @@ import pytest
 
 from app import cli
 from app.autocrud.errors import ConfigError
-from app.aws_account import use_profile
+from app.dev.aws_account import use_profile
 from tests.aws_signer_double import SignerDouble
 
 OUTPUTS = {

@@ -3,6 +3,6 @@
 from .core import AutoCRUD
 from .query import Query, field
 from .resource_manager.basic import Encoding, IndexedField
-from .resource_manager.operations import Retention
+from .resource_manager.engine.operations import Retention
 
 __all__ = ["AutoCRUD", "Encoding", "IndexedField", "Query", "Retention", "field"]

@@ -22,10 +22,10 @@ from .http import searching, service
 from .http.guard import Authenticate
 from .http.routes import Policy
 from .resource_manager.basic import Encoding, IndexedField
-from .resource_manager.codec import Codec
+from .resource_manager.contract.limits import MAX_SCHEMA_VERSION
 from .resource_manager.core import ResourceManager
-from .resource_manager.limits import MAX_SCHEMA_VERSION
-from .resource_manager.operations import Retention
+from .resource_manager.engine.operations import Retention
+from .resource_manager.model.codec import Codec
 from .resource_manager.storage_factory import IStorageFactory, MemoryStorageFactory
 
 T = TypeVar("T")

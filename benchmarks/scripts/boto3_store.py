@@ -11,7 +11,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from app.autocrud.resource_manager.object_store import (
+from app.autocrud.resource_manager.backends.s3.object_store import (
     UNCHANGED,
     Listed,
     Lost,

@@ -12,7 +12,7 @@ import msgspec
 from app import settings, wiring
 from app.autocrud import AutoCRUD, Query, field
 from app.autocrud.resource_manager.core import Resource, ResourceManager
-from app.autocrud.resource_manager.operations import Create
+from app.autocrud.resource_manager.engine.operations import Create
 from benchmarks.article import AUTHOR, COUNT, HOT, VIEWS, article, changed, fresh
 from benchmarks.scripts.asking import Row, serve_rows
 from benchmarks.scripts.ours import Article

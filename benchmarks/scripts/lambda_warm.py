@@ -37,7 +37,7 @@ def cpu(call: Callable[[], Any], times: int) -> float:
 
 def main() -> None:
     from app import wiring
-    from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
+    from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 
     objects = MemoryObjectStore()
     wiring._Maker._objects = lambda _: objects

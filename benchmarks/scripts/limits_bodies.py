@@ -15,8 +15,8 @@ import msgspec
 import obstore
 from obstore.store import S3Store
 
+from app.autocrud.resource_manager.backends.s3.object_store import s3
 from app.autocrud.resource_manager.basic import RevisionInfo
-from app.autocrud.resource_manager.object_store import s3
 from app.autocrud.resource_manager.resource_store.cache import Cache, DiskCache, MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore

@@ -15,14 +15,14 @@ from msgspec.structs import replace
 from psycopg import AsyncConnection
 
 from app.autocrud.errors import StoreUnavailable
+from app.autocrud.resource_manager.backends.redis.transaction import digest
 from app.autocrud.resource_manager.basic import Change, Encoding, ModelSpec, ResourceMeta, RevisionInfo, Version
-from app.autocrud.resource_manager.codec import Codec
-from app.autocrud.resource_manager.documents import encoder, meta_of
+from app.autocrud.resource_manager.contract.metadata_codec import encoder, meta_of
+from app.autocrud.resource_manager.engine.operations import new_nonce
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
-from app.autocrud.resource_manager.operations import new_nonce
-from app.autocrud.resource_manager.redis_store.transaction import digest
+from app.autocrud.resource_manager.model.codec import Codec
 from benchmarks.article import article
 from benchmarks.scripts.limits import Pair, Side
 from benchmarks.scripts.ours import Article

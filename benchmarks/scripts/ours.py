@@ -8,9 +8,9 @@ import uvicorn
 from fastapi import FastAPI
 from msgspec import Struct
 
-from app import server
 from app.autocrud import AutoCRUD
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, IStorageFactory, MemoryStorageFactory
+from app.server import serve as server
 
 
 class Article(Struct):

@@ -29,7 +29,7 @@ from app.autocrud.resource_manager.basic import (
     RevisionInfo,
     Version,
 )
-from app.autocrud.resource_manager.checks import (
+from app.autocrud.resource_manager.contract.store_errors import (
     check_expectation,
     generation_of,
     missing,

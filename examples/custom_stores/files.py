@@ -22,7 +22,7 @@ import msgspec
 
 from app.autocrud.errors import OutcomeUnknown, StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager.basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
-from app.autocrud.resource_manager.checks import generation_of
+from app.autocrud.resource_manager.contract.store_errors import generation_of
 
 from .dicts import DictMetaStore, State
 

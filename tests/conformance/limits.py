@@ -1,4 +1,4 @@
-"""The limits of stored data, which are the same on every storage; see `app.autocrud.resource_manager.limits`."""
+"""The limits of stored data, which are the same on every storage; see `app.autocrud.resource_manager.contract.limits`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from msgspec.structs import replace
 
 from app.autocrud import Query, field
 from app.autocrud.errors import InvalidData, MetadataTooLarge, ResourceNotFound, UniqueConflict
-from app.autocrud.resource_manager import planning
 from app.autocrud.resource_manager.basic import Change, Version, Write
+from app.autocrud.resource_manager.contract.limits import MAX_FIELDS, MAX_ID, MAX_INDEXED, MAX_ITEMS, MAX_NAME, SMALL
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
-from app.autocrud.resource_manager.limits import MAX_FIELDS, MAX_ID, MAX_INDEXED, MAX_ITEMS, MAX_NAME, SMALL
-from app.autocrud.resource_manager.operations import Create, Update
-from app.autocrud.resource_manager.reindexing import CHUNK
+from app.autocrud.resource_manager.engine import planning
+from app.autocrud.resource_manager.engine.operations import Create, Update
+from app.autocrud.resource_manager.storage.reindexing import CHUNK
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 
 from .model import Inner, Item, manage

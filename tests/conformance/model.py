@@ -14,10 +14,10 @@ from msgspec import UNSET, Struct, UnsetType
 
 from app.autocrud import Encoding, IndexedField
 from app.autocrud.resource_manager.basic import Findings, IndexEntry, Reindex, ResourceStore, Version
-from app.autocrud.resource_manager.codec import Codec
 from app.autocrud.resource_manager.core import ResourceManager
-from app.autocrud.resource_manager.operations import Retention
-from app.autocrud.resource_manager.simple_storage import SimpleStorage
+from app.autocrud.resource_manager.engine.operations import Retention
+from app.autocrud.resource_manager.model.codec import Codec
+from app.autocrud.resource_manager.storage.simple_storage import SimpleStorage
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from app.autocrud.query import META_FIELDS, And, Compare, Filter, Not, Or, Query, Sort, ops_of
-from app.autocrud.resource_manager.codec import Codec
+from app.autocrud.resource_manager.model.codec import Codec
 
 from .model import INDEXED, Color, Inner, Item, Level
 

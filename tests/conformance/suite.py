@@ -41,10 +41,9 @@ from app.autocrud.http.routes import Policy
 from app.autocrud.http.service import routes
 from app.autocrud.query import SET_OPS, STATE_OPS, Compare, Not, Sort, ops_of
 from app.autocrud.resource_manager.basic import Version
-from app.autocrud.resource_manager.bounds import holds
-from app.autocrud.resource_manager.codec import Codec
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager
-from app.autocrud.resource_manager.operations import (
+from app.autocrud.resource_manager.engine.access_filter import holds
+from app.autocrud.resource_manager.engine.operations import (
     Create,
     Delete,
     Modify,
@@ -55,6 +54,7 @@ from app.autocrud.resource_manager.operations import (
     Switch,
     Update,
 )
+from app.autocrud.resource_manager.model.codec import Codec
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 
 from . import reference

@@ -26,8 +26,11 @@ from app.autocrud.http.conditions import MAX_ETAGS, InvalidCondition, etags
 from app.autocrud.http.json_diff import diff
 from app.autocrud.http.json_patch import MAX_OPERATIONS
 from app.autocrud.query import MAX_NEEDLE
-from app.autocrud.resource_manager import basic, codec, disk_pair, json_shape, threads
-from app.autocrud.resource_manager.json_shape import MAX_CONTAINERS, MAX_NAMES, MAX_VALUES
+from app.autocrud.resource_manager import basic
+from app.autocrud.resource_manager.model import codec, json_shape
+from app.autocrud.resource_manager.model.json_shape import MAX_CONTAINERS, MAX_NAMES, MAX_VALUES
+from app.autocrud.resource_manager.runtime import threads
+from app.autocrud.resource_manager.storage import disk_pair
 from app.autocrud.resource_manager.storage_factory import (
     DiskStorageFactory,
     MemoryDiskStorageFactory,

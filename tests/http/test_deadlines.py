@@ -16,8 +16,9 @@ from app.autocrud import AutoCRUD
 from app.autocrud.errors import NotEnoughTime
 from app.autocrud.http import patching, problems
 from app.autocrud.http.json_patch import MAX_MADE, MAX_MADE_CONTAINERS
-from app.autocrud.resource_manager import threads
-from app.autocrud.resource_manager.deadline import (
+from app.autocrud.resource_manager.model.json_shape import MAX_CONTAINERS, MAX_NAMES, MAX_VALUES
+from app.autocrud.resource_manager.runtime import threads
+from app.autocrud.resource_manager.runtime.deadline import (
     CONTAINER_STEPS,
     DEADLINE,
     MOST_PARTS,
@@ -27,7 +28,6 @@ from app.autocrud.resource_manager.deadline import (
     check_time,
     operations,
 )
-from app.autocrud.resource_manager.json_shape import MAX_CONTAINERS, MAX_NAMES, MAX_VALUES
 from benchmarks.json_work import TEXTS, WORK, Bag, text_of
 
 from .conftest import client_of

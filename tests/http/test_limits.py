@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.access import Principal
-from app.autocrud.resource_manager.limits import MAX_INDEXED, MAX_ITEMS, MAX_NAME
+from app.autocrud.resource_manager.contract.limits import MAX_INDEXED, MAX_ITEMS, MAX_NAME
 
 from .conftest import client_of
 from .test_routes import problem

@@ -85,7 +85,7 @@ def emulator(directory: Path) -> Iterator[Cloud]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - as app.local_s3 does
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - as app.dev.local_s3 does
         )
     try:
         deadline = time.monotonic() + 60

@@ -574,16 +574,19 @@ def walked(app: Path, rules) -> dict[str, bool]:
 
 
 def test_modules_of_the_app_that_no_handler_imports_are_not_deployed():
-    imported: set[str] = set()
-    found = [ROOT / "app/handler.py", ROOT / "app/bootstrap.py"]
+    app = ROOT / "app"
+    imported: set[Path] = set()
+    found = [app / "handler.py", app / "bootstrap.py"]
     while found:
         path = found.pop()
-        if path.name in imported:
+        if path in imported:
             continue
-        imported.add(path.name)
+        imported.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                names = [node.module.partition(".")[0]] if node.module else [name.name for name in node.names]
-                found += [file for name in names if (file := ROOT / f"app/{name}.py").exists()]
-    own = {path.name for path in (ROOT / "app").glob("*.py") if path.name != "__init__.py"}
-    assert own - imported == NOT_DEPLOYED
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                names = [base, *(base / name.name for name in node.names)]
+                modules = [name.with_suffix(".py") for name in names] + [name / "__init__.py" for name in names]
+                found += [module for module in modules if module.exists()]
+    ours = {path for path in app.rglob("*.py") if not path.is_relative_to(app / "autocrud")} - {app / "__init__.py"}
+    assert {path.relative_to(app).as_posix() for path in ours - imported} == NOT_DEPLOYED

@@ -184,11 +184,11 @@ def test_nothing_is_in_it_that_lambda_does_not_need(contents):
     assert (
         not {
             "app/cli.py",
-            "app/http_answers.py",
-            "app/http_protocol.py",
-            "app/local_s3.py",
-            "app/overload.py",
-            "app/server.py",
+            "app/server/http_answers.py",
+            "app/server/http_protocol.py",
+            "app/dev/local_s3.py",
+            "app/server/overload.py",
+            "app/server/serve.py",
         }
         & contents.keys()
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.autocrud.errors import ConfigError
-from app.stack import ConfigValue
+from app.dev.pulumi_cli import ConfigValue
 from infra.artifact import ROOT
 from infra.config import StackConfig
 from infra.config_keys import Keys, check_keys, project_file_keys

@@ -19,8 +19,8 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConditionalWritesUnsupported
-from app.autocrud.resource_manager.object_store import s3
-from app.autocrud.resource_manager.s3_sqlite import race
+from app.autocrud.resource_manager.backends.s3.object_store import s3
+from app.autocrud.resource_manager.backends.s3_sqlite import race
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from tests.s3_servers.install import SERVERS
 from tests.s3_servers.servers import Running, running

@@ -23,7 +23,7 @@ import apsw
 
 from app.autocrud.errors import ResourceNotFound
 from app.autocrud.query import Query
-from app.autocrud.resource_manager.operations import Create, Update
+from app.autocrud.resource_manager.engine.operations import Create, Update
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
 from tests.conformance.model import Item, manage
 

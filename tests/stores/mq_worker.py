@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 from app.autocrud.errors import CrudError, ResourceNotFound
+from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
-from app.autocrud.resource_manager.object_store import S3ObjectStore
 from app.autocrud.resource_manager.resource_store.cache import DiskCache, MemoryCache
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory

@@ -32,12 +32,12 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Encoding, IndexedField, Query, field
 from app.autocrud.query import Filter
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import ResourceManager, SimpleStorage
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import (

@@ -17,7 +17,7 @@ from msgspec import Struct
 from app import wiring
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import OutcomeUnknown, StoreUnavailable, VersionConflict
-from app.autocrud.resource_manager.disk_space import DiskFull
+from app.autocrud.resource_manager.runtime.disk_space import DiskFull
 from app.settings import load
 
 

@@ -26,10 +26,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from app.autocrud import Encoding
 from app.autocrud.errors import ConfigError, StoreDamaged, StoreUnavailable
+from app.autocrud.resource_manager.backends.s3.memory_object_store import LOST_ANSWER, REFUSED, MemoryObjectStore
 from app.autocrud.resource_manager.basic import IStorage, RevisionInfo
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
-from app.autocrud.resource_manager.object_store_double import LOST_ANSWER, REFUSED, MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.cache import Cache, DiskCache, Entry, MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore

@@ -10,10 +10,10 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import StoreDamaged, VersionConflict, WriteContention
-from app.autocrud.resource_manager import writing
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.basic import Version
 from app.autocrud.resource_manager.core import ResourceManager
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
+from app.autocrud.resource_manager.engine import writing
 from app.autocrud.resource_manager.storage_factory import IStorageFactory, MemoryStorageFactory, S3StorageFactory
 from tests import virtual_time
 

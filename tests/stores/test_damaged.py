@@ -22,18 +22,18 @@ from fastapi import FastAPI
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD, IndexedField
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.object_store import Object
+from app.autocrud.resource_manager.backends.sqlite.findings import TABLE
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
-from app.autocrud.resource_manager.object_store import Object
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.cache import DiskCache, MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
-from app.autocrud.resource_manager.simple_storage import SimpleStorage
-from app.autocrud.resource_manager.sqlite.findings import TABLE
+from app.autocrud.resource_manager.storage.simple_storage import SimpleStorage
 from app.autocrud.resource_manager.storage_factory import (
     DiskStorageFactory,
     IStorageFactory,
@@ -196,7 +196,7 @@ def in_postgres(part: str, column: str) -> Callable[[Place, str, Callable], None
 
 
 def in_redis(place: Place, resource_id: str, way: Callable) -> None:
-    from app.autocrud.resource_manager.redis_store.transaction import digest
+    from app.autocrud.resource_manager.backends.redis.transaction import digest
 
     with redis.Redis.from_url(place.redis) as client:
         key = f"{place.name}:res:{digest(resource_id)}"

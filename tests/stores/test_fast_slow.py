@@ -32,6 +32,10 @@ from app.autocrud.errors import (
     StoreUnavailable,
     VersionConflict,
 )
+from app.autocrud.resource_manager.backends.redis import lease
+from app.autocrud.resource_manager.backends.redis.client import Unanswered
+from app.autocrud.resource_manager.backends.redis.lease import Grant, Leases
+from app.autocrud.resource_manager.backends.redis.scripts import Script
 from app.autocrud.resource_manager.basic import Change, Done, DoneBefore, IStorage, Once, ResourceMeta
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store import fast_slow
@@ -39,10 +43,6 @@ from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
-from app.autocrud.resource_manager.redis_store import lease
-from app.autocrud.resource_manager.redis_store.client import Unanswered
-from app.autocrud.resource_manager.redis_store.lease import Grant, Leases
-from app.autocrud.resource_manager.redis_store.scripts import Script
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests import virtual_time

@@ -19,12 +19,12 @@ from msgspec import Struct
 
 from app import wiring
 from app.autocrud import AutoCRUD
-from app.autocrud.resource_manager import disk_space, temporary
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3_sqlite import local_copy
 from app.autocrud.resource_manager.core import ResourceManager
-from app.autocrud.resource_manager.disk_space import DiskFull
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.cache import DiskCache
-from app.autocrud.resource_manager.s3_sqlite import local_copy
+from app.autocrud.resource_manager.runtime import disk_space, temporary
+from app.autocrud.resource_manager.runtime.disk_space import DiskFull
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, S3StorageFactory
 from app.settings import load
 from tests.small_disk import fill, small_disk

@@ -8,8 +8,8 @@ import apsw
 import pytest
 
 from app.autocrud.query import Query, Sort, field
+from app.autocrud.resource_manager.backends.sqlite.tables import ResourceTables
 from app.autocrud.resource_manager.basic import ModelSpec
-from app.autocrud.resource_manager.sqlite.tables import ResourceTables
 from app.autocrud.values import SCALARS
 
 FIELDS = {"author": SCALARS[str], "views": SCALARS[int]}

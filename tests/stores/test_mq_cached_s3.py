@@ -21,19 +21,27 @@ import aio_pika
 import pytest
 
 from app.autocrud.errors import ConfigError, ResourceNotFound, StoreUnavailable
-from app.autocrud.resource_manager.amqp import listener as listening
-from app.autocrud.resource_manager.amqp.link import THREAD
-from app.autocrud.resource_manager.amqp.listener import Listener, OutOfOrder
-from app.autocrud.resource_manager.amqp.speaker import Speaker
-from app.autocrud.resource_manager.amqp.words import EVERYTHING, MOST_UIDS, NOTHING, REFRESH, Words, read, written
+from app.autocrud.resource_manager.backends.rabbitmq import consumer as listening
+from app.autocrud.resource_manager.backends.rabbitmq.connection import THREAD
+from app.autocrud.resource_manager.backends.rabbitmq.consumer import Listener, OutOfOrder
+from app.autocrud.resource_manager.backends.rabbitmq.invalidation import (
+    EVERYTHING,
+    MOST_UIDS,
+    NOTHING,
+    REFRESH,
+    Words,
+    read,
+    written,
+)
+from app.autocrud.resource_manager.backends.rabbitmq.publisher import Speaker
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
-from app.autocrud.resource_manager.moments import Moment
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.cache import DiskCache, MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
+from app.autocrud.resource_manager.runtime.moments import Moment
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from app.autocrud.secret import hidden
 from tests.conformance import DurableConformance, SharedConformance

@@ -10,16 +10,16 @@ from uuid_utils import uuid4, uuid7
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError
+from app.autocrud.resource_manager.backends.postgres.schema import PARTS, Schema
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.object_store import REQUESTS
+from app.autocrud.resource_manager.backends.s3_sqlite import housekeeping
+from app.autocrud.resource_manager.backends.s3_sqlite.head import Segment, segment_key, snapshot_key
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
-from app.autocrud.resource_manager.object_store import REQUESTS
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
-from app.autocrud.resource_manager.postgres.schema import PARTS, Schema
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
-from app.autocrud.resource_manager.s3_sqlite import housekeeping
-from app.autocrud.resource_manager.s3_sqlite.head import Segment, segment_key, snapshot_key
 from app.autocrud.resource_manager.storage_factory import IStorageFactory, S3StorageFactory
 from app.settings import load
 from app.wiring import storage_factory

@@ -12,14 +12,14 @@ import time
 
 import pytest
 
-from app.autocrud.resource_manager import obstore_exit
+from app.autocrud.resource_manager.backends.s3 import obstore_exit
 from tests.services import BUCKET
 
 ANSWERED = "await asyncio.gather(*(store.get('exit/a') for _ in range(20)))"
 ABANDONED = "tasks = [asyncio.ensure_future(store.get('exit/a')) for _ in range(40)]\n    await asyncio.sleep(0.005)"
 SCRIPT = """
 import asyncio, sys
-from app.autocrud.resource_manager.object_store import S3ObjectStore
+from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore
 
 async def main():
     store = S3ObjectStore(sys.argv[1], sys.argv[2], "local", "local", "us-east-1")

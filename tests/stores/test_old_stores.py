@@ -9,7 +9,7 @@ import pytest
 
 from app.autocrud import Query, field
 from app.autocrud.errors import MetadataTooLarge, UniqueConflict
-from app.autocrud.resource_manager import planning
+from app.autocrud.resource_manager.engine import planning
 from tests.stores.old_stores import (
     KINDS,
     LONG_ID,

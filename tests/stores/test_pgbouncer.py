@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from app import bootstrap
+from app import create_db_user as bootstrap
 from app.autocrud.errors import CrudError, OutcomeUnknown, StoreUnavailable
+from app.autocrud.resource_manager.backends.postgres import pool, session
+from app.autocrud.resource_manager.backends.postgres.session import Guard
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
-from app.autocrud.resource_manager.postgres import pool, session
-from app.autocrud.resource_manager.postgres.session import Guard
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests import pgbouncer as pooler

@@ -24,15 +24,15 @@ from app.autocrud.errors import (
     UniqueConflict,
     WriteContention,
 )
-from app.autocrud.resource_manager import planning
+from app.autocrud.resource_manager.backends.postgres import pool
+from app.autocrud.resource_manager.backends.postgres.schema import name_of
 from app.autocrud.resource_manager.basic import IndexedField, IStorage
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage, Update
+from app.autocrud.resource_manager.engine import planning
 from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
-from app.autocrud.resource_manager.moments import Moment
-from app.autocrud.resource_manager.postgres import pool
-from app.autocrud.resource_manager.postgres.schema import name_of
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
+from app.autocrud.resource_manager.runtime.moments import Moment
 from app.autocrud.resource_manager.storage_factory import IStorageFactory, PostgresS3StorageFactory
 from tests.conformance import SharedConformance
 from tests.postgres import Postgres

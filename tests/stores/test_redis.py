@@ -29,15 +29,15 @@ from app.autocrud.errors import (
     VersionConflict,
 )
 from app.autocrud.query import Query, field
+from app.autocrud.resource_manager.backends.redis import client as redis_client
+from app.autocrud.resource_manager.backends.redis import mirror, scripts
 from app.autocrud.resource_manager.basic import KEEP_KEYS_US, Change, IndexedField, IStorage, ResourceMeta, Version
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager, SimpleStorage
+from app.autocrud.resource_manager.engine.operations import Create, Delete, Purge, Retention, Switch, Update
 from app.autocrud.resource_manager.meta_store import redis as meta_store_redis
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
-from app.autocrud.resource_manager.moments import Moment
-from app.autocrud.resource_manager.operations import Create, Delete, Purge, Retention, Switch, Update
-from app.autocrud.resource_manager.redis_store import client as redis_client
-from app.autocrud.resource_manager.redis_store import mirror, scripts
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
+from app.autocrud.resource_manager.runtime.moments import Moment
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests.conformance import SharedConformance
 from tests.conformance.model import Clock

@@ -10,8 +10,8 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD, IndexedField, Query, field
 from app.autocrud.errors import StoreUnavailable, UniqueConflict
+from app.autocrud.resource_manager.backends.s3.object_store import s3
 from app.autocrud.resource_manager.core import ResourceManager
-from app.autocrud.resource_manager.object_store import s3
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from tests.check_then_act_proxy import CheckThenActProxy
 from tests.services import BUCKET, S3Server

@@ -14,9 +14,10 @@ from msgspec import Struct
 from app.autocrud import AutoCRUD
 from app.autocrud.core import MAX_BODY
 from app.autocrud.errors import OutcomeUnknown, StoreUnavailable
-from app.autocrud.resource_manager import s3_clients, s3_credentials
-from app.autocrud.resource_manager.moments import Moment
-from app.autocrud.resource_manager.object_store import UNCHANGED, Lost, S3ObjectStore, Stored, Unknown
+from app.autocrud.resource_manager.backends.s3 import clients as s3_clients
+from app.autocrud.resource_manager.backends.s3 import credentials as s3_credentials
+from app.autocrud.resource_manager.backends.s3.object_store import UNCHANGED, Lost, S3ObjectStore, Stored, Unknown
+from app.autocrud.resource_manager.runtime.moments import Moment
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from tests.services import BUCKET
 from tests.silent_s3 import HALF, SILENT, Request, SilentS3

@@ -15,9 +15,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from app.autocrud.errors import StoreUnavailable
-from app.autocrud.resource_manager import s3_credentials
-from app.autocrud.resource_manager.object_store import S3ObjectStore
-from app.autocrud.resource_manager.s3_credentials import FOUND_BY_OBSTORE, FULL_URI, TOKEN, fetch, is_local, provider
+from app.autocrud.resource_manager.backends.s3 import credentials as s3_credentials
+from app.autocrud.resource_manager.backends.s3.credentials import (
+    FOUND_BY_OBSTORE,
+    FULL_URI,
+    TOKEN,
+    fetch,
+    is_local,
+    provider,
+)
+from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore
 from tests.lambda_runtime import CredentialsEndpoint
 
 OTHERS = [name for name in os.environ if name.startswith("AWS_")]

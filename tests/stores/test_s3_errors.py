@@ -12,11 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from app.autocrud.errors import ConfigError, StoreUnavailable
+from app.autocrud.resource_manager.backends.s3.errors import answered, said
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore, Unknown
 from app.autocrud.resource_manager.basic import ModelSpec
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
-from app.autocrud.resource_manager.object_store import S3ObjectStore, Unknown
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
-from app.autocrud.resource_manager.s3_errors import answered, said
 
 DENIED = b"""<?xml version="1.0" encoding="UTF-8"?>
 <Error>
@@ -140,7 +140,7 @@ def test_a_connection_that_is_refused_says_so():
 
 @pytest.mark.parametrize("trusted", [None, "other.pem"])
 def test_a_certificate_of_an_unknown_ca_says_tls_and_the_setting(answers, tls, monkeypatch, trusted):
-    monkeypatch.setattr("app.autocrud.resource_manager.s3_clients.RETRIES", 0)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3.clients.RETRIES", 0)
     monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
     if trusted is not None:
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tls / trusted))
@@ -162,7 +162,7 @@ def test_aws_ca_bundle_alone_makes_a_private_ca_trusted(answers, tls, monkeypatc
 
 
 def test_https_to_a_port_without_tls_says_so(answers, monkeypatch):
-    monkeypatch.setattr("app.autocrud.resource_manager.s3_clients.RETRIES", 0)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3.clients.RETRIES", 0)
     assert "the server does not speak TLS" in said(put(f"https://127.0.0.1:{answers(403)}").__cause__)
 
 

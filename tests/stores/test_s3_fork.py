@@ -15,12 +15,12 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import HeadLost, HistoryForked, OutcomeUnknown, StoreUnavailable
+from app.autocrud.resource_manager.backends.s3.memory_object_store import REFUSED, MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.object_store import Object
+from app.autocrud.resource_manager.backends.s3_sqlite import fork, local_copy
+from app.autocrud.resource_manager.backends.s3_sqlite.fork_report import find_lost, fork_files, read_fork
+from app.autocrud.resource_manager.backends.s3_sqlite.head import MAX_PAST, decode_head, decode_ops
 from app.autocrud.resource_manager.core import ResourceManager
-from app.autocrud.resource_manager.object_store import Object
-from app.autocrud.resource_manager.object_store_double import REFUSED, MemoryObjectStore
-from app.autocrud.resource_manager.s3_sqlite import fork, local_copy
-from app.autocrud.resource_manager.s3_sqlite.fork_report import find_lost, fork_files, read_fork
-from app.autocrud.resource_manager.s3_sqlite.head import MAX_PAST, decode_head, decode_ops
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 
 KEY = "meta/note.sqlite"
@@ -390,7 +390,7 @@ async def test_a_fork_that_cannot_be_recorded_still_stops(objects, tmp_path, mon
     def refuses(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("app.autocrud.resource_manager.s3_sqlite.fork_detector.record_fork", refuses)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.fork_detector.record_fork", refuses)
     with pytest.raises(HistoryForked):
         await loser.count()
     with pytest.raises(HistoryForked, match="its log names"):
@@ -538,7 +538,7 @@ async def test_requests_and_readyz_say_that_history_has_forked(objects):
 
 
 def test_same_history_is_symmetric_and_decides_by_common_versions():
-    from app.autocrud.resource_manager.s3_sqlite.head import Head
+    from app.autocrud.resource_manager.backends.s3_sqlite.head import Head
 
     heads = [Head(store="s", nonce=b"1")]
     for _ in range(100):
@@ -559,7 +559,7 @@ def test_same_history_is_symmetric_and_decides_by_common_versions():
 
 
 def test_a_head_that_is_continued_is_not_kept():
-    from app.autocrud.resource_manager.s3_sqlite.head import Head
+    from app.autocrud.resource_manager.backends.s3_sqlite.head import Head
 
     known = fork.KnownHeads()
     one = Head(store="s", nonce=b"1")

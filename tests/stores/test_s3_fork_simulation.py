@@ -18,8 +18,8 @@ import pytest
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import CrudError, HeadLost, HistoryForked, ResourceNotFound, StoreDamaged
+from app.autocrud.resource_manager.backends.s3_sqlite import fork_detector, head, housekeeping, replica
 from app.autocrud.resource_manager.basic import IndexedField
-from app.autocrud.resource_manager.s3_sqlite import fork_detector, head, housekeeping, replica
 from tests import virtual_time
 from tests.stores.test_s3_simulation import RESOURCES, SEEDS, STEPS, WRITERS, Note, SmallTails, World
 

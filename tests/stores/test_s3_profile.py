@@ -15,10 +15,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.autocrud.errors import ConfigError, StoreUnavailable
-from app.autocrud.resource_manager.object_store import S3ObjectStore
-from app.autocrud.resource_manager.s3_credentials import provider
-from app.autocrud.resource_manager.s3_errors import answered
-from app.autocrud.resource_manager.s3_profile import region
+from app.autocrud.resource_manager.backends.s3.credentials import provider
+from app.autocrud.resource_manager.backends.s3.errors import answered
+from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore
+from app.autocrud.resource_manager.backends.s3.profile import region
 from tests.aws_sign_in_double import SignInDouble
 from tests.services import BUCKET
 
@@ -51,7 +51,7 @@ def test_keys_of_the_environment_come_before_a_profile_and_import_no_botocore(mo
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     assert provider() is None
     code = (
-        "import sys; from app.autocrud.resource_manager.object_store import S3ObjectStore;"
+        "import sys; from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore;"
         " S3ObjectStore('b', region_name='us-east-1'); print('botocore' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -157,7 +157,7 @@ SOURCE_PROFILE = (
 ASK = """
 import json, sys
 from app.autocrud.errors import StoreUnavailable
-from app.autocrud.resource_manager.s3_credentials import provider
+from app.autocrud.resource_manager.backends.s3.credentials import provider
 asked = provider()
 try:
     for _ in range(int(sys.argv[1])):

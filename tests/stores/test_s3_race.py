@@ -11,12 +11,12 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConditionalWritesUnsupported, StoreUnavailable
+from app.autocrud.resource_manager.backends.s3.memory_object_store import Call, Fault, MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.object_store import Lost, ObjectStore, S3ObjectStore, Stored
+from app.autocrud.resource_manager.backends.s3_sqlite import housekeeping, race
+from app.autocrud.resource_manager.backends.s3_sqlite.head import decode_head
+from app.autocrud.resource_manager.backends.s3_sqlite.race import race_conditions
 from app.autocrud.resource_manager.core import ResourceManager
-from app.autocrud.resource_manager.object_store import Lost, ObjectStore, S3ObjectStore, Stored
-from app.autocrud.resource_manager.object_store_double import Call, Fault, MemoryObjectStore
-from app.autocrud.resource_manager.s3_sqlite import housekeeping, race
-from app.autocrud.resource_manager.s3_sqlite.head import decode_head
-from app.autocrud.resource_manager.s3_sqlite.race import race_conditions
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from tests import virtual_time
 from tests.check_then_act_proxy import CheckThenActProxy

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from app.autocrud.errors import ConfigError, HistoryForked
-from app.autocrud.resource_manager.object_store_double import MemoryObjectStore
-from app.autocrud.resource_manager.s3_sqlite.fork_report import fork_files
-from app.s3_rescue import rescue
+from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3_sqlite.fork_report import fork_files
+from app.s3_tools.s3_rescue import rescue
 from tests.stores.test_s3_fork import HEAD, Note, api, forked, head_of, instance, later
 
 

@@ -21,10 +21,7 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError, CrudError, HistoryForked, OutcomeUnknown, ResourceNotFound, StoreDamaged
-from app.autocrud.resource_manager.basic import IndexedField, IStorage
-from app.autocrud.resource_manager.core import Caller, IdempotencyKey
-from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
-from app.autocrud.resource_manager.object_store_double import (
+from app.autocrud.resource_manager.backends.s3.memory_object_store import (
     FALSE_CONFLICT,
     LOST_ANSWER,
     REFUSED,
@@ -32,9 +29,12 @@ from app.autocrud.resource_manager.object_store_double import (
     Fault,
     MemoryObjectStore,
 )
+from app.autocrud.resource_manager.backends.s3_sqlite import head, housekeeping
+from app.autocrud.resource_manager.basic import IndexedField, IStorage
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey
+from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
-from app.autocrud.resource_manager.s3_sqlite import head, housekeeping
-from app.autocrud.resource_manager.simple_storage import SimpleStorage
+from app.autocrud.resource_manager.storage.simple_storage import SimpleStorage
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests import virtual_time
 

@@ -25,11 +25,7 @@ from app.autocrud.errors import (
     VersionConflict,
 )
 from app.autocrud.query import Query, field
-from app.autocrud.resource_manager.basic import Change, IndexedField
-from app.autocrud.resource_manager.core import Caller, IdempotencyKey, Purge, ResourceManager
-from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
-from app.autocrud.resource_manager.object_store import Stored, Unknown
-from app.autocrud.resource_manager.object_store_double import (
+from app.autocrud.resource_manager.backends.s3.memory_object_store import (
     FALSE_CONFLICT,
     LOST_ANSWER,
     REFUSED,
@@ -37,8 +33,12 @@ from app.autocrud.resource_manager.object_store_double import (
     Fault,
     MemoryObjectStore,
 )
-from app.autocrud.resource_manager.s3_sqlite import local_copy
-from app.autocrud.resource_manager.s3_sqlite.head import decode_head
+from app.autocrud.resource_manager.backends.s3.object_store import Stored, Unknown
+from app.autocrud.resource_manager.backends.s3_sqlite import local_copy
+from app.autocrud.resource_manager.backends.s3_sqlite.head import decode_head
+from app.autocrud.resource_manager.basic import Change, IndexedField
+from app.autocrud.resource_manager.core import Caller, IdempotencyKey, Purge, ResourceManager
+from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from tests import virtual_time
 
@@ -297,7 +297,7 @@ async def test_a_zombie_that_slept_through_collection_loses(objects):
 def test_more_was_written_than_copies_remember(objects, monkeypatch):
     """Whether an unanswered write happened cannot be told any more; it must not be guessed."""
     monkeypatch.setattr(local_copy, "WINDOW", 20)
-    monkeypatch.setattr("app.autocrud.resource_manager.s3_sqlite.committer.WINDOW", 20)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.committer.WINDOW", 20)
 
     async def main():
         manager, other = instance(objects), instance(objects)
@@ -505,7 +505,7 @@ async def test_many_births_at_once_are_one(objects):
 
 
 async def test_snapshots_merges_and_collection_lose_nothing(objects, monkeypatch):
-    monkeypatch.setattr("app.autocrud.resource_manager.s3_sqlite.housekeeping.LEAST_LOG", 20_000)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.housekeeping.LEAST_LOG", 20_000)
     manager = instance(objects)
     for number in range(400):
         await manager.create(Note(f"note {number}"))
@@ -521,7 +521,7 @@ async def test_snapshots_merges_and_collection_lose_nothing(objects, monkeypatch
 
 
 async def test_segments_are_merged(objects, monkeypatch):
-    monkeypatch.setattr("app.autocrud.resource_manager.s3_sqlite.housekeeping.LEAST_LOG", 2**40)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.housekeeping.LEAST_LOG", 2**40)
     manager = instance(objects)
     for number in range(700):
         await manager.create(Note(f"note {number}"))
@@ -543,7 +543,7 @@ async def test_a_snapshot_that_is_not_what_was_uploaded_is_refused(objects):
 
 
 async def test_a_snapshot_of_somebody_who_died_is_abandoned_and_collected(objects, monkeypatch):
-    monkeypatch.setattr("app.autocrud.resource_manager.s3_sqlite.housekeeping.ABANDONED", 10_000)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.housekeeping.ABANDONED", 10_000)
     dying, other = instance(objects), instance(objects)
     await dying.create(Note("0"))
     upload, reached = objects.upload, asyncio.Event()
@@ -570,7 +570,7 @@ async def test_a_snapshot_of_somebody_who_died_is_abandoned_and_collected(object
 
 async def test_a_snapshot_that_was_abandoned_is_not_installed(objects, monkeypatch):
     """Whoever made it slept so long that others gave it up and removed it."""
-    monkeypatch.setattr("app.autocrud.resource_manager.s3_sqlite.housekeeping.ABANDONED", 10_000)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.housekeeping.ABANDONED", 10_000)
     sleeper, other = instance(objects), instance(objects)
     await sleeper.create(Note("0"))
     upload, uploaded, awake = objects.upload, asyncio.Event(), asyncio.Event()

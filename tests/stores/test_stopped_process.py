@@ -18,11 +18,11 @@ import pytest
 
 from app.autocrud.errors import CrudError, OutcomeUnknown, ResourceNotFound, StoreUnavailable
 from app.autocrud.query import Query
-from app.autocrud.resource_manager.operations import Create, Update
+from app.autocrud.resource_manager.backends.sqlite import committer
+from app.autocrud.resource_manager.backends.sqlite.committer import GaveUp, Stage
+from app.autocrud.resource_manager.backends.sqlite.database import FileDatabase, FileLock
+from app.autocrud.resource_manager.engine.operations import Create, Update
 from app.autocrud.resource_manager.resource_store.cache import DiskCache
-from app.autocrud.resource_manager.sqlite import committer
-from app.autocrud.resource_manager.sqlite.committer import GaveUp, Stage
-from app.autocrud.resource_manager.sqlite.database import FileDatabase, FileLock
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
 from tests.conformance.model import Item, manage
 
@@ -32,7 +32,7 @@ FILES = {"meta": "item/meta/index.sqlite", "bodies": "item/data/bodies.sqlite"}
 HOLD = """
 import sys
 from pathlib import Path
-from app.autocrud.resource_manager.sqlite.database import FileDatabase
+from app.autocrud.resource_manager.backends.sqlite.database import FileDatabase
 with FileDatabase(Path(sys.argv[1]), lambda _: None).writing() as connection:
     connection.execute("BEGIN IMMEDIATE")
     print("held", flush=True)
@@ -41,7 +41,7 @@ with FileDatabase(Path(sys.argv[1]), lambda _: None).writing() as connection:
 """
 CLOSE = """
 import asyncio, sys
-from app.autocrud.resource_manager.sqlite import committer
+from app.autocrud.resource_manager.backends.sqlite import committer
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
 from tests.conformance.model import Item, manage
 committer.WRITE_TIMEOUT_S = float(sys.argv[2])

@@ -17,8 +17,8 @@ from pathlib import Path
 import apsw
 import pytest
 
-from app.autocrud.resource_manager import temporary
-from app.autocrud.resource_manager.temporary import ProcessDirectory, remove_abandoned
+from app.autocrud.resource_manager.runtime import temporary
+from app.autocrud.resource_manager.runtime.temporary import ProcessDirectory, remove_abandoned
 
 DAY = 24 * 3600
 
@@ -33,7 +33,7 @@ def tmp(tmp_path, monkeypatch):
 
 def process(script: str) -> subprocess.Popen[str]:
     """Run a script in another process; it has answered with a line when this returns."""
-    begin = "import os, sys, time\nfrom app.autocrud.resource_manager.temporary import ProcessDirectory\n"
+    begin = "import os, sys, time\nfrom app.autocrud.resource_manager.runtime.temporary import ProcessDirectory\n"
     command = [sys.executable, "-c", begin + textwrap.dedent(script)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

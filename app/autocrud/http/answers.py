@@ -9,10 +9,10 @@ import msgspec
 from msgspec.structs import replace
 
 from ..resource_manager.basic import MAX_READ, ResourceMeta
-from ..resource_manager.codec import canonical_json, project
 from ..resource_manager.core import Resource
-from ..resource_manager.deadline import DEADLINE, operations
-from ..resource_manager.threads import heavy
+from ..resource_manager.model.codec import canonical_json, project
+from ..resource_manager.runtime.deadline import DEADLINE, operations
+from ..resource_manager.runtime.threads import heavy
 from . import problems
 from .messages import Request, Response
 from .problems import ResponseTooLarge

@@ -13,10 +13,8 @@ from msgspec import Raw, Struct
 
 from ..errors import CrudError, Fault, InvalidData
 from ..resource_manager.basic import Status, Version
-from ..resource_manager.codec import Codec, Document, invalid_data, parse_json
 from ..resource_manager.core import MAX_BATCH
-from ..resource_manager.deadline import operations
-from ..resource_manager.operations import (
+from ..resource_manager.engine.operations import (
     Create,
     Delete,
     Modify,
@@ -28,6 +26,8 @@ from ..resource_manager.operations import (
     Switch,
     Update,
 )
+from ..resource_manager.model.codec import Codec, Document, invalid_data, parse_json
+from ..resource_manager.runtime.deadline import operations
 from .conditions import parse_version
 from .json_patch import MAX_OPERATIONS
 from .options import check_revision

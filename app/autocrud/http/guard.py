@@ -8,7 +8,7 @@ from typing import Any
 
 from ..access import Principal, Unauthenticated
 from ..errors import InvalidData
-from ..resource_manager.checks import check_name
+from ..resource_manager.contract.store_errors import check_name
 from . import problems
 from .messages import Receive, Request, Scope, Send, route_path
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..errors import Fault, InvalidData, PatchConflict
-from ..resource_manager.json_shape import MAX_CONTAINERS, MAX_DEPTH, containers
+from ..resource_manager.model.json_shape import MAX_CONTAINERS, MAX_DEPTH, containers
 from .problems import shortened
 
 MAX_OPERATIONS = 10_000

@@ -8,9 +8,9 @@ from urllib.parse import parse_qsl
 
 from ..access import ANONYMOUS
 from ..errors import CrudError, Fault, InvalidData, InvalidQuery
-from ..resource_manager.caller import Caller
-from ..resource_manager.json_shape import EXPECTED_SHAPE, misshapen, weight
-from ..resource_manager.threads import HEAVY_BYTES, heavy, large_turns
+from ..resource_manager.engine.caller import Caller
+from ..resource_manager.model.json_shape import EXPECTED_SHAPE, misshapen, weight
+from ..resource_manager.runtime.threads import HEAVY_BYTES, heavy, large_turns
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..resource_manager.codec import parse_json
-from ..resource_manager.deadline import MOST_PARTS, STEP_BYTES, operations
+from ..resource_manager.model.codec import parse_json
+from ..resource_manager.runtime.deadline import MOST_PARTS, STEP_BYTES, operations
 from .json_patch import MAX_MADE, MAX_OPERATIONS, invalid, json_patch
 
 MERGE_PATCH = "application/merge-patch+json"

@@ -18,11 +18,11 @@ from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
 from ..errors import ConfigError, CrudError, NotEnoughTime
 from ..query import Filter, Query
 from ..resource_manager.basic import Page, RevisionInfo
-from ..resource_manager.codec import Document, invalid_data, parse_json
 from ..resource_manager.core import Bounds, Caller, Resource, ResourceManager
-from ..resource_manager.deadline import STEP_BYTES, check_time
-from ..resource_manager.operations import ACTIONS, Expected
-from ..resource_manager.threads import HEAVY_BYTES, heavy
+from ..resource_manager.engine.operations import ACTIONS, Expected
+from ..resource_manager.model.codec import Document, invalid_data, parse_json
+from ..resource_manager.runtime.deadline import STEP_BYTES, check_time
+from ..resource_manager.runtime.threads import HEAVY_BYTES, heavy
 from . import batches, conditions, patching, problems, searching
 from .answers import (
     all_projected,

@@ -34,8 +34,8 @@ from ..query import (
     resolve_name,
     resolve_sort,
 )
-from ..resource_manager.caller import Caller
-from ..resource_manager.codec import Codec
+from ..resource_manager.engine.caller import Caller
+from ..resource_manager.model.codec import Codec
 from ..values import INT_MAX, INT_MIN, Key
 from .messages import bad_parameter, flag, integer
 

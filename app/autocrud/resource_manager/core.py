@@ -40,11 +40,10 @@ from .basic import (
     RevisionInfo,
     Status,
 )
-from .bounds import Bounds
-from .caller import Caller, IdempotencyKey
-from .checks import missing, storable_number
-from .codec import Codec, CodecIndex, Document
-from .operations import (
+from .contract.store_errors import missing, storable_number
+from .engine.access_filter import Bounds
+from .engine.caller import Caller, IdempotencyKey
+from .engine.operations import (
     Create,
     Delete,
     Expected,
@@ -59,13 +58,14 @@ from .operations import (
     Switch,
     Update,
 )
-from .page_reading import read_page
-from .planning import State, deleted
-from .resource import Resource
-from .simple_storage import SimpleStorage
-from .threads import outlived
-from .verification import ANYTHING, DamagedResources, Part, metadata_of, named
-from .writing import MAX_ATTEMPTS, Writer, contention
+from .engine.page_reading import read_page
+from .engine.planning import State, deleted
+from .engine.writing import MAX_ATTEMPTS, Writer, contention
+from .model.codec import Codec, CodecIndex, Document
+from .model.resource import Resource
+from .model.verification import ANYTHING, DamagedResources, Part, metadata_of, named
+from .runtime.threads import outlived
+from .storage.simple_storage import SimpleStorage
 
 T = TypeVar("T")
 

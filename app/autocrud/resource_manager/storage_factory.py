@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..secret import Secret, hidden
 from .basic import Encoding, IStorage, ResourceStore
-from .drivers import driver
 from .meta_store.simple import DiskMetaStore, MemoryMetaStore
 from .resource_store.simple import DiskResourceStore, MemoryResourceStore
-from .simple_storage import SimpleStorage
+from .runtime.drivers import driver
+from .storage.simple_storage import SimpleStorage
 
 if TYPE_CHECKING:
+    from .backends.s3.object_store import ObjectStore
     from .meta_store.sqlite3 import Consistency
-    from .object_store import ObjectStore
 
 
 class IStorageFactory(ABC):
@@ -94,8 +94,8 @@ class S3StorageFactory(IStorageFactory):
         self.object_store = object_store
 
     def build(self, model_name: str) -> IStorage:
+        from .backends.s3.object_store import s3
         from .meta_store.sqlite3 import S3SqliteMetaStore
-        from .object_store import s3
         from .resource_store.s3 import S3ResourceStore
 
         objects = self.object_store or s3(

@@ -11,7 +11,7 @@ Reading: a *hit* is a document in the fast store. Otherwise the fast store grant
 store is read, and what it says is stored upon the token (*filled in*). Writing: remove the documents and take the tokens, commit, then *settle*:
 remove documents and tokens again, and store what was committed if the token of before the commit was still there. Invariants; L is the lease:
 
-- F1 *A document ends with its token, and a token L after it was granted*, by the clock of the server that granted it (see `redis_store.lease`).
+- F1 *A document ends with its token, and a token L after it was granted*, by the clock of the server that granted it (see `backends.redis.lease`).
 - F2 *A document is stored only upon the token that was granted before it was read or committed*, and no other command came between that removes
   tokens. So a document that can be hit was the truth at a time that is less than L ago.
 - F3 *Nothing from before a commit is found on the server that settled it*: settling comes after the commit, and removes documents and tokens; what
@@ -65,12 +65,12 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
-from ..checks import missing
-from ..documents import encoder, meta_of
-from ..threads import outlived
+from ..contract.metadata_codec import encoder, meta_of
+from ..contract.store_errors import missing
+from ..runtime.threads import outlived
 
 if TYPE_CHECKING:
-    from ..redis_store.lease import Grant, Leases
+    from ..backends.redis.lease import Grant, Leases
 
 log = logging.getLogger("crudstack.fast_slow")
 

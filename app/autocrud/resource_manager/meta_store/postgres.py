@@ -31,6 +31,34 @@ from ...errors import (
 from ...query import Query
 from ...secret import Secret
 from ...values import datetime_key
+from ..backends.postgres.call import Call
+from ..backends.postgres.migration import Migration
+from ..backends.postgres.pool import (
+    MAX_SIZE,
+    STATEMENT_S,
+    TOOK_TOO_LONG,
+    Connection,
+    Password,
+    Pool,
+    checked_dsn,
+    close_pool,
+    is_lost,
+    pool_of,
+    repeat_s,
+)
+from ..backends.postgres.query import PostgresDialect
+from ..backends.postgres.schema import (
+    CONFLICT,
+    DONE,
+    PARTS,
+    SHARED,
+    STALE,
+    UNKNOWN_UNIQUE,
+    WRONG_ISOLATION,
+    Schema,
+    name_of,
+)
+from ..backends.query_sql import SqlBuilder
 from ..basic import (
     Change,
     Done,
@@ -47,27 +75,9 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
-from ..checks import check_expectation, missing, not_indexed, storable_id, taken
-from ..documents import encoder, hit_of, info_of, meta_of
-from ..postgres.call import Call
-from ..postgres.migration import Migration
-from ..postgres.pool import (
-    MAX_SIZE,
-    STATEMENT_S,
-    TOOK_TOO_LONG,
-    Connection,
-    Password,
-    Pool,
-    checked_dsn,
-    close_pool,
-    is_lost,
-    pool_of,
-    repeat_s,
-)
-from ..postgres.query import PostgresDialect
-from ..postgres.schema import CONFLICT, DONE, PARTS, SHARED, STALE, UNKNOWN_UNIQUE, WRONG_ISOLATION, Schema, name_of
-from ..sql import SqlBuilder
-from ..threads import outlived
+from ..contract.metadata_codec import encoder, hit_of, info_of, meta_of
+from ..contract.store_errors import check_expectation, missing, not_indexed, storable_id, taken
+from ..runtime.threads import outlived
 from .fast_slow import Fence
 
 T = TypeVar("T")

@@ -3,7 +3,7 @@
     RedisMetaStore("rediss://:secret@cache.example.com:6380/0", prefix="article:")
 
 A prefix belongs to one model. A commit is one script; `get`, `revision` and `done` read Redis; searches read a copy in this process's memory that
-every read brings up to the newest transaction in one round trip (see `redis_store`). The server must keep what it is given: `maxmemory-policy`
+every read brings up to the newest transaction in one round trip (see `backends.redis`). The server must keep what it is given: `maxmemory-policy`
 must be `noeviction`, and whether anything survives its end is for `appendonly` and `appendfsync` to say, which a client cannot know; so this
 store never calls itself durable. One server holds all keys: no Redis Cluster. A primary that was replaced and still answers answers from the past:
 the failover must cut its connections, as Sentinel does.
@@ -45,6 +45,12 @@ from ...errors import (
 )
 from ...query import Query
 from ...secret import Secret
+from ..backends.redis import scripts
+from ..backends.redis.client import Password, Unanswered, client_of
+from ..backends.redis.lease import Leases
+from ..backends.redis.mirror import Mirror, damaged
+from ..backends.redis.scripts import Script
+from ..backends.redis.transaction import TXID, Writer, decode_record, digest, token, version_of
 from ..basic import (
     Change,
     Done,
@@ -61,22 +67,9 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
-from ..checks import check_expectation, missing, not_indexed, not_kept, shared, taken
-from ..documents import meta_of
-from ..redis_store import scripts
-from ..redis_store.client import Password, Unanswered, client_of
-from ..redis_store.lease import Leases
-from ..redis_store.mirror import Mirror, damaged
-from ..redis_store.scripts import Script
-from ..redis_store.transaction import (
-    TXID,
-    Writer,
-    decode_record,
-    digest,
-    token,
-    version_of,
-)
-from ..threads import in_thread
+from ..contract.metadata_codec import meta_of
+from ..contract.store_errors import check_expectation, missing, not_indexed, not_kept, shared, taken
+from ..runtime.threads import in_thread
 from .simple import SCAN_PAGE
 
 T = TypeVar("T")
@@ -389,7 +382,7 @@ class RedisMetaStore(MetaStore):
 
     async def erase(self, now: dt.datetime) -> dt.datetime:
         """Take what was purged out of this process's copy; other processes do so when they read next. In Redis it is gone with the purge itself
-        (L3 in `redis_store.scripts`), but for the SHA-256 of its id in the log; the server's own files keep traces until it writes them again."""
+        (L3 in `backends.redis.scripts`), but for the SHA-256 of its id in the log; the server's own files keep traces until it writes them again."""
         await self._mirror.current()
         return now
 

@@ -14,6 +14,10 @@ from typing import ClassVar
 
 from ...query import Query
 from ...values import Key
+from ..backends.sqlite.committer import Stage
+from ..backends.sqlite.database import FileDatabase, MemoryDatabase
+from ..backends.sqlite.findings import keep_findings, read_findings
+from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     Change,
     Done,
@@ -28,10 +32,6 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
-from ..sqlite.committer import Stage
-from ..sqlite.database import FileDatabase, MemoryDatabase
-from ..sqlite.findings import keep_findings, read_findings
-from ..sqlite.tables import ResourceTables
 
 SCAN_PAGE = 500
 

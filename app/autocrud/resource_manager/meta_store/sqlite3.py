@@ -21,6 +21,13 @@ import apsw
 from ...errors import ConfigError, CrudError, StoreUnavailable
 from ...query import Query
 from ...secret import Secret
+from ..backends.s3.object_store import ObjectStore, s3
+from ..backends.s3_sqlite.committer import Committer, Edit
+from ..backends.s3_sqlite.head import Head, Schema
+from ..backends.s3_sqlite.housekeeping import Housekeeping
+from ..backends.s3_sqlite.local_copy import State, Work
+from ..backends.s3_sqlite.replica import Replica
+from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     Change,
     Done,
@@ -35,13 +42,6 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
-from ..object_store import ObjectStore, s3
-from ..s3_sqlite.committer import Committer, Edit
-from ..s3_sqlite.head import Head, Schema
-from ..s3_sqlite.housekeeping import Housekeeping
-from ..s3_sqlite.local_copy import State, Work
-from ..s3_sqlite.replica import Replica
-from ..sqlite.tables import ResourceTables
 from .simple import SCAN_PAGE
 
 T = TypeVar("T")

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ...errors import ConfigError, StoreUnavailable
-from ..disk_space import cache_may_grow, register
-from ..locks import lock_within
-from ..threads import outlived
+from ..runtime.disk_space import cache_may_grow, register
+from ..runtime.files import lock_within
+from ..runtime.threads import outlived
 from .disk_index import (
     HEADER,
     TEMPORARY,

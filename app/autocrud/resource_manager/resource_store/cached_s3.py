@@ -15,9 +15,9 @@ from concurrent.futures import Future
 
 from ...errors import ConfigError
 from ...secret import Secret
+from ..backends.s3.object_store import CACHED, ObjectStore
 from ..basic import Encoding, RevisionInfo
-from ..object_store import CACHED, ObjectStore
-from ..threads import outlived
+from ..runtime.threads import outlived
 from .cache import Cache, Entry, MemoryCache
 from .s3 import S3ResourceStore
 

@@ -17,11 +17,11 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from ...secret import Secret
-from ..amqp.bus import Bus
-from ..amqp.link import Address
-from ..amqp.words import REFRESH, Words
+from ..backends.rabbitmq.bus import Bus
+from ..backends.rabbitmq.connection import Address
+from ..backends.rabbitmq.invalidation import REFRESH, Words
+from ..backends.s3.object_store import ObjectStore
 from ..basic import Encoding, RevisionInfo
-from ..object_store import ObjectStore
 from .cache import Cache
 from .cached_s3 import CachedS3ResourceStore
 

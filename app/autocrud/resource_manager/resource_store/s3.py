@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import ConfigError, StoreDamaged
 from ...secret import Secret
+from ..backends.s3.object_store import CONCURRENT_GETS, ObjectStore, s3
 from ..basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
-from ..object_store import CONCURRENT_GETS, ObjectStore, s3
 
 if TYPE_CHECKING:
     from ..meta_store.sqlite3 import S3SqliteMetaStore

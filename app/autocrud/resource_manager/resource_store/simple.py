@@ -21,11 +21,11 @@ import apsw
 import msgspec
 
 from ...errors import ConfigError, StoreDamaged, StoreUnavailable
+from ..backends.sqlite.committer import Stage
+from ..backends.sqlite.database import FileDatabase
+from ..backends.sqlite.tables import ResourceTables
 from ..basic import Change, Done, Encoding, ModelSpec, Once, ResourceStore, RevisionInfo, Write
-from ..directories import make_directory
-from ..sqlite.committer import Stage
-from ..sqlite.database import FileDatabase
-from ..sqlite.tables import ResourceTables
+from ..runtime.files import make_directory
 
 SCAN_PAGE = 500
 

@@ -1,0 +1,1 @@
+"""Drivers of the systems that data is stored in: SQLite, S3, PostgreSQL, Redis and RabbitMQ."""

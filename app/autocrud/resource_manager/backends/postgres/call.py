@@ -1,0 +1,82 @@
+"""What the function that commits is given: changes as JSON, documents as bytes beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from ...basic import Change, IndexEntry, Once, Reindex, Version
+from ...contract.store_errors import generation_of
+
+
+class Call:
+    """The parameters of the function that commits."""
+
+    def __init__(
+        self,
+        changes: Sequence[Change],
+        once: Once | None,
+        spec: int,
+        encode: Callable[[Any], bytes],
+        entries: Sequence[Reindex] = (),
+        *,
+        share: bool = False,
+    ) -> None:
+        self.changes, self.once = changes, once
+        self._spec, self._encode, self._share = spec, encode, share
+        self._docs: list[bytes] = []
+        self._numbers: dict[int, int] = {}
+        described = [self._change(change) for change in changes] + [self._entry(entry) for entry in entries]
+        given = None if once is None else msgspec.json.encode(self._once(once)).decode()
+        self.parameters = (msgspec.json.encode(described).decode(), self._docs, given)
+
+    def _doc(self, document: bytes) -> int:
+        self._docs.append(document)
+        return len(self._docs)
+
+    def _change(self, change: Change) -> dict[str, Any]:
+        described: dict[str, Any] = {"id": change.meta.resource_id}
+        if isinstance(change.expect, Version):
+            described |= {"version": change.expect.version, "nonce": change.expect.nonce}
+        if change.purge:
+            return described | {"purge": True}
+        described["meta"] = change.meta
+        described["doc"] = self._numbers[id(change)] = self._doc(self._encode(change.meta))
+        if change.index is not None:
+            described |= self._index(change.index)
+        if change.drop:
+            described["drop"] = change.drop
+        if change.record is not None:
+            record = change.record
+            described |= {"record": record.revision, "uid": record.uid, "generation": generation_of(record.uid)}
+            described["record_doc"] = self._doc(self._encode(record))
+        return described
+
+    def _index(self, index: IndexEntry) -> dict[str, Any]:
+        keys = {name: key for name, key in index.keys.items() if key is not None}
+        return {"keys": keys, "absent": index.missing, "spec": self._spec, "shown": self._doc(index.shown)}
+
+    def _entry(self, entry: Reindex) -> dict[str, Any]:
+        state = {"id": entry.resource_id, "version": entry.expect.version, "nonce": entry.expect.nonce}
+        return state | self._index(entry.entry) | ({"share": True} if self._share else {})
+
+    def _once(self, once: Once) -> dict[str, Any]:
+        """With the documents that its results are; of what is purged after it, nothing."""
+        purged = {change.meta.resource_id: at for at, change in enumerate(self.changes) if change.purge}
+        results: list[dict[str, Any]] = []
+        for result in once.results:
+            at = result if isinstance(result, int) else -1
+            meta = self.changes[at].meta if isinstance(result, int) else result
+            if (
+                meta is None
+                or (isinstance(result, int) and self.changes[at].purge)
+                or at <= purged.get(meta.resource_id, -2)
+            ):
+                results.append({})
+            elif isinstance(result, int):
+                results.append({"id": meta.resource_id, "doc": self._numbers[id(self.changes[at])]})
+            else:
+                results.append({"id": meta.resource_id, "doc": self._doc(self._encode(meta))})
+        return {"key": once.key, "request": once.request, "time": once.time, "results": results}

@@ -1,0 +1,334 @@
+"""Connections to PostgreSQL: one pool for each address and event loop, shared by all models; and what failures mean.
+
+Nothing of the server's words reaches a client: they go to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import threading
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
+
+from ....errors import ConfigError, CrudError, InvalidData, MetadataTooLarge, StoreDamaged, StoreUnavailable
+from ....secret import POSTGRES, Secret, postgres_url
+from ...runtime.moments import Moment
+from .session import ISOLATION, SessionlessConnection
+
+log = logging.getLogger("crudstack.postgres")
+
+T = TypeVar("T")
+Connection = SessionlessConnection
+Password = Callable[[], str]
+"""Makes a password when a connection is made: one that expires, like a sign-in token of IAM."""
+
+MAX_SIZE = 10
+WAIT_S = 5.0
+"""How long a request waits for a free connection, and how long for a new one."""
+FIRST_PAUSE_S = 0.05
+MAX_IDLE_S = 300.0
+"""How long a connection may be unused before it is closed; shorter than `idle_session_timeout` of app.bootstrap."""
+STATEMENT_S = 10.0
+"""How long the server works at a statement, including its wait for locks. Then it ends it, and nothing of it stays."""
+ANSWER_S = 12.0
+"""How long an answer is waited for. Then the connection counts as lost: something between us and the server swallows what is sent."""
+CHECK_AFTER_S = 2.0
+"""How long a connection may be unused before it is asked whether it is there. A network may have dropped it without a word."""
+CHECK_S = 2.0
+"""How long the answer to that is waited for. That of a statement is waited for longer, because a statement may take long."""
+IDLE_IN_TRANSACTION_S = 10.0
+
+TOOK_TOO_LONG = "57014"
+"""SQLSTATE of what STATEMENT_S ended."""
+TOO_LARGE = "54000"
+"""SQLSTATE of an index entry of more than 2.7 KB: that of a long id, which earlier programs took, and a text beside it."""
+
+PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 5_000}
+"""After how many seconds (the last one: milliseconds) a connection counts as lost whose other end acknowledges nothing."""
+
+UNREACHABLE = "the database cannot be reached right now; nothing was changed, try again"
+
+
+def repeat_s() -> float:
+    """Return for how many seconds after its begin a request whose connection was lost is repeated: an answer and a check
+    may have been waited for in vain."""
+    return ANSWER_S + CHECK_S
+
+
+def server_settings() -> dict[str, str]:
+    """Return the settings that statements run under, a value by name.
+
+    The idle limit frees the locks of a client that is stopped in a transaction.
+    """
+    return {
+        "default_transaction_isolation": ISOLATION,  # hardened servers have another default
+        "statement_timeout": f"{STATEMENT_S * 1000:.0f}",
+        "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_S * 1000:.0f}",
+    }
+
+
+class Unreachable(Exception):
+    """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
+
+
+class Pool:
+    """The connections of one event loop to one address.
+
+    Not psycopg's own pool, because whoever is cancelled there may take a connection with him for good (3.3), and it keeps an event loop
+    from ending. Here a connection is taken and given back without waiting for anything.
+    """
+
+    def __init__(self, dsn: Secret, password: Password | None, max_size: int, prepare: bool | None = None) -> None:
+        self._dsn, self._password, self._prepare = dsn, password, prepare
+        self._named = frozenset(conninfo_to_dict(dsn.reveal()))
+        self._clock = asyncio.get_running_loop().time
+        self._slots = asyncio.Semaphore(max_size)
+        self._idle: deque[tuple[float, Connection]] = deque()  # and since when; the latest is the last one
+        self._made: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
+        self._left = 0.0  # whatever was made before is given up
+        self._failure: str | None = None  # why the last attempt to connect failed
+        self._isolating = False
+
+    def isolate(self) -> None:
+        """Ask for READ COMMITTED in each transaction from now on: a connection of the server has another default."""
+        self._isolating = True
+
+    async def run(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
+        """Run something on a connection, within ANSWER_S if `limited`. `again`: once more where the connection turns out to be gone.
+
+        CrudError, with what psycopg raised as its cause: what was asked was surely not done, unless `is_lost` says so of the cause.
+        """
+        try:
+            began = self._clock()
+            try:
+                return await self._once(work, limited)
+            except psycopg.OperationalError as error:
+                if not again or not is_lost(error) or self._clock() - began > repeat_s():
+                    raise
+                return await self._once(work, limited)
+        except psycopg.Error as error:
+            raise _translated(error) from error
+
+    def silent_for(self, seconds: float) -> StoreUnavailable:
+        """What to say of a database that did not answer for so long."""
+        return StoreUnavailable(
+            f"the database gave no answer within {seconds:g} s" if self._failure is None else UNREACHABLE
+        )
+
+    async def _once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
+        await self._slot()
+        try:
+            connection = await self._alive() or await self._connect()
+            if self._isolating:
+                connection.isolate()
+            try:
+                with _cut_after(ANSWER_S, connection) if limited else contextlib.nullcontext():
+                    return await work(connection)
+            except psycopg.OperationalError as error:
+                if is_lost(error) and self._made[connection] >= self._left:
+                    self.leave()  # those of its time probably are as it is
+                raise
+            finally:
+                self._give_back(connection)
+        finally:
+            self._slots.release()
+
+    async def _slot(self) -> None:
+        if not self._slots.locked():  # then it is there at once
+            await self._slots.acquire()
+            return
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._slots.acquire()
+        except TimeoutError:
+            log.warning("PostgreSQL: no connection became free within %g s", WAIT_S)
+            raise StoreUnavailable(
+                "the database has no connection to spare right now; nothing was changed, try again"
+            ) from None
+
+    async def _alive(self) -> Connection | None:
+        """Return an unused connection that was used a moment ago, or answers; None if there is none.
+
+        One that does not answer is not alone: all of its time are given up, so one request waits for all of them.
+        """
+        connection = self._unused()
+        if connection is None or connection.used.age() <= CHECK_AFTER_S:
+            return connection
+        try:
+            with _cut_after(CHECK_S, connection):
+                await connection.check()
+        except psycopg.Error as error:
+            log.warning("PostgreSQL: an unused connection is gone: %s", type(error).__name__)
+            if self._made[connection] >= self._left:
+                self.leave()
+            _close(connection)
+            return None
+        except BaseException:
+            _close(connection)
+            raise
+        return connection
+
+    def _unused(self) -> Connection | None:
+        """Return an unused connection, if there is one. After a pause, as of a frozen Lambda, all are too old."""
+        self._close_idle()
+        return self._idle.pop()[1] if self._idle else None
+
+    def _close_idle(self) -> None:
+        while self._idle and self._idle[0][0] < self._clock() - MAX_IDLE_S:
+            _close(self._idle.popleft()[1])
+
+    def _give_back(self, connection: Connection) -> None:
+        idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
+        if not idle or connection.disposable or self._made[connection] < self._left:
+            _close(connection)
+            return
+        connection.used = Moment.now()
+        self._idle.append((self._clock(), connection))
+        self._close_idle()
+
+    def leave(self) -> None:
+        """Use none of the present connections again."""
+        self._left = self._clock()
+        while self._idle:
+            _close(self._idle.pop()[1])
+
+    def abandon(self) -> None:
+        """Close all connections without the event loop, which has ended."""
+        for connection in self._made:
+            _close(connection)
+
+    async def _connect(self) -> Connection:
+        """A new connection; a server that is being restarted is waited for."""
+        end, pause = self._clock() + WAIT_S, FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._connected()
+            except psycopg.Error as error:
+                reason = self._dsn.hide(str(error).partition("\n")[0])
+                if reason != self._failure:
+                    log.warning("PostgreSQL cannot be reached: %s", reason)
+                self._failure = reason
+            if (
+                self._clock() + pause > end
+            ):  # outside of `except`: the driver's error holds the password in an attribute
+                raise StoreUnavailable(UNREACHABLE) from Unreachable(reason)
+            await asyncio.sleep(pause)
+            pause *= 2
+
+    async def _connected(self) -> Connection:
+        given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack"}
+        given["prepare_threshold"] = None  # until it is known whose the session is
+        given |= {name: value for name, value in PEER_GONE.items() if name not in self._named}
+        if self._password is not None:
+            given["password"] = await asyncio.to_thread(self._password)
+        connection = await SessionlessConnection.connect(self._dsn.reveal(), **given)
+        self._made[connection] = self._clock()
+        self._failure = None
+        try:
+            with _cut_after(WAIT_S, connection):
+                await connection.agree(server_settings(), prepare=self._prepare)
+        except BaseException:
+            _close(connection)
+            raise
+        return connection
+
+
+def _translated(error: psycopg.Error) -> CrudError:
+    state = error.sqlstate or ""
+    ordinary = state[:2] in ("CS", "23", "40")  # conflicts and what is tried again
+    log.log(logging.DEBUG if ordinary else logging.ERROR, "PostgreSQL: %s %s", type(error).__name__, state)
+    log.debug("PostgreSQL said: %s", error)
+    if isinstance(error, psycopg.DataError) and state in ("", "22P05", "22021"):
+        return InvalidData("the database cannot hold this text: NUL characters and unpaired surrogates are none")
+    if isinstance(error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted | psycopg.errors.UndefinedTable):
+        return StoreDamaged(
+            "the database has lost something that was stored, its log says what; restore it from a backup"
+        )
+    if state == TOO_LARGE:
+        return MetadataTooLarge(
+            "an index of the database cannot hold the id of this resource together with one of its indexed texts: shorten"
+            " the text; nothing was changed"
+        )
+    if state == TOOK_TOO_LONG:
+        return StoreUnavailable(f"the database took longer than {STATEMENT_S:g} s; nothing was changed")
+    return StoreUnavailable("the database cannot be used right now; nothing was changed")
+
+
+def _close(connection: Connection) -> None:
+    connection.pgconn.finish()  # as `close` does, which is asynchronous for the sake of psycopg's pool
+
+
+@contextlib.contextmanager
+def _cut_after(seconds: float, connection: Connection) -> Iterator[None]:
+    """Whoever still waits for an answer then hears that the connection is lost."""
+    timer = asyncio.get_running_loop().call_later(seconds, _cut, connection)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _cut(connection: Connection) -> None:
+    # Cancelling psycopg would wait for the server. Closing would free the number of a socket that the event loop still looks at.
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
+
+
+_pools: dict[asyncio.AbstractEventLoop, dict[tuple[Secret, Password | None], Pool]] = {}
+_mutex = threading.Lock()
+
+
+def checked_dsn(dsn: str | Secret) -> Secret:
+    """Return an address of PostgreSQL. Raises ConfigError, which does not quote it, if it is none or is ambiguous."""
+    secret = postgres_url(dsn)
+    try:
+        conninfo_to_dict(secret.reveal())
+    except psycopg.ProgrammingError:
+        readable = False
+    else:
+        readable = True
+    if not readable:  # outside of `except`: the driver's error quotes a part of the address
+        raise ConfigError(f"{POSTGRES.name} cannot be read: expected {POSTGRES.like}")
+    return secret
+
+
+def pool_of(dsn: Secret, password: Password | None, max_size: int, prepare: bool | None = None) -> Pool:
+    """Return the pool of this event loop. The first caller's `max_size` and `prepare` hold."""
+    loop = asyncio.get_running_loop()
+    pool = _pools.get(loop, {}).get((dsn, password))
+    if pool is None:
+        with _mutex:
+            for ended in [loop for loop in _pools if loop.is_closed()]:  # without `close`: nobody can use them any more
+                for abandoned in _pools.pop(ended).values():
+                    abandoned.abandon()
+            pool = _pools.setdefault(loop, {})[dsn, password] = Pool(dsn, password, max_size, prepare)
+    return pool
+
+
+def close_pool(dsn: Secret, password: Password | None) -> None:
+    """Give back the connections of this event loop; those that are used now follow when they are given back."""
+    with _mutex:
+        pools = _pools.get(asyncio.get_running_loop(), {})
+        pool = pools.pop((dsn, password), None)
+        if not pools:
+            _pools.pop(asyncio.get_running_loop(), None)
+    if pool is not None:
+        pool.leave()
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the connection is gone, and with it perhaps an answer."""
+    state = getattr(error, "sqlstate", None)
+    return isinstance(error, psycopg.OperationalError) and (
+        state is None or (state[:2] in ("08", "57") and state != TOOK_TOO_LONG)
+    )

@@ -1,0 +1,240 @@
+"""The tables of one model in PostgreSQL, and the function that commits.
+
+    {t}            a row a resource: its document, the columns that queries compare, the keys of its indexed fields
+    {t}:revisions  the records
+    {t}:unique     the values of unique fields, and who holds them
+    {t}:shared-values  the values that a resource has beside the one that holds them; only where an index entry was lost and came back
+    {t}:done       what the commits left that carried an Idempotency-Key
+    {t}:recent     the transactions of the last day, and those that were given up on (see below)
+    {t}:specs      the sets of indexed fields, with their kinds, that rows were written under
+    {t}:state      one row: generation, unique fields, findings (see `reindexing`), and the life of the cache before it that is in use
+                   (see `meta_store.fast_slow`)
+
+A commit is one call of one function, hence one round trip and one transaction. What it keeps:
+
+- P1 *Decided where it happens.* An expectation is part of the UPDATE or INSERT that changes the row, whose lock holds until the commit. A conflict
+  raises, so nothing of a batch stays. Rows of a batch are locked in the order of their ids, after the unique values (P2), so that commits wait
+  for each other and never in a circle; where they do all the same, PostgreSQL ends one, which is tried again.
+- P2 *Unique values are unique at the end of the commit*, by a constraint that is checked then: a batch may swap them. Who wants a value takes a lock on
+  it first, in order, because two that inserted the same would wait for each other at their ends. Which fields are unique stands in the state,
+  so versions of the program that do not know a field cannot break it: they refuse. A field gets there when all rows are indexed by it.
+- P3 *No body that a sweep may have removed is committed.* Commits hold a lock that advancing the generation waits for, in memory, not in a row.
+- P4 *A lost answer is resolved, not guessed.* Each call brings a number that it inserts into `recent`. Whoever lost the answer inserts the same number: if
+  that fails, the call has happened; if it succeeds, the call never will, for its own insertion fails then. While the call is still running the
+  insertion waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from ....values import Kind
+from ..query_sql import quoted
+from .query import PostgresDialect
+
+CONFLICT, STALE, DONE, UNKNOWN_UNIQUE, SHARED, WRONG_ISOLATION = "CS001", "CS002", "CS003", "CS004", "CS005", "CS006"
+"""SQLSTATEs that the function raises."""
+
+
+PARTS = ("revisions", "unique", "shared-values", "done", "recent", "specs", "state")
+
+
+def name_of(table: str, part: str = "") -> str:
+    """An identifier, shortened by hash to the 63 bytes that PostgreSQL keeps."""
+    whole = f"{table}:{part}" if part else table
+    if len(whole.encode()) <= 63:
+        return whole
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:12]
+    return whole.encode()[:50].decode("utf-8", "ignore") + "~" + digest
+
+
+def held(value: str) -> str:
+    """A unique value as it stands in the table: long ones by their hash, for an index takes no more than 2.7 KB."""
+    digest = f"'sha256:' || encode(sha256(convert_to({value}, 'UTF8')), 'hex')"
+    return f"(CASE WHEN length({value}) > 500 THEN {digest} ELSE '=' || {value} END)"
+
+
+class Schema:
+    """The names and statements of one table."""
+
+    def __init__(self, table: str, fields: Mapping[str, Kind]) -> None:
+        self.table, self.fields = table, fields
+        self.names = {"main": quoted(name_of(table))} | {part: quoted(name_of(table, part)) for part in PARTS}
+        self.lock = int.from_bytes(hashlib.sha256(f"crudstack:{table}".encode()).digest()[:8], "big", signed=True)
+        self.function = quoted(name_of(table, f"commit-{hashlib.sha256(_FUNCTION.encode()).hexdigest()[:8]}"))
+
+    def filled(self, text: str) -> str:
+        """A statement with the names of this table in it: `<main>` is a table, `<main-state>` an index of it."""
+        known = self.names | {"function": self.function, "lock": str(self.lock), "held": held("value_")}
+        return re.sub(r"<([a-z-]+)>", lambda found: known.get(found[1]) or quoted(name_of(self.table, found[1])), text)
+
+    def statements(self) -> list[str]:
+        """What makes or completes the schema; run under the lock, in one transaction, by any number of programs and versions."""
+        made = [part for part in self.filled(_TABLES).split(";\n") if part.strip()]
+        return [*made, self.filled(_FUNCTION), *self.indexes()]
+
+    def indexes(self) -> list[str]:
+        dialect, main = PostgresDialect(self.fields), self.names["main"]
+        made = []
+        for name, kind in self.fields.items():
+            index = quoted(name_of(self.table, f"on:{name}:{kind.key_type.__name__}{'s' if kind.is_list else ''}"))
+            if kind.is_list:
+                on = f"USING gin ({dialect.column(name)} jsonb_path_ops)"
+            else:
+                key = dialect.prefix(name) if dialect.is_text(name) else dialect.column(name)
+                on = f"(is_deleted, {key} NULLS FIRST, id)"
+            made.append(f"CREATE INDEX IF NOT EXISTS {index} ON {main} {on}".replace("%%", "%"))
+        return made
+
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS <main> (
+  id text COLLATE "C" PRIMARY KEY, version bigint NOT NULL, nonce text NOT NULL, revision bigint NOT NULL,
+  total_revision_count bigint NOT NULL, schema_version bigint NOT NULL, status text COLLATE "C" NOT NULL,
+  is_deleted boolean NOT NULL, created_time timestamptz NOT NULL, updated_time timestamptz NOT NULL,
+  created_by text COLLATE "C" NOT NULL, updated_by text COLLATE "C" NOT NULL, uid text NOT NULL, encoding text NOT NULL,
+  doc bytea NOT NULL, shown bytea, keys jsonb NOT NULL DEFAULT '{}', absent text[] NOT NULL DEFAULT '{}', spec int NOT NULL DEFAULT 0);
+CREATE INDEX IF NOT EXISTS <main-created> ON <main> (is_deleted, created_time NULLS FIRST, id);
+CREATE INDEX IF NOT EXISTS <main-updated> ON <main> (is_deleted, updated_time NULLS FIRST, id);
+CREATE INDEX IF NOT EXISTS <main-state> ON <main> (is_deleted, spec);
+CREATE TABLE IF NOT EXISTS <revisions> (
+  id text COLLATE "C" NOT NULL, revision bigint NOT NULL, uid text NOT NULL, doc bytea NOT NULL, PRIMARY KEY (id, revision));
+CREATE INDEX IF NOT EXISTS <revisions-uid> ON <revisions> (uid);
+CREATE TABLE IF NOT EXISTS <unique> (
+  field text NOT NULL, value text COLLATE "C" NOT NULL, id text COLLATE "C" NOT NULL,
+  CONSTRAINT <taken> UNIQUE (field, value) DEFERRABLE INITIALLY DEFERRED);
+CREATE INDEX IF NOT EXISTS <unique-id> ON <unique> (id);
+CREATE TABLE IF NOT EXISTS <shared-values> (
+  id text COLLATE "C" NOT NULL, field text NOT NULL, value text COLLATE "C" NOT NULL, PRIMARY KEY (id, field));
+CREATE INDEX IF NOT EXISTS <shared-values-by-value> ON <shared-values> (field, value);
+CREATE TABLE IF NOT EXISTS <done> (
+  key text NOT NULL, operation int NOT NULL, request text NOT NULL, time bigint NOT NULL, id text COLLATE "C", doc bytea,
+  CONSTRAINT <done-pkey> PRIMARY KEY (key, operation));
+CREATE INDEX IF NOT EXISTS <done-time> ON <done> (time);
+CREATE INDEX IF NOT EXISTS <done-id> ON <done> (id) WHERE id IS NOT NULL;
+CREATE TABLE IF NOT EXISTS <recent> (
+  call uuid PRIMARY KEY, refused boolean NOT NULL DEFAULT FALSE, at timestamptz NOT NULL DEFAULT now());
+CREATE TABLE IF NOT EXISTS <specs> (id int PRIMARY KEY, fields jsonb NOT NULL UNIQUE);
+INSERT INTO <specs> VALUES (0, '{}') ON CONFLICT DO NOTHING;
+CREATE TABLE IF NOT EXISTS <state> (
+  one int PRIMARY KEY CHECK (one = 1), format int NOT NULL, generation bigint NOT NULL, uniques text[] NOT NULL);
+ALTER TABLE <state> ADD COLUMN IF NOT EXISTS fast_life text, ADD COLUMN IF NOT EXISTS fast_since timestamptz,
+  ADD COLUMN IF NOT EXISTS findings text, ADD COLUMN IF NOT EXISTS fast_lease float8 NOT NULL DEFAULT 0,
+  ADD COLUMN IF NOT EXISTS fast_store text NOT NULL DEFAULT gen_random_uuid()::text;
+INSERT INTO <state> (one, format, generation, uniques, findings) VALUES (1, 1, 0, '{}', '{"healed":true}')
+ON CONFLICT DO NOTHING;
+"""
+
+_FUNCTION = """
+CREATE OR REPLACE FUNCTION <function>(call_ uuid, changes jsonb, docs bytea[], once jsonb) RETURNS void LANGUAGE plpgsql AS $body$
+DECLARE
+  c jsonb; m jsonb; field_ text; value_ text; generation_ bigint; uniques_ text[]; expected boolean;
+BEGIN
+  -- P2 and P3 look at what others have committed while this waited for them.
+  IF current_setting('transaction_isolation') <> 'read committed' THEN
+    RAISE EXCEPTION 'isolation' USING ERRCODE = 'CS006';
+  END IF;
+  PERFORM pg_advisory_xact_lock_shared(<lock>);
+  -- Conditions with a query in them are nested: each one is planned anew at every call.
+  IF once IS NOT NULL THEN
+    IF EXISTS (SELECT 1 FROM <done> WHERE key = once->>'key') THEN
+      RAISE EXCEPTION 'done before' USING ERRCODE = 'CS003';
+    END IF;
+  END IF;
+  INSERT INTO <recent> (call) VALUES (call_);
+  SELECT generation, uniques INTO generation_, uniques_ FROM <state>;
+  IF uniques_ <> '{}' THEN
+    PERFORM pg_advisory_xact_lock(h) FROM (
+      SELECT DISTINCT hashtextextended(u || ':' || (x->'keys'->>u), <lock>) AS h
+      FROM jsonb_array_elements(changes) x, unnest(uniques_) u WHERE x->'keys'->>u IS NOT NULL ORDER BY h) AS wanted;
+  END IF;
+  IF jsonb_array_length(changes) > 1 THEN
+    PERFORM 1 FROM <main> WHERE id IN (SELECT x->>'id' FROM jsonb_array_elements(changes) x) ORDER BY id FOR UPDATE;
+  END IF;
+  FOR c IN SELECT x FROM jsonb_array_elements(changes) x LOOP
+    m := c->'meta';
+    IF (c->>'generation')::bigint < generation_ - 1 THEN
+      IF NOT EXISTS (SELECT 1 FROM <revisions> WHERE id = c->>'id' AND revision = (c->>'record')::bigint AND uid = c->>'uid') THEN
+        RAISE EXCEPTION 'stale' USING ERRCODE = 'CS002';
+      END IF;
+    END IF;
+    IF c ? 'purge' THEN
+      DELETE FROM <main> WHERE id = c->>'id' AND version = (c->>'version')::bigint AND nonce = c->>'nonce';
+      expected := FOUND;
+      DELETE FROM <revisions> WHERE id = c->>'id';
+      DELETE FROM <unique> WHERE id = c->>'id';
+      DELETE FROM <shared-values> WHERE id = c->>'id';
+      UPDATE <done> SET id = NULL, doc = NULL WHERE id = c->>'id';
+    ELSIF m IS NULL THEN  -- an index entry for exactly this state
+      UPDATE <main> SET keys = c->'keys', absent = ARRAY(SELECT jsonb_array_elements_text(c->'absent')), spec = (c->>'spec')::int,
+        shown = docs[(c->>'shown')::int]
+      WHERE id = c->>'id' AND version = (c->>'version')::bigint AND nonce = c->>'nonce';
+      IF NOT FOUND THEN CONTINUE; END IF;
+      expected := TRUE;
+    ELSIF c ? 'version' THEN
+      UPDATE <main> SET version = (m->>'version')::bigint, nonce = m->>'nonce', revision = (m->>'revision')::bigint,
+        total_revision_count = (m->>'total_revision_count')::bigint, schema_version = (m->>'schema_version')::bigint,
+        status = m->>'status', is_deleted = (m->>'is_deleted')::boolean, created_time = (m->>'created_time')::timestamptz,
+        updated_time = (m->>'updated_time')::timestamptz, created_by = m->>'created_by', updated_by = m->>'updated_by',
+        uid = m->>'uid', encoding = m->>'encoding', doc = docs[(c->>'doc')::int],
+        keys = coalesce(c->'keys', keys), spec = coalesce((c->>'spec')::int, spec),
+        absent = CASE WHEN c ? 'absent' THEN ARRAY(SELECT jsonb_array_elements_text(c->'absent')) ELSE absent END,
+        shown = CASE WHEN c ? 'shown' THEN docs[(c->>'shown')::int] ELSE shown END
+      WHERE id = c->>'id' AND version = (c->>'version')::bigint AND nonce = c->>'nonce';
+      expected := FOUND;
+    ELSE
+      INSERT INTO <main> VALUES (c->>'id', (m->>'version')::bigint, m->>'nonce', (m->>'revision')::bigint,
+        (m->>'total_revision_count')::bigint, (m->>'schema_version')::bigint, m->>'status', (m->>'is_deleted')::boolean,
+        (m->>'created_time')::timestamptz, (m->>'updated_time')::timestamptz, m->>'created_by', m->>'updated_by', m->>'uid',
+        m->>'encoding', docs[(c->>'doc')::int], docs[(c->>'shown')::int], coalesce(c->'keys', '{}'),
+        coalesce(ARRAY(SELECT jsonb_array_elements_text(c->'absent')), '{}'), coalesce((c->>'spec')::int, 0))
+      ON CONFLICT (id) DO NOTHING;
+      expected := FOUND;
+    END IF;
+    IF NOT expected THEN
+      RAISE EXCEPTION 'conflict' USING ERRCODE = 'CS001', DETAIL = c->>'id';
+    END IF;
+    IF c ? 'drop' THEN
+      DELETE FROM <revisions> WHERE id = c->>'id' AND uid IN (SELECT jsonb_array_elements_text(c->'drop'));
+    END IF;
+    IF c ? 'record' THEN
+      INSERT INTO <revisions> VALUES (c->>'id', (c->>'record')::bigint, c->>'uid', docs[(c->>'record_doc')::int])
+      ON CONFLICT (id, revision) DO UPDATE SET uid = excluded.uid, doc = excluded.doc;
+    END IF;
+    IF c ? 'keys' AND uniques_ <> '{}' THEN
+      DELETE FROM <unique> WHERE id = c->>'id';
+      DELETE FROM <shared-values> WHERE id = c->>'id';
+      FOREACH field_ IN ARRAY uniques_ LOOP
+        IF NOT EXISTS (SELECT 1 FROM <specs> WHERE id = (c->>'spec')::int AND fields ? field_) THEN
+          RAISE EXCEPTION 'unique' USING ERRCODE = 'CS004', DETAIL = field_;
+        END IF;
+        value_ := c->'keys'->>field_;
+        IF value_ IS NULL THEN CONTINUE; END IF;
+        IF c ? 'share' THEN
+          IF EXISTS (SELECT 1 FROM <unique> WHERE field = field_ AND value = <held>) THEN
+            INSERT INTO <shared-values> VALUES (c->>'id', field_, <held>);
+            CONTINUE;
+          END IF;
+        END IF;
+        INSERT INTO <unique> VALUES (field_, <held>, c->>'id');
+      END LOOP;
+    END IF;
+  END LOOP;
+  -- What is held and shared both was lost and came back: nobody may write it.
+  IF uniques_ <> '{}' THEN
+    SELECT s.field INTO field_ FROM <shared-values> s JOIN <unique> u USING (field, value)
+      WHERE u.id IN (SELECT x->>'id' FROM jsonb_array_elements(changes) x WHERE x ? 'keys' AND NOT x ? 'share') LIMIT 1;
+    IF FOUND THEN
+      RAISE EXCEPTION 'shared' USING ERRCODE = 'CS005', DETAIL = field_;
+    END IF;
+  END IF;
+  IF once IS NOT NULL THEN
+    DELETE FROM <done> WHERE time < (once->>'time')::bigint - 86400000000;
+    INSERT INTO <done> SELECT once->>'key', x.at - 1, once->>'request', (once->>'time')::bigint, x.result->>'id', docs[(x.result->>'doc')::int]
+    FROM jsonb_array_elements(once->'results') WITH ORDINALITY AS x(result, at);
+  END IF;
+END
+$body$
+"""

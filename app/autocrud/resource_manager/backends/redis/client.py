@@ -1,0 +1,270 @@
+"""Connections to Redis: one pool for each URL, event loop and process, for all stores.
+
+    client = client_of("rediss://:secret@cache.example.com:6380/0")
+    await client.call(store, "HGET", "article:meta", "seq")
+
+The driver's own retries are never used: it would send a commit twice. What may be repeated is repeated here, once, so a connection that was cut
+while nobody used it costs nobody a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from ....errors import ConfigError, StoreDamaged, StoreUnavailable
+from ....secret import REDIS, Secret, redis_url
+from ...runtime import drivers
+from ...runtime.moments import Moment
+from .scripts import Script
+
+log = logging.getLogger("crudstack.redis")
+
+MAX_CONNECTIONS = 16
+"""Of a pool, if the URL names no `max_connections`. Commands that find all in use wait for their turn."""
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 10.0
+CHECK_AFTER_S = 2.0
+"""How long a connection may be unused before it is asked whether it is there. A network may have dropped it without a word."""
+CHECK_S = 2.0
+"""How long the answer to that is waited for. That of a command is waited for longer, because a script may take long."""
+
+
+Password = Callable[[], str]
+
+
+class Unreachable(Exception):
+    """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
+
+
+class Unanswered(Exception):
+    """A command was sent, and its answer never came: it may have been done, or will be."""
+
+
+class Client:
+    """`user` is the store that asks: connections are closed when the last one closes, or the event loop ends."""
+
+    def __init__(self, url: str | Secret, password: Password | None = None) -> None:
+        with drivers.driver("redis"):
+            import redis.asyncio
+            import redis.asyncio.connection as driver
+            import redis.exceptions
+
+        self.errors: Any = redis.exceptions
+        self._address = address = redis_url(url)
+        connect = None
+        try:
+            given: dict[str, Any] = dict(driver.parse_url(address.reveal()))
+            # Whatever the URL asks for: answers are bytes, as every server since Redis 6 sends them.
+            given |= {"protocol": 2, "decode_responses": False}
+            self._slots = int(given.pop("max_connections", MAX_CONNECTIONS))
+            self.db = int(given.get("db") or 0)
+            # The driver would show user and password among the settings of its connections.
+            user, fixed = given.pop("username", None), given.pop("password", None)
+            if password is not None or user is not None or fixed is not None:
+                given["credential_provider"] = _Credentials(user, password or Secret(fixed or "").reveal)
+            pool: Any = redis.asyncio.ConnectionPool(**{"socket_timeout": None, **given})
+            connect = functools.partial(pool.connection_class, **pool.connection_kwargs)
+            connect()  # says what is wrong with the settings, and does nothing else
+        except (redis.exceptions.RedisError, ValueError, TypeError):
+            connect = None
+        if connect is None:  # outside of `except`: the driver's error may quote a part of the password
+            raise ConfigError(
+                f"{REDIS.name} cannot be read: expected {REDIS.like}, with parameters that the driver knows"
+            )
+        self._connect = connect
+        self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
+
+    def _room(self, user: object) -> _Room:
+        loop = asyncio.get_running_loop()
+        room = self._rooms.get(loop)
+        if room is None:
+            room = self._rooms.setdefault(loop, _Room(self._connect, self.errors, self._slots, self._words))
+        room.users.add(user)
+        return room
+
+    def _words(self, error: Exception) -> str:
+        """Return what the driver or the server says, without the password: a server that has no AUTH repeats it."""
+        return self._address.hide(str(error).partition(", with args beginning with")[0])
+
+    async def call(self, user: object, *command: Any) -> Any:
+        """A command that may be done twice. StoreUnavailable."""
+        room = self._room(user)
+        for last in (False, True):
+            try:
+                return await self._send(room, *command)
+            except Unanswered:
+                if last:
+                    raise StoreUnavailable("Redis does not answer; try again") from None
+        raise AssertionError
+
+    async def run(self, user: object, script: Script, key: str, *arguments: Any) -> Any:
+        """A script that may be run twice. StoreUnavailable."""
+        try:
+            return await self.call(user, "EVALSHA", script.sha, 1, key, *arguments)
+        except self.errors.NoScriptError:
+            return await self.call(user, "EVAL", script.text, 1, key, *arguments)
+
+    async def run_once(self, user: object, script: Script, key: str, *arguments: Any, limited: bool = False) -> Any:
+        """A script that is sent at most once. StoreUnavailable: it surely did not run; Unanswered. `limited`: the caller stops waiting by itself."""
+        room = self._room(user)
+        try:
+            return await self._send(room, "EVALSHA", script.sha, 1, key, *arguments, limited=limited)
+        except self.errors.NoScriptError:  # an answer: it did not run
+            return await self._send(room, "EVAL", script.text, 1, key, *arguments, limited=limited)
+
+    async def ask(self, user: object, script: Script, key: str, *arguments: Any, limit_s: float) -> Any:
+        """As `run_once`, by whoever can do without the answer: StoreUnavailable too if it takes longer, and it may then be done later."""
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self.run_once(user, script, key, *arguments, limited=True)
+        except TimeoutError:
+            log.warning("Redis: no answer within %g s", limit_s)
+            await self._room(user).close()  # the other connections may lead to the same silence
+            raise StoreUnavailable("Redis does not answer") from None
+
+    async def _send(self, room: _Room, *command: Any, limited: bool = False) -> Any:
+        try:
+            return await room.exchange(command, limited)
+        except self.errors.NoScriptError:
+            raise
+        except (self.errors.ResponseError, self.errors.BusyLoadingError) as error:
+            text = str(error)
+            log.error("Redis: %s: %s", type(error).__name__, text)
+            if text.startswith(("MOVED", "ASK ", "CROSSSLOT")) or "cross slot" in text.lower():
+                raise ConfigError(
+                    "this is a Redis Cluster, which cannot be used: one server must hold all keys"
+                ) from None
+            if text.startswith("WRONGTYPE"):
+                raise StoreDamaged("a key of the store in Redis is of another type; restore it from a backup") from None
+            raise StoreUnavailable("Redis cannot do this right now; nothing was changed") from error
+
+    async def close(self, user: object) -> None:
+        """Close the connections of this event loop, unless another store uses them."""
+        room = self._rooms.get(asyncio.get_running_loop())
+        if room is not None:
+            room.users.discard(user)
+            if not room.users:
+                await room.close()
+
+
+class _Room:
+    """The connections of one event loop."""
+
+    def __init__(self, connect: Any, errors: Any, slots: int, words: Callable[[Exception], str]) -> None:
+        self.users: set[object] = set()
+        self._words, self._connect, self._failures = words, connect, (errors.RedisError, OSError)
+        self._answers = (errors.ResponseError, errors.BusyLoadingError)
+        self._idle: list[tuple[Any, Moment]] = []  # connections, and when each was used last
+        self._slots = asyncio.Semaphore(slots)
+        self._guard: AsyncIterator[None] | None = None
+
+    async def exchange(self, command: tuple[Any, ...], limited: bool) -> Any:
+        """Send a command and read its answer. StoreUnavailable: it was not sent."""
+        if self._guard is None:
+            self._guard = self._until_the_loop_ends()
+            await anext(self._guard)
+        async with self._slots:
+            connection = await self._alive() or self._connect()
+            try:
+                if not connection.is_connected:
+                    await self._open(connection)
+                if limited:  # a second clock would be a tenth of what an answer takes
+                    return await self._ask(connection, command)
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    return await self._ask(connection, command)
+            except self._answers:
+                raise
+            except self._failures as error:
+                log.warning("Redis: %s: %s", type(error).__name__, self._words(error))
+                await connection.disconnect(nowait=True)
+                await self.close()  # what was cut was probably not cut alone
+                raise Unanswered from None
+            except BaseException:  # cancelled between the question and the answer
+                await connection.disconnect(nowait=True)
+                raise
+            finally:
+                if connection.is_connected:
+                    self._idle.append((connection, Moment.now()))
+
+    async def _alive(self) -> Any:
+        """Return an unused connection that was used a moment ago, or answers; None if there is none.
+
+        One that does not answer is not alone: all that are unused are closed, so one request waits for all of them.
+        """
+        if not self._idle:
+            return None
+        connection, used = self._idle.pop()
+        if used.age() <= CHECK_AFTER_S:
+            return connection
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self._ask(connection, ("PING",))
+        except self._failures as error:
+            log.warning("Redis: an unused connection is gone: %s", type(error).__name__)
+            await connection.disconnect(nowait=True)
+            await self.close()
+            return None
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
+
+    async def _ask(self, connection: Any, command: tuple[Any, ...]) -> Any:
+        await connection.send_command(*command)
+        return await connection.read_response()
+
+    async def _open(self, connection: Any) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await connection.connect()
+        except self._failures as error:
+            log.error("Redis: %s: %s", type(error).__name__, self._words(error))
+            await connection.disconnect(nowait=True)
+            reason = Unreachable(self._words(error))
+        else:
+            return
+        raise StoreUnavailable("Redis cannot be reached; nothing was changed") from reason
+
+    async def _until_the_loop_ends(self) -> AsyncIterator[None]:
+        """An event loop that is shut down closes its asynchronous generators: the one moment to close the connections of loops in which
+        nobody called `close`."""
+        try:
+            yield
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        while self._idle:
+            connection, _ = self._idle.pop()
+            with contextlib.suppress(*self._failures):
+                await connection.disconnect()
+
+
+class _Credentials:
+    """What the driver asks whenever it connects; it knows the type by these two methods."""
+
+    def __init__(self, user: str | None, password: Password) -> None:
+        self._user, self._password = user, password
+
+    def get_credentials(self) -> tuple[str, ...]:
+        made = self._password()
+        return (made,) if self._user is None else (self._user, made)
+
+    async def get_credentials_async(self) -> tuple[str, ...]:
+        return self.get_credentials()
+
+
+def client_of(url: str | Secret, password: Password | None = None) -> Client:
+    """Return the client of this URL: one for all stores of the process, so that they share connections."""
+    return _client_of(redis_url(url), password)
+
+
+@functools.lru_cache(maxsize=64)
+def _client_of(url: Secret, password: Password | None) -> Client:
+    return Client(url, password)

@@ -1,0 +1,99 @@
+"""How changes become the arguments of a script, and how documents come back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from ....values import Key
+from ...basic import KEEP_KEYS_US, Change, Encoding, IndexEntry, ModelSpec, Once, Reindex, RevisionInfo, Version
+from ...contract.metadata_codec import encoder, info_of
+from ...contract.store_errors import generation_of, storable_id
+from ..log_records import Indexed, indexed
+
+TXID = 16
+
+_pack = msgspec.msgpack.Encoder().encode
+decode_indexed = msgspec.msgpack.Decoder(Indexed).decode
+
+
+def digest(resource_id: str) -> str:
+    """What stands for an id in keys."""
+    return hashlib.sha256(storable_id(resource_id).encode()).hexdigest()
+
+
+def decode_record(record: bytes) -> RevisionInfo:
+    """Return the record of a revision from the form in which Redis has it: the length of its uid, ":", the uid, the record."""
+    size, _, rest = record.partition(b":")
+    return info_of(rest[int(size) :])
+
+
+def state(version: Version) -> str:
+    return f"{version.version} {version.nonce}"
+
+
+def version_of(text: bytes) -> Version | None:
+    """What `state` made; None for nothing."""
+    version, _, nonce = text.decode().partition(" ")
+    return Version(int(version), nonce) if text else None
+
+
+def token(name: str, key: Key) -> str:
+    """A value of a unique field, as a field of the hash `unique`. Numbers that are equal have one token."""
+    if isinstance(key, str):
+        return f"{len(name)}:{name}s{key}"
+    return f"{len(name)}:{name}n{int(key) if key == int(key) else key!r}"
+
+
+class Writer:
+    """What depends on the model and the encoding."""
+
+    def __init__(self, spec: ModelSpec, encoding: Encoding) -> None:
+        kinds = {name: spec.fields[name].name for name in sorted(spec.fields)}
+        self.fields = msgspec.json.encode(kinds)
+        self.spec = hashlib.sha256(self.fields).hexdigest()[:16]
+        self._encode = encoder(encoding)
+
+    def changes(self, changes: Sequence[Change], unique: Sequence[str]) -> list[Any]:
+        """The arguments of COMMIT about changes. No change expects "any"."""
+        arguments: list[Any] = [len(changes)]
+        for change in changes:
+            meta, record, expect = change.meta, change.record, change.expect
+            arguments += [digest(meta.resource_id), "" if isinstance(expect, str) else state(expect)]
+            arguments += ["", b""] if change.purge else [state(Version(meta.version, meta.nonce)), self._encode(meta)]
+            arguments.append("" if record is None else generation_of(record.uid))
+            arguments += ["0"] if change.index is None else ["1", *self._index(change.index, unique)]
+            arguments += ["0"] if record is None else ["1", record.revision, record.uid, self._encode(record)]
+            arguments += [len(change.drop), *change.drop]
+        return arguments
+
+    def once(self, once: Once | None, changes: Sequence[Change]) -> list[Any]:
+        """The arguments of COMMIT about a key. Of what was before a purge nothing is kept."""
+        if once is None:
+            return ["0"]
+        purged = {change.meta.resource_id: at for at, change in enumerate(changes) if change.purge}
+        arguments: list[Any] = ["1", once.key, once.request, once.time, once.time - KEEP_KEYS_US, len(once.results)]
+        for result in once.results:
+            meta = changes[result].meta if isinstance(result, int) else result
+            gone = meta is not None and (result if isinstance(result, int) else -1) <= purged.get(meta.resource_id, -2)
+            arguments += ["", b""] if meta is None or gone else [digest(meta.resource_id), self._encode(meta)]
+        return arguments
+
+    def entries(self, entries: Sequence[Reindex], unique: Sequence[str], *, share: bool) -> list[Any]:
+        """The arguments of REINDEX."""
+        arguments: list[Any] = ["1" if share else "0", len(entries)]
+        for resource_id, expect, entry in entries:
+            index, *tokens = self._index(entry, unique)
+            arguments += [digest(resource_id), state(expect), index, *tokens]
+        return arguments
+
+    def _index(self, entry: IndexEntry, unique: Sequence[str]) -> list[Any]:
+        keys = [entry.keys.get(name) for name in unique]
+        tokens = [
+            "" if key is None or isinstance(key, list) else token(name, key)
+            for name, key in zip(unique, keys, strict=True)
+        ]
+        return [_pack(indexed(entry, self.spec)), *tokens]

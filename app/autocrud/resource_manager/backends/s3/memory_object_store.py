@@ -1,0 +1,177 @@
+"""An object store in memory, for tests and simulations: atomic, with faults and latency as wished.
+
+    store = MemoryObjectStore()
+    store.fault = lambda request: LOST_ANSWER if request.op == "put_if" else None
+    store.latency = lambda request: 0.020
+
+    store.check_then_act = lambda: 0.003
+
+With `check_then_act` a conditional PUT compares first, and writes so many seconds later: a faulty server, which loses acknowledged writes.
+Latency passes on the event loop's clock, so on one with virtual time it costs none. `requests` counts what was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+from ....errors import StoreUnavailable
+from .object_store import UNCHANGED, Listed, Lost, Object, ObjectStore, Outcome, Stored, Unchanged, Unknown
+
+T = TypeVar("T")
+Op = Literal["get", "get_if", "put", "put_if", "list", "delete"]
+
+
+class Call(NamedTuple):
+    op: Op
+    key: str
+    size: int = 0
+
+
+class Fault(NamedTuple):
+    """`answer` is what the client hears: "unknown" (a time-out, 5xx, 403, ...) or "lost" (409, 412). `applied`: whether the request takes
+    effect all the same; `late`: so many seconds afterwards."""
+
+    answer: Literal["unknown", "lost"] = "unknown"
+    applied: bool = False
+    late: float | None = None
+
+
+REFUSED = Fault()
+LOST_ANSWER = Fault(applied=True)
+FALSE_CONFLICT = Fault("lost")
+
+
+class MemoryObjectStore(ObjectStore):
+    def __init__(self) -> None:
+        self.objects: dict[str, Object] = {}
+        self.requests: Counter[str] = Counter()
+        self.bytes_put = 0
+        self.fault: Callable[[Call], Fault | None] = lambda _: None
+        self.latency: Callable[[Call], float] = lambda _: 0.0
+        self.check_then_act: Callable[[], float] | None = None
+        self._lock = threading.Lock()
+        self._late: set[asyncio.Task[None]] = set()
+
+    async def _serve(self, call: Call, work: Callable[[Fault | None], T]) -> T:
+        """Half of the latency passes before the request takes effect, half before its answer is there: answers may be out of date."""
+        self.requests[call.op] += 1
+        self.bytes_put += call.size
+        delay = self.latency(call)
+        if delay:
+            await asyncio.sleep(delay / 2)
+        try:
+            return work(self.fault(call))
+        finally:
+            if delay:
+                await asyncio.sleep(delay / 2)
+
+    async def get(self, key: str) -> Object | None:
+        return await self._serve(Call("get", key), lambda fault: self._found(fault, key))
+
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        def work(fault: Fault | None) -> Object | Unchanged | None:
+            found = self._found(fault, key)
+            return UNCHANGED if found is not None and found.etag == etag else found
+
+        return await self._serve(Call("get_if", key), work)
+
+    def _found(self, fault: Fault | None, key: str) -> Object | None:
+        if fault is not None:
+            raise _down()
+        return self.objects.get(key)
+
+    async def put(self, key: str, body: bytes) -> None:
+        def work(fault: Fault | None) -> None:
+            if fault is None or fault.applied:
+                self._store(key, body)
+            if fault is not None:
+                raise _down()
+
+        await self._serve(Call("put", key, len(body)), work)
+
+    def _store(self, key: str, body: bytes) -> str:
+        etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'  # as S3's: of the content alone
+        self.objects[key] = Object(bytes(body), etag)
+        return etag
+
+    def _swap(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        with self._lock:
+            found = self.objects.get(key)
+            if (None if found is None else found.etag) != etag:
+                return Lost()
+            return Stored(self._store(key, body))
+
+    async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        def work(fault: Fault | None) -> Outcome:
+            if fault is None:
+                return self._swap(key, body, etag)
+            if fault.late is not None:
+                self._late.add(task := asyncio.create_task(self._land(fault.late, key, body, etag)))
+                task.add_done_callback(self._late.discard)
+            elif fault.applied:
+                self._swap(key, body, etag)
+            return Lost() if fault.answer == "lost" else Unknown("injected")
+
+        if self.check_then_act is not None:
+            return await self._put_late(Call("put_if", key, len(body)), body, etag, self.check_then_act())
+        return await self._serve(Call("put_if", key, len(body)), work)
+
+    async def _put_late(self, call: Call, body: bytes, etag: str | None, seconds: float) -> Outcome:
+        def compare(fault: Fault | None) -> Outcome | None:
+            if fault is not None:
+                return Lost() if fault.answer == "lost" else Unknown("injected")
+            found = self.objects.get(call.key)
+            return None if (None if found is None else found.etag) == etag else Lost()
+
+        refused = await self._serve(call, compare)
+        if refused is not None:
+            return refused
+        await asyncio.sleep(seconds)
+        return Stored(self._store(call.key, body))
+
+    async def _land(self, seconds: float, key: str, body: bytes, etag: str | None) -> None:
+        await asyncio.sleep(seconds)
+        self._swap(key, body, etag)
+
+    async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
+        def work(fault: Fault | None) -> Sequence[Listed]:
+            if fault is not None:
+                raise _down()
+            now = datetime.now(UTC)
+            keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
+            return [Listed(key, len(self.objects[key].body), now) for key in keys]
+
+        for listed in await self._serve(Call("list", prefix), work):
+            yield listed
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        def work(fault: Fault | None) -> None:
+            if fault is not None:
+                raise _down()
+            for key in keys:
+                self.objects.pop(key, None)
+
+        await self._serve(Call("delete", keys[0] if keys else ""), work)
+
+    async def download(self, key: str, path: Path) -> bool:
+        found = await self.get(key)
+        if found is not None:
+            await asyncio.to_thread(path.write_bytes, found.body)
+        return found is not None
+
+    async def upload(self, key: str, path: Path) -> None:
+        await self.put(key, await asyncio.to_thread(path.read_bytes))
+
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+        return f"memory:///{key}?method={method}&expires={seconds}"
+
+
+def _down() -> StoreUnavailable:
+    return StoreUnavailable("the object storage cannot be used right now; nothing was changed")

@@ -1,0 +1,434 @@
+"""The port to object storage: what the engine asks of S3, and nothing more.
+
+    S3ObjectStore(bucket, ...)   S3 and whatever speaks its protocol
+    MemoryObjectStore()          a double in memory (memory_object_store): atomic, with faults and latency as wished
+
+A conditional PUT is the only step of the engine that decides between writers, so its outcome has a type: `Stored`, `Lost` or `Unknown`.
+Nothing repeats it, unless the answer says that it was refused before it was looked at. Everything else may be repeated without harm, and is:
+see s3_clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from ....errors import ConfigError, StoreUnavailable
+from ....secret import Secret, hidden, http_url, plain
+from ...runtime.disk_space import full, is_full
+from ...runtime.drivers import driver
+from . import credentials as s3_credentials
+from .clients import FILE, Attempts, Clients, Kind, kind_of
+from .errors import brief, said
+from .obstore_exit import tracked, wait_at_exit
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig, S3Store
+
+T = TypeVar("T")
+
+log = logging.getLogger("crudstack.s3")
+
+CONCURRENT_GETS = 32
+
+REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", default=None)
+"""Where the requests that are made on somebody's behalf are counted, if they want to know. Commits that share a swap count for one of them."""
+
+
+CACHED: ContextVar[Counter[str] | None] = ContextVar("crudstack-cached", default=None)
+"""The same for bodies that were looked for in caches: `hits` that one of them had, and `misses` that none had."""
+
+
+def _count(method: str) -> None:
+    counter = REQUESTS.get()
+    if counter is not None:
+        counter[method] += 1
+
+
+class Object(NamedTuple):
+    body: bytes
+    etag: str
+
+
+class Listed(NamedTuple):
+    key: str
+    size: int
+    modified: datetime
+
+
+class Stored(NamedTuple):
+    """The conditional PUT took place. `version` is the id of the version that it made, if the bucket keeps versions."""
+
+    etag: str
+    version: str | None = None
+
+
+class Lost(NamedTuple):
+    """Somebody else was there (409, 412), or nothing was (404). For a client that does not retry this one was not stored."""
+
+
+class Unknown(NamedTuple):
+    """No answer, or one that decides nothing: it may have been stored, and may be stored later."""
+
+    reason: str
+
+
+class Unchanged(NamedTuple):
+    """The object still has the ETag that was asked about (304)."""
+
+
+UNCHANGED: Final = Unchanged()
+Outcome = Stored | Lost | Unknown
+
+
+class ObjectStore(ABC):
+    """Keys are relative to the bucket. Reads and unconditional writes raise StoreUnavailable when they cannot be done."""
+
+    @property
+    def endpoint(self) -> str:
+        """The name of the server behind this client. What was found out about a server holds for its endpoint."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    @abstractmethod
+    async def get(self, key: str) -> Object | None:
+        """The object, None if there is none."""
+
+    @abstractmethod
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        """Return the object, UNCHANGED if its ETag is still this one, or None if there is no such object."""
+
+    @abstractmethod
+    async def put(self, key: str, body: bytes) -> None:
+        """Write, whatever is there."""
+
+    @abstractmethod
+    async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        """Replace exactly the object with this ETag; with None: create what is not there. Sent once, never retried."""
+
+    @abstractmethod
+    def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
+        """Objects whose keys start with `prefix`, ascending, after the given key."""
+
+    @abstractmethod
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+
+    @abstractmethod
+    async def download(self, key: str, path: Path) -> bool:
+        """Stream an object into a file; False if there is none."""
+
+    @abstractmethod
+    async def upload(self, key: str, path: Path) -> None:
+        """Stream a file into an object."""
+
+    @abstractmethod
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+        """A URL that allows this one request until it expires."""
+
+
+class S3ObjectStore(ObjectStore):
+    """One bucket, through obstore.
+
+    Without keys, uses the credentials that obstore finds (environment, web identity, container, instance) or those of
+    `s3_credentials`, and renews them before they expire. An endpoint means path-style addresses; plain HTTP is allowed
+    if the endpoint says so. Clients share connections: see `s3`.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        endpoint_url: str | Secret | None = None,
+        access_key_id: str | None = None,
+        secret_access_key: str | Secret | None = None,
+        region_name: str | None = None,
+        session_token: str | None = None,
+    ) -> None:
+        with driver("s3"):
+            import obstore
+            from obstore import exceptions
+            from obstore.store import S3Store
+
+        self._obstore, self._errors = obstore, exceptions
+        self._endpoint = _server(endpoint_url)
+        self._missing = (FileNotFoundError, exceptions.NotFoundError)
+        self._failed = (exceptions.BaseError, OSError)  # obstore raises Python's own errors where there are any
+        options: dict[str, Any] = {"virtual_hosted_style_request": False}
+        if endpoint_url is not None:
+            options["endpoint"] = plain(endpoint_url).rstrip("/")
+        if region_name is not None:
+            options["region"] = region_name
+        renew: Callable[[], None] | None = None
+        if access_key_id is not None:
+            # As a provider, because a session token of the environment belongs to other keys than these.
+            options["credential_provider"] = lambda: {
+                "access_key_id": access_key_id,
+                "secret_access_key": None if secret_access_key is None else plain(secret_access_key),
+                "token": session_token,
+                "expires_at": None,
+            }
+        elif (ambient := s3_credentials.provider()) is not None:
+            options["credential_provider"] = kept = s3_credentials.KeptCredentials(ambient)
+            renew = kept.renew
+
+        trusted = _trusted()
+
+        def client(client_options: ClientConfig, retry_config: RetryConfig) -> S3Store:
+            http: ClientConfig = {"allow_http": True, "connect_timeout": "3s", **trusted, **client_options}
+            return S3Store(bucket, client_options=http, retry_config=retry_config, **options)
+
+        self._clients = Clients(client, renew)
+        wait_at_exit(_touch)
+
+    @property
+    def endpoint(self) -> str:
+        return self._endpoint
+
+    async def get(self, key: str) -> Object | None:
+        try:
+            return await self._read(key, {})
+        except self._failed as error:
+            if isinstance(error, self._missing):
+                return None
+            raise _unavailable("GET", key, error) from error
+
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        try:
+            return await self._read(key, {"if_none_match": etag})
+        except self._failed as error:
+            if isinstance(error, self._errors.NotModifiedError):
+                return UNCHANGED
+            if isinstance(error, self._missing):
+                return None
+            raise _unavailable("GET", key, error) from error
+
+    async def _repeated(self, kind: Kind, request: Callable[[S3Store], Awaitable[T]]) -> T:
+        """Make a request that does no harm if it is done twice. Repeats it on new connections if it had no answer."""
+        attempts = Attempts()
+        while True:
+            pools = self._clients.current()
+            try:
+                return await request(pools.client(kind, attempts.count))
+            except self._failed as error:
+                if isinstance(error, (self._errors.NotModifiedError, *self._missing)):  # answers
+                    raise
+                if not await self._clients.may_repeat(kind, pools, attempts, error):
+                    raise
+
+    async def _read(self, key: str, options: Any) -> Object:
+        async def request(client: S3Store) -> Object:
+            _count("GET")
+            result = await tracked(self._obstore.get_async(client, key, options=options))
+            etag = result.meta["e_tag"]
+            return Object(bytes(await tracked(result.bytes_async())), etag or "")
+
+        return await self._repeated("small", request)
+
+    async def get_range(self, key: str, start: int, end: int) -> bytes:
+        """Return the bytes from `start` up to `end`, which is not included. Raises StoreUnavailable if the answer is another."""
+
+        async def request(client: S3Store) -> bytes:
+            _count("GET")
+            return bytes(await tracked(self._obstore.get_range_async(client, key, start=start, end=end)))
+
+        try:
+            return await self._repeated("small", request)
+        except self._failed as error:
+            raise _unavailable("GET", key, error) from error
+
+    async def put(self, key: str, body: bytes) -> None:
+        await self._put(key, body, len(body))
+
+    async def _put(self, key: str, body: bytes | Path, size: int) -> None:
+        async def request(client: S3Store) -> None:
+            _count("PUT")
+            await tracked(self._obstore.put_async(client, key, body))
+
+        try:
+            await self._repeated(kind_of(size), request)
+        except self._failed as error:
+            raise _unavailable("PUT", key, error) from error
+
+    async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        mode: Any = "create" if etag is None else {"e_tag": etag}
+        errors = self._errors
+        for again in (False, True):
+            _count("PUT")
+            pools = self._clients.current()
+            client = self._clients.swap_client(pools)
+            try:
+                result = await tracked(self._obstore.put_async(client, key, body, mode=mode, use_multipart=False))
+            except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
+                self._clients.swap_answered()
+                return Lost()
+            except Exception as error:  # whatever else it is, it does not say that nothing was stored
+                if not again and await self._clients.renewed(pools, error):
+                    continue
+                log.warning("PUT %s: %s", key, said(error))
+                self._clients.swap_failed(pools, error)
+                return Unknown(brief(error))
+            self._clients.swap_answered()
+            new = result["e_tag"]
+            return Stored(new, result["version"]) if new else Unknown("the answer has no ETag")
+        raise AssertionError("unreachable")
+
+    async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
+        # obstore lists below folders: the prefix up to its last slash, the rest is compared here.
+        folder = prefix.rpartition("/")[0]
+        attempts = Attempts()
+        while True:
+            pools = self._clients.current()
+            client = pools.client("small", attempts.count)
+            try:
+                async for page in _pages(
+                    self._obstore.list(client, folder or None, offset=after or None, chunk_size=1000)
+                ):
+                    _count("LIST")
+                    attempts = Attempts()
+                    for meta in sorted(page, key=lambda meta: meta["path"]):
+                        after = meta["path"]  # from where it goes on after a failure
+                        if after.startswith(prefix):
+                            yield Listed(after, meta["size"], meta["last_modified"])
+                return
+            except self._failed as error:
+                if not await self._clients.may_repeat("small", pools, attempts, error):
+                    raise _unavailable("LIST", prefix, error) from error
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        async def request(client: S3Store) -> None:
+            _count("DELETE")
+            await tracked(self._obstore.delete_async(client, keys))
+
+        try:
+            await self._repeated("small", request)
+        except self._missing:
+            for key in keys if len(keys) > 1 else ():
+                await self.delete([key])
+        except self._failed as error:
+            raise _unavailable("DELETE", keys[0], error) from error
+
+    async def download(self, key: str, path: Path) -> bool:
+        size, attempts = 0, Attempts()
+        done, etag = 0, None
+        try:
+            with await asyncio.to_thread(path.open, "wb") as file:
+                while True:
+                    pools = self._clients.current()
+                    rest: Any = {"range": {"offset": done}, "if_match": etag} if done and etag else {}
+                    try:
+                        _count("GET")
+                        client = pools.client("small", attempts.count)
+                        result = await tracked(self._obstore.get_async(client, key, options=rest))
+                        size, etag = result.meta["size"], result.meta["e_tag"]
+                        if not rest:
+                            done = 0
+                            file.seek(0)
+                        async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
+                            await asyncio.to_thread(file.write, chunk)
+                            done, attempts = done + len(chunk), Attempts()
+                        await asyncio.to_thread(file.truncate)
+                        return True
+                    except self._failed as error:
+                        if isinstance(error, self._missing) or is_full(error, path.parent):
+                            raise
+                        if not await self._clients.may_repeat("small", pools, attempts, error):
+                            raise
+        except self._missing:
+            return False
+        except self._failed as error:
+            if is_full(error, path.parent):
+                raise full(error, path.parent, size) from error
+            raise _unavailable("GET", key, error) from error
+
+    async def upload(self, key: str, path: Path) -> None:
+        body = await asyncio.to_thread(_content, path)
+        await self._put(key, body, len(body) if isinstance(body, bytes) else FILE + 1)
+
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+        return await tracked(
+            self._obstore.sign_async(
+                self._clients.current().client("small", 0), method, key, timedelta(seconds=seconds)
+            )
+        )
+
+
+def s3(
+    bucket: str,
+    endpoint_url: str | Secret | None = None,
+    access_key_id: str | None = None,
+    secret_access_key: str | Secret | None = None,
+    region_name: str | None = None,
+) -> S3ObjectStore:
+    """Return the client of this bucket: one for all stores of the process, so that they share connections."""
+    return _shared(bucket, hidden(endpoint_url), access_key_id, hidden(secret_access_key), region_name)
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(
+    bucket: str,
+    endpoint_url: Secret | None,
+    access_key_id: str | None,
+    secret_access_key: Secret | None,
+    region_name: str | None,
+) -> S3ObjectStore:
+    return S3ObjectStore(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
+
+
+def _server(endpoint_url: str | Secret | None) -> str:
+    """Return scheme, host and port of an endpoint, without credentials and path; `aws` if there is none. Raises ConfigError."""
+    url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")  # as obstore does
+    if not url:
+        return "aws"
+    parts = urlsplit(http_url(url).shown)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
+    """The details, an address for one, go to the log and not to clients."""
+    log.error("%s %s: %s: %s", method, key, type(error).__name__, said(error))
+    return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
+
+
+def _trusted() -> ClientConfig:
+    """Return the option that trusts the CAs of AWS_CA_BUNDLE besides those of the system. Raises ConfigError if it is no PEM file."""
+    path = os.environ.get("AWS_CA_BUNDLE")
+    if not path:
+        return {}
+    try:
+        pem = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"AWS_CA_BUNDLE names {path!r}, which cannot be read: {error.strerror}") from None
+    if b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise ConfigError(f"AWS_CA_BUNDLE names {path!r}: expected a PEM file with the certificate of a CA")
+    return {"root_certificate": pem}
+
+
+def _content(path: Path) -> bytes | Path:
+    """Return what to upload: the bytes of a small file, which are sent in one request."""
+    return path if path.stat().st_size > FILE else path.read_bytes()
+
+
+async def _pages(stream: Any) -> AsyncIterator[Any]:
+    """Iterate over a stream of obstore; each of its steps is a request of its own."""
+    while True:
+        try:
+            page = await tracked(stream.__anext__())
+        except StopAsyncIteration:
+            return
+        yield page
+
+
+def _touch() -> None:
+    """Enter obstore and leave it."""
+    from obstore.store import MemoryStore
+
+    MemoryStore()

@@ -1,0 +1,213 @@
+"""Tell which transactions a fork lost: in the log, and in the directory of the local copy, where `crudstack s3-rescue` reads it.
+
+Everything here is best effort on purpose. The history has forked already, and the objects of either side may be incomplete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import apsw
+import msgspec
+from msgspec import Struct
+
+from ....errors import CrudError, StoreDamaged
+from ...runtime.temporary import ProcessDirectory
+from ..s3.object_store import ObjectStore
+from .fork import txids_of
+from .head import Head, Record, Segment, decode_head, decode_ops, decode_segment
+from .local_copy import current_path
+
+log = logging.getLogger("crudstack.s3sqlite")
+
+WHAT = (
+    "the object storage lost acknowledged writes: its history does not continue what was acknowledged here, so this"
+    " program has stopped serving this model"
+)
+RECORDED = (
+    f"{WHAT}; run `crudstack s3-rescue FILE` on this machine, with the settings of this program, to write them to a file; to"
+    " resume, stop this program, run `crudstack s3-rescue FILE --resume`, and start it on an object storage that decides"
+    " between concurrent writers"
+)
+"""The error if the fork is recorded in a data directory."""
+LOGGED = (
+    f"{WHAT}; its log names the lost transactions; to resume, move to an object storage that decides between concurrent"
+    " writers, and start this program again: it then serves what the object storage holds"
+)
+"""The error if there is no data directory."""
+LOGGED_AT_MOST = 100
+PATTERN = "fork-*.json"
+
+
+class Fork(Struct, frozen=True, kw_only=True):
+    """What is recorded of a fork. A lost record has no `ops` if it could not be read any more."""
+
+    key: str
+    store: str
+    lost: list[Record]
+
+
+class Lost(NamedTuple):
+    records: list[Record]
+    incomplete: bool
+    """Whether some record could not be read, so that its content or its absence from the bucket is not known."""
+
+
+class _History:
+    """The records of some HEADs, as far as their log can be read."""
+
+    def __init__(self) -> None:
+        self.records: dict[bytes, Record] = {}
+        self.incomplete = False
+        self._segments: set[Segment] = set()
+
+    def add(self, head: Head, known: Sequence[Segment] = ()) -> None:
+        """`known`: segments that need not be read."""
+        self.records.update({record.txid: record for record in head.tail})
+        self._segments.update(set(head.segs) - set(known))
+
+    async def read(self, objects: ObjectStore, first: int = 0) -> None:
+        """Read the segments that reach up to record `first` or further."""
+        for segment in sorted(self._segments):
+            if segment.last >= first:
+                try:
+                    found = await objects.get(segment.key)
+                    if found is None:
+                        raise StoreDamaged("it is missing")
+                    self.records.update({record.txid: record for record in decode_segment(found.body)})
+                except CrudError as error:
+                    self.incomplete = True
+                    log.error("%s cannot be read, so its transactions are not compared: %s", segment.key, error)
+
+
+async def find_lost(
+    objects: ObjectStore, head_key: str, mine: Sequence[Head], more: Iterable[Record], found: Head
+) -> Lost:
+    """Return the records of `mine`, and of `more`, that are not in the bucket. `found`: the HEAD that contradicted.
+
+    `more` may have no `ops`, if only ids are known. HEAD is read again, because only what the bucket holds now tells which side of the fork it keeps.
+    """
+    with contextlib.suppress(CrudError):
+        now = await objects.get(head_key)
+        found = found if now is None else decode_head(now.body)
+    ours, theirs = _History(), _History()
+    for head in mine:
+        if head.store == found.store:
+            ours.add(head, found.segs)
+    theirs.add(found)
+    await ours.read(objects)
+    known = dict(ours.records)
+    for record in more:
+        if record.ops or record.txid not in known:
+            known[record.txid] = record
+    first = min((record.seq for record in known.values()), default=0)
+    await theirs.read(objects, first)
+    there = txids_of(theirs.records.values())
+    if found.snap is not None and found.first_logged > first:
+        there = await _snapshot_txids(objects, found.snap.key) | there
+    txids = set(there.values())
+
+    def is_lost(record: Record) -> bool:
+        """Of a number that the bucket cannot tell of any more, nothing is known."""
+        return record.txid not in txids and (record.seq > found.seq or record.seq in there)
+
+    records = sorted(filter(is_lost, known.values()), key=lambda record: record.seq)
+    return Lost(records, ours.incomplete or theirs.incomplete or any(not record.ops for record in records))
+
+
+def ids_alone(txids: Mapping[int, bytes]) -> list[Record]:
+    """Return records of which only the number and the transaction id are known."""
+    return [Record(seq, txid, 0, b"") for seq, txid in txids.items()]
+
+
+def read_copy(directory: Path) -> tuple[list[Head], list[Record]]:
+    """Return the HEAD of the local copy in a directory, and its newest records without `ops`. Nothing if there is no usable copy."""
+    path = current_path(directory)
+    if path is None:
+        return [], []
+    try:
+        with contextlib.closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
+            body = connection.execute("SELECT head FROM copy").get
+            txids = dict(connection.execute("SELECT seq, txid FROM recent"))
+        return [decode_head(body)] if body else [], ids_alone(txids)
+    except (apsw.Error, CrudError) as error:
+        log.error("%s cannot be read: %s", path, error)
+        return [], []
+
+
+def forget_copy(directory: Path) -> None:
+    """Remove the local copy and the record of forks in a directory. Raises OSError. The record goes last, and with it the refusal to serve."""
+    for pattern in ("current", "copy-*", "current-*", "fork-*.new", PATTERN):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+async def _snapshot_txids(objects: ObjectStore, key: str) -> dict[int, bytes]:
+    with ProcessDirectory() as directory:
+        path = directory.path / "snapshot.sqlite"
+        try:
+            if await objects.download(key, path):
+                with contextlib.closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as connection:
+                    return dict(connection.execute("SELECT seq, txid FROM recent"))
+            log.error("%s is missing, so its transactions are not compared", key)
+        except (CrudError, apsw.Error) as error:
+            log.error("%s cannot be read, so its transactions are not compared: %s", key, error)
+    return {}
+
+
+def log_fork(head_key: str, mine: Sequence[Head], found: Head, lost: Lost) -> None:
+    """Log the versions, and the ids of the lost transactions and of their resources."""
+    known = ", ".join(f"{head.ver} ({head.nonce.hex()})" for head in mine)
+    log.error(
+        "%s: history-forked: HEAD is at version %d (%s), which does not continue version %s; acknowledged or attempted here, and not"
+        " there: %d transactions%s",
+        head_key,
+        found.ver,
+        found.nonce.hex(),
+        known,
+        len(lost.records),
+        ", perhaps more" if lost.incomplete else "",
+    )
+    for record in lost.records[:LOGGED_AT_MOST]:
+        ids = [op.resource_id for op in decode_ops(record.ops) if op.kind != "once"] if record.ops else "not known"
+        log.error("%s: lost transaction %s, number %d, resources %s", head_key, record.txid.hex(), record.seq, ids)
+    if len(lost.records) > LOGGED_AT_MOST:
+        log.error("%s: %d more transactions are lost", head_key, len(lost.records) - LOGGED_AT_MOST)
+
+
+# The record of a fork, in the directory of the local copy
+
+
+def record_fork(directory: Path, fork: Fork) -> None:
+    """Write a fork down. It is on disk when this returns. Raises OSError."""
+    name = f"fork-{uuid4().hex}"
+    temporary = directory / f"{name}.new"
+    with temporary.open("wb") as file:
+        file.write(msgspec.json.encode(fork))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / f"{name}.json")
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fork_files(directory: Path) -> list[Path]:
+    """Return the files that `record_fork` wrote in this directory."""
+    return sorted(directory.glob(PATTERN))
+
+
+def read_fork(path: Path) -> Fork:
+    """Raises StoreDamaged if the file cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Fork)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise StoreDamaged(f"{path.name}, which records a fork, cannot be read: {error}") from None

@@ -1,0 +1,36 @@
+"""The findings of a model in a SQLite database, one row in a table of its own; see reindexing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import msgspec
+
+from ....errors import StoreDamaged
+from ...records import Findings
+
+TABLE = "CREATE TABLE IF NOT EXISTS findings (one INTEGER PRIMARY KEY CHECK (one = 1), doc TEXT NOT NULL)"
+
+
+def read_findings(connection: apsw.Connection) -> Findings:
+    """Return what was kept last; `Findings()` if nothing was. Raises StoreDamaged."""
+    if connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'findings'").get is None:
+        return Findings()
+    doc: Any = connection.execute("SELECT doc FROM findings").get
+    if doc is None:
+        return Findings()
+    try:
+        return msgspec.json.decode(doc, type=Findings)
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError):
+        raise StoreDamaged(
+            "what re-indexing found cannot be read from the table `findings`; restore the database from a copy, or"
+            " remove the row: what is damaged is found again"
+        ) from None
+
+
+def keep_findings(connection: apsw.Connection, findings: Findings) -> None:
+    """Keep these in place of those before; in a transaction."""
+    connection.execute(TABLE)
+    doc = msgspec.json.encode(findings).decode()
+    connection.execute("INSERT OR REPLACE INTO findings VALUES (1, ?)", (doc,))

@@ -1,0 +1,113 @@
+"""What every store checks, said once."""
+
+from __future__ import annotations
+
+from ...errors import (
+    ConfigError,
+    Fault,
+    InvalidData,
+    ResourceNotFound,
+    StoreDamaged,
+    StoreUnavailable,
+    UniqueConflict,
+    VersionConflict,
+)
+from ..basic import Expect, Version
+from .limits import MAX_ID, MAX_NAME
+
+
+def storable_id(resource_id: str) -> str:
+    """The id, if every store can hold it; ValueError for NUL and unpaired surrogates."""
+    if "\0" in resource_id:
+        raise ValueError("an id cannot hold NUL characters")
+    if not resource_id.isascii():
+        try:
+            resource_id.encode()
+        except UnicodeEncodeError:
+            raise ValueError("an id cannot hold unpaired surrogates") from None
+    return resource_id
+
+
+def check_new_id(resource_id: str) -> None:
+    """Raise InvalidData if a storable id is too long for a new resource."""
+    if len(resource_id) > MAX_ID // 4 and (size := len(resource_id.encode())) > MAX_ID:
+        found = f"takes {size} bytes in UTF-8, expected at most {MAX_ID}"
+        raise InvalidData(f"the id of a new resource {found}: choose a shorter one", (Fault("/id", found),))
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidData unless every store can hold the name of a caller."""
+    if not isinstance(name, str):
+        raise InvalidData(f"the name of a caller is a {type(name).__name__}, expected a str")
+    try:
+        storable_id(name)
+    except ValueError:
+        raise InvalidData("the name of a caller holds NUL or an unpaired surrogate, expected text without") from None
+    if len(name) > MAX_NAME // 4 and (size := len(name.encode())) > MAX_NAME:
+        raise InvalidData(f"the name of a caller takes {size} bytes in UTF-8, expected at most {MAX_NAME}")
+
+
+def storable_number(revision: int) -> int:
+    """A revision number that fits into every store; larger ones simply do not exist."""
+    return min(max(revision, 0), 2**62)
+
+
+def missing(resource_id: str) -> ResourceNotFound:
+    return ResourceNotFound(f"there is no resource {resource_id!r}")
+
+
+def taken(name: str) -> UniqueConflict:
+    detail = f"another resource has this {name!r}; deleted ones keep theirs until they are purged"
+    conflict = UniqueConflict(detail, (Fault("/" + name.replace(".", "/"), detail),))
+    conflict.field = name
+    return conflict
+
+
+def shared(model: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"model {model!r}: {name} was declared unique, but stored resources share a value; change one of them with the earlier"
+        " program, or declare the field without unique=True"
+    )
+
+
+def not_indexed(model: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"model {model!r}: {name} is unique in the store, but this program does not index it; index it, or stop the older program"
+    )
+
+
+def not_kept() -> StoreUnavailable:
+    """`MetaStore.indexed` has seen to it, but since then the store was emptied or restored."""
+    return StoreUnavailable(
+        "unique fields are not kept unique here any more, was an old state restored? Start the program again"
+    )
+
+
+def check_expectation(expect: Expect, resource_id: str, found: Version | None) -> None:
+    """Raise VersionConflict unless what was found is what was expected."""
+    if expect == "any" or (found is None if expect == "absent" else found == expect):
+        return
+    if found is None:
+        state = f"does not exist; expected version {expect[0]}"
+    elif expect == "absent":
+        state = f"is at version {found.version}; expected it to be absent"
+    elif expect.version < 1:
+        state = (
+            f"is at version {found.version}, and what was expected is no resource's ETag: those are"
+            ' like "1-0123456789abcdef", without W/ before; read it again'
+        )
+    elif expect.version == found.version:
+        state = (
+            f"is at version {found.version}, but not in the expected state: the ETag is another resource's, or this"
+            " one was purged and made again; read it again"
+        )
+    else:
+        state = f"is at version {found.version}; expected version {expect.version}; read it again"
+    raise VersionConflict(f"resource {resource_id!r} {state}")
+
+
+def generation_of(uid: str) -> int:
+    generation, slash, _ = uid.partition("/")
+    if not slash or not generation.isdigit():
+        raise StoreDamaged(f"{uid!r} is no uid")
+    return int(generation)

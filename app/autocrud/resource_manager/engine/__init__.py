@@ -1,0 +1,1 @@
+"""The rules of revisions: operations, plans, writes and access filters."""

@@ -1,0 +1,490 @@
+"""The rules of revisions: what each operation makes of a resource.
+
+A `Plan` turns operations into writes, one after the other, each seeing what the ones before it will have done. Nothing
+here is stored: planning reads, decides, and leaves it to one atomic commit to find out whether what it read still holds.
+
+- R1 Without a status a revision is stable. A stable revision never changes, whatever the caller sends.
+- R2 `update` appends a revision whose parent is the current one; the same data appends nothing.
+- R3 `modify` replaces the body of the current revision, only while it is a draft. `publish` makes it stable.
+- R4 `switch` moves the current revision; the next update's parent is that one.
+- R5 `delete` hides, `restore` brings back, `purge` erases. What is deleted takes no other write.
+- R6 Every commit makes the version grow by one and draws a new nonce. An operation that changes nothing commits nothing.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import AsyncIterator
+from typing import Any, Generic, TypeVar
+
+from msgspec import Struct
+from msgspec.json import decode as decode_json
+from msgspec.structs import replace
+from uuid_utils import uuid7
+
+from ...access import Forbidden
+from ...errors import (
+    CrudError,
+    DataTooLarge,
+    Fault,
+    InvalidData,
+    MetadataTooLarge,
+    ResourceDeleted,
+    ResourceNotFound,
+    RevisionIsStable,
+    VersionConflict,
+)
+from ...query import Filter
+from ..basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Status, Version, Write
+from ..contract.limits import check_index, check_items, may_exceed
+from ..contract.store_errors import check_expectation, check_new_id, missing, storable_number
+from ..model.codec import Codec, Document, canonical_json
+from ..model.json_shape import EXPECTED_SHAPE, misshapen
+from ..model.verification import Verifier
+from ..runtime.deadline import check_time
+from ..runtime.threads import heavy
+from .access_filter import Bounds, holds
+from .operations import (
+    ACTIONS,
+    Create,
+    Delete,
+    Expected,
+    Expire,
+    Modify,
+    Operation,
+    Patch,
+    Publish,
+    Purge,
+    Restore,
+    Retention,
+    Switch,
+    Update,
+)
+
+T = TypeVar("T")
+
+MAX_HELD = 48 * 1024 * 1024
+"""Bytes of data that the operations of one batch may leave: all of it is held until they are committed."""
+
+
+class State(Struct):
+    """A resource as the operations planned so far leave it. `json` is its current data, None until it was read."""
+
+    meta: ResourceMeta
+    json: bytes | None = None
+
+
+class Plan(Generic[T]):
+    """The writes of one attempt at a batch. `by` and `now` go into the metadata. `peek`: build upon states that may be out of date; then
+    only the writes count, for their expectations are checked, and nothing that is refused or answered without a write."""
+
+    def __init__(
+        self,
+        storage: IStorage,
+        codec: Codec[T],
+        verifier: Verifier,
+        *,
+        schema_version: int,
+        retention: Retention | None,
+        by: str,
+        now: dt.datetime,
+        bounds: Bounds | None = None,
+        peek: bool = False,
+    ) -> None:
+        self._get = storage.peek if peek else storage.get
+        self.writes: list[Write] = []
+        self._storage, self._codec, self._verifier = storage, codec, verifier
+        self._schema_version, self._retention = schema_version, retention
+        self._by, self._now, self._bounds = by, now, bounds
+        self._grown = 0  # bytes that patches made
+        self._held = 0  # bytes of data that the operations left
+        self._states: dict[str, State | None] = {}
+        self._records: dict[tuple[str, int], RevisionInfo] = {}
+
+    async def add(self, operation: Operation) -> State:
+        """Plan one operation; the state that it leaves. Raises what the operation may not do."""
+        check_time()
+        allowed = None if self._bounds is None else await self._allowed(self._bounds, operation)
+        state = await self._add(operation)
+        if not isinstance(operation, Delete | Purge | Expire):
+            json = await self.json(state)  # for the answer: once it is committed, somebody may purge it
+            self._held += len(json)
+            if self._held > MAX_HELD and self._held > len(json):
+                raise DataTooLarge(
+                    f"the resources of these operations have over {MAX_HELD} bytes; send fewer of them at once"
+                )
+        if self._bounds is not None and not isinstance(operation, Purge) and not await self._holds(allowed, state):
+            raise Forbidden("the resource would be none that you may write")
+        return state
+
+    async def _allowed(self, bounds: Bounds, operation: Operation) -> Filter | None:
+        """What the operation may be applied to; raises if its resource is nothing of that (B1, B2)."""
+        action = ACTIONS[type(operation)]
+        if action not in bounds.change:
+            raise Forbidden(f"you may not {action} resources of this model")
+        allowed = bounds.change[action]
+        if isinstance(operation, Create):
+            return allowed
+        state = await self._state(operation.resource_id)
+        if state is not None:
+            if not await self._holds(bounds.read, state):
+                raise missing(operation.resource_id)
+            if not await self._holds(allowed, state):
+                raise Forbidden(f"you may not {action} this resource")
+        return allowed
+
+    async def _holds(self, where: Filter | None, state: State) -> bool:
+        return await holds(where, state.meta, lambda: self.json(state), self._codec)
+
+    async def _add(self, operation: Operation) -> State:
+        if isinstance(operation, Create):
+            return await self._create(operation)
+        state = await self._state(operation.resource_id)
+        if state is None:
+            raise missing(operation.resource_id)
+        meta = state.meta
+        if operation.expect is not None:
+            _check_expected(operation.expect, meta)
+        if meta.is_deleted and not isinstance(operation, Restore | Purge | Expire):
+            raise deleted(meta.resource_id)
+        match operation:
+            case Update():
+                return await self._append(
+                    state, self._codec.accept(operation.data), operation.status, await self._expired(meta, adding=1)
+                )
+            case Modify():
+                return await self._replace(state, self._codec.accept(operation.data))
+            case Patch():
+                document = await self._patched(state, operation)
+                if operation.mode == "modify":
+                    return await self._replace(state, document)
+                return await self._append(state, document, operation.status, await self._expired(meta, adding=1))
+            case Publish():
+                return await self._publish(state)
+            case Switch():
+                return await self._switch(state, operation.revision)
+            case Delete():
+                return self._mark(state, is_deleted=True)
+            case Restore():
+                return self._mark(state, is_deleted=False) if meta.is_deleted else state
+            case Purge():
+                return await self._purge(state)
+            case Expire():
+                drop = await self._expired(meta, adding=0)
+                return self._write(meta, self._next(meta), None, drop=drop, json=state.json) if drop else state
+
+    async def _state(self, resource_id: str) -> State | None:
+        if resource_id not in self._states:
+            try:
+                self._states[resource_id] = State(await self._get(resource_id))
+            except ResourceNotFound:
+                self._states[resource_id] = None
+        return self._states[resource_id]
+
+    async def json(self, state: State) -> bytes:
+        if state.json is None:
+            body = await self._storage.body(state.meta.uid)
+            state.json = await self._verifier.read(state.meta, body)
+        return state.json
+
+    async def _create(self, operation: Create[T]) -> State:
+        document = self._codec.accept(operation.data)
+        resource_id = operation.resource_id
+        if resource_id is None:
+            resource_id = str(uuid7())
+        elif await self._state(resource_id) is not None:
+            raise VersionConflict(f"resource {resource_id!r} exists already")
+        else:
+            check_new_id(resource_id)
+        uid, digest, encoding = self._storage.new_uid(), document.hash, self._storage.encoding
+        meta = ResourceMeta(
+            resource_id=resource_id,
+            version=1,
+            nonce=new_nonce(),
+            revision=1,
+            total_revision_count=1,
+            schema_version=self._schema_version,
+            status=operation.status,
+            is_deleted=False,
+            uid=uid,
+            data_hash=digest,
+            encoding=encoding,
+            created_time=self._now,
+            updated_time=self._now,
+            created_by=self._by,
+            updated_by=self._by,
+        )
+        if may_exceed(document.json):
+            index = await self._large_index(resource_id, document, None)
+        else:
+            index = self._codec.index(document.data)
+        return self._write(None, meta, self._new_record(meta, parent=None), document, index=index)
+
+    async def _append(self, state: State, document: Document[T], status: Status, drop: tuple[str, ...]) -> State:
+        meta = state.meta
+        digest = document.hash
+        if digest == meta.data_hash:
+            state.json = document.json
+            return state
+        index = await self._index(document, state)
+        number = meta.total_revision_count + 1
+        new = self._next(
+            meta,
+            revision=number,
+            total_revision_count=number,
+            schema_version=self._schema_version,
+            status=status,
+            uid=self._storage.new_uid(),
+            data_hash=digest,
+            encoding=self._storage.encoding,
+        )
+        return self._write(meta, new, self._new_record(new, parent=meta.revision), document, drop, index=index)
+
+    async def _replace(self, state: State, document: Document[T]) -> State:
+        meta = state.meta
+        if meta.status != "draft":
+            raise RevisionIsStable(
+                f"revision {meta.revision} of resource {meta.resource_id!r} is stable and never changes; update it instead"
+            )
+        digest = document.hash
+        if digest == meta.data_hash:
+            state.json = document.json
+            return state
+        index = await self._index(document, state)
+        encoding = self._storage.encoding
+        new = self._next(
+            meta, uid=self._storage.new_uid(), data_hash=digest, encoding=encoding, schema_version=self._schema_version
+        )
+        record = replace(
+            await self._record(meta.resource_id, meta.revision),
+            uid=new.uid,
+            data_hash=digest,
+            encoding=encoding,
+            schema_version=self._schema_version,
+            updated_time=new.updated_time,
+            updated_by=self._by,
+        )
+        return self._write(meta, new, record, document, (meta.uid,), index=index)
+
+    async def _index(self, document: Document[T], before: State) -> IndexEntry:
+        """Return what new data is found by. Raises MetadataTooLarge if it is larger than `limits` allow after `before`."""
+        if may_exceed(document.json):
+            return await self._large_index(before.meta.resource_id, document, before)
+        try:
+            return self._codec.index(document.data)
+        except InvalidData:
+            return self._codec.index(document.data, decode_json(await self.json(before)))
+
+    async def _large_index(self, resource_id: str, document: Document[T], before: State | None) -> IndexEntry:
+        """Return what large data is found by, without holding up the event loop."""
+        codec, data = self._codec, document.data
+        items = codec.items(data)
+        try:
+            check_items(resource_id, items, {})
+            entry = await heavy(len(document.json), lambda: codec.index(data), document.json)
+            check_index(resource_id, entry, None)
+        except (InvalidData, MetadataTooLarge):
+            if before is None:
+                raise
+        else:
+            return entry
+        old = await self.json(before)
+
+        def index_after() -> IndexEntry:
+            tree = decode_json(old)
+            check_items(resource_id, items, codec.items_kept(tree))
+            entry = codec.index(data, tree)
+            check_index(resource_id, entry, codec.index_kept(tree))
+            return entry
+
+        return await heavy(len(old) + len(document.json), index_after, old, document.json)
+
+    async def _patched(self, state: State, operation: Patch) -> Document[T]:
+        before = await self.json(state)
+        document = await heavy(
+            len(before) + operation.size,
+            lambda: self._apply(operation, before),
+            before,
+            more=operation.size if operation.work is None else operation.work,
+        )
+        self._grown += max(0, len(document.json) - len(before))
+        if operation.max_bytes is not None and self._grown > operation.max_bytes:
+            raise DataTooLarge(f"the patches make more than {operation.max_bytes} bytes; send fewer of them at once")
+        return document
+
+    def _apply(self, operation: Patch, before: bytes) -> Document[T]:
+        """Return what a patch makes of data in JSON."""
+        try:
+            after = canonical_json(operation.apply(decode_json(before)))
+        except RecursionError:
+            raise InvalidData("the patched data is nested too deeply", (Fault("", "nested too deeply"),)) from None
+        most = operation.max_bytes
+        if most is not None and len(after) > max(most, len(before)):
+            raise DataTooLarge(f"the patched data has {len(after)} bytes; expected at most {most}")
+        if (found := misshapen(after)) is not None and misshapen(before) is None:
+            raise InvalidData(f"the patched data {found}; {EXPECTED_SHAPE}", (Fault("", found),))
+        return self._codec.parse(after)
+
+    async def _publish(self, state: State) -> State:
+        meta = state.meta
+        if meta.status == "stable":
+            return state
+        new = self._next(meta, status="stable")
+        record = replace(
+            await self._record(meta.resource_id, meta.revision),
+            status="stable",
+            updated_time=new.updated_time,
+            updated_by=self._by,
+        )
+        return self._write(meta, new, record, json=state.json)
+
+    async def _switch(self, state: State, revision: int) -> State:
+        meta = state.meta
+        if revision == meta.revision:
+            return state
+        record = await self._record(meta.resource_id, revision)
+        new = self._next(
+            meta,
+            revision=revision,
+            schema_version=record.schema_version,
+            status=record.status,
+            uid=record.uid,
+            data_hash=record.data_hash,
+            encoding=record.encoding,
+        )
+        json = self._planned_json(record.uid)
+        if json is None:
+            body = await self._storage.body(record.uid)
+            json = self._verifier.json(record, body)
+        self._codec.parse(json)  # raises InvalidData if the model has changed
+        return self._write(meta, new, None, json=json, index=self._codec.index_stored(json))
+
+    def _mark(self, state: State, *, is_deleted: bool) -> State:
+        return self._write(state.meta, self._next(state.meta, is_deleted=is_deleted), None, json=state.json)
+
+    async def _purge(self, state: State) -> State:
+        meta = state.meta
+        uids = {record.uid async for record in self._history(meta.resource_id)}
+        change = Change(
+            meta=self._next(meta),
+            record=None,
+            index=None,
+            expect=Version(meta.version, meta.nonce),
+            drop=tuple(sorted(uids)),
+            purge=True,
+        )
+        self.writes.append(Write(change, None))
+        self._states[meta.resource_id] = None
+        self._records = {key: record for key, record in self._records.items() if key[0] != meta.resource_id}
+        return State(meta, state.json)
+
+    async def _record(self, resource_id: str, revision: int) -> RevisionInfo:
+        planned = self._records.get((resource_id, revision))
+        return planned or await self._storage.revision(resource_id, storable_number(revision))
+
+    async def _history(self, resource_id: str, before: int | None = None) -> AsyncIterator[RevisionInfo]:
+        """The records below a number: those that are planned, then those that are stored."""
+        for (owner, revision), record in self._records.items():
+            if owner == resource_id and (before is None or revision < before):
+                yield record
+        more = True
+        while more:
+            page = await self._storage.revisions(resource_id, before, 200)
+            for record in page.items:
+                if (resource_id, record.revision) not in self._records:
+                    yield record
+            before, more = page.next, page.next is not None
+
+    def _planned_json(self, uid: str) -> bytes | None:
+        """The data of a revision that this very batch is about to write."""
+        for write in self.writes:
+            if write.change.record is not None and write.change.record.uid == uid and write.body is not None:
+                return self._codec.to_json(write.body, write.change.record.encoding)
+        return None
+
+    async def _expired(self, meta: ResourceMeta, adding: int) -> tuple[str, ...]:
+        """Uids of the revisions that are superfluous once `adding` more are there; the one that is then current stays."""
+        keep = self._retention
+        if keep is None:
+            return ()
+        before = None if keep.last is None else meta.total_revision_count + adding + 1 - keep.last
+        oldest = None if keep.days is None else self._now - dt.timedelta(days=keep.days)
+        return tuple(
+            [
+                record.uid
+                async for record in self._history(meta.resource_id, before)
+                if (oldest is None or record.created_time < oldest) and (adding or record.uid != meta.uid)
+            ]
+        )
+
+    def _next(self, meta: ResourceMeta, **changes: Any) -> ResourceMeta:
+        return replace(
+            meta,
+            version=meta.version + 1,
+            nonce=new_nonce(),
+            updated_time=max(self._now, meta.updated_time),
+            updated_by=self._by,
+            **changes,
+        )
+
+    def _new_record(self, meta: ResourceMeta, parent: int | None) -> RevisionInfo:
+        return RevisionInfo(
+            uid=meta.uid,
+            resource_id=meta.resource_id,
+            revision=meta.revision,
+            parent=parent,
+            schema_version=meta.schema_version,
+            status=meta.status,
+            data_hash=meta.data_hash,
+            encoding=meta.encoding,
+            created_time=meta.updated_time,
+            updated_time=meta.updated_time,
+            created_by=self._by,
+            updated_by=self._by,
+        )
+
+    def _write(
+        self,
+        before: ResourceMeta | None,
+        meta: ResourceMeta,
+        record: RevisionInfo | None,
+        document: Document[T] | None = None,
+        drop: tuple[str, ...] = (),
+        *,
+        json: bytes | None = None,
+        index: IndexEntry | None = None,
+    ) -> State:
+        body = None
+        if document is not None:
+            body, json = self._codec.encode(document, meta.encoding), document.json
+        change = Change(
+            meta=meta,
+            record=record,
+            index=index,
+            expect="absent" if before is None else Version(before.version, before.nonce),
+            drop=drop,
+        )
+        self.writes.append(Write(change, body))
+        if record is not None:
+            self._records[meta.resource_id, record.revision] = record
+        state = self._states[meta.resource_id] = State(meta, json)
+        return state
+
+
+def _check_expected(expect: Expected, meta: ResourceMeta) -> None:
+    found = Version(meta.version, meta.nonce)
+    if isinstance(expect, Version):
+        check_expectation(expect, meta.resource_id, found)
+    elif found not in expect:
+        raise VersionConflict(
+            f"resource {meta.resource_id!r} is at version {meta.version}, none of those that were expected; read it again"
+        )
+
+
+def new_nonce() -> str:
+    return os.urandom(8).hex()
+
+
+def deleted(resource_id: str) -> CrudError:
+    return ResourceDeleted(f"resource {resource_id!r} is deleted; restore it first")

@@ -1,0 +1,120 @@
+"""How much a JSON text holds, found out before it is decoded.
+
+A text of some megabytes can hold millions of objects, which take a hundred times its size in memory and seconds to walk
+over, or lie so deep in each other that one version of Python reads it and the next one does not. All steps here are
+linear, and none of them holds the interpreter lock for long: texts are counted by C, strings are left out one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import NamedTuple
+
+from ..runtime.threads import HEAVY_BYTES
+
+MAX_DEPTH = 200
+MAX_CONTAINERS = 100_000
+"""Objects and lists together."""
+MAX_NAMES = 250_000
+"""Names in all objects together."""
+MAX_VALUES = 1_000_000
+"""Values of any kind."""
+MAX_DIGITS = 400
+"""Digits of a number in a text of HEAVY_BYTES: reading a long one takes quadratic work. The largest float has 309."""
+EXPECTED_SHAPE = (
+    f"expected at most {MAX_VALUES} values, {MAX_NAMES} names and {MAX_CONTAINERS} objects and lists, nested at most"
+    f" {MAX_DEPTH} deep, and numbers of at most {MAX_DIGITS} digits"
+)
+
+_STRING = re.compile(rb'"[^"]*"')
+_NO_BRACKETS = bytes(code for code in range(256) if code not in b"[]{}")
+_DIGITS = bytes(ord("0") if chr(code).isdigit() and code < 128 else ord(" ") for code in range(256))
+_LONG = b"0" * (MAX_DIGITS + 1)
+_STEPS = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
+
+
+class Shape(NamedTuple):
+    """How many there are in a JSON text. `values` may be one too many for each empty container."""
+
+    values: int
+    names: int
+    containers: int
+    depth: int
+
+
+def misshapen(body: bytes) -> str | None:
+    """Return what a JSON text has too much of, as in "has 700000 names", or None. Texts that are no JSON may be anything."""
+    if len(body) <= 2 * MAX_DEPTH:
+        return None
+    # Upper bounds: strings hold brackets, colons and commas too.
+    opened = body.count(b"[") + body.count(b"{")
+    may_be_long = len(body) >= HEAVY_BYTES and _has_long_number(body)
+    few = opened <= MAX_DEPTH and body.count(b":") <= MAX_NAMES and opened + body.count(b",") < MAX_VALUES
+    if few and not may_be_long:
+        return None
+    plain = _without_escapes(body)
+    if plain.count(b'"') > 2 * (MAX_VALUES + MAX_NAMES):
+        return f"has more than {MAX_VALUES + MAX_NAMES} strings"
+    outside = _outside_of_strings(plain)
+    values, names, containers = _counts(outside)
+    if values > MAX_VALUES:
+        return f"has {values} values"
+    if names > MAX_NAMES:
+        return f"has {names} names"
+    if containers > MAX_CONTAINERS:
+        return f"has {containers} objects and lists"
+    if may_be_long and _has_long_number(outside):
+        return f"has a number of more than {MAX_DIGITS} digits"
+    depth = _depth(outside)
+    return f"is nested {depth} deep" if depth > MAX_DEPTH else None
+
+
+def shape(body: bytes) -> Shape:
+    """Return the shape of a JSON text."""
+    outside = _outside_of_strings(_without_escapes(body))
+    return Shape(*_counts(outside), _depth(outside))
+
+
+def weight(body: bytes) -> int:
+    """Return about how many bytes a JSON text takes with its tree: too many where its strings hold brackets and commas."""
+    return len(body) + 64 * (body.count(b"[") + body.count(b"{")) + 24 * body.count(b",")
+
+
+def containers(body: bytes) -> int:
+    """Return how many objects and lists a JSON text holds."""
+    return _counts(_outside_of_strings(_without_escapes(body)))[2]
+
+
+def strings(body: bytes) -> int:
+    """Return how many strings a JSON text holds, names among them."""
+    return _without_escapes(body).count(b'"') // 2
+
+
+def _outside_of_strings(plain: bytes) -> bytes:
+    """Return what a text without escapes has outside of its strings."""
+    pieces, at = [], 0
+    for match in _STRING.finditer(plain):
+        pieces.append(plain[at : match.start()])
+        at = match.end()
+    return b"".join([*pieces, plain[at:]])
+
+
+def _has_long_number(text: bytes) -> bool:
+    return _LONG in text.translate(_DIGITS)
+
+
+def _counts(outside: bytes) -> tuple[int, int, int]:
+    """Return the numbers of values, names and containers."""
+    opened = outside.count(b"[") + outside.count(b"{")
+    return opened + outside.count(b",") + 1, outside.count(b":"), opened
+
+
+def _depth(outside: bytes) -> int:
+    steps = map(_STEPS.__getitem__, outside.translate(None, _NO_BRACKETS))
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _without_escapes(body: bytes) -> bytes:
+    """Return the text without escaped backslashes and quotes, so that each quote begins or ends a string."""
+    return body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body

@@ -1,0 +1,1 @@
+"""Storages: a MetaStore with a ResourceStore."""

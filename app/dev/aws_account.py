@@ -1,0 +1,87 @@
+"""The AWS account of a stack's commands: that of `aws:profile` in the stack's config, which Pulumi's provider uses.
+
+The provider prefers that profile to access keys in the environment. boto3 and the S3 client prefer the keys. So the
+commands that read from AWS by themselves call `use_profile`, or they would look into another account.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+
+from ..autocrud.errors import ConfigError
+from .pulumi_cli import ConfigValue
+
+KEY = "aws:profile"
+PREFERRED = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_WEB_IDENTITY_TOKEN_FILE")
+"""Variables of credentials that boto3 prefers to AWS_PROFILE."""
+PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+
+
+def stack_profile(config: Mapping[str, ConfigValue]) -> str | None:
+    """Return the profile that a stack's config names. Raises ConfigError if it is a secret."""
+    value = config.get(KEY)
+    if value is None or value.text == "":
+        return None
+    if value.text is None:
+        raise ConfigError(f"{KEY} is a secret, expected the plain name of a profile: set it again without --secret")
+    return value.text
+
+
+def check_profile(profile: str | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError if the environment names another profile, or if the files of AWS have none of this name."""
+    if profile is None:
+        return
+    for variable in PROFILES:
+        if (other := environment.get(variable)) and other != profile:
+            raise ConfigError(
+                f"{variable} is {other}, and {KEY} in the stack's config is {profile}: expected one account; `unset"
+                f" {variable}`, or change the stack by `pulumi config set {KEY} {other}`"
+            )
+    if profile not in (known := _profiles()):
+        there = f"are {', '.join(sorted(known))}" if known else "is none"
+        raise ConfigError(
+            f"{KEY} in the stack's config is {profile}, expected a profile in ~/.aws/config or ~/.aws/credentials,"
+            f" where there {there}: run `aws configure --profile {profile}`, or change the stack by `pulumi config"
+            f" set {KEY} NAME`"
+        )
+
+
+def _profiles() -> dict[str, dict[str, str]]:
+    """Return the profiles in the files of AWS. Raises ConfigError if they cannot be read."""
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        found: dict[str, dict[str, str]] = botocore.session.Session().full_config["profiles"]
+    except BotoCoreError as error:
+        raise ConfigError(f"the profiles in ~/.aws cannot be read: {' '.join(str(error).split())}") from None
+    return found
+
+
+def use_profile(profile: str | None, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let everything in this process that asks AWS use a stack's profile; None leaves the environment as it is.
+
+    Called after the last `pulumi` command: Pulumi may keep its state in a bucket of the account that the environment
+    names. Raises ConfigError, see `check_profile`.
+    """
+    check_profile(profile, environment)
+    if profile is None:
+        return
+    _check_source(profile)
+    for name in (*PREFERRED, *PROFILES):
+        environment.pop(name, None)
+    environment["AWS_PROFILE"] = profile
+
+
+def _check_source(profile: str) -> None:
+    """Raise ConfigError if a profile takes a role with keys of the environment, which `use_profile` removes."""
+    known, seen, name = _profiles(), set(), profile
+    while name in known and name not in seen:
+        seen.add(name)
+        if known[name].get("credential_source") == "Environment":
+            raise ConfigError(
+                f"the profile {name} has credential_source = Environment, expected source_profile = NAME: this command"
+                " cannot tell the keys of the role from those that take it"
+            )
+        name = known[name].get("source_profile", "")

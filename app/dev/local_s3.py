@@ -1,0 +1,153 @@
+"""S3 on this machine: ministack as a child process, and buckets on servers that somebody else runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..autocrud.errors import ConfigError
+from ..autocrud.resource_manager.runtime.files import lock_within
+
+START_TIMEOUT_S = 60.0
+OWNER_TIMEOUT_S = 10.0
+"""How long one that has the directory is waited for."""
+LOCAL_KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
+"""ministack checks no credentials, but requests must be signed with some."""
+
+
+@contextlib.contextmanager
+def ministack(directory: Path) -> Iterator[str]:
+    """Run ministack on a free loopback port with its data in `directory`; its URL. ConfigError if it does not start, or another one has the
+    directory: each decides by what it has in memory, so of two both would acknowledge what only one of them keeps."""
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    with _owned(directory) as lock:
+        yield from _run(directory, lock)
+
+
+def _run(directory: Path, lock: int) -> Iterator[str]:
+    port = _free_port(directory / "port")
+    environment = os.environ | {
+        "BIND_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "S3_PERSIST": "1",
+        "S3_DATA_DIR": str(directory / "s3"),
+        "PERSIST_STATE": "1",
+        "STATE_DIR": str(directory / "state"),
+        "LOG_LEVEL": "WARNING",
+    }
+    log = directory / "ministack.log"
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as out:
+        # A session of its own: Ctrl-C is for the server, which still needs its storage to stop in order.
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ministack"))],
+            env=environment,
+            cwd=directory,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock,),  # it has the directory until it has ended, also where this process is killed
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no thread runs yet
+        )
+    try:
+        _await(url, process, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _owned(directory: Path) -> Iterator[int]:
+    """The lock of a directory; whoever had it is waited for, as it may be on its way out."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            lock_within(OWNER_TIMEOUT_S, lock, 0.05)
+        except BlockingIOError:
+            raise _taken(directory) from None
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _taken(directory: Path) -> ConfigError:
+    with contextlib.suppress(OSError):
+        port = (directory / "port").read_text()
+        return ConfigError(
+            f"another local S3 runs on {directory}: stop it, take another CRUDSTACK_DATA_DIR (make run LOCAL_DIR=...), or share it, with"
+            f" CRUDSTACK_S3_ENDPOINT_URL=http://127.0.0.1:{port} AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"
+        )
+    return ConfigError(f"another local S3 is being started on {directory}: take another CRUDSTACK_DATA_DIR")
+
+
+def _free_port(memory: Path) -> int:
+    """The port of the last time if nobody has it: the local copies are named after the address."""
+    try:
+        last = int(memory.read_text())
+    except (OSError, ValueError):
+        last = 0
+    for wanted in (last, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError, OverflowError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", wanted))
+            port: int = probe.getsockname()[1]
+            memory.write_text(str(port))
+            return port
+    raise ConfigError("there is no free port on 127.0.0.1")
+
+
+def _die_with_parent() -> None:
+    """Where the parent is killed, nobody else stops the child (prctl PR_SET_PDEATHSIG, SIGTERM)."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, 15)
+
+
+def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/_ministack/health", timeout=5):
+                return
+        except urllib.error.HTTPError:
+            return  # it answers
+        except OSError:
+            time.sleep(0.05)
+    raise ConfigError(f"the local S3 (ministack) did not start; {log} says why")
+
+
+def make_bucket(bucket: str, endpoint_url: str | None, region: str | None) -> None:
+    """Create a bucket unless it is there, with the ambient credentials. ConfigError if that is not possible."""
+    import boto3
+    import botocore.config
+    import botocore.exceptions
+
+    once = botocore.config.Config(retries={"max_attempts": 2}, connect_timeout=5, s3={"addressing_style": "path"})
+    try:
+        # Not the default session: it keeps the credentials of its first use.
+        client = boto3.Session().client("s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=once)
+        try:
+            client.head_bucket(Bucket=bucket)
+        except botocore.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                raise
+            elsewhere = (
+                {} if region in (None, "us-east-1") else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+            )
+            client.create_bucket(Bucket=bucket, **elsewhere)
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+        raise ConfigError(f"the bucket {bucket!r} cannot be made at {endpoint_url or 'AWS'}: {error}") from None

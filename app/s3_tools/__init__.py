@@ -1,0 +1,1 @@
+"""The commands that check and repair an object storage."""

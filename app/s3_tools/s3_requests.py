@@ -1,0 +1,234 @@
+"""The requests of `s3_check`: through the program's own client with a note of every key, and plain ones without a signature."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypeVar
+
+from msgspec import Struct
+
+from ..autocrud.errors import StoreUnavailable
+from ..autocrud.resource_manager.backends.s3.errors import answered, said
+from ..autocrud.resource_manager.backends.s3.object_store import (
+    Listed,
+    Object,
+    ObjectStore,
+    Outcome,
+    S3ObjectStore,
+    Stored,
+    Unchanged,
+    Unknown,
+)
+from ..autocrud.resource_manager.runtime.threads import outlived
+
+T = TypeVar("T")
+
+ANSWER_TIMEOUT_S = 20.0
+WRONG_KEYS = (
+    "AuthFailure",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+)
+WRONG_REGION = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
+"""Codes of S3 answers."""
+
+
+class RecordedObjects(ObjectStore):
+    """Another client, with a note of each key that may have an object. PUTs run to completion even if the caller is cancelled."""
+
+    def __init__(self, objects: S3ObjectStore) -> None:
+        self._objects = objects
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self.written: set[str] = set()
+        """Keys that an object was stored under, or perhaps was."""
+        self.unanswered = 0
+        """PUTs without an answer, which may take effect later."""
+
+    @property
+    def endpoint(self) -> str:
+        return self._objects.endpoint
+
+    async def finish(self) -> None:
+        """Wait until no PUT is under way. The client's own time limits end each of them."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+
+    async def _to_the_end(self, request: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.get_running_loop().create_task(request)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await outlived(task)
+
+    async def put(self, key: str, body: bytes) -> None:
+        await self._to_the_end(self._noted(key, self._objects.put(key, body)))
+
+    async def upload(self, key: str, path: Path) -> None:
+        await self._to_the_end(self._noted(key, self._objects.upload(key, path)))
+
+    async def _noted(self, key: str, request: Coroutine[Any, Any, None]) -> None:
+        try:
+            await request
+        except StoreUnavailable as error:
+            answer = answer_to(error)
+            if answer is None:
+                self.unanswered += 1
+            if answer is None or answer[0] >= 500:
+                self.written.add(key)
+            raise
+        self.written.add(key)
+
+    async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        return await self._to_the_end(self._noted_if(key, body, etag))
+
+    async def _noted_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
+        outcome = await self._objects.put_if(key, body, etag)
+        if isinstance(outcome, Unknown):
+            status = outcome.reason[:3]
+            if not status.isdigit():
+                self.unanswered += 1
+            if not status.isdigit() or status >= "500":
+                self.written.add(key)
+        elif isinstance(outcome, Stored):
+            self.written.add(key)
+        return outcome
+
+    async def ask_presigned(
+        self, method: Literal["GET", "PUT"], key: str, body: bytes | None = None, headers: Mapping[str, str] = {}
+    ) -> Answer | str:
+        """Use a presigned URL. Return the answer, or why there was none."""
+        url = await self._objects.presign(key, method, 300)
+        if method == "PUT":
+            self.written.add(key)
+        return await self._to_the_end(ask(method, url, body, headers))
+
+    async def get(self, key: str) -> Object | None:
+        return await self._objects.get(key)
+
+    async def get_range(self, key: str, start: int, end: int) -> bytes:
+        return await self._objects.get_range(key, start, end)
+
+    async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
+        return await self._objects.get_if_changed(key, etag)
+
+    async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
+        async for listed in self._objects.list(prefix, after):
+            yield listed
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        await self._objects.delete(keys)
+
+    async def download(self, key: str, path: Path) -> bool:
+        return await self._objects.download(key, path)
+
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+        return await self._objects.presign(key, method, seconds)
+
+
+class Answer(NamedTuple):
+    """The answer to a plain request, with the times of this machine's clock before and after it."""
+
+    status: int
+    body: bytes
+    date: str | None
+    sent: float
+    received: float
+
+
+async def ask(method: str, url: str, body: bytes | None = None, headers: Mapping[str, str] = {}) -> Answer | str:
+    """Send a request that is not signed. Return the answer, or why there was none."""
+    return await asyncio.to_thread(_ask, method, url, body, headers)
+
+
+def _ask(method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> Answer | str:
+    request = urllib.request.Request(url, data=body, headers=dict(headers), method=method)
+    sent = time.time()
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S, context=_trusting()) as response:
+            return Answer(response.status, response.read(), response.headers["Date"], sent, time.time())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, error.read(), error.headers["Date"], sent, time.time())
+    except urllib.error.URLError as error:  # without the URL, which may be a signature
+        return str(error.reason)
+    except (OSError, ValueError) as error:
+        return type(error).__name__
+
+
+def _trusting() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if bundle := os.environ.get("AWS_CA_BUNDLE"):
+        context.load_verify_locations(bundle)
+    return context
+
+
+def clock_skew_s(answer: Answer) -> float | None:
+    """Return by how many seconds the server's clock is ahead; None if it told no time. Its Date has whole seconds."""
+    try:
+        told: datetime = parsedate_to_datetime(answer.date or "")
+    except ValueError:
+        return None
+    low, high = answer.sent - told.timestamp() - 1, answer.received - told.timestamp()
+    return 0.0 if low <= 0 <= high else -low if low > 0 else -high
+
+
+class Timings(Struct, frozen=True):
+    """How long one kind of request took."""
+
+    request: str
+    count: int
+    p50_ms: float
+    p99_ms: float
+
+    @classmethod
+    def of(cls, request: str, took_s: Sequence[float]) -> Self:
+        """Return the percentiles by nearest rank. `took_s` has one element at least."""
+        ordered = sorted(took_s)
+
+        def rank(percent: int) -> float:
+            return round(1000 * ordered[max(0, -(-len(ordered) * percent // 100) - 1)], 2)
+
+        return cls(request, len(ordered), rank(50), rank(99))
+
+    def sentence(self) -> str:
+        return f"{self.request} takes {self.p50_ms:g} ms (p50) and {self.p99_ms:g} ms (p99) of {self.count}"
+
+
+def failed_check(found: tuple[int, str] | None, reason: str) -> str | None:
+    """Return which check fails for good because of this answer to a LIST; None if a permission may be missing."""
+    if found is None:
+        if "set AWS_REGION" in reason:  # a redirect without a target
+            return "region"
+        return "TLS" if reason.partition(": ")[2].startswith("TLS: ") else "server"
+    status, code = found
+    if code in WRONG_KEYS:
+        return "keys"
+    if code in WRONG_REGION or status in (301, 307):
+        return "region"
+    if code in ("RequestTimeTooSkewed", "RequestExpired"):
+        return "clock"
+    if code == "NoSuchBucket":
+        return "bucket"
+    return None if status == 403 and code else "server"
+
+
+def reason_of(error: StoreUnavailable) -> str:
+    """Return what the server answered, or why there was no answer, in one line."""
+    return error.detail if error.__cause__ is None else said(error.__cause__)
+
+
+def answer_to(error: StoreUnavailable) -> tuple[int, str] | None:
+    """Return status and code of the answer that caused an error; None if there was none."""
+    return None if error.__cause__ is None else answered(error.__cause__)

@@ -1,0 +1,1 @@
+"""The server of `crudstack serve`, and its limits."""
