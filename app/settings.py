@@ -37,12 +37,12 @@ from msgspec import Meta, Struct
 
 from .autocrud.errors import ConfigError
 from .autocrud.secret import Secret, endpoint_url
-from .settings_errors import found, meant, misfit
+from .settings_errors import found, meant, settings_error
 
-Kind = Literal[
+StorageKind = Literal[
     "s3-sqlite", "postgres-s3", "redis-postgres", "cached-s3", "mq-cached-s3", "full", "disk", "memory-disk", "memory"
 ]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[StorageKind, ...] = get_args(StorageKind)
 
 
 class Pair(Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,9 +52,9 @@ class Pair(Struct, frozen=True, forbid_unknown_fields=True):
     resource: Literal["memory", "disk", "s3", "cached-s3", "mq-cached-s3"]
 
 
-Storage = Kind | Pair
+Storage = StorageKind | Pair
 
-PRESETS: dict[Kind, Pair] = {
+PRESETS: dict[StorageKind, Pair] = {
     "memory": Pair(meta="memory", resource="memory"),
     "disk": Pair(meta="disk", resource="disk"),
     "memory-disk": Pair(meta="memory", resource="disk"),
@@ -353,7 +353,7 @@ def _decoded(text: str, type_: Any, name: str, like: str | None = None) -> Any:
         return msgspec.json.decode(text, type=type_)
     except msgspec.ValidationError as error:
         raise ConfigError(
-            misfit(msgspec.json.decode(text), type_, name) or f"{name} does not fit: {error}{expected}"
+            settings_error(msgspec.json.decode(text), type_, name) or f"{name} does not fit: {error}{expected}"
         ) from None
     except msgspec.DecodeError as error:
         raise ConfigError(f"{name} is not JSON: {error}{expected}") from None

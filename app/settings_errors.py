@@ -11,7 +11,7 @@ from msgspec import inspect
 from .autocrud.secret import quoted
 
 
-def misfit(value: Any, type_: Any, at: str) -> str | None:
+def settings_error(value: Any, type_: Any, at: str) -> str | None:
     """What is wrong with names and choices at or below `at`, in a sentence; None if nothing is, whatever else may be wrong.
 
     Of values it tells only those that had to be one of a few.

@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import WriteContention
-from app.autocrud.resource_manager.backends.s3.memory_object_store import Call, Fault, MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.memory_object_store import Call, InjectedFault, MemoryObjectStore
 from app.autocrud.resource_manager.core import Resource, ResourceManager
 from app.autocrud.resource_manager.engine.operations import Create
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
@@ -60,7 +60,7 @@ class Timed(MemoryObjectStore):
         super().__init__()
         self.waited = 0.0
 
-    async def _serve(self, call: Call, work: Callable[[Fault | None], T]) -> T:
+    async def _serve(self, call: Call, work: Callable[[InjectedFault | None], T]) -> T:
         began = time.perf_counter()
         try:
             return await super()._serve(call, work)

@@ -20,7 +20,7 @@ from app import settings, wiring
 from app.autocrud.errors import ConfigError, OutcomeUnknown, StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager import storage_factory
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
-from app.autocrud.resource_manager.basic import Change, IStorage, Once
+from app.autocrud.resource_manager.basic import Change, IdempotentCommit, IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.engine.operations import Create, Purge
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
@@ -178,7 +178,7 @@ async def test_what_was_purged_leaves_no_trace(files, tmp_path):
     await files.batch([Create(Item(text="secret"), "secret")])
     await files.batch([Purge(resource_id="secret")])
     meta_store = files.storage.meta_store
-    once = Once(key="k", request="r", time=0, results=(0, 1))
+    once = IdempotentCommit(key="k", request="r", time=0, results=(0, 1))
     meta = (await files.create(Item(), resource_id="other secret")).meta
     await meta_store.commit([change(meta, purge=True), change(meta, expect="absent"), change(meta, purge=True)], once)
     assert (await meta_store.done("k")).results == [None, None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 
-class Fault(NamedTuple):
+class Violation(NamedTuple):
     """One thing that is wrong in a request.
 
     `pointer` is a JSON Pointer (RFC 6901) into the body, or `?name` for a parameter of the query string.
@@ -27,7 +27,7 @@ class CrudError(Exception):
     title: ClassVar[str] = "Internal error"
     status: ClassVar[int] = 500
 
-    def __init__(self, detail: str, faults: tuple[Fault, ...] = ()) -> None:
+    def __init__(self, detail: str, faults: tuple[Violation, ...] = ()) -> None:
         super().__init__(detail)
         self.detail = detail
         self.faults = faults

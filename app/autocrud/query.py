@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from .errors import Fault, InvalidQuery
-from .values import Key, Kind, kind_of
+from .errors import InvalidQuery, Violation
+from .values import FieldKind, Key, kind_of
 
 Op = Literal[
     "eq", "ne", "lt", "lte", "gt", "gte", "in", "not_in", "contains", "starts_with", "ends_with", "is_null", "exists"
@@ -38,7 +38,7 @@ MAX_VALUES = 1000
 MAX_NEEDLE = 1000
 """UTF-8 bytes that `contains` looks for in a text: stores compare them at every place of it."""
 
-META_FIELDS: dict[str, Kind] = {
+META_FIELDS: dict[str, FieldKind] = {
     name: kind_of(type_)
     for name, type_ in {
         "resource_id": str,
@@ -156,7 +156,7 @@ class Query(Struct, frozen=True, kw_only=True):
     after: Cursor | None = None
     include_deleted: bool = False
 
-    def resolve(self, fields: Mapping[str, Kind]) -> Resolved:
+    def resolve(self, fields: Mapping[str, FieldKind]) -> Resolved:
         """This query with canonical names, keys for values and `Sort`s for sort keys.
 
         `fields` maps the model's indexed fields to their kinds. Raises InvalidQuery that names every fault.
@@ -175,16 +175,16 @@ class Query(Struct, frozen=True, kw_only=True):
 class Resolved(Query, frozen=True, kw_only=True):
     """A query as stores get it: canonical names, keys for values, `Sort`s for sort keys."""
 
-    def resolve(self, fields: Mapping[str, Kind]) -> Resolved:
+    def resolve(self, fields: Mapping[str, FieldKind]) -> Resolved:
         return self
 
 
 def invalid(parameter: str, detail: str) -> InvalidQuery:
     """The error that `parameter` of a query is wrong."""
-    return InvalidQuery(f"{parameter}: {detail}", (Fault(f"?{parameter}", detail),))
+    return InvalidQuery(f"{parameter}: {detail}", (Violation(f"?{parameter}", detail),))
 
 
-def resolve_name(name: str, fields: Mapping[str, Kind], parameter: str) -> tuple[str, Kind]:
+def resolve_name(name: str, fields: Mapping[str, FieldKind], parameter: str) -> tuple[str, FieldKind]:
     """The canonical name and kind of an indexed or metadata field; InvalidQuery names those that there are."""
     if name in fields:
         return name, fields[name]
@@ -198,21 +198,21 @@ def resolve_name(name: str, fields: Mapping[str, Kind], parameter: str) -> tuple
     )
 
 
-def resolve_sort(key: Sort, fields: Mapping[str, Kind]) -> Sort:
+def resolve_sort(key: Sort, fields: Mapping[str, FieldKind]) -> Sort:
     name, kind = resolve_name(key.field, fields, "sort")
     if kind.is_list:
         raise invalid("sort", f"{key.field!r} is a list, and lists have no order")
     return Sort(name, key.descending)
 
 
-def ops_of(kind: Kind) -> tuple[Op, ...]:
+def ops_of(kind: FieldKind) -> tuple[Op, ...]:
     """The operators that apply to a kind."""
     if kind.is_list:
         return ("contains",)
     return SCALAR_OPS + TEXT_OPS if kind.is_text else SCALAR_OPS
 
 
-def resolve_compare(condition: Compare, fields: Mapping[str, Kind], parameter: str | None = None) -> Compare:
+def resolve_compare(condition: Compare, fields: Mapping[str, FieldKind], parameter: str | None = None) -> Compare:
     """One condition with its canonical name and keys for values; `parameter` is what errors call it."""
     parameter = parameter or f"{condition.field}[{condition.op}]"
     name, kind = resolve_name(condition.field, fields, parameter)
@@ -241,7 +241,7 @@ def resolve_compare(condition: Compare, fields: Mapping[str, Kind], parameter: s
         raise invalid(parameter, str(error)) from None
 
 
-def _resolve(where: Filter, fields: Mapping[str, Kind], left: list[int]) -> Filter:
+def _resolve(where: Filter, fields: Mapping[str, FieldKind], left: list[int]) -> Filter:
     left[0] -= 1
     if left[0] < 0:
         raise invalid("where", f"expected at most {MAX_CONDITIONS} conditions")

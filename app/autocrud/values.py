@@ -34,7 +34,7 @@ EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 MICROSECOND = dt.timedelta(microseconds=1)
 
 
-class Kind(NamedTuple):
+class FieldKind(NamedTuple):
     """How values of one indexed type are checked, parsed and compared."""
 
     name: str  # as shown to people: "str", "datetime", "list of str"
@@ -160,21 +160,23 @@ _strict_datetime = _parser(
 )
 
 
-SCALARS: dict[Any, Kind] = {
-    str: Kind("str", str, text_key, str, is_text=True),
-    int: Kind("int", int, int_key, _parser(r"-?\d{1,19}", int, "an integer of 64 bits"), key_type=int),
-    float: Kind("float", float, float_key, _parser(_NUMBER, float, "a number"), key_type=float),
-    bool: Kind(
+SCALARS: dict[Any, FieldKind] = {
+    str: FieldKind("str", str, text_key, str, is_text=True),
+    int: FieldKind("int", int, int_key, _parser(r"-?\d{1,19}", int, "an integer of 64 bits"), key_type=int),
+    float: FieldKind("float", float, float_key, _parser(_NUMBER, float, "a number"), key_type=float),
+    bool: FieldKind(
         "bool", bool, bool_key, _parser("true|false", lambda text: text == "true", "true or false"), key_type=int
     ),
-    dt.datetime: Kind("datetime", dt.datetime, datetime_key, _parse_datetime, key_type=int),
-    dt.date: Kind("date", dt.date, date_key, _parser(_DATE, dt.date.fromisoformat, "a date, like 2026-01-31")),
-    UUID: Kind("UUID", UUID, uuid_key, _parser("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", UUID, "a UUID")),
-    Decimal: Kind("Decimal", Decimal, decimal_key, _parser(_NUMBER, Decimal, "a decimal number")),
+    dt.datetime: FieldKind("datetime", dt.datetime, datetime_key, _parse_datetime, key_type=int),
+    dt.date: FieldKind("date", dt.date, date_key, _parser(_DATE, dt.date.fromisoformat, "a date, like 2026-01-31")),
+    UUID: FieldKind(
+        "UUID", UUID, uuid_key, _parser("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", UUID, "a UUID")
+    ),
+    Decimal: FieldKind("Decimal", Decimal, decimal_key, _parser(_NUMBER, Decimal, "a decimal number")),
 }
 
 
-def _choice(name: str, type_: Any, values: dict[Any, Any]) -> Kind:
+def _choice(name: str, type_: Any, values: dict[Any, Any]) -> FieldKind:
     """The kind of an enum or a Literal: `values` maps what the model holds to the plain value behind it."""
     plain = {type(value) for value in values.values()}
     if not plain or (not plain <= {str} and not plain <= {int}):
@@ -192,10 +194,10 @@ def _choice(name: str, type_: Any, values: dict[Any, Any]) -> Kind:
             raise ValueError(f"expected one of {', '.join(by_text)}")
         return by_text[text]
 
-    return Kind(name, type_, key, parse, key_type=base.key_type)
+    return FieldKind(name, type_, key, parse, key_type=base.key_type)
 
 
-def kind_of(type_: Any) -> Kind:
+def kind_of(type_: Any) -> FieldKind:
     """The kind of a type that can be indexed; ValueError names what can.
 
     `None` in a union is left out (null is not a value); `list[T]`, `set[T]` and `tuple[T, ...]` are lists of T.
@@ -210,7 +212,7 @@ def kind_of(type_: Any) -> Kind:
     if origin in (list, set, frozenset, tuple) and args and (origin is not tuple or args[1:] == (Ellipsis,)):
         element = kind_of(args[0])
         if not element.is_list:
-            return Kind(
+            return FieldKind(
                 f"list of {element.name}", type_, element.key, element.parse, is_list=True, key_type=element.key_type
             )
     if origin is Literal:

@@ -28,7 +28,7 @@ from ..autocrud.resource_manager.backends.s3.object_store import (
     Unchanged,
     Unknown,
 )
-from ..autocrud.resource_manager.runtime.threads import outlived
+from ..autocrud.resource_manager.runtime.threads import shielded
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class RecordedObjects(ObjectStore):
         task = asyncio.get_running_loop().create_task(request)
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
-        return await outlived(task)
+        return await shielded(task)
 
     async def put(self, key: str, body: bytes) -> None:
         await self._to_the_end(self._noted(key, self._objects.put(key, body)))

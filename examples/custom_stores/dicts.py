@@ -15,14 +15,14 @@ from app.autocrud.errors import RevisionNotFound, StaleGeneration, UniqueConflic
 from app.autocrud.query import META_FIELDS, Query, Sort, truth
 from app.autocrud.resource_manager.basic import (
     KEEP_KEYS_US,
+    AlreadyCommitted,
     Change,
-    Done,
-    DoneBefore,
+    CommitResult,
     Hit,
+    IdempotentCommit,
     IndexEntry,
     MetaStore,
     ModelSpec,
-    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -64,8 +64,8 @@ class Kept(Struct, frozen=True):
     results: list[ResourceMeta | None]
 
     @property
-    def done(self) -> Done:
-        return Done(self.request, list(self.results))
+    def done(self) -> CommitResult:
+        return CommitResult(self.request, list(self.results))
 
 
 class State(Struct):
@@ -117,10 +117,10 @@ class DictMetaStore(MetaStore):
 
     # Writing
 
-    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         def work(state: State) -> list[ResourceMeta]:
             if once is not None and (kept := state.done.get(once.key)) is not None:
-                raise DoneBefore(kept.done)
+                raise AlreadyCommitted(kept.done)
             committed = [self._apply(state, change) for change in changes]
             self._check_unique(state)
             if once is not None:
@@ -168,7 +168,9 @@ class DictMetaStore(MetaStore):
                     raise taken(name)
                 seen.add(key)
 
-    def _remember(self, state: State, once: Once, changes: Sequence[Change], committed: Sequence[ResourceMeta]) -> None:
+    def _remember(
+        self, state: State, once: IdempotentCommit, changes: Sequence[Change], committed: Sequence[ResourceMeta]
+    ) -> None:
         purged = {change.meta.resource_id: at for at, change in enumerate(changes) if change.purge}
         results: list[ResourceMeta | None] = []
         for result in once.results:
@@ -179,7 +181,7 @@ class DictMetaStore(MetaStore):
 
     # Reading
 
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         kept = (await self._now()).done.get(key)
         return None if kept is None else kept.done
 

@@ -32,7 +32,7 @@ from infra.config import StackConfig, read
 from infra.config_keys import check_keys, of_program
 from infra.protected import check, deployed_stage
 from infra.stack import build
-from tests.engine.inline import Done, run
+from tests.engine.inline import CommitResult, run
 from tests.engine.provider import VERSION, Provider, serve
 from tests.infra import recorder  # noqa: F401 - loads the SDK's services, some of which warn of their own old names
 
@@ -110,19 +110,19 @@ class EngineStack:
         for name, value in outputs.items():
             pulumi.export(name, value)
 
-    def preview(self, **options: Any) -> Done:
+    def preview(self, **options: Any) -> CommitResult:
         return self._do("preview", **options)
 
-    def up(self, **options: Any) -> Done:
+    def up(self, **options: Any) -> CommitResult:
         return self._do("up", **options)
 
-    def refresh(self, **options: Any) -> Done:
+    def refresh(self, **options: Any) -> CommitResult:
         return self._do("refresh", **options)
 
-    def destroy(self, **options: Any) -> Done:
+    def destroy(self, **options: Any) -> CommitResult:
         return self._do("destroy", **options)
 
-    def _do(self, operation: str, **options: Any) -> Done:
+    def _do(self, operation: str, **options: Any) -> CommitResult:
         """Run an operation. A failure is in the answer; whoever does not expect it asserts that there is none."""
         arguments = ["--yes", "--skip-preview"] if operation != "preview" else []
         self._write_config()

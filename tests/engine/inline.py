@@ -46,7 +46,7 @@ class Step:
 
 
 @dataclass
-class Done:
+class CommitResult:
     """How an operation ended."""
 
     steps: list[Step] = field(default_factory=list)
@@ -119,12 +119,12 @@ class ProgramServer(LanguageServer):
         return language_pb2.RunResponse()
 
 
-def run(stack: auto.Stack, operation: str, arguments: list[str], program: Callable[[], None]) -> Done:
+def run(stack: auto.Stack, operation: str, arguments: list[str], program: Callable[[], None]) -> CommitResult:
     """Run an operation of the CLI on a stack. A failure is in the answer.
 
     arguments: beside those that an inline program needs.
     """
-    done, log = Done(), Path(stack.workspace.work_dir, "events.json")
+    done, log = CommitResult(), Path(stack.workspace.work_dir, "events.json")
     log.unlink(missing_ok=True)
     with contextlib.ExitStack() as running:
         if operation in ("preview", "up"):
@@ -145,7 +145,7 @@ def run(stack: auto.Stack, operation: str, arguments: list[str], program: Callab
     return done
 
 
-def _note(event: dict[str, Any], done: Done) -> None:
+def _note(event: dict[str, Any], done: CommitResult) -> None:
     if "diagnosticEvent" in event and event["diagnosticEvent"]["severity"] in ("error", "warning"):
         done.diagnostics.append(event["diagnosticEvent"]["message"].strip())
     elif "resourcePreEvent" in event:

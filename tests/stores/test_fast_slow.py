@@ -36,7 +36,14 @@ from app.autocrud.resource_manager.backends.redis import lease
 from app.autocrud.resource_manager.backends.redis.client import Unanswered
 from app.autocrud.resource_manager.backends.redis.lease import Grant, Leases
 from app.autocrud.resource_manager.backends.redis.scripts import Script
-from app.autocrud.resource_manager.basic import Change, Done, DoneBefore, IStorage, Once, ResourceMeta
+from app.autocrud.resource_manager.basic import (
+    AlreadyCommitted,
+    Change,
+    CommitResult,
+    IdempotentCommit,
+    IStorage,
+    ResourceMeta,
+)
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store import fast_slow
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore, Fence
@@ -191,7 +198,7 @@ class SimulatedSlow(MemoryMetaStore):
         super().__init__()
         self.world, self.fails = world, fails
         self.history: dict[str, list[ResourceMeta | None]] = {rid: [None] for rid in RESOURCES}
-        self.keys: dict[str, Done] = {}
+        self.keys: dict[str, CommitResult] = {}
         self.left: dict[str, dict[str, int]] = {}  # the versions that a key left
         self.life, self.lease_s, self.since = None, 0.0, 0.0
         self.stalled = 0.0
@@ -242,14 +249,14 @@ class SimulatedSlow(MemoryMetaStore):
         await self.pause()
         fate = self.world.random.random() if self.fails else 1.0
         if once.key in self.keys:
-            raise DoneBefore(self.keys[once.key])
+            raise AlreadyCommitted(self.keys[once.key])
         if fate < 0.05:
             raise VersionConflict("somebody else")
         if fate < 0.1:
             self.world.spawn(self._later(changes))
             raise OutcomeUnknown("perhaps")
         committed = self._apply(changes)
-        self.keys[once.key] = Done("", [None if change.purge else change.meta for change in committed])
+        self.keys[once.key] = CommitResult("", [None if change.purge else change.meta for change in committed])
         self.left[once.key] = {change.meta.resource_id: change.meta.version for change in committed}
         if self.world.random.random() < self.world.trouble / 2:
             raise Died
@@ -357,12 +364,12 @@ class World:
             await asyncio.sleep(self.random.expovariate(0.7))
             if self.forgotten and self.random.random() < 0.7:
                 key = self.forgotten.pop()
-                with contextlib.suppress(DoneBefore):  # what was done is told, by a look-up or by the commit
+                with contextlib.suppress(AlreadyCommitted):  # what was done is told, by a look-up or by the commit
                     if self.random.random() < 0.5:
                         await store.done(key)
                     else:
                         changes = [_change(rid, purge=False) for rid in self.slow.left[key]]
-                        await store.commit(changes, Once(key=key, request="", time=0, results=()))
+                        await store.commit(changes, IdempotentCommit(key=key, request="", time=0, results=()))
                 self.acknowledge(key)
                 continue
             if self.random.random() < 0.2:
@@ -372,7 +379,7 @@ class World:
             changes = [_change(rid, purge=self.random.random() < 0.15) for rid in chosen]
             key = f"{name} {number}"
             try:
-                await store.commit(changes, Once(key=key, request="", time=0, results=()))
+                await store.commit(changes, IdempotentCommit(key=key, request="", time=0, results=()))
             except Died:
                 self.forgotten.append(key)
             except CrudError:
@@ -603,7 +610,7 @@ def _life(store) -> str:
 
 async def _put(store, rid: str = "a") -> int:
     (meta,) = await store.commit(
-        [_change(rid, purge=False)], Once(key=f"{os.urandom(8)}", request="", time=0, results=())
+        [_change(rid, purge=False)], IdempotentCommit(key=f"{os.urandom(8)}", request="", time=0, results=())
     )
     return meta.version
 

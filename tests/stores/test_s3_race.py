@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConditionalWritesUnsupported, StoreUnavailable
-from app.autocrud.resource_manager.backends.s3.memory_object_store import Call, Fault, MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.memory_object_store import Call, InjectedFault, MemoryObjectStore
 from app.autocrud.resource_manager.backends.s3.object_store import Lost, ObjectStore, S3ObjectStore, Stored
 from app.autocrud.resource_manager.backends.s3_sqlite import housekeeping, race
 from app.autocrud.resource_manager.backends.s3_sqlite.head import decode_head
@@ -130,11 +130,11 @@ def test_a_slow_and_unreliable_storage_is_never_refused(seed):
         objects.latency = lambda _: chance.expovariate(1 / 2.0)
         trouble = chance.choice([0.01, 0.05, 0.3])
 
-        def fault(call: Call) -> Fault | None:
+        def fault(call: Call) -> InjectedFault | None:
             if chance.random() >= trouble:
                 return None
             late = chance.choice([None, chance.expovariate(1 / 2.0)]) if call.op == "put_if" else None
-            return Fault(chance.choice(["unknown", "lost"]), applied=chance.random() < 0.5, late=late)
+            return InjectedFault(chance.choice(["unknown", "lost"]), applied=chance.random() < 0.5, late=late)
 
         objects.fault = fault
         # A third of all requests failing may keep every round from proving anything. Less must not keep the race from passing.
@@ -149,7 +149,9 @@ def test_a_slow_and_unreliable_storage_is_never_refused(seed):
 def test_a_race_that_proves_nothing_ends(answer):
     async def main():
         objects = Counting()
-        objects.fault = lambda call: Fault(answer) if call.key.startswith(RACE) and call.op == "put_if" else None
+        objects.fault = lambda call: (
+            InjectedFault(answer) if call.key.startswith(RACE) and call.op == "put_if" else None
+        )
         with pytest.raises(StoreUnavailable, match="could not be tested: 20 repeats"):
             await instance(objects).create(Note("0"))
         assert objects.raced <= race.OBJECTS * race.WRITERS * (race.MAX_REPEATS + 1)

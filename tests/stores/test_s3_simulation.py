@@ -26,7 +26,7 @@ from app.autocrud.resource_manager.backends.s3.memory_object_store import (
     LOST_ANSWER,
     REFUSED,
     Call,
-    Fault,
+    InjectedFault,
     MemoryObjectStore,
 )
 from app.autocrud.resource_manager.backends.s3_sqlite import head, housekeeping
@@ -42,7 +42,7 @@ SEEDS = range(int(os.environ.get("SIMULATIONS", "60")))
 INSTANCES, WRITERS, STEPS = 3, 3, 14
 RESOURCES = ("a", "b", "c")
 # A write that was refused for one of these reasons must not have happened.
-FAULTS = (REFUSED, LOST_ANSWER, FALSE_CONFLICT, Fault("lost", applied=True))
+FAULTS = (REFUSED, LOST_ANSWER, FALSE_CONFLICT, InjectedFault("lost", applied=True))
 
 
 class Note(Struct):
@@ -85,11 +85,11 @@ class World:
         self.heard_again = 0
         self.objects.fault = self.fault
 
-    def fault(self, call: Call) -> Fault | None:
+    def fault(self, call: Call) -> InjectedFault | None:
         if call.op == "list" or self.random.random() >= self.trouble:
             return None
         if call.op == "put_if" and self.random.random() < 0.3:
-            return Fault(self.random.choice(["unknown", "lost"]), late=self.random.expovariate(1 / 2.0))
+            return InjectedFault(self.random.choice(["unknown", "lost"]), late=self.random.expovariate(1 / 2.0))
         return self.random.choice(FAULTS)
 
     def manager(self):

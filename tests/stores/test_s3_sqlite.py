@@ -30,7 +30,7 @@ from app.autocrud.resource_manager.backends.s3.memory_object_store import (
     LOST_ANSWER,
     REFUSED,
     Call,
-    Fault,
+    InjectedFault,
     MemoryObjectStore,
 )
 from app.autocrud.resource_manager.backends.s3.object_store import Stored, Unknown
@@ -74,7 +74,7 @@ def objects() -> MemoryObjectStore:
     return MemoryObjectStore()
 
 
-def once(fault: Fault, op: str = "put_if", key: str = HEAD):
+def once(fault: InjectedFault, op: str = "put_if", key: str = HEAD):
     """A fault for the next such request alone."""
     left = [fault]
     return lambda call: left.pop() if left and call.op == op and call.key.startswith(key) else None
@@ -139,7 +139,14 @@ async def test_writers_share_swaps(objects):
 
 @pytest.mark.parametrize(
     "fault",
-    [REFUSED, LOST_ANSWER, FALSE_CONFLICT, Fault("lost", applied=True), Fault(late=3.0), Fault("lost", late=3.0)],
+    [
+        REFUSED,
+        LOST_ANSWER,
+        FALSE_CONFLICT,
+        InjectedFault("lost", applied=True),
+        InjectedFault(late=3.0),
+        InjectedFault("lost", late=3.0),
+    ],
     ids=["500 or 503", "lost answer", "409 or 412", "412 for our own success", "late", "late after 409"],
 )
 def test_whatever_the_swap_answers_a_write_happens_once(objects, fault):
@@ -167,7 +174,7 @@ def test_a_rejection_waits_until_an_own_put_cannot_land_any_more(objects):
         manager = instance(objects)
         created = await manager.create(Note("0"))
         rid, version = created.meta.resource_id, created.version
-        objects.fault = lambda call: Fault(late=40.0) if call.op == "put_if" and call.key == HEAD else None
+        objects.fault = lambda call: InjectedFault(late=40.0) if call.op == "put_if" and call.key == HEAD else None
         with pytest.raises(OutcomeUnknown):
             await manager.update(rid, Note("1"), expect=version)
         objects.fault = lambda _: None
@@ -239,7 +246,7 @@ def test_a_body_that_cannot_be_put_is_a_write_that_did_not_happen(objects):
     virtual_time.run(main())
 
 
-@pytest.mark.parametrize("fault", [Fault(late=0.5), REFUSED], ids=["after the swap", "before the swap"])
+@pytest.mark.parametrize("fault", [InjectedFault(late=0.5), REFUSED], ids=["after the swap", "before the swap"])
 def test_an_instance_that_dies_around_the_swap_leaves_all_or_nothing(objects, fault):
     async def main():
         objects.latency = lambda _: 0.02
@@ -305,7 +312,7 @@ def test_more_was_written_than_copies_remember(objects, monkeypatch):
         await other.count()
         landed = []
 
-        def fault(call: Call) -> Fault | None:
+        def fault(call: Call) -> InjectedFault | None:
             if call.key != HEAD:
                 return None
             if call.op == "put_if" and not landed:

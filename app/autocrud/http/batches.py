@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Raw, Struct
 
-from ..errors import CrudError, Fault, InvalidData
+from ..errors import CrudError, InvalidData, Violation
 from ..resource_manager.basic import Status, Version
 from ..resource_manager.core import MAX_BATCH
 from ..resource_manager.engine.operations import (
@@ -121,12 +121,12 @@ def parse(body: bytes, codec: Codec[Any], check_id: Any, max_body: int, *, requi
         raise invalid_data(error) from None
     if not 1 <= len(batch.operations) <= MAX_BATCH:
         detail = f"expected 1 to {MAX_BATCH} operations, got {len(batch.operations)}"
-        raise InvalidData(detail, (Fault("/operations", detail),))
+        raise InvalidData(detail, (Violation("/operations", detail),))
     patches = [given.patch for given in batch.operations if isinstance(given, PatchOperation)]
     steps = sum(len(patch) for patch in patches if isinstance(patch, list))
     if steps > MAX_OPERATIONS:
         detail = f"expected at most {MAX_OPERATIONS} operations of JSON Patch in a batch, got {steps}"
-        raise InvalidData(detail, (Fault("/operations", detail),))
+        raise InvalidData(detail, (Violation("/operations", detail),))
     # How much of the body is which patch's is not known any more: an equal part of it each.
     size, work = len(body) // len(batch.operations), operations(body)
     return [
@@ -166,7 +166,7 @@ def _on_existing(given: Any, codec: Codec[Any], size: int, work: int, max_body: 
             return Modify(**on, data=_document(data, codec))
         case PatchOperation(patch=patch, mode=mode, status=status):
             if mode == "modify" and status != "stable":
-                raise InvalidData("modify keeps the status", (Fault("/status", "modify keeps the status"),))
+                raise InvalidData("modify keeps the status", (Violation("/status", "modify keeps the status"),))
             is_merge = isinstance(patch, dict)
             how = GivenPatch(merge_patch(patch), size, work) if is_merge else given_json_patch(patch, size, work)
             return Patch(
@@ -194,9 +194,9 @@ def _document(data: Raw, codec: Codec[Any]) -> Document[Any]:
         raise
 
 
-def in_data(faults: Sequence[Fault]) -> tuple[Fault, ...]:
+def in_data(faults: Sequence[Violation]) -> tuple[Violation, ...]:
     """Faults of a document, as faults of the operation that it is the data of."""
-    return tuple(Fault(f"/data{fault.pointer}", fault.detail) for fault in faults)
+    return tuple(Violation(f"/data{fault.pointer}", fault.detail) for fault in faults)
 
 
 def _expect(etag: str | None) -> Version | None:
@@ -205,7 +205,7 @@ def _expect(etag: str | None) -> Version | None:
 
 def located(error: CrudError, at: int) -> CrudError:
     """The same error, with pointers that start at the operation."""
-    faults: Sequence[Fault] = error.faults or (Fault("", error.detail),)
-    error.faults = tuple(Fault(f"/operations/{at}{fault.pointer}", fault.detail) for fault in faults)
+    faults: Sequence[Violation] = error.faults or (Violation("", error.detail),)
+    error.faults = tuple(Violation(f"/operations/{at}{fault.pointer}", fault.detail) for fault in faults)
     error.detail = f"operation {at}: {error.detail}"
     return error

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ..errors import Fault, InvalidData, PatchConflict
+from ..errors import InvalidData, PatchConflict, Violation
 from ..resource_manager.model.json_shape import MAX_CONTAINERS, MAX_DEPTH, containers
 from .problems import shortened
 
@@ -176,7 +176,7 @@ class _Application:
                 getattr(self, f"_{operation.op}")(operation)
             except _NoPlace as error:
                 said = shortened(f"operation {at} ({operation.op}): {error}")
-                raise PatchConflict(f"the patch does not apply: {said}", (Fault(f"/{at}", said),)) from None
+                raise PatchConflict(f"the patch does not apply: {said}", (Violation(f"/{at}", said),)) from None
         (result,) = self._holder
         return msgspec.to_builtins(result, enc_hook=_plain) if self._has_rows else result
 
@@ -222,7 +222,7 @@ class _Application:
                 return
             said = f"the value at {_shown(path)} is {quoted(found)}"
         said += f"; the test expects {quoted(operation.value)}"
-        raise PatchConflict(f"the patch does not apply: {said}", (Fault("", said),))
+        raise PatchConflict(f"the patch does not apply: {said}", (Violation("", said),))
 
     def _place(self, tokens: Sequence[str], path: str) -> tuple[Any, Any]:
         """Return the container that a pointer ends in, and the key or index there, which may lead to nothing yet."""
@@ -315,4 +315,4 @@ def quoted(value: Any) -> str:
 
 
 def invalid(detail: str, pointer: str = "") -> InvalidData:
-    return InvalidData(detail, (Fault(pointer, detail),))
+    return InvalidData(detail, (Violation(pointer, detail),))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from ..access import ANONYMOUS
-from ..errors import CrudError, Fault, InvalidData, InvalidQuery
+from ..errors import CrudError, InvalidData, InvalidQuery, Violation
 from ..resource_manager.engine.caller import Caller
 from ..resource_manager.model.json_shape import EXPECTED_SHAPE, misshapen, weight
 from ..resource_manager.runtime.threads import HEAVY_BYTES, heavy, large_turns
@@ -130,7 +130,7 @@ class Request:
             self._weight = of_tree
             too_much = await heavy(len(found), lambda: misshapen(found), found)
         if too_much is not None:
-            raise InvalidData(f"the body {too_much}; {EXPECTED_SHAPE}", (Fault("", too_much),))
+            raise InvalidData(f"the body {too_much}; {EXPECTED_SHAPE}", (Violation("", too_much),))
         return found
 
     def done(self) -> None:
@@ -190,7 +190,7 @@ def parse_parameters(raw: bytes) -> list[tuple[str, str]]:
 
 
 def bad_parameter(name: str, detail: str) -> InvalidQuery:
-    return InvalidQuery(f"{name}: {detail}", (Fault(f"?{name}", detail),))
+    return InvalidQuery(f"{name}: {detail}", (Violation(f"?{name}", detail),))
 
 
 def unknown_parameter(name: str, allowed: Iterable[str]) -> InvalidQuery:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import cast
 
-from ..errors import Fault, InvalidData
+from ..errors import InvalidData, Violation
 from ..resource_manager.basic import Status
 from ..resource_manager.core import IdempotencyKey
 from . import conditions, problems
@@ -41,7 +41,7 @@ def check_id(resource_id: str) -> None:
             f"expected 1 to 128 of A-Z a-z 0-9 . _ ~ -, no dot at the start, none of {', '.join(sorted(RESERVED_IDS))};"
             f" got {resource_id[:140]!r}"
         )
-        raise InvalidData(f"this id cannot be chosen: {detail}", (Fault("/id", detail),))
+        raise InvalidData(f"this id cannot be chosen: {detail}", (Violation("/id", detail),))
 
 
 def check_revision(number: int) -> None:
@@ -49,7 +49,7 @@ def check_revision(number: int) -> None:
     if not 1 <= number <= MAX_REVISION:
         shown = str(number) if abs(number) < 2**64 else "one of more than 64 bits"
         detail = f"expected a whole number from 1 to {MAX_REVISION}, got {shown}"
-        raise InvalidData(f"revision: {detail}", (Fault("/revision", detail),))
+        raise InvalidData(f"revision: {detail}", (Violation("/revision", detail),))
 
 
 def known_id(resource_id: str) -> str:

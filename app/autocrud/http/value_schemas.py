@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 
-from ..values import INT_MAX, INT_MIN, Kind
+from ..values import INT_MAX, INT_MIN, FieldKind
 
 Schema = dict[str, Any]
 REF = "#/components/schemas/{name}"
 NO_NUL = r"^[^\u0000]*$"
 
 
-def value_schema(kind: Kind) -> Schema:
+def value_schema(kind: FieldKind) -> Schema:
     """What one value of a kind looks like in a query string."""
     type_ = kind.type
     if kind.is_list:
@@ -30,7 +30,7 @@ def value_schema(kind: Kind) -> Schema:
     return schema
 
 
-def bound(schema: Schema, kind: Kind) -> None:
+def bound(schema: Schema, kind: FieldKind) -> None:
     """Narrow a schema, in place, to what can be indexed: 64 bits, no NUL."""
     for part in [schema, *schema.get("anyOf", [])]:
         if part.get("type") == "integer":

@@ -22,17 +22,17 @@ from ..query import Cursor, Query
 from ..values import Key
 from .records import (
     KEEP_KEYS_US,
+    AlreadyCommitted,
     Change,
-    Done,
-    DoneBefore,
+    CommitResult,
     Encoding,
     Expect,
     Findings,
     Hit,
+    IdempotentCommit,
     IndexedField,
     IndexEntry,
     ModelSpec,
-    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -117,7 +117,7 @@ class MetaStore(Store):
         """The metadata, of a deleted resource too; ResourceNotFound."""
 
     @abstractmethod
-    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         """Apply all changes or none, in order, in one atomic step that also decides their expectations, and remember `once` in it (with
         it there may be no changes).
 
@@ -126,7 +126,7 @@ class MetaStore(Store):
         """
 
     @abstractmethod
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         """The commit that a key was part of, for at least a day. `peek`: perhaps not yet one of a moment ago."""
 
     async def confirm(self, resource_ids: Sequence[str]) -> None:
@@ -260,13 +260,13 @@ class ResourceStore(Store):
         raise AssertionError("only where keeps_records")
 
     async def put_records(
-        self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None], once: Once | None = None
+        self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None], once: IdempotentCommit | None = None
     ) -> None:
         """Put the bodies and commit as MetaStore.commit does, unique fields aside, all or nothing; call `then` before anyone is told,
         in commit order."""
         raise AssertionError("only where keeps_records")
 
-    async def done(self, key: str) -> Done | None:
+    async def done(self, key: str) -> CommitResult | None:
         """As MetaStore.done, for the commits of put_records."""
         raise AssertionError("only where keeps_records")
 
@@ -381,11 +381,11 @@ class IStorage(ABC):
         return page, bodies
 
     @abstractmethod
-    async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         """Put the bodies, then commit the changes; bodies that no longer belong to a record go afterwards."""
 
     @abstractmethod
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         """As MetaStore.done."""
 
     async def confirm(self, resource_ids: Sequence[str]) -> None:
@@ -428,20 +428,20 @@ class IStorage(ABC):
 
 __all__ = [
     "KEEP_KEYS_US",
+    "AlreadyCommitted",
     "Change",
+    "CommitResult",
     "Cursor",
-    "Done",
-    "DoneBefore",
     "Encoding",
     "Expect",
     "Findings",
     "Hit",
     "IStorage",
+    "IdempotentCommit",
     "IndexEntry",
     "IndexedField",
     "MetaStore",
     "ModelSpec",
-    "Once",
     "Page",
     "Reindex",
     "ResourceMeta",

@@ -64,7 +64,7 @@ from .engine.writing import MAX_ATTEMPTS, Writer, contention
 from .model.codec import Codec, CodecIndex, Document
 from .model.resource import Resource
 from .model.verification import ANYTHING, DamagedResources, Part, metadata_of, named
-from .runtime.threads import outlived
+from .runtime.threads import shielded
 from .storage.simple_storage import SimpleStorage
 
 T = TypeVar("T")
@@ -390,7 +390,7 @@ class ResourceManager(Generic[T]):
             return await self._write(operations, by), await self._erase()
 
         # Goes on where the one who asked does not: asked again it would find nothing to erase.
-        return await outlived(asyncio.ensure_future(write_and_erase()))
+        return await shielded(asyncio.ensure_future(write_and_erase()))
 
     async def _erase(self) -> dt.datetime:
         """Remove the traces of what was purged. The purge itself is done, whatever becomes of this."""

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from ..errors import CrudError
-from ..values import Key, Kind
+from ..values import FieldKind, Key
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ class ModelSpec(Struct, frozen=True):
     """What a store learns of a model when it is bound."""
 
     name: str
-    fields: Mapping[str, Kind] = {}
+    fields: Mapping[str, FieldKind] = {}
     unique: tuple[str, ...] = ()
     schema_version: int = 1
     encoding: Encoding | None = None  # as given to add_model or AutoCRUD; a store's own argument wins
@@ -197,7 +197,7 @@ class Write(NamedTuple):
     body: bytes | None
 
 
-class Once(Struct, frozen=True, kw_only=True):
+class IdempotentCommit(Struct, frozen=True, kw_only=True):
     """An Idempotency-Key as stores see it: a part of the commit, so that the commit happens once.
 
     key      who asked and under which key (SHA-256, hex)
@@ -213,17 +213,17 @@ class Once(Struct, frozen=True, kw_only=True):
     results: tuple[int | ResourceMeta | None, ...]
 
 
-class Done(NamedTuple):
+class CommitResult(NamedTuple):
     """A commit that a key was part of: what was asked, and what it left; None where that was purged since."""
 
     request: str
     results: list[ResourceMeta | None]
 
 
-class DoneBefore(CrudError):
+class AlreadyCommitted(CrudError):
     """What a commit raises whose key was part of an earlier one; callers never see this."""
 
-    def __init__(self, done: Done) -> None:
+    def __init__(self, done: CommitResult) -> None:
         super().__init__("this key was used before")
         self.done = done
 

@@ -20,7 +20,7 @@ class Indexed(Struct, frozen=True, array_like=True):
 
 
 class Remembered(Struct, frozen=True, array_like=True):
-    """What is remembered of an Idempotency-Key: see `Once`. Numbers of changes are those of the ops of its record."""
+    """What is remembered of an Idempotency-Key: see `IdempotentCommit`. Numbers of changes are those of the ops of its record."""
 
     request: str
     results: tuple[int | ResourceMeta | None, ...]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, cast
 
 from ...query import And, Compare, Filter, Not, Or, Query, Sort
-from ...values import Key, Kind
+from ...values import FieldKind, Key
 
 Params = list[Key | None]
 
@@ -30,7 +30,7 @@ class Dialect(ABC):
     true: ClassVar[str]
     false: ClassVar[str]
 
-    def __init__(self, fields: Mapping[str, Kind]) -> None:
+    def __init__(self, fields: Mapping[str, FieldKind]) -> None:
         self.fields = fields
 
     @abstractmethod

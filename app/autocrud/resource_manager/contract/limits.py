@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from ...errors import Fault, MetadataTooLarge
+from ...errors import MetadataTooLarge, Violation
 from ..records import IndexEntry
 
 MAX_ID = 1024
@@ -57,7 +57,7 @@ def check_items(resource_id: str, items: Mapping[str, int], before: Mapping[str,
             found = f"has {count} items, expected at most {MAX_ITEMS}"
             raise MetadataTooLarge(
                 f"the indexed list {name!r} of resource {resource_id!r} {found}: store fewer items, or do not index it",
-                (Fault(_pointer(name), found),),
+                (Violation(_pointer(name), found),),
             )
 
 
@@ -76,7 +76,7 @@ def check_index(resource_id: str, entry: IndexEntry, before: IndexEntry | None) 
     raise MetadataTooLarge(
         f"the indexed fields of resource {resource_id!r} take {len(entry.shown)} bytes as JSON, expected at most"
         f" {MAX_INDEXED}: shorten {name!r}, which takes {sizes[name]}, or do not index it",
-        (Fault(_pointer(name), found),),
+        (Violation(_pointer(name), found),),
     )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ...errors import (
     ConfigError,
-    Fault,
     InvalidData,
     ResourceNotFound,
     StoreDamaged,
     StoreUnavailable,
     UniqueConflict,
     VersionConflict,
+    Violation,
 )
 from ..basic import Expect, Version
 from .limits import MAX_ID, MAX_NAME
@@ -32,7 +32,7 @@ def check_new_id(resource_id: str) -> None:
     """Raise InvalidData if a storable id is too long for a new resource."""
     if len(resource_id) > MAX_ID // 4 and (size := len(resource_id.encode())) > MAX_ID:
         found = f"takes {size} bytes in UTF-8, expected at most {MAX_ID}"
-        raise InvalidData(f"the id of a new resource {found}: choose a shorter one", (Fault("/id", found),))
+        raise InvalidData(f"the id of a new resource {found}: choose a shorter one", (Violation("/id", found),))
 
 
 def check_name(name: str) -> None:
@@ -58,7 +58,7 @@ def missing(resource_id: str) -> ResourceNotFound:
 
 def taken(name: str) -> UniqueConflict:
     detail = f"another resource has this {name!r}; deleted ones keep theirs until they are purged"
-    conflict = UniqueConflict(detail, (Fault("/" + name.replace(".", "/"), detail),))
+    conflict = UniqueConflict(detail, (Violation("/" + name.replace(".", "/"), detail),))
     conflict.field = name
     return conflict
 

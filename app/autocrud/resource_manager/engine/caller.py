@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...values import datetime_key
-from ..basic import Once, Write
+from ..basic import IdempotentCommit, Write
 from .access_filter import Bounds
 from .operations import Operation, Purge
 from .planning import State
@@ -51,14 +51,14 @@ class HashedKey(NamedTuple):
 
     def once(
         self, operations: Sequence[Operation], states: Sequence[State], writes: Sequence[Write], now: dt.datetime
-    ) -> Once:
+    ) -> IdempotentCommit:
         """What a commit carries: for each operation the change that it made, or what it found where it made none."""
         numbers = {id(write.change.meta): at for at, write in enumerate(writes)}
         results = tuple(
             None if isinstance(operation, Purge) else numbers.get(id(state.meta), state.meta)
             for operation, state in zip(operations, states, strict=True)
         )
-        return Once(key=self.key, request=self.request, time=datetime_key(now), results=results)
+        return IdempotentCommit(key=self.key, request=self.request, time=datetime_key(now), results=results)
 
 
 def _sha256(text: str) -> str:

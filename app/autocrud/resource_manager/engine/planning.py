@@ -27,13 +27,13 @@ from ...access import Forbidden
 from ...errors import (
     CrudError,
     DataTooLarge,
-    Fault,
     InvalidData,
     MetadataTooLarge,
     ResourceDeleted,
     ResourceNotFound,
     RevisionIsStable,
     VersionConflict,
+    Violation,
 )
 from ...query import Filter
 from ..basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Status, Version, Write
@@ -318,12 +318,12 @@ class Plan(Generic[T]):
         try:
             after = canonical_json(operation.apply(decode_json(before)))
         except RecursionError:
-            raise InvalidData("the patched data is nested too deeply", (Fault("", "nested too deeply"),)) from None
+            raise InvalidData("the patched data is nested too deeply", (Violation("", "nested too deeply"),)) from None
         most = operation.max_bytes
         if most is not None and len(after) > max(most, len(before)):
             raise DataTooLarge(f"the patched data has {len(after)} bytes; expected at most {most}")
         if (found := misshapen(after)) is not None and misshapen(before) is None:
-            raise InvalidData(f"the patched data {found}; {EXPECTED_SHAPE}", (Fault("", found),))
+            raise InvalidData(f"the patched data {found}; {EXPECTED_SHAPE}", (Violation("", found),))
         return self._codec.parse(after)
 
     async def _publish(self, state: State) -> State:

@@ -1,6 +1,6 @@
 """How a ResourceManager writes: plan, commit, and again where somebody was faster; under an Idempotency-Key at most once.
 
-- O1 *A key is part of the commit that it names* (see `Once`), so whoever comes with it again, on whatever machine and after whatever
+- O1 *A key is part of the commit that it names* (see `IdempotentCommit`), so whoever comes with it again, on whatever machine and after whatever
   failure, finds that commit or none.
 - O2 *What was done is not planned again*: the key is looked up first, because what was done may no longer be possible. What is looked up
   only spares work; the commit decides.
@@ -29,7 +29,7 @@ from ...errors import (
     WriteContention,
 )
 from ...query import Compare, Filter, Resolved
-from ..basic import Change, Done, DoneBefore, IStorage, ResourceMeta
+from ..basic import AlreadyCommitted, Change, CommitResult, IStorage, ResourceMeta
 from ..contract.store_errors import check_name, missing, storable_id
 from ..model.codec import Codec
 from ..model.verification import Verifier
@@ -79,14 +79,14 @@ class Writer(Generic[T]):
         self._in_flight.add(key.key)
         try:
             return await self._in_turn(operations, caller, key)
-        except DoneBefore as before:
+        except AlreadyCommitted as before:
             caller.key.replayed = True
             return await self._left(operations, caller, key, before.done)
         finally:
             self._in_flight.discard(key.key)
 
     async def _left(
-        self, operations: Sequence[Operation], caller: Caller, key: HashedKey, done: Done
+        self, operations: Sequence[Operation], caller: Caller, key: HashedKey, done: CommitResult
     ) -> Sequence[State | None]:
         """What a commit left that was done before. KeyReused, AnswerGone."""
         if done.request != key.request or len(done.results) != len(operations):
@@ -193,7 +193,7 @@ class Writer(Generic[T]):
     async def _refuse_again(self, key: HashedKey | None, *, peek: bool) -> None:
         """DoneBefore if the key was used, as far as one can see: the commit decides."""
         if key is not None and (done := await self._storage.done(key.key, peek=peek)) is not None:
-            raise DoneBefore(done)
+            raise AlreadyCommitted(done)
 
     async def _plan(
         self, operations: Sequence[Operation], caller: Caller, *, peek: bool

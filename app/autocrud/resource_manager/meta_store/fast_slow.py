@@ -51,15 +51,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged
 from ...query import Query
 from ..basic import (
+    AlreadyCommitted,
     Change,
-    Done,
-    DoneBefore,
+    CommitResult,
     Encoding,
     Findings,
     Hit,
+    IdempotentCommit,
     MetaStore,
     ModelSpec,
-    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -67,7 +67,7 @@ from ..basic import (
 )
 from ..contract.metadata_codec import encoder, meta_of
 from ..contract.store_errors import missing
-from ..runtime.threads import outlived
+from ..runtime.threads import shielded
 
 if TYPE_CHECKING:
     from ..backends.redis.lease import Grant, Leases
@@ -201,7 +201,7 @@ class FastSlowMetaStore(MetaStore):
         except CrudError:
             self._skip_until = time.monotonic() + SKIP_S
 
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         done = await self._slow.done(key, peek=peek)
         if done is not None:
             await self._settle_done(done)
@@ -212,9 +212,9 @@ class FastSlowMetaStore(MetaStore):
 
     # Writing
 
-    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         # Goes on where the one who asked does not: what was committed is settled.
-        return await outlived(asyncio.ensure_future(self._commit(list(changes), once)))
+        return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
 
     async def _acquainted(self) -> None:
         """Know the slow store, and with it the longest lease, before anything is read from the fast one or has to be waited for."""
@@ -224,7 +224,7 @@ class FastSlowMetaStore(MetaStore):
     def _sealed(self, meta: ResourceMeta) -> bytes:
         return (self._seal or b"") + _encode(meta)
 
-    async def _commit(self, changes: list[Change], once: Once | None) -> list[ResourceMeta]:
+    async def _commit(self, changes: list[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
         await self._acquainted()
         resource_ids = list(dict.fromkeys(change.meta.resource_id for change in changes))
         grant = None
@@ -235,7 +235,7 @@ class FastSlowMetaStore(MetaStore):
             committed = await self._slow.commit(changes, once)
         except OutcomeUnknown:
             raise  # it may still come: whoever read before it finds no token
-        except DoneBefore as before:
+        except AlreadyCommitted as before:
             await self._settle_done(before.done, resource_ids)
             raise
         except CrudError:
@@ -251,7 +251,7 @@ class FastSlowMetaStore(MetaStore):
             await self._settle(left, grant)
         return committed
 
-    async def _settle_done(self, done: Done, resource_ids: Sequence[str] = ()) -> None:
+    async def _settle_done(self, done: CommitResult, resource_ids: Sequence[str] = ()) -> None:
         """Settle what a key left (F9). Of a purge it does not tell which resource it was, so that is waited for."""
         left = [*resource_ids, *(meta.resource_id for meta in done.results if meta is not None)]
         await self._settle(dict.fromkeys(left, b""), None, wait=None in done.results)

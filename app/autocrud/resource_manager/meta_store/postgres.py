@@ -60,15 +60,15 @@ from ..backends.postgres.schema import (
 )
 from ..backends.query_sql import SqlBuilder
 from ..basic import (
+    AlreadyCommitted,
     Change,
-    Done,
-    DoneBefore,
+    CommitResult,
     Encoding,
     Findings,
     Hit,
+    IdempotentCommit,
     MetaStore,
     ModelSpec,
-    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -77,7 +77,7 @@ from ..basic import (
 )
 from ..contract.metadata_codec import encoder, hit_of, info_of, meta_of
 from ..contract.store_errors import check_expectation, missing, not_indexed, storable_id, taken
-from ..runtime.threads import outlived
+from ..runtime.threads import shielded
 from .fast_slow import Fence
 
 T = TypeVar("T")
@@ -189,9 +189,9 @@ class PostgresMetaStore(MetaStore):
             raise missing(resource_id)
         return meta_of(rows[0][0], resource_id)
 
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         rows = await self._rows("SELECT request, doc FROM <done> WHERE key = %s ORDER BY operation", (key,))
-        return Done(rows[0][0], [None if doc is None else meta_of(doc) for _, doc in rows]) if rows else None
+        return CommitResult(rows[0][0], [None if doc is None else meta_of(doc) for _, doc in rows]) if rows else None
 
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         rows = await self._rows(
@@ -260,11 +260,11 @@ class PostgresMetaStore(MetaStore):
 
     # Writing
 
-    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         # Goes on where the one who asked does not: a commit is never given up half way.
-        return await outlived(asyncio.ensure_future(self._commit(list(changes), once)))
+        return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
 
-    async def _commit(self, changes: list[Change], once: Once | None) -> list[ResourceMeta]:
+    async def _commit(self, changes: list[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
         if self._spec_id is None:
             await self._open()
         while True:
@@ -365,7 +365,7 @@ class PostgresMetaStore(MetaStore):
         if state == DONE or (unique and cause.diag.constraint_name == name_of(self._table, "done-pkey")):
             found_done = await self.done(call.once.key) if call.once is not None else None
             if found_done is not None:
-                raise DoneBefore(found_done) from None
+                raise AlreadyCommitted(found_done) from None
             raise VersionConflict("the key was used a moment ago; look again") from None
         if unique and cause.diag.constraint_name == name_of(self._table, "taken"):
             raise taken(detail.partition("=(")[2].partition(", ")[0]) from None

@@ -52,15 +52,15 @@ from ..backends.redis.mirror import Mirror, damaged
 from ..backends.redis.scripts import Script
 from ..backends.redis.transaction import TXID, Writer, decode_record, digest, token, version_of
 from ..basic import (
+    AlreadyCommitted,
     Change,
-    Done,
-    DoneBefore,
+    CommitResult,
     Encoding,
     Findings,
     Hit,
+    IdempotentCommit,
     MetaStore,
     ModelSpec,
-    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -166,7 +166,7 @@ class RedisMetaStore(MetaStore):
         items = [decode_record(record) for record in records[:limit]]
         return Page(items, items[-1].revision if len(records) > limit else None)
 
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         found = await self._run(scripts.DONE, key)
         return None if found is None else _done(found)
 
@@ -203,7 +203,7 @@ class RedisMetaStore(MetaStore):
 
     # Writing
 
-    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         if not changes and once is None:
             return []
         loop = asyncio.get_running_loop()
@@ -218,7 +218,7 @@ class RedisMetaStore(MetaStore):
             if code == b"ok":
                 return [change.meta for change in exact]
             if code == b"done":
-                raise DoneBefore(_done(told[0]))
+                raise AlreadyCommitted(_done(told[0]))
             if code == b"stale":
                 raise StaleGeneration("a body is older than the generations that may be committed")
             if code == b"conflict":
@@ -391,7 +391,7 @@ class RedisMetaStore(MetaStore):
         await self._client.close(self)
 
 
-def _done(told: Sequence[Any]) -> Done:
+def _done(told: Sequence[Any]) -> CommitResult:
     header, *left = told
     _, _, request = header.split(b" ", 2)
-    return Done(request.decode(), [None if document is None else meta_of(document) for document in left])
+    return CommitResult(request.decode(), [None if document is None else meta_of(document) for document in left])

@@ -20,13 +20,13 @@ from ..backends.sqlite.findings import keep_findings, read_findings
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     Change,
-    Done,
+    CommitResult,
     Encoding,
     Findings,
     Hit,
+    IdempotentCommit,
     MetaStore,
     ModelSpec,
-    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -55,10 +55,10 @@ class _TablesMetaStore(MetaStore):
         tables = self._tables
         return await self._db.read(lambda db: tables.get(db, resource_id), quick=True)
 
-    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         return await self._db.write(lambda db: self._tables.commit(db, changes, once=once))
 
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         return await self._db.read(lambda db: self._tables.done(db, key), quick=True)
 
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
@@ -137,7 +137,7 @@ class DiskMetaStore(_TablesMetaStore):
     def place(self) -> Hashable:
         return "disk", self._path.absolute()
 
-    def commit_stage(self, changes: Sequence[Change], once: Once | None = None) -> Stage:
+    def commit_stage(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> Stage:
         """`commit`, as the stage of a larger write."""
         return Stage(self._db, lambda db: self._tables.commit(db, changes, once=once))
 

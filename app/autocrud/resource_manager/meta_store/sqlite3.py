@@ -30,13 +30,13 @@ from ..backends.s3_sqlite.replica import Replica
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     Change,
-    Done,
+    CommitResult,
     Encoding,
     Findings,
     Hit,
+    IdempotentCommit,
     MetaStore,
     ModelSpec,
-    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -183,7 +183,7 @@ class S3SqliteMetaStore(MetaStore):
         await self._replica.open()
         return await self._replica.read(lambda db: self._tables.get(db, resource_id), quick=True)
 
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         await self._replica.open()
         if not peek:  # whatever the consistency of reads: what this does not find is done
             await self._replica.checked()
@@ -234,7 +234,7 @@ class S3SqliteMetaStore(MetaStore):
 
     # Writing
 
-    async def commit(self, changes: Sequence[Change], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         return await self._write(Work(changes=changes, once=once))
 
     async def _write(self, work: Work) -> list[ResourceMeta]:

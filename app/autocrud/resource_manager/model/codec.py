@@ -20,8 +20,8 @@ from typing import Any, Generic, NamedTuple, TypeVar, Union
 import msgspec
 from msgspec import UNSET
 
-from ...errors import ConfigError, Fault, InvalidData
-from ...values import Kind, kind_of
+from ...errors import ConfigError, InvalidData, Violation
+from ...values import FieldKind, kind_of
 from ..basic import Encoding, IndexedField, IndexEntry
 from ..contract.limits import MAX_FIELDS
 from .json_shape import strings
@@ -70,7 +70,7 @@ class Codec(Generic[T]):
         self._unknown = _UnknownFields(info)
         self._paths = [_Path(model, given) for given in map(_indexed_field, indexed_fields)]
         self._lists = [path for path in self._paths if path.kind.is_list]
-        self.fields: Mapping[str, Kind] = {path.name: path.kind for path in self._paths}
+        self.fields: Mapping[str, FieldKind] = {path.name: path.kind for path in self._paths}
         self.unique = tuple(path.name for path in self._paths if path.unique)
         self._omits_defaults = any(path.omits_defaults for path in self._paths)
         if len(self.fields) != len(self._paths):
@@ -90,11 +90,11 @@ class Codec(Generic[T]):
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _not_json(error, body) from None
         except RecursionError:
-            raise InvalidData("the body is nested too deeply", (Fault("", "nested too deeply"),)) from None
+            raise InvalidData("the body is nested too deeply", (Violation("", "nested too deeply"),)) from None
         except InvalidData:
             raise
         except (ValueError, OverflowError) as error:
-            raise InvalidData(f"the body cannot be used: {error}", (Fault("", str(error)),)) from None
+            raise InvalidData(f"the body cannot be used: {error}", (Violation("", str(error)),)) from None
         return Document(data, canonical)
 
     def accept(self, data: T | Document[T]) -> Document[T]:
@@ -104,7 +104,7 @@ class Codec(Generic[T]):
         try:
             canonical = canonical_json(data)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise InvalidData(f"the data cannot be encoded: {error}", (Fault("", str(error)),)) from None
+            raise InvalidData(f"the data cannot be encoded: {error}", (Violation("", str(error)),)) from None
         return self.parse(canonical)
 
     def encode(self, document: Document[T], encoding: Encoding) -> bytes:
@@ -115,7 +115,7 @@ class Codec(Generic[T]):
             return _msgpack(document.data)
         except OverflowError:
             detail = "integers outside 64 bits cannot be stored as MessagePack"
-            raise InvalidData(detail, (Fault("", detail),)) from None
+            raise InvalidData(detail, (Violation("", detail),)) from None
 
     def decode(self, body: bytes, encoding: str) -> T:
         """A stored body."""
@@ -155,7 +155,7 @@ class Codec(Generic[T]):
             except ValueError as error:
                 if path.read_loosely(before) != value:
                     raise InvalidData(
-                        f"{path.name}: {error}", (Fault("/" + path.name.replace(".", "/"), str(error)),)
+                        f"{path.name}: {error}", (Violation("/" + path.name.replace(".", "/"), str(error)),)
                     ) from None
                 keys[path.name] = None
                 missing.append(path.name)
@@ -241,7 +241,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         detail = f"the key {twice!r} stands twice in one object"
-        raise InvalidData(detail, (Fault("", detail),))
+        raise InvalidData(detail, (Violation("", detail),))
     return found
 
 
@@ -264,11 +264,11 @@ def parse_json(body: bytes) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _not_json(error, body) from None
     except RecursionError:
-        raise InvalidData("the body is nested too deeply", (Fault("", "nested too deeply"),)) from None
+        raise InvalidData("the body is nested too deeply", (Violation("", "nested too deeply"),)) from None
     except InvalidData:
         raise
     except ValueError as error:
-        raise InvalidData(f"the body cannot be used: {error}", (Fault("", str(error)),)) from None
+        raise InvalidData(f"the body cannot be used: {error}", (Violation("", str(error)),)) from None
 
 
 def _not_json(error: Exception, body: bytes) -> InvalidData:
@@ -278,13 +278,13 @@ def _not_json(error: Exception, body: bytes) -> InvalidData:
         with contextlib.suppress(ValueError, RecursionError):
             json.loads(body.decode())  # which takes it
             said = "it has an unpaired surrogate (one of \\ud800 to \\udfff by itself), which is no character"
-    return InvalidData(f"the body is not JSON: {said}", (Fault("", said),))
+    return InvalidData(f"the body is not JSON: {said}", (Violation("", said),))
 
 
 def invalid_data(error: msgspec.ValidationError) -> InvalidData:
     """msgspec says "Expected `str`, got `int` - at `$.tags[0]`"; clients want a JSON Pointer."""
     detail, _, place = str(error).partition(" - at `")
-    return InvalidData(f"the data does not fit: {error}", (Fault(_pointer(place.rstrip("`")), detail),))
+    return InvalidData(f"the data does not fit: {error}", (Violation(_pointer(place.rstrip("`")), detail),))
 
 
 def _pointer(place: str) -> str:
@@ -331,10 +331,10 @@ class _UnknownFields:
         strings = [value for value in tree.values() if type(value) is str]
         return tree.keys() <= fields.keys() and 2 * (len(tree) + len(strings)) == body.count(b'"')
 
-    def faults(self, tree: Any) -> Iterator[Fault]:
+    def faults(self, tree: Any) -> Iterator[Violation]:
         return self._walk(self._root, tree, "")
 
-    def _walk(self, node: msgspec.inspect.Type, value: Any, pointer: str) -> Iterator[Fault]:
+    def _walk(self, node: msgspec.inspect.Type, value: Any, pointer: str) -> Iterator[Violation]:
         i = msgspec.inspect
         if isinstance(value, dict):
             match node:
@@ -343,7 +343,7 @@ class _UnknownFields:
                     for key, inner in value.items():
                         at = f"{pointer}/{escaped(key)}"
                         if key not in fields:
-                            yield Fault(at, f"unknown field; expected one of {', '.join(fields)}")
+                            yield Violation(at, f"unknown field; expected one of {', '.join(fields)}")
                         elif isinstance(inner, dict | list):
                             yield from self._walk(fields[key], inner, at)
                 case i.DictType(value_type=inner_type):
@@ -364,19 +364,21 @@ class _UnknownFields:
                     items = tuple(field.type for field in node.fields)
                     extra = 1 if isinstance(node, i.StructType) and node.tag_field is not None else 0
                     if len(value) > len(items) + extra:
-                        yield Fault(pointer, f"expected at most {len(items) + extra} elements, got {len(value)}")
+                        yield Violation(pointer, f"expected at most {len(items) + extra} elements, got {len(value)}")
                     yield from self._walk_items(items, value[extra:], pointer)
                 case i.UnionType(types=members):
                     for member in members:
                         if not isinstance(member, i.NoneType):
                             yield from self._walk(member, value, pointer)
 
-    def _walk_items(self, types_: Sequence[msgspec.inspect.Type], values: list[Any], pointer: str) -> Iterator[Fault]:
+    def _walk_items(
+        self, types_: Sequence[msgspec.inspect.Type], values: list[Any], pointer: str
+    ) -> Iterator[Violation]:
         for at, (type_, inner) in enumerate(zip(types_, values, strict=False)):
             if isinstance(inner, dict | list):
                 yield from self._walk(type_, inner, f"{pointer}/{at}")
 
-    def _walk_union(self, members: Sequence[Any], value: dict[str, Any], pointer: str) -> Iterator[Fault]:
+    def _walk_union(self, members: Sequence[Any], value: dict[str, Any], pointer: str) -> Iterator[Violation]:
         """msgspec allows either one member that is an object or Structs that a tag tells apart."""
         for member in members:
             tag_field = getattr(member, "tag_field", None)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 from ...errors import ConfigError, StoreUnavailable
 from ..runtime.disk_space import cache_may_grow, register
 from ..runtime.files import lock_within
-from ..runtime.threads import outlived
+from ..runtime.threads import shielded
 from .disk_index import (
     HEADER,
     TEMPORARY,
@@ -284,7 +284,7 @@ class DiskCache(Cache):
             self._closed = thread.submit(self._shut)
             thread.shutdown(wait=False)
             closed = asyncio.wrap_future(self._closed)
-        await outlived(closed)
+        await shielded(closed)
 
     # The thread
 
@@ -330,7 +330,7 @@ class DiskCache(Cache):
                 self._leave_behind()
 
         try:
-            await outlived(asyncio.wrap_future(self._ask(attempt)))
+            await shielded(asyncio.wrap_future(self._ask(attempt)))
         except OSError as error:
             log.error("%s: %s", self.cache_dir, error)
             raise StoreUnavailable(

@@ -17,7 +17,7 @@ from ...errors import ConfigError
 from ...secret import Secret
 from ..backends.s3.object_store import CACHED, ObjectStore
 from ..basic import Encoding, RevisionInfo
-from ..runtime.threads import outlived
+from ..runtime.threads import shielded
 from .cache import Cache, Entry, MemoryCache
 from .s3 import S3ResourceStore
 
@@ -161,7 +161,7 @@ class CachedS3ResourceStore(S3ResourceStore):
             task = asyncio.create_task(self._delete(uids))
             self._deletions.add(task)
             task.add_done_callback(self._deletions.discard)
-            await outlived(task)  # nobody sweeps caches, so it goes on where the one who asked does not
+            await shielded(task)  # nobody sweeps caches, so it goes on where the one who asked does not
 
     async def _delete(self, uids: Sequence[str]) -> None:
         try:

@@ -24,7 +24,7 @@ from ...errors import ConfigError, StoreDamaged, StoreUnavailable
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase
 from ..backends.sqlite.tables import ResourceTables
-from ..basic import Change, Done, Encoding, ModelSpec, Once, ResourceStore, RevisionInfo, Write
+from ..basic import Change, CommitResult, Encoding, IdempotentCommit, ModelSpec, ResourceStore, RevisionInfo, Write
 from ..runtime.files import make_directory
 
 SCAN_PAGE = 500
@@ -144,7 +144,7 @@ class DiskResourceStore(ResourceStore):
             self._owned = None
 
     async def put_records(
-        self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None], once: Once | None = None
+        self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None], once: IdempotentCommit | None = None
     ) -> None:
         changes = [write.change for write in writes]
         bodies = [
@@ -157,7 +157,7 @@ class DiskResourceStore(ResourceStore):
 
         await self._db.write(work, after=lambda: then(changes))
 
-    async def done(self, key: str) -> Done | None:
+    async def done(self, key: str) -> CommitResult | None:
         return await self._db.read(lambda db: self._records.done(db, key))
 
     async def records(self) -> AsyncIterator[Change]:

@@ -166,7 +166,7 @@ async def heavy(size: int, work: Callable[[], T], *texts: bytes, more: int = 0) 
     return work() if size < HEAVY_BYTES else await LANE.run(size, work)
 
 
-async def outlived(future: asyncio.Future[T]) -> T:
+async def shielded(future: asyncio.Future[T]) -> T:
     """Wait for something that goes on if this waiter is cancelled; its failure is then no news to anybody."""
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return await asyncio.shield(future)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...query import Query
-from ..basic import MAX_READ, Hit, Once, Page, ResourceMeta, Write
+from ..basic import MAX_READ, Hit, IdempotentCommit, Page, ResourceMeta, Write
 from ..meta_store.simple import DiskMetaStore
 from ..resource_store.simple import DiskResourceStore
 from ..runtime.threads import in_thread
@@ -39,7 +39,7 @@ class DiskPair:
         await self._meta.opened()
         await self._resource.opened()
 
-    async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         """Put the bodies, and commit the changes once they are durable (M1), both by one committer."""
         changes = [write.change for write in writes]
         bodies = [

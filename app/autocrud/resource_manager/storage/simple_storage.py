@@ -34,16 +34,16 @@ from ...query import Query
 from ...values import Key
 from ..backends.sqlite.committer import GaveUp
 from ..basic import (
+    AlreadyCommitted,
     Change,
-    Done,
-    DoneBefore,
+    CommitResult,
     Encoding,
     Hit,
+    IdempotentCommit,
     IndexOf,
     IStorage,
     MetaStore,
     ModelSpec,
-    Once,
     Page,
     ResourceMeta,
     ResourceStore,
@@ -53,7 +53,7 @@ from ..basic import (
 from ..contract.store_errors import taken
 from ..meta_store.simple import DiskMetaStore
 from ..resource_store.simple import DiskResourceStore
-from ..runtime.threads import outlived
+from ..runtime.threads import shielded
 from .disk_pair import DiskPair
 from .reindexing import Reindexing
 
@@ -118,7 +118,7 @@ class SimpleStorage(IStorage):
         if mine:
             # A task of its own: whoever asked first may be cancelled, while others wait for the same.
             self._opener = asyncio.get_running_loop().create_task(self._open_and_tell(index, opening))
-        await outlived(asyncio.wrap_future(opening))
+        await shielded(asyncio.wrap_future(opening))
 
     async def _open_and_tell(self, index: IndexOf, opening: concurrent.futures.Future[None]) -> None:
         try:
@@ -213,7 +213,7 @@ class SimpleStorage(IStorage):
 
     # Writing
 
-    async def done(self, key: str, *, peek: bool = False) -> Done | None:
+    async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         if self._follows:
             return await self.resource_store.done(key)
         done = await self.meta_store.done(key, peek=peek)
@@ -221,7 +221,7 @@ class SimpleStorage(IStorage):
             await self.resource_store.committed()
         return done
 
-    async def commit(self, writes: Sequence[Write], once: Once | None = None) -> list[ResourceMeta]:
+    async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         for _ in range(MAX_RENEWALS):
             try:
                 committed = await self._commit(writes, once)
@@ -269,7 +269,7 @@ class SimpleStorage(IStorage):
             renewed.append(Write(changed, body))
         return renewed
 
-    async def _commit(self, writes: Sequence[Write], once: Once | None) -> list[ResourceMeta]:
+    async def _commit(self, writes: Sequence[Write], once: IdempotentCommit | None) -> list[ResourceMeta]:
         if self._follows:
             # Reservations must outlive the commit, so it goes on where the one who asked does not.
             return await asyncio.shield(asyncio.create_task(self._commit_records(writes, once)))
@@ -288,12 +288,12 @@ class SimpleStorage(IStorage):
         if not self._indexed_there:
             return await self.meta_store.commit(changes, once)
         # Goes on where the one who asked does not: what was committed is told.
-        return await outlived(asyncio.ensure_future(self._commit_and_tell(changes, once)))
+        return await shielded(asyncio.ensure_future(self._commit_and_tell(changes, once)))
 
-    async def _commit_and_tell(self, changes: Sequence[Change], once: Once | None) -> list[ResourceMeta]:
+    async def _commit_and_tell(self, changes: Sequence[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
         try:
             committed = await self.meta_store.commit(changes, once)
-        except (DoneBefore, OutcomeUnknown):  # whoever committed may have ended before it could tell
+        except (AlreadyCommitted, OutcomeUnknown):  # whoever committed may have ended before it could tell
             await self.resource_store.committed()
             raise
         await self.resource_store.committed()
@@ -305,7 +305,7 @@ class SimpleStorage(IStorage):
         else:
             await self.meta_store.confirm(resource_ids)
 
-    async def _commit_records(self, writes: Sequence[Write], once: Once | None) -> list[ResourceMeta]:
+    async def _commit_records(self, writes: Sequence[Write], once: IdempotentCommit | None) -> list[ResourceMeta]:
         changes = [write.change for write in writes]
         async with self._unique_values(changes):
             await self.resource_store.put_records(writes, self.meta_store.follow, once)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ...basic import Change, IndexEntry, Once, Reindex, Version
+from ...basic import Change, IdempotentCommit, IndexEntry, Reindex, Version
 from ...contract.store_errors import generation_of
 
 
@@ -17,7 +17,7 @@ class Call:
     def __init__(
         self,
         changes: Sequence[Change],
-        once: Once | None,
+        once: IdempotentCommit | None,
         spec: int,
         encode: Callable[[Any], bytes],
         entries: Sequence[Reindex] = (),
@@ -62,7 +62,7 @@ class Call:
         state = {"id": entry.resource_id, "version": entry.expect.version, "nonce": entry.expect.nonce}
         return state | self._index(entry.entry) | ({"share": True} if self._share else {})
 
-    def _once(self, once: Once) -> dict[str, Any]:
+    def _once(self, once: IdempotentCommit) -> dict[str, Any]:
         """With the documents that its results are; of what is purged after it, nothing."""
         purged = {change.meta.resource_id: at for at, change in enumerate(self.changes) if change.purge}
         results: list[dict[str, Any]] = []

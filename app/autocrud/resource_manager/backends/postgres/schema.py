@@ -30,7 +30,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 
-from ....values import Kind
+from ....values import FieldKind
 from ..query_sql import quoted
 from .query import PostgresDialect
 
@@ -59,7 +59,7 @@ def held(value: str) -> str:
 class Schema:
     """The names and statements of one table."""
 
-    def __init__(self, table: str, fields: Mapping[str, Kind]) -> None:
+    def __init__(self, table: str, fields: Mapping[str, FieldKind]) -> None:
         self.table, self.fields = table, fields
         self.names = {"main": quoted(name_of(table))} | {part: quoted(name_of(table, part)) for part in PARTS}
         self.lock = int.from_bytes(hashlib.sha256(f"crudstack:{table}".encode()).digest()[:8], "big", signed=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ....errors import ConfigError
 from ....secret import Secret, amqp_url
-from ...runtime.threads import outlived
+from ...runtime.threads import shielded
 from .connection import THREAD, Address, Link, checked
 from .consumer import LEASE_S
 from .invalidation import EVERYTHING, NOTHING, REFRESH, Words
@@ -113,5 +113,5 @@ class Bus:
             return None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                return await outlived(asyncio.wrap_future(answer))
+                return await shielded(asyncio.wrap_future(answer))
         return None

@@ -34,7 +34,7 @@ import msgspec
 from ....errors import StoreDamaged, StoreUnavailable
 from ...basic import Change, Encoding, ModelSpec
 from ...contract.metadata_codec import meta_of
-from ...runtime.threads import in_thread, outlived
+from ...runtime.threads import in_thread, shielded
 from ..sqlite import sql
 from ..sqlite.database import MemoryDatabase
 from ..sqlite.replay import entry_of
@@ -167,7 +167,7 @@ class Mirror:
         if mine:
             # A task of its own: whoever asked first may be cancelled, while others wait for the same.
             self._builder = asyncio.get_running_loop().create_task(self._build_and_tell(start, building))
-        await outlived(asyncio.wrap_future(building))
+        await shielded(asyncio.wrap_future(building))
 
     async def _build_and_tell(self, start: Position, building: concurrent.futures.Future[None]) -> None:
         copy: Copy | None = None
@@ -218,7 +218,7 @@ class _Turns:
                 return await self._ask()
         if self._next is None or self._next.done():  # done: cancelled before it began
             self._next = asyncio.create_task(self._run())
-        return await outlived(self._next)
+        return await shielded(self._next)
 
     async def _run(self) -> Copy:
         async with self._one:

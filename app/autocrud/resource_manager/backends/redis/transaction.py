@@ -9,7 +9,17 @@ from typing import Any
 import msgspec
 
 from ....values import Key
-from ...basic import KEEP_KEYS_US, Change, Encoding, IndexEntry, ModelSpec, Once, Reindex, RevisionInfo, Version
+from ...basic import (
+    KEEP_KEYS_US,
+    Change,
+    Encoding,
+    IdempotentCommit,
+    IndexEntry,
+    ModelSpec,
+    Reindex,
+    RevisionInfo,
+    Version,
+)
 from ...contract.metadata_codec import encoder, info_of
 from ...contract.store_errors import generation_of, storable_id
 from ..log_records import Indexed, indexed
@@ -70,7 +80,7 @@ class Writer:
             arguments += [len(change.drop), *change.drop]
         return arguments
 
-    def once(self, once: Once | None, changes: Sequence[Change]) -> list[Any]:
+    def once(self, once: IdempotentCommit | None, changes: Sequence[Change]) -> list[Any]:
         """The arguments of COMMIT about a key. Of what was before a purge nothing is kept."""
         if once is None:
             return ["0"]

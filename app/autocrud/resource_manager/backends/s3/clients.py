@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("crudstack.s3")
 
-Kind = Literal["swap", "small", "large", "file"]
+RequestKind = Literal["swap", "small", "large", "file"]
 """Conditional PUTs; reads and what sends few bytes; bodies of some megabytes; files."""
-WAITS_S: dict[Kind, tuple[float, ...]] = {
+WAITS_S: dict[RequestKind, tuple[float, ...]] = {
     "swap": (4, 6, 10),
     "small": (3, 5, 8),
     "large": (4, 6, 15),
@@ -59,7 +59,7 @@ REFUSED = {
 """S3's codes for a signature with an old clock or old credentials."""
 
 
-def kind_of(size: int) -> Kind:
+def kind_of(size: int) -> RequestKind:
     """Return the kind of a PUT with so many bytes."""
     return "small" if size <= LARGE else "large" if size <= FILE else "file"
 
@@ -79,9 +79,9 @@ class Pools:
 
     def __init__(self, make: Callable[[ClientConfig, RetryConfig], S3Store]) -> None:
         self._make = make
-        self._clients: dict[tuple[Kind, int], S3Store] = {}
+        self._clients: dict[tuple[RequestKind, int], S3Store] = {}
 
-    def client(self, kind: Kind, attempt: int) -> S3Store:
+    def client(self, kind: RequestKind, attempt: int) -> S3Store:
         found = self._clients.get((kind, attempt))
         if found is None:
             client: ClientConfig = {
@@ -129,7 +129,7 @@ class Clients:
             self._slow_swaps = min(self._slow_swaps + 1, len(WAITS_S["swap"]) - 1)
             self._retire(pools)
 
-    async def may_repeat(self, kind: Kind, pools: Pools, attempts: Attempts, error: BaseException) -> bool:
+    async def may_repeat(self, kind: RequestKind, pools: Pools, attempts: Attempts, error: BaseException) -> bool:
         """Return whether a request that does no harm if it is done twice is to be repeated, and count the attempt."""
         waited_s = WAITS_S[kind][attempts.count]
         attempts.count += 1

@@ -34,7 +34,7 @@ class Call(NamedTuple):
     size: int = 0
 
 
-class Fault(NamedTuple):
+class InjectedFault(NamedTuple):
     """`answer` is what the client hears: "unknown" (a time-out, 5xx, 403, ...) or "lost" (409, 412). `applied`: whether the request takes
     effect all the same; `late`: so many seconds afterwards."""
 
@@ -43,9 +43,9 @@ class Fault(NamedTuple):
     late: float | None = None
 
 
-REFUSED = Fault()
-LOST_ANSWER = Fault(applied=True)
-FALSE_CONFLICT = Fault("lost")
+REFUSED = InjectedFault()
+LOST_ANSWER = InjectedFault(applied=True)
+FALSE_CONFLICT = InjectedFault("lost")
 
 
 class MemoryObjectStore(ObjectStore):
@@ -53,13 +53,13 @@ class MemoryObjectStore(ObjectStore):
         self.objects: dict[str, Object] = {}
         self.requests: Counter[str] = Counter()
         self.bytes_put = 0
-        self.fault: Callable[[Call], Fault | None] = lambda _: None
+        self.fault: Callable[[Call], InjectedFault | None] = lambda _: None
         self.latency: Callable[[Call], float] = lambda _: 0.0
         self.check_then_act: Callable[[], float] | None = None
         self._lock = threading.Lock()
         self._late: set[asyncio.Task[None]] = set()
 
-    async def _serve(self, call: Call, work: Callable[[Fault | None], T]) -> T:
+    async def _serve(self, call: Call, work: Callable[[InjectedFault | None], T]) -> T:
         """Half of the latency passes before the request takes effect, half before its answer is there: answers may be out of date."""
         self.requests[call.op] += 1
         self.bytes_put += call.size
@@ -76,19 +76,19 @@ class MemoryObjectStore(ObjectStore):
         return await self._serve(Call("get", key), lambda fault: self._found(fault, key))
 
     async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
-        def work(fault: Fault | None) -> Object | Unchanged | None:
+        def work(fault: InjectedFault | None) -> Object | Unchanged | None:
             found = self._found(fault, key)
             return UNCHANGED if found is not None and found.etag == etag else found
 
         return await self._serve(Call("get_if", key), work)
 
-    def _found(self, fault: Fault | None, key: str) -> Object | None:
+    def _found(self, fault: InjectedFault | None, key: str) -> Object | None:
         if fault is not None:
             raise _down()
         return self.objects.get(key)
 
     async def put(self, key: str, body: bytes) -> None:
-        def work(fault: Fault | None) -> None:
+        def work(fault: InjectedFault | None) -> None:
             if fault is None or fault.applied:
                 self._store(key, body)
             if fault is not None:
@@ -109,7 +109,7 @@ class MemoryObjectStore(ObjectStore):
             return Stored(self._store(key, body))
 
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
-        def work(fault: Fault | None) -> Outcome:
+        def work(fault: InjectedFault | None) -> Outcome:
             if fault is None:
                 return self._swap(key, body, etag)
             if fault.late is not None:
@@ -124,7 +124,7 @@ class MemoryObjectStore(ObjectStore):
         return await self._serve(Call("put_if", key, len(body)), work)
 
     async def _put_late(self, call: Call, body: bytes, etag: str | None, seconds: float) -> Outcome:
-        def compare(fault: Fault | None) -> Outcome | None:
+        def compare(fault: InjectedFault | None) -> Outcome | None:
             if fault is not None:
                 return Lost() if fault.answer == "lost" else Unknown("injected")
             found = self.objects.get(call.key)
@@ -141,7 +141,7 @@ class MemoryObjectStore(ObjectStore):
         self._swap(key, body, etag)
 
     async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
-        def work(fault: Fault | None) -> Sequence[Listed]:
+        def work(fault: InjectedFault | None) -> Sequence[Listed]:
             if fault is not None:
                 raise _down()
             now = datetime.now(UTC)
@@ -152,7 +152,7 @@ class MemoryObjectStore(ObjectStore):
             yield listed
 
     async def delete(self, keys: Sequence[str]) -> None:
-        def work(fault: Fault | None) -> None:
+        def work(fault: InjectedFault | None) -> None:
             if fault is not None:
                 raise _down()
             for key in keys:

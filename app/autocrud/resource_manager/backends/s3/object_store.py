@@ -28,7 +28,7 @@ from ....secret import Secret, hidden, http_url, plain
 from ...runtime.disk_space import full, is_full
 from ...runtime.drivers import driver
 from . import credentials as s3_credentials
-from .clients import FILE, Attempts, Clients, Kind, kind_of
+from .clients import FILE, Attempts, Clients, RequestKind, kind_of
 from .errors import brief, said
 from .obstore_exit import tracked, wait_at_exit
 
@@ -211,7 +211,7 @@ class S3ObjectStore(ObjectStore):
                 return None
             raise _unavailable("GET", key, error) from error
 
-    async def _repeated(self, kind: Kind, request: Callable[[S3Store], Awaitable[T]]) -> T:
+    async def _repeated(self, kind: RequestKind, request: Callable[[S3Store], Awaitable[T]]) -> T:
         """Make a request that does no harm if it is done twice. Repeats it on new connections if it had no answer."""
         attempts = Attempts()
         while True:

@@ -34,7 +34,7 @@ from ....errors import (
     WriteContention,
 )
 from ...basic import ResourceMeta
-from ...runtime.threads import outlived
+from ...runtime.threads import shielded
 from ..s3.object_store import UNCHANGED, Object, Stored
 from .head import Head, Record, Segment, encode_segment, microseconds, segment_key
 from .local_copy import WINDOW, Trial, Work
@@ -92,7 +92,7 @@ class Committer:
         self._queue.append(transaction)
         if self._running is None:
             self._running = self._loop.create_task(self._run())
-        return await outlived(transaction.future)
+        return await shielded(transaction.future)
 
     async def idle(self) -> None:
         """Wait until nothing is on its way."""

@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 import apsw
 
 from ....errors import HistoryForked
-from ...runtime.threads import outlived
+from ...runtime.threads import shielded
 from ..s3.object_store import ObjectStore
 from .fork import Known, KnownHeads, contradicts, same_history, shrunk, txids_of
 from .fork_report import LOGGED, RECORDED, Fork, Lost, find_lost, fork_files, ids_alone, log_fork, record_fork
@@ -80,7 +80,7 @@ class ForkDetector:
         if not self._error:
             # Before anything is awaited: no read and no write from here on.
             self._error = LOGGED if self._directory is None else RECORDED
-            await outlived(asyncio.ensure_future(self._report(found, compared)))
+            await shielded(asyncio.ensure_future(self._report(found, compared)))
         raise HistoryForked(self._error)
 
     async def _report(self, found: Head, compared: Compared) -> None:

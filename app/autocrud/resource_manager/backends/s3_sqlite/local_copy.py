@@ -30,7 +30,7 @@ import apsw
 from msgspec.structs import replace
 
 from ....errors import CrudError, StoreUnavailable
-from ...basic import Change, Once, Reindex, ResourceMeta
+from ...basic import Change, IdempotentCommit, Reindex, ResourceMeta
 from ...contract.store_errors import not_indexed, not_kept, shared
 from ...runtime.files import lock_within
 from ..log_records import Op, Remembered, indexed, op_of
@@ -96,7 +96,7 @@ class Work(NamedTuple):
 
     changes: Sequence[Change] = ()
     entries: Sequence[Reindex] = ()
-    once: Once | None = None
+    once: IdempotentCommit | None = None
     share: bool = False  # entries may share values of unique fields
 
 
@@ -275,7 +275,9 @@ class LocalCopy:
         ops = decode_ops(record.ops)
         for op in ops:
             if op.kind == "once" and op.once is not None:
-                once = Once(key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results)
+                once = IdempotentCommit(
+                    key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results
+                )
                 purged = {one.resource_id: at for at, one in enumerate(ops) if one.kind == "purge"}
                 self.tables.remember(connection, once, [one.meta for one in ops], purged)
             else:

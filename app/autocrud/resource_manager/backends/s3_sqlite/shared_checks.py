@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from ...runtime.threads import outlived
+from ...runtime.threads import shielded
 
 
 class SharedChecks:
@@ -19,7 +19,7 @@ class SharedChecks:
     async def next(self) -> None:
         if self._next is None or self._next.done():  # done: cancelled before it began
             self._next = asyncio.create_task(self._run(self._running))
-        await outlived(self._next)
+        await shielded(self._next)
 
     async def _run(self, previous: asyncio.Task[None] | None) -> None:
         if previous is not None:

@@ -32,14 +32,14 @@ from ....query import Query
 from ....values import Key, datetime_key
 from ...basic import (
     KEEP_KEYS_US,
+    AlreadyCommitted,
     Change,
-    Done,
-    DoneBefore,
+    CommitResult,
     Encoding,
     Hit,
+    IdempotentCommit,
     IndexEntry,
     ModelSpec,
-    Once,
     Page,
     Reindex,
     ResourceMeta,
@@ -280,11 +280,11 @@ class ResourceTables:
     def _outdated(self) -> str:
         return f"(spec IS NULL OR spec NOT IN ({self._covering}))"
 
-    def done(self, connection: apsw.Connection, key: str) -> Done | None:
+    def done(self, connection: apsw.Connection, key: str) -> CommitResult | None:
         rows = connection.execute("SELECT request, doc FROM done WHERE key = ? ORDER BY operation", (key,)).fetchall()
         if not rows:
             return None
-        return Done(cast("str", rows[0][0]), [None if doc is None else meta_of(doc) for _, doc in rows])
+        return CommitResult(cast("str", rows[0][0]), [None if doc is None else meta_of(doc) for _, doc in rows])
 
     def generation(self, connection: apsw.Connection) -> int:
         return int(connection.execute("SELECT generation FROM state").get)
@@ -306,11 +306,11 @@ class ResourceTables:
         connection: apsw.Connection,
         changes: Sequence[Change],
         unique: Collection[str] | None = None,
-        once: Once | None = None,
+        once: IdempotentCommit | None = None,
     ) -> list[ResourceMeta]:
         """`unique`: the fields to be kept unique, if not those of this database. ConfigError where this program does not index them."""
         if once is not None and (done := self.done(connection, once.key)) is not None:
-            raise DoneBefore(done)
+            raise AlreadyCommitted(done)
         if unique is None:
             unique = self.uniques(connection)
         for name in unique:
@@ -326,7 +326,11 @@ class ResourceTables:
         return committed
 
     def remember(
-        self, connection: apsw.Connection, once: Once, left: Sequence[ResourceMeta | None], purged: Mapping[str, int]
+        self,
+        connection: apsw.Connection,
+        once: IdempotentCommit,
+        left: Sequence[ResourceMeta | None],
+        purged: Mapping[str, int],
     ) -> None:
         """Note that a key was used. `left`: the metadata after each change of its commit. `purged`: ids, and the numbers of the changes that
         purged them; of what was before these nothing is kept."""
