@@ -31,6 +31,7 @@ CA_FILE = "rds-ca.pem"
 """AWS's bundle of certificates: with it the app verifies the database's certificate, without it the app cannot."""
 NOT_DEPLOYED = frozenset(
     {
+        "autocrud/testing",
         "cli.py",
         "dev/__init__.py",
         "dev/aws_account.py",

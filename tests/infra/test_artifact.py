@@ -192,6 +192,7 @@ def test_nothing_is_in_it_that_lambda_does_not_need(contents):
         }
         & contents.keys()
     )
+    assert not [name for name in contents if name.startswith("app/autocrud/testing/")]
     assert not [name for name in contents if name.endswith((".pyi", ".c", ".h"))]
     assert {name.split(".")[-2] for name in contents if name.endswith(".pyc")} == {"cpython-313"}
 
@@ -363,7 +364,16 @@ def test_an_unknown_platform_is_refused(app, tmp_path):
 
 
 def test_files_of_the_app_that_are_private_stay_here(cache, small_app, tmp_path):
-    for name in (".env", "prod.env", "cli.py", "local_s3.py", "py.typed", ".git/config", "page.html", "more/cli.py"):
+    for name in (
+        ".env",
+        "prod.env",
+        "cli.py",
+        "dev/local_s3.py",
+        "py.typed",
+        ".git/config",
+        "page.html",
+        "more/cli.py",
+    ):
         (small_app / name).parent.mkdir(exist_ok=True)
         (small_app / name).write_text("")
     (small_app / ".#edited.py").symlink_to("somebody@somewhere")

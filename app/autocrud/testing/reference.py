@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from msgspec import UNSET
 
-from app.autocrud.query import And, Compare, Filter, Not, Or, Query, Sort
+from ..query import And, Compare, Filter, Not, Or, Query, Sort
 
 MISSING = UNSET
 
@@ -30,7 +31,7 @@ def plain(value: Any) -> Any:
     return tuple(plain(part) for part in value) if isinstance(value, tuple) else value
 
 
-COMPARE = {
+COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
     "lt": lambda a, b: a < b,
@@ -58,16 +59,16 @@ def truth(where: Filter, meta: Any, data: Any) -> bool | None:
     assert isinstance(where, Compare)
     found, op, value = value_of(meta, data, where.field), where.op, plain(where.value)
     if op == "exists":
-        return (found is not MISSING) == value
+        return (found is not MISSING) is bool(value)
     if op == "is_null":
-        return (found in (None, MISSING)) == value
+        return (found in (None, MISSING)) is bool(value)
     if op in ("in", "not_in") and not value:
         return op == "not_in"
     if found is None or found is MISSING:
         return None
     if op in ("in", "not_in"):
         return (found in value) == (op == "in")
-    return COMPARE[op](found, value)
+    return bool(COMPARE[op](found, value))
 
 
 def answer(query: Query, rows: list[tuple[Any, Any]]) -> list[str]:
@@ -78,7 +79,8 @@ def answer(query: Query, rows: list[tuple[Any, Any]]) -> list[str]:
         if (query.include_deleted or not meta.is_deleted)
         and (query.where is None or truth(query.where, meta, data) is True)
     ]
-    return [meta.resource_id for meta, _ in sorted(found, key=functools.cmp_to_key(lambda a, b: order(query, a, b)))]
+    found.sort(key=functools.cmp_to_key(functools.partial(order, query)))
+    return [meta.resource_id for meta, _ in found]
 
 
 def order(query: Query, left: tuple[Any, Any], right: tuple[Any, Any]) -> int:

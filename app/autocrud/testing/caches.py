@@ -7,11 +7,12 @@ import os
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from app.autocrud.resource_manager.resource_store.cache import Cache, Entry
+from ..resource_manager.resource_store.cache import Cache, Entry
 
 MB = 1024**2
 
@@ -36,19 +37,19 @@ class CacheConformance:
         return CacheClock()
 
     @pytest.fixture
-    async def cache(self, tmp_path: Path, clock: CacheClock):
+    async def cache(self, tmp_path: Path, clock: CacheClock) -> AsyncIterator[Cache]:
         cache = self.make(tmp_path / "cache", clock)
         yield cache
         await cache.close()
 
-    async def test_put_and_get(self, cache):
+    async def test_put_and_get(self, cache: Cache) -> None:
         await cache.put("a", b"1", 60)
         assert await cache.get("a") == b"1"
         assert await cache.get("b") is None
         assert (cache.hits, cache.misses) == (1, 1)
 
     @pytest.mark.parametrize("body", [b"", b"\0", bytes(range(256)) * 3, b"\x80" * 40_000, os.urandom(5 * MB)], ids=len)
-    async def test_any_body(self, cache, body):
+    async def test_any_body(self, cache: Cache, body: bytes) -> None:
         await cache.put("a", body, 60)
         assert await cache.get("a") == body
 
@@ -59,7 +60,7 @@ class CacheConformance:
             *("x" * 100_000, "😀", "\ud800", "a" * 28 + ".val", "cache.db", "'; DROP TABLE Cache; --"),
         ],
     )
-    async def test_any_key(self, cache, key, tmp_path):
+    async def test_any_key(self, cache: Cache, key: str, tmp_path: Path) -> None:
         await cache.put(key, b"here", 60)
         await cache.put("x" + key, b"there", 60)
         assert await cache.get(key) == b"here"
@@ -67,19 +68,19 @@ class CacheConformance:
         assert (await cache.get(key), await cache.get("x" + key)) == (None, b"there")
         assert {path.name for path in tmp_path.iterdir()} <= {"cache"}  # keys are no paths
 
-    async def test_keys_that_look_alike_differ(self, cache):
+    async def test_keys_that_look_alike_differ(self, cache: Cache) -> None:
         keys = ["a", "A", "ä", "a\u0308", "a ", "a\0"]
         await cache.put_many({key: Entry(key.encode(), 60) for key in keys})
         assert {key: entry.body for key, entry in (await cache.get_many(keys)).items()} == {
             key: key.encode() for key in keys
         }
 
-    async def test_a_later_body_takes_the_place_of_an_earlier_one(self, cache):
+    async def test_a_later_body_takes_the_place_of_an_earlier_one(self, cache: Cache) -> None:
         for body in (b"1", b"2" * 50_000, b"3" * 60_000, b"4"):
             await cache.put("a", body, 60)
             assert await cache.get("a") == body
 
-    async def test_many_at_once_say_what_is_there(self, cache):
+    async def test_many_at_once_say_what_is_there(self, cache: Cache) -> None:
         await cache.put_many({"a": Entry(b"1", 60), "b": Entry(b"2", 60)})
         found = await cache.get_many(["b", "c", "a"])
         assert {key: entry.body for key, entry in found.items()} == {"a": b"1", "b": b"2"}
@@ -89,7 +90,7 @@ class CacheConformance:
         await cache.delete([])
         assert (cache.hits, cache.misses) == (2, 1)
 
-    async def test_an_entry_ends_when_its_time_is_over(self, cache, clock):
+    async def test_an_entry_ends_when_its_time_is_over(self, cache: Cache, clock: CacheClock) -> None:
         await cache.put_many({"short": Entry(b"1", 60), "long": Entry(b"2", 600)})
         clock.ahead += 59
         found = await cache.get_many(["short", "long"])
@@ -99,7 +100,7 @@ class CacheConformance:
         await cache.put("short", b"again", 60)
         assert await cache.get("short") == b"again"
 
-    async def test_putting_again_renews_the_time(self, cache, clock):
+    async def test_putting_again_renews_the_time(self, cache: Cache, clock: CacheClock) -> None:
         await cache.put("a", b"1", 60)
         clock.ahead += 50
         await cache.put("a", b"1", 60)
@@ -107,12 +108,12 @@ class CacheConformance:
         assert await cache.get("a") == b"1"
 
     @pytest.mark.parametrize("ttl_s", [0, -1])
-    async def test_what_has_no_time_is_not_kept(self, cache, ttl_s):
+    async def test_what_has_no_time_is_not_kept(self, cache: Cache, ttl_s: float) -> None:
         await cache.put("a", b"1", 60)
         await cache.put("a", b"2", ttl_s)
         assert await cache.get("a") is None
 
-    async def test_delete_and_clear(self, cache):
+    async def test_delete_and_clear(self, cache: Cache) -> None:
         await cache.put_many({key: Entry(key.encode() * 40_000, 60) for key in "abcd"})
         await cache.delete(["a", "b", "nothing"])
         assert set(await cache.get_many(list("abcd"))) == {"c", "d"}
@@ -121,7 +122,7 @@ class CacheConformance:
         await cache.put("a", b"1", 60)
         assert await cache.get("a") == b"1"
 
-    async def test_after_close_it_may_be_used_again(self, cache):
+    async def test_after_close_it_may_be_used_again(self, cache: Cache) -> None:
         await cache.put("a", b"1", 60)
         await cache.close()
         await cache.close()
@@ -129,19 +130,20 @@ class CacheConformance:
         await cache.put("a", b"2", 60)
         assert await cache.get("a") == b"2"
 
-    async def test_many_tasks(self, cache):
-        async def use(number):
+    async def test_many_tasks(self, cache: Cache) -> None:
+        async def use(number: int) -> bytes | None:
             await cache.put(f"{number % 10}", b"%d" % (number % 10), 60)
             return await cache.get(f"{number % 10}")
 
         assert await asyncio.gather(*map(use, range(200))) == [b"%d" % (number % 10) for number in range(200)]
         assert (cache.hits, cache.misses) == (200, 0)
 
-    async def test_many_event_loops(self, cache):
+    async def test_many_event_loops(self, cache: Cache) -> None:
         """Loops that come and go, closing it too, never see what was not put."""
-        wrong, barrier = [], threading.Barrier(4)
+        wrong: list[bytes | BaseException | None] = []
+        barrier = threading.Barrier(4)
 
-        async def use(thread):
+        async def use(thread: int) -> None:
             for round_ in range(40):
                 key = f"{round_ % 7}"
                 await cache.put(key, key.encode() * 1000, 60)
@@ -152,7 +154,7 @@ class CacheConformance:
                 if round_ % 20 == thread:
                     await cache.close()
 
-        def run(thread):
+        def run(thread: int) -> None:
             barrier.wait()
             try:
                 for _ in range(2):
@@ -164,6 +166,7 @@ class CacheConformance:
         threads = [threading.Thread(target=run, args=(thread,)) for thread in range(4)]
         for thread in threads:
             thread.start()
-        await asyncio.to_thread(lambda: [thread.join() for thread in threads])
+        for thread in threads:
+            await asyncio.to_thread(thread.join)
         assert wrong == []
         assert cache.hits + cache.misses == 4 * 2 * 40

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from app.autocrud.query import META_FIELDS, And, Compare, Filter, Not, Or, Query, Sort, ops_of
-from app.autocrud.resource_manager.model.codec import Codec
-
+from ..query import META_FIELDS, And, Compare, Filter, Not, Or, Query, Sort, ops_of
+from ..resource_manager.model.codec import Codec
 from .model import INDEXED, Color, Inner, Item, Level
 
 FIELDS = Codec(Item, INDEXED).fields
@@ -95,7 +95,7 @@ VALUES = {
     "list of int": integers,
 }
 
-SAMPLES = {
+SAMPLES: dict[str, list[Any]] = {
     "text": TEXTS,
     "number": [None, *INTEGERS],
     "real": [None, *REALS],

@@ -1,0 +1,51 @@
+"""The conformance suite: tests of everything that a storage or a cache promises, to run on your own.
+
+    from ..testing import SharedConformance
+
+    class TestMyStorage(SharedConformance):
+        def make(self, root: Path) -> IStorageFactory:
+            return MyStorageFactory(root)
+
+Choose the class by what the storage promises:
+
+StorageConformance   nothing survives the process
+DurableConformance   data survives the process
+OwnedConformance     durable; one process at a time uses the storage
+SharedConformance    durable; several processes use the storage at once
+
+`root` is a directory of the test's own; two factories made for one root must find the same data. A Cache has a suite
+of its own:
+
+    class TestMyCache(CacheConformance):
+        def make(self, root: Path, clock: CacheClock) -> Cache:
+            return MyCache(root, clock=clock)
+
+Needs the extra `testing`, and `asyncio_mode = "auto"` in the configuration of pytest. The modules:
+
+base                                            fixtures
+revisions, queries, batches, idempotency, races, hostile, sweeping, limits
+                                                what every storage promises
+reindexing, new_fields                          what durable storages promise
+suite, shared                                   the classes above
+caches                                          what a cache promises
+model, strategies, reference                    the model of the tests, data for it, and the meaning of queries
+"""
+
+from pathlib import Path
+
+import pytest
+
+pytest.register_assert_rewrite(*(f"{__name__}.{module.stem}" for module in Path(__file__).parent.glob("[!_]*.py")))
+
+from .caches import CacheClock, CacheConformance  # noqa: E402 - asserts are rewritten in modules imported from here on
+from .shared import SharedConformance  # noqa: E402
+from .suite import DurableConformance, OwnedConformance, StorageConformance  # noqa: E402
+
+__all__ = [
+    "CacheClock",
+    "CacheConformance",
+    "DurableConformance",
+    "OwnedConformance",
+    "SharedConformance",
+    "StorageConformance",
+]

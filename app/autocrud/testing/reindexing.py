@@ -1,0 +1,218 @@
+"""Indexes are completed and healed, and damaged bodies are named."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from .. import IndexedField, Query, field
+from ..errors import (
+    StoreDamaged,
+    StoreUnavailable,
+    UniqueConflict,
+)
+from .base import Conformance
+from .model import INDEXED, Failing, FailingCall, Item, Stricter, drop_entries, manage, storage_of
+
+
+class ReindexingConformance(Conformance):
+    """Indexes are completed and healed, and damaged bodies are named."""
+
+    keeps_index: ClassVar[bool] = True
+    """False: the index is made of the bodies at each start, so a lost body leaves nothing to be found by."""
+
+    async def test_a_body_that_cannot_be_read_now_removes_nothing(self, root: Path) -> None:
+        """R1: whichever read fails while a field is indexed later, opening fails, and the next try finds everything."""
+        plain = manage(self.make(root), indexed=["text", "code"])
+        for number in range(6):
+            await plain.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        await plain.close()
+        for failing in range(6):
+            manager = manage(self.make(root), indexed=INDEXED)
+            bodies = Failing(storage_of(manager).resource_store, at=failing, error=StoreUnavailable("503 of the test"))
+            if failing < 5:
+                with pytest.raises(StoreUnavailable):
+                    await manager.open()
+                bodies.heal()
+                await manager.close()
+                before = manage(self.make(root), indexed=["text", "code"])
+                assert await before.count(Query(where=field("text").eq("x"))) == 6
+                await before.close()
+            else:
+                bodies.heal()
+                await manager.open()
+                assert await manager.count(Query(where=field("text").eq("x"))) == 6
+                assert await manager.count(Query(where=field("number").gte(0))) == 6
+                for number in range(6):
+                    with pytest.raises(UniqueConflict):
+                        await manager.create(Item(code=f"c{number}"))
+                assert await manager.storage.impairments() == []
+                await manager.close()
+
+    async def test_a_body_that_is_lost_keeps_its_resource_in_the_index(self, root: Path) -> None:
+        """R2 and R3: it keeps what it was found by, holds its unique value, and is named; the model opens."""
+        plain = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
+        for number in range(3):
+            await plain.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        lost = (await plain.get("r1")).meta.uid
+        await storage_of(plain).resource_store.delete([lost])
+        await plain.close()
+        manager = manage(self.make(root), indexed=INDEXED)
+        await manager.open()
+        assert await manager.count() == 3
+        assert await manager.count(Query(where=field("number").gte(0))) == 2
+        assert await manager.count(Query(where=field("text").eq("x"))) == (3 if self.keeps_index else 2)
+        if self.keeps_index:
+            with pytest.raises(UniqueConflict):
+                await manager.create(Item(code="c1"))
+        (told,) = await manager.storage.impairments()
+        assert told.startswith("1 resources have lost their data")
+        assert told.endswith(": r1")
+        await manager.close()
+
+    async def test_a_body_that_is_lost_is_damage_that_is_named_until_it_is_purged(self, root: Path) -> None:
+        """Others are read as before, and the resource can be written anew."""
+        manager = manage(self.make(root), indexed=INDEXED)
+        for number in range(3):
+            await manager.create(Item(text=f"{number}"), resource_id=f"r{number}")
+        await storage_of(manager).resource_store.delete([(await manager.get("r1")).meta.uid])
+        with pytest.raises(StoreDamaged, match="'r1'"):
+            await manager.get("r1")
+        with pytest.raises(StoreDamaged, match="'r1'"):
+            await manager.patch("r1", lambda tree: tree)
+        assert [found.meta.resource_id for found in (await manager.search()).items] == ["r0", "r2"]
+        assert (await manager.get("r2")).data.text == "2"
+        (told,) = await manager.impairments()
+        assert told.endswith(": r1")
+        await manager.update("r1", Item(text="anew"))
+        assert (await manager.get("r1")).data.text == "anew"
+        with pytest.raises(StoreDamaged, match="'r1'"):
+            await manager.get("r1", revision=1)
+        await manager.purge("r1")
+        assert await manager.impairments() == []
+        await manager.close()
+
+    async def test_what_an_earlier_program_dropped_from_the_index_comes_back_once(self, root: Path) -> None:
+        """R4. It left empty entries that counted as made, and gave a unique value of one out again."""
+        manager = manage(self.make(root), indexed=INDEXED)
+        for number in range(5):
+            await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        await manager.create(Item(text="y", code="gone"), resource_id="lost")
+        await manager.delete("r0")
+        if not await drop_entries(manager):
+            await manager.close()
+            return  # its index is made of the bodies at each start
+        await storage_of(manager).resource_store.delete([(await manager.get("lost")).meta.uid])
+        await manager.create(Item(text="second", code="c1"), resource_id="second")
+        assert await manager.count(Query(where=field("text").eq("x"))) == 0
+        await manager.close()
+
+        for _ in range(2):  # a restart does not forget
+            manager = manage(self.make(root), indexed=INDEXED)
+            await manager.open()
+            assert await manager.count(Query(where=field("text").eq("x"))) == 4
+            assert await manager.count(Query(where=field("number").gte(0), include_deleted=True)) == 5
+            assert await manager.count(Query(where=field("code").eq("c1"))) == 2
+            lost, shared = await manager.storage.impairments()
+            assert lost.startswith("1 resources have lost their data")
+            assert lost.endswith(": lost")
+            assert shared.startswith("1 resources have a value of a unique field that another one has too")
+            assert "r1" not in shared  # ids of such resources are for the log alone
+            with pytest.raises(UniqueConflict):
+                await manager.create(Item(code="c2"))
+            with pytest.raises(UniqueConflict):
+                await manager.create(Item(code="c1"))
+            for resource_id in ("r1", "second"):
+                with pytest.raises(UniqueConflict):
+                    await manager.update(resource_id, Item(text="x", code="c1"))
+            await manager.close()
+
+        manager = manage(self.make(root), indexed=INDEXED)
+        await manager.update("second", Item(text="second", code="c9"))
+        with pytest.raises(UniqueConflict):  # the one that came back has it still
+            await manager.create(Item(code="c1"))
+        await manager.update("r1", Item(text="x", code="c1"))
+        await manager.purge("lost")
+        await manager.storage.maintain(10)
+        assert await manager.storage.impairments() == []
+        await manager.update("r1", Item(text="x", code="c8"))
+        await manager.create(Item(code="c1"))
+        await manager.close()
+        manager = manage(self.make(root), indexed=INDEXED)
+        await manager.open()
+        assert await manager.storage.impairments() == []
+        await manager.close()
+
+    @pytest.mark.parametrize("done", [False, True], ids=["not-done", "done"])
+    async def test_whichever_request_fails_nothing_disappears(self, root: Path, done: bool) -> None:
+        """R1 and R4: a start that heals and indexes a field more is cut off at each of its requests; the last one ends well."""
+        manager = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
+        for number in range(3):
+            await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        if await drop_entries(manager, ["r1"]):
+            await manager.create(Item(text="second", code="c1", number=9), resource_id="second")
+        await manager.close()
+        for at in itertools.count():
+            manager = manage(self.make(root), indexed=INDEXED)
+            calls = FailingCall(storage_of(manager), at=at, done=done, error=StoreUnavailable("503 of the test"))
+            with contextlib.suppress(StoreUnavailable):
+                await manager.open()
+            failed = calls.failed
+            calls.heal()
+            await manager.close()
+            if not failed:
+                break
+        assert at > 3, "no request was made to fail"
+        manager = manage(self.make(root), indexed=INDEXED)
+        for number in range(3):
+            assert await manager.count(Query(where=field("text").eq("x") & field("number").eq(number))) == 1
+            with pytest.raises(UniqueConflict):
+                await manager.create(Item(code=f"c{number}"))
+        await manager.close()
+
+    async def test_healing_beside_a_field_that_is_indexed_later(self, root: Path) -> None:
+        """R4: the entries are outdated as well, so they are made before those that are empty are looked for."""
+        manager = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
+        for number in range(3):
+            await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
+        if not await drop_entries(manager):
+            await manager.close()
+            return
+        await manager.create(Item(text="second", code="c1", number=9), resource_id="second")
+        await manager.close()
+        manager = manage(self.make(root), indexed=INDEXED)
+        await manager.open()
+        assert await manager.count(Query(where=field("text").eq("x"))) == 3
+        assert await manager.count(Query(where=field("number").gte(0))) == 4
+        (told,) = await manager.storage.impairments()
+        assert "another one has too" in told
+        with pytest.raises(UniqueConflict):
+            await manager.create(Item(code="c1"))
+        await manager.close()
+
+    async def test_an_entry_of_lists_alone_comes_back(self, root: Path) -> None:
+        manager = manage(self.make(root), indexed=["tags"])
+        await manager.create(Item(tags=["a"]))
+        await manager.create(Item())
+        if await drop_entries(manager):
+            await manager.close()
+            manager = manage(self.make(root), indexed=["tags"])
+        assert await manager.count(Query(where=field("tags").contains("a"))) == 1
+        await manager.close()
+
+    async def test_data_that_do_not_fit_the_model_are_indexed_as_far_as_they_do(self, root: Path) -> None:
+        """R2: a field that can be read is indexed, one that cannot keeps the value of the old entry."""
+        plain = manage(self.make(root), indexed=["text"])
+        await plain.create(Item(text="x", number=7, code="c"), resource_id="r")
+        await plain.close()
+        manager = manage(self.make(root), model=Stricter, indexed=["text", "number"])
+        await manager.open()
+        assert await manager.count(Query(where=field("text").eq("x"))) == 1
+        assert await manager.count(Query(where=field("number").eq(7))) == 1
+        (told,) = await manager.storage.impairments()
+        assert told.startswith("1 resources have data that do not fit the model")
+        await manager.close()
