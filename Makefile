@@ -16,7 +16,7 @@ IS_USABLE := $(shell test "$$(cat $(VENV)/.venv 2>/dev/null)" = "$$(cd $(VENV) 2
   2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-infra deploy run s3-rescue test pulumi s3-servers lint fuzz mutants bench package docs lock clean FORCE
+.PHONY: help setup setup-infra deploy run s3-rescue test test-fast pulumi s3-servers lint fuzz mutants bench package docs lock clean FORCE
 
 help: ## what can be done here
 	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -43,6 +43,9 @@ s3-rescue: $(VENV)/.local ## write what the S3 of `make run` lost to FILE=lost.j
 
 test: $(VENV)/.dev .local/checkov/.done ## the whole suite
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.dev ## the tests of single functions and of the layout, in seconds
+	@$(BIN)/python -m pytest -m "not slow" tests/unit $(ARGS)
 
 pulumi: $(VENV)/.venv ## the pulumi commands that the tests run, built once into the user's cache (needs Go)
 	@$(BIN)/python -m tests.engine.install

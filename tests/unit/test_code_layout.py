@@ -1,0 +1,45 @@
+"""The structure of the code: imports, lengths of modules and of lines."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENGINE = ROOT / "app/autocrud/resource_manager"
+MOST_PAIRS = 45
+
+
+def imported(path: Path) -> Iterator[tuple[str, ...]]:
+    """Yield the modules and names that a module imports, as parts of dotted names."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module or "").split(".")) if node.module else base
+            yield from ((*module, name.name) for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (tuple(name.name.split(".")) for name in node.names)
+
+
+def test_packages_of_the_engine_import_few_others():
+    """At most 45 ordered pairs (A imports B) of what is directly below resource_manager; import-linter forbids cycles."""
+    below = ENGINE.relative_to(ROOT).parts
+    pairs = set()
+    for path in ENGINE.rglob("*.py"):
+        own = path.relative_to(ENGINE).with_suffix("").parts[0]
+        for name in imported(path):
+            if name[: len(below)] == below and len(name) > len(below) and name[len(below)] != own != "__init__":
+                pairs.add((own, name[len(below)]))
+    assert len(pairs) > 20
+    assert len(pairs) <= MOST_PAIRS, sorted(pairs)
+
+
+@pytest.mark.slow
+def test_imports_point_down():
+    done = subprocess.run(["lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
