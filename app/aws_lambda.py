@@ -1,10 +1,11 @@
-"""The app on AWS Lambda: events in, answers out.
+"""The app on AWS Lambda.
 
-    HTTP requests (payload format 2.0 of an HTTP API or a function URL)  Mangum and the app
-    scheduled events, or {"crudstack": "maintain"}                       housekeeping, for as long as there is time
+    HTTP requests (payload format 2.0 of an HTTP API or a function URL)  Mangum and the app answer
+    scheduled events, or {"crudstack": "maintain"}                       maintenance runs for the remaining time
 
-Between invocations the machine may be frozen for hours and thawed, or never again. So nothing is left to run then: housekeeping has an event
-of its own. Event loop, connections and local copies stay, and are good or are made again.
+Lambda freezes the machine between invocations, for hours or for ever. So no work is left running after a response, and
+maintenance has events of its own. The event loop, connections and local copies stay in memory; each is checked before
+its next use, and replaced if it is no longer valid.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ log = logging.getLogger("crudstack.lambda")
 
 TEXT_TYPES = ["text/", "application/json", "application/problem+json", "application/json-patch+json"]
 MAX_ANSWER = 6 * 1024 * 1024 - 64 * 1024
-"""Bytes of a body in the answer, as Lambda takes it: 6 MB, less what headers may need."""
+"""Bytes of a body in a response of Lambda: 6 MB, less the room for headers."""
 LARGE = MAX_ANSWER // 2
 WITHOUT_CONTENT = frozenset({204, 205, 304})
 MEMORY_OF_CPU, DEFAULT_MEMORY = 1769, 512
-"""MB of memory with which a function has one whole CPU, and those of a function that does not say how many it has."""
+"""MB of memory with which a function has one whole CPU, and the assumed memory if the environment does not say it."""
 MARGIN_S = 0.5
-"""How long before Lambda ends the function a request is answered at the latest."""
+"""Seconds between the last moment for a response and the end of the invocation."""
 DEFAULT_STAGE = "$default"
-"""The stage of an HTTP API that is no part of its paths."""
+"""The stage of an HTTP API that its paths do not contain."""
 _STAGE = re.compile(r"[A-Za-z0-9_-]+")
-"""Names of all other stages."""
+"""The names of all other stages."""
 LITERAL = "!$&'()*+,;=:@/-._~%"
-"""What may stand in a path as it is."""
+"""Characters of a path that need no percent-encoding."""
 
 
 class _Http(Struct, rename="camel"):
@@ -63,7 +64,7 @@ class _RequestContext(Struct, rename="camel"):
 
 
 class _HttpEvent(Struct, rename="camel"):
-    """What must be there for Mangum."""
+    """The fields of an event that Mangum requires."""
 
     version: Literal["2.0"]
     raw_path: str
@@ -75,7 +76,7 @@ class _HttpEvent(Struct, rename="camel"):
     is_base64_encoded: bool = False
 
     def check_text(self) -> None:
-        """ValueError for what is no text, or no base64. JSON can hold half a character."""
+        """Raise ValueError if a text has unpaired surrogates, which JSON can hold, or if the body is not base64."""
         context, http = self.request_context, self.request_context.http
         texts = [self.raw_path, self.raw_query_string, self.body or "", http.method, http.path, http.source_ip]
         texts += [context.stage, context.domain_name]
@@ -86,35 +87,38 @@ class _HttpEvent(Struct, rename="camel"):
 
 
 class LambdaHandler:
-    """ConfigError for settings under which the app cannot run there."""
+    """The handler of the Lambda function. Raises ConfigError if the app cannot run on Lambda with these settings."""
 
     def __init__(self, settings: Settings) -> None:
         if settings.outputs.auth is None:
             raise ConfigError(
-                'auth is not set: say who is let in, for example {"mode": "token", ...}; {"mode": "none"} lets everybody in'
+                'auth is not set: expected the authentication, for example {"mode": "token", ...};'
+                ' {"mode": "none"} gives every caller access'
             )
         app = create_app(settings, idle_work=False, fits=fits, own_origin=_origin)
         self._crud = app.state.crud
         if lost := [name for name, manager in self._crud.managers.items() if not manager.storage.remote]:
             raise ConfigError(
-                f"the storage of {', '.join(lost)} is in this function's memory or on its disk and would end with it: on Lambda use s3-sqlite, or another storage that lies elsewhere"
+                f"the storage of {', '.join(lost)} is in the memory or on the disk of this function and would be lost"
+                " with it: on Lambda use s3-sqlite, or another remote storage"
             )
-        # Set first, because it is what Mangum runs everything on; it lives as long as the process.
+        # Mangum runs the app on the current event loop, so it is set first. It lives as long as the process.
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
-        logging.getLogger("mangum.http").setLevel(logging.WARNING)  # it would log paths
+        logging.getLogger("mangum.http").setLevel(logging.WARNING)  # its lines contain paths
         service = os.environ.get("AWS_LAMBDA_FUNCTION_NAME", "crudstack")
         logged = RequestLog(_InTime(app), service=service)
         self._mangum = Mangum(_AsAsked(logged), lifespan="off", text_mime_types=TEXT_TYPES)
 
     def __call__(self, event: Any, context: Any) -> dict[str, Any]:
+        """Answer an HTTP request, or run maintenance. Raises ValueError for any other event."""
         if _is_scheduled(event):
             return self._maintain(context)
         _check(event)
         return _encoded(self._mangum(event | {"headers": _sound(event.get("headers", {}))}, context))
 
     async def _maintained(self, budget: float, seconds: float) -> bool:
-        """Do housekeeping. Return False if it was cut off after so many seconds."""
+        """Run maintenance with a budget of seconds. Return False if it was cancelled after `seconds`."""
         try:
             async with asyncio.timeout(seconds) as limit:
                 await self._crud.maintain(budget)
@@ -134,7 +138,7 @@ class LambdaHandler:
             "budget_s": round(budget, 1),
         }
         try:
-            # The budget ends between two steps. A step that takes longer is cut off: housekeeping goes on after it was killed, too.
+            # The budget is checked between two steps. A longer step is cancelled, which is safe at any point.
             if not self._loop.run_until_complete(self._maintained(budget, _left(context) - MARGIN_S)):
                 line |= {"level": "WARNING", "message": "maintain was cut off; the next event goes on"}
         except BaseException:
@@ -147,7 +151,7 @@ class LambdaHandler:
 
 
 def _cpus() -> float:
-    """Return the share of a CPU that Lambda gives a function of this size."""
+    """Return the number of CPUs, usually a fraction of one, that Lambda gives a function with this memory."""
     return int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", DEFAULT_MEMORY)) / MEMORY_OF_CPU
 
 
@@ -158,25 +162,25 @@ def _is_scheduled(event: Any) -> bool:
 
 
 def _check(event: Any) -> None:
-    """ValueError for an event that is no HTTP request."""
+    """Raise ValueError if an event is not an HTTP request."""
     if isinstance(event, dict) and "requestContext" in event:
         try:
             msgspec.convert(event, _HttpEvent).check_text()
         except ValueError as error:
-            reason = f"it is no HTTP request of payload format 2.0: {error}"
+            reason = f"it is not an HTTP request of payload format 2.0: {error}"
         else:
             return
     else:
         keys = ", ".join(sorted(map(str, event))[:10]) if isinstance(event, dict) else type(event).__name__
         reason = f"found {keys or 'an empty one'}"
     raise ValueError(
-        f"this event cannot be handled: {reason}; expected a request of an HTTP API or a function URL (payload format 2.0), a scheduled event, "
-        'or {"crudstack": "maintain"}'
+        f"this event cannot be handled: {reason}; expected a request of an HTTP API or a function URL (payload format"
+        ' 2.0), a scheduled event, or {"crudstack": "maintain"}'
     )
 
 
 def _sound(headers: dict[str, str]) -> dict[str, str]:
-    """The headers without those of the gateway that it did not write: Mangum makes addresses and ports of them, whatever they say."""
+    """Return the headers without malformed ones of the gateway, which Mangum would parse as addresses and ports."""
     return {
         name: value
         for name, value in headers.items()
@@ -192,23 +196,25 @@ _GATEWAY_HEADERS = {
 
 
 def _left(context: Any) -> float:
-    """Seconds until Lambda ends this invocation."""
+    """Return the seconds until Lambda ends this invocation."""
     return float(context.get_remaining_time_in_millis()) / 1e3
 
 
 def _origin(scope: Scope) -> str:
-    """Return the origin under which the gateway was asked. It speaks TLS only."""
+    """Return the origin of the gateway in this request. Gateways support TLS only."""
     return f"https://{scope['aws.event']['requestContext'].get('domainName', '')}"
 
 
 class _AsAsked:
-    """An application that gets the path as the client asked for it, from the event's `rawPath` and from nothing else.
+    """ASGI middleware that sets the path of a request from the event's `rawPath`.
 
-    A function URL hands the path on as it was sent, an HTTP API decodes all of it but `%25`. Decoding once more gives the same
-    `path` for both; characters that no path can hold are escaped again for `raw_path`, from which links are made.
+    A function URL passes the path as the client sent it; an HTTP API decodes everything but `%25`. Decoding once more
+    gives the same `path` for both. Characters that a path cannot contain are encoded again in `raw_path`, which links
+    use.
 
-    Under the name that AWS gives to an HTTP API, the path begins with the stage unless that is `$default`. The stage becomes
-    the `root_path`. Under a name of one's own the stage is no part of the path; see `base_path` for what may be.
+    Under the host name that AWS gives to an HTTP API, the path begins with the stage, unless the stage is `$default`.
+    The stage becomes the `root_path`. Under a custom domain name the path does not contain the stage; see `base_path`
+    for the prefixes of such names.
     """
 
     def __init__(self, app: Any) -> None:
@@ -227,12 +233,12 @@ class _AsAsked:
 
 
 class _InTime:
-    """An application that answers before Lambda ends the function: a 503 that says what is known, instead of nothing.
+    """ASGI middleware that answers 503 before Lambda ends the invocation without a response.
 
-    The timer is for what waits. Python that runs cannot be interrupted, so each request has a deadline too, against which such
-    work is checked before it begins (see `deadline`).
+    A timer ends requests that wait. Running Python cannot be interrupted, so each request also has a deadline, which is
+    checked before such work begins (see `deadline`).
 
-    What was begun goes on when the machine is used again, or never; so a write's outcome is unknown then.
+    After a time-out the work continues in the next invocation, or never. So the outcome of a write is unknown then.
     """
 
     def __init__(self, app: Any) -> None:
@@ -247,7 +253,7 @@ class _InTime:
             await send(message)
 
         seconds = _left(scope["aws.context"]) - MARGIN_S
-        DEADLINE.set(Deadline(seconds, self._cpus))  # for the rest of this task, which is this request's own
+        DEADLINE.set(Deadline(seconds, self._cpus))  # for the rest of this task, which serves this request only
         try:
             async with asyncio.timeout(seconds):
                 await self._app(scope, receive, sent)
@@ -255,25 +261,25 @@ class _InTime:
             if started:
                 raise
             if scope["method"] in ("GET", "HEAD"):
-                response = problems.response(StoreUnavailable("there was no answer in time; try again"))
+                response = problems.response(StoreUnavailable("the storage did not answer in time; try again"))
             else:
                 response = problems.response(
                     OutcomeUnknown(
-                        "the time was over before the outcome was known; ask again with the same Idempotency-Key, or look first"
+                        "the time of the function ended before the outcome was known; send the request again with the"
+                        " same Idempotency-Key, or read the resource first"
                     )
                 )
             await response.send(send, head=scope["method"] == "HEAD")
 
 
 def fits(body: bytes) -> bool:
-    """Whether Lambda can send this body: as text, in which JSON's own characters take two bytes, or as base64."""
+    """Return whether Lambda can send this body, as base64 or as text, in which JSON escapes take two bytes."""
     return len(body) < LARGE or min(_as_text(body), _as_base64(body)) <= MAX_ANSWER
 
 
 def _as_text(body: bytes) -> int:
-    separators = body.count(b"\xe2\x80\xa8") + body.count(
-        b"\xe2\x80\xa9"
-    )  # the runtime's encoder writes them as \u2028
+    # The runtime's encoder writes the line separators as \\u2028 and \\u2029.
+    separators = body.count(b"\xe2\x80\xa8") + body.count(b"\xe2\x80\xa9")
     return len(body) + body.count(b'"') + body.count(b"\\") + body.count(b"\n") + 3 * separators
 
 
@@ -282,9 +288,10 @@ def _as_base64(body: bytes) -> int:
 
 
 def _encoded(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer with a large body in the smaller of its two forms, and without a content type if there can be no content.
+    """Return the response with a large body in the smaller of its two encodings.
 
-    Mangum calls each answer that has no content type JSON.
+    Removes the content type of a response that has no content: Mangum adds `application/json` to each response that
+    has none.
     """
     if answer["statusCode"] in WITHOUT_CONTENT and not answer.get("body"):
         answer.get("headers", {}).pop("content-type", None)

@@ -1,4 +1,4 @@
-"""The command line. A wrong or missing setting is one sentence on stderr and exit code 2."""
+"""The command line `crudstack`. A wrong or missing setting is one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from cyclopts.validators import Number
 from fastapi import FastAPI
 from msgspec.structs import replace
 
-from . import iam_auth as sign_in
+from . import iam_auth
 from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreDamaged, StoreUnavailable
 from .autocrud.resource_manager.backends.s3.errors import said
-from .dev import local_s3 as buckets
-from .dev import pulumi_cli as stacks
+from .dev import local_s3 as s3_server
+from .dev import pulumi_cli
 from .dev.aws_account import check_profile, stack_profile, use_profile
 from .main import create_app
 from .s3_tools.lost_copies import lost_copies, remedy
-from .server import serve as server
+from .server import serve as http_server
 from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
 from .wiring import needs_s3, region_of
 
@@ -61,61 +61,62 @@ def serve(
 ) -> None:
     """Serve the API until Ctrl-C.
 
-    Settings come from CRUDSTACK_STORAGE, CRUDSTACK_DATA_DIR, CRUDSTACK_BUCKET and the like, or from CRUDSTACK_OUTPUTS (JSON, or the path
-    of a file).
+    Settings come from CRUDSTACK_STORAGE, CRUDSTACK_DATA_DIR, CRUDSTACK_BUCKET and the like, or from CRUDSTACK_OUTPUTS
+    (JSON, or the path of a file).
 
     Parameters
     ----------
     host
-        The address to listen on. For one that others reach, CRUDSTACK_AUTH must say who is let in.
+        The address to listen on. If other machines can reach it, CRUDSTACK_AUTH must be set.
     port
-        The port to listen on; 0 takes a free one.
+        The port to listen on; 0 selects a free one.
     storage
         A storage kind, or a pair as JSON, instead of CRUDSTACK_STORAGE.
     stack
-        Serve the data of this Pulumi stack, as its outputs say, with your own credentials.
+        Serve the data of this Pulumi stack with your own credentials.
     local_s3
-        Run an S3 of its own (ministack) with its data in CRUDSTACK_DATA_DIR, unless an endpoint is set.
+        Run an S3 server (ministack) with its data in CRUDSTACK_DATA_DIR, unless an endpoint is set.
     make_bucket
-        Make the bucket if it is not there.
+        Create the bucket if it does not exist.
     access_log
-        Write a line of JSON for every request.
+        Write one JSON line to stdout for each request.
     """
     settings = load(_environment(storage, stack))
     if settings.outputs.auth is None and not _is_loopback(host):
         raise ConfigError(
-            f"whoever reaches {host} could read and write: say in CRUDSTACK_AUTH who is let in (`crudstack token new` makes a token), or"
-            " CRUDSTACK_AUTH=none for everybody"
+            f"every client that reaches {host} could read and write: set CRUDSTACK_AUTH (`crudstack token new` creates"
+            " a token), or CRUDSTACK_AUTH=none to give every client access"
         )
     with contextlib.ExitStack() as running:
         if needs_s3(settings):
             if local_s3 and settings.local.s3_endpoint_url is None:
                 settings = replace(settings, local=_start_s3(settings.local, running))
             if make_bucket and settings.outputs.bucket is not None:
-                buckets.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, region_of(settings))
+                s3_server.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, region_of(settings))
         app = create_app(settings, loopback=_is_loopback(host))
         _serve(app, host, port, access_log=access_log)
 
 
 @cli.command
 def outputs(*, stack: str | None = None) -> None:
-    """Print what a Pulumi stack provides, as JSON for CRUDSTACK_OUTPUTS: names, endpoints and ARNs, never a secret.
+    """Print the outputs of a Pulumi stack as JSON for CRUDSTACK_OUTPUTS: names, endpoints and ARNs, no secrets.
 
     Parameters
     ----------
     stack
-        Its name; the selected one if none is given.
+        The name of the stack; by default the selected one.
     """
-    found = stacks.outputs(stack)
-    check_profile(stack_profile(stacks.config(stack)))
+    found = pulumi_cli.outputs(stack)
+    check_profile(stack_profile(pulumi_cli.config(stack)))
     print(msgspec.json.format(msgspec.json.encode(found)).decode())
 
 
 @cli.command
 def s3_check(store: str, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Say whether an S3 store is fit, before anything is put there. Every object that is written for it is deleted.
+    """Test whether an S3 store is fit, before you store data there. All objects of the test are deleted.
 
-    The endpoint comes from CRUDSTACK_S3_ENDPOINT_URL, keys and region as for `serve`. The exit code is 0 if the store is fit, 1 if it is not.
+    The endpoint is CRUDSTACK_S3_ENDPOINT_URL; keys and region are those of `serve`. The exit code is 0 if the store is
+    fit, and 1 if it is not.
 
     Parameters
     ----------
@@ -132,48 +133,48 @@ def s3_check(store: str, *, json: Annotated[bool, Parameter(negative="")] = Fals
 
 @tokens.command
 def rotate(*, stack: str | None = None, yes: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Replace a stack's API token by a new one, by `pulumi up`. The old one is refused from then on.
+    """Replace the API token of a stack with `pulumi up`. The stack then refuses the old token.
 
     Parameters
     ----------
     stack
-        Its name; the selected one if none is given.
+        The name of the stack; by default the selected one.
     yes
-        Do not ask before the changes are made.
+        Do not ask for confirmation.
     """
-    check_profile(stack_profile(stacks.config(stack)))
-    before = stacks.token_sha256(stack)
-    key, number = stacks.next_generation(stack)
+    check_profile(stack_profile(pulumi_cli.config(stack)))
+    before = pulumi_cli.token_sha256(stack)
+    key, number = pulumi_cli.next_generation(stack)
     print(f"{key} is {number} now", file=sys.stderr)
-    stacks.up(stack, yes=yes)
-    if (after := stacks.token_sha256(stack)) is not None and after == before:
+    pulumi_cli.up(stack, yes=yes)
+    if (after := pulumi_cli.token_sha256(stack)) is not None and after == before:
         raise ConfigError(
-            f"the API token is the same as before, and still valid: `pulumi up` made no new one, although {key} is"
-            f" {number}; look with `pulumi config` and `pulumi preview` why the program does not read that key"
+            f"the API token is the same as before, and still valid: `pulumi up` created no new one, although {key} is"
+            f" {number}; find out with `pulumi config` and `pulumi preview` why the program does not read that key"
         )
     show(stack=stack)
 
 
 @tokens.command
 def show(*, stack: str | None = None) -> None:
-    """Print a stack's API token, which Secrets Manager keeps.
+    """Print the API token of a stack, from Secrets Manager.
 
     Parameters
     ----------
     stack
-        Its name; the selected one if none is given.
+        The name of the stack; by default the selected one.
     """
-    found = stacks.outputs(stack)
-    use_profile(stack_profile(stacks.config(stack)))
+    found = pulumi_cli.outputs(stack)
+    use_profile(stack_profile(pulumi_cli.config(stack)))
     try:
-        print(sign_in.api_token(found))
+        print(iam_auth.api_token(found))
     except StoreUnavailable as error:
         raise ConfigError(f"{error.detail}{f': {said(error.__cause__)}' if error.__cause__ else ''}") from None
 
 
 @tokens.command
 def new() -> None:
-    """Make a token, and the setting that lets whoever has it in. It is shown once: only its SHA-256 is kept."""
+    """Create a token, and print it with the setting that accepts it. The setting holds only its SHA-256."""
     token = secrets.token_urlsafe(32)
     digest = hashlib.sha256(token.encode()).hexdigest()
     setting = msgspec.json.encode(TokenAuth(token_sha256=digest)).decode()
@@ -188,27 +189,29 @@ def s3_rescue(
     stack: str | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Write the writes that were acknowledged here and that the object storage lost to a file, as JSON lines (`history-forked`).
+    """Write the acknowledged writes that the object storage lost (`history-forked`) to a file, as JSON lines.
 
-    Run it on the machine and with the settings of the program that answered `history-forked`.
+    Run it on the machine, and with the settings, of the program that answered `history-forked`.
 
     Parameters
     ----------
     file
-        The file to write. It must not exist, or have all lost changes already.
+        The file to write. It must be new, or contain all lost changes already.
     storage
-        What `serve --storage` was given.
+        The value of `serve --storage`.
     stack
-        What `serve --stack` was given.
+        The value of `serve --stack`.
     resume
-        Remove the record of the fork and the local copies afterwards, so that the program serves again. Stop the program before.
+        Remove the record of the fork and the local copies afterwards, so that the program serves again. Stop the
+        program first.
     """
     from .s3_tools.s3_rescue import rescue
 
     settings = load(_environment(storage, stack))
     if settings.local.data_dir is None:
         raise ConfigError(
-            "CRUDSTACK_DATA_DIR is not set: forks are recorded in that directory; without it the log names what is lost"
+            "CRUDSTACK_DATA_DIR is not set: forks are recorded in that directory; without it only the log names"
+            " lost data"
         )
 
     crud = create_app(settings).state.crud
@@ -234,14 +237,14 @@ def _environment(storage: str | None, stack: str | None) -> dict[str, str]:
     """Return the environment with the settings of the options --storage and --stack instead of its own."""
     environment = dict(os.environ)
     if storage is not None:
-        parse_storage(storage, "--storage")  # what is wrong with it is no fault of a variable
+        parse_storage(storage, "--storage")  # so that an error names the option, not a variable
         environment["CRUDSTACK_STORAGE"] = storage
         environment.pop("CRUDSTACK_OUTPUTS", None)
     if stack is not None:
         for name in STACK_VARIABLES:
             environment.pop(name, None)
-        environment["CRUDSTACK_OUTPUTS"] = msgspec.json.encode(stacks.outputs(stack)).decode()
-        use_profile(stack_profile(stacks.config(stack)))
+        environment["CRUDSTACK_OUTPUTS"] = msgspec.json.encode(pulumi_cli.outputs(stack)).decode()
+        use_profile(stack_profile(pulumi_cli.config(stack)))
     return environment
 
 
@@ -255,49 +258,49 @@ def _is_loopback(host: str) -> bool:
 
 
 def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOverrides:
-    """Run an S3 as long as `running`, and take keys that it accepts."""
+    """Run an S3 server until `running` ends, and use keys that it accepts."""
     if local.data_dir is None:
         raise ConfigError("CRUDSTACK_DATA_DIR is not set: --local-s3 keeps its data in that directory")
-    url = running.enter_context(buckets.ministack(Path(local.data_dir) / "ministack"))
+    url = running.enter_context(s3_server.ministack(Path(local.data_dir) / "ministack"))
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         os.environ.pop(name, None)
-    os.environ.update(buckets.LOCAL_KEYS)
+    os.environ.update(s3_server.LOCAL_KEYS)
     return replace(local, s3_endpoint_url=url)
 
 
 def _serve(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
-    with server.bind(host, port) as listener:
+    with http_server.bind(host, port) as listener:
         _open(app)
-        server.run(app, listener, host, access_log=access_log)
+        http_server.run(app, listener, host, access_log=access_log)
 
 
 def _open(app: FastAPI) -> None:
-    """Open the stores, so that what is wrong with them shows before anything listens."""
+    """Open the stores, so that their errors are shown before the server listens."""
 
     async def opened() -> None:
         try:
             await app.state.crud.open()
             for manager in app.state.crud.managers.values():
-                with contextlib.suppress(StoreDamaged):  # such a model is stopped, as the log says
-                    await manager.impairments()  # what can be done without is tried too: the log says what fails
+                with contextlib.suppress(StoreDamaged):  # the log names such a model, which answers 503
+                    await manager.impairments()  # tries optional parts too; the log names failures
         except HeadLost as error:
             copies = await lost_copies(app.state.crud.managers.values())
             await app.state.crud.close()
             raise ConfigError(f"{error.detail}{remedy(copies)}") from None
         except BaseException:
-            await app.state.crud.close()  # what still tries to connect would keep the event loop from ending
+            await app.state.crud.close()  # pending connection attempts would keep the event loop from ending
             raise
 
     with _said_afterwards() as records:
         try:
             asyncio.run(opened())
         except StoreUnavailable as error:
-            records.clear()  # it is said once, here
+            records.clear()  # the error below says the same
             raise ConfigError(_why(error)) from None
 
 
 def _why(error: StoreUnavailable) -> str:
-    """What keeps a store from being opened, for whoever starts it; "try again" and the like are for clients."""
+    """Return the reason why a store cannot be opened, without advice for clients such as "try again"."""
     what, cause = error.detail.partition(";")[0], error.__cause__
     hint = "do its address and credentials fit?"
     if "directory" in what or isinstance(cause, apsw.Error):
@@ -307,7 +310,7 @@ def _why(error: StoreUnavailable) -> str:
 
 @contextlib.contextmanager
 def _said_afterwards() -> Iterator[list[logging.LogRecord]]:
-    """Hold back what is logged meanwhile, and log it afterwards, each message once; the list may be changed."""
+    """Buffer log records, and log each distinct message at the end. The caller may change the list."""
     held = logging.handlers.BufferingHandler(sys.maxsize)
     records = held.buffer
     logging.root.addHandler(held)
@@ -330,7 +333,7 @@ def main() -> None:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        # As if SIGPIPE had ended it. What is still buffered goes nowhere, or Python would complain when it exits.
+        # Exit as after SIGPIPE. Buffered output is discarded, because Python would report an error at exit.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in (1, 2):
             os.dup2(nowhere, number)
@@ -352,7 +355,7 @@ def _run() -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Return whether stdout or stderr is a pipe that nobody reads any more, like that of `crudstack outputs | true`."""
+    """Return whether stdout or stderr is a pipe whose reader has ended, as in `crudstack outputs | true`."""
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)

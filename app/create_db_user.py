@@ -1,9 +1,11 @@
-"""Two functions that make the app's user in a new database, which nobody but the database's master user could do.
+"""Two Lambda functions that create the app's user in a new database. Only the master user can do that.
 
-    outside   not in the database's network. Reads the master user's password from its secret, and hands it to the other one.
-    inside    in the network. Makes the user, who signs in with tokens of IAM and has no password.
+    outside   runs outside of the database's network. Reads the master user's password from its secret, and invokes
+              `inside` with it.
+    inside    runs in the network. Creates the user, which has IAM authentication and no password.
 
-What each is given stands below. Both answer {"user": ...}; doing it again changes nothing. No error of theirs holds the password.
+The Structs below are their events. Both return {"user": ...} and are idempotent. Their errors never contain the
+password.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from typing_extensions import override
 
 PAUSES_S = (1, 2, 4, 8, 15)
 """Seconds between attempts if AWS denies access: IAM is eventually consistent, and the role's policy is seconds old.
@@ -24,43 +27,52 @@ DENIED = ("AccessDenied", "AccessDeniedException")
 
 
 class Database(Struct, frozen=True, kw_only=True):
+    """A database, and the user to create in it."""
+
     host: str
     port: int
     database: str
     user: str
-    """To be made."""
+    """The name of the user to create."""
 
 
 class Outside(Database, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The event of `outside`."""
+
     secret_arn: str
-    """Of `{"username": ..., "password": ...}`, the master user's."""
+    """The secret of the master user, `{"username": ..., "password": ...}`."""
     inside: str
-    """The name of the other function."""
+    """The name of the function that runs `inside`."""
 
 
 class Inside(Database, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The event of `inside`: the login of the master user."""
+
     username: str
     password: str
-    """The master user's."""
 
+    @override
     def __repr__(self) -> str:
         return f"Inside({self.user!r}, by {self.username!r})"
 
 
 class Master(Struct, frozen=True):
+    """The content of the master user's secret."""
+
     username: str
     password: str
 
+    @override
     def __repr__(self) -> str:
         return f"Master({self.username!r})"
 
 
 class BootstrapFailed(Exception):
-    """The app's user could not be made."""
+    """The app's user could not be created."""
 
 
 def outside(event: Any, _: Any) -> dict[str, str]:
-    """See above. `event`: Outside."""
+    """Read the master user's secret and invoke `inside`. Raises BootstrapFailed with the reason if that fails."""
     import boto3
 
     asked = msgspec.convert(event, Outside)
@@ -68,7 +80,7 @@ def outside(event: Any, _: Any) -> dict[str, str]:
     secret = _permitted(lambda: secrets.get_secret_value(SecretId=asked.secret_arn), pauses)["SecretString"]
     try:
         master = msgspec.json.decode(secret, type=Master)
-    except msgspec.DecodeError:  # without its words, which may quote the secret
+    except msgspec.DecodeError:  # without its text, which may quote the secret
         raise BootstrapFailed('the master user\'s secret is not {"username": ..., "password": ...}') from None
     handed = Inside(
         host=asked.host,
@@ -82,13 +94,13 @@ def outside(event: Any, _: Any) -> dict[str, str]:
     answer = _permitted(lambda: functions.invoke(FunctionName=asked.inside, Payload=payload), pauses)
     told = answer["Payload"].read()
     if "FunctionError" in answer:
-        reason = msgspec.json.decode(told).get("errorMessage", "it does not say why")
+        reason = msgspec.json.decode(told).get("errorMessage", "it gave no reason")
         raise BootstrapFailed(f"{asked.inside}: {reason}".replace(master.password, "***"))
     return msgspec.json.decode(told, type=dict[str, str])
 
 
 def _permitted(ask: Callable[[], Any], pauses: Iterator[float]) -> Any:
-    """Return the answer of AWS, asking again after each pause while access is denied. Other errors are raised at once."""
+    """Return the response of AWS. Retries after each pause while access is denied; raises other errors at once."""
     from botocore.exceptions import ClientError
 
     while True:
@@ -102,7 +114,7 @@ def _permitted(ask: Callable[[], Any], pauses: Iterator[float]) -> Any:
 
 
 def inside(event: Any, _: Any) -> dict[str, str]:
-    """See above. `event`: Inside."""
+    """Create the user. Raises BootstrapFailed with the reason if that fails."""
     import psycopg
 
     asked = msgspec.convert(event, Inside)
@@ -121,26 +133,27 @@ def inside(event: Any, _: Any) -> dict[str, str]:
         reason = str(error).partition("\n")[0].replace(asked.password, "***")
     else:
         return {"user": asked.user}
-    # Outside of `except`: the driver's error holds the password in an attribute.
-    raise BootstrapFailed(f"the user {asked.user!r} could not be made: {reason}")
+    # Outside of `except`, because the driver's error holds the password in an attribute.
+    raise BootstrapFailed(f"the user {asked.user!r} could not be created: {reason}")
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Where nobody is in between, and few servers have a certificate."""
+"""Hosts that are reached without a network; few servers there have a certificate."""
 
 
 IDLE_SESSION_S = 600
-"""After how long the database closes an unused connection of the app's user. Frozen functions keep theirs otherwise.
+"""Seconds after which the database closes an unused connection of the app's user. Frozen functions cannot close theirs.
 
-The app closes its own after MAX_IDLE_S, which is shorter, so it never uses one that the database has closed.
+The app closes an unused connection after MAX_IDLE_S, which is shorter, so it never uses one that the database has
+closed.
 """
 
 
 def _make(connection: Any, asked: Inside) -> None:
-    """Make the user with what it needs: to sign in by IAM, to make tables, and to have schema `public` to itself.
+    """Create the user with IAM authentication and the rights to create tables and to use the schema `public`.
 
-    The settings of its sessions are attributes of the user, because a session's own would be lost in a pooler; RDS Proxy
-    pins a session that has any.
+    Settings of its sessions are attributes of the user, because a pooler would lose settings of a session, and RDS
+    Proxy pins a session that has any.
     """
     from psycopg import sql
 

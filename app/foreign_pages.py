@@ -1,22 +1,22 @@
-"""Refuse what pages of other origins ask, where nobody signs in.
+"""Cross-origin requests: protection against CSRF and DNS rebinding, and CORS.
 
-A browser sends some requests of any page without asking the server first: a form, a beacon, `fetch` in mode no-cors. And
-a page can have its own name resolve to 127.0.0.1 (DNS rebinding), so that the browser takes this server for the page's
-own. A server on a developer's machine is reached by every page that is open there.
+A browser sends some requests of any page without a preflight request: forms, beacons, `fetch` in mode no-cors. A page
+can also let its own host name resolve to 127.0.0.1 (DNS rebinding), so that the browser treats this server as the
+page's own. So every page that is open on a developer's machine can reach a server on that machine.
 
 Invariants:
 
-- F1 *A foreign page changes nothing.* A request that may change something is foreign if its `Origin` is neither the
-  server's own nor allowed; without `Origin`, if `Sec-Fetch-Site` says cross-site or same-site. It is refused with 403
-  before anything is done. Browsers send `Origin` with every request of such a kind, and a page cannot take it away.
-- F2 *A name that is not ours reads nothing.* On loopback, and wherever CRUDSTACK_HOSTS is set, a `Host` that is neither a
-  loopback name nor named there is refused with 421, reads included. So `Host` cannot be the page's, and F1 may compare
+- F1 *A foreign page changes nothing.* An unsafe request is foreign if its `Origin` is not the server's own and not
+  allowed, or, without `Origin`, if `Sec-Fetch-Site` is cross-site or same-site. It is refused with 403 before any work.
+  Browsers send `Origin` with every such request, and a page cannot remove it.
+- F2 *A foreign host name reads nothing.* On loopback, and if CRUDSTACK_HOSTS is set, a `Host` that is no loopback name
+  and not in CRUDSTACK_HOSTS is refused with 421, for reads too. So `Host` is never the page's name, and F1 can compare
   `Origin` with it.
-- F3 *A page states what it sends.* With an `Origin`, a body needs a content type: JSON has one that no page sends without
-  asking first.
+- F3 *A page declares its content type.* If a request has an `Origin` and a body, it needs a content type. A page cannot
+  send the content type of JSON without a preflight request.
 
-Where clients sign in with a bearer token none of this is needed: no browser sends such a token on its own. What answers
-tell browsers (SAFE_HEADERS) is the same for all.
+With bearer tokens none of this is needed, because a browser never adds such a token by itself. SAFE_HEADERS are added
+to every response in any case.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response as HttpResponse
+from typing_extensions import override
 
 from .autocrud.errors import CrudError
 from .autocrud.http import problems
@@ -35,10 +36,10 @@ from .autocrud.http.messages import Receive, Scope, Send
 from .settings import EXPOSED_HEADERS
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods that change nothing."""
+"""Methods that change nothing (RFC 9110, 9.2.1)."""
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1)(:\d{1,5})?"
-"""Origins that may call a server on loopback: the pages that its developer works on."""
+"""Origins that may call a server on loopback: pages of the developer's own machine."""
 PREFLIGHT_S = 600
 MAX_QUOTED = 200
 """Characters of a header in an error."""
@@ -47,34 +48,39 @@ SAFE_HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"private, no-cache"),
 )
-"""Of every answer: no browser guesses what it is, no other origin gets it as a script or an image, and nobody is answered
-from what was kept of somebody else's."""
+"""Headers of every response: no content sniffing, no use as script or image of another origin, no shared caching."""
 OF_PAGES = frozenset({b"origin", b"sec-fetch-site"})
-"""Headers that browsers write."""
+"""Headers that only browsers send."""
 MAX_KNOWN = 100
 
 
 class ForeignOrigin(CrudError):
+    """An unsafe request comes from a page of another origin."""
+
     type, title, status = "foreign-origin", "This page may not change anything here", 403
 
 
 class MisdirectedRequest(CrudError):
+    """The Host header is not a name of this server."""
+
     type, title, status = "misdirected-request", "This server does not serve that host name", 421
 
 
 class ContentTypeMissing(CrudError):
+    """A request of a page has a body without a content type."""
+
     type, title, status = "unsupported-media-type", "The body has no content type", 415
 
 
 class ForeignPages:
-    """An application that foreign pages neither change nor read, and whose answers say what browsers may do with them.
+    """ASGI middleware that protects the application from pages of other origins, and adds SAFE_HEADERS.
 
     origins     allowed origins besides the server's own, like https://app.example.org; "*" allows all
-    hosts       host names that the server has besides those of loopback
-    loopback    whether the server listens on loopback
-    own_origin  for a gateway that answers the questions of browsers itself: the origin under which it was asked.
-                Otherwise they are answered here, and the own origin follows from Host
-    signed_in   whether clients sign in, so that pages may ask for what they like
+    hosts       host names of the server besides those of loopback
+    loopback    whether the server listens on a loopback address
+    own_origin  for a gateway that answers CORS preflight requests itself: the origin of the API in a request. If None,
+                this class answers them, and the own origin follows from the Host header
+    signed_in   whether clients authenticate; then no request is refused
     """
 
     def __init__(
@@ -94,9 +100,10 @@ class ForeignPages:
         self._local = re.compile(LOCAL_PAGES, re.IGNORECASE) if loopback else None
         self._for_pages = app if own_origin is not None else PageAnswers(app, origins=origins, loopback=loopback)
         self._known_hosts: set[bytes] = set()
-        """Hosts that were found to be ours, so that they are compared once."""
+        """Host headers that were accepted, so that each is checked once."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or refuse it if it comes from a foreign page."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -162,7 +169,7 @@ class ForeignPages:
 
 
 class PageAnswers(CORSMiddleware):
-    """Answers the questions of browsers: what pages of these origins may ask and read."""
+    """CORS: answers preflight requests, and lets pages of the allowed origins read responses."""
 
     def __init__(self, app: Any, *, origins: Collection[str], loopback: bool) -> None:
         super().__init__(
@@ -175,13 +182,14 @@ class PageAnswers(CORSMiddleware):
             max_age=PREFLIGHT_S,
         )
 
+    @override
     def preflight_response(self, request_headers: Headers) -> HttpResponse:
         answer = super().preflight_response(request_headers)
         if answer.status_code == 200:
             return answer
         refusal = problems.response(
             ForeignOrigin(
-                f"found the origin {request_headers['origin'][:MAX_QUOTED]!r} that asks for"
+                f"found the origin {request_headers['origin'][:MAX_QUOTED]!r} that requests"
                 f" {request_headers['access-control-request-method'][:MAX_QUOTED]!r}; expected an origin that"
                 " CRUDSTACK_CORS or cors names, and a method that the API has"
             )

@@ -1,4 +1,4 @@
-"""The entry point of the Lambda function, `app.handler.handler`, made when the module is imported. See `aws_lambda`."""
+"""The entry point of the Lambda function, `app.handler.handler`. The import creates the app; see `aws_lambda`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import settings
 from .aws_lambda import LambdaHandler
 
 if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
-    # Every machine that starts from the snapshot would draw the same ids.
+    # All machines that start from the snapshot would otherwise generate the same ids.
     from snapshot_restore_py import register_after_restore
     from uuid_utils import reseed_rng
 

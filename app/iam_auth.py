@@ -1,12 +1,12 @@
-"""Signing in to the stack's database, cache and broker with the role that the app runs under. No password is kept.
+"""IAM authentication to the stack's database, cache and broker with the role of the app. No password is stored.
 
-PostgreSQL and Valkey take a token that is signed here, without a request, and is good for 15 minutes. A new one is made
-for each connection. An open connection to PostgreSQL outlives its token. ElastiCache ends a connection that signed in by
-IAM after 12 hours, and the client reconnects. RabbitMQ has a password in Secrets Manager, which is read for each
-connection.
+PostgreSQL and Valkey accept a signed token that is valid for 15 minutes. Each new connection gets a new token, which is
+signed locally. An open connection to PostgreSQL outlives its token. ElastiCache ends a connection with IAM
+authentication after 12 hours, and the client reconnects. RabbitMQ has a password in Secrets Manager, which is read for
+each connection.
 
-botocore is on Lambda already. It is imported by the kinds that need it, and its signers alone: `boto3.client` costs ten
-times as much.
+botocore is part of the Lambda runtime. Only the storage kinds that need it import it, and only its signers, because
+`boto3.client` takes ten times as long.
 """
 
 from __future__ import annotations
@@ -19,33 +19,37 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 from msgspec import Struct
+from typing_extensions import override
 
 from .autocrud.errors import ConfigError, StoreUnavailable
 from .settings import Broker, Cache, Db, StackOutputs, TokenAuth
 
 EXPIRES_S = 900
-"""As long as AWS lets a token live."""
+"""Seconds that a token is valid, which is the maximum of AWS."""
 
 
 def postgres_dsn(db: Db, ca_file: str | None = None) -> str:
-    """Without a password. Always with TLS; `ca_file`: what the server's certificate is checked with, if there is one."""
+    """Return the address of the database without a password, with TLS.
+
+    ca_file  the CA certificates to verify the server with; without it, the connection is encrypted but not verified
+    """
     tls = {"sslmode": "verify-full", "sslrootcert": ca_file} if ca_file else {"sslmode": "require"}
     return f"postgresql://{quote(db.user, safe='')}@{db.host}:{db.port}/{quote(db.name, safe='')}?{urlencode(tls)}"
 
 
 def postgres_password(db: Db, region: str) -> Callable[[], str]:
-    """What makes the token for a new connection, as `aws rds generate-db-auth-token` does."""
+    """Return a function that signs the token for a new connection, like `aws rds generate-db-auth-token`."""
     url = f"https://{db.host}:{db.port}/?{urlencode({'Action': 'connect', 'DBUser': db.user})}"
     return lambda: _signed("rds-db", region, url)
 
 
 def redis_url(cache: Cache) -> str:
-    """Without a password."""
+    """Return the address of the cache without a password."""
     return f"{'rediss' if cache.tls else 'redis'}://{quote(cache.user, safe='')}@{cache.host}:{cache.port}/0"
 
 
 def redis_password(cache: Cache, region: str) -> Callable[[], str]:
-    """What makes the token for a new connection, as ElastiCache and Valkey take it."""
+    """Return a function that signs the token for a new connection to ElastiCache."""
     query = {"Action": "connect", "User": cache.user}
     if cache.serverless:
         query["ResourceType"] = "ServerlessCache"
@@ -54,7 +58,7 @@ def redis_password(cache: Cache, region: str) -> Callable[[], str]:
 
 
 def _signed(service: str, region: str, url: str) -> str:
-    """A presigned request, without its scheme. StoreUnavailable without credentials."""
+    """Return a presigned request without its scheme. Raises StoreUnavailable if there are no AWS credentials."""
     from botocore.auth import SigV4QueryAuth
     from botocore.awsrequest import AWSRequest
 
@@ -74,7 +78,11 @@ def _session() -> Any:
 
 
 def api_token(outputs: StackOutputs) -> str:
-    """The stack's API token, read with the credentials of whoever asks. ConfigError, StoreUnavailable."""
+    """Return the stack's API token from Secrets Manager, read with the ambient credentials.
+
+    Raises ConfigError if the stack has none, or another one than its outputs say, and StoreUnavailable if it cannot be
+    read.
+    """
     if not isinstance(outputs.auth, TokenAuth) or outputs.bucket is None:
         raise ConfigError("this stack has no API token: its auth is another")
     token = _secret(f"{outputs.bucket}/api-token", outputs.region or "us-east-1", "the API token")
@@ -88,7 +96,7 @@ def _secret(name: str, region: str, what: str) -> str:
     import botocore.exceptions
 
     try:
-        # A session of its own: the default one may not be made by two threads at once.
+        # A new session, because two threads must not create the default one at the same time.
         secrets = boto3.session.Session(region_name=region).client("secretsmanager")
         return str(secrets.get_secret_value(SecretId=name)["SecretString"])
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
@@ -99,18 +107,22 @@ class _Login(Struct, frozen=True):
     username: str
     password: str
 
+    @override
     def __repr__(self) -> str:
         return f"_Login({self.username!r})"
 
 
 def amqp_url(broker: Broker, region: str) -> Callable[[], str]:
-    """What makes the URL with the login in it, for a new connection. StoreUnavailable if the secret cannot be read."""
+    """Return a function that reads the login and returns the URL with it, for a new connection.
+
+    It raises StoreUnavailable if the secret cannot be read, and ConfigError if the secret has another form.
+    """
     scheme, _, host = broker.endpoint.partition("://")
 
     def made() -> str:
         try:
             login = msgspec.json.decode(_secret(broker.secret_arn, region, "the broker's login"), type=_Login)
-        except msgspec.DecodeError:  # without its words, which may quote the secret
+        except msgspec.DecodeError:  # without its text, which may quote the secret
             raise ConfigError('the broker\'s secret is not {"username": ..., "password": ...}') from None
         return f"{scheme}://{quote(login.username, safe='')}:{quote(login.password, safe='')}@{host}"
 

@@ -27,11 +27,15 @@ def create_app(
     loopback: bool = False,
     own_origin: Callable[[Scope], str] | None = None,
 ) -> FastAPI:
-    """The API of `models` on the storage that the settings name (default: the environment's), for whom they let in. ConfigError.
+    """Return the application: the API of `models` on the storage and with the authentication of the settings.
 
-    `app.state.crud` is the AutoCRUD behind it. `idle_work`: whether anything may run between requests; `fits`: see AutoCRUD.
-    `loopback`: whether it is served on loopback. `own_origin`: for a gateway that answers the questions of browsers itself,
-    the origin under which it was asked.
+    given       the settings; by default those of the environment
+    idle_work   whether background work may run between requests; False on Lambda
+    fits        whether a response body can be sent; see AutoCRUD
+    loopback    whether the server listens on a loopback address
+    own_origin  for a gateway that answers CORS preflight requests itself: the origin of the API in a request
+
+    `app.state.crud` is its AutoCRUD. Raises ConfigError for settings that do not fit. Opens no store.
     """
     given = given or settings.load()
     factory = wiring.storage_factory(given, idle_work=idle_work)
@@ -46,13 +50,13 @@ def create_app(
         title="crudstack",
         version="1",
         redoc_url=None,
-        redirect_slashes=False,  # it would redirect to whatever name the client wrote into Host
+        redirect_slashes=False,  # a redirect would go to the name in the client's Host header
         exception_handlers={404: _problem, 405: _problem},
     )
     crud.apply(app)
-    if authenticate is not None:  # whatever else the application answers: the description, the docs, what is not there
+    if authenticate is not None:  # for all routes: also the OpenAPI description, the docs, and paths that do not exist
         app.add_middleware(Guard, authenticate=authenticate)
-    app.add_middleware(  # outermost: browsers ask what they may without signing in
+    app.add_middleware(  # outermost: browsers send preflight requests without credentials
         ForeignPages,
         origins=given.pages.origins,
         hosts=given.pages.hosts,
@@ -65,21 +69,20 @@ def create_app(
         first = given.base_path.split("/")[1:2]
         if first and first[0] in (taken := [*crud.managers, *settings.OWN_PATHS]):
             raise ConfigError(
-                f"CRUDSTACK_BASE_PATH is {given.base_path!r}, which begins like a path of the API: expected another first part"
-                f" than {', '.join(taken)}"
+                f"CRUDSTACK_BASE_PATH is {given.base_path!r}, which begins like a path of the API: expected"
+                f" another first segment than {', '.join(taken)}"
             )
         app.add_middleware(BasePath, base=given.base_path)
     return app
 
 
 async def _problem(request: Request, error: Any) -> JSONResponse:
-    """Where no route matched, the answer has the same form as everywhere."""
-    body = {
-        "type": "urn:crudstack:no-such-route",
-        "title": "Not found" if error.status_code == 404 else "This method is not allowed here",
-        "status": error.status_code,
-        "detail": f"there is nothing at {request.scope['path']}"
-        if error.status_code == 404
-        else f"{request.method} is not allowed at {request.scope['path']}",
-    }
+    """Return problem details if no route matches the path, or the route does not have the method."""
+    path = request.scope["path"]
+    if error.status_code == 404:
+        kind, title, detail = "no-such-route", "Not found", f"there is nothing at {path}"
+    else:
+        kind, title = "method-not-allowed", "This method is not allowed here"
+        detail = f"{request.method} is not allowed at {path}"
+    body = {"type": f"urn:crudstack:{kind}", "title": title, "status": error.status_code, "detail": detail}
     return JSONResponse(body, error.status_code, error.headers, media_type="application/problem+json")

@@ -1,7 +1,7 @@
-"""YOURS: the data that this service keeps, and what of it can be searched.
+"""YOUR MODELS: the data of this service, and the fields that can be searched.
 
-A Struct becomes `/article` with everything that HTTP API says. Index the fields that you filter or sort by; `unique=True` lets no two
-resources share a value.
+Each Struct becomes a path like `/article` with the whole HTTP API. Index the fields that you filter or sort by.
+`unique=True` makes the values of a field unique.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ from .autocrud import AutoCRUD, IndexedField
 from .autocrud.access import Authorize
 
 authorize: Authorize | None = None
-"""What those who are let in may do; None: everything. For example
+"""What authenticated callers may do; None permits everything. For example:
 
-    Permissions({"article": {"read": anyone, "create": role("writer"), "*": [own, role("editor")]}, "*": {"*": role("admin")}})
+    Permissions(
+        {
+            "article": {"read": anyone, "create": role("writer"), "*": [own, role("editor")]},
+            "*": {"*": role("admin")},
+        }
+    )
 """
 
 
 class Article(Struct):
+    """An article."""
+
     title: Annotated[str, Meta(examples=["On the sun"])]
     content: Annotated[str, Meta(examples=["It shines."])]
     author: Annotated[str, Meta(examples=["alice"])]
@@ -28,6 +35,8 @@ class Article(Struct):
 
 
 class Airport(Struct):
+    """An airport, as `examples/airports.py` loads it."""
+
     iata: Annotated[str, Meta(examples=["BOS"])]
     name: Annotated[str, Meta(examples=["General Edward Lawrence Logan International"])]
     city: Annotated[str | None, Meta(examples=["Boston"])]
@@ -38,12 +47,14 @@ class Airport(Struct):
 
 
 class User(Struct):
+    """A user of a service."""
+
     username: Annotated[str, Meta(examples=["alice"])]
     email: Annotated[str, Meta(examples=["alice@example.org"])]
 
 
 def register(crud: AutoCRUD) -> None:
-    """Add every model; called once when the app is made."""
+    """Add every model. Called once, when the app is created."""
     crud.add_model(Article, indexed_fields=["author", "published"])
     crud.add_model(Airport, indexed_fields=[IndexedField("iata", unique=True), "country", "state", "city", "latitude"])
     crud.add_model(User, indexed_fields=["username", IndexedField("email", unique=True)])

@@ -1,7 +1,7 @@
-"""One line of JSON for each request: what was asked of which route, how it ended, how long it took and what it asked of the storage.
+"""One JSON log line per request: method, route, status, duration, and the requests to the storage.
 
-No path, query, header or body is in it: they hold ids, data and secrets. On Lambda the same line carries its metrics in CloudWatch's
-embedded format, so that no request waits for a metrics service.
+A line contains no path, query, header or body, because these hold ids, data and secrets. On Lambda the line also
+carries metrics in CloudWatch's embedded metric format, so that no request waits for a metrics service.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ METRICS = [
 
 
 def write_line(line: dict[str, Any]) -> None:
-    """A line of JSON on stdout, where Lambda and container platforms look for logs."""
+    """Write a JSON line to stdout, where Lambda and container platforms read logs."""
     sys.stdout.write(_encode(line).decode() + "\n")
     sys.stdout.flush()
 
 
 class RequestLog:
-    """An application that says what each request came to. `service`: the name under which metrics are kept; None: none are."""
+    """ASGI middleware that logs each request.
+
+    service  the value of the metrics' dimension `service`; None writes no metrics
+    """
 
     def __init__(
         self, app: Any, *, service: str | None = None, write: Callable[[dict[str, Any]], None] = write_line
@@ -47,6 +50,7 @@ class RequestLog:
         self._cold = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, and log it when it has ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -108,12 +112,15 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 def _route(scope: Scope) -> str:
-    """The template of the path, never the path itself."""
+    """Return the template of the path; the path itself holds ids."""
     found = scope.get(ROUTE) or getattr(scope.get("route"), "path", None)
     return found if isinstance(found, str) else "none"
 
 
 def _request_id(scope: Scope) -> str:
-    """Lambda's, under which its own lines stand; elsewhere a new one. One that a client sends would be a client's text in our log."""
+    """Return Lambda's request id, which its own log lines have; elsewhere a new one.
+
+    An id that the client sends is not used, because it would put the client's text into the log.
+    """
     given = getattr(scope.get("aws.context"), "aws_request_id", None)
     return given if isinstance(given, str) and given else str(uuid4())

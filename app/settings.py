@@ -1,7 +1,7 @@
 """Where the app learns what it runs on.
 
-`StackOutputs` is the one contract between what provisions storage and what uses it; `LocalOverrides` is what only a person's own machine
-adds. Both come from the environment:
+`StackOutputs` is the one contract between what provisions storage and what uses it; `LocalOverrides` is what only a
+person's own machine adds. Both come from the environment:
 
 | variable | meaning |
 | --- | --- |
@@ -20,8 +20,8 @@ adds. Both come from the environment:
 | CRUDSTACK_BASE_PATH | the prefix of all paths under which a gateway or a proxy offers the API, like `/v1`, for links; `/` for none |
 | CRUDSTACK_AUTH | who is let in: `none`, or as JSON `{"mode": "token", "token_sha256": "..."}` or `{"mode": "jwt", "issuer": "...", "audiences": [...]}` |
 
-Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role. Without a URL of its own, the app signs in to
-the stack's database, cache and broker with that role.
+Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role. Without a URL of its
+own, the app signs in to the stack's database, cache and broker with that role.
 """
 
 from __future__ import annotations

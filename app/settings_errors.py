@@ -1,4 +1,4 @@
-"""Why a value does not fit a type, for whoever misspelt it: what was found, what was expected, what was perhaps meant."""
+"""Error texts for settings that do not fit their type: what was found, what was expected, and a suggestion."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .autocrud.secret import quoted
 
 
 def settings_error(value: Any, type_: Any, at: str) -> str | None:
-    """What is wrong with names and choices at or below `at`, in a sentence; None if nothing is, whatever else may be wrong.
+    """Return a sentence about the first wrong name or choice at or below `at`, or None if all of them are right.
 
-    Of values it tells only those that had to be one of a few.
+    Does not check other values. Shows a value only if it had to be one of a few choices, because others may be secret.
     """
-    return _misfit(value, inspect.type_info(type_), at)
+    return _error_at(value, inspect.type_info(type_), at)
 
 
 def meant(found: object, expected: Iterable[object]) -> str:
-    """Which of these was perhaps meant, as the end of a sentence."""
+    """Return a suggestion, `; did you mean NAME?`, or "" if no expected name is similar."""
     import difflib
 
     names = {str(one).lower(): one for one in expected}
@@ -28,48 +28,46 @@ def meant(found: object, expected: Iterable[object]) -> str:
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 
-def _misfit(value: Any, info: inspect.Type, at: str) -> str | None:
+def _error_at(value: Any, info: inspect.Type, at: str) -> str | None:
     match info:
         case inspect.LiteralType(values=choices):
             return None if value in choices else _none_of(value, choices, at)
         case inspect.UnionType(types=types):
-            return _misfit_of_all(value, types, at)
+            return _error_of_union(value, types, at)
         case inspect.StructType(fields=fields, tag_field=tag) if isinstance(value, dict):
-            return _misfit_of_object(value, {field.encode_name: field for field in fields}, tag, at)
+            return _error_of_object(value, {field.encode_name: field for field in fields}, tag, at)
         case inspect.DictType(value_type=inner) if isinstance(value, dict):
-            return next(filter(None, (_misfit(one, inner, f"{at}.{_name(key)}") for key, one in value.items())), None)
+            return next(filter(None, (_error_at(one, inner, f"{at}.{_name(key)}") for key, one in value.items())), None)
     return None
 
 
-def _misfit_of_all(value: Any, types: Iterable[inspect.Type], at: str) -> str | None:
-    """Of a union: choices, one struct or several with tags, and what is of no interest here."""
+def _error_of_union(value: Any, types: Iterable[inspect.Type], at: str) -> str | None:
+    """Check a value against a union of choices, of one struct or of tagged structs; other members are ignored."""
     structs = [one for one in types if isinstance(one, inspect.StructType)]
     choices = [one for one in types if isinstance(one, inspect.LiteralType)]
     if isinstance(value, dict) and structs:
         tag = structs[0].tag_field
         if tag is None:
-            return _misfit(value, structs[0], at)
+            return _error_at(value, structs[0], at)
         tags = [one.tag for one in structs]
         if tag not in value:
             return _lacks(at, tag, tags)
         if value[tag] not in tags:
             return _none_of(value[tag], tags, f"{at}.{tag}")
-        return _misfit(value, structs[tags.index(value[tag])], at)
-    return _misfit(value, choices[0], at) if isinstance(value, str) and choices else None
+        return _error_at(value, structs[tags.index(value[tag])], at)
+    return _error_at(value, choices[0], at) if isinstance(value, str) and choices else None
 
 
-def _misfit_of_object(
+def _error_of_object(
     value: dict[str, Any], fields: Mapping[str, inspect.Field], tag: str | None, at: str
 ) -> str | None:
     known = [*fields] if tag is None else [tag, *fields]
     for key in value:
         if key not in known:
-            return (
-                f"{at} has {found(key, known)}, which is nothing here: expected {', '.join(known)}{meant(key, known)}"
-            )
+            return f"{at} has {found(key, known)}, which is unknown: expected {', '.join(known)}{meant(key, known)}"
     for name, field in fields.items():
         if name in value:
-            if wrong := _misfit(value[name], field.type, f"{at}.{name}"):
+            if wrong := _error_at(value[name], field.type, f"{at}.{name}"):
                 return wrong
         elif field.required:
             return _lacks(at, name, field.type.values if isinstance(field.type, inspect.LiteralType) else ())
@@ -81,7 +79,7 @@ def _none_of(value: object, choices: Iterable[object], at: str) -> str:
 
 
 def found(value: object, choices: Iterable[object]) -> str:
-    """Return a value for a message: a misspelling of a choice as it is, anything else only if it cannot be a secret."""
+    """Return a value for a message: unchanged if it resembles a choice, else masked unless it cannot be a secret."""
     names = [str(one) for one in choices]
     short = isinstance(value, str) and len(value) <= max(map(len, names)) + 2 and re.fullmatch(r"[\w.-]+", value)
     return repr(value) if short and meant(value, names) else quoted(value)

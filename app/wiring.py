@@ -1,6 +1,7 @@
 """From settings to stores: the same settings make the same stores everywhere.
 
-A kind is a name for a pair, and a pair is a MetaStore and a ResourceStore by name. Where data lies depends on the pair alone:
+A kind is a name for a pair, and a pair is a MetaStore and a ResourceStore by name. Where data lies depends on the pair
+alone:
 
     disk         {data_dir}/{model}/meta/ and /data/; bodies below another MetaStore in {data_dir}/{model}/
     s3           {prefix}meta/{model}.sqlite/ and {prefix}data/{model}/; bodies below another MetaStore in {prefix}{model}/
@@ -285,8 +286,8 @@ class _Maker:
     def _cache_bytes(self, root: Path) -> int:
         """Return what the cache on disk may count, so that it takes no more room than it was given, or than a quarter of the disk.
 
-        A value in a file is counted with its bytes, from 32 KB. On disk it takes up to three blocks of 4 KB more: the last
-        one of the file, and two directories.
+        A value in a file is counted with its bytes, from 32 KB. On disk it takes up to three blocks of 4 KB more: the
+        last one of the file, and two directories.
         """
         given = self.local.cache_mb
         room = given * 1024**2 if given is not None else min(space(root).total // 4, MOST_CACHED)

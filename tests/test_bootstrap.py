@@ -77,7 +77,7 @@ def test_a_user_with_a_difficult_name(postgres, database):
 
 @pytest.mark.parametrize("wrong", [{"port": 1}, {"database": "nowhere"}, {"username": "nobody"}])
 def test_what_fails_says_why_and_holds_no_password(postgres, database, wrong):
-    with pytest.raises(bootstrap.BootstrapFailed, match="could not be made") as raised:
+    with pytest.raises(bootstrap.BootstrapFailed, match="could not be created") as raised:
         bootstrap.inside(event(postgres, database, **wrong), None)
     assert MASTER not in str(raised.value)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
-from app.server import http_protocol
+from app.server import request_head
 from app.server.connections import Connections
 from app.server.http_protocol import LimitedProtocol
 
@@ -250,7 +250,7 @@ def test_what_is_parsed_is_what_the_limits_say(monkeypatch) -> None:
         head = b"GET / HTTP/1.1\r\nHost: a\r\nX: "
         transport = asyncio.run(exchange([head, *[b"a" * size] * 100]))
         assert answers(transport.written)[0][0] == 431
-        assert fed <= http_protocol.MAX_HEAD
+        assert fed <= request_head.MAX_HEAD
 
 
 def said(status: int, headers: list[tuple[bytes, bytes]], *parts: bytes, method: str = "GET") -> bytes:

@@ -86,7 +86,7 @@ async def test_so_many_are_in_progress_so_many_wait_and_the_rest_is_refused_at_o
         assert (b"retry-after", b"1") in client.said[0]["headers"]
         problem = json.loads(client.said[1]["body"])
         assert problem["type"] == "urn:crudstack:overloaded"
-        assert problem["detail"].startswith("found 3 requests in progress and 4 that wait")
+        assert problem["detail"].startswith("found 3 requests in progress and 4 waiting")
     work.may_end.set()
     await asyncio.gather(*(client.task for client in clients))
     assert collections.Counter(client.status for client in clients) == {200: 7, 503: 63}

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from app.server import connections, http_protocol, overload
+from app.server import connections, http_protocol, overload, request_head
 from app.server import serve as server
 from tests.conftest import Server
 
@@ -162,13 +162,13 @@ async def test_a_head_may_be_as_large_as_the_limits_say_and_no_larger(served):
             assert answer.status == status
         assert answer.type == "request-headers-too-large"
         assert "found 101 header fields; expected at most 100" in answer.body.decode()
-    room = http_protocol.MAX_HEAD - len(GET + b"a: \r\n\r\n")
+    room = request_head.MAX_HEAD - len(GET + b"a: \r\n\r\n")
     async with connected(served) as (reader, writer):
         writer.write(GET + b"a: " + b"b" * room + b"\r\n\r\n")
         assert (await next_answer(reader)).status == 200
         writer.write(GET + b"a: " + b"b" * (room + 1) + b"\r\n\r\n")
         assert (await next_answer(reader)).type == "request-headers-too-large"
-    path = b"/healthz?a=" + b"b" * (http_protocol.MAX_LINE - len(b"/healthz?a="))
+    path = b"/healthz?a=" + b"b" * (request_head.MAX_LINE - len(b"/healthz?a="))
     async with connected(served) as (reader, writer):
         writer.write(b"GET " + path + b" HTTP/1.1\r\n" + HOST + b"\r\n")
         assert (await next_answer(reader)).type == "invalid-query"  # it came as far as the application

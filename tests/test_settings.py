@@ -216,7 +216,7 @@ WRONG = [
     ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token"}'}, "CRUDSTACK_AUTH has no 'token_sha256'"),
     (
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token", "token_sha265": "a-secret-token"}'},
-        "CRUDSTACK_AUTH has 'token_sha265', which is nothing here: expected mode, token_sha256; did you mean token_sha256?",
+        "CRUDSTACK_AUTH has 'token_sha265', which is unknown: expected mode, token_sha256; did you mean token_sha256?",
     ),
     (
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "token", "token_sha256": "a-secret-token"}'},
@@ -226,7 +226,7 @@ WRONG = [
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "jwt", "issuer": "x", "audiences": []}'},
         "`$.audiences`",
     ),
-    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "none", "x": 1}'}, "has 'x', which is nothing here"),
+    ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": '{"mode": "none", "x": 1}'}, "has 'x', which is unknown"),
 ]
 
 

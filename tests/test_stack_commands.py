@@ -105,7 +105,7 @@ def test_outputs_are_printed_as_the_app_decodes_them(pulumi):
     ("outputs", "stack", "says"),
     [
         ({}, "dev", "the stack has no outputs: run `pulumi up` first"),
-        ({**OUTPUTS, "x": 1}, "dev", "`pulumi stack output` has 'x', which is nothing here"),
+        ({**OUTPUTS, "x": 1}, "dev", "`pulumi stack output` has 'x', which is unknown"),
         (OUTPUTS, "nowhere", "error: no stack named 'nowhere' found"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_rotation_that_made_no_new_token_fails(pulumi, secrets):
     assert (done.returncode, done.stdout) == (2, "")
     said = done.stderr.splitlines()[-1]
     assert said.startswith(
-        "crudstack: the API token is the same as before, and still valid: `pulumi up` made no new one"
+        "crudstack: the API token is the same as before, and still valid: `pulumi up` created no new one"
     )
     assert "the-token" not in done.stderr
 
@@ -271,7 +271,7 @@ def test_a_rotation_that_is_declined_can_go_on(pulumi, secrets):
     (pulumi / "declined").touch()
     done = crudstack(pulumi, "token", "rotate", **secrets)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "it goes on with the new token when you run it again" in done.stderr
+    assert "run it again to continue with the new token" in done.stderr
 
 
 def test_a_token_is_shown_only_if_it_is_the_stack_s(pulumi, secrets):

@@ -1,7 +1,7 @@
-"""The AWS account of a stack's commands: that of `aws:profile` in the stack's config, which Pulumi's provider uses.
+"""The AWS account of commands for a stack: that of `aws:profile` in the stack's config, as for Pulumi's provider.
 
-The provider prefers that profile to access keys in the environment. boto3 and the S3 client prefer the keys. So the
-commands that read from AWS by themselves call `use_profile`, or they would look into another account.
+The provider prefers this profile to access keys in the environment; boto3 and the S3 client prefer the keys. So
+commands that call AWS themselves first call `use_profile`. Otherwise they would use another account.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
 
 
 def stack_profile(config: Mapping[str, ConfigValue]) -> str | None:
-    """Return the profile that a stack's config names. Raises ConfigError if it is a secret."""
+    """Return the profile in a stack's config, or None. Raises ConfigError if it is a secret."""
     value = config.get(KEY)
     if value is None or value.text == "":
         return None
@@ -29,7 +29,7 @@ def stack_profile(config: Mapping[str, ConfigValue]) -> str | None:
 
 
 def check_profile(profile: str | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError if the environment names another profile, or if the files of AWS have none of this name."""
+    """Raise ConfigError if the environment names another profile, or if ~/.aws does not define this one."""
     if profile is None:
         return
     for variable in PROFILES:
@@ -48,7 +48,7 @@ def check_profile(profile: str | None, environment: Mapping[str, str] = os.envir
 
 
 def _profiles() -> dict[str, dict[str, str]]:
-    """Return the profiles in the files of AWS. Raises ConfigError if they cannot be read."""
+    """Return the profiles in ~/.aws by name. Raises ConfigError if the files cannot be read."""
     import botocore.session
     from botocore.exceptions import BotoCoreError
 
@@ -60,10 +60,10 @@ def _profiles() -> dict[str, dict[str, str]]:
 
 
 def use_profile(profile: str | None, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let everything in this process that asks AWS use a stack's profile; None leaves the environment as it is.
+    """Make every AWS client of this process use a stack's profile; None changes nothing.
 
-    Called after the last `pulumi` command: Pulumi may keep its state in a bucket of the account that the environment
-    names. Raises ConfigError, see `check_profile`.
+    Call it after the last `pulumi` command, because Pulumi may keep its state in a bucket of the environment's account.
+    Raises ConfigError like `check_profile`, or if the profile takes its role with keys of the environment.
     """
     check_profile(profile, environment)
     if profile is None:
@@ -75,7 +75,7 @@ def use_profile(profile: str | None, environment: MutableMapping[str, str] = os.
 
 
 def _check_source(profile: str) -> None:
-    """Raise ConfigError if a profile takes a role with keys of the environment, which `use_profile` removes."""
+    """Raise ConfigError if a profile assumes its role with keys of the environment, which `use_profile` removes."""
     known, seen, name = _profiles(), set(), profile
     while name in known and name not in seen:
         seen.add(name)

@@ -1,4 +1,4 @@
-"""S3 on this machine: ministack as a child process, and buckets on servers that somebody else runs."""
+"""S3 on this machine: ministack as a child process, and the creation of buckets on other servers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from ..autocrud.resource_manager.runtime.files import lock_within
 
 START_TIMEOUT_S = 60.0
 OWNER_TIMEOUT_S = 10.0
-"""How long one that has the directory is waited for."""
+"""Seconds to wait for another ministack that uses the directory."""
 LOCAL_KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
-"""ministack checks no credentials, but requests must be signed with some."""
+"""ministack does not check credentials, but requests must be signed."""
 
 
 @contextlib.contextmanager
 def ministack(directory: Path) -> Iterator[str]:
-    """Run ministack on a free loopback port with its data in `directory`; its URL. ConfigError if it does not start, or another one has the
-    directory: each decides by what it has in memory, so of two both would acknowledge what only one of them keeps."""
+    """Run ministack on a free loopback port with its data in `directory`, and give its URL.
+
+    Raises ConfigError if it does not start, or if another ministack uses the directory: each keeps its state in memory,
+    so two of them would both acknowledge writes of which only one survives.
+    """
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     with _owned(directory) as lock:
@@ -47,7 +50,7 @@ def _run(directory: Path, lock: int) -> Iterator[str]:
     log = directory / "ministack.log"
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
-        # A session of its own: Ctrl-C is for the server, which still needs its storage to stop in order.
+        # A session of its own, so that Ctrl-C reaches only the server, which needs its storage for an orderly shutdown.
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ministack"))],
             env=environment,
@@ -55,7 +58,7 @@ def _run(directory: Path, lock: int) -> Iterator[str]:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=(lock,),  # it has the directory until it has ended, also where this process is killed
+            pass_fds=(lock,),  # it holds the lock until it has ended, even if this process is killed
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no thread runs yet
         )
     try:
@@ -72,7 +75,7 @@ def _run(directory: Path, lock: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _owned(directory: Path) -> Iterator[int]:
-    """The lock of a directory; whoever had it is waited for, as it may be on its way out."""
+    """Hold the lock of a directory. Waits for another process that holds it, because that may be shutting down."""
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -88,14 +91,15 @@ def _taken(directory: Path) -> ConfigError:
     with contextlib.suppress(OSError):
         port = (directory / "port").read_text()
         return ConfigError(
-            f"another local S3 runs on {directory}: stop it, take another CRUDSTACK_DATA_DIR (make run LOCAL_DIR=...), or share it, with"
-            f" CRUDSTACK_S3_ENDPOINT_URL=http://127.0.0.1:{port} AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"
+            f"another local S3 runs on {directory}: stop it, take another CRUDSTACK_DATA_DIR (make run LOCAL_DIR=...),"
+            f" or share it, with CRUDSTACK_S3_ENDPOINT_URL=http://127.0.0.1:{port} AWS_ACCESS_KEY_ID=local"
+            " AWS_SECRET_ACCESS_KEY=local"
         )
     return ConfigError(f"another local S3 is being started on {directory}: take another CRUDSTACK_DATA_DIR")
 
 
 def _free_port(memory: Path) -> int:
-    """The port of the last time if nobody has it: the local copies are named after the address."""
+    """Return the port of the last run if it is free, because the names of local copies depend on the address."""
     try:
         last = int(memory.read_text())
     except (OSError, ValueError):
@@ -111,7 +115,7 @@ def _free_port(memory: Path) -> int:
 
 
 def _die_with_parent() -> None:
-    """Where the parent is killed, nobody else stops the child (prctl PR_SET_PDEATHSIG, SIGTERM)."""
+    """Let the kernel end this process (SIGTERM) if its parent is killed: prctl PR_SET_PDEATHSIG."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, 15)
@@ -131,14 +135,14 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def make_bucket(bucket: str, endpoint_url: str | None, region: str | None) -> None:
-    """Create a bucket unless it is there, with the ambient credentials. ConfigError if that is not possible."""
+    """Create a bucket if it does not exist, with the ambient credentials. Raises ConfigError if that fails."""
     import boto3
     import botocore.config
     import botocore.exceptions
 
     once = botocore.config.Config(retries={"max_attempts": 2}, connect_timeout=5, s3={"addressing_style": "path"})
     try:
-        # Not the default session: it keeps the credentials of its first use.
+        # Not the default session, because that keeps the credentials of its first use.
         client = boto3.Session().client("s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=once)
         try:
             client.head_bucket(Bucket=bucket)
@@ -150,4 +154,4 @@ def make_bucket(bucket: str, endpoint_url: str | None, region: str | None) -> No
             )
             client.create_bucket(Bucket=bucket, **elsewhere)
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-        raise ConfigError(f"the bucket {bucket!r} cannot be made at {endpoint_url or 'AWS'}: {error}") from None
+        raise ConfigError(f"the bucket {bucket!r} cannot be created at {endpoint_url or 'AWS'}: {error}") from None

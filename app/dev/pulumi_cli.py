@@ -1,4 +1,4 @@
-"""Runs the `pulumi` command for the commands that a person types. It must be on PATH, and run where Pulumi.yaml is."""
+"""The `pulumi` command, as `crudstack` runs it. It must be on PATH; the working directory must be in the clone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..autocrud.errors import ConfigError
 from ..settings import StackOutputs, TokenAuth, parse_outputs
 
 GENERATION = "token_generation"
-"""The name of the key, which follows the name of the project: see `project`."""
+"""The key without its namespace, which is the name of the project."""
 
 
 class ConfigValue(NamedTuple):
@@ -26,9 +26,10 @@ class ConfigValue(NamedTuple):
 
 
 def project() -> str:
-    """Return the name of the project, with which all keys of its config begin. Raises ConfigError.
+    """Return the name of the Pulumi project, which is the namespace of its config keys.
 
-    It is the `name` in Pulumi.yaml of this directory or of the next parent that has one, as for the `pulumi` command.
+    Reads `name` from the Pulumi.yaml in this directory or in its nearest parent that has one, as the `pulumi` command
+    does. Raises ConfigError if there is none.
     """
     import yaml
 
@@ -47,7 +48,7 @@ def project() -> str:
 
 
 def outputs(stack: str | None) -> StackOutputs:
-    """Return the outputs of a stack (None: the selected one), decoded as the app does. Raises ConfigError."""
+    """Return the outputs of a stack, or of the selected one (None). Raises ConfigError if it has none."""
     text = ask("stack", "output", "--json", stack=stack)
     if json.loads(text or "{}") == {}:
         raise ConfigError("the stack has no outputs: run `pulumi up` first")
@@ -55,29 +56,29 @@ def outputs(stack: str | None) -> StackOutputs:
 
 
 def token_sha256(stack: str | None) -> str | None:
-    """Return the SHA-256 of a stack's API token; None if its auth is another. Raises ConfigError."""
+    """Return the SHA-256 of a stack's API token, or None if the stack uses other authentication."""
     auth = outputs(stack).auth
     return auth.token_sha256 if isinstance(auth, TokenAuth) else None
 
 
 def config(stack: str | None) -> dict[str, ConfigValue]:
-    """Return the config of a stack with the defaults of Pulumi.yaml, by full key. Raises ConfigError."""
+    """Return the config of a stack by full key, with the defaults of Pulumi.yaml. Raises ConfigError on failure."""
     found: dict[str, dict[str, Any]] = json.loads(ask("config", "--json", stack=stack) or "{}")
     return {key: ConfigValue(value.get("value"), bool(value.get("secret"))) for key, value in found.items()}
 
 
 def next_generation(stack: str | None) -> tuple[str, int]:
-    """Set the config to the next generation of the API token, which the next `pulumi up` makes.
+    """Raise `token_generation` in the config by one, so that the next `pulumi up` creates a new API token.
 
-    Returns the key and its new value. Raises ConfigError, before it sets anything, if the present value is not a plain
-    number, or if a key of another project has one: the Pulumi program refuses such a config, so no token would be made.
+    Returns the key and its new value. Raises ConfigError before any change if the present value is not a plain number,
+    or if a key of another project is set: the Pulumi program refuses such a config.
     """
     key, values = f"{project()}:{GENERATION}", config(stack)
     others = [other for other in values if other.rpartition(":")[2] == GENERATION and other != key]
     if others:
         raise ConfigError(
-            f"{others[0]} is set, expected {key}, because the `name` in Pulumi.yaml is {project()}: run `pulumi preview`,"
-            " which says how to move it, and then this again"
+            f"{others[0]} is set, expected {key}, because the `name` in Pulumi.yaml is {project()}: run `pulumi"
+            " preview`, which says how to move it, and then this again"
         )
     present = values.get(key, ConfigValue("1"))
     if present.secret:
@@ -93,16 +94,16 @@ def next_generation(stack: str | None) -> tuple[str, int]:
 
 
 def up(stack: str | None, *, yes: bool) -> None:
-    """Run `pulumi up`, which the person watches and confirms. Raises ConfigError if it failed or was declined."""
+    """Run `pulumi up` in the user's terminal. Raises ConfigError if it failed or was declined."""
     if watch("up", *(["--yes"] if yes else []), stack=stack) != 0:
-        raise ConfigError("`pulumi up` did not finish; it goes on with the new token when you run it again")
+        raise ConfigError("`pulumi up` did not finish; run it again to continue with the new token")
 
 
 def watch(*arguments: str, stack: str | None = None) -> int:
-    """Run pulumi on the person's terminal and return its exit code.
+    """Run pulumi in the user's terminal and return its exit code.
 
-    Ctrl-C is left to pulumi, which ends an update in an orderly way; this raises KeyboardInterrupt after that. Python's
-    own reaction would kill pulumi after a quarter of a second, and leave the stack locked.
+    After Ctrl-C, waits until pulumi has ended the update in an orderly way, then raises KeyboardInterrupt. Python's
+    default handler would kill pulumi after a quarter of a second and leave the stack locked.
     """
     interrupted = False
 
@@ -110,8 +111,8 @@ def watch(*arguments: str, stack: str | None = None) -> int:
         nonlocal interrupted
         interrupted = True
 
-    sys.stdout.flush()  # what was printed before comes before what pulumi prints
-    # A function, because a signal that is ignored would be ignored by pulumi too.
+    sys.stdout.flush()  # keeps the order of our output and pulumi's
+    # A function and not SIG_IGN, because pulumi would inherit an ignored signal.
     before = signal.signal(signal.SIGINT, note)
     try:
         code = subprocess.run(_command(arguments, stack), check=False).returncode
@@ -125,7 +126,7 @@ def watch(*arguments: str, stack: str | None = None) -> int:
 
 
 def ask(*arguments: str, stack: str | None = None) -> str:
-    """Run pulumi without a terminal and return what it prints. Raises ConfigError with its own reason if it fails."""
+    """Run pulumi without a terminal and return its output. Raises ConfigError with pulumi's reason if it fails."""
     done = run(*arguments, stack=stack)
     if done.returncode != 0:
         raise ConfigError(f"`pulumi {' '.join(arguments)}` failed: {reason(done)}")
@@ -133,7 +134,7 @@ def ask(*arguments: str, stack: str | None = None) -> str:
 
 
 def run(*arguments: str, stack: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run pulumi without a terminal, whatever its exit code. Raises ConfigError if it is not on PATH."""
+    """Run pulumi without a terminal and return its result. Raises ConfigError if it is not on PATH."""
     command = _command([*arguments, "--non-interactive"], stack)
     try:
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -142,7 +143,7 @@ def run(*arguments: str, stack: str | None = None) -> subprocess.CompletedProces
 
 
 def reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the line in which pulumi says why it failed: its last error, which warnings may follow."""
+    """Return the line of pulumi's last error, which warnings may follow."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["it did not say why"])[-1]
@@ -154,6 +155,6 @@ def _command(arguments: tuple[str, ...] | list[str], stack: str | None) -> list[
 
 def _missing() -> ConfigError:
     return ConfigError(
-        "pulumi is not on PATH: install it; or, for outputs, run `pulumi stack output --json > outputs.json` where it is, and set"
-        " CRUDSTACK_OUTPUTS=outputs.json"
+        "pulumi is not on PATH: install it; or, for outputs, run `pulumi stack output --json > outputs.json` where it"
+        " is, and set CRUDSTACK_OUTPUTS=outputs.json"
     )

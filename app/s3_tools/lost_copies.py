@@ -1,4 +1,4 @@
-"""The local copies that remember a store which is not in the bucket any more, and the command that removes them."""
+"""Local copies of stores that are no longer in the bucket, and the command that removes them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..autocrud.resource_manager.core import ResourceManager
 
 
 async def lost_copies(managers: Iterable[ResourceManager[Any]]) -> list[Path]:
-    """Open each model. Return the directories of the local copies of those whose HEAD is missing or was replaced.
+    """Open each model, and return the local copies of the models whose HEAD is missing or was replaced.
 
-    One copy after the other would be named otherwise, each by a start of its own. Failures of another kind are left to
-    the next start.
+    All models are opened so that one error message names all copies. Other failures are ignored here; the next start
+    reports them.
     """
     found = []
     for manager in managers:
@@ -31,11 +31,8 @@ async def lost_copies(managers: Iterable[ResourceManager[Any]]) -> list[Path]:
 
 
 def remedy(copies: list[Path]) -> str:
-    """Return the end of a sentence that says what to do about local copies; nothing if there are none."""
+    """Return the end of an error message with the command that removes local copies, or "" if there are none."""
     if not copies:
         return ""
     command = shlex.join(["rm", "-r", *map(str, copies)])
-    return (
-        "; if the S3 server lost its data, or they were removed on purpose, remove the local copies, which remember them:"
-        f" {command}"
-    )
+    return f"; if the S3 server lost its data, or the data was removed on purpose, remove the local copies: {command}"

@@ -1,10 +1,10 @@
-"""Check whether an S3 store is fit for this program, before anything is put there: `crudstack s3-check`.
+"""Check whether an S3 store is suitable for this program, before data is stored there: `crudstack s3-check`.
 
     findings = await S3Check(objects, "my-bucket", "team/", "eu-central-1", print).run()
 
-Every object that a check writes lies below `{prefix}s3-check/{id}/`, where the id is drawn for one run. Invariant: each
-PUT notes its key before it is sent, and goes on if the check is cancelled. `_delete` waits for the PUTs that are under
-way and then deletes each noted key, so no PUT with an answer lands after its key was deleted.
+The keys of all objects that a check writes begin with `{prefix}s3-check/{id}/`; each run has its own id. Invariant:
+each PUT records its key, and runs to completion even if the check is cancelled. `_delete` waits for the PUTs in
+progress and then deletes each recorded key, so no answered PUT takes effect after its key was deleted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..autocrud.errors import ConditionalWritesUnsupported, StoreUnavailable
 from ..autocrud.resource_manager.backends.s3.object_store import (
     UNCHANGED,
     Lost,
+    Object,
     Outcome,
     S3ObjectStore,
     Stored,
@@ -45,11 +46,11 @@ from .s3_requests import (
 )
 
 SAMPLES, SAMPLING_S = 100, 10.0
-"""How often each request is measured, and for how long at most."""
+"""Number of measurements of each request, and their maximal duration in seconds."""
 LISTINGS, LISTING_S = 5, 30.0
-"""Objects whose appearance in a listing is measured, and for how long it is waited for."""
+"""Number of objects whose appearance in a listing is measured, and the seconds to wait for each."""
 DELETIONS = 20
-"""How often objects are deleted that a listing still names."""
+"""Number of attempts to delete objects that a listing still contains."""
 LARGE = 6 * 1024 * 1024
 """Bytes of an object that is uploaded in parts: obstore divides files of more than 5 MiB."""
 HEAD_BYTES, BODY_BYTES = 16 * 1024, 2 * 1024
@@ -65,7 +66,7 @@ Result = Literal["ok", "note", "failed", "not tested"]
 
 
 class Finding(Struct, frozen=True):
-    """The result of one check. A `note` is worth knowing; the store is fit all the same."""
+    """The result of one check. A `note` is information; the store is fit in spite of it."""
 
     check: str
     result: Result
@@ -73,7 +74,7 @@ class Finding(Struct, frozen=True):
 
 
 class Rates(Struct, frozen=True):
-    """What the requests mean for writes to one model."""
+    """The rate of writes to one model that follows from the measured requests."""
 
     swaps_per_second: float
     writes_per_second_of_one_client: float
@@ -82,7 +83,7 @@ class Rates(Struct, frozen=True):
 
 
 class Report(Struct):
-    """Everything that was found. `fit` is false if one check failed."""
+    """The results of all checks. `fit` is false if a check failed."""
 
     store: str
     region: str
@@ -93,11 +94,11 @@ class Report(Struct):
 
 
 class _Stop(Exception):
-    """No further check is possible."""
+    """Ends the run, because no further check is possible."""
 
 
 class S3Check:
-    """One run of all checks. `say` is called with each finding, `progress` with what is being done and the part that is done."""
+    """One run of all checks. Calls `say` with each finding, and `progress` with a text about the current step."""
 
     def __init__(
         self,
@@ -174,13 +175,13 @@ class S3Check:
         """List the folder of this run, which is empty. Raises _Stop if the server cannot be used at all."""
         try:
             async for _ in self._objects.list(self._folder):
-                self._found("server", "failed", "a listing of a prefix that nobody used before names an object")
+                self._found("server", "failed", "a listing of a new prefix contains an object")
                 raise _Stop
         except StoreUnavailable as error:
             why, found = reason_of(error), answer_to(error)
             check = failed_check(found, why)
             if check is None:
-                self._lists = False  # _check_permissions says so
+                self._lists = False  # _check_permissions reports it
                 return
             hint = {
                 "bucket": "; create the bucket, or correct its name",
@@ -202,7 +203,7 @@ class S3Check:
         self._found("region", "ok", f"the server accepts the region {self.report.region}")
 
     async def _check_permissions(self) -> bool:
-        """Try each of the four permissions. Return whether all are there."""
+        """Try each of the four permissions. Return whether the keys have all of them."""
         key = self._key("object")
         unlisted = await self._try(self._list())
         written = await self._try(self._objects.put(key, uuid4().bytes))
@@ -227,7 +228,7 @@ class S3Check:
         return (written, read, deleted, unlisted) == (None, None, None, None)
 
     async def _get_missing(self, name: str) -> None:
-        """Raises StoreUnavailable unless the answer is that the object is missing: without s3:ListBucket it is 403."""
+        """Raise StoreUnavailable unless a GET says that the object is missing; without s3:ListBucket it is 403."""
         if await self._objects.get(self._key(name)) is not None:
             raise StoreUnavailable("a GET returned an object that was deleted, or never written")
 
@@ -243,7 +244,7 @@ class S3Check:
             pass
 
     async def _try(self, request: Awaitable[object]) -> str | None:
-        """Return why a request failed; None if it did not."""
+        """Return the reason why a request failed, or None if it succeeded."""
         try:
             await request
         except StoreUnavailable as error:
@@ -251,15 +252,17 @@ class S3Check:
         return None
 
     async def _check_clock(self, url: SplitResult, *, writes: bool) -> None:
-        """Compare clocks by an answer's Date. The request is not signed: its answer also shows whether keys are needed."""
+        """Compare the clocks by the Date of a response. The request is unsigned, so it shows if keys are required."""
         if writes:
             await self._try(self._objects.put(self._key("object"), b"x"))
         answer = await ask("GET", url._replace(query="").geturl())
         if isinstance(answer, str):
-            self._found("clock", "not tested", f"a request of Python's own got no answer: {answer}")
+            self._found("clock", "not tested", f"an unsigned request got no answer: {answer}")
             return
         if answer.status == 200:
-            self._found("access", "note", "the server answers requests without keys: whoever reaches it can read")
+            self._found(
+                "access", "note", "the server answers requests without keys: every client that reaches it can read"
+            )
         skew = clock_skew_s(answer)
         if skew is None:
             self._found("clock", "note", "the answers of the server have no Date")
@@ -269,8 +272,8 @@ class S3Check:
             self._found(
                 "clock",
                 "note",
-                f"the server's clock is {abs(skew):.0f} s {side} this machine's; set the clock: S3 refuses requests that"
-                " are 15 minutes off",
+                f"the server's clock is {abs(skew):.0f} s {side} this machine's; set the clock: S3 refuses requests"
+                " that are 15 minutes off",
             )
         else:
             self._found("clock", "ok", f"the server's clock differs from this machine's by {abs(skew):.0f} s at least")
@@ -296,7 +299,8 @@ class S3Check:
             swapped = expect("If-Match with the present ETag", await objects.put_if(key, b"3", created.etag), Stored)
             expect("If-Match with an old ETag", await objects.put_if(key, b"4", created.etag), Lost)
             found = await objects.get_if_changed(key, created.etag)
-            if found is UNCHANGED or found is None or (isinstance(swapped, Stored) and found.body != b"3"):  # type: ignore[union-attr]
+            body = found.body if isinstance(found, Object) else None
+            if body is None or (isinstance(swapped, Stored) and body != b"3"):
                 problems.append("a GET with If-None-Match and an old ETag did not return the object")
             if isinstance(swapped, Stored) and swapped.version not in (None, "null"):
                 self._found(
@@ -336,7 +340,7 @@ class S3Check:
         )
 
     async def _check_presigned(self) -> None:
-        """Use presigned URLs. This program uses none, so a store without them is fit."""
+        """Use presigned URLs. This program needs none, so a store without them is fit."""
         key, body = self._key("presigned"), uuid4().hex.encode()
         put = await self._objects.ask_presigned("PUT", key, body)
         got = await self._objects.ask_presigned("GET", key)
@@ -350,7 +354,7 @@ class S3Check:
             )
 
     async def _check_ranges(self) -> None:
-        """Read a range. Only a download that was interrupted needs one."""
+        """Read a range, which only an interrupted download needs."""
         key, body = self._key("range"), uuid4().hex.encode()
         await self._objects.put(key, body)
         try:
@@ -361,7 +365,9 @@ class S3Check:
             problem = "" if part == body[8:16] else "the answer has other bytes"
         if problem:
             self._found(
-                "ranges", "note", f"a GET of a range failed ({problem}); a download that is interrupted begins anew"
+                "ranges",
+                "note",
+                f"a GET of a range failed ({problem}); an interrupted download starts again from its beginning",
             )
         else:
             self._found("ranges", "ok", "a GET of a range returned that range")
@@ -453,7 +459,7 @@ class S3Check:
     # Deleting
 
     async def _delete(self) -> None:
-        """Delete every object of this run. Keys are known without a listing; a listing tells whether something stayed."""
+        """Delete every object of this run by its recorded key, and verify with a listing that none is left."""
         await self._objects.finish()
         keys = sorted(self._objects.written)
         if not keys:
@@ -466,7 +472,7 @@ class S3Check:
                 break
             if not left:
                 break
-            await asyncio.sleep(0.2)  # the listing may be old, or the server slow: deleting again does no harm
+            await asyncio.sleep(0.2)  # the listing may be outdated, or the server slow; deleting again is harmless
             problem = await self._try(self._objects.delete(left))
         if problem is not None or left:
             why = f": {problem}" if problem is not None else ""
@@ -483,7 +489,7 @@ class S3Check:
 
 
 def _status(answer: Answer | str) -> int | str:
-    """Return the status of an answer, else why there was none."""
+    """Return the status of a response, or the reason why there was none."""
     return answer if isinstance(answer, str) else answer.status
 
 

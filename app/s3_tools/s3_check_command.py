@@ -1,4 +1,4 @@
-"""`crudstack s3-check`: run the checks of `s3_check` and tell the reader what they found, a sentence a line or as JSON."""
+"""`crudstack s3-check`: run the checks of `s3_check`, and print the findings as sentences or as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIT, UNFIT, INTERRUPTED = 0, 1, 130
 
 
 def run(store: str, *, as_json: bool) -> int:
-    """Check a store that is written s3://bucket/prefix. Return FIT or UNFIT, INTERRUPTED after Ctrl-C.
+    """Check the store s3://bucket/prefix. Return FIT or UNFIT, or INTERRUPTED after Ctrl-C.
 
     Raises ConfigError if `store`, a setting or a key is missing or wrong.
     """
@@ -45,7 +45,7 @@ def run(store: str, *, as_json: bool) -> int:
             report = asyncio.run(_cancelled_by_sigterm(S3Check(objects, bucket, prefix, region, say, progress)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         progress.clear()
-        print("stopped; see above whether everything that was written is deleted", file=sys.stderr)
+        print("stopped; the line `clean-up` above says whether all objects were deleted", file=sys.stderr)
         return INTERRUPTED
     finally:
         progress.clear()
@@ -66,26 +66,28 @@ def parse_store(store: str) -> tuple[str, str]:
 
 
 class Progress:
-    """A line on stderr that says what is being done, if a person looks at it."""
+    """A line on stderr with the current step, if stderr is a terminal."""
 
     def __init__(self) -> None:
         self._shown = False
         self._watched = sys.stderr is not None and sys.stderr.isatty()
 
     def __call__(self, what: str) -> None:
+        """Show a step in place of the one before."""
         if self._watched:
             line = f"{what}..."[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
             self._shown = True
 
     def clear(self) -> None:
+        """Remove the line."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._shown = False
 
 
 async def _cancelled_by_sigterm(check: S3Check) -> Report:
-    """Run a check. SIGTERM ends it as Ctrl-C does, so that it deletes what it wrote."""
+    """Run a check. SIGTERM cancels it like Ctrl-C, so that it deletes its objects."""
     task = asyncio.current_task()
     if task is not None:
         with suppress(NotImplementedError, RuntimeError):  # another platform, another thread
@@ -95,7 +97,7 @@ async def _cancelled_by_sigterm(check: S3Check) -> Report:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the engine's log away from the reader: each failure is a sentence of a check."""
+    """Suppress the engine's log, because each failure becomes a sentence of a check."""
     engine, silent = logging.getLogger("crudstack"), logging.NullHandler()
     before, engine.propagate = engine.propagate, False
     engine.addHandler(silent)

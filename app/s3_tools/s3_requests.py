@@ -1,4 +1,4 @@
-"""The requests of `s3_check`: through the program's own client with a note of every key, and plain ones without a signature."""
+"""The requests of `s3_check`: through the engine's client with a record of every key, and unsigned ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from msgspec import Struct
+from typing_extensions import override
 
 from ..autocrud.errors import StoreUnavailable
 from ..autocrud.resource_manager.backends.s3.errors import answered, said
@@ -43,26 +44,30 @@ WRONG_KEYS = (
     "TokenRefreshRequired",
 )
 WRONG_REGION = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
-"""Codes of S3 answers."""
+"""Codes in error responses of S3."""
 
 
 class RecordedObjects(ObjectStore):
-    """Another client, with a note of each key that may have an object. PUTs run to completion even if the caller is cancelled."""
+    """An object store that records each key that may have an object.
+
+    PUTs run to completion even if the caller is cancelled.
+    """
 
     def __init__(self, objects: S3ObjectStore) -> None:
         self._objects = objects
         self._under_way: set[asyncio.Task[Any]] = set()
         self.written: set[str] = set()
-        """Keys that an object was stored under, or perhaps was."""
+        """Keys under which an object was stored or may have been stored."""
         self.unanswered = 0
-        """PUTs without an answer, which may take effect later."""
+        """Number of PUTs without a response, which may take effect later."""
 
     @property
+    @override
     def endpoint(self) -> str:
         return self._objects.endpoint
 
     async def finish(self) -> None:
-        """Wait until no PUT is under way. The client's own time limits end each of them."""
+        """Wait until no PUT is in progress. The time limits of the client end each of them."""
         while self._under_way:
             await asyncio.wait(self._under_way)
 
@@ -72,9 +77,11 @@ class RecordedObjects(ObjectStore):
         task.add_done_callback(self._under_way.discard)
         return await shielded(task)
 
+    @override
     async def put(self, key: str, body: bytes) -> None:
         await self._to_the_end(self._noted(key, self._objects.put(key, body)))
 
+    @override
     async def upload(self, key: str, path: Path) -> None:
         await self._to_the_end(self._noted(key, self._objects.upload(key, path)))
 
@@ -90,6 +97,7 @@ class RecordedObjects(ObjectStore):
             raise
         self.written.add(key)
 
+    @override
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
         return await self._to_the_end(self._noted_if(key, body, etag))
 
@@ -108,37 +116,44 @@ class RecordedObjects(ObjectStore):
     async def ask_presigned(
         self, method: Literal["GET", "PUT"], key: str, body: bytes | None = None, headers: Mapping[str, str] = {}
     ) -> Answer | str:
-        """Use a presigned URL. Return the answer, or why there was none."""
+        """Use a presigned URL. Return the response, or the reason why there was none."""
         url = await self._objects.presign(key, method, 300)
         if method == "PUT":
             self.written.add(key)
         return await self._to_the_end(ask(method, url, body, headers))
 
+    @override
     async def get(self, key: str) -> Object | None:
         return await self._objects.get(key)
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
+        """Return the bytes of an object from `start` to before `end`."""
         return await self._objects.get_range(key, start, end)
 
+    @override
     async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
         return await self._objects.get_if_changed(key, etag)
 
+    @override
     async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
         async for listed in self._objects.list(prefix, after):
             yield listed
 
+    @override
     async def delete(self, keys: Sequence[str]) -> None:
         await self._objects.delete(keys)
 
+    @override
     async def download(self, key: str, path: Path) -> bool:
         return await self._objects.download(key, path)
 
+    @override
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
         return await self._objects.presign(key, method, seconds)
 
 
 class Answer(NamedTuple):
-    """The answer to a plain request, with the times of this machine's clock before and after it."""
+    """The response to an unsigned request, with the local times before and after it (seconds since 1970)."""
 
     status: int
     body: bytes
@@ -148,7 +163,7 @@ class Answer(NamedTuple):
 
 
 async def ask(method: str, url: str, body: bytes | None = None, headers: Mapping[str, str] = {}) -> Answer | str:
-    """Send a request that is not signed. Return the answer, or why there was none."""
+    """Send an unsigned request. Return the response, or the reason why there was none."""
     return await asyncio.to_thread(_ask, method, url, body, headers)
 
 
@@ -175,7 +190,7 @@ def _trusting() -> ssl.SSLContext:
 
 
 def clock_skew_s(answer: Answer) -> float | None:
-    """Return by how many seconds the server's clock is ahead; None if it told no time. Its Date has whole seconds."""
+    """Return the seconds by which the server's clock is ahead at least, or None if the response has no Date."""
     try:
         told: datetime = parsedate_to_datetime(answer.date or "")
     except ValueError:
@@ -185,7 +200,7 @@ def clock_skew_s(answer: Answer) -> float | None:
 
 
 class Timings(Struct, frozen=True):
-    """How long one kind of request took."""
+    """The duration of one kind of request."""
 
     request: str
     count: int
@@ -194,7 +209,7 @@ class Timings(Struct, frozen=True):
 
     @classmethod
     def of(cls, request: str, took_s: Sequence[float]) -> Self:
-        """Return the percentiles by nearest rank. `took_s` has one element at least."""
+        """Return the percentiles by nearest rank of at least one duration in seconds."""
         ordered = sorted(took_s)
 
         def rank(percent: int) -> float:
@@ -203,11 +218,12 @@ class Timings(Struct, frozen=True):
         return cls(request, len(ordered), rank(50), rank(99))
 
     def sentence(self) -> str:
+        """Return the percentiles as a sentence."""
         return f"{self.request} takes {self.p50_ms:g} ms (p50) and {self.p99_ms:g} ms (p99) of {self.count}"
 
 
 def failed_check(found: tuple[int, str] | None, reason: str) -> str | None:
-    """Return which check fails for good because of this answer to a LIST; None if a permission may be missing."""
+    """Return the check that a response to LIST makes fail, or None if only a permission may be missing."""
     if found is None:
         if "set AWS_REGION" in reason:  # a redirect without a target
             return "region"
@@ -225,10 +241,10 @@ def failed_check(found: tuple[int, str] | None, reason: str) -> str | None:
 
 
 def reason_of(error: StoreUnavailable) -> str:
-    """Return what the server answered, or why there was no answer, in one line."""
+    """Return the server's error, or the reason why there was no response, in one line."""
     return error.detail if error.__cause__ is None else said(error.__cause__)
 
 
 def answer_to(error: StoreUnavailable) -> tuple[int, str] | None:
-    """Return status and code of the answer that caused an error; None if there was none."""
+    """Return status and code of the response that caused an error, or None if there was no response."""
     return None if error.__cause__ is None else answered(error.__cause__)

@@ -1,7 +1,7 @@
-"""`crudstack s3-rescue`: write what a fork lost to a file, and resume service. What a fork is: see docs/s3-sqlite.md.
+"""`crudstack s3-rescue`: write the changes that a fork lost to a file, and resume service.
 
-The record of the fork in the data directory, and the local copy beside it, name the lost transactions. Their bodies are in the bucket,
-until the housekeeping of some process removes them because no record names them.
+docs/s3-sqlite.md explains forks. The record of the fork in the data directory and the local copy beside it name the
+lost transactions. Their bodies are in the bucket until the maintenance of some process sweeps them as orphans.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..autocrud.resource_manager.model.verification import Verifier
 
 
 class Rescued(NamedTuple):
-    """What was written: lines of changes, transactions, lines without data, and files with whole local copies."""
+    """The numbers of written changes, transactions and changes without data, and the files with whole local copies."""
 
     changes: int
     transactions: int
@@ -42,7 +42,7 @@ class Rescued(NamedTuple):
 
 
 class _Forked(NamedTuple):
-    """A model whose history has forked, with the directory of its local copy."""
+    """A model with a forked history, and the directory of its local copy."""
 
     manager: ResourceManager[Any]
     store: S3SqliteMetaStore
@@ -50,16 +50,17 @@ class _Forked(NamedTuple):
 
 
 async def rescue(managers: Mapping[str, ResourceManager[Any]], file: Path, *, resume: bool = False) -> Rescued:
-    """Write the changes that were acknowledged here, and are not in the bucket, to `file` as JSON lines.
+    """Write the changes that this machine acknowledged and the bucket lost to `file`, as JSON lines.
 
-    With `resume`, remove the record of the fork and the local copies afterwards, so that the program serves again; a `file` that has all
-    lost transactions already is kept as it is. Raises ConfigError if no fork is recorded, or if `file` exists and is not that.
+    If `resume` is true, removes the record of the fork and the local copies afterwards, so that the program serves
+    again. A `file` that already contains all lost transactions is kept in that case. Raises ConfigError if no fork is
+    recorded, or if `file` exists otherwise.
     """
     forked = _forked(managers)
     if not forked:
         raise ConfigError(
-            "no fork is recorded for any model: expected CRUDSTACK_DATA_DIR, CRUDSTACK_BUCKET and the S3 endpoint of the program that"
-            " answered history-forked"
+            "no fork is recorded for any model: expected CRUDSTACK_DATA_DIR, CRUDSTACK_BUCKET and the S3 endpoint of"
+            " the program that answered history-forked"
         )
     lines: list[dict[str, Any]] = []
     incomplete: list[_Forked] = []
@@ -74,7 +75,7 @@ async def rescue(managers: Mapping[str, ResourceManager[Any]], file: Path, *, re
         _write(file, lines)
     copies = []
     if resume:
-        for one in incomplete:  # the copy is the only place that has the content
+        for one in incomplete:  # only the local copy has the content
             copies += _keep_copy(one, file)
         for one in forked:
             forget_copy(one.directory)
@@ -93,7 +94,7 @@ def _forked(managers: Mapping[str, ResourceManager[Any]]) -> list[_Forked]:
 
 
 async def _lost(one: _Forked) -> Lost:
-    """Compare what is known here with what the bucket holds now: more may be lost, or back, since the fork was noticed."""
+    """Compare the local records with the bucket again, because it may have changed since the fork was detected."""
     recorded = [record for path in fork_files(one.directory) for record in read_fork(path).lost]
     heads, recent = read_copy(one.directory)
     head_key = f"{one.store.key}/HEAD"
@@ -104,10 +105,10 @@ async def _lost(one: _Forked) -> Lost:
 
 
 async def _lines(manager: ResourceManager[Any], record: Record) -> list[dict[str, Any]]:
-    """Return a line for each change of a transaction. Index entries and remembered keys are no changes."""
+    """Return a line for each change of a transaction, but none for index entries and idempotency keys."""
     common = {"model": manager.name, "transaction": record.txid.hex(), "sequence": record.seq}
     if not record.ops:
-        error = "the log of this transaction is gone; its content is not known"
+        error = "the log of this transaction is gone; its content is unknown"
         return [{**common, "change": "unknown", "data": None, "error": error}]
     common["time"] = dt.datetime.fromtimestamp(record.time / 1_000_000, dt.UTC).isoformat()
     lines = []
@@ -127,7 +128,7 @@ async def _lines(manager: ResourceManager[Any], record: Record) -> list[dict[str
 
 
 def _write(file: Path, lines: list[dict[str, Any]]) -> None:
-    """Write a new file, which is on disk when this returns."""
+    """Write a new file and sync it to disk."""
     body = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -149,7 +150,7 @@ def _write(file: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def _has_all(file: Path, wanted: set[str]) -> bool:
-    """Return whether a file that was written before has a line of each transaction."""
+    """Return whether an existing file has a line of each transaction."""
     try:
         lines = file.read_bytes().splitlines()
         return wanted <= {msgspec.json.decode(line)["transaction"] for line in lines}
@@ -158,7 +159,7 @@ def _has_all(file: Path, wanted: set[str]) -> bool:
 
 
 def _keep_copy(one: _Forked, file: Path) -> list[Path]:
-    """Write the local copy beside the file, as one SQLite file."""
+    """Write the local copy as one SQLite file beside `file`, and return its path."""
     path = current_path(one.directory)
     if path is None:
         return []

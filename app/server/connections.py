@@ -1,15 +1,14 @@
-"""The open connections of a server: how many there are, how many bytes they hold, and whose client is late.
+"""The open connections of a server: their number, the bytes that they hold, and the deadlines of their clients.
 
 Invariants (`http_protocol` has those of a single connection):
 
-- C1 *All connections together hold a bounded number of bytes.* Bodies that arrive share MAX_BODIES: the request that
-  holds most of it is refused to make room. `unsent` says how many bytes of answers wait for their readers, and `overload`
-  bounds them.
-- C2 *Waiting for a client ends.* `sweep` has each connection check its deadlines, every SWEEP_S seconds. One timer for all
-  costs less than one for each request.
-- C3 *There is room for who asks now.* Above the limit of connections the one that has been waiting for its client longest
-  is closed, so that a client that asks at once is served beside any number that do not. A connection for which the
-  application works is never closed; if it works for all of them, the new one is refused.
+- C1 *All connections together hold a bounded number of bytes.* Incoming bodies share MAX_BODIES. Above it, the
+  request that holds the most bytes is refused. `unsent` counts bytes of unread responses, and `overload` limits them.
+- C2 *Waiting for a client ends.* Every SWEEP_S seconds, `sweep` makes each connection check its deadlines. One timer
+  for all connections costs less than one for each request.
+- C3 *A new client gets a connection.* Above the limit of connections, the connection that has waited longest for its
+  client is closed. So any number of idle clients cannot lock out an active one. A connection with a request in progress
+  is never closed; if all connections have one, the new connection is refused.
 """
 
 from __future__ import annotations
@@ -28,39 +27,55 @@ SWEEP_S = 1.0
 
 
 class HeadersTooLarge(CrudError):
+    """The header fields exceed a limit."""
+
     type, title, status = "request-headers-too-large", "The headers are too large", 431
 
 
 class UriTooLong(CrudError):
+    """The request line exceeds a limit."""
+
     type, title, status = "uri-too-long", "The request line is too long", 414
 
 
 class RequestTimeout(CrudError):
+    """The client sends a request too slowly."""
+
     type, title, status = "request-timeout", "The request took too long to arrive", 408
 
 
 class MalformedRequest(CrudError):
+    """The bytes are not a valid HTTP request."""
+
     type, title, status = "malformed-request", "This is not a valid HTTP request", 400
 
 
 class UpgradeNotSupported(CrudError):
+    """The client asks for WebSocket, or for an upgrade of a request with a body."""
+
     type, title, status = "upgrade-not-supported", "This server has no WebSocket", 400
 
 
 class CodingNotSupported(CrudError):
-    type, title, status = "transfer-coding-not-supported", "This transfer coding is not taken here", 501
+    """The body has a transfer coding other than chunked."""
+
+    type, title, status = "transfer-coding-not-supported", "This transfer coding is not supported", 501
 
 
 class TooManyConnections(CrudError):
+    """Every connection up to the limit has a request in progress."""
+
     type, title, status = "too-many-connections", "Too many connections", 503
 
 
 class TooMuchInTransfer(CrudError):
+    """The bodies or the unread responses of all connections exceed a limit."""
+
     type, title, status = "too-much-in-transfer", "Too many bytes are in transfer", 503
 
 
 def refusal(error: CrudError, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the bytes of an error answer, after which the connection is closed. `headers` come first in it."""
+    """Return the bytes of an error response that closes the connection. `headers` come first in it."""
     response = problems.response(error, ((b"retry-after", b"1"),) if error.status == 503 else ())
     lines = [
         b"HTTP/1.1 %d %b" % (error.status, HTTPStatus(error.status).phrase.encode()),
@@ -75,50 +90,47 @@ def refusal(error: CrudError, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 class Connection(Protocol):
-    """A connection, as the connections of a server know it."""
+    """A connection, as `Connections` uses it."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     body_bytes: int
-    """Bytes of a body that were counted."""
+    """Bytes of the incoming body that `Connections` has counted."""
     answer_bytes: int
-    """Bytes of large answers that were written, and perhaps not sent."""
+    """Bytes of large responses that were written and may be unsent."""
 
     @property
     def uploads(self) -> bool:
-        """Whether a body is arriving."""
+        """Return whether a body is arriving."""
 
     def check(self) -> None:
-        """End the connection if its client is late."""
+        """End the connection if its client has missed a deadline."""
 
     def make_room(self) -> None:
-        """End a connection that waits for its client, now."""
+        """End a connection that waits for its client at once."""
 
     def refuse(self, error: CrudError) -> None:
-        """Answer with an error, and end the connection."""
+        """Send an error response, and end the connection."""
 
 
 class Connections:
-    """The connections of a server, at most `limit`.
-
-    Everything runs in the thread of the event loop.
-    """
+    """The connections of a server, at most `limit`. Used from the thread of the event loop only."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.waiting: OrderedDict[Connection, None] = OrderedDict()
-        """Connections that wait for their clients, the one that has been waiting longest first."""
+        """Connections that wait for their clients, the longest waiting one first."""
         self.ending: OrderedDict[Connection, None] = OrderedDict()
-        """Connections that have had their last answer."""
+        """Connections that have sent their last response."""
         self.writing: set[Connection] = set()
-        """Connections that were given large answers to write."""
+        """Connections to which large responses were written."""
         self.body_bytes = 0
         self._open: set[Connection] = set()
         self._uploads: dict[Connection, None] = {}
         self._sweeping: asyncio.TimerHandle | None = None
 
     def add(self, connection: Connection) -> bool:
-        """Add a connection. Return whether there is room for it."""
+        """Add a connection, and close a waiting one if the limit is exceeded. Return False if none was waiting."""
         self._open.add(connection)
         if self._sweeping is None:
             self._sweeping = connection.loop.call_later(SWEEP_S, self.sweep)
@@ -134,6 +146,7 @@ class Connections:
         return [next(iter(some))] if some else []
 
     def remove(self, connection: Connection) -> None:
+        """Forget a connection that has ended."""
         self._open.discard(connection)
         self.waiting.pop(connection, None)
         self.ending.pop(connection, None)
@@ -141,7 +154,7 @@ class Connections:
         self.forget_body(connection)
 
     def sweep(self) -> None:
-        """Close the connections whose clients are late, then wait SWEEP_S."""
+        """Make each connection check its deadlines, and schedule the next sweep."""
         self._sweeping = None
         for connection in list(self._open):
             connection.check()
@@ -150,7 +163,7 @@ class Connections:
             self._sweeping = loop.call_later(SWEEP_S, self.sweep)
 
     def unsent(self) -> int:
-        """Return how many bytes the answers have that are not read yet. Each is held as a whole until its last byte is sent."""
+        """Return the bytes of all unread responses. A response counts as a whole until its last byte is sent."""
         if not self.writing:
             return 0
         total = 0
@@ -163,7 +176,7 @@ class Connections:
         return total
 
     def count_body(self, connection: Connection, size: int) -> None:
-        """Count bytes of a body that has not arrived as a whole. Above MAX_BODIES, refuse the request that holds most."""
+        """Count bytes of an incomplete body. Above MAX_BODIES, refuse the request that holds the most bytes."""
         connection.body_bytes += size
         self.body_bytes += size
         self._uploads[connection] = None
@@ -172,11 +185,12 @@ class Connections:
             if largest.uploads:
                 largest.refuse(
                     TooMuchInTransfer(
-                        f"found over {MAX_BODIES} bytes of bodies in transfer; this request has the most of them; try again"
+                        f"found over {MAX_BODIES} bytes of incomplete bodies, most of them of this request; try again"
                     )
                 )
 
     def forget_body(self, connection: Connection) -> None:
+        """Stop counting the body of a connection."""
         self.body_bytes -= connection.body_bytes
         connection.body_bytes = 0
         self._uploads.pop(connection, None)

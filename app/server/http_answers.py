@@ -1,4 +1,4 @@
-"""How uvicorn writes an answer on a connection of `http_protocol`."""
+"""Flow control and the writing of responses, derived from uvicorn's classes for `http_protocol`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from typing_extensions import override
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
@@ -15,19 +16,20 @@ WITHOUT_BODY = frozenset({204, 304})
 
 
 class HeldFlow(FlowControl):
-    """Reading stays paused, whoever wants to resume it, while bytes are held that were read before."""
+    """Flow control that does not resume reading while the connection holds bytes that it has not parsed."""
 
     def __init__(self, transport: asyncio.Transport, holds: Callable[[], bool]) -> None:
         super().__init__(transport)
         self._holds = holds
 
+    @override
     def resume_reading(self) -> None:
         if self.read_paused and not self._holds():
             super().resume_reading()
 
 
 class AnswerTransport:
-    """The transport as the writer of an answer sees it: closing waits until the client has read."""
+    """The transport for the writer of a response: `close` lets the client read the response first."""
 
     __slots__ = ("_count", "_write", "close", "is_closing")
 
@@ -35,20 +37,22 @@ class AnswerTransport:
         self._write, self.is_closing, self.close, self._count = transport.write, transport.is_closing, close, count
 
     def write(self, data: bytes) -> None:
+        """Write bytes of a response, and count those of large parts."""
         if len(data) > HIGH_WATER_LIMIT:
             self._count(len(data))
         self._write(data)
 
 
 class WholeAnswer(RequestResponseCycle):
-    """A request and its answer, which is written at once if it has one part.
+    """A request and its response. A response with one part is written in one step.
 
-    Uvicorn searches each header with two patterns. It is enough to count the line ends of all of them: a header cannot
-    add one. Any answer that is not usual is left to uvicorn.
+    uvicorn checks each header with two regular expressions. Counting the line ends of the whole head is enough: it
+    shows that no header contains one. uvicorn itself writes all other responses.
     """
 
     _start: Any = None
 
+    @override
     async def send(self, message: Any) -> None:
         start = self._start
         if start is None:
@@ -63,7 +67,7 @@ class WholeAnswer(RequestResponseCycle):
         await super().send(message)
 
     def _written(self, start: Any, message: Any) -> bool:
-        """Write an answer of one part. Return False if it has several, or something unusual about it."""
+        """Write a response that has one part. Return False if it has several parts, or needs uvicorn's own writer."""
         if self.disconnected or self.flow.write_paused or message.get("more_body") or message["type"] != BODY_MESSAGE:
             return False
         status, body = start["status"], message.get("body", b"")

@@ -1,22 +1,24 @@
-"""HTTP/1.1 on one connection: uvicorn's protocol, with a bound on everything that a client can send or leave unread.
+"""HTTP/1.1 on one connection: uvicorn's protocol, with limits on everything that a client can send or leave unread.
 
-Uvicorn's parser (httptools) has no limit on bytes, and its protocol none on time; docs/limits.md lists those that hold here.
+uvicorn's parser (httptools) limits no bytes, and its protocol limits no time; docs/limits.md lists the limits of this
+module. `LimitedProtocol` is a subclass of uvicorn's HttpToolsProtocol. It keeps its start of the application, its flow
+control and its writing of responses, and replaces what feeds the parser and when a connection ends.
 
 Invariants (`connections` has those of all connections):
 
-- P1 *A client makes a connection hold a bounded number of bytes.* The parser is fed at most MAX_HEAD bytes of a head
-  before the head is complete, exactly the bytes of a body with a length, and MAX_CHUNKS chunks and MAX_FRAMING bytes of
-  framing of a chunked one. It is fed one request at a time: the bytes of the next one wait, unparsed, until the answer
-  has been read, and reading is paused meanwhile. So never more is held than was read at once.
-- P2 *Waiting for a client ends.* In each phase in which the client has the next move (head, body, reading the answer, idle,
-  closing) a deadline runs, and a client that keeps moving must keep up a minimal rate. No deadline runs while the
-  application works, or does not read.
-- P3 *A refusal is the last answer on its connection, and can be read.* The bytes that follow are read and thrown away for
-  a short time: closing at once would reset the connection before the client has read the answer (RFC 9112, 9.6). An answer
-  that is given before the body has arrived is treated alike.
-- P4 *Where a request ends is never guessed.* A head ends at its first empty line, which the parser takes in no other form.
-  A body with a length ends there. Only the parser knows where a chunked body ends; if a request follows in the same bytes,
-  the connection ends after the answer, and that request was not read.
+- P1 *A connection holds a bounded number of bytes.* The parser gets at most MAX_HEAD bytes before the head is complete.
+  Of a body with a length it gets exactly that length, of a chunked body at most MAX_CHUNKS chunks and MAX_FRAMING bytes
+  of framing. It gets one request at a time: the bytes of the next request wait, unparsed, until the client has read the
+  response, and the connection does not read from its socket during that time. So it never holds more than one read.
+- P2 *Waiting for a client ends.* A deadline runs in each phase in which the client must act (head, body, reading the
+  response, idle, closing), and a client that sends or reads continuously must keep up a minimal rate. No deadline runs
+  while the application works or does not read the body.
+- P3 *A refusal is the last response on its connection, and the client can read it.* The bytes that follow are read and
+  discarded for a short time, because closing at once would reset the connection before the client has read the response
+  (RFC 9112, 9.6). A response that is sent before the body has arrived is treated in the same way.
+- P4 *The end of a request is never guessed.* A head ends at its first empty line, and the parser accepts no other form.
+  A body with a length ends after that length. Only the parser knows the end of a chunked body; if another request
+  follows in the same bytes, the connection ends after the response, and that request is not processed.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any, cast
 from urllib.parse import unquote
 
 import httptools
+from typing_extensions import override
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -43,42 +46,42 @@ from .connections import (
     refusal,
 )
 from .http_answers import AnswerTransport, HeldFlow, WholeAnswer
+from .request_head import MAX_LINE, RequestHead
 
-MAX_LINE = 16 * 1024
-MAX_HEAD = 32 * 1024
 MAX_FIELDS = 100
 MAX_CHUNKS = 32 * 1024
 MAX_FRAMING = 32 * 1024
 """Bytes of chunk extensions and trailers of a body."""
 CHUNK_FRAMING = 12
-"""Bytes that each chunk may have for its size and line ends."""
+"""Bytes of size and line ends that each chunk may have."""
 SLICE = 32 * 1024
-"""Bytes of a chunked body that are parsed before other connections have their turn."""
+"""Bytes of a chunked body that are parsed before the event loop serves other connections."""
 
 HEAD_S = 10.0
 IDLE_S = 5.0
 BODY_S = 10.0
 WRITE_S = 30.0
-"""How long a client may take to read the first of an answer, or the next. The buffers of two kernels lie between: they take
-megabytes before a reader of 40 KB a second is seen to read."""
+"""Seconds within which a client must read something of a response.
+
+The buffers of two kernels hold megabytes, so this server notices only late that a client reads 40 KB a second.
+"""
 MIN_RATE = 4096
-"""Bytes a second that a client must send of a body, or read of an answer, after BODY_S or WRITE_S."""
+"""Bytes per second of a body that a client must send, or of a response that it must read, after BODY_S or WRITE_S."""
 LINGER_S = 5.0
 MAX_LINGER = 64 * 1024 * 1024
 
 HEAD, BODY, ANSWER, CLOSING = range(4)
-"""What a connection waits for: the head of a request, its body, the application, the end."""
+"""Phases of a connection, by what it waits for: the head of a request, its body, the application, the end."""
 
-END = b"\r\n\r\n"
 FRAMING = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect", b"upgrade"})
 
 
 class _OneAtATime(Exception):
-    """A request began in the bytes after a chunked body, whose end only the parser knows."""
+    """A request begins in the same bytes as the end of a chunked body."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """A connection. The answers are uvicorn's; what is read, and when, is decided here."""
+    """A connection. uvicorn writes the responses; this class decides what is read and when."""
 
     cycle: WholeAnswer
 
@@ -88,29 +91,28 @@ class LimitedProtocol(HttpToolsProtocol):
         self.body_bytes = self.answer_bytes = 0
         self._registry = connections
         self._since = self.loop.time()
-        self._tail = b""
-        """The last bytes of an incomplete head, where its end may begin."""
-        self._head_bytes = 0
-        self._line_ended = False
+        self._head = RequestHead()
         self._left: int | None = 0
-        """Bytes of the body that are still to come; None if it is chunked."""
+        """Bytes of the body that have not arrived; None if the body is chunked."""
         self._raw = self._received = self._chunks = 0
         self._keep_alive = True
         self.held = b""
-        """Bytes after the request that is being answered."""
+        """Unparsed bytes after the request in progress."""
         self._refusal: CrudError | None = None
         self._dropped = 0
         self._progress = (0, 0)
-        """Bytes of the body and of the unsent answer when the client last moved, which was at `_moved`."""
+        """Bytes of the body and of the unsent response at `_moved`, when the client last sent or read something."""
         self._moved = self._unsent_since = self._since
         self._unsent_at_first = 0
 
     @property
     def uploads(self) -> bool:
+        """Return whether a body is arriving."""
         return self.phase == BODY
 
     # Connections
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", transport))
         self.flow = HeldFlow(self.transport, lambda: bool(self.held))
@@ -125,21 +127,24 @@ class LimitedProtocol(HttpToolsProtocol):
                 linger=False,
             )
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._abandon_request()
         self._closing()
         self._registry.remove(self)
         super().connection_lost(exc)
 
+    @override
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Return whether the connection stays open: a client that has sent all of its request may still read the answer."""
+        """Return True, to keep the connection open, if the client has sent all and may read the response."""
         if self.phase != ANSWER or self.held:
             return False
         self.cycle.keep_alive = False
         return True
 
+    @override
     def shutdown(self) -> None:
-        """End the connection as soon as the answer in progress is written; requests that have not arrived are dropped."""
+        """End the connection after the response in progress. Incomplete requests are dropped."""
         if self.phase == ANSWER and not self.cycle.response_complete:
             self.cycle.keep_alive = False
             self.held = b""
@@ -148,17 +153,17 @@ class LimitedProtocol(HttpToolsProtocol):
             self._close()
 
     def make_room(self) -> None:
-        """End a connection that waits for its client, now."""
+        """End a connection that waits for its client at once."""
         if self.phase == CLOSING or self.transport.get_write_buffer_size():
             self._abort()
-        elif self.phase == HEAD and not self._head_bytes:
+        elif self.phase == HEAD and not self._head.size:
             self._close()
         else:
             error = TooManyConnections("found newer connections than this one, and no room for all; try again")
             self.refuse(error, linger=False)
 
     def check(self) -> None:
-        """End the connection if its client is late."""
+        """End the connection if its client has missed a deadline."""
         now = self.loop.time()
         unsent = self.transport.get_write_buffer_size()
         progress = (self._raw, unsent)
@@ -170,9 +175,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unsent_at_first = 0
         waited = now - self._since
         if self.phase == HEAD:
-            if self._head_bytes and waited > HEAD_S:
+            if self._head.size and waited > HEAD_S:
                 self.refuse(RequestTimeout(f"found no complete head after {HEAD_S:g} s; send it at once"))
-            elif not self._head_bytes and waited > (HEAD_S if self.cycle is None else IDLE_S):
+            elif not self._head.size and waited > (HEAD_S if self.cycle is None else IDLE_S):
                 self._close()
         elif self.phase == BODY:
             if self.flow.read_paused:  # the application does not read
@@ -188,7 +193,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _check_reader(self, now: float, unsent: int) -> None:
-        self._since = now  # nothing else is late before the answer is read
+        self._since = now  # no other deadline runs until the client has read the response
         if unsent > self._unsent_at_first:
             self._unsent_since, self._unsent_at_first = now, unsent
         read = self._unsent_at_first - unsent
@@ -197,6 +202,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     # What the client sends
 
+    @override
     def data_received(self, data: bytes) -> None:
         if self.phase == CLOSING:
             self._dropped += len(data)
@@ -208,12 +214,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self._feed(data)
 
     def _hold(self, data: bytes) -> None:
-        """Keep bytes for later, and stop reading. So never more is held than was read at once."""
+        """Keep bytes for later, and stop reading. So the connection never holds more than one read."""
         self.held += data
         self.flow.pause_reading()
 
     def _feed(self, data: bytes) -> None:
-        """Give the parser the bytes of one request."""
+        """Pass the bytes of one request to the parser."""
         while data:
             if self.phase == HEAD:
                 taken = self._head_part(data)
@@ -233,7 +239,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return
 
     def _go_on(self) -> None:
-        """Parse what is held, if it is its turn."""
+        """Parse the held bytes if no request is in progress."""
         if self.held and self.phase in (HEAD, BODY):
             data, self.held = self.held, b""
             self._feed(data)
@@ -241,34 +247,14 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.flow.resume_reading()
 
     def _head_part(self, data: bytes) -> int:
-        """Return how many bytes belong to the head of a request. Refuse it if these are too many."""
-        before = self._head_bytes
-        if not before:
+        """Return how many of the bytes belong to the head. Refuse the request if the head exceeds a limit."""
+        if not self._head.size:
             self._since = self.loop.time()
-        found = data.find(END)
-        end = found + len(END) if found >= 0 else len(data)
-        if self._tail:
-            overlap = (self._tail + data[: len(END) - 1]).find(END)
-            if overlap >= 0:
-                found, end = 0, overlap + len(END) - len(self._tail)
-        self._head_bytes += end
-        if found >= 0:
-            self._tail = b""
-            if self._head_bytes <= MAX_HEAD:
-                self._line_ended = True
-                return end
-        else:
-            self._tail = (self._tail + data)[1 - len(END) :]
-        if not self._line_ended:
-            line = data.find(b"\r\n", 0, end)
-            self._line_ended = line >= 0
-            if before + (line if line >= 0 else end) > MAX_LINE:
-                self.refuse(UriTooLong(f"found a request line of over {MAX_LINE} bytes; expected at most {MAX_LINE}"))
-                return 0
-        if self._head_bytes > MAX_HEAD:
-            self.refuse(HeadersTooLarge(f"found over {MAX_HEAD} bytes of headers; expected at most {MAX_HEAD}"))
+        try:
+            return self._head.add(data)
+        except CrudError as error:
+            self.refuse(error)
             return 0
-        return end
 
     def _parse(self, data: bytes) -> None:
         chunked = self.phase == BODY and self._left is None
@@ -279,7 +265,7 @@ class LimitedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # the request was read, and is answered as if it had not asked
+            pass  # the request is complete, and is answered without the upgrade
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, _OneAtATime):
                 self.cycle.keep_alive = self._keep_alive = False
@@ -304,14 +290,17 @@ class LimitedProtocol(HttpToolsProtocol):
 
     # What the parser finds
 
+    @override
     def on_message_begin(self) -> None:
         if self.phase != HEAD:
             raise _OneAtATime
         super().on_message_begin()
 
+    @override
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
 
+    @override
     def on_headers_complete(self) -> None:
         parser, scope, headers = self.parser, self.scope, self.headers
         version = parser.get_http_version()
@@ -336,8 +325,10 @@ class LimitedProtocol(HttpToolsProtocol):
                 expect = value.strip().lower() == b"100-continue"
             elif value.strip().lower() == b"websocket":
                 raise self._refused(UpgradeNotSupported("found Upgrade: websocket; expected a plain HTTP request"))
-        if self._left != 0 and parser.should_upgrade():  # the parser would take the body for the next request
-            raise self._refused(UpgradeNotSupported("found an upgrade of a request with a body; expected one of both"))
+        if self._left != 0 and parser.should_upgrade():  # the parser would parse the body as the next request
+            raise self._refused(
+                UpgradeNotSupported("found an upgrade of a request with a body; expected only one of the two")
+            )
         if len(headers) > MAX_FIELDS:
             raise self._refused(HeadersTooLarge(f"found {len(headers)} header fields; expected at most {MAX_FIELDS}"))
         if len(self.url) > MAX_LINE:
@@ -353,7 +344,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._begin(expect, keep_alive=version != "1.0" and parser.should_keep_alive())
 
     def _target(self, headers: list[tuple[bytes, bytes]]) -> bytes:
-        """Note the query of the request's target, and return its path. An absolute one says itself for which host it is."""
+        """Set the query string, and return the path. The host of an absolute target replaces the Host header."""
         target = httptools.parse_url(self.url)
         if target.host is not None:
             port = b"" if target.port is None else b":%d" % target.port
@@ -364,10 +355,10 @@ class LimitedProtocol(HttpToolsProtocol):
         return path
 
     def _begin(self, expect: bool, *, keep_alive: bool) -> None:
-        self.headers = []  # trailers are no headers of the request (RFC 9110, 6.5.1)
+        self.headers = []  # trailers are not headers of the request (RFC 9110, 6.5.1)
         self.phase, self._keep_alive = BODY, keep_alive
         self._raw = self._received = self._chunks = 0
-        # Until the body has arrived no further request can follow on this connection.
+        # No further request can follow on this connection before the body has arrived.
         self.cycle = WholeAnswer(
             scope=self.scope,
             transport=cast("asyncio.Transport", self._answers),
@@ -384,8 +375,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._start_asgi_task(self.cycle, self.app)
 
     def on_chunk_header(self) -> None:
+        """Count the chunks of a body."""
         self._chunks += 1
 
+    @override
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
         self._received += len(body)
@@ -398,6 +391,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
         cycle.message_event.set()
 
+    @override
     def on_message_complete(self) -> None:
         if self.phase != BODY:
             return
@@ -411,6 +405,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     # Answers
 
+    @override
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         if self.body_bytes:
@@ -425,7 +420,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _next_request(self) -> None:
         self.phase, self._since = HEAD, self.loop.time()
-        self._head_bytes, self._line_ended = 0, False
+        self._head = RequestHead()
         if self.held:
             self._go_on()
         else:
@@ -435,21 +430,23 @@ class LimitedProtocol(HttpToolsProtocol):
         self.answer_bytes += size
         self._registry.writing.add(self)
 
+    @override
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.phase == ANSWER and self.cycle.response_complete and not self.transport.is_closing():
             self._next_request()
 
+    @override
     def send_400_response(self, msg: str) -> None:
         self.refuse(MalformedRequest(msg))
 
     def _refused(self, error: CrudError) -> CrudError:
-        """Note why the parser is stopped, and return what stops it."""
+        """Remember the reason of a refusal, and return the error to raise in the parser's callback."""
         self._refusal = error
         return error
 
     def refuse(self, error: CrudError, *, linger: bool = True) -> None:
-        """Answer with an error, and end the connection. Nothing is written into an answer that has begun."""
+        """Send an error response and end the connection. If a response has begun, abort the connection instead."""
         if self.transport.is_closing() or (self.phase in (BODY, ANSWER) and self.cycle.response_started):
             self._abort()
             return
@@ -461,20 +458,20 @@ class LimitedProtocol(HttpToolsProtocol):
             self._close()
 
     def _abandon_request(self) -> None:
-        """Tell the application, if it works on a request, that the client is gone."""
+        """Tell the application, if it works on a request, that the client has disconnected."""
         if self.phase in (BODY, ANSWER) and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._registry.forget_body(self)
 
     def _abort(self) -> None:
-        """End the connection now, with what is not sent."""
+        """End the connection at once, and drop unsent bytes."""
         self._abandon_request()
         self._closing()
         self.transport.abort()
 
     def _finish(self) -> None:
-        """End the connection after the answer: at once if the client has sent nothing more, otherwise when it has read."""
+        """End the connection after the response: at once, or after LINGER_S if the client may send more."""
         if self.phase == ANSWER and not self.held:
             self._close()
             return

@@ -1,30 +1,32 @@
-"""Overload: at most IN_PROGRESS requests in progress, QUEUED that wait for their turn, and 503 with Retry-After for the rest.
+"""Load shedding: IN_PROGRESS requests run, QUEUED requests wait for a slot, and the others get 503 with Retry-After.
 
-An event loop takes every request that arrives. Under more load than it can serve all of them get slower together, until
-each client has given up before its answer is there. Here a request is refused at once, before its body is read, if it
-could not begin soon, so that the accepted ones are answered in time.
+An event loop accepts every request that arrives. Under more load than it can serve, all requests become slower, until
+each client times out before its response is ready. This module refuses a request at once, before its body is read, if
+the request could not begin soon. So the accepted requests are answered in time.
 
 Invariants:
 
-- O1 *In progress are IN_PROGRESS requests at most.* A slot is held from the admission of a request until its answer is handed
-  to the server, except while the server waits for the client to send the body, and while the request waits for its turn
-  with large JSON (`threads.heavy`, which bounds it). So neither a slow client nor one that sends much holds a slot.
-- O2 *The queue is bounded.* QUEUED requests wait, each for at most WAIT_S. A request that was admitted is never refused: after
-  its body has arrived it has the next free slot, before all that are new.
-- O3 *Slots are not lost.* `free` and the slots that are held are IN_PROGRESS together, also after errors and cancellation: a slot
-  is given back exactly once.
-- O4 *Answers that nobody reads hold a bounded number of bytes.* While MAX_UNSENT bytes of answers wait for their readers, a large
-  answer to a read is replaced by 503 before its first byte is handed to the server; while it is twice as many, a large answer to a
-  write is replaced by 503 `outcome-unknown`. Small answers are always given: who reads slowly keeps nobody else waiting.
-- O5 *Health checks do not wait.* /healthz touches no store and needs no slot. /readyz asks the stores, so it has a few slots of
-  its own: neither do requests keep it waiting, nor does it add work without bound.
+- O1 *At most IN_PROGRESS requests run.* A request holds a slot from its admission until its response is passed to the
+  server. It releases the slot while the server waits for the client to send the body, and while the request waits for
+  its turn with large JSON (`threads.heavy` limits that). So a client that sends slowly, or sends much, holds no slot.
+- O2 *The queue is bounded.* At most QUEUED requests wait, each for at most WAIT_S. An admitted request is never
+  refused: after its body has arrived, it gets the next free slot, before all new requests.
+- O3 *Slots are not lost.* `free` plus the held slots is always IN_PROGRESS, also after errors and cancellation: each
+  slot is released exactly once.
+- O4 *Responses that clients do not read hold a bounded number of bytes.* While MAX_UNSENT bytes of responses are
+  unread, a large response to a read is replaced by 503 before its first byte is passed to the server. While twice as
+  many are unread, a large response to a write is replaced by 503 `outcome-unknown`. Small responses are always sent,
+  so a client that reads slowly does not delay others.
+- O5 *Health checks do not wait.* /healthz uses no store and needs no slot. /readyz uses the stores, so it has PROBES
+  slots of its own: other requests do not delay it, and its work is bounded.
 
-IN_PROGRESS: the event loop runs Python on one core, at 0.2 to 1 ms a request, that is 1,000 to 5,000 requests a second. A
-request beyond that waits for a store: for a disk (0 to 5 ms; four threads read, a commit takes all the writes that wait
-for it) or for a network (5 to 30 ms for PostgreSQL or S3). 1,000 a second at 30 ms each are 30 in progress. More would be
-answered little sooner, and each holds memory: 32 pages of 4 MB are 128 MB. QUEUED is a tenth of a second of work, or two.
+Why IN_PROGRESS is 32: the event loop runs Python on one core and needs 0.2 to 1 ms for a request, which is 1,000 to
+5,000 requests per second. The rest of a request's time is spent waiting for a store: a disk (0 to 5 ms; four threads
+read, and one commit takes all waiting writes) or a network (5 to 30 ms for PostgreSQL or S3). 1,000 requests per second
+of 30 ms each are 30 in progress. More would hardly reduce the latency, and each holds memory: 32 pages of 4 MB are
+128 MB. QUEUED is 100 to 200 ms of work.
 
-On Lambda one request runs at a time in a process, and the service limits how many processes there are, so this is not used there.
+AWS Lambda runs one request at a time in a process and limits the number of processes, so it does not need this module.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+from typing_extensions import override
 
 from ..autocrud.errors import CrudError, OutcomeUnknown, Overloaded
 from ..autocrud.http import problems
@@ -46,13 +50,13 @@ WAIT_S = 3.0
 PROBES = 4
 MAX_UNSENT = 32 * 1024 * 1024
 LARGE = 64 * 1024
-"""An answer of so many bytes may wait for its reader; a smaller one fits into the buffers of the sockets."""
+"""Bytes from which a response may have to wait for its client; a smaller one fits into the buffers of the sockets."""
 HEALTH, READINESS = "/healthz", "/readyz"
 RETRY_AFTER = ((b"retry-after", b"1"),)
 
 
 class Gate:
-    """Slots for `limit` holders and a queue of `queued` that wait for one. All in one event loop."""
+    """A semaphore with `limit` slots and a queue of at most `queued` requests. Used from one event loop only."""
 
     def __init__(self, limit: int, queued: int) -> None:
         self.free, self._limit, self._queued = limit, limit, queued
@@ -60,22 +64,22 @@ class Gate:
         self._returning: deque[asyncio.Future[bool]] = deque()
 
     def take(self) -> bool:
-        """Take a slot if one is free; then nobody waits. Return whether it was."""
+        """Take a slot if one is free (then the queue is empty). Return whether it was taken."""
         if self.free:
             self.free -= 1
             return True
         return False
 
     async def wait(self) -> bool:
-        """Wait for a slot if the queue has room. Return False if there is none within WAIT_S."""
+        """Wait for a slot. Return False if the queue is full, or if no slot becomes free within WAIT_S."""
         return len(self._new) < self._queued and await self._wait(self._new, WAIT_S)
 
     async def come_back(self) -> None:
-        """Wait for a slot again, before all that are new."""
+        """Wait for a slot again, with priority over new requests."""
         await self._wait(self._returning, None)
 
     def leave(self) -> None:
-        """Give a slot back: to whoever waits, or to all."""
+        """Release a slot: the next waiting request gets it."""
         for queue in (self._returning, self._new):
             while queue:
                 waiting = queue.popleft()
@@ -93,7 +97,7 @@ class Gate:
             admitted = await waiting
         except asyncio.CancelledError:
             if waiting.done() and not waiting.cancelled() and waiting.result():
-                self.leave()  # it was admitted in the moment in which it was cancelled
+                self.leave()  # it was admitted and cancelled in the same moment
             elif waiting in queue:
                 queue.remove(waiting)
             raise
@@ -104,8 +108,9 @@ class Gate:
             queue.remove(waiting)
         return admitted
 
+    @override
     def __str__(self) -> str:
-        return f"{self._limit} requests in progress and {self._queued} that wait"
+        return f"{self._limit} requests in progress and {self._queued} waiting"
 
 
 def _give_up(waiting: asyncio.Future[bool]) -> None:
@@ -114,7 +119,7 @@ def _give_up(waiting: asyncio.Future[bool]) -> None:
 
 
 class _Slot:
-    """A slot of an admitted request, and what the application receives and sends meanwhile."""
+    """The slot of an admitted request, around the `receive` and `send` of the application."""
 
     __slots__ = ("_gate", "_held", "_reads", "_receive", "_send", "_start", "_unsent")
 
@@ -135,7 +140,7 @@ class _Slot:
             self._held = True
 
     async def receive(self) -> Any:
-        """Wait for the client without the slot."""
+        """Receive the next message, without the slot while the client sends."""
         if not self._held:
             return await self._receive()
         self.leave()
@@ -144,7 +149,7 @@ class _Slot:
         return message
 
     async def send(self, message: Any) -> None:
-        """Send without the slot, as soon as there is a body: the work is done, and what streams waits for its reader."""
+        """Send a message. Releases the slot with the first part of the body, because the work is done then."""
         if message["type"] == "http.response.start":
             self._start = message
             return
@@ -159,23 +164,23 @@ class _Slot:
         await self._send(message)
 
     def _unsendable(self) -> CrudError | None:
-        """Return what a large answer is replaced by, if too much waits to be read."""
+        """Return the error that replaces a large response, or None if few enough bytes are unread."""
         unsent = self._unsent()
         if self._reads:
             return _unread() if unsent > MAX_UNSENT else None
         if unsent <= 2 * MAX_UNSENT:
             return None
         return OutcomeUnknown(
-            "this was tried, but its answer cannot be told while so much waits to be read; ask again with the same"
-            " Idempotency-Key, or read it"
+            "the write was tried, but its response cannot be sent because too many responses are unread; send the"
+            " request again with the same Idempotency-Key, or read the resource"
         )
 
 
 class Overload:
-    """An application that refuses what it cannot serve in time.
+    """ASGI middleware that refuses requests that the application could not serve in time.
 
-    unsent  says how many bytes of answers wait for their readers
-    base    the prefix under which the API is reached, if there is one
+    unsent   returns the number of bytes of responses that clients have not read
+    base     the path prefix under which the API is reached, or ""
     """
 
     def __init__(
@@ -188,31 +193,32 @@ class Overload:
         base: str = "",
     ) -> None:
         self._app, self._unsent = app, unsent
-        # Requests come with the prefix and without it; see base_path.
+        # Requests arrive with the prefix and without it; see base_path.
         self._health, self._readiness = {HEALTH, base + HEALTH}, {READINESS, base + READINESS}
         self._gate, self._probes = Gate(in_progress, queued), Gate(PROBES, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request in a slot, or refuse it with 503."""
         if scope["type"] != "http" or scope["path"] in self._health:
             await self._app(scope, receive, send)
             return
         gate = self._probes if scope["path"] in self._readiness else self._gate
         if gate.take() or await gate.wait():
             slot = _Slot(gate, scope, receive, send, self._unsent)
-            TURN.set(slot)  # for the rest of this task, which is this request's own
+            TURN.set(slot)  # for the rest of this task, which serves this request only
             try:
                 await self._app(scope, slot.receive, slot.send)
             finally:
                 slot.leave()
         else:
-            await _refuse(Overloaded(f"found {gate}; expected fewer requests at once; try again"), send, scope)
+            await _refuse(Overloaded(f"found {gate}; expected fewer concurrent requests; try again"), send, scope)
 
 
 def _unread() -> TooMuchInTransfer:
-    return TooMuchInTransfer(f"found over {MAX_UNSENT} bytes of answers that wait to be read; try again")
+    return TooMuchInTransfer(f"found over {MAX_UNSENT} bytes of responses that clients have not read; try again")
 
 
 async def _refuse(error: CrudError, send: Send, scope: Scope | None = None) -> None:
     head = scope is not None and scope["method"] == "HEAD"
-    headers = () if isinstance(error, Overloaded) else RETRY_AFTER  # which has it already
+    headers = () if isinstance(error, Overloaded) else RETRY_AFTER  # Overloaded has the header already
     await problems.response(error, headers).send(send, head=head)

@@ -1,7 +1,7 @@
-"""The server underneath `crudstack serve`: uvicorn, on connections and requests that are bounded.
+"""The server of `crudstack serve`: uvicorn with limits on connections and requests.
 
-Uvicorn runs the event loop, the signals, the lifespan and the answers. `http_protocol` and `connections` bound what clients may
-send and leave open, `overload` how many requests run at once.
+uvicorn runs the event loop and the lifespan, handles signals and writes responses. `http_protocol` and `connections`
+limit what clients can send and keep open. `overload` limits the number of concurrent requests.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from typing_extensions import override
 
 from ..autocrud.errors import ConfigError
 from ..request_log import RequestLog
@@ -24,11 +25,11 @@ from .overload import IN_PROGRESS, QUEUED, Overload
 MAX_CONNECTIONS = 1024
 BACKLOG = 256
 OTHER_FILES = 512
-"""File descriptors for all else: databases, caches, connections to stores, and those of a backlog that are accepted before they are counted."""
+"""File descriptors for databases, caches, connections to stores, and accepted connections that are not yet counted."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that has the address, and does not listen yet. Raises ConfigError if the address is not free."""
+    """Return a socket that is bound to the address and does not listen. Raises ConfigError if the address is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     try:
@@ -43,9 +44,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -> None:
-    """Serve until Ctrl-C. Raises BrokenPipeError if nobody reads where it says that it serves."""
+    """Serve until Ctrl-C. Raises BrokenPipeError if standard output is closed when the URL is printed."""
     connections = Connections(connection_limit())
-    # Fewer connections than slots would leave none for health checks while all are busy.
+    # If there were fewer connections than slots, busy requests would leave no connection for health checks.
     queued = max(0, min(QUEUED, connections.limit - 2 * IN_PROGRESS))
     in_progress = min(IN_PROGRESS, connections.limit // 2)
     served: Any = Overload(
@@ -58,7 +59,7 @@ def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -
         server_header=False,
         http=functools.partial(LimitedProtocol, connections),  # type: ignore[arg-type]
         ws="none",
-        proxy_headers=False,  # nothing here depends on the scheme or on the client's address
+        proxy_headers=False,  # the app does not use the scheme or the client's address
         backlog=BACKLOG,
     )
     server = _Server(config, app, f"http://{_shown(host)}:{listener.getsockname()[1]}")
@@ -71,9 +72,9 @@ def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -
 
 
 def connection_limit() -> int:
-    """Return how many connections the file descriptors suffice for, after raising their limit if that is allowed.
+    """Return the largest number of connections, after raising the soft limit of file descriptors as far as allowed.
 
-    So accepting a connection never fails for want of a file descriptor, nor does opening a file because there are connections.
+    With this limit, a lack of file descriptors cannot make accepting a connection or opening a file fail.
     """
     wanted = MAX_CONNECTIONS + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -88,14 +89,15 @@ def connection_limit() -> int:
 
 
 class _Server(uvicorn.Server):
-    """Says where it serves as soon as it does."""
+    """A uvicorn server that prints its URLs when it has started."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, url: str) -> None:
         super().__init__(config)
         self._app, self._url = app, url
         self.unread: BrokenPipeError | None = None
-        """The error if nobody reads where it says that it serves. It then stops in an orderly way."""
+        """The error of printing the URLs, if standard output was closed. The server then stops in an orderly way."""
 
+    @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
