@@ -19,8 +19,9 @@ import pytest
 from app.autocrud.errors import CrudError, OutcomeUnknown, ResourceNotFound, StoreUnavailable
 from app.autocrud.query import Query
 from app.autocrud.resource_manager.backends.sqlite import committer
-from app.autocrud.resource_manager.backends.sqlite.committer import GaveUp, Stage
+from app.autocrud.resource_manager.backends.sqlite.committer import Stage
 from app.autocrud.resource_manager.backends.sqlite.database import FileDatabase, FileLock
+from app.autocrud.resource_manager.contract.store_errors import WriteTimedOut
 from app.autocrud.resource_manager.engine.operations import Create, Update
 from app.autocrud.resource_manager.resource_store.cache import DiskCache
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
@@ -194,7 +195,7 @@ async def test_who_is_done_hears_it_though_another_write_waits(tmp_path):
         began = time.monotonic()
         assert [await first, await asyncio.wait_for(tasks[0], 2)] == ["done", "done"]
         assert time.monotonic() - began < LIMIT_S / 2
-        with pytest.raises(GaveUp):
+        with pytest.raises(WriteTimedOut):
             await tasks[1]
     for each in (one, other):
         await each.close()

@@ -16,6 +16,10 @@ from ..basic import Expect, Version
 from .limits import MAX_ID, MAX_NAME
 
 
+class WriteTimedOut(StoreUnavailable):
+    """A write waited too long for its turn and was not made. Further writes to the same store would wait as long."""
+
+
 def storable_id(resource_id: str) -> str:
     """The id, if every store can hold it; ValueError for NUL and unpaired surrogates."""
     if "\0" in resource_id:

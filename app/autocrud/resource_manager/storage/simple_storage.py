@@ -32,7 +32,6 @@ from uuid_utils import uuid7
 from ...errors import CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable
 from ...query import Query
 from ...values import Key
-from ..backends.sqlite.committer import GaveUp
 from ..basic import (
     AlreadyCommitted,
     Change,
@@ -50,7 +49,7 @@ from ..basic import (
     RevisionInfo,
     Write,
 )
-from ..contract.store_errors import taken
+from ..contract.store_errors import WriteTimedOut, taken
 from ..meta_store.simple import DiskMetaStore
 from ..resource_store.simple import DiskResourceStore
 from ..runtime.threads import shielded
@@ -232,7 +231,7 @@ class SimpleStorage(IStorage):
                 writes = self._renewed(writes)
             except OutcomeUnknown:
                 raise  # the bodies may be needed
-            except GaveUp:
+            except WriteTimedOut:
                 raise  # to remove them might take as long again
             except CrudError:
                 await self._forget(_bodies_of(writes))

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import apsw
 
-from ....errors import CrudError, OutcomeUnknown, StoreUnavailable
+from ....errors import CrudError, OutcomeUnknown
+from ...contract.store_errors import WriteTimedOut
 from .errors import translated
 
 T = TypeVar("T")
@@ -24,10 +25,6 @@ MAX_GROUP = 500
 
 WRITE_TIMEOUT_S = 10.0
 """How long a write waits for its turn before it is given up."""
-
-
-class GaveUp(StoreUnavailable):
-    """Its turn did not come. The same database would make the next one wait as long."""
 
 
 class Database(Protocol):
@@ -94,7 +91,7 @@ class _Job:
     def give_up(self) -> None:
         if self._take() and not self.future.done():
             self.future.set_exception(
-                GaveUp(f"the database was busy for {WRITE_TIMEOUT_S:g} s; nothing was changed, try again")
+                WriteTimedOut(f"the database was busy for {WRITE_TIMEOUT_S:g} s; nothing was changed, try again")
             )
 
     def settle(self) -> None:
@@ -121,7 +118,7 @@ class Committer:
     async def write(self, stages: Sequence[Stage], after: Callable[[], None] | None = None) -> list[Any]:
         """Do the stages in turn; what each returned. All are durable when this returns, and none is done twice.
 
-        Where a stage fails, those before it stay done; where it is given up (GaveUp), all but the last may be. `after` runs in the committer's
+        Where a stage fails, those before it stay done; where it is given up (WriteTimedOut), all but the last may be. `after` runs in the committer's
         thread, before anyone is told. A write that is cancelled may still happen.
         """
         loop = asyncio.get_running_loop()

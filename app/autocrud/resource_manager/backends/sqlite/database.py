@@ -37,10 +37,11 @@ from typing import TypeVar
 import apsw
 
 from ....errors import StoreUnavailable
+from ...contract.store_errors import WriteTimedOut
 from ...runtime.disk_space import full, is_full
 from ...runtime.files import make_directory
 from ...runtime.threads import in_thread
-from .committer import Committer, GaveUp, Stage, Work
+from .committer import Committer, Stage, Work
 from .errors import translated
 
 T = TypeVar("T")
@@ -169,7 +170,7 @@ class FileDatabase:
             if self._file_lock is not None:
                 await self._alone(self._close_connections)
             closed = await asyncio.get_running_loop().run_in_executor(None, self._close)
-        except GaveUp:
+        except WriteTimedOut:
             closed = False
         if not closed:
             log.warning("%s stays open: another process keeps its lock", self.path)
