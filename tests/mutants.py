@@ -67,7 +67,7 @@ MUTANTS = [
     ("unique values are not unique", M + "backends/sqlite/tables.py", "raise taken(name)", "pass", STORES),
     (
         "a rival of a reservation is let in",
-        M + "storage/simple_storage.py",
+        M + "storage/unique_values.py",
         "if any(taker != resource_id for taker in takers):",
         "if False:",
         STORES,

@@ -7,6 +7,7 @@ import pytest
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError, UniqueConflict
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
+from app.autocrud.resource_manager.basic import ModelSpec
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, SimpleStorage
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
@@ -144,3 +145,28 @@ async def test_nobody_is_refused_upon_an_old_state(objects):
     await other.create(Item(text="again"), resource_id="b")
     for manager in (one, other):
         await manager.close()
+
+
+async def test_the_replaced_store_is_logged_once_at_open_and_shown(objects, caplog):
+    caplog.set_level("INFO", "crudstack.storage")
+    manager = manage(Factory(objects, 5))
+    await manager.open()
+    await manager.create(Item())
+    replaced = [record.getMessage() for record in caplog.records if "replaced" in record.getMessage()]
+    assert replaced == [
+        "item: the MemoryMetaStore that was given is replaced by the index beside the bodies, S3SqliteMetaStore"
+    ]
+    assert type(manager.storage.meta_store) is S3SqliteMetaStore
+    await manager.close()
+
+
+@pytest.mark.parametrize("prefix", ["", "given/"])
+@pytest.mark.parametrize("index_first", [True, False])
+def test_the_index_lies_beside_the_bodies_in_whichever_order_they_are_bound(objects, prefix, index_first):
+    bodies = S3ResourceStore("double", prefix, object_store=objects)
+    stores = [bodies.index(), bodies]
+    for store in stores if index_first else reversed(stores):
+        store.bind(ModelSpec("item"))
+    expected = prefix or "item/"
+    assert stores[0].key == f"{expected}index.sqlite"
+    assert bodies.place == ("s3", objects, expected)

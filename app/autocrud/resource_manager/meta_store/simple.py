@@ -32,6 +32,7 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
+from ..contract.staged_stores import StagedMetaStore, WriteStage
 
 SCAN_PAGE = 500
 
@@ -123,7 +124,7 @@ class MemoryMetaStore(_TablesMetaStore):
         return await self._db.read(lambda db: self._tables.holder(db, name, key), quick=True)
 
 
-class DiskMetaStore(_TablesMetaStore):
+class DiskMetaStore(_TablesMetaStore, StagedMetaStore):
     durable: ClassVar[bool] = True
 
     _db: FileDatabase
@@ -137,9 +138,13 @@ class DiskMetaStore(_TablesMetaStore):
     def place(self) -> Hashable:
         return "disk", self._path.absolute()
 
-    def commit_stage(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> Stage:
-        """`commit`, as the stage of a larger write."""
-        return Stage(self._db, lambda db: self._tables.commit(db, changes, once=once))
+    async def commit_after(
+        self, stages: Sequence[WriteStage], changes: Sequence[Change], once: IdempotentCommit | None = None
+    ) -> list[ResourceMeta]:
+        commit = Stage(self._db, lambda db: self._tables.commit(db, changes, once=once))
+        results = await self._db.committer.write([*stages, commit])
+        committed: list[ResourceMeta] = results[-1]
+        return committed
 
     async def findings(self) -> Findings:
         return await self._db.read(read_findings)
@@ -149,8 +154,6 @@ class DiskMetaStore(_TablesMetaStore):
 
     async def opened(self) -> None:
         await self._db.opened()
-
-    # For DiskPair: the same without a trip to a thread of its own, once it is open.
 
     def get_now(self, resource_id: str) -> ResourceMeta:
         return self._db.read_now(lambda db: self._tables.get(db, resource_id))

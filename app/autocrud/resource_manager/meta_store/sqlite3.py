@@ -54,7 +54,8 @@ MAX_EDITS = 50
 
 class S3SqliteMetaStore(MetaStore):
     """
-    bucket, key        everything lies below `{key}/`; a plain database that `export` wrote to `key` itself is imported once
+    bucket, key        everything lies below `{key}/`; a plain database that `export` wrote to `key` itself is imported once. A function
+                       makes the key of the bound model
     endpoint_url ...   of the storage; without keys the ambient credentials are used, session token included
     encoding           of the documents in the local copy
     auto_sync          True: durable before acknowledged; there is no other way
@@ -80,7 +81,7 @@ class S3SqliteMetaStore(MetaStore):
     def __init__(
         self,
         bucket: str,
-        key: str,
+        key: str | Callable[[ModelSpec], str],
         endpoint_url: str | Secret | None = None,
         access_key_id: str | None = None,
         secret_access_key: str | Secret | None = None,
@@ -113,19 +114,22 @@ class S3SqliteMetaStore(MetaStore):
         if tail_bytes < 1024 or max_batch < 1 or snapshot_ratio <= 0:
             raise ValueError("expected tail_bytes >= 1024, max_batch >= 1 and snapshot_ratio > 0")
         self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
-        self.key, self._encoding, self._export_key = key.rstrip("/"), encoding, export_key
+        self._key_of = key if callable(key) else lambda _: key
+        self._bucket, self._local_dir = bucket, None if local_dir is None else Path(local_dir)
+        self._encoding, self._export_key = encoding, export_key
         self._interval = sync_interval
         self._consistency = consistency
         staleness = max_staleness if max_staleness is not None else (sync_interval or 0.0)
         self._staleness: Callable[[], float] = staleness if callable(staleness) else lambda: staleness
         self._tail_bytes, self._max_batch, self._linger_s = tail_bytes, max_batch, linger_ms / 1000
         self._ratio = snapshot_ratio
-        name = hashlib.sha256(f"{bucket}\n{self.key}".encode()).hexdigest()[:16]
-        self._directory = None if local_dir is None else Path(local_dir) / name
         self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
         self.bind(ModelSpec("unbound"))
 
     def bind(self, spec: ModelSpec) -> None:
+        self.key = self._key_of(spec).rstrip("/")
+        name = hashlib.sha256(f"{self._bucket}\n{self.key}".encode()).hexdigest()[:16]
+        self._directory = None if self._local_dir is None else self._local_dir / name
         self._tables = ResourceTables(spec, self._encoding)
         self._replica = Replica(self._objects, self.key, self._tables, self._directory)
 

@@ -61,7 +61,7 @@ class S3ResourceStore(ResourceStore):
 
         self._index = S3SqliteMetaStore(
             self._bucket,
-            f"{self._prefix}index.sqlite",
+            lambda spec: f"{self._prefix_of(spec)}index.sqlite",
             consistency="bounded",
             max_staleness=self._staleness,
             object_store=self._objects,
@@ -69,9 +69,10 @@ class S3ResourceStore(ResourceStore):
         return self._index
 
     def bind(self, spec: ModelSpec) -> None:
-        self._prefix = self._given or f"{spec.name}/"
-        if self._index is not None:
-            self._index.key = f"{self._prefix}index.sqlite"
+        self._prefix = self._prefix_of(spec)
+
+    def _prefix_of(self, spec: ModelSpec) -> str:
+        return self._given or f"{spec.name}/"
 
     @property
     def place(self) -> Hashable:

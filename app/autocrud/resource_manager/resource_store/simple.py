@@ -25,6 +25,7 @@ from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import Change, CommitResult, Encoding, IdempotentCommit, ModelSpec, ResourceStore, RevisionInfo, Write
+from ..contract.staged_stores import StagedResourceStore
 from ..runtime.files import make_directory
 
 SCAN_PAGE = 500
@@ -61,7 +62,7 @@ def _lost(uid: str) -> StoreDamaged:
     return StoreDamaged(f"the body {uid} is missing")
 
 
-class DiskResourceStore(ResourceStore):
+class DiskResourceStore(StagedResourceStore):
     """Bodies, and records for a MetaStore that is not durable, as rows of `bodies.sqlite`."""
 
     durable: ClassVar[bool] = True
@@ -90,7 +91,6 @@ class DiskResourceStore(ResourceStore):
         await self._db.write(lambda db: _put(db, [(uid, body)]))
 
     def put_stage(self, bodies: Sequence[tuple[str, bytes]]) -> Stage:
-        """Putting bodies, as the stage of a larger write."""
         return Stage(self._db, lambda db: _put(db, bodies))
 
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
@@ -103,7 +103,6 @@ class DiskResourceStore(ResourceStore):
         return self._db.read_now(lambda db: _bodies(db, uids)) if uids else []
 
     def get_first_now(self, uids: Sequence[str], most: int) -> list[bytes]:
-        """Return the bodies of the first uids, no more of them than it takes to have over `most` bytes."""
         return self._db.read_now(lambda db: _first_bodies(db, uids, most)) if uids else []
 
     async def delete(self, uids: Sequence[str]) -> None:

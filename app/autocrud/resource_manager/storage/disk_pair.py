@@ -1,52 +1,56 @@
-"""A DiskMetaStore and a DiskResourceStore together: what each could do alone, for half the trips to threads and half the syncs.
+"""Metadata and bodies on one disk, read in one trip to a thread and written by one committer.
 
-The contracts of the two stores stay as they are; SimpleStorage takes these shortcuts where both are on this machine's disk.
+Two stores on the same disk could each do their part alone. Together they need half the trips to threads and half the
+syncs. SimpleStorage takes these shortcuts if both stores declare that they can (`contract.staged_stores`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from ...query import Query
 from ..basic import MAX_READ, Hit, IdempotentCommit, Page, ResourceMeta, Write
-from ..meta_store.simple import DiskMetaStore
-from ..resource_store.simple import DiskResourceStore
+from ..contract.staged_stores import StagedMetaStore, StagedResourceStore
 from ..runtime.threads import in_thread
+from .commits import MetaStoreCommits, new_bodies
 
 
-class DiskPair:
-    def __init__(self, meta_store: DiskMetaStore, resource_store: DiskResourceStore) -> None:
-        self._meta, self._resource = meta_store, resource_store
+class DiskPair(MetaStoreCommits):
+    """Commits to a MetaStore and a ResourceStore whose writes share a committer, and reads both at once."""
+
+    def __init__(self, meta_store: StagedMetaStore, resource_store: StagedResourceStore) -> None:
+        super().__init__(meta_store, resource_store)
+        self._meta, self._bodies = meta_store, resource_store
+
+    @override
+    async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
+        bodies = [(record.uid, body) for record, body in new_bodies(writes)]
+        stages = [self._bodies.put_stage(bodies)] if bodies else []
+        return await self._meta.commit_after(stages, [write.change for write in writes], once)
 
     async def get_with_body(self, resource_id: str) -> tuple[ResourceMeta, bytes]:
+        """Return the metadata and the current body."""
+
         def read() -> tuple[ResourceMeta, bytes]:
             meta = self._meta.get_now(resource_id)
-            (body,) = self._resource.get_many_now([meta.uid])
+            (body,) = self._bodies.get_many_now([meta.uid])
             return meta, body
 
         await self._opened()
         return await in_thread(read)
 
     async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
+        """Return a page of hits, and bodies of the first ones until they take more than MAX_READ bytes."""
+
         def read() -> tuple[Page[Hit], list[bytes]]:
             page = self._meta.search_now(query)
-            return page, self._resource.get_first_now([hit.uid for hit in page.items], MAX_READ)
+            return page, self._bodies.get_first_now([hit.uid for hit in page.items], MAX_READ)
 
         await self._opened()
         return await in_thread(read)
 
     async def _opened(self) -> None:
         await self._meta.opened()
-        await self._resource.opened()
-
-    async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
-        """Put the bodies, and commit the changes once they are durable (M1), both by one committer."""
-        changes = [write.change for write in writes]
-        bodies = [
-            (change.record.uid, body) for change, body in writes if change.record is not None and body is not None
-        ]
-        commit = self._meta.commit_stage(changes, once)
-        stages = [self._resource.put_stage(bodies), commit] if bodies else [commit]
-        results = await commit.database.committer.write(stages)
-        committed: list[ResourceMeta] = results[-1]
-        return committed
+        await self._bodies.opened()

@@ -1,0 +1,58 @@
+"""Removal of bodies that no record names: a crash or a failed commit left them.
+
+- M2 *A body that was swept cannot be committed.* A uid starts with the generation under which the body was put. A
+  sweep first advances the generation to g. Then it removes bodies older than g - 1 that no record names. The MetaStore
+  refuses to commit these uids in the same step that commits, and the body is put again under a new uid. No clock
+  decides.
+"""
+
+from __future__ import annotations
+
+import time
+
+from uuid_utils import uuid7
+
+from ..basic import MetaStore, ResourceStore
+
+SWEEP_PAGE = 1000
+"""How many bodies are looked up and removed at a time."""
+
+
+class Sweep:
+    """The sweep of one model, which goes on where the last call stopped."""
+
+    def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
+        self._meta_store, self._resource_store = meta_store, resource_store
+        self._generation = 0
+        self._after = ""  # the last uid that this sweep looked at; empty between two sweeps
+
+    def new_uid(self) -> str:
+        """Return the uid of a new body, under the generation that this process knows."""
+        return f"{self._generation}/{uuid7()}"
+
+    async def load_generation(self) -> None:
+        """Read the generation of the MetaStore. Uids of older generations may be refused from now on."""
+        self._generation = await self._meta_store.generation()
+
+    async def run(self, deadline: float) -> None:
+        """Sweep until the deadline (seconds of `time.monotonic`) or the end. The next call continues or starts again."""
+        if not self._after:
+            self._generation = await self._meta_store.advance_generation()
+        while time.monotonic() < deadline:
+            self._after = await self._remove_page(self._generation - 1, self._after)
+            if not self._after:
+                return
+
+    async def run_alone(self) -> None:
+        """Remove all bodies that no record names. Only safe if no other process or task writes to the store."""
+        after = await self._remove_page(1, "")
+        while after:
+            after = await self._remove_page(1, after)
+
+    async def _remove_page(self, generation: int, after: str) -> str:
+        """Remove the orphans among the next bodies before a generation. Return the last uid, or "" at the end."""
+        uids = await self._resource_store.older_than(generation, after, SWEEP_PAGE)
+        if not uids:
+            return ""
+        await self._resource_store.delete(await self._meta_store.unreferenced(uids))
+        return uids[-1]

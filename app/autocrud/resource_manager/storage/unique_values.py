@@ -1,0 +1,64 @@
+"""Unique fields of a storage whose commit is a record on disk.
+
+One process owns such a store, so this process can decide which resource gets a value. A value is reserved before the
+record is written, and released after the MetaStore has applied the record. So a rival finds either the reservation or
+the owner in the MetaStore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+from ...values import Key
+from ..basic import Change, MetaStore
+from ..contract.store_errors import taken
+
+
+class UniqueValues:
+    """Reservations of values, shared by all event loops of the process.
+
+    unique  names of the unique fields
+    """
+
+    def __init__(self, meta_store: MetaStore, unique: Sequence[str]) -> None:
+        self._meta_store, self._unique = meta_store, unique
+        self._mutex = threading.Lock()  # guards the next one
+        self._reserved: dict[tuple[str, Key], list[str]] = {}  # ids of the resources that take a value, one per write
+
+    @contextlib.asynccontextmanager
+    async def reserved(self, changes: Sequence[Change]) -> AsyncIterator[None]:
+        """Reserve the unique values that the resources have after the changes, until the block ends.
+
+        Raises UniqueConflict if another resource has one of them, or has reserved it.
+        """
+        final = {change.meta.resource_id: change for change in changes if change.purge or change.index is not None}
+        wanted = [
+            (name, key, resource_id)
+            for resource_id, change in final.items()
+            if not change.purge and change.index is not None
+            for name in self._unique
+            if (key := change.index.keys.get(name)) is not None and not isinstance(key, list)
+        ]
+        held: list[tuple[tuple[str, Key], str]] = []
+        try:
+            with self._mutex:
+                for name, key, resource_id in wanted:
+                    takers = self._reserved.setdefault((name, key), [])
+                    if any(taker != resource_id for taker in takers):
+                        raise taken(name)
+                    takers.append(resource_id)
+                    held.append(((name, key), resource_id))
+            for name, key, resource_id in wanted:
+                owner = await self._meta_store.holder(name, key)
+                # An owner that the same batch changes gives the value up in it, or appears in `wanted` too.
+                if owner not in (None, resource_id) and owner not in final:
+                    raise taken(name)
+            yield
+        finally:
+            with self._mutex:
+                for value, resource_id in held:
+                    self._reserved[value].remove(resource_id)
+                    if not self._reserved[value]:
+                        del self._reserved[value]
