@@ -36,11 +36,11 @@ def cpu(call: Callable[[], Any], times: int) -> float:
 
 
 def main() -> None:
-    from app import wiring
     from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
+    from app.autocrud.resource_manager.storage.stores_by_name import StoresByName
 
     objects = MemoryObjectStore()
-    wiring._Maker._objects = lambda _: objects
+    StoresByName._objects = lambda _: objects
 
     from app.aws_lambda import fits
     from app.handler import handler

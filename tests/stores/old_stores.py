@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import os
@@ -40,10 +41,16 @@ from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
+from app.autocrud.resource_manager.storage.former_layout import WhenFormer
 from app.autocrud.resource_manager.storage_factory import (
+    CachedS3StorageFactory,
     DiskStorageFactory,
+    FullStorageFactory,
     IStorageFactory,
     MemoryDiskStorageFactory,
+    MQCachedS3StorageFactory,
+    PostgresS3StorageFactory,
+    RedisPgStorageFactory,
     S3StorageFactory,
 )
 
@@ -58,12 +65,26 @@ class Note(Struct, kw_only=True):
 INDEXED = ["text", IndexedField("code", unique=True), "number", ("tags", list[str])]
 
 
-class Servers:
-    """Where the parts of a store are. A test's own, and empty at first."""
+NO_BROKER = "amqp://u:p@127.0.0.1:1"
+PREFIX = "team/"
 
-    def __init__(self, directory: Path, postgres: str, redis_url: str) -> None:
-        self.directory, self.postgres, self.redis_url = directory, postgres, redis_url
+
+class Servers:
+    """The servers and the directory of one test, empty at first."""
+
+    def __init__(self, directory: Path, postgres: str, redis_url: str, amqp_url: str = NO_BROKER) -> None:
+        self.directory, self.postgres, self.redis_url, self.amqp_url = directory, postgres, redis_url, amqp_url
         self.objects = MemoryObjectStore()
+
+    @property
+    def s3(self) -> dict[str, Any]:
+        """The bucket, as the named factories take it."""
+        return {"s3_bucket": "b", "prefix": PREFIX, "object_store": self.objects}
+
+    @property
+    def s3_config(self) -> dict[str, Any]:
+        """The bucket, as factories with RabbitMQ take it."""
+        return {"bucket": "b", "prefix": PREFIX, "object_store": self.objects}
 
 
 class Made(IStorageFactory):
@@ -74,7 +95,7 @@ class Made(IStorageFactory):
         return self._make(model_name)
 
 
-def bodies(servers: Servers) -> DiskResourceStore:
+def disk_bodies(servers: Servers) -> DiskResourceStore:
     return DiskResourceStore(rootdir=servers.directory / "bodies")
 
 
@@ -89,18 +110,60 @@ KINDS: dict[str, Callable[[Servers], IStorageFactory]] = {
     "s3-sqlite": lambda servers: S3StorageFactory("b", object_store=servers.objects),
     "memory-s3": lambda servers: Made(lambda _: SimpleStorage(MemoryMetaStore(), s3_bodies(servers))),
     "postgres": lambda servers: Made(
-        lambda name: SimpleStorage(PostgresMetaStore(servers.postgres, table_name=f"meta_{name}"), bodies(servers))
+        lambda name: SimpleStorage(PostgresMetaStore(servers.postgres, table_name=f"meta_{name}"), disk_bodies(servers))
     ),
     "redis": lambda servers: Made(
-        lambda name: SimpleStorage(RedisMetaStore(servers.redis_url, prefix=f"{name}:"), bodies(servers))
+        lambda name: SimpleStorage(RedisMetaStore(servers.redis_url, prefix=f"{name}:"), disk_bodies(servers))
     ),
+}
+
+
+# Since d44b783. `kind-*` were written by the kinds of the settings with CRUDSTACK_PREFIX=team, `factory-*` by factories
+# with this prefix, in the layout that they had before kinds and factories shared one.
+
+OF_KINDS: dict[str, Callable[[Servers], IStorageFactory]] = {
+    "kind-s3-sqlite": lambda servers: S3StorageFactory("b", prefix=PREFIX, object_store=servers.objects),
+    "kind-postgres-s3": lambda servers: PostgresS3StorageFactory(servers.postgres, **servers.s3),
+    "kind-redis-postgres": lambda servers: RedisPgStorageFactory(servers.redis_url, servers.postgres, **servers.s3),
+    "kind-redis-postgres-on-disk": lambda servers: RedisPgStorageFactory(
+        servers.redis_url, servers.postgres, servers.directory, prefix=PREFIX
+    ),
+    "kind-cached-s3": lambda servers: CachedS3StorageFactory(
+        s3_endpoint=None, cache_dir=servers.directory / "cache", **servers.s3
+    ),
+    "kind-mq-cached-s3": lambda servers: MQCachedS3StorageFactory(
+        servers.s3_config, servers.directory / "cache", servers.amqp_url
+    ),
+    "kind-full": lambda servers: FullStorageFactory(
+        servers.redis_url, servers.postgres, servers.s3_config, servers.directory / "cache", servers.amqp_url
+    ),
+}
+
+
+def former(kind: str, servers: Servers, former_layout: WhenFormer) -> IStorageFactory:
+    """Return the factory that wrote a store in the former layout, with its present default or another choice."""
+    more: dict[str, Any] = {"former_layout": former_layout}
+    cache = servers.directory / "cache"
+    match kind:
+        case "factory-postgres-s3":
+            return PostgresS3StorageFactory(servers.postgres, **servers.s3, **more)
+        case "factory-redis-postgres":
+            return RedisPgStorageFactory(servers.redis_url, servers.postgres, **servers.s3, **more)
+        case "factory-cached-s3":
+            return CachedS3StorageFactory(s3_endpoint=None, cache_dir=cache, **servers.s3, **more)
+    return MQCachedS3StorageFactory(servers.s3_config, cache, servers.amqp_url, **more)
+
+
+OF_FACTORIES: dict[str, Callable[[Servers], IStorageFactory]] = {
+    kind: functools.partial(former, kind, former_layout="open")
+    for kind in ("factory-postgres-s3", "factory-redis-postgres", "factory-cached-s3", "factory-mq-cached-s3")
 }
 
 
 def program(kind: str, servers: Servers, *more: Any) -> ResourceManager[Note]:
     """A program over a store. `more`: fields that it indexes besides."""
     encoding = Encoding.msgpack if kind.endswith("msgpack") else None
-    crud = AutoCRUD(storage_factory=KINDS[kind](servers), encoding=encoding)
+    crud = AutoCRUD(storage_factory=(KINDS | OF_KINDS | OF_FACTORIES)[kind](servers), encoding=encoding)
     return crud.add_model(Note, indexed_fields=[*INDEXED, *more])
 
 

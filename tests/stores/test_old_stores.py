@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from app.autocrud import Query, field
-from app.autocrud.errors import MetadataTooLarge, UniqueConflict
+from app import settings
+from app.autocrud import AutoCRUD, Query, field
+from app.autocrud.errors import ConfigError, MetadataTooLarge, UniqueConflict
 from app.autocrud.resource_manager.engine import planning
 from tests.stores.old_stores import (
+    INDEXED,
     KINDS,
     LONG_ID,
     LONG_NAME,
     MANY,
+    OF_FACTORIES,
+    OF_KINDS,
     Note,
     Servers,
     content,
+    former,
     large_searches,
     long_of,
     program,
@@ -31,15 +37,28 @@ FILES = sorted(path.relative_to(OLD).as_posix() for path in OLD.glob("*/*.tar.gz
 LARGE_FILES = sorted(path.relative_to(OLD_LARGE).as_posix() for path in OLD_LARGE.glob("*/*.tar.gz"))
 
 
+WITHOUT_NAMED_KINDS = {"151ec8a", "b93afa7", "b9f5409"}
+"""Commits whose stores were kept before those of named kinds and factories were."""
+
+
 @pytest.mark.parametrize("files", [FILES, LARGE_FILES])
 def test_there_is_one_of_every_kind(files: list[str]):
     commits = {name.partition("/")[0] for name in files}
     assert commits
-    assert set(files) == {f"{commit}/{kind}.tar.gz" for commit in commits for kind in KINDS}
+    assert set(files) == {
+        f"{commit}/{kind}.tar.gz"
+        for commit in commits
+        for kind in (KINDS if commit in WITHOUT_NAMED_KINDS else KINDS | OF_KINDS | OF_FACTORIES)
+    }
+
+
+def test_every_kind_of_the_settings_was_written():
+    named = {name.removeprefix("kind-") for name in OF_KINDS}
+    assert set(settings.KINDS) - set(KINDS) - named == {"memory"}
 
 
 @pytest.fixture
-def servers(tmp_path: Path, database: str):
+def servers(tmp_path: Path, database: str, request: pytest.FixtureRequest):
     directory = tmp_path / "valkey"
     directory.mkdir()
     valkey = Valkey(directory)
@@ -47,7 +66,11 @@ def servers(tmp_path: Path, database: str):
     disk = tmp_path / "disk"
     disk.mkdir()
     try:
-        yield Servers(disk, database, valkey.url)
+        made = Servers(disk, database, valkey.url)
+        name = request.node.callspec.params["name"]
+        if "mq" in name or "full" in name:
+            made.amqp_url = request.getfixturevalue("rabbitmq")
+        yield made
     finally:
         valkey.stop()
 
@@ -114,3 +137,53 @@ async def test_a_store_of_an_earlier_commit_with_larger_values_than_the_limits(s
     manager = program(kind, servers)
     assert await manager.count(Query(where=field("number").eq(1))) == 6
     await manager.storage.close()
+
+
+IN_FORMER_LAYOUT = [name for name in FILES if "/factory-" in name]
+
+
+@pytest.mark.parametrize("name", IN_FORMER_LAYOUT)
+async def test_a_store_in_the_former_layout_is_refused_by_name(servers: Servers, name: str):
+    """Neither it nor anything beside it is changed, and with the argument that the error names it opens."""
+    kind = Path(name).name.removesuffix(".tar.gz")
+    held = unpack(OLD / name, servers)
+    objects = {key: found.body for key, found in servers.objects.objects.items()}
+    crud = AutoCRUD(storage_factory=former(kind, servers, "refuse"))
+    manager = crud.add_model(Note, indexed_fields=INDEXED)
+    for use in (manager.open, manager.count, lambda: manager.create(Note(text="new")), lambda: crud.maintain(10)):
+        with contextlib.suppress(ConfigError):
+            await use()
+    with pytest.raises(ConfigError) as refused:
+        await manager.open()
+    before, now = {
+        "factory-postgres-s3": ("the tables meta_note", "the tables meta_team/note"),
+        "factory-redis-postgres": ("the tables meta_note", "the tables meta_team/note"),
+    }.get(kind, ("team/note/index.sqlite", "team/meta/note.sqlite"))
+    assert str(refused.value) == (
+        f"{type(former(kind, servers, 'refuse')).__name__}: the store of the model 'note' was written by an earlier"
+        f" release, with its metadata in {before}; now they are expected in {now}, where nothing is. Give the factory"
+        " former_layout='open' to go on with that store"
+    )
+    await crud.close()
+    assert {key: found.body for key, found in servers.objects.objects.items()} == objects
+    manager = program(kind, servers)
+    assert await content(manager) == held
+    await manager.storage.close()
+
+
+@pytest.mark.parametrize("name", IN_FORMER_LAYOUT)
+async def test_a_new_store_opens_beside_what_another_deployment_wrote(servers: Servers, name: str):
+    """The former tables belong to no prefix, so without bodies below this prefix they are another deployment's."""
+    kind = Path(name).name.removesuffix(".tar.gz")
+    held = unpack(OLD / name, servers)
+    mine = Servers(servers.directory, servers.postgres, servers.redis_url, servers.amqp_url)  # with an empty bucket
+    crud = AutoCRUD(storage_factory=former(kind, mine, "refuse"))
+    manager = crud.add_model(Note, indexed_fields=INDEXED)
+    for _ in range(2):  # the second time there is a store in the present layout
+        await manager.create(Note(text="new"))
+        await crud.close()
+    assert await manager.count() == 2
+    await crud.close()
+    theirs = program(kind, servers)
+    assert await content(theirs) == held
+    await theirs.storage.close()

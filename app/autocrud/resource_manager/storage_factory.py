@@ -1,8 +1,15 @@
-"""One factory for each kind of storage. Your own takes a dozen lines:
+"""One factory for each kind of storage, and one for any pair of stores. Where they put data is in `storage.layout`.
 
-class MyStorageFactory(IStorageFactory):
-    def build(self, model_name: str) -> IStorage:
-        return SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir=f"data/{model_name}"))
+Your own factory takes a dozen lines:
+
+    class MyStorageFactory(IStorageFactory):
+        def build(self, model_name: str) -> IStorage:
+            return SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir=f"data/{model_name}"))
+
+Each factory of this module puts data where the kind of the same name does (`CRUDSTACK_STORAGE`), so a kind and its
+factory open each other's stores. `prefix` of a factory is taken as it is; CRUDSTACK_PREFIX gets a slash at its end.
+
+If access keys are not given, the ambient credentials of AWS are used.
 """
 
 from __future__ import annotations
@@ -12,13 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from ..errors import ConfigError
-from ..secret import Secret, hidden
-from .basic import Encoding, IStorage, ResourceStore
-from .meta_store.simple import DiskMetaStore, MemoryMetaStore
-from .resource_store.simple import DiskResourceStore, MemoryResourceStore
-from .runtime.drivers import driver
+from ..secret import Secret
+from .basic import Encoding, IStorage
+from .meta_store.simple import MemoryMetaStore
+from .resource_store.simple import MemoryResourceStore
+from .storage.former_layout import WhenFormer
 from .storage.simple_storage import SimpleStorage
+from .storage.stores_by_name import StoresByName
 
 if TYPE_CHECKING:
     from .backends.s3.object_store import ObjectStore
@@ -30,7 +40,10 @@ class IStorageFactory(ABC):
 
     @abstractmethod
     def build(self, model_name: str) -> IStorage:
-        """The storage of the model with this name, kebab-case as in its URL. No I/O: that comes with the first use."""
+        """Return the storage of a model. Does no I/O; the first use does.
+
+        model_name  in kebab-case, as in the URL of the model
+        """
 
 
 class MemoryStorageFactory(IStorageFactory):
@@ -39,38 +52,46 @@ class MemoryStorageFactory(IStorageFactory):
     def __init__(self, encoding: Encoding | None = None) -> None:
         self.encoding = encoding
 
+    @override
     def build(self, model_name: str) -> IStorage:
         return SimpleStorage(MemoryMetaStore(self.encoding), MemoryResourceStore(self.encoding))
 
 
-class DiskStorageFactory(IStorageFactory):
-    """SQLite files below `{rootdir}/{model}/meta` and `/data`. Durable; several processes may share the directory."""
+class PairStorageFactory(StoresByName, IStorageFactory):
+    """Any MetaStore with any ResourceStore, by name. The arguments are those of StoresByName.
+
+    PairStorageFactory("postgres", "disk", pg_dsn="postgresql://user:password@host/database", data_dir="data")
+    """
+
+    @override
+    def build(self, model_name: str) -> IStorage:
+        stores = self.meta_store(model_name), self.resource_store(model_name)
+        return SimpleStorage(*stores, before_open=self.check_of_former_layout(model_name))
+
+
+class DiskStorageFactory(PairStorageFactory):
+    """SQLite files below `{rootdir}/{model}/`. Durable. Several processes of one machine may share the directory."""
 
     def __init__(self, rootdir: str | Path) -> None:
-        self.rootdir = Path(rootdir)
-
-    def build(self, model_name: str) -> IStorage:
-        root = self.rootdir / model_name
-        return SimpleStorage(DiskMetaStore(root / "meta"), DiskResourceStore(root / "data"))
+        super().__init__("disk", "disk", data_dir=rootdir)
 
 
-class MemoryDiskStorageFactory(IStorageFactory):
-    """An index in memory over bodies and records on disk, rebuilt at start. Durable; one process owns the directory."""
+class MemoryDiskStorageFactory(PairStorageFactory):
+    """An index in memory over bodies and records on disk, rebuilt at start. Durable. One process owns the directory."""
 
     def __init__(self, data_dir: str | Path) -> None:
-        self.data_dir = Path(data_dir)
-
-    def build(self, model_name: str) -> IStorage:
-        return SimpleStorage(MemoryMetaStore(), DiskResourceStore(self.data_dir / model_name))
+        super().__init__("memory", "disk", data_dir=data_dir)
 
 
-class S3StorageFactory(IStorageFactory):
-    """S3 and nothing else: `{prefix}meta/{model}.sqlite/` is the index, `{prefix}data/{model}/` the bodies. Durable; any number of processes and
-    machines may share the bucket.
+class S3StorageFactory(PairStorageFactory):
+    """The kind `s3-sqlite`: a SQLite index whose durable home is the bucket, bodies beside it.
 
-    local_dir, consistency   as S3SqliteMetaStore takes them
-    sync_interval            the same; None where nothing may run between requests
-    object_store             instead of bucket and endpoint
+    Any number of processes and machines may share the bucket.
+
+    prefix                  begins all keys
+    local_dir, consistency  see S3SqliteMetaStore
+    sync_interval           the same; None if nothing may run between requests
+    object_store            a client of the bucket, instead of endpoint, keys and region
     """
 
     def __init__(
@@ -87,39 +108,32 @@ class S3StorageFactory(IStorageFactory):
         sync_interval: float | None = 5.0,
         object_store: ObjectStore | None = None,
     ) -> None:
-        self.bucket, self.prefix, self.region_name = bucket, prefix, region_name
-        self.endpoint_url = hidden(endpoint_url)
-        self.access_key_id, self.secret_access_key = access_key_id, hidden(secret_access_key)
-        self.local_dir, self.consistency, self.sync_interval = local_dir, consistency, sync_interval
-        self.object_store = object_store
-
-    def build(self, model_name: str) -> IStorage:
-        from .backends.s3.object_store import s3
-        from .meta_store.sqlite3 import S3SqliteMetaStore
-        from .resource_store.s3 import S3ResourceStore
-
-        objects = self.object_store or s3(
-            self.bucket, self.endpoint_url, self.access_key_id, self.secret_access_key, self.region_name
-        )
-        meta_store = S3SqliteMetaStore(
-            self.bucket,
-            f"{self.prefix}meta/{model_name}.sqlite",
-            self.endpoint_url,
-            sync_interval=self.sync_interval,
-            consistency=self.consistency,
-            local_dir=self.local_dir,
-            object_store=objects,
-        )
-        return SimpleStorage(
-            meta_store, S3ResourceStore(self.bucket, f"{self.prefix}data/{model_name}/", object_store=objects)
+        super().__init__(
+            "s3-sqlite",
+            "s3",
+            prefix=prefix,
+            bucket=bucket,
+            endpoint_url=endpoint_url,
+            access_key_id=access_key_id,
+            secret_access_key=secret_access_key,
+            region_name=region_name,
+            object_store=object_store,
+            local_dir=local_dir,
+            consistency=consistency,
+            sync_interval=sync_interval,
         )
 
 
-class PostgresS3StorageFactory(IStorageFactory):
-    """Metadata and index in PostgreSQL, in tables that begin with `meta_{model}`; bodies on S3 below `{prefix}{model}/`. Durable; any number of
-    processes and machines may share both.
+class PostgresS3StorageFactory(PairStorageFactory):
+    """The kind `postgres-s3`: metadata and index in PostgreSQL, bodies on S3.
 
-    Without keys the ambient credentials of AWS are used; `password` makes passwords that expire.
+    Any number of processes and machines may share both.
+
+    prefix         begins the keys of bodies, and is part of the names of tables
+    password       makes the password of each new connection, if passwords expire
+    max_size       connections of this process at most
+    object_store   a client of the bucket, instead of endpoint, keys and region
+    former_layout  "open": tables `meta_{model}` whatever the prefix, as earlier releases named them
     """
 
     def __init__(
@@ -133,35 +147,40 @@ class PostgresS3StorageFactory(IStorageFactory):
         region_name: str | None = "us-east-1",
         prefix: str = "",
         password: Callable[[], str] | None = None,
+        max_size: int | None = None,
+        object_store: ObjectStore | None = None,
+        former_layout: WhenFormer = "refuse",
     ) -> None:
-        self.pg_dsn, self.password = hidden(pg_dsn), password
-        self.s3_bucket, self.region_name, self.prefix = s3_bucket, region_name, prefix
-        self.s3_endpoint = hidden(s3_endpoint)
-        self.s3_access_key, self.s3_secret_key = s3_access_key, hidden(s3_secret_key)
-
-    def build(self, model_name: str) -> IStorage:
-        with driver("postgres", "s3"):
-            from .meta_store.postgres import PostgresMetaStore
-            from .resource_store.s3 import S3ResourceStore
-        meta_store = PostgresMetaStore(self.pg_dsn, table_name=f"meta_{model_name}", password=self.password)
-        resource_store = S3ResourceStore(
-            self.s3_bucket,
-            f"{self.prefix}{model_name}/",
-            self.s3_endpoint,
-            self.s3_access_key,
-            self.s3_secret_key,
-            self.region_name,
+        super().__init__(
+            "postgres",
+            "s3",
+            prefix=prefix,
+            bucket=s3_bucket,
+            endpoint_url=s3_endpoint,
+            access_key_id=s3_access_key,
+            secret_access_key=s3_secret_key,
+            region_name=region_name,
+            object_store=object_store,
+            pg_dsn=pg_dsn,
+            password=password,
+            max_size=max_size,
+            former_layout=former_layout,
         )
-        return SimpleStorage(meta_store, resource_store)
 
 
-class RedisPgStorageFactory(IStorageFactory):
-    """Metadata and index in PostgreSQL, in tables that begin with `meta_{model}`, and before it a cache in Redis below `{prefix}{model}:`; bodies on
-    disk below `{data_dir}/{model}`, or on S3 below `{prefix}{model}/`. Durable; any number of processes may share all of it, and with S3 machines.
+class RedisPgStorageFactory(PairStorageFactory):
+    """The kind `redis-postgres`: PostgreSQL, a cache in Redis before it, bodies on S3 or on disk.
 
-    data_dir, s3_bucket   exactly one of them
-    lease_s               how long a write waits where Redis cannot be asked
-    Without keys the ambient credentials of AWS are used; `password` makes passwords for PostgreSQL that expire.
+    Any number of processes may share all of it, and machines too if bodies are on S3.
+
+    data_dir, s3_bucket  exactly one of them
+    prefix               begins the keys in Redis and of bodies on S3, and is part of the names of tables
+    password             makes the password of each new connection to PostgreSQL, if passwords expire
+    redis_password       the same for Redis
+    max_size             connections of this process to PostgreSQL at most
+    lease_s              how many seconds a write waits at most if Redis does not answer
+    object_store         a client of the bucket, instead of endpoint, keys and region
+    former_layout        "open": tables `meta_{model}` whatever the prefix, as earlier releases named them
     """
 
     def __init__(
@@ -177,117 +196,157 @@ class RedisPgStorageFactory(IStorageFactory):
         region_name: str | None = "us-east-1",
         prefix: str = "",
         password: Callable[[], str] | None = None,
+        redis_password: Callable[[], str] | None = None,
+        max_size: int | None = None,
         lease_s: float = 2.0,
+        object_store: ObjectStore | None = None,
+        former_layout: WhenFormer = "refuse",
     ) -> None:
         if (data_dir is None) == (s3_bucket is None):
             raise ConfigError("bodies are kept in one place: expected either data_dir or s3_bucket")
-        self.redis_url, self.pg_dsn, self.password, self.lease_s = hidden(redis_url), hidden(pg_dsn), password, lease_s
-        self.data_dir = None if data_dir is None else Path(data_dir)
-        self.s3_bucket, self.region_name, self.prefix = s3_bucket, region_name, prefix
-        self.s3_endpoint = hidden(s3_endpoint)
-        self.s3_access_key, self.s3_secret_key = s3_access_key, hidden(s3_secret_key)
-
-    def build(self, model_name: str) -> IStorage:
-        with driver("postgres", "redis"):
-            from .meta_store.fast_slow import FastSlowMetaStore
-            from .meta_store.postgres import PostgresMetaStore
-            from .meta_store.redis import RedisMetaStore
-
-            fast_store = RedisMetaStore(self.redis_url, prefix=f"{self.prefix}{model_name}:")
-        slow_store = PostgresMetaStore(self.pg_dsn, table_name=f"meta_{model_name}", password=self.password)
-        meta_store = FastSlowMetaStore(fast_store, slow_store, lease_s=self.lease_s)
-        return SimpleStorage(meta_store, self._bodies(model_name))
-
-    def _bodies(self, model_name: str) -> ResourceStore:
-        if self.data_dir is not None:
-            return DiskResourceStore(self.data_dir / model_name)
-        from .resource_store.s3 import S3ResourceStore
-
-        assert self.s3_bucket is not None
-        return S3ResourceStore(
-            self.s3_bucket,
-            f"{self.prefix}{model_name}/",
-            self.s3_endpoint,
-            self.s3_access_key,
-            self.s3_secret_key,
-            self.region_name,
+        super().__init__(
+            "redis-postgres",
+            "s3" if data_dir is None else "disk",
+            prefix=prefix,
+            data_dir=data_dir,
+            bucket=s3_bucket,
+            endpoint_url=s3_endpoint,
+            access_key_id=s3_access_key,
+            secret_access_key=s3_secret_key,
+            region_name=region_name,
+            object_store=object_store,
+            pg_dsn=pg_dsn,
+            password=password,
+            max_size=max_size,
+            redis_url=redis_url,
+            redis_password=redis_password,
+            lease_s=lease_s,
+            former_layout=former_layout,
         )
 
 
-class CachedS3StorageFactory(IStorageFactory):
-    """A MemoryMetaStore over S3 behind two caches: bodies and index lie below `{prefix}{model}/`, copies of bodies in this process's memory and below
-    `{cache_dir}/{model}`. Durable; any number of processes and machines may share the bucket, and see each other's writes within seconds.
+class CachedS3StorageFactory(PairStorageFactory):
+    """The kind `cached-s3`: `s3-sqlite` with caches of bodies in memory and on disk.
 
-    Without keys the ambient credentials of AWS are used.
+    Any number of processes and machines may share the bucket. The seed's example of the same name keeps its index
+    beside the bodies instead. `former_layout="open"` does that too.
+
+    cache_dir        of the cache on disk, one for all models; None: cache in memory only
+    prefix           begins all keys
+    max_cache_bytes  that the cache on disk takes at most; None: a quarter of its disk, and 1 GiB at most
+    local_dir        of the local copies of the index, see S3SqliteMetaStore
+    sync_interval    the same; None if nothing may run between requests
+    object_store     a client of the bucket, instead of endpoint, keys and region
+    former_layout    "open": bodies below `{prefix}{model}/` and the index beside them, as in earlier releases
     """
 
     def __init__(
         self,
         s3_bucket: str,
         s3_endpoint: str | Secret | None,
-        cache_dir: str | Path,
+        cache_dir: str | Path | None,
         s3_access_key: str | None = None,
         s3_secret_key: str | Secret | None = None,
         *,
         region_name: str | None = "us-east-1",
         prefix: str = "",
+        max_cache_bytes: int | None = None,
+        local_dir: str | Path | None = None,
+        sync_interval: float | None = 5.0,
+        object_store: ObjectStore | None = None,
+        former_layout: WhenFormer = "refuse",
     ) -> None:
-        self.s3_bucket, self.region_name, self.prefix = s3_bucket, region_name, prefix
-        self.s3_endpoint = hidden(s3_endpoint)
-        self.s3_access_key, self.s3_secret_key = s3_access_key, hidden(s3_secret_key)
-        self.cache_dir = Path(cache_dir)
-
-    def build(self, model_name: str) -> IStorage:
-        with driver("s3", "cache"):
-            from .resource_store.cache import DiskCache, MemoryCache
-            from .resource_store.cached_s3 import CachedS3ResourceStore
-
-            caches = [MemoryCache(max_size=100), DiskCache(self.cache_dir / model_name)]
-        resource_store = CachedS3ResourceStore(
-            caches,
-            bucket=self.s3_bucket,
-            prefix=f"{self.prefix}{model_name}/",
-            endpoint_url=self.s3_endpoint,
-            access_key_id=self.s3_access_key,
-            secret_access_key=self.s3_secret_key,
-            region_name=self.region_name,
+        super().__init__(
+            _meta_over_caches(former_layout),
+            "cached-s3",
+            prefix=prefix,
+            bucket=s3_bucket,
+            endpoint_url=s3_endpoint,
+            access_key_id=s3_access_key,
+            secret_access_key=s3_secret_key,
+            region_name=region_name,
+            object_store=object_store,
+            local_dir=local_dir,
+            sync_interval=sync_interval,
+            cache_dir=cache_dir,
+            max_cache_bytes=max_cache_bytes,
+            former_layout=former_layout,
         )
-        return SimpleStorage(MemoryMetaStore(), resource_store)
 
 
-class MQCachedS3StorageFactory(IStorageFactory):
-    """As CachedS3StorageFactory, and instances tell each other through RabbitMQ what they wrote and purged: a write is seen within a second.
+class MQCachedS3StorageFactory(PairStorageFactory):
+    """The kind `mq-cached-s3`: `cached-s3`, whose instances tell each other through RabbitMQ what they wrote and purged.
 
-    s3_config   arguments of S3ResourceStore; a `prefix` in it comes before that of each model
-    amqp_url    amqp:// or amqps:// (TLS), with user and password
+    The seed's example of the same name keeps its index beside the bodies, and names its exchange
+    `autocrud_{model}_invalidations`. `former_layout="open"` does that too.
+
+    s3_config      arguments of S3ResourceStore, `bucket` and `prefix` among them; `prefix` comes before that of each model
+    cache_dir      of the cache on disk, one for all models; None: cache in memory only
+    amqp_url       amqp:// or amqps:// (TLS), with user and password, or a function that makes it for each connection
+    max_cache_bytes, local_dir, sync_interval, former_layout
+                   see CachedS3StorageFactory
     """
 
     def __init__(
         self,
         s3_config: dict[str, Any],
-        cache_dir: str | Path,
-        amqp_url: str | Secret = "amqp://guest:guest@localhost:5672",
+        cache_dir: str | Path | None,
+        amqp_url: str | Secret | Callable[[], str] = "amqp://guest:guest@localhost:5672",
+        *,
+        max_cache_bytes: int | None = None,
+        local_dir: str | Path | None = None,
+        sync_interval: float | None = 5.0,
+        former_layout: WhenFormer = "refuse",
     ) -> None:
-        self.s3_config, self.cache_dir, self.amqp_url = dict(s3_config), Path(cache_dir), hidden(amqp_url)
-        for name in ("endpoint_url", "secret_access_key"):
-            if name in self.s3_config:
-                self.s3_config[name] = hidden(self.s3_config[name])
-
-    def build(self, model_name: str) -> IStorage:
-        with driver("s3", "cache", "amqp"):
-            import aio_pika  # noqa: F401 - the store would, when it is made
-
-            from .resource_store.cache import DiskCache, MemoryCache
-            from .resource_store.mq_cached_s3 import MQCachedS3ResourceStore
-
-            caches = [MemoryCache(max_size=100), DiskCache(self.cache_dir / model_name)]
-        prefix = self.s3_config.get("prefix", "")
-        resource_store = MQCachedS3ResourceStore(
-            caches,
-            self.amqp_url,
-            f"autocrud_{model_name}_",
-            ttl_draft=1800,
-            ttl_stable=3600,
-            **{**self.s3_config, "prefix": f"{prefix}{model_name}/"},
+        super().__init__(
+            _meta_over_caches(former_layout),
+            "mq-cached-s3",
+            **s3_config,
+            local_dir=local_dir,
+            sync_interval=sync_interval,
+            amqp_url=amqp_url,
+            cache_dir=cache_dir,
+            max_cache_bytes=max_cache_bytes,
+            former_layout=former_layout,
         )
-        return SimpleStorage(MemoryMetaStore(), resource_store)
+
+
+class FullStorageFactory(PairStorageFactory):
+    """The kind `full`: PostgreSQL with a cache in Redis before it, bodies on S3 behind caches, and RabbitMQ.
+
+    The arguments are those of RedisPgStorageFactory and MQCachedS3StorageFactory.
+    """
+
+    def __init__(
+        self,
+        redis_url: str | Secret,
+        pg_dsn: str | Secret,
+        s3_config: dict[str, Any],
+        cache_dir: str | Path | None,
+        amqp_url: str | Secret | Callable[[], str] = "amqp://guest:guest@localhost:5672",
+        *,
+        password: Callable[[], str] | None = None,
+        redis_password: Callable[[], str] | None = None,
+        max_size: int | None = None,
+        lease_s: float = 2.0,
+        max_cache_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            "redis-postgres",
+            "mq-cached-s3",
+            **s3_config,
+            pg_dsn=pg_dsn,
+            password=password,
+            max_size=max_size,
+            redis_url=redis_url,
+            redis_password=redis_password,
+            lease_s=lease_s,
+            amqp_url=amqp_url,
+            cache_dir=cache_dir,
+            max_cache_bytes=max_cache_bytes,
+        )
+
+
+def _meta_over_caches(former_layout: WhenFormer) -> str:
+    """Return the name of the MetaStore of the cached factories. Above memory, the index lies beside the bodies."""
+    return "memory" if former_layout == "open" else "s3-sqlite"

@@ -174,6 +174,16 @@ class PostgresMetaStore(MetaStore):
     def _filled(self, statement: str) -> Any:
         return self._schema.filled(statement)
 
+    async def exists(self) -> bool:
+        """Return whether the tables are there, without making them. Raises StoreUnavailable."""
+
+        async def look(connection: Connection) -> bool:
+            cursor = await connection.execute("SELECT to_regclass(%s)", (self._schema.names["main"],))
+            row = await cursor.fetchone()
+            return row is not None and row[0] is not None
+
+        return await self._on_pool(look)
+
     async def _open(self) -> None:
         lock = self._opening.setdefault(asyncio.get_running_loop(), asyncio.Lock())
         async with lock:

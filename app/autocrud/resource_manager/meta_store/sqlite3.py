@@ -314,6 +314,12 @@ class S3SqliteMetaStore(MetaStore):
         await self._replica.open()
         return await self._replica.head()
 
+    async def exists(self) -> bool:
+        """Return whether the store, or a plain database to import, is there, without making it."""
+        async for _ in self._objects.list(f"{self.key}/"):
+            return True
+        return await self._objects.get(self.key) is not None
+
     async def export(self, path: str | Path | None = None) -> None:
         """Write the database as one plain SQLite file: to `path`, or as the object `export_key`."""
         await self._read(self._tables.generation)  # as new as the consistency asks for

@@ -24,7 +24,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import time
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 
 from msgspec.structs import replace
 from typing_extensions import override
@@ -70,9 +70,16 @@ class SimpleStorage(IStorage):
 
     meta_store      answers reads and searches; keeps the index
     resource_store  keeps the bodies
+    before_open     awaited before the stores are opened; what it raises fails the opening
     """
 
-    def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
+    def __init__(
+        self,
+        meta_store: MetaStore,
+        resource_store: ResourceStore,
+        *,
+        before_open: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         index = None if meta_store.authoritative else resource_store.index()
         self.meta_store = index or meta_store
         self.resource_store = resource_store
@@ -81,6 +88,7 @@ class SimpleStorage(IStorage):
         self._pair: DiskPair | None = None
         if isinstance(meta_store, StagedMetaStore) and isinstance(resource_store, StagedResourceStore):
             self._pair = DiskPair(meta_store, resource_store)
+        self._before_open = before_open
         self._opening = Opening()
         self._sweep = Sweep(self.meta_store, resource_store)
         self._compose(ModelSpec("unbound"))
@@ -134,6 +142,8 @@ class SimpleStorage(IStorage):
         await self._opening.run(self._open)
 
     async def _open(self) -> None:
+        if self._before_open is not None:
+            await self._before_open()
         if self._replaced is not None:
             log.info(
                 "%s: the %s that was given is replaced by the index beside the bodies, %s",

@@ -1,0 +1,105 @@
+"""Where stores keep their data: the one place that says so, for the kinds of the settings and for the factories.
+
+    disk MetaStore      {data_dir}/{model}/meta/
+    disk bodies         {data_dir}/{model}/data/ below a disk MetaStore, else {data_dir}/{model}/
+    s3-sqlite           {prefix}meta/{model}.sqlite/
+    bodies on S3        {prefix}data/{model}/ below s3-sqlite, else {prefix}{model}/
+    index beside them   {prefix}{model}/index.sqlite/, below a MemoryMetaStore
+    postgres            tables whose names begin with meta_{prefix}{model}
+    redis               keys that begin with {prefix}{model}:
+    rabbitmq            the exchange {prefix}{model}_invalidations
+    caches of bodies    CACHED_BODIES entries in memory for each model, and {cache_dir}/all-models/ for all models
+    beside S3           {data_dir}/copies/{endpoint}/ and {data_dir}/cache/{endpoint}/, named by a hash of the endpoint
+
+Stores that exist lie in these places. A change here loses them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from typing_extensions import override
+
+from ...errors import ConfigError
+
+CACHED_BODIES = 1000
+"""Bodies that the cache in memory holds at most, for each model."""
+MAX_CACHE_BYTES = 1024**3
+"""Bytes that the cache on disk of all models takes at most, if no other bound is given."""
+CACHE_NAME = "all-models"
+"""The directory of the cache on disk below the directory of caches."""
+FUNCTION_CACHE = "crudstack-cache"
+"""The directory of caches of an AWS Lambda function, below the directory of temporary files."""
+
+
+class Layout:
+    """The names of one deployment. Deployments with different prefixes share servers and buckets.
+
+    prefix  begins all keys and is part of all names. A slash at its end belongs to it
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+
+    def table(self, model: str) -> str:
+        """Return the name that the tables of a model in PostgreSQL begin with."""
+        return f"meta_{self.prefix}{model}"
+
+    def redis_prefix(self, model: str) -> str:
+        """Return the beginning of all keys of a model in Redis."""
+        return f"{self.prefix}{model}:"
+
+    def index_key(self, model: str) -> str:
+        """Return the key of the index of `s3-sqlite`."""
+        return f"{self.prefix}meta/{model}.sqlite"
+
+    def bodies(self, model: str, meta: str) -> str:
+        """Return the beginning of the keys of bodies on S3. `meta`: the name of the MetaStore above them.
+
+        Raises ConfigError if another deployment may have bodies there: each would remove the other's as orphans.
+        """
+        if meta == "s3-sqlite":
+            return f"{self.prefix}data/{model}/"
+        if f"/{self.prefix}".endswith("/data/"):
+            raise ConfigError(
+                f"the prefix is {self.prefix!r}: bodies would lie where those of 's3-sqlite' do whose prefix ends"
+                " before 'data', and each would remove the other's: expected another name than data at its end"
+            )
+        return f"{self.prefix}{model}/"
+
+    def queue_prefix(self, model: str) -> str:
+        """Return the beginning of the names of a model's exchange and queues in RabbitMQ."""
+        return f"{self.prefix}{model}_"
+
+
+class FormerLayout(Layout):
+    """What factories used before kinds and factories shared one layout. See `former_layout`."""
+
+    @override
+    def table(self, model: str) -> str:
+        return f"meta_{model}"
+
+    @override
+    def bodies(self, model: str, meta: str) -> str:
+        return f"{self.prefix}{model}/"
+
+    @override
+    def queue_prefix(self, model: str) -> str:
+        return f"autocrud_{model}_"
+
+
+def disk_metadata(data_dir: Path, model: str) -> Path:
+    """Return the directory of a model's metadata and index."""
+    return data_dir / model / "meta"
+
+
+def disk_bodies(data_dir: Path, model: str, meta: str) -> Path:
+    """Return the directory of a model's bodies. `meta`: the name of the MetaStore above them."""
+    return data_dir / model / "data" if meta == "disk" else data_dir / model
+
+
+def beside_s3(data_dir: Path, what: Literal["copies", "cache"], endpoint_url: str | None) -> Path:
+    """Return the directory of local copies or caches of one S3. They can be made again from the bucket."""
+    return data_dir / what / hashlib.sha256(f"{endpoint_url}".encode()).hexdigest()[:8]

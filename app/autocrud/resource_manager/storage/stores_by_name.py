@@ -1,0 +1,282 @@
+"""The stores that a pair names, made in the layout of `layout`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ...errors import ConfigError
+from ...secret import Secret, hidden
+from ..basic import Encoding, MetaStore, ResourceStore
+from ..meta_store.simple import DiskMetaStore, MemoryMetaStore
+from ..resource_store.simple import DiskResourceStore, MemoryResourceStore
+from ..runtime.disk_space import space
+from ..runtime.drivers import driver
+from .former_layout import Findable, WhenFormer, refuse_former
+from .layout import (
+    CACHE_NAME,
+    CACHED_BODIES,
+    MAX_CACHE_BYTES,
+    FormerLayout,
+    Layout,
+    disk_bodies,
+    disk_metadata,
+)
+
+if TYPE_CHECKING:
+    from ..backends.s3.object_store import ObjectStore
+    from ..meta_store.postgres import PostgresMetaStore
+    from ..meta_store.redis import RedisMetaStore
+    from ..meta_store.sqlite3 import Consistency, S3SqliteMetaStore
+    from ..resource_store.cache import Cache, DiskCache
+
+T = TypeVar("T")
+
+
+class StoresByName:
+    """Makes a MetaStore and a ResourceStore for each model, where `layout` puts them.
+
+    meta             memory, disk, s3-sqlite, postgres, redis or redis-postgres
+    resource         memory, disk, s3, cached-s3 or mq-cached-s3
+    prefix           begins all keys and is part of all names on servers; usually ends with a slash
+    data_dir         of stores on disk
+    bucket, endpoint_url, access_key_id, secret_access_key, region_name
+                     of stores on S3
+    object_store     a client of the bucket, instead of endpoint, keys and region
+    encoding         of new bodies on S3
+    local_dir, consistency, sync_interval
+                     of s3-sqlite, see S3SqliteMetaStore
+    pg_dsn           of PostgreSQL
+    password         makes the password of each new connection to PostgreSQL, if passwords expire
+    max_size         connections of this process to PostgreSQL at most; None: the default of PostgresMetaStore
+    redis_url        of Redis
+    redis_password   makes the password of each new connection to Redis, if passwords expire
+    lease_s          of redis-postgres: how many seconds a write waits at most if Redis does not answer
+    amqp_url         of RabbitMQ, or a function that makes it for each connection
+    cache_dir        of the cache on disk of all models; None: cached-s3 and mq-cached-s3 cache in memory only
+    max_cache_bytes  that the cache on disk takes at most; None: a quarter of its disk, and 1 GiB at most
+    former_layout    stores that an earlier release wrote elsewhere: "refuse" to open beside one, "open" it, or "ignore"
+                     it without a look. "ignore" is safe only if no such store exists: see `storage.former_layout`
+
+    The methods do no I/O. They raise ConfigError if an argument or a package is missing that the store needs.
+    """
+
+    def __init__(
+        self,
+        meta: str,
+        resource: str,
+        *,
+        prefix: str = "",
+        data_dir: str | Path | None = None,
+        bucket: str | None = None,
+        endpoint_url: str | Secret | None = None,
+        access_key_id: str | None = None,
+        secret_access_key: str | Secret | None = None,
+        region_name: str | None = None,
+        object_store: ObjectStore | None = None,
+        encoding: Encoding | None = None,
+        local_dir: str | Path | None = None,
+        consistency: Consistency = "strong",
+        sync_interval: float | None = 5.0,
+        pg_dsn: str | Secret | None = None,
+        password: Callable[[], str] | None = None,
+        max_size: int | None = None,
+        redis_url: str | Secret | None = None,
+        redis_password: Callable[[], str] | None = None,
+        lease_s: float = 2.0,
+        amqp_url: str | Secret | Callable[[], str] | None = None,
+        cache_dir: str | Path | None = None,
+        max_cache_bytes: int | None = None,
+        former_layout: WhenFormer = "ignore",
+    ) -> None:
+        self.meta, self.resource, self.prefix = meta, resource, prefix
+        self.data_dir = None if data_dir is None else Path(data_dir)
+        self.bucket, self.endpoint_url, self.region_name = bucket, hidden(endpoint_url), region_name
+        self.access_key_id, self.secret_access_key = access_key_id, hidden(secret_access_key)
+        self.object_store, self.encoding = object_store, encoding
+        self.local_dir, self.consistency, self.sync_interval = local_dir, consistency, sync_interval
+        self.pg_dsn, self.password, self.max_size = hidden(pg_dsn), password, max_size
+        self.redis_url, self.redis_password, self.lease_s = hidden(redis_url), redis_password, lease_s
+        self.amqp_url: Secret | Callable[[], str] | None = amqp_url if callable(amqp_url) else hidden(amqp_url)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.max_cache_bytes = max_cache_bytes
+        self.former_layout = former_layout
+        self._layout = FormerLayout(prefix) if former_layout == "open" else Layout(prefix)
+        self._disk_cache: DiskCache | None = None
+
+    # MetaStores
+
+    def meta_store(self, model: str) -> MetaStore:
+        """Return the MetaStore of a model, not yet open."""
+        match self.meta:
+            case "memory":
+                return MemoryMetaStore()
+            case "disk":
+                return DiskMetaStore(disk_metadata(self._given(self.data_dir, "data_dir"), model))
+            case "s3-sqlite":
+                return self._s3_sqlite(self._layout.index_key(model))
+            case "postgres":
+                return self._postgres(self._layout.table(model))
+            case "redis":
+                return self._redis(self._layout.redis_prefix(model))
+            case "redis-postgres":
+                fast = self._redis(self._layout.redis_prefix(model))
+                slow = self._postgres(self._layout.table(model))
+                from ..meta_store.fast_slow import FastSlowMetaStore
+
+                return FastSlowMetaStore(fast, slow, lease_s=self.lease_s)
+        raise ConfigError(f"meta is {self.meta!r}, expected the name of a MetaStore")
+
+    def _s3_sqlite(self, key: str) -> S3SqliteMetaStore:
+        with driver("s3"):
+            from ..meta_store.sqlite3 import S3SqliteMetaStore
+        return S3SqliteMetaStore(
+            self._given(self.bucket, "bucket"),
+            key,
+            sync_interval=self.sync_interval,
+            consistency=self.consistency,
+            local_dir=self.local_dir,
+            object_store=self._objects(),
+        )
+
+    def _postgres(self, table: str) -> PostgresMetaStore:
+        with driver("postgres"):
+            from ..backends.postgres.pool import MAX_SIZE
+            from ..meta_store.postgres import PostgresMetaStore
+        return PostgresMetaStore(
+            self._given(self.pg_dsn, "pg_dsn"),
+            table_name=table,
+            password=self.password,
+            max_size=self.max_size or MAX_SIZE,
+        )
+
+    def _redis(self, prefix: str) -> RedisMetaStore:
+        with driver("redis"):
+            from ..meta_store.redis import RedisMetaStore
+        return RedisMetaStore(self._given(self.redis_url, "redis_url"), prefix, password=self.redis_password)
+
+    # ResourceStores
+
+    def resource_store(self, model: str) -> ResourceStore:
+        """Return the ResourceStore of a model, not yet open."""
+        match self.resource:
+            case "memory":
+                return MemoryResourceStore()
+            case "disk":
+                return DiskResourceStore(disk_bodies(self._given(self.data_dir, "data_dir"), model, self.meta))
+            case "s3":
+                return self._s3(self._layout.bodies(model, self.meta))
+            case "cached-s3":
+                return self._cached_s3(model)
+            case "mq-cached-s3":
+                return self._mq_cached_s3(model)
+        raise ConfigError(f"resource is {self.resource!r}, expected the name of a ResourceStore")
+
+    def _s3(self, prefix: str) -> ResourceStore:
+        with driver("s3"):
+            from ..resource_store.s3 import S3ResourceStore
+        bucket = self._given(self.bucket, "bucket")
+        return S3ResourceStore(bucket, prefix, encoding=self.encoding, object_store=self._objects())
+
+    def _cached_s3(self, model: str) -> ResourceStore:
+        with driver("s3", "cache"):
+            from ..resource_store.cached_s3 import CachedS3ResourceStore
+        return CachedS3ResourceStore(
+            self._caches(model),
+            bucket=self._given(self.bucket, "bucket"),
+            prefix=self._layout.bodies(model, self.meta),
+            encoding=self.encoding,
+            object_store=self._objects(),
+        )
+
+    def _mq_cached_s3(self, model: str) -> ResourceStore:
+        with driver("s3", "cache", "amqp"):
+            import aio_pika  # noqa: F401 - the store imports it too late for `driver`
+
+            from ..resource_store.mq_cached_s3 import MQCachedS3ResourceStore
+        amqp_url = self.amqp_url
+        if amqp_url is None:
+            raise self._missing("amqp_url")
+        return MQCachedS3ResourceStore(
+            self._caches(model),
+            amqp_url,
+            self._layout.queue_prefix(model),
+            bucket=self._given(self.bucket, "bucket"),
+            prefix=self._layout.bodies(model, self.meta),
+            encoding=self.encoding,
+            object_store=self._objects(),
+        )
+
+    def _caches(self, model: str) -> list[Cache]:
+        from ..resource_store.cache import DiskCache, MemoryCache
+
+        memory = MemoryCache(max_size=CACHED_BODIES)
+        if self.cache_dir is None:
+            return [memory]
+        if self._disk_cache is None:
+            # One for all models: they share one bound, and the least recently used entry of them all goes first.
+            self._disk_cache = DiskCache(self.cache_dir / CACHE_NAME, max_bytes=self._cache_bytes(self.cache_dir))
+        former = self.cache_dir / model  # earlier releases had a directory for each model
+        if model != CACHE_NAME and (former / "lock").exists():
+            shutil.rmtree(former, ignore_errors=True)
+        return [memory, self._disk_cache]
+
+    def _cache_bytes(self, root: Path) -> int:
+        """Return the bound of the cache on disk such that it takes no more of the disk than it may.
+
+        A value in a file is counted with its bytes, from 32 KB. On disk it takes up to three blocks of 4 KB more: the
+        last one of the file, and two directories.
+        """
+        given = self.max_cache_bytes
+        room = given if given is not None else min(space(root).total // 4, MAX_CACHE_BYTES)
+        return room * 32 // (32 + 3 * 4)
+
+    # Stores of earlier releases
+
+    def check_of_former_layout(self, model: str) -> Callable[[], Awaitable[None]] | None:
+        """Return the check that refuses to open beside a store in the former layout, if there may be one."""
+        if self.former_layout != "refuse":
+            return None
+        before, now = FormerLayout(self.prefix), self._layout
+        present: Findable
+        former: Findable
+        if self.meta in ("postgres", "redis-postgres") and before.table(model) != now.table(model):
+            names = f"the tables {before.table(model)}", f"the tables {now.table(model)}"
+            present, former = self._postgres(now.table(model)), self._postgres(before.table(model))
+            bodies = self.resource_store(model)
+        elif self.meta == "s3-sqlite" and self.resource in ("cached-s3", "mq-cached-s3"):
+            key = f"{before.bodies(model, self.meta)}index.sqlite"
+            names = key, now.index_key(model)
+            present, former = self._s3_sqlite(now.index_key(model)), self._s3_sqlite(key)
+            bodies = self._s3(before.bodies(model, self.meta))
+        else:
+            return None
+        factory = type(self).__name__
+
+        async def check() -> None:
+            await refuse_former(factory, model, present, former, bodies, names=names)
+
+        return check
+
+    # Arguments
+
+    def _given(self, value: T | None, name: str) -> T:
+        if value is None:
+            raise self._missing(name)
+        return value
+
+    def _missing(self, name: str) -> ConfigError:
+        return ConfigError(f"{name} is not given: a {self.meta} MetaStore with {self.resource} bodies needs it")
+
+    def _objects(self) -> ObjectStore:
+        from ..backends.s3.object_store import s3
+
+        return self.object_store or s3(
+            self._given(self.bucket, "bucket"),
+            self.endpoint_url,
+            self.access_key_id,
+            self.secret_access_key,
+            self.region_name,
+        )
