@@ -1,27 +1,32 @@
-"""Where the app learns what it runs on.
+"""The settings of the app, read from the environment.
 
-`StackOutputs` is the one contract between what provisions storage and what uses it; `LocalOverrides` is what only a
-person's own machine adds. Both come from the environment:
+`StackOutputs` is the contract between a stack, which provides storage, and the app, which uses it. `LocalOverrides`
+holds what only this machine knows: addresses with passwords, and directories.
 
 | variable | meaning |
 | --- | --- |
 | CRUDSTACK_OUTPUTS | StackOutputs as JSON, or the path of a file that holds it |
 | CRUDSTACK_STORAGE | instead of it: a storage kind, or a pair as JSON: `{"meta": "memory", "resource": "disk"}` |
 | CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
-| CRUDSTACK_DATA_DIR | the directory of what is kept on disk; for storage on S3 where local copies and caches lie, if anywhere |
-| CRUDSTACK_CACHE_MB | megabytes of the cache on disk of all models together (1 MB = 1024 * 1024 bytes); a quarter of its disk, at most 1024, if not set |
-| CRUDSTACK_BUCKET, CRUDSTACK_PREFIX, CRUDSTACK_REGION | the bucket of what is stored on S3, what its keys start with, its region |
+| CRUDSTACK_DATA_DIR | the directory of stores on disk; for stores on S3, of local copies and caches (none if not set) |
+| CRUDSTACK_CACHE_MB | MB (1024 * 1024 bytes) of the cache on disk; default: a quarter of the disk, 1024 at most |
+| CRUDSTACK_BUCKET | the bucket of stores on S3 |
+| CRUDSTACK_PREFIX | the beginning of all keys on S3 and in Redis, and a part of the names of tables and exchanges |
+| CRUDSTACK_REGION | the region of the bucket |
 | CRUDSTACK_PG_DSN | PostgreSQL: postgresql://user:password@host:port/database |
 | CRUDSTACK_REDIS_URL | Redis or Valkey: redis://user:password@host:port/0, or rediss:// with TLS |
 | CRUDSTACK_AMQP_URL | RabbitMQ: amqp://user:password@host:port, or amqps:// with TLS |
-| CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are understood too |
-| CRUDSTACK_CORS | origins whose pages may call, with commas between: https://app.example.org; on loopback http://localhost with any port may |
-| CRUDSTACK_HOSTS | host names of the server besides localhost and 127.0.0.1, with commas between; on loopback, or once it is set, others are refused |
-| CRUDSTACK_BASE_PATH | the prefix of all paths under which a gateway or a proxy offers the API, like `/v1`, for links; `/` for none |
-| CRUDSTACK_AUTH | who is let in: `none`, or as JSON `{"mode": "token", "token_sha256": "..."}` or `{"mode": "jwt", "issuer": "...", "audiences": [...]}` |
+| CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are read too |
+| CRUDSTACK_CORS | origins whose pages may call, separated by commas: https://app.example.org |
+| CRUDSTACK_HOSTS | host names of the server besides localhost and 127.0.0.1, separated by commas |
+| CRUDSTACK_BASE_PATH | the path in front of all routes at a gateway or a proxy, like `/v1`, for links; `/` for none |
+| CRUDSTACK_AUTH | `none`, or JSON: `{"mode": "token", "token_sha256": "..."}`, `{"mode": "jwt", ...}` |
 
-Credentials are the ambient ones, as everywhere on AWS: AWS_ACCESS_KEY_ID and the like, or a role. Without a URL of its
-own, the app signs in to the stack's database, cache and broker with that role.
+On loopback, pages of http://localhost with any port may call too. If the server listens on loopback, or CRUDSTACK_HOSTS
+is set, requests to other host names are refused.
+
+Credentials are the ambient ones of AWS: AWS_ACCESS_KEY_ID and so on, or a role. If the URL of a database, cache or
+broker is not set, the app signs in to that of the stack with the role.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ KINDS: tuple[StorageKind, ...] = get_args(StorageKind)
 
 
 class Pair(Struct, frozen=True, forbid_unknown_fields=True):
-    """A MetaStore and a ResourceStore by name, where no kind says what is wanted."""
+    """A MetaStore and a ResourceStore by name. Kinds are names for pairs."""
 
     meta: Literal["memory", "disk", "s3-sqlite", "postgres", "redis", "redis-postgres"]
     resource: Literal["memory", "disk", "s3", "cached-s3", "mq-cached-s3"]
@@ -60,12 +65,12 @@ PRESETS: dict[StorageKind, Pair] = {
     "memory-disk": Pair(meta="memory", resource="disk"),
     "s3-sqlite": Pair(meta="s3-sqlite", resource="s3"),
     "postgres-s3": Pair(meta="postgres", resource="s3"),
-    "redis-postgres": Pair(meta="redis-postgres", resource="s3"),  # on disk where there is no bucket
+    "redis-postgres": Pair(meta="redis-postgres", resource="s3"),  # on disk if there is no bucket
     "cached-s3": Pair(meta="s3-sqlite", resource="cached-s3"),
     "mq-cached-s3": Pair(meta="s3-sqlite", resource="mq-cached-s3"),
     "full": Pair(meta="redis-postgres", resource="mq-cached-s3"),
 }
-"""What the kinds are names for."""
+"""The pair that each kind names."""
 
 
 class _Auth(Struct, frozen=True, forbid_unknown_fields=True, tag_field="mode", kw_only=True):
@@ -73,17 +78,17 @@ class _Auth(Struct, frozen=True, forbid_unknown_fields=True, tag_field="mode", k
 
 
 class NoAuth(_Auth, frozen=True, tag="none"):
-    """Everybody is let in and may do everything."""
+    """Requests need no credentials, and every caller may do everything."""
 
 
 class TokenAuth(_Auth, frozen=True, tag="token", kw_only=True):
-    """Who has the token, of which only the SHA-256 is known here (hex)."""
+    """Requests need a bearer token. Only the SHA-256 of the token is known here, as hex digits."""
 
     token_sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class JwtAuth(_Auth, frozen=True, tag="jwt", kw_only=True):
-    """Whose JSON Web Token API Gateway has verified: it is of this issuer, and for one of these audiences."""
+    """Requests need a JSON Web Token of this issuer for one of these audiences. API Gateway verifies it."""
 
     issuer: str
     audiences: Annotated[list[str], Meta(min_length=1)]
@@ -95,7 +100,7 @@ Auth = NoAuth | TokenAuth | JwtAuth
 
 
 class Db(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A PostgreSQL database, where `user` signs in with tokens that the role makes."""
+    """A PostgreSQL database. `user` signs in with tokens that the role makes."""
 
     host: str
     port: int = 5432
@@ -104,8 +109,8 @@ class Db(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     auth: Literal["iam"] = "iam"
 
 
-class Cache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A Valkey or Redis, where `user` signs in with tokens that the role makes for the cache called `name`."""
+class CacheServer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A Valkey or Redis. `user` signs in with tokens that the role makes for the cache called `name`."""
 
     host: str
     port: int = 6379
@@ -116,14 +121,14 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A RabbitMQ; `{"username": ..., "password": ...}` is in the secret."""
+    """A RabbitMQ. The secret holds `{"username": ..., "password": ...}`."""
 
     endpoint: Annotated[str, Meta(pattern="^amqps?://[^@]+$")]
     secret_arn: str
 
 
 class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a stack provides: names, endpoints and ARNs, never a secret."""
+    """The names, endpoints and ARNs that a stack provides. It holds no secret."""
 
     version: Literal[1]
     storage: Storage
@@ -135,18 +140,18 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     api_url: str | None = None
     function_name: str | None = None
     db: Db | None = None
-    cache: Cache | None = None
+    cache: CacheServer | None = None
     broker: Broker | None = None
     cors: tuple[str, ...] = ()
     """Origins whose pages may call."""
     auth: Auth | None = None
-    """None: nobody has said, which is for a person's own machine only."""
+    """None: not set. Then the server may listen on loopback only."""
     base_path: str | None = None
-    """The prefix of all paths under which a gateway offers the API, like `/v1`."""
+    """The path in front of all routes at a gateway, like `/v1`."""
 
 
 class LocalOverrides(Struct, frozen=True, kw_only=True):
-    """What only this machine knows. Addresses that hold passwords are secrets; the stores that use them parse them."""
+    """Settings that only this machine knows. Addresses may hold passwords, so they are parsed by the stores."""
 
     data_dir: str | None = None
     cache_mb: int | None = None
@@ -157,18 +162,20 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
 
 
 class Pages(Struct, frozen=True, kw_only=True):
-    """Which pages of browsers may call, and under which names; see foreign_pages."""
+    """The origins of pages that may call, and the host names of the server. See `foreign_pages`."""
 
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
 
 
 class Settings(Struct, frozen=True):
+    """All settings of the app."""
+
     outputs: StackOutputs
     local: LocalOverrides
     pages: Pages = Pages()
     base_path: str | None = None
-    """The prefix of all paths under which the API is reached, "" for none; None if nobody has said."""
+    """The path in front of all routes, "" for none; None if it is not set."""
 
 
 STACK_VARIABLES = (
@@ -196,7 +203,7 @@ EXPOSED_HEADERS = ("etag", "location", "link", "retry-after", "idempotency-repla
 """Headers of answers that pages of allowed origins may read."""
 BASE_PATH = r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
 OWN_PATHS = ("healthz", "readyz", "docs", "openapi.json")
-"""First parts of paths beside the names of models, with which no base path may begin."""
+"""First segments of the app's own paths. No base path may begin with one."""
 MAX_CACHE_MB = 1_000_000
 ORIGIN = r"\*|https?://[^/\s*@]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'
@@ -205,7 +212,7 @@ ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_E
 
 
 def load(environment: Mapping[str, str] = os.environ) -> Settings:
-    """The settings in the environment; ConfigError in one sentence that names what is wrong."""
+    """Return the settings in the environment. Raises ConfigError, one sentence that names what is wrong."""
     for name in environment:
         if name.startswith("CRUDSTACK_") and name not in VARIABLES:
             raise ConfigError(f"{name} is no setting; there are {', '.join(VARIABLES)}{meant(name, VARIABLES)}")
@@ -256,14 +263,18 @@ def _shown(address: str) -> str:
 
 
 def _pages(given: Mapping[str, str], of_stack: Sequence[str] = ()) -> Pages:
-    """Return what CRUDSTACK_CORS and CRUDSTACK_HOSTS list, words with commas or blanks between. Raises ConfigError."""
+    """Return the lists in CRUDSTACK_CORS and CRUDSTACK_HOSTS. Raises ConfigError.
+
+    Commas or blanks separate the words.
+    """
     origins, hosts = (
         re.split(r"[,\s]+", given.get(name, "").strip(", ")) for name in ("CRUDSTACK_CORS", "CRUDSTACK_HOSTS")
     )
     for origin in filter(None, origins):
         if re.fullmatch(ORIGIN, origin) is None:
             raise ConfigError(
-                f"CRUDSTACK_CORS has {_shown(origin)}: expected origins like https://app.example.org, without a path, or * for all"
+                f"CRUDSTACK_CORS has {_shown(origin)}: expected origins like https://app.example.org, without a path,"
+                " or * for all"
             )
     for host in filter(None, hosts):
         if re.fullmatch(r"[A-Za-z0-9._-]+(:\d{1,5})?", host) is None:
@@ -274,21 +285,24 @@ def _pages(given: Mapping[str, str], of_stack: Sequence[str] = ()) -> Pages:
 
 
 def _base_path(given: Mapping[str, str], of_stack: str | None = None) -> str | None:
-    """Return the prefix without a slash at its end. Raises ConfigError unless it is a path of plain segments."""
+    """Return the base path without a slash at its end. Raises ConfigError unless it is a path of plain segments."""
     name = "CRUDSTACK_BASE_PATH" if "CRUDSTACK_BASE_PATH" in given else "base_path"
     path = given.get("CRUDSTACK_BASE_PATH", of_stack)
     if path is None:
         return None
     if re.fullmatch(BASE_PATH, path) is None:
         raise ConfigError(
-            f"{name} is {_shown(path)}: expected a path like /v1, of letters, digits and - . _ ~ with a slash before each"
-            " part, or / for none"
+            f"{name} is {_shown(path)}: expected a path like /v1, of letters, digits and - . _ ~ with a slash before"
+            " each part, or / for none"
         )
     return path.rstrip("/")
 
 
 def s3_endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the URL of another S3 than Amazon's, if there is one. Raises ConfigError if it is no URL, or holds a password."""
+    """Return the URL of another S3 than Amazon's, or None.
+
+    Raises ConfigError if the URL cannot be read, or holds a password.
+    """
     name = next((name for name in ENDPOINT_VARIABLES if environment.get(name)), None)
     return None if name is None else endpoint_url(environment[name], name)
 
@@ -298,13 +312,17 @@ def _megabytes(text: str | None) -> int | None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MAX_CACHE_MB):
         raise ConfigError(
-            f"CRUDSTACK_CACHE_MB is {text[:40]!r}: expected a whole number of megabytes from 1 to {MAX_CACHE_MB}, like 128"
+            f"CRUDSTACK_CACHE_MB is {text[:40]!r}: expected a whole number of megabytes from 1 to {MAX_CACHE_MB},"
+            " like 128"
         )
     return int(text)
 
 
 def parse_storage(text: str, name: str) -> Storage:
-    """A kind, or a pair as JSON."""
+    """Return a kind, or a pair that is given as JSON. Raises ConfigError.
+
+    name  of the setting, for errors
+    """
     if text.lstrip().startswith("{"):
         pair: Pair = _decoded(text, Pair, name, PAIR)
         return pair
@@ -312,12 +330,13 @@ def parse_storage(text: str, name: str) -> Storage:
         if text == kind:
             return kind
     raise ConfigError(
-        f"{name} is {found(text, KINDS)}: expected one of {', '.join(KINDS)}, or a pair as JSON, like {PAIR}{meant(text, KINDS)}"
+        f"{name} is {found(text, KINDS)}: expected one of {', '.join(KINDS)}, or a pair as JSON, like"
+        f" {PAIR}{meant(text, KINDS)}"
     )
 
 
 def parse_auth(text: str) -> Auth:
-    """`none`, or who is let in as JSON."""
+    """Return the authentication that CRUDSTACK_AUTH names: `none`, or JSON. Raises ConfigError."""
     if text == "none":
         return NoAuth()
     if not text.lstrip().startswith("{"):
@@ -332,7 +351,7 @@ def _outputs(text: str) -> StackOutputs:
             text = Path(text).read_text()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
-            is_path = re.fullmatch(r"[~.]{0,2}/[^@]*|[^@]*\.json", text)  # and not a secret in the wrong setting
+            is_path = re.fullmatch(r"[~.]{0,2}/[^@]*|[^@]*\.json", text)  # other text may be a misplaced secret
             which = f"the file {text!r}, which" if is_path else "a file that"
             raise ConfigError(
                 f"CRUDSTACK_OUTPUTS names {which} cannot be read ({reason}): expected its path, or JSON"
@@ -341,13 +360,16 @@ def _outputs(text: str) -> StackOutputs:
 
 
 def parse_outputs(text: str, name: str) -> StackOutputs:
-    """StackOutputs as JSON; ConfigError. `name`: where they come from."""
+    """Return StackOutputs that are given as JSON. Raises ConfigError.
+
+    name  of the setting or file that they come from, for errors
+    """
     outputs: StackOutputs = _decoded(text, StackOutputs, name)
     return outputs
 
 
 def _decoded(text: str, type_: Any, name: str, like: str | None = None) -> Any:
-    """`like`: an example of what is expected."""
+    """Decode JSON. Raises ConfigError, with `like` as an example of what is expected."""
     expected = "" if like is None else f"; expected JSON like {like}"
     try:
         return msgspec.json.decode(text, type=type_)
