@@ -22,7 +22,7 @@ from msgspec import Struct
 from typing_extensions import override
 
 from .autocrud.errors import ConfigError, StoreUnavailable
-from .settings import Broker, Cache, Db, StackOutputs, TokenAuth
+from .settings import Broker, CacheServer, Db, StackOutputs, TokenAuth
 
 EXPIRES_S = 900
 """Seconds that a token is valid, which is the maximum of AWS."""
@@ -43,12 +43,12 @@ def postgres_password(db: Db, region: str) -> Callable[[], str]:
     return lambda: _signed("rds-db", region, url)
 
 
-def redis_url(cache: Cache) -> str:
+def redis_url(cache: CacheServer) -> str:
     """Return the address of the cache without a password."""
     return f"{'rediss' if cache.tls else 'redis'}://{quote(cache.user, safe='')}@{cache.host}:{cache.port}/0"
 
 
-def redis_password(cache: Cache, region: str) -> Callable[[], str]:
+def redis_password(cache: CacheServer, region: str) -> Callable[[], str]:
     """Return a function that signs the token for a new connection to ElastiCache."""
     query = {"Action": "connect", "User": cache.user}
     if cache.serverless:

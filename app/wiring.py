@@ -75,8 +75,8 @@ def checked_prefix(prefix: str) -> str:
     """Return a prefix of keys, empty or with a slash at its end. Raises ConfigError if a key cannot begin with it."""
     if re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))*", prefix) is None:
         raise ConfigError(
-            f"the prefix {'has an @' if '@' in prefix else f'is {prefix!r}'}: expected names of letters, digits, '.', '_'"
-            " and '-' with '/' between them, like team/app"
+            f"the prefix {'has an @' if '@' in prefix else f'is {prefix!r}'}: expected names of letters, digits, '.',"
+            " '_' and '-' with '/' between them, like team/app"
         )
     return prefix and f"{prefix.rstrip('/')}/"
 
@@ -94,8 +94,8 @@ def pair_of(storage: Storage, settings: Settings) -> Pair:
         return PRESETS[storage]
     if storage.resource == "memory" and storage.meta != "memory":
         raise ConfigError(
-            f"storage {{meta: {storage.meta}, resource: memory}} is no pair that keeps what it lists; expected a resource"
-            f" store that outlives the process, or one of {', '.join(KINDS)}"
+            f"storage {{meta: {storage.meta}, resource: memory}} is no pair that keeps what it lists; expected a"
+            f" resource store that outlives the process, or one of {', '.join(KINDS)}"
         )
     return storage
 

@@ -13,10 +13,10 @@ from botocore.signers import RequestSigner
 
 from app import iam_auth as sign_in
 from app.autocrud.errors import ConfigError, StoreUnavailable
-from app.settings import Broker, Cache, Db
+from app.settings import Broker, CacheServer, Db
 
 DB = Db(host="db.example.com", port=5433, name="app", user="crud+app")
-CACHE = Cache(host="cache-0.example.com", user="crud-app", name="my-cache", serverless=False)
+CACHE = CacheServer(host="cache-0.example.com", user="crud-app", name="my-cache", serverless=False)
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "s/e+c", "AWS_SESSION_TOKEN": "tok/en=="}
 
 
@@ -45,7 +45,7 @@ def test_the_database_takes_what_boto3_makes():
 @pytest.mark.parametrize("serverless", [False, True])
 def test_the_cache_takes_what_the_documentation_of_aws_signs(serverless):
     """https://docs.aws.amazon.com/AmazonElastiCache/latest/dg/auth-iam.html"""
-    cache = Cache(host="h", user=CACHE.user, name=CACHE.name, serverless=serverless)
+    cache = CacheServer(host="h", user=CACHE.user, name=CACHE.name, serverless=serverless)
     session = botocore.session.get_session()
     signer = RequestSigner(
         ServiceId("elasticache"),

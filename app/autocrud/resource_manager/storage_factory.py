@@ -275,16 +275,16 @@ class CachedS3StorageFactory(PairStorageFactory):
 
 
 class MQCachedS3StorageFactory(PairStorageFactory):
-    """The kind `mq-cached-s3`: `cached-s3`, whose instances tell each other through RabbitMQ what they wrote and purged.
+    """The kind `mq-cached-s3`: `cached-s3` with instances that tell each other their writes through RabbitMQ.
 
     The seed's example of the same name keeps its index beside the bodies, and names its exchange
     `autocrud_{model}_invalidations`. `former_layout="open"` does that too.
 
-    s3_config      arguments of S3ResourceStore, `bucket` and `prefix` among them; `prefix` comes before that of each model
-    cache_dir      of the cache on disk, one for all models; None: cache in memory only
-    amqp_url       amqp:// or amqps:// (TLS), with user and password, or a function that makes it for each connection
+    s3_config  arguments of S3ResourceStore, `bucket` and `prefix` among them; `prefix` begins the keys of all models
+    cache_dir  of the cache on disk, one for all models; None: cache in memory only
+    amqp_url   amqp:// or amqps:// (TLS), with user and password, or a function that makes it for each connection
     max_cache_bytes, local_dir, sync_interval, former_layout
-                   see CachedS3StorageFactory
+               see CachedS3StorageFactory
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from ..basic import ResourceStore
 WhenFormer = Literal["refuse", "open", "ignore"]
 """What a factory does about stores in the former layout: refuse to open beside one, open it, or not look for one."""
 ANY_GENERATION = 2**62
+"""A generation that no store reaches."""
 
 
 class Findable(Protocol):
@@ -43,7 +44,7 @@ async def refuse_former(
 
     names  where the metadata of the former store and those of the present one lie
 
-    Tables of the former layout without bodies below this prefix belong to another deployment, and are no reason.
+    Tables of the former layout without bodies below this prefix belong to another deployment, and raise nothing.
     """
     if await present.exists() or not await former.exists():
         return
@@ -51,6 +52,6 @@ async def refuse_former(
         before, now = names
         raise ConfigError(
             f"{factory}: the store of the model {model!r} was written by an earlier release, with its metadata in"
-            f" {before}; now they are expected in {now}, where nothing is. Give the factory former_layout='open' to go on"
-            " with that store"
+            f" {before}; now they are expected in {now}, where nothing is. Give the factory former_layout='open' to go"
+            " on with that store"
         )

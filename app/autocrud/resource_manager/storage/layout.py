@@ -75,7 +75,7 @@ class Layout:
 
 
 class FormerLayout(Layout):
-    """What factories used before kinds and factories shared one layout. See `former_layout`."""
+    """The names that factories used before kinds and factories shared one layout. See `former_layout`."""
 
     @override
     def table(self, model: str) -> str:

@@ -1,25 +1,24 @@
-"""New index entries for resources whose index was made for other fields, or was lost.
+"""New index entries for resources whose entry was made for other indexed fields, or was lost.
 
 Invariants:
 
-- R1 *A failure to read removes nothing.* If a body cannot be read now (the store is unavailable, a time-out, a body that
-  is cut off, cancellation), no entry is made, the error is raised, and the resource stays outdated: the next try reads
-  it again.
-- R2 *A resource keeps what it was found by.* If its body is lost or damaged, or does not fit the model, its entry is made
-  of the data that can be read of the body, and else of the values in its old entry, field by field. So it stays in every
-  search whose field it has, and holds its unique values.
-- R3 *One resource keeps no model from opening.* R2 always makes an entry. Such resources are named in `degradations`.
-- R4 *What earlier programs dropped comes back.* They took any failure to read for a lost body, and left an entry with
-  nothing in it, which counted as made. Once in the life of a store all such entries are made again from their bodies;
-  `Findings.healed` in the store says that it was done. Its value of a unique field may have been given to another
-  resource since. Then both keep it, nobody may write it any more, and `Findings.shared` names the one that came back.
+- R1 *A failure to read removes nothing.* A body may be unreadable for now: the store is unavailable, the read times
+  out, the body is cut off, or the caller cancels. Then no entry is made and the error is raised. The resource stays
+  outdated, so the next attempt reads it again.
+- R2 *A resource stays in the searches that found it.* If its body is lost, damaged or does not fit the model, its new
+  entry takes each field from the body if it can be read there, and from the old entry if not. So the resource also
+  keeps its unique values.
+- R3 *No single resource prevents a model from opening.* R2 always makes an entry. `degradations` names such resources.
+- R4 *Entries that earlier programs dropped are made again.* Those programs took each failure to read for a lost body,
+  and left an empty entry that counted as complete. The first open by this program makes all empty entries again from
+  their bodies, and stores `Findings.healed`. Another resource may have taken a unique value meanwhile. Then both keep
+  it, every write of this value is refused, and `Findings.shared` names the resource that came back.
+- R5 *No stored size is refused.* `limits` are for new data. Larger stored data is indexed whole, by every store alike,
+  so that each search finds it and its unique values stay unique. Large entries go to the store in small groups, so
+  that no transaction carries much more than CHUNK bytes.
 
-- R5 *No size is refused.* `limits` are for new data. Stored data that is larger is indexed whole, by every store alike, so
-  that it is found by everything, and its values of unique fields are unique. Large entries go to the store a few at a
-  time, so that no transaction carries much more than CHUNK.
-
-`Findings` stay in the store, so that a restart does not forget what it has to say. `maintain` looks again at the
-resources in them, and drops those that are in order.
+`Findings` are kept in the store, so that they survive a restart. `maintain` looks again at the resources in them, and
+drops the resources that are in order.
 """
 
 from __future__ import annotations
@@ -42,35 +41,38 @@ log = logging.getLogger("crudstack.storage")
 
 PAGE = 200
 MAX_ROUNDS = 50
-"""How often the index is completed again because an older program was faster."""
+"""How often the index is completed again because an older program wrote meanwhile."""
 NAMED = 10
-"""How many ids of resources a sentence names."""
+"""How many ids of resources one sentence of `degradations` names."""
 KEPT = 100
-"""How many ids of each kind the store keeps. All are in the log."""
+"""How many ids of each finding the store keeps. The log names all of them."""
 CHUNK = 1024 * 1024
-"""Bytes of indexed fields, as JSON, that are enough for one transaction."""
+"""Bytes of indexed fields, as JSON, after which a transaction takes no more entries."""
 CONDITIONS = 8
-"""Fields that an empty entry is searched by; whether it is empty is seen when it is found."""
+"""How many fields the search for empty entries names. Each hit is then checked by its whole entry."""
 EMPTY = b"{}"
 SHARED = (
-    "have a value of a unique field that another one has too, as an earlier program had lost their index entries; nobody"
-    " can write such a value; the log names them: change or purge one of the two"
+    "have a value of a unique field that another one has too, because an earlier program lost their index entries;"
+    " writes of such a value are refused; the log names them: change or purge one of the two"
 )
 
 
 class Reindexing:
-    """Makes the entries of one model."""
+    """Makes the index entries of one model."""
 
     def __init__(self, spec: ModelSpec, meta_store: MetaStore, resource_store: ResourceStore) -> None:
         self._spec, self._meta_store, self._resource_store = spec, meta_store, resource_store
-        self._lost: dict[str, None] = {}  # ids of resources whose bodies cannot be read
-        self._shared: dict[str, None] = {}  # ids of resources with a unique value that another one has
-        self._unfit: dict[
-            str, None
-        ] = {}  # ids of resources whose data do not fit the model; another program may differ
+        # Ids of resources, as ordered sets.
+        self._lost: dict[str, None] = {}  # their bodies cannot be read
+        self._shared: dict[str, None] = {}  # another resource has one of their unique values
+        self._unfit: dict[str, None] = {}  # their data do not fit this model; the model of another program may differ
 
     async def open(self, index: IndexOf) -> None:
-        """Bring every entry up to the bound fields. Raises StoreUnavailable (R1), ConfigError."""
+        """Bring every entry up to the bound fields.
+
+        Raises StoreUnavailable if a body cannot be read now (R1), and ConfigError if a field cannot be unique because
+        stored resources share a value.
+        """
         found = await self._meta_store.findings()
         self._load(found)
         for attempt in range(MAX_ROUNDS):
@@ -87,7 +89,7 @@ class Reindexing:
         await self._keep(found)
 
     async def step(self, index: IndexOf) -> bool:
-        """Index some of what an older program has written since. False: there was nothing."""
+        """Index some resources that an older program has written since. Return False if there were none."""
         outdated = await self._meta_store.outdated(PAGE)
         if outdated:
             found = await self._meta_store.findings()
@@ -96,7 +98,10 @@ class Reindexing:
         return bool(outdated)
 
     async def look_again(self, index: IndexOf) -> None:
-        """Drop from the findings what is in order by now: a body came back, a value was changed, a resource is gone."""
+        """Drop resources that are in order from the findings.
+
+        A body may have come back, a shared value may have changed, or the resource may have been purged.
+        """
         found = await self._meta_store.findings()
         self._load(found)
         for resource_id in [*self._lost, *self._shared]:
@@ -118,13 +123,13 @@ class Reindexing:
         await self._keep(found)
 
     def degradations(self) -> list[str]:
-        """Return a sentence for each kind of resource that is not as it should be."""
+        """Return a sentence for each finding that concerns any resource."""
         told = [
-            (self._lost, f"have lost their data, and are found by what they were found by before: {_some(self._lost)}"),
+            (self._lost, f"have lost their data, and keep their former index entries: {_some(self._lost)}"),
             (self._shared, SHARED),
             (
                 self._unfit,
-                f"have data that do not fit the model, and are indexed as far as they do: {_some(self._unfit)}",
+                f"have data that do not fit the model, and are indexed by the fields that do: {_some(self._unfit)}",
             ),
         ]
         return [f"{len(ids)} resources {what}" for ids, what in told if ids]
@@ -136,7 +141,7 @@ class Reindexing:
         self._shared |= dict.fromkeys(found.shared)
 
     async def _keep(self, found: Findings) -> None:
-        """Store what was found, if it is not stored. `found`: what is stored."""
+        """Store the findings, unless they equal the stored ones, `found`."""
         now = Findings(healed=True, lost=tuple(self._lost)[:KEPT], shared=tuple(self._shared)[:KEPT])
         if now != found:
             await self._meta_store.keep_findings(now)
@@ -163,7 +168,7 @@ class Reindexing:
             page = await self._meta_store.search(replace(query, after=after))
             emptied = [hit.meta for hit in page.items if hit.shown == EMPTY]
             async for chunk in self._chunks(emptied, index):
-                # Others had nothing to be found by.
+                # An entry without any field is right if its resource has none of the indexed fields.
                 if entries := [entry for entry in chunk if entry.entry.shown != EMPTY]:
                     try:
                         await self._meta_store.reindex(entries)
@@ -185,11 +190,11 @@ class Reindexing:
                 log.error("%s %s: another resource has its %s too", self._spec.name, entry.resource_id, error.field)
 
     async def _entries(self, outdated: Sequence[ResourceMeta], index: IndexOf) -> list[Reindex]:
-        """Return an entry for each resource that is still in the given state. Raises StoreUnavailable (R1)."""
+        """Return an entry for each resource that is still in the given state. Raises the error of a read (R1)."""
         return [entry async for chunk in self._chunks(outdated, index) for entry in chunk]
 
     async def _chunks(self, outdated: Sequence[ResourceMeta], index: IndexOf) -> AsyncIterator[list[Reindex]]:
-        """Yield the entries of `_entries`, none in vain, in lists that end once they hold CHUNK bytes (R5)."""
+        """Yield the entries of `_entries` in non-empty lists. Each list ends once it holds CHUNK bytes (R5)."""
         chunk: list[Reindex] = []
         size = 0
         for meta in outdated:
@@ -208,12 +213,12 @@ class Reindexing:
         try:
             body = await self._resource_store.get(meta.uid)
             if self._resource_store.verified and not is_sound(meta, body):
-                body = None  # nobody may be found by what somebody else wrote there
+                body = None  # written by another program or person: no search may find the resource by it
                 raise StoreDamaged("its body is not what was stored")
             entry = index(body, meta.encoding)
         except StoreDamaged as error:
             if body is None and await self._has_changed(meta):
-                return None  # its former body may be gone
+                return None  # a newer state has another body, and this one may have been removed
             self._note(self._lost, meta, error)
         except Exception as error:
             if body is None:

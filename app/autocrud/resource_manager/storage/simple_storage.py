@@ -16,7 +16,7 @@ M3 *Exactly one thing is the commit.* It is chosen here:
   The index is authoritative.
 - If it is not, and the ResourceStore keeps records (disk), the record is the commit. The MetaStore applies the records
   in the order of their commits, and is rebuilt from them at start. One process owns such a store.
-- If it is not, and the ResourceStore has neither (memory), the commit of the MetaStore is the commit. Nothing is durable.
+- If it is not, and the ResourceStore has neither (memory), the MetaStore's commit is the commit. It is not durable.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ MAX_RENEWALS = 8
 class SimpleStorage(IStorage):
     """A MetaStore and a ResourceStore as one storage.
 
-    A MemoryMetaStore above a ResourceStore on S3 is replaced by an index on S3 that lies beside the bodies: memory alone
-    would not be durable. Then `meta_store` is the index, and the log says so when the storage is opened. No other
-    MetaStore is ever replaced.
+    A MemoryMetaStore above a ResourceStore on S3 is replaced by an index on S3 that lies beside the bodies, because
+    memory alone would not be durable. Then `meta_store` is the index, and the log says so when the storage is opened.
+    No other MetaStore is ever replaced.
 
     meta_store      answers reads and searches; keeps the index
     resource_store  keeps the bodies

@@ -35,7 +35,10 @@ class Sweep:
         self._generation = await self._meta_store.generation()
 
     async def run(self, deadline: float) -> None:
-        """Sweep until the deadline (seconds of `time.monotonic`) or the end. The next call continues or starts again."""
+        """Sweep until the deadline, in seconds of `time.monotonic`.
+
+        If bodies are left, the next call continues with them. Otherwise it starts a new sweep.
+        """
         if not self._after:
             self._generation = await self._meta_store.advance_generation()
         while time.monotonic() < deadline:
