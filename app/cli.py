@@ -282,7 +282,7 @@ def _open(app: FastAPI) -> None:
             await app.state.crud.open()
             for manager in app.state.crud.managers.values():
                 with contextlib.suppress(StoreDamaged):  # the log names such a model, which answers 503
-                    await manager.impairments()  # tries optional parts too; the log names failures
+                    await manager.degradations()  # tries optional parts too; the log names failures
         except HeadLost as error:
             copies = await lost_copies(app.state.crud.managers.values())
             await app.state.crud.close()

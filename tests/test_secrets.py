@@ -348,7 +348,7 @@ async def test_a_server_that_refuses(kind, tls, servers, tmp_path, logged, monke
     app = main.create_app(settings)
     said = [await asked(app)]
     for manager in app.state.crud.managers.values():
-        for work in (manager.open, manager.storage.health, manager.storage.impairments):
+        for work in (manager.open, manager.storage.health, manager.storage.degradations):
             try:
                 await work()
             except Exception as error:

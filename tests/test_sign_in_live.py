@@ -247,7 +247,7 @@ async def test_the_app_signs_in(stack, outputs, clock, database, store, tls, tmp
         store.takes(cache_token(cache))
         made = await client.post("/article", json=ARTICLE)
         assert made.status_code == 201, made.text
-        assert await impairments(client) == []
+        assert await degradations(client) == []
         assert store.signed_in() > 0
 
         old = database_token(db), cache_token(cache)
@@ -262,7 +262,7 @@ async def test_the_app_signs_in(stack, outputs, clock, database, store, tls, tmp
         changed = await client.patch(path, json={"title": "1"})
         assert changed.status_code == 200, changed.text
         assert (await client.get(f"{path}/data")).json()["title"] == "1"
-        assert await impairments(client) == []
+        assert await degradations(client) == []
         assert store.signed_in() > 0
 
 
@@ -281,7 +281,7 @@ async def app(stack, outputs):
             await app.state.crud.close()
 
 
-async def impairments(client: httpx.AsyncClient) -> list[str]:
+async def degradations(client: httpx.AsyncClient) -> list[str]:
     """Of the stores, once those that a broker connects are connected."""
     for _ in range(50):
         ready = (await client.get("/readyz")).json()

@@ -149,7 +149,7 @@ class AutoCRUD:
             retention=retention,
             clock=self._clock,
         )
-        for place in manager.storage.places:
+        for place in manager.storage.location_keys:
             other = self._places.setdefault(place, name)
             if other != name:
                 raise ConfigError(

@@ -274,7 +274,7 @@ class DictMetaStore(MetaStore):
 
         await self._write(work)
 
-    async def indexed(self, *, force: bool = False) -> bool:
+    async def activate_unique_fields(self, *, force: bool = False) -> bool:
         def work(state: State) -> bool:
             added = set(self._spec.unique) - state.unique
             if added and not force and any(not added <= row.kinds.keys() for row in state.rows.values()):
@@ -288,7 +288,7 @@ class DictMetaStore(MetaStore):
 
         return set(self._spec.unique) <= (await self._now()).unique or await self._write(work)
 
-    async def give_up(self, name: str) -> None:
+    async def deactivate_unique_field(self, name: str) -> None:
         def work(state: State) -> None:
             if any(name not in row.kinds for row in state.rows.values()):
                 state.unique.discard(name)
@@ -297,10 +297,10 @@ class DictMetaStore(MetaStore):
 
     # Over a ResourceStore whose records are the truth
 
-    def follow(self, changes: Sequence[Change]) -> None:
+    def apply_committed(self, changes: Sequence[Change]) -> None:
         self._replace(lambda state: [self._apply(state, change, decided=True) for change in changes])
 
-    async def holder(self, name: str, key: Key) -> str | None:
+    async def owner_of(self, name: str, key: Key) -> str | None:
         rows = (await self._now()).rows.values()
         return next((row.meta.resource_id for row in rows if row.entry.keys.get(name) == key), None)
 

@@ -152,15 +152,15 @@ async def test_a_batch_that_purges(api, note):
 
 async def test_a_purge_whose_traces_stay_is_said_so_and_finished_later(api, crud, note, monkeypatch):
     manager = crud.managers["note"]
-    erase, failing = manager.storage.erase, [True]
+    purge_remnants, failing = manager.storage.purge_remnants, [True]
 
     async def sometimes(now):
         if failing:
             raise StoreUnavailable("the storage cannot be used right now; nothing was changed")
         failing.append("erased")
-        return await erase(now)
+        return await purge_remnants(now)
 
-    monkeypatch.setattr(manager.storage, "erase", sometimes)
+    monkeypatch.setattr(manager.storage, "purge_remnants", sometimes)
     problem(await api.post(f"{note[0]}/purge", headers=key("k")), 503, "outcome-unknown")
     problem(await api.get(note[0]), 404, "not-found")
     failing.clear()

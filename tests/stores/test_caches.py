@@ -489,7 +489,7 @@ class TestDiskCache(BoundedConformance):
         await disk.put_many({key: Entry(body, 600) for key, body in secrets.items()})
         assert any(b"secret text" in path.read_bytes() for path in files(tmp_path))
         await disk.delete(list(secrets))
-        await disk.erase()
+        await disk.purge_remnants()
         for path in files(tmp_path):
             assert b"secret" not in path.read_bytes(), path
         assert await right_or_missing(disk) == len(BODIES)
@@ -499,7 +499,7 @@ class TestDiskCache(BoundedConformance):
         await disk.put("a", b"secret text", 0.01)
         await asyncio.sleep(0.02)
         await disk.delete(["a"])
-        await disk.erase()
+        await disk.purge_remnants()
         assert all(b"secret" not in path.read_bytes() for path in files(tmp_path))
         await disk.close()
 
@@ -936,7 +936,7 @@ class TestOnS3:
         await instance.put("0/a", b"secret")
         await instance.store.delete(["0/a"])
         now = dt.datetime.now(dt.UTC)
-        assert await instance.store.erase(now) == now + dt.timedelta(days=1)
+        assert await instance.store.purge_remnants(now) == now + dt.timedelta(days=1)
         assert all(b"secret" not in path.read_bytes() for path in files(tmp_path))
 
     async def test_maintain_removes_what_has_expired(self, instance, tmp_path, clock):

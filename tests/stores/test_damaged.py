@@ -342,7 +342,7 @@ async def unaffected(client: httpx.AsyncClient) -> None:
     assert (await ask(client, "POST", "/note", json={"title": "new"})).status_code == 201
 
 
-async def impairments(client: httpx.AsyncClient) -> list[str]:
+async def degradations(client: httpx.AsyncClient) -> list[str]:
     ready = await client.get("/readyz")
     assert ready.status_code == 200, ready.text
     return ready.json()["models"]["note"]["impairments"]
@@ -377,7 +377,7 @@ async def test_a_damaged_body(kind, way, place):
         assert (await ask(client, "GET", "/note/a?revision=1")).json()["data"] == FIRST | WHOLE
         assert [one["meta"]["resource_id"] for one in (await ask(client, "GET", "/note")).json()["items"]] == ["b"]
         await unaffected(client)
-        told = [one for one in await impairments(client) if one.startswith("1 resources cannot be read as a whole")]
+        told = [one for one in await degradations(client) if one.startswith("1 resources cannot be read as a whole")]
         assert [one.rpartition(": ")[2] for one in told] == ["a"]
         patched = await ask(client, "PATCH", "/note/a", json={"title": "c"})
         assert patched.status_code == 503
@@ -396,10 +396,10 @@ async def test_a_damaged_body(kind, way, place):
         assert (await ask(client, "POST", "/note/a/switch", json={"revision": 2})).status_code == 503
         assert (await ask(client, "PUT", "/note/a", json={"title": "c"})).status_code == 200
         assert (await ask(client, "GET", "/note/a/data")).json()["title"] == "c"
-        assert "cannot be read" in "".join(await impairments(client))  # the damaged revision is still there
+        assert "cannot be read" in "".join(await degradations(client))  # the damaged revision is still there
         assert (await ask(client, "POST", "/note/a/purge")).status_code in (200, 202)
         assert (await ask(client, "GET", "/note/a")).status_code == 404
-        assert "cannot be read" not in "".join(await impairments(client))
+        assert "cannot be read" not in "".join(await degradations(client))
     await crud.close()
 
 
@@ -412,9 +412,9 @@ async def test_a_body_that_is_put_back_is_read_again(kind, place):
     crud, client = await client_of(made.factory(place))
     async with client:
         assert (await ask(client, "GET", "/note/a")).status_code == 503
-        assert await impairments(client)
+        assert await degradations(client)
         made.bodies(place, uids["2"], lambda _: kept[0])
-        assert "cannot be read" not in "".join(await impairments(client))
+        assert "cannot be read" not in "".join(await degradations(client))
         assert (await ask(client, "GET", "/note/a/data")).json() == SECOND | WHOLE
     await crud.close()
 
@@ -461,7 +461,7 @@ async def test_damaged_metadata(kind, way, place):
             await stopped(client)
         else:
             await unaffected(client)
-            assert any(told.endswith(": a") for told in await impairments(client))
+            assert any(told.endswith(": a") for told in await degradations(client))
     await crud.close()
 
 
@@ -502,7 +502,7 @@ async def test_a_cache_does_not_keep_what_is_damaged(kind, place):  # noqa: ARG0
         assert (await ask(client, "GET", "/note/a")).status_code == 503
         in_objects(place, uids["2"], lambda _: kept[0])
         assert (await ask(client, "GET", "/note/a/data")).json() == SECOND | WHOLE
-        assert await impairments(client) == []
+        assert await degradations(client) == []
     await crud.close()
 
 

@@ -956,8 +956,8 @@ async def test_who_stays_with_an_old_primary_reads_nothing_old(servers, stores, 
     assert await first.get("r") == await second.get("r") == old  # the second one has the life of its server adopted
     new = await _write(second, old)
     assert await first.get("r") == (new if kind is FastSlowMetaStore else old)
-    assert await second.impairments() == []
-    assert "another Redis" in (await first.impairments())[0]
+    assert await second.degradations() == []
+    assert "another Redis" in (await first.degradations())[0]
 
 
 @pytest.mark.parametrize("kind", [FastSlowMetaStore, DoesNotWait])
@@ -971,11 +971,11 @@ async def test_a_writer_that_is_cut_off_waits_and_a_reader_that_is_does_not(serv
         new = await _write(writer, old)
         assert await writer.get("r") == new
         assert await reader.get("r") == (new if kind is FastSlowMetaStore else old)
-        (impaired,) = await writer.impairments()
+        (impaired,) = await writer.degradations()
         assert "cannot be reached" in impaired
         assert servers[0].key not in impaired
         way.lead_to_server(servers[0])
-        assert await writer.impairments() == []
+        assert await writer.degradations() == []
         await writer.health()
 
 
@@ -1080,7 +1080,7 @@ async def test_a_server_that_does_not_say_who_it_is_is_not_believed(servers, sto
     old = await _write(store)
     new = await _write(store, old)
     assert await store.get("r") == new
-    assert "run_id" in (await store.impairments())[0]
+    assert "run_id" in (await store.degradations())[0]
     with server.client() as client:
         assert client.keys("*fast:*") == []
 
@@ -1099,7 +1099,7 @@ async def test_a_cluster_will_do_where_it_shows_one_address(tmp_path, stores, mo
                     await asyncio.sleep(0.01)
         store = stores(server, 30.0)
         meta = await _write(store, await _write(store))
-        assert await store.impairments() == []
+        assert await store.degradations() == []
         monkeypatch.delattr(PostgresMetaStore, "get")  # a hit asks nobody else
         monkeypatch.setattr(PostgresMetaStore, "get_fenced", None)
         assert await store.get("r") == meta

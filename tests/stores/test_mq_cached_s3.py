@@ -181,7 +181,7 @@ async def test_a_write_is_seen_without_a_look_at_s3(instance):
         for _ in range(20):
             assert (await reader.get("1")).data.text == (await writer.get("1")).data.text == text
         assert instance.objects.requests == {"get": 1}
-    assert await writer.storage.impairments() == await reader.storage.impairments() == []
+    assert await writer.storage.degradations() == await reader.storage.degradations() == []
 
 
 class SaysNothing(MQCachedS3ResourceStore):
@@ -465,9 +465,9 @@ async def test_a_host_that_is_not_there(instance, caplog):
         assert (await reader.get("1")).data.text == "1"
         await writer.update("1", Item(text="2"))
         assert (await reader.get("1")).data.text == "2"
-        await until(reader.storage.impairments)
+        await until(reader.storage.degradations)
         await until(lambda: bodies_of(writer)._bus._joined.seat._pause > 0.5)  # several attempts
-    assert any("RabbitMQ cannot be reached" in one for one in await writer.storage.impairments())
+    assert any("RabbitMQ cannot be reached" in one for one in await writer.storage.degradations())
     assert not await bodies_of(reader).drain(0.01)
     said = [one.getMessage() for one in caplog.records if one.name == "crudstack.amqp"]
     assert len(said) == 2, said  # once for each address
@@ -529,7 +529,7 @@ async def test_tls(instance, broker, certificates, caplog):
     assert await bodies_of(reader).drain()
     assert (await reader.get("1")).data.text == "1"
     assert (await stranger.get("1")).data.text == "1"
-    await until(stranger.storage.impairments)
+    await until(stranger.storage.degradations)
     assert "CERTIFICATE_VERIFY_FAILED" in caplog.text
     assert broker.key not in caplog.text
     assert "mq-secret" not in caplog.text
@@ -543,7 +543,7 @@ async def test_a_broker_that_refuses_what_is_needed(instance, broker, caplog):
     await refused.create(Item(text="1"), resource_id="1")
     assert (await stranger.get("1")).data.text == "1"
     for manager in (refused, stranger):
-        await until(manager.storage.impairments)
+        await until(manager.storage.degradations)
     assert "PRECONDITION_FAILED" in caplog.text
     assert "ACCESS_REFUSED" in caplog.text
 
@@ -562,16 +562,16 @@ async def test_a_writer_that_is_cut_off_says_later_what_it_could_not_say(instanc
         assert await bodies_of(reader).drain()
         assert (await reader.get("1")).data.text == "1"  # documented: it relies on writers for max_staleness_s
         assert len(await cache.get_many([purged.meta.uid])) == 1
-        first, second = await writer.storage.impairments()
+        first, second = await writer.storage.degradations()
         assert "RabbitMQ cannot be reached" in first
         assert "late and may keep copies" in second
-        assert await reader.storage.impairments() == []
+        assert await reader.storage.degradations() == []
         proxy.release()
         await until(lambda: not bodies_of(writer)._bus.unsaid())
         assert await bodies_of(reader).drain()
         assert (await reader.get("1")).data.text == "2"
         assert await cache.get_many([purged.meta.uid]) == {}
-        assert await writer.storage.impairments() == []
+        assert await writer.storage.degradations() == []
 
 
 async def test_a_connection_that_is_silent_for_long_is_replaced_and_caches_cleared(instance, broker, monkeypatch):

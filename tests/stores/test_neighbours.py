@@ -176,7 +176,7 @@ def places(storage: str, prefix: str) -> str:
             "CRUDSTACK_REDIS_URL": "redis://h",
         }
     )
-    return storage_factory(settings).build("article").resource_store.place[2]
+    return storage_factory(settings).build("article").resource_store.location_key[2]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ async def test_a_store_of_an_earlier_commit(servers: Servers, name: str):
     for _ in range(2):  # the first start may complete what an earlier program did not have
         manager = program(kind, servers)
         assert await content(manager) == held
-        assert await manager.storage.impairments() == []
+        assert await manager.storage.degradations() == []
         await manager.storage.maintain(10)
         assert await content(manager) == held
         with pytest.raises(UniqueConflict):
@@ -108,7 +108,7 @@ async def test_a_store_of_an_earlier_commit_with_larger_values_than_the_limits(s
     for _ in range(2):
         manager = program(kind, servers)
         assert await content(manager, searches) == held
-        assert await manager.storage.impairments() == []
+        assert await manager.storage.degradations() == []
         await manager.storage.maintain(10)
         assert await content(manager, searches) == held
         await manager.storage.close()

@@ -91,7 +91,7 @@ async def test_nothing_disappears_where_bodies_cannot_be_read(ministack_s3: S3Se
         proxy.trouble = ""
         assert await new.count(of("number")) == COUNT
         assert await new.count(of("text")) == COUNT
-        assert await new.storage.impairments() == []
+        assert await new.storage.degradations() == []
         for manager in (new, again, former):
             with pytest.raises(UniqueConflict):
                 await manager.create(Note("", "c7", 0))
@@ -109,7 +109,7 @@ async def test_a_lost_body_keeps_no_model_from_opening(ministack_s3: S3Server, t
         new = program(ministack_s3.url, prefix, [*FORMER, "number"])
         assert await new.count(of("number")) == COUNT - 1
         assert await new.count(of("text")) == COUNT
-        (told,) = await new.storage.impairments()
+        (told,) = await new.storage.degradations()
         assert told.endswith(": n7")
         await new.storage.close()
     assert await former.count(of("text")) == COUNT

@@ -92,7 +92,7 @@ async def ready(managers: Managers) -> Response:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await manager.open()
                 await manager.storage.health()
-                return "ready", await manager.impairments()
+                return "ready", await manager.degradations()
         except TimeoutError:
             return f"no answer within {READY_TIMEOUT_S:g} s", []
         except CrudError as error:
@@ -106,8 +106,8 @@ async def ready(managers: Managers) -> Response:
     answer = {
         "status": "ready" if all_ready else "unavailable",
         "models": {
-            name: {"status": state, "durable": manager.storage.durable, "impairments": impairments}
-            for (name, manager), (state, impairments) in zip(managers.items(), states, strict=True)
+            name: {"status": state, "durable": manager.storage.durable, "impairments": degradations}
+            for (name, manager), (state, degradations) in zip(managers.items(), states, strict=True)
         },
         "not_durable": [name for name, manager in managers.items() if not manager.storage.durable],
     }

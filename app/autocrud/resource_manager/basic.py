@@ -61,7 +61,7 @@ class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
         return None
 
     @property
-    def place(self) -> Hashable:
+    def location_key(self) -> Hashable:
         """Where a bound store keeps its data: two models must not have the same, or one would sweep away the other's. None: nowhere
         that another one could be."""
         return None
@@ -70,11 +70,11 @@ class Store(ABC):  # noqa: B024 - what is abstract differs between the two below
         """Raise StoreUnavailable unless the store can answer now."""
         return None
 
-    async def impairments(self) -> list[str]:
+    async def degradations(self) -> list[str]:
         """What does not work as it should although requests are answered: a sentence each, without addresses or secrets."""
         return []
 
-    async def erase(self, now: dt.datetime) -> dt.datetime:
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """Remove the traces of what was deleted, and say when the last one will be gone."""
         return now
 
@@ -89,7 +89,7 @@ class MetaStore(Store):
     authoritative: ClassVar[bool] = True
     """False: the commit is the ResourceStore's, where it has records or an index; this store keeps nothing by itself."""
 
-    peeks: ClassVar[bool] = False
+    may_be_stale: ClassVar[bool] = False
     """Whether `peek` may be out of date, and cheaper than `get` for it."""
 
     async def peek(self, resource_id: str) -> ResourceMeta:
@@ -170,7 +170,7 @@ class MetaStore(Store):
         """
         raise AssertionError("a store that reports outdated entries takes new ones")
 
-    async def indexed(self, *, force: bool = False) -> bool:
+    async def activate_unique_fields(self, *, force: bool = False) -> bool:
         """All that was outdated is indexed: from here on every writer keeps the unique fields of the bound spec unique, those of programs
         that do not declare them too. One step, which changes nothing where something is outdated again (False), or where resources share
         a value (ConfigError): what cannot be unique must not lock out the program that wrote it.
@@ -180,7 +180,7 @@ class MetaStore(Store):
         """
         return True
 
-    async def give_up(self, name: str) -> None:
+    async def deactivate_unique_field(self, name: str) -> None:
         """Two resources would share a value of a unique field. If some are not indexed by it yet, it was forced and never held: let
         everybody write again who did before."""
         return None
@@ -197,11 +197,11 @@ class MetaStore(Store):
         """Keep the findings in place of those before."""
         return None
 
-    def follow(self, changes: Sequence[Change]) -> None:
+    def apply_committed(self, changes: Sequence[Change]) -> None:
         """Only where not authoritative: apply what records have decided. Called in the order of their commits."""
         raise AssertionError("only a store that is not authoritative follows")
 
-    async def holder(self, name: str, key: Key) -> str | None:
+    async def owner_of(self, name: str, key: Key) -> str | None:
         """Only where not authoritative: the id of the resource that holds this value of a unique field."""
         raise AssertionError("only a store that is not authoritative follows")
 
@@ -255,7 +255,7 @@ class ResourceStore(Store):
         """Uids of earlier generations, ascending, after the given one: candidates for the sweep."""
         return []
 
-    def own(self) -> None:
+    def lock_exclusively(self) -> None:
         """Claim to be the only process that writes here, until `close`; ConfigError if another one does."""
         raise AssertionError("only where keeps_records")
 
@@ -304,7 +304,7 @@ class IStorage(ABC):
         return False
 
     @property
-    def places(self) -> list[Hashable]:
+    def location_keys(self) -> list[Hashable]:
         """Store.place, of all that it is made of."""
         return []
 
@@ -339,7 +339,7 @@ class IStorage(ABC):
     async def get(self, resource_id: str) -> ResourceMeta: ...
 
     @property
-    def peeks(self) -> bool:
+    def may_be_stale(self) -> bool:
         """Whether `peek` may be out of date: then what is refused because of it is looked at again."""
         return False
 
@@ -410,7 +410,7 @@ class IStorage(ABC):
     @abstractmethod
     async def health(self) -> None: ...
 
-    async def impairments(self) -> list[str]:
+    async def degradations(self) -> list[str]:
         """As Store.impairments, of all that it is made of."""
         return []
 
@@ -419,7 +419,7 @@ class IStorage(ABC):
         """Housekeeping for at most about `budget_s` seconds."""
 
     @abstractmethod
-    async def erase(self, now: dt.datetime) -> dt.datetime:
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """Remove the traces of what was purged, and say when the last one will be gone."""
 
     @abstractmethod

@@ -73,7 +73,7 @@ log = logging.getLogger("crudstack.manager")
 
 MAX_BATCH = 100
 LOOKED_AT = 10
-"""How many damaged resources `impairments` reads again at each call."""
+"""How many damaged resources `degradations` reads again at each call."""
 ANONYMOUS = "anonymous"
 
 
@@ -233,7 +233,7 @@ class ResourceManager(Generic[T]):
             self._damaged.note(resource_id, part)
         return error
 
-    async def impairments(self) -> list[str]:
+    async def degradations(self) -> list[str]:
         """Return a sentence for each thing that does not work as it should although requests are answered.
 
         Resources that could not be read are read again, a few at each call, so that those that were repaired are not told.
@@ -248,7 +248,7 @@ class ResourceManager(Generic[T]):
             except CrudError:
                 continue
             self._damaged.forget(resource_id, part)
-        return [*await self.storage.impairments(), *self._damaged.degradations()]
+        return [*await self.storage.degradations(), *self._damaged.degradations()]
 
     async def search(self, query: Query | None = None) -> Page[Resource[T]]:
         """What the query finds, with data."""
@@ -395,7 +395,7 @@ class ResourceManager(Generic[T]):
     async def _erase(self) -> dt.datetime:
         """Remove the traces of what was purged. The purge itself is done, whatever becomes of this."""
         try:
-            return await self.storage.erase(self._clock())
+            return await self.storage.purge_remnants(self._clock())
         except StoreUnavailable as error:
             self._erase_owed = True
             log.warning("%s: traces of what was purged stay until the next housekeeping: %s", self.name, error)
@@ -452,7 +452,7 @@ class ResourceManager(Generic[T]):
         await self.open()
         deadline = time.monotonic() + budget_s
         if self._erase_owed:
-            await self.storage.erase(self._clock())
+            await self.storage.purge_remnants(self._clock())
             self._erase_owed = False
         if self.retention is not None and self.retention.days is not None:
             await self._expire(deadline)

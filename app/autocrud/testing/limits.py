@@ -277,7 +277,7 @@ class DurableLimitsConformance:
         sizes = [[len(entry.entry.shown) for entry in call.args[0]] for call in reindex.await_args_list]
         assert len(sizes) > 1
         assert all(sum(chunk[:-1]) < CHUNK for chunk in sizes)
-        assert await manager.storage.impairments() == []
+        assert await manager.storage.degradations() == []
         for number, text in enumerate(texts):
             for where in (field("text").eq(text), field("code").starts_with(text[:300]), field("number").eq(number)):
                 assert await ids(manager, Query(where=where)) == [f"r{number}"]
@@ -297,7 +297,7 @@ class DurableLimitsConformance:
 
         manager = manage(self.make(root))
         await manager.open()
-        assert len(await manager.storage.impairments()) == 1
+        assert len(await manager.storage.degradations()) == 1
         await manager.patch("r", lambda tree: tree | {"number": 2})
         assert await ids(manager, Query(where=field("number").eq(2) & field("text").exists(False))) == ["r"]
         for change, pointer in (({"text": "b\0"}, "/text"), ({"tags": ["a\0b"]}, "/tags")):

@@ -145,7 +145,15 @@ class FailingCall:
     def __init__(self, storage: SimpleStorage, *, at: int, done: bool, error: Exception) -> None:
         self._at, self._done, self._error, self._calls = at, done, error, itertools.count()
         self.failed = False
-        of_meta_store = ("generation", "findings", "keep_findings", "outdated", "reindex", "indexed", "search")
+        of_meta_store = (
+            "generation",
+            "findings",
+            "keep_findings",
+            "outdated",
+            "reindex",
+            "activate_unique_fields",
+            "search",
+        )
         self._patched = [(storage.meta_store, name) for name in of_meta_store] + [(storage.resource_store, "get")]
         for store, name in self._patched:
             setattr(store, name, self._failing(getattr(store, name)))

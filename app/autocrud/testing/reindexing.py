@@ -50,7 +50,7 @@ class ReindexingConformance(Conformance):
                 for number in range(6):
                     with pytest.raises(UniqueConflict):
                         await manager.create(Item(code=f"c{number}"))
-                assert await manager.storage.impairments() == []
+                assert await manager.storage.degradations() == []
                 await manager.close()
 
     async def test_a_body_that_is_lost_keeps_its_resource_in_the_index(self, root: Path) -> None:
@@ -69,7 +69,7 @@ class ReindexingConformance(Conformance):
         if self.keeps_index:
             with pytest.raises(UniqueConflict):
                 await manager.create(Item(code="c1"))
-        (told,) = await manager.storage.impairments()
+        (told,) = await manager.storage.degradations()
         assert told.startswith("1 resources have lost their data")
         assert told.endswith(": r1")
         await manager.close()
@@ -86,14 +86,14 @@ class ReindexingConformance(Conformance):
             await manager.patch("r1", lambda tree: tree)
         assert [found.meta.resource_id for found in (await manager.search()).items] == ["r0", "r2"]
         assert (await manager.get("r2")).data.text == "2"
-        (told,) = await manager.impairments()
+        (told,) = await manager.degradations()
         assert told.endswith(": r1")
         await manager.update("r1", Item(text="anew"))
         assert (await manager.get("r1")).data.text == "anew"
         with pytest.raises(StoreDamaged, match="'r1'"):
             await manager.get("r1", revision=1)
         await manager.purge("r1")
-        assert await manager.impairments() == []
+        assert await manager.degradations() == []
         await manager.close()
 
     async def test_what_an_earlier_program_dropped_from_the_index_comes_back_once(self, root: Path) -> None:
@@ -117,7 +117,7 @@ class ReindexingConformance(Conformance):
             assert await manager.count(Query(where=field("text").eq("x"))) == 4
             assert await manager.count(Query(where=field("number").gte(0), include_deleted=True)) == 5
             assert await manager.count(Query(where=field("code").eq("c1"))) == 2
-            lost, shared = await manager.storage.impairments()
+            lost, shared = await manager.storage.degradations()
             assert lost.startswith("1 resources have lost their data")
             assert lost.endswith(": lost")
             assert shared.startswith("1 resources have a value of a unique field that another one has too")
@@ -138,13 +138,13 @@ class ReindexingConformance(Conformance):
         await manager.update("r1", Item(text="x", code="c1"))
         await manager.purge("lost")
         await manager.storage.maintain(10)
-        assert await manager.storage.impairments() == []
+        assert await manager.storage.degradations() == []
         await manager.update("r1", Item(text="x", code="c8"))
         await manager.create(Item(code="c1"))
         await manager.close()
         manager = manage(self.make(root), indexed=INDEXED)
         await manager.open()
-        assert await manager.storage.impairments() == []
+        assert await manager.storage.degradations() == []
         await manager.close()
 
     @pytest.mark.parametrize("done", [False, True], ids=["not-done", "done"])
@@ -188,7 +188,7 @@ class ReindexingConformance(Conformance):
         await manager.open()
         assert await manager.count(Query(where=field("text").eq("x"))) == 3
         assert await manager.count(Query(where=field("number").gte(0))) == 4
-        (told,) = await manager.storage.impairments()
+        (told,) = await manager.storage.degradations()
         assert "another one has too" in told
         with pytest.raises(UniqueConflict):
             await manager.create(Item(code="c1"))
@@ -213,6 +213,6 @@ class ReindexingConformance(Conformance):
         await manager.open()
         assert await manager.count(Query(where=field("text").eq("x"))) == 1
         assert await manager.count(Query(where=field("number").eq(7))) == 1
-        (told,) = await manager.storage.impairments()
+        (told,) = await manager.storage.degradations()
         assert told.startswith("1 resources have data that do not fit the model")
         await manager.close()

@@ -143,15 +143,15 @@ class SharedConformance(DurableConformance):
         old, new = manage(self.make(root), indexed=["text"]), manage(self.make(root))
         await old.create(Item(code="c"), resource_id="a")
         await old.create(Item(), resource_id="b")
-        indexed, texts = storage_of(new).meta_store.indexed, iter("12")
+        activate, texts = storage_of(new).meta_store.activate_unique_fields, iter("12")
 
         async def slow(*, force: bool = False) -> bool:
             if not force and (text := next(texts, None)):
                 await old.update("b", Item(text=text, code="c"))
-            return bool(await indexed(force=force))
+            return bool(await activate(force=force))
 
         with (
-            mock.patch.object(storage_of(new).meta_store, "indexed", slow),
+            mock.patch.object(storage_of(new).meta_store, "activate_unique_fields", slow),
             pytest.raises(ConfigError, match="code was declared unique, but stored resources share a value"),
         ):
             await new.open()

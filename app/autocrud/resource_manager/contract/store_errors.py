@@ -81,7 +81,7 @@ def not_indexed(model: str, name: str) -> ConfigError:
 
 
 def not_kept() -> StoreUnavailable:
-    """`MetaStore.indexed` has seen to it, but since then the store was emptied or restored."""
+    """`MetaStore.activate_unique_fields` has seen to it, but since then the store was emptied or restored."""
     return StoreUnavailable(
         "unique fields are not kept unique here any more, was an old state restored? Start the program again"
     )

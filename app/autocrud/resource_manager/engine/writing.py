@@ -170,7 +170,7 @@ class Writer(Generic[T]):
 
         A body that is missing may be that of a draft which somebody has just replaced. Raises DoneBefore if the key was used.
         """
-        if self._storage.peeks:
+        if self._storage.may_be_stale:
             await self._refuse_again(key, peek=True)
             try:
                 plan, states = await self._plan(operations, caller, peek=True)

@@ -155,8 +155,8 @@ class FastSlowMetaStore(MetaStore):
         self._slow.bind(spec)
 
     @property
-    def place(self) -> Hashable:
-        return self._slow.place
+    def location_key(self) -> Hashable:
+        return self._slow.location_key
 
     # Reading
 
@@ -332,11 +332,11 @@ class FastSlowMetaStore(MetaStore):
     async def keep_findings(self, findings: Findings) -> None:
         await self._slow.keep_findings(findings)
 
-    async def indexed(self, *, force: bool = False) -> bool:
-        return await self._slow.indexed(force=force)
+    async def activate_unique_fields(self, *, force: bool = False) -> bool:
+        return await self._slow.activate_unique_fields(force=force)
 
-    async def give_up(self, name: str) -> None:
-        await self._slow.give_up(name)
+    async def deactivate_unique_field(self, name: str) -> None:
+        await self._slow.deactivate_unique_field(name)
 
     async def generation(self) -> int:
         return await self._slow.generation()
@@ -349,9 +349,9 @@ class FastSlowMetaStore(MetaStore):
     async def health(self) -> None:
         await self._slow.health()
 
-    async def impairments(self) -> list[str]:
+    async def degradations(self) -> list[str]:
         slower = f"reads come from the slow store, and writes wait {_surely(self._longest_s):.1f} s"
-        found = await self._slow.impairments()
+        found = await self._slow.degradations()
         try:
             life = await self._leases.life()
         except CrudError:
@@ -366,9 +366,9 @@ class FastSlowMetaStore(MetaStore):
     async def maintain(self, budget_s: float) -> None:
         await self._slow.maintain(budget_s)
 
-    async def erase(self, now: dt.datetime) -> dt.datetime:
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """What was purged left the fast store when that was acknowledged."""
-        return await self._slow.erase(now)
+        return await self._slow.purge_remnants(now)
 
     async def close(self) -> None:
         await self._leases.close()

@@ -143,7 +143,7 @@ class PostgresMetaStore(MetaStore):
         self._spec_id: int | None = None
 
     @property
-    def place(self) -> Hashable:
+    def location_key(self) -> Hashable:
         return "postgres", self._dsn, self._table
 
     # Connections
@@ -396,12 +396,12 @@ class PostgresMetaStore(MetaStore):
 
         await self._do(keep)
 
-    async def indexed(self, *, force: bool = False) -> bool:
+    async def activate_unique_fields(self, *, force: bool = False) -> bool:
         if self._spec_id is not None and self._migration.uniques >= set(self._spec.unique):
             return True
         return await self._do(lambda connection: self._migration.adopt_uniques(connection, force=force), limited=False)
 
-    async def give_up(self, name: str) -> None:
+    async def deactivate_unique_field(self, name: str) -> None:
         await self._do(lambda connection: self._migration.give_up_unique(connection, name), limited=False)
 
     async def advance_generation(self) -> int:

@@ -130,7 +130,7 @@ class RedisMetaStore(MetaStore):
         self._known: Known | None = None
 
     @property
-    def place(self) -> Hashable:
+    def location_key(self) -> Hashable:
         return "redis", self._client, self._prefix
 
     async def _call(self, *command: Any) -> Any:
@@ -263,7 +263,7 @@ class RedisMetaStore(MetaStore):
         if (await self._look()).store:
             await self._call("HSET", self._meta_key, "findings", msgspec.json.encode(findings))
 
-    async def indexed(self, *, force: bool = False) -> bool:
+    async def activate_unique_fields(self, *, force: bool = False) -> bool:
         known = await self._look()
         if added := self._added(known):
             if force:  # which values are held must be known before anybody minds them
@@ -343,7 +343,7 @@ class RedisMetaStore(MetaStore):
         return known
 
     async def _ready(self, adopts: bool) -> Known:
-        """What is known of the store, once it minds the unique fields of this program: `indexed` has seen to that, but it may have been
+        """What is known of the store, once it minds the unique fields of this program: `activate_unique_fields` has seen to that, but it may have been
         emptied or restored since. ConfigError if this program does not index a field that must be unique."""
         known = self._known or await self._look()
         for _ in range(ATTEMPTS):
@@ -380,7 +380,7 @@ class RedisMetaStore(MetaStore):
 
     # Keeping house
 
-    async def erase(self, now: dt.datetime) -> dt.datetime:
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """Take what was purged out of this process's copy; other processes do so when they read next. In Redis it is gone with the purge itself
         (L3 in `backends.redis.scripts`), but for the SHA-256 of its id in the log; the server's own files keep traces until it writes them again."""
         await self._mirror.current()

@@ -90,12 +90,14 @@ class _TablesMetaStore(MetaStore):
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         await self._db.write(lambda db: self._tables.reindex(db, entries, () if share else None) and None)
 
-    async def indexed(self, *, force: bool = False) -> bool:
+    async def activate_unique_fields(self, *, force: bool = False) -> bool:
         tables = self._tables
-        return await self._db.read(tables.is_indexed) or await self._db.write(lambda db: tables.indexed(db, force))
+        return await self._db.read(tables.is_indexed) or await self._db.write(
+            lambda db: tables.activate_unique_fields(db, force)
+        )
 
-    async def give_up(self, name: str) -> None:
-        await self._db.write(lambda db: self._tables.give_up(db, name))
+    async def deactivate_unique_field(self, name: str) -> None:
+        await self._db.write(lambda db: self._tables.deactivate_unique_field(db, name))
 
     async def health(self) -> None:
         await self._db.read(self._tables.generation)
@@ -117,11 +119,11 @@ class MemoryMetaStore(_TablesMetaStore):
         self._tables = ResourceTables(spec, self._encoding, lazy=True)
         self._db = MemoryDatabase(self._tables.create)
 
-    def follow(self, changes: Sequence[Change]) -> None:
-        self._db.run(lambda db: self._tables.follow(db, changes))
+    def apply_committed(self, changes: Sequence[Change]) -> None:
+        self._db.run(lambda db: self._tables.apply_committed(db, changes))
 
-    async def holder(self, name: str, key: Key) -> str | None:
-        return await self._db.read(lambda db: self._tables.holder(db, name, key), quick=True)
+    async def owner_of(self, name: str, key: Key) -> str | None:
+        return await self._db.read(lambda db: self._tables.owner_of(db, name, key), quick=True)
 
 
 class DiskMetaStore(_TablesMetaStore, StagedMetaStore):
@@ -135,7 +137,7 @@ class DiskMetaStore(_TablesMetaStore, StagedMetaStore):
         self.bind(ModelSpec("unbound"))
 
     @property
-    def place(self) -> Hashable:
+    def location_key(self) -> Hashable:
         return "disk", self._path.absolute()
 
     async def commit_after(
@@ -164,7 +166,7 @@ class DiskMetaStore(_TablesMetaStore, StagedMetaStore):
     async def maintain(self, budget_s: float) -> None:
         await self._db.checkpoint()  # whoever purged may have been stopped before he could
 
-    async def erase(self, now: dt.datetime) -> dt.datetime:
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         await self._db.checkpoint()
         return now
 

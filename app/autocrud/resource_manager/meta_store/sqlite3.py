@@ -76,7 +76,7 @@ class S3SqliteMetaStore(MetaStore):
 
     durable: ClassVar[bool] = True
     remote: ClassVar[bool] = True
-    peeks: ClassVar[bool] = True
+    may_be_stale: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class S3SqliteMetaStore(MetaStore):
         return self._objects
 
     @property
-    def place(self) -> Hashable:
+    def location_key(self) -> Hashable:
         return "s3", self._objects, self.key
 
     @property
@@ -255,7 +255,7 @@ class S3SqliteMetaStore(MetaStore):
         await self._replica.open()
         await self._room().committer.edit(Edit(lambda head: head.next(findings=findings)))
 
-    async def indexed(self, *, force: bool = False) -> bool:
+    async def activate_unique_fields(self, *, force: bool = False) -> bool:
         if await self._read(self._tables.stale):
             await self._replica.blocking(lambda copy: copy.settle())
         known = (await self._replica.head()).schema.unique
@@ -265,7 +265,7 @@ class S3SqliteMetaStore(MetaStore):
         state, schema = await self._replica.blocking(lambda copy: copy.adopted(force=force))
         return schema is not None and await self._replace_schema(state, schema)
 
-    async def give_up(self, name: str) -> None:
+    async def deactivate_unique_field(self, name: str) -> None:
         for _ in range(MAX_EDITS):
             await self.refresh()
             state, schema = await self._replica.blocking(lambda copy: copy.given_up(name))
@@ -296,7 +296,7 @@ class S3SqliteMetaStore(MetaStore):
         if time.monotonic() < deadline:
             await room.housekeeping.collect()
 
-    async def erase(self, now: dt.datetime) -> dt.datetime:
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """Make a snapshot without what was purged, and remove the log and the snapshots before it. A bucket with versions keeps them until
         its own rules remove them."""
         await self._replica.open()

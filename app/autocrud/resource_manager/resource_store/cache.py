@@ -95,7 +95,7 @@ class Cache(ABC):
         """Remove what has expired, for at most about `budget_s` seconds. Without it that happens little by little."""
         return None
 
-    async def erase(self) -> None:
+    async def purge_remnants(self) -> None:
         """Remove the traces of what was deleted."""
         return None
 
@@ -265,7 +265,7 @@ class DiskCache(Cache):
 
         await self._try(work, None)
 
-    async def erase(self) -> None:
+    async def purge_remnants(self) -> None:
         # SQLite overwrites what it deletes, and diskcache deletes only what has not expired.
         await self._try(lambda index: index.expire(now=self._clock()), 0)
 

@@ -63,7 +63,7 @@ class CachedS3ResourceStore(S3ResourceStore):
     - This object does not serve it again: `delete` takes it out of S3 and out of all its caches, also if S3 fails, and what is read from S3 at
       the same time does not arrive in them afterwards.
     - Other instances may serve it, to whoever asks for it by metadata that is as old, and keep it until its time is over, that is for
-      max(ttl_draft, ttl_stable) at most. `erase` says so.
+      max(ttl_draft, ttl_stable) at most. `purge_remnants` says so.
     """
 
     def __init__(
@@ -241,11 +241,11 @@ class CachedS3ResourceStore(S3ResourceStore):
         for cache in self.caches:
             await cache.maintain(budget_s / len(self.caches))
 
-    async def erase(self, now: dt.datetime) -> dt.datetime:
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         for cache in self.caches:
-            await cache.erase()
+            await cache.purge_remnants()
         elsewhere = now + dt.timedelta(seconds=max(self.ttl_draft, self.ttl_stable))
-        return max(await super().erase(now), elsewhere)
+        return max(await super().purge_remnants(now), elsewhere)
 
     async def close(self) -> None:
         failures = await asyncio.gather(*(cache.close() for cache in self.caches), return_exceptions=True)

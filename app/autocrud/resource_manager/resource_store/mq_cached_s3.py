@@ -45,12 +45,12 @@ class MQCachedS3ResourceStore(CachedS3ResourceStore):
       does it all the same.
     - *A writer that cannot reach the broker is acknowledged all the same*, after 1 s the first time and at once from then on. Readers
       that can reach it do not know, and see its writes after `max_staleness_s` at most, when they look by themselves. What could not be said is
-      said when the broker is back. `impairments` tells both.
+      said when the broker is back. `degradations` tells both.
     - *Purged bodies are unreachable before they are gone.* Bodies are asked for by uids that metadata name, and metadata are as new as
       said above, or newer: a MetaStore that is the truth itself (S3-SQLite, PostgreSQL) is asked at each read. They leave the caches of
       all instances when the message arrives, or with everything else when an instance is connected again: what was missed is not known.
 
-    A copy stays until its time is over, as `erase` says, where nobody can tell a process to remove it: in the DiskCache of one that does not run,
+    A copy stays until its time is over, as `purge_remnants` says, where nobody can tell a process to remove it: in the DiskCache of one that does not run,
     and in the caches of one that has just been started, if the body was purged before it was connected for the first time. (They are not cleared
     then, or nobody would need a DiskCache to survive restarts; they are if the first attempt to connect fails.) And where a writer ends before it
     could say what it had to.
@@ -127,8 +127,8 @@ class MQCachedS3ResourceStore(CachedS3ResourceStore):
         """Do all that other instances said before this call; False if that took too long."""
         return await self._bus.drain(timeout_s)
 
-    async def impairments(self) -> list[str]:
-        found = await super().impairments()
+    async def degradations(self) -> list[str]:
+        found = await super().degradations()
         silent, unsaid = self._bus.silent_for(), self._bus.unsaid()
         if silent is not None:
             reads = "each read looks at S3" if self._index else "caches are not told what was purged"

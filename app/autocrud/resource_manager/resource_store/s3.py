@@ -75,7 +75,7 @@ class S3ResourceStore(ResourceStore):
         return self._given or f"{spec.name}/"
 
     @property
-    def place(self) -> Hashable:
+    def location_key(self) -> Hashable:
         return "s3", self._objects, self._prefix
 
     def _staleness(self) -> float:

@@ -80,7 +80,7 @@ class DiskResourceStore(StagedResourceStore):
         self._db = FileDatabase(self.rootdir / "bodies.sqlite", self._create)
 
     @property
-    def place(self) -> Hashable:
+    def location_key(self) -> Hashable:
         return "disk", self.rootdir.absolute()
 
     def _create(self, connection: apsw.Connection) -> None:
@@ -121,7 +121,7 @@ class DiskResourceStore(StagedResourceStore):
             ]
         )
 
-    def own(self) -> None:
+    def lock_exclusively(self) -> None:
         if self._owned is None:
             try:
                 make_directory(self.rootdir)
@@ -179,7 +179,7 @@ class DiskResourceStore(StagedResourceStore):
     async def maintain(self, budget_s: float) -> None:
         await self._db.checkpoint()  # whoever purged may have been stopped before he could
 
-    async def erase(self, now: dt.datetime) -> dt.datetime:
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         await self._db.checkpoint()
         return now
 

@@ -120,7 +120,7 @@ class RecordCommits:
     async def _commit(self, writes: Sequence[Write], once: IdempotentCommit | None) -> list[ResourceMeta]:
         changes = [write.change for write in writes]
         async with self._unique_values.reserved(changes):
-            await self._resource_store.put_records(writes, self._meta_store.follow, once)
+            await self._resource_store.put_records(writes, self._meta_store.apply_committed, once)
         return [change.meta for change in changes]
 
     async def done(self, key: str, *, peek: bool) -> CommitResult | None:

@@ -54,12 +54,12 @@ class Opening:
 
 async def rebuild(spec: ModelSpec, meta_store: MetaStore, resource_store: ResourceStore) -> None:
     """Claim the records for this process, and fill the MetaStore with them. Raises ConfigError if another owns them."""
-    resource_store.own()
+    resource_store.lock_exclusively()
     meta_store.bind(spec)  # which empties it: another process may have owned the records since it was filled
     batch: list[Change] = []
     async for change in resource_store.records():
         batch.append(change)
         if len(batch) >= REBUILD_PAGE:
-            await asyncio.to_thread(meta_store.follow, batch)
+            await asyncio.to_thread(meta_store.apply_committed, batch)
             batch = []
-    await asyncio.to_thread(meta_store.follow, batch)
+    await asyncio.to_thread(meta_store.apply_committed, batch)

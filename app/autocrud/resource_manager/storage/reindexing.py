@@ -78,10 +78,10 @@ class Reindexing:
         for attempt in range(MAX_ROUNDS):
             while outdated := await self._meta_store.outdated(PAGE):
                 await self._reindex(outdated, index, share=not (found.healed or attempt))
-            if await self._meta_store.indexed():
+            if await self._meta_store.activate_unique_fields():
                 break
             if attempt:
-                await self._meta_store.indexed(force=True)
+                await self._meta_store.activate_unique_fields(force=True)
         else:
             raise StoreUnavailable("an older program writes so much that the index cannot be completed; stop it")
         if not found.healed:
@@ -152,7 +152,7 @@ class Reindexing:
                 await self._meta_store.reindex(entries)
             except UniqueConflict as error:
                 if not share:
-                    await self._meta_store.give_up(error.field)
+                    await self._meta_store.deactivate_unique_field(error.field)
                     raise shared(self._spec.name, error.field) from None
                 await self._share(entries)
 

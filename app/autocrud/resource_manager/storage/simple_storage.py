@@ -131,8 +131,8 @@ class SimpleStorage(IStorage):
 
     @property
     @override
-    def places(self) -> list[Hashable]:
-        return [place for store in (self.meta_store, self.resource_store) if (place := store.place) is not None]
+    def location_keys(self) -> list[Hashable]:
+        return [key for store in (self.meta_store, self.resource_store) if (key := store.location_key) is not None]
 
     # Opening
 
@@ -179,8 +179,8 @@ class SimpleStorage(IStorage):
 
     @property
     @override
-    def peeks(self) -> bool:
-        return self.meta_store.peeks
+    def may_be_stale(self) -> bool:
+        return self.meta_store.may_be_stale
 
     @override
     async def peek(self, resource_id: str) -> ResourceMeta:
@@ -303,8 +303,8 @@ class SimpleStorage(IStorage):
         await self.resource_store.health()
 
     @override
-    async def impairments(self) -> list[str]:
-        stores = [*await self.meta_store.impairments(), *await self.resource_store.impairments()]
+    async def degradations(self) -> list[str]:
+        stores = [*await self.meta_store.degradations(), *await self.resource_store.degradations()]
         return [*stores, *self._reindexing.degradations()]
 
     @override
@@ -326,8 +326,8 @@ class SimpleStorage(IStorage):
         await self._sweep.run(deadline)
 
     @override
-    async def erase(self, now: dt.datetime) -> dt.datetime:
-        erased = [await self.meta_store.erase(now), await self.resource_store.erase(now)]
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
+        erased = [await self.meta_store.purge_remnants(now), await self.resource_store.purge_remnants(now)]
         return max(erased)
 
     @override

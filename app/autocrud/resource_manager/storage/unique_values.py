@@ -51,7 +51,7 @@ class UniqueValues:
                     takers.append(resource_id)
                     held.append(((name, key), resource_id))
             for name, key, resource_id in wanted:
-                owner = await self._meta_store.holder(name, key)
+                owner = await self._meta_store.owner_of(name, key)
                 # An owner that the same batch changes gives the value up in it, or appears in `wanted` too.
                 if owner not in (None, resource_id) and owner not in final:
                     raise taken(name)

@@ -89,7 +89,7 @@ class Migration:
         return [meta_of(row[0]) for row in await cursor.fetchall()]
 
     async def adopt_uniques(self, connection: Connection, *, force: bool) -> bool:
-        """As MetaStore.indexed."""
+        """As MetaStore.activate_unique_fields."""
         async with self._alone(connection):
             stored = await self._stored_uniques(connection)
             added = [name for name in self._spec.unique if name not in stored]
@@ -111,7 +111,7 @@ class Migration:
         await connection.execute(self._filled("UPDATE <state> SET uniques = array_append(uniques, %s)"), (name,))
 
     async def give_up_unique(self, connection: Connection, name: str) -> None:
-        """As MetaStore.give_up."""
+        """As MetaStore.deactivate_unique_field."""
         async with self._alone(connection):
             cursor = await connection.execute(
                 self._filled(

@@ -299,7 +299,7 @@ class Copy:
         if row.meta is None:
             return
         entry, complete = (None, True) if row.index is None else entry_of(self.tables, row.index, specs)
-        self.tables.follow(connection, [Change(meta=row.meta, record=None, index=entry, expect="any")])
+        self.tables.apply_committed(connection, [Change(meta=row.meta, record=None, index=entry, expect="any")])
         rid: Any = connection.execute("SELECT rid FROM resources WHERE id = ?", (row.meta.resource_id,)).get
         for record in row.records:
             self.tables.put_record(connection, rid, record)

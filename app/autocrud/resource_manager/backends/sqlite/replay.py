@@ -23,7 +23,7 @@ def replay(tables: ResourceTables, connection: apsw.Connection, op: Op, specs: S
         tables.put_index(connection, op.resource_id, entry)
     elif op.kind == "put" and op.meta is not None:
         change = Change(meta=op.meta, record=record_of(op), index=entry, expect="any", drop=op.drop)
-        tables.follow(connection, [change])
+        tables.apply_committed(connection, [change])
     if not complete:
         tables.mark_outdated(connection, op.resource_id)
 

@@ -240,11 +240,11 @@ class ResourceTables:
         return bool(connection.execute("SELECT stale FROM state").get)
 
     def is_indexed(self, connection: apsw.Connection) -> bool:
-        """Whether `indexed` would do nothing."""
+        """Whether `activate_unique_fields` would do nothing."""
         return not self.stale(connection) and set(self.spec.unique) <= self.uniques(connection)
 
-    def indexed(self, connection: apsw.Connection, force: bool) -> bool:
-        """As MetaStore.indexed; in a transaction, so that nobody writes meanwhile."""
+    def activate_unique_fields(self, connection: apsw.Connection, force: bool) -> bool:
+        """As MetaStore.activate_unique_fields; in a transaction, so that nobody writes meanwhile."""
         self.settled(connection)
         added = set(self.spec.unique) - self.uniques(connection)
         if added and not force and self.stale(connection):
@@ -255,7 +255,7 @@ class ResourceTables:
             connection.execute("INSERT INTO uniques VALUES (?)", (name,))
         return True
 
-    def give_up(self, connection: apsw.Connection, name: str) -> None:
+    def deactivate_unique_field(self, connection: apsw.Connection, name: str) -> None:
         if self.lacks(connection, name):
             connection.execute("DELETE FROM uniques WHERE field = ?", (name,))
 
@@ -289,7 +289,7 @@ class ResourceTables:
     def generation(self, connection: apsw.Connection) -> int:
         return int(connection.execute("SELECT generation FROM state").get)
 
-    def holder(self, connection: apsw.Connection, name: str, key: Key) -> str | None:
+    def owner_of(self, connection: apsw.Connection, name: str, key: Key) -> str | None:
         found: str | None = connection.execute(
             f"SELECT id FROM resources WHERE is_deleted IN (0, 1) AND {sql.column(name)} = ?", (key,)
         ).get
@@ -373,7 +373,7 @@ class ResourceTables:
         shared = f"SELECT 1 FROM resources WHERE {col} IS NOT NULL GROUP BY {col} HAVING count(*) > 1 LIMIT 1"
         return connection.execute(shared).get is not None
 
-    def follow(self, connection: apsw.Connection, changes: Sequence[Change]) -> None:
+    def apply_committed(self, connection: apsw.Connection, changes: Sequence[Change]) -> None:
         """Apply what was decided elsewhere, whatever is here."""
         for change in changes:
             self._apply(connection, msgspec.structs.replace(change, expect="any"), follow=True)
