@@ -410,7 +410,7 @@ MUTANTS = [
         S3,
     ),
     ("absence is conclusive at once", P + "committer.py", "elif not self._unresolved:", "else:", S3),
-    ("absence is conclusive for ever", P + "committer.py", ">= WINDOW:", ">= 10**9:", S3),
+    ("absence is conclusive for ever", P + "committer.py", ">= REMEMBERED_TXIDS:", ">= 10**9:", S3),
     (
         "an answer before the swap",
         P + "committer.py",
@@ -428,7 +428,7 @@ MUTANTS = [
     ),
     (
         "a check that is under way is shared",
-        P + "shared_checks.py",
+        P + "coalesced_checks.py",
         "        self._running, self._next = self._next, None\n        await self._check()  # type: ignore[misc]",
         "        await self._check()  # type: ignore[misc]\n        self._running, self._next = self._next, None",
         S3,

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 
-from app.autocrud.resource_manager.backends.s3_sqlite import race
+from app.autocrud.resource_manager.backends.s3_sqlite import race_check
 from app.dev.local_s3 import make_bucket
 from app.s3_tools.s3_requests import Answer, Timings, clock_skew_s
 from tests.check_then_act_proxy import CheckThenActProxy, _answer
@@ -434,7 +434,7 @@ def test_a_put_that_is_held_up_when_the_check_is_interrupted_is_deleted_too(mini
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=120)
         assert running.returncode == 130
-        assert len(held) >= race.OBJECTS
+        assert len(held) >= race_check.OBJECTS
     assert left(ministack_s3.url, bucket) == []
 
 

@@ -25,14 +25,14 @@ from msgspec import Struct
 from ..autocrud.errors import ConditionalWritesUnsupported, StoreUnavailable
 from ..autocrud.resource_manager.backends.s3.object_store import (
     UNCHANGED,
-    Lost,
+    NotStored,
     Object,
     Outcome,
     S3ObjectStore,
     Stored,
     Unknown,
 )
-from ..autocrud.resource_manager.backends.s3_sqlite.race import race_conditions
+from ..autocrud.resource_manager.backends.s3_sqlite.race_check import race_conditional_writes
 from ..autocrud.resource_manager.runtime.temporary import ProcessDirectory
 from .s3_requests import (
     Answer,
@@ -284,7 +284,7 @@ class S3Check:
         objects, key = self._objects, self._key("conditions")
         problems: list[str] = []
 
-        def expect(what: str, outcome: Outcome, expected: type[Stored | Lost]) -> Outcome:
+        def expect(what: str, outcome: Outcome, expected: type[Stored | NotStored]) -> Outcome:
             if isinstance(outcome, Unknown):
                 problems.append(f"{what} was not answered clearly ({outcome.reason})")
             elif not isinstance(outcome, expected):
@@ -292,12 +292,12 @@ class S3Check:
             return outcome
 
         created = expect("If-None-Match: * on a key without object", await objects.put_if(key, b"1", None), Stored)
-        expect("If-None-Match: * on a key with an object", await objects.put_if(key, b"2", None), Lost)
+        expect("If-None-Match: * on a key with an object", await objects.put_if(key, b"2", None), NotStored)
         if isinstance(created, Stored):
             if await objects.get_if_changed(key, created.etag) is not UNCHANGED:
                 problems.append("a GET with If-None-Match and the present ETag was not answered 304")
             swapped = expect("If-Match with the present ETag", await objects.put_if(key, b"3", created.etag), Stored)
-            expect("If-Match with an old ETag", await objects.put_if(key, b"4", created.etag), Lost)
+            expect("If-Match with an old ETag", await objects.put_if(key, b"4", created.etag), NotStored)
             found = await objects.get_if_changed(key, created.etag)
             body = found.body if isinstance(found, Object) else None
             if body is None or (isinstance(swapped, Stored) and body != b"3"):
@@ -310,12 +310,12 @@ class S3Check:
                     " remove them",
                 )
         missing = await objects.put_if(self._key("none"), b"5", '"00000000000000000000000000000000"')
-        expect("If-Match on a key without object", missing, Lost)
+        expect("If-Match on a key without object", missing, NotStored)
         self._judge("conditions", problems, "If-Match and If-None-Match are honoured one at a time")
 
     async def _check_race(self) -> None:
         try:
-            await race_conditions(self._objects, self._folder)
+            await race_conditional_writes(self._objects, self._folder)
         except ConditionalWritesUnsupported as error:
             self._found("race", "failed", error.detail)
         except StoreUnavailable as error:

@@ -18,14 +18,14 @@ import msgspec
 
 from ..autocrud.errors import ConfigError, CrudError
 from ..autocrud.resource_manager.backends.s3_sqlite.fork_report import (
-    Lost,
+    LostRecords,
     find_lost,
     forget_copy,
     fork_files,
     read_copy,
     read_fork,
 )
-from ..autocrud.resource_manager.backends.s3_sqlite.head import Record, decode_head, decode_ops
+from ..autocrud.resource_manager.backends.s3_sqlite.head import LogRecord, decode_head, decode_ops
 from ..autocrud.resource_manager.backends.s3_sqlite.local_copy import current_path
 from ..autocrud.resource_manager.core import ResourceManager, SimpleStorage
 from ..autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
@@ -93,7 +93,7 @@ def _forked(managers: Mapping[str, ResourceManager[Any]]) -> list[_Forked]:
     return forked
 
 
-async def _lost(one: _Forked) -> Lost:
+async def _lost(one: _Forked) -> LostRecords:
     """Compare the local records with the bucket again, because it may have changed since the fork was detected."""
     recorded = [record for path in fork_files(one.directory) for record in read_fork(path).lost]
     heads, recent = read_copy(one.directory)
@@ -104,7 +104,7 @@ async def _lost(one: _Forked) -> Lost:
     return await find_lost(one.store.object_store, head_key, heads, [*recent, *recorded], decode_head(found.body))
 
 
-async def _lines(manager: ResourceManager[Any], record: Record) -> list[dict[str, Any]]:
+async def _lines(manager: ResourceManager[Any], record: LogRecord) -> list[dict[str, Any]]:
     """Return a line for each change of a transaction, but none for index entries and idempotency keys."""
     common = {"model": manager.name, "transaction": record.txid.hex(), "sequence": record.seq}
     if not record.ops:

@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 from app.autocrud.resource_manager.backends.s3.object_store import (
     UNCHANGED,
     Listed,
-    Lost,
+    NotStored,
     Object,
     ObjectStore,
     Outcome,
@@ -59,7 +59,7 @@ class Boto3ObjectStore(ObjectStore):
         try:
             return Stored((await self._call("put_object", Key=key, Body=body, **condition))["ETag"])
         except ClientError:
-            return Lost()
+            return NotStored()
 
     def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
         raise AssertionError("a cold start lists nothing")

@@ -20,7 +20,7 @@ from msgspec import Struct
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConditionalWritesUnsupported
 from app.autocrud.resource_manager.backends.s3.object_store import s3
-from app.autocrud.resource_manager.backends.s3_sqlite import race
+from app.autocrud.resource_manager.backends.s3_sqlite import race_check
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from tests.s3_servers.install import SERVERS
 from tests.s3_servers.servers import Running, running
@@ -98,8 +98,8 @@ async def test_a_server_that_would_lose_writes_is_refused(server: Running, reque
 async def test_a_good_server_wins_every_race(server: Running):
     create_bucket(BUCKET, server.s3)
     for number in range(10):
-        race._passed.clear()  # it would remember that this client has passed
-        await race.race_conditions(server.s3.object_store(), f"race-{number}/")
+        race_check._passed.clear()  # it would remember that this client has passed
+        await race_check.race_conditional_writes(server.s3.object_store(), f"race-{number}/")
 
 
 def program(server: S3Server):

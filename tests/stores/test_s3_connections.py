@@ -16,7 +16,7 @@ from app.autocrud.core import MAX_BODY
 from app.autocrud.errors import OutcomeUnknown, StoreUnavailable
 from app.autocrud.resource_manager.backends.s3 import clients as s3_clients
 from app.autocrud.resource_manager.backends.s3 import credentials as s3_credentials
-from app.autocrud.resource_manager.backends.s3.object_store import UNCHANGED, Lost, S3ObjectStore, Stored, Unknown
+from app.autocrud.resource_manager.backends.s3.object_store import UNCHANGED, NotStored, S3ObjectStore, Stored, Unknown
 from app.autocrud.resource_manager.runtime.moments import Moment
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from tests.services import BUCKET
@@ -139,7 +139,7 @@ async def test_answers_are_no_failures(server, store):
     etag = (await store.get("k")).etag
     assert await store.get("nothing") is None
     assert await store.get_if_changed("k", etag) is UNCHANGED
-    assert await store.put_if("k", b"new", '"other"') == Lost()
+    assert await store.put_if("k", b"new", '"other"') == NotStored()
     assert len(server.requests) == 4
     assert server.connections == 2  # conditional PUTs have connections of their own
 
@@ -175,7 +175,7 @@ async def test_a_conditional_put_without_an_answer_is_unknown_and_sent_once(serv
     assert isinstance(await store.put_if("k", b"body", None), Unknown)
     assert len(server.requests) == 1
     assert server.objects["k"] == b"body"  # it took place
-    assert await store.put_if("k", b"other", None) == Lost()
+    assert await store.put_if("k", b"other", None) == NotStored()
     assert server.requests[1].connection != server.requests[0].connection
 
 

@@ -281,7 +281,7 @@ async def test_a_swap_that_the_shared_copy_lacks_is_compared_with_it_whatever_is
     objects.objects[HEAD] = before
     await later(other, "2")
     with pytest.raises(HistoryForked):
-        await one.storage.meta_store._replica.catch_up(before)
+        await one.storage.meta_store._replica.advance_to(before)
     for manager in (one, other):
         await manager.storage.close()
 
@@ -294,9 +294,9 @@ async def test_a_swap_that_another_process_brought_into_the_shared_copy_is_no_fo
     await one.create(Note("mine"))
     full.clear()
     await later(other, "50")
-    assert one.storage.meta_store._replica.owed
+    assert one.storage.meta_store._replica.unapplied_version
     assert await one.count() == await other.count() == 52
-    assert not one.storage.meta_store._replica.owed
+    assert not one.storage.meta_store._replica.unapplied_version
     for manager in (one, other):
         await manager.storage.close()
 
@@ -307,7 +307,7 @@ async def test_the_copy_has_an_own_swap_though_its_segment_cannot_be_read(object
     objects.fault = lambda call: REFUSED if call.op == "get" and "/seg/" in call.key else None
     await manager.create(Note("x" * 100_000))
     assert (head_of(objects).seq, head_of(objects).tail) == (2, ())
-    assert not manager.storage.meta_store._replica.owed
+    assert not manager.storage.meta_store._replica.unapplied_version
     assert (await manager.storage.meta_store._replica.blocking(lambda copy: copy.state())).seq == 2
     await manager.storage.close()
 
@@ -410,7 +410,7 @@ async def test_a_fork_is_recorded_though_the_bucket_cannot_be_read(objects, tmp_
     await loser.storage.meta_store.head()
     objects.get = down
     with pytest.raises(HistoryForked):
-        await loser.storage.meta_store._replica.catch_up(got)
+        await loser.storage.meta_store._replica.advance_to(got)
     await loser.storage.close()
     assert fork_files(next(tmp_path.iterdir()))
     assert "history-forked" in caplog.text
@@ -446,7 +446,7 @@ async def test_an_old_answer_is_no_fork(objects):
     old = objects.objects[HEAD]
     await later(other, "40")
     assert await manager.count() == 41
-    assert await manager.storage.meta_store._replica.catch_up(old)
+    assert await manager.storage.meta_store._replica.advance_to(old)
     assert await manager.count() == 41
 
 
@@ -477,7 +477,7 @@ async def test_a_fork_by_a_program_without_past_is_noticed(objects, swaps):
 
 
 async def test_what_copies_do_not_remember_is_not_compared(objects, caplog, monkeypatch):
-    monkeypatch.setattr(local_copy, "WINDOW", 20)
+    monkeypatch.setattr(local_copy, "REMEMBERED_TXIDS", 20)
     loser, winner = instance(objects), instance(objects)
     await forked(objects, loser, winner)
     await later(winner, "60 log")

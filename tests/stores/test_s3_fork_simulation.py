@@ -36,8 +36,8 @@ class Process:
         self.manager = world.made_in(directory)
 
     @property
-    def owed(self) -> int:
-        return self.manager.storage.meta_store._replica.owed
+    def unapplied_version(self) -> int:
+        return self.manager.storage.meta_store._replica.unapplied_version
 
     async def refusal(self) -> type[CrudError] | None:
         """Return the error with which it refuses to serve now. If it was killed: that of the next process of its data directory."""
@@ -118,7 +118,7 @@ class ForkingWorld(World):
                         kept.add(reader.codec.decode(body, info.encoding).token)
         for process in self.processes:
             lost = process.tokens - kept
-            if not lost or (process.killed and (process.directory is None or process.owed)):
+            if not lost or (process.killed and (process.directory is None or process.unapplied_version)):
                 continue  # a process that is gone, and its copy too, or that was killed before its copy had its swap
             self.lost[await process.refusal()] += len(lost)
 
@@ -156,7 +156,7 @@ def test_no_acknowledged_write_is_lost_silently(tmp_path, monkeypatch):
 def test_without_the_detection_writes_are_lost_silently(tmp_path, monkeypatch):
     """The simulation can find what it looks for."""
     monkeypatch.setattr(fork_detector, "same_history", lambda *_: True)
-    monkeypatch.setattr(fork_detector, "shrunk", lambda *_: False)
+    monkeypatch.setattr(fork_detector, "has_fewer_records", lambda *_: False)
     monkeypatch.setattr(fork_detector, "contradicts", lambda *_: False)
     monkeypatch.setattr(replica, "contradicts", lambda *_: False)
     silent = sum(simulate(seed, tmp_path / str(seed), monkeypatch)[None] for seed in range(10))

@@ -12,10 +12,10 @@ from msgspec import Struct
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConditionalWritesUnsupported, StoreUnavailable
 from app.autocrud.resource_manager.backends.s3.memory_object_store import Call, InjectedFault, MemoryObjectStore
-from app.autocrud.resource_manager.backends.s3.object_store import Lost, ObjectStore, S3ObjectStore, Stored
-from app.autocrud.resource_manager.backends.s3_sqlite import housekeeping, race
+from app.autocrud.resource_manager.backends.s3.object_store import NotStored, ObjectStore, S3ObjectStore, Stored
+from app.autocrud.resource_manager.backends.s3_sqlite import housekeeping, race_check
 from app.autocrud.resource_manager.backends.s3_sqlite.head import decode_head
-from app.autocrud.resource_manager.backends.s3_sqlite.race import race_conditions
+from app.autocrud.resource_manager.backends.s3_sqlite.race_check import race_conditional_writes
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.storage_factory import S3StorageFactory
 from tests import virtual_time
@@ -24,7 +24,7 @@ from tests.check_then_act_proxy import CheckThenActProxy
 KEY = "meta/note.sqlite"
 HEAD = f"{KEY}/HEAD"
 RACE = f"{KEY}/race/"
-PUTS = race.OBJECTS * race.WRITERS * race.ROUNDS * (1 + race.REPLACED)
+PUTS = race_check.OBJECTS * race_check.WRITERS * race_check.ROUNDS * (1 + race_check.REPLACED)
 
 
 class Note(Struct):
@@ -139,7 +139,7 @@ def test_a_slow_and_unreliable_storage_is_never_refused(seed):
         objects.fault = fault
         # A third of all requests failing may keep every round from proving anything. Less must not keep the race from passing.
         with contextlib.suppress(*([StoreUnavailable] if trouble == 0.3 else [])):
-            await race_conditions(objects, f"{KEY}/")
+            await race_conditional_writes(objects, f"{KEY}/")
             assert objects.raced >= PUTS
 
     virtual_time.run(main())
@@ -154,7 +154,7 @@ def test_a_race_that_proves_nothing_ends(answer):
         )
         with pytest.raises(StoreUnavailable, match="could not be tested: 20 repeats"):
             await instance(objects).create(Note("0"))
-        assert objects.raced <= race.OBJECTS * race.WRITERS * (race.MAX_REPEATS + 1)
+        assert objects.raced <= race_check.OBJECTS * race_check.WRITERS * (race_check.MAX_REPEATS + 1)
         objects.fault = lambda _: None
         assert (await instance(objects).create(Note("0"))).data.text == "0"
 
@@ -167,7 +167,7 @@ async def test_a_winner_whose_content_was_replaced_is_refused(monkeypatch):
 
     async def writes_all(key, body, etag):
         outcome = await put_if(key, body, etag)
-        if key.startswith(RACE) and isinstance(outcome, Lost):
+        if key.startswith(RACE) and isinstance(outcome, NotStored):
             objects._store(key, body)  # it says that it did not
         return outcome
 
@@ -202,7 +202,7 @@ async def test_a_real_server_passes_over_many_connections(ministack_s3, bucket):
         manager = instance(objects)
         await manager.create(Note("0"))
         assert (await manager.storage.meta_store.head()).raced == (proxy.url,)
-        assert proxy.most_at_once >= race.WRITERS
+        assert proxy.most_at_once >= race_check.WRITERS
         assert [listed async for listed in objects.list(RACE)] == []
 
 
@@ -211,8 +211,8 @@ async def test_a_real_server_behind_check_then_act_is_refused(ministack_s3, buck
         objects = client(proxy.url, bucket)
         created = await objects.put_if("alone", b"1", None)  # one at a time, its conditions are honoured
         assert isinstance(created, Stored)
-        assert isinstance(await objects.put_if("alone", b"2", None), Lost)
-        assert isinstance(await objects.put_if("alone", b"2", '"0"'), Lost)
+        assert isinstance(await objects.put_if("alone", b"2", None), NotStored)
+        assert isinstance(await objects.put_if("alone", b"2", '"0"'), NotStored)
         assert isinstance(await objects.put_if("alone", b"2", created.etag), Stored)
         with pytest.raises(ConditionalWritesUnsupported, match="concurrent PUTs"):
             await instance(objects).create(Note("0"))

@@ -194,7 +194,7 @@ async def test_what_landed_late_is_not_refused_because_of_itself(objects, monkey
     manager = instance(objects)
     before = await manager.create(Note("one"), resource_id="a")
     committer = meta_store(manager)._room().committer
-    late, put_if, find, looked = [], objects.put_if, committer._find, []
+    late, put_if, find, looked = [], objects.put_if, committer._find_in_history, []
 
     async def lost(name, body, etag):
         if name == HEAD and not late:
@@ -210,7 +210,7 @@ async def test_what_landed_late_is_not_refused_because_of_itself(objects, monkey
             await manager.count()
 
     monkeypatch.setattr(objects, "put_if", lost)
-    monkeypatch.setattr(committer, "_find", found_nothing)
+    monkeypatch.setattr(committer, "_find_in_history", found_nothing)
     by = Caller("alice", key=None if key is None else IdempotencyKey(key))
     updated = await manager.update("a", Note("two"), expect=before.version, by=by)
     assert len(looked) >= 2
@@ -303,8 +303,8 @@ async def test_a_zombie_that_slept_through_collection_loses(objects):
 
 def test_more_was_written_than_copies_remember(objects, monkeypatch):
     """Whether an unanswered write happened cannot be told any more; it must not be guessed."""
-    monkeypatch.setattr(local_copy, "WINDOW", 20)
-    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.committer.WINDOW", 20)
+    monkeypatch.setattr(local_copy, "REMEMBERED_TXIDS", 20)
+    monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.committer.REMEMBERED_TXIDS", 20)
 
     async def main():
         manager, other = instance(objects), instance(objects)

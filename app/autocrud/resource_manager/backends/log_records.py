@@ -11,7 +11,7 @@ from ..basic import Change, IndexEntry, ResourceMeta, RevisionInfo
 
 
 class Indexed(Struct, frozen=True, array_like=True):
-    """An index entry, and the number of the set of fields (in Schema.specs) that it was made for."""
+    """An index entry, and the number of the set of fields (in IndexSchema.specs) that it was made for."""
 
     spec: str
     keys: dict[str, Any]

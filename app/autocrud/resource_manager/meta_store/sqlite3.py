@@ -22,10 +22,10 @@ from ...errors import ConfigError, CrudError, StoreUnavailable
 from ...query import Query
 from ...secret import Secret
 from ..backends.s3.object_store import ObjectStore, s3
-from ..backends.s3_sqlite.committer import Committer, Edit
-from ..backends.s3_sqlite.head import Head, Schema
+from ..backends.s3_sqlite.committer import S3Committer
+from ..backends.s3_sqlite.head import Head, IndexSchema
 from ..backends.s3_sqlite.housekeeping import Housekeeping
-from ..backends.s3_sqlite.local_copy import State, Work
+from ..backends.s3_sqlite.local_copy import HeadState, WriteRequest
 from ..backends.s3_sqlite.replica import Replica
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
@@ -171,12 +171,12 @@ class S3SqliteMetaStore(MetaStore):
         """Read the local copy, once it is as new as the consistency asks for. `quick` as in `Replica.read`."""
         replica, room = self._replica, self._room()
         await replica.open()
-        if self._consistency == "strong" or replica.owed:
-            await replica.checked()
+        if self._consistency == "strong" or replica.unapplied_version:
+            await replica.coalesced_check()
         elif self._consistency == "bounded":
             now, staleness = room.loop.time(), self._staleness()
             if staleness <= 0 or now - room.checked_at > staleness:
-                await replica.checked()
+                await replica.coalesced_check()
                 room.checked_at = now  # when it was sent, or earlier
         return await replica.read(work, quick=quick)
 
@@ -190,7 +190,7 @@ class S3SqliteMetaStore(MetaStore):
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         await self._replica.open()
         if not peek:  # whatever the consistency of reads: what this does not find is done
-            await self._replica.checked()
+            await self._replica.coalesced_check()
         return await self._replica.read(lambda db: self._tables.done(db, key), quick=True)
 
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
@@ -217,7 +217,7 @@ class S3SqliteMetaStore(MetaStore):
     async def refresh(self) -> None:
         """Bring the local copy up to what is acknowledged now."""
         await self._replica.open()
-        await self._replica.checked()
+        await self._replica.coalesced_check()
 
     async def catch_up(self) -> None:
         if self._consistency != "strong":
@@ -239,47 +239,50 @@ class S3SqliteMetaStore(MetaStore):
     # Writing
 
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
-        return await self._write(Work(changes=changes, once=once))
+        return await self._write(WriteRequest(changes=changes, once=once))
 
-    async def _write(self, work: Work) -> list[ResourceMeta]:
+    async def _write(self, work: WriteRequest) -> list[ResourceMeta]:
         await self._replica.open()
         return await self._room().commit(work)
 
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
-        await self._write(Work(entries=entries, share=share))
+        await self._write(WriteRequest(entries=entries, share=share))
 
     async def findings(self) -> Findings:
         return (await self.head()).findings
 
     async def keep_findings(self, findings: Findings) -> None:
         await self._replica.open()
-        await self._room().committer.edit(Edit(lambda head: head.next(findings=findings)))
+        await self._room().committer.edit(lambda head: head.next(findings=findings))
 
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         if await self._read(self._tables.stale):
-            await self._replica.blocking(lambda copy: copy.settle())
+            await self._replica.blocking(lambda copy: copy.mark_up_to_date())
         known = (await self._replica.head()).schema.unique
         if set(self._tables.spec.unique) <= set(known):
             return True
         await self.refresh()
-        state, schema = await self._replica.blocking(lambda copy: copy.adopted(force=force))
+        state, schema = await self._replica.blocking(lambda copy: copy.schema_with_unique_fields(force=force))
         return schema is not None and await self._replace_schema(state, schema)
 
     async def deactivate_unique_field(self, name: str) -> None:
         for _ in range(MAX_EDITS):
             await self.refresh()
-            state, schema = await self._replica.blocking(lambda copy: copy.given_up(name))
+            state, schema = await self._replica.blocking(lambda copy: copy.schema_without_unique_field(name))
             if schema is None or await self._replace_schema(state, schema):
                 return
 
-    async def _replace_schema(self, state: State, schema: Schema) -> bool:
+    async def _replace_schema(self, state: HeadState, schema: IndexSchema) -> bool:
         """False: somebody was faster, and what was looked at is no longer so."""
-        edit = Edit(lambda head: head.next(schema=schema) if head.ver == state.ver else None)
+
+        def edit(head: Head) -> Head | None:
+            return head.next(schema=schema) if head.ver == state.ver else None
+
         return await self._room().committer.edit(edit) is not None
 
     async def advance_generation(self) -> int:
         await self._replica.open()
-        await self._room().committer.edit(Edit(lambda head: head.next(sweep=head.sweep + 1)))
+        await self._room().committer.edit(lambda head: head.next(sweep=head.sweep + 1))
         return await self.generation()
 
     # Keeping house
@@ -352,12 +355,12 @@ class _Room:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.checked_at = float("-inf")
-        self.committer = Committer(replica, tail_bytes=tail_bytes, max_batch=max_batch, linger_s=linger_s)
+        self.committer = S3Committer(replica, tail_bytes=tail_bytes, max_batch=max_batch, linger_s=linger_s)
         self.housekeeping = Housekeeping(replica, self.committer, snapshot_ratio=ratio, tail_bytes=tail_bytes)
         self._replica, self._interval = replica, interval
         self._keeping: asyncio.Task[None] | None = None
 
-    async def commit(self, work: Work) -> list[ResourceMeta]:
+    async def commit(self, work: WriteRequest) -> list[ResourceMeta]:
         committed = await self.committer.commit(work)
         if self._keeping is None and self._interval is not None:
             self._keeping = self.loop.create_task(self._keep_house_later(self._interval))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from ....errors import StoreUnavailable
-from .object_store import UNCHANGED, Listed, Lost, Object, ObjectStore, Outcome, Stored, Unchanged, Unknown
+from .object_store import UNCHANGED, Listed, NotStored, Object, ObjectStore, Outcome, Stored, Unchanged, Unknown
 
 T = TypeVar("T")
 Op = Literal["get", "get_if", "put", "put_if", "list", "delete"]
@@ -105,7 +105,7 @@ class MemoryObjectStore(ObjectStore):
         with self._lock:
             found = self.objects.get(key)
             if (None if found is None else found.etag) != etag:
-                return Lost()
+                return NotStored()
             return Stored(self._store(key, body))
 
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
@@ -117,7 +117,7 @@ class MemoryObjectStore(ObjectStore):
                 task.add_done_callback(self._late.discard)
             elif fault.applied:
                 self._swap(key, body, etag)
-            return Lost() if fault.answer == "lost" else Unknown("injected")
+            return NotStored() if fault.answer == "lost" else Unknown("injected")
 
         if self.check_then_act is not None:
             return await self._put_late(Call("put_if", key, len(body)), body, etag, self.check_then_act())
@@ -126,9 +126,9 @@ class MemoryObjectStore(ObjectStore):
     async def _put_late(self, call: Call, body: bytes, etag: str | None, seconds: float) -> Outcome:
         def compare(fault: InjectedFault | None) -> Outcome | None:
             if fault is not None:
-                return Lost() if fault.answer == "lost" else Unknown("injected")
+                return NotStored() if fault.answer == "lost" else Unknown("injected")
             found = self.objects.get(call.key)
-            return None if (None if found is None else found.etag) == etag else Lost()
+            return None if (None if found is None else found.etag) == etag else NotStored()
 
         refused = await self._serve(call, compare)
         if refused is not None:

@@ -3,7 +3,7 @@
     S3ObjectStore(bucket, ...)   S3 and whatever speaks its protocol
     MemoryObjectStore()          a double in memory (memory_object_store): atomic, with faults and latency as wished
 
-A conditional PUT is the only step of the engine that decides between writers, so its outcome has a type: `Stored`, `Lost` or `Unknown`.
+A conditional PUT is the only step of the engine that decides between writers, so its outcome has a type: `Stored`, `NotStored` or `Unknown`.
 Nothing repeats it, unless the answer says that it was refused before it was looked at. Everything else may be repeated without harm, and is:
 see s3_clients.
 """
@@ -73,7 +73,7 @@ class Stored(NamedTuple):
     version: str | None = None
 
 
-class Lost(NamedTuple):
+class NotStored(NamedTuple):
     """Somebody else was there (409, 412), or nothing was (404). For a client that does not retry this one was not stored."""
 
 
@@ -88,7 +88,7 @@ class Unchanged(NamedTuple):
 
 
 UNCHANGED: Final = Unchanged()
-Outcome = Stored | Lost | Unknown
+Outcome = Stored | NotStored | Unknown
 
 
 class ObjectStore(ABC):
@@ -269,7 +269,7 @@ class S3ObjectStore(ObjectStore):
                 result = await tracked(self._obstore.put_async(client, key, body, mode=mode, use_multipart=False))
             except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
                 self._clients.swap_answered()
-                return Lost()
+                return NotStored()
             except Exception as error:  # whatever else it is, it does not say that nothing was stored
                 if not again and await self._clients.renewed(pools, error):
                     continue

@@ -22,7 +22,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from ....errors import (
     ConfigError,
@@ -36,8 +35,8 @@ from ....errors import (
 from ...basic import ResourceMeta
 from ...runtime.threads import shielded
 from ..s3.object_store import UNCHANGED, Object, Stored
-from .head import Head, Record, Segment, encode_segment, microseconds, segment_key
-from .local_copy import WINDOW, Trial, Work
+from .head import Head, LogRecord, Segment, encode_segment, microseconds, segment_key
+from .local_copy import REMEMBERED_TXIDS, Trial, WriteRequest
 from .replica import Replica
 
 log = logging.getLogger("crudstack.s3sqlite")
@@ -50,7 +49,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 class Transaction:
     __slots__ = ("base", "future", "seqs", "time", "txid", "uncertain", "work")
 
-    def __init__(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, work: WriteRequest, loop: asyncio.AbstractEventLoop) -> None:
         self.work = work
         self.txid = os.urandom(16)
         self.time = microseconds(dt.datetime.now(dt.UTC))
@@ -68,14 +67,11 @@ class Transaction:
             self.future.set_result(result)
 
 
-class Edit(NamedTuple):
-    """A change of HEAD that is no transaction. `apply` gives the next HEAD, or None where nothing is to be done (any more); it may be called
-    again, for another HEAD."""
-
-    apply: Callable[[Head], Head | None]
+HeadEdit = Callable[[Head], Head | None]
+"""Returns the HEAD that replaces the given one, or None if nothing is to be done. It may be called again, for another HEAD."""
 
 
-class Committer:
+class S3Committer:
     def __init__(self, replica: Replica, *, tail_bytes: int, max_batch: int, linger_s: float) -> None:
         self._replica, self._objects = replica, replica.objects
         self._tail_bytes, self._max_batch, self._linger_s = tail_bytes, max_batch, linger_s
@@ -85,7 +81,7 @@ class Committer:
         self._turn = asyncio.Lock()
         self._unresolved = ""  # the ETag that a PUT without a known outcome named
 
-    async def commit(self, work: Work) -> list[ResourceMeta]:
+    async def commit(self, work: WriteRequest) -> list[ResourceMeta]:
         """The metadata that the work left. VersionConflict, UniqueConflict, StaleGeneration, StoreUnavailable, WriteContention: not done, and
         never will be. OutcomeUnknown."""
         transaction = Transaction(work, self._loop)
@@ -147,11 +143,11 @@ class Committer:
 
     async def _swap(self, waiting: list[Transaction]) -> bool:
         """One attempt. True: all are answered. Whoever was found in the history meanwhile is answered too."""
-        if self._replica.owed:
+        if self._replica.unapplied_version:
             # A swap at the copy's state must fail. If the copy cannot be brought up, a full disk for one, nothing was sent.
             await self._replica.check()
         if any(transaction.uncertain for transaction in waiting):
-            await self._find(waiting)
+            await self._find_in_history(waiting)
             waiting = [transaction for transaction in waiting if not transaction.future.done()]
             if not waiting:
                 return True
@@ -159,7 +155,7 @@ class Committer:
         doubtful = [transaction.txid for transaction in waiting if transaction.uncertain]
         trial = await self._replica.blocking(lambda copy: copy.attempt(works, doubtful))
         if trial.found or any(
-            one.uncertain and one.base is not None and trial.state.seq - one.base >= WINDOW for one in waiting
+            one.uncertain and one.base is not None and trial.state.seq - one.base >= REMEMBERED_TXIDS for one in waiting
         ):
             return False  # the copy has moved since they were looked for: that comes first
         accepted = [(one, made) for one, made in zip(waiting, trial.attempts, strict=True) if made.ops]
@@ -172,10 +168,10 @@ class Committer:
             await self._replica.check()
             return False
         seq, time = base.seq, base.tail[-1].time if base.tail else 0
-        records: list[Record] = []
+        records: list[LogRecord] = []
         for transaction, made in accepted:
             seq, time = seq + 1, max(time, transaction.time)
-            records.append(Record(seq, transaction.txid, time, made.ops))
+            records.append(LogRecord(seq, transaction.txid, time, made.ops))
             transaction.seqs[seq] = made.metas
         head = await self._with(base, trial, records)
         # From here on what we carry may land, until the outcome says otherwise.
@@ -192,10 +188,10 @@ class Committer:
         # After a conflict too: it may be our own success, repeated by something on the way, and if HEAD has not moved it was none.
         self._unresolved = etag
         log.info("%s: version %d: %s", self._replica.head_key, head.ver, outcome)
-        await self._find(waiting)
+        await self._find_in_history(waiting)
         return False
 
-    async def _with(self, base: Head, trial: Trial, records: Sequence[Record]) -> Head:
+    async def _with(self, base: Head, trial: Trial, records: Sequence[LogRecord]) -> Head:
         """HEAD' with these records; what its tail has no room for is put into a segment first (I2)."""
         tail = [*base.tail, *records]
         cut = max((at + 1 for at, record in enumerate(tail) if record.size > self._tail_bytes // 4), default=0)
@@ -222,48 +218,48 @@ class Committer:
             logged=base.logged + sum(record.size for record in records),
         )
 
-    async def _advance(self, head: Head, records: Sequence[Record], got: Object) -> None:
+    async def _advance(self, head: Head, records: Sequence[LogRecord], got: Object) -> None:
         """Bring the copy up to our own swap. If it cannot be, the next read must: its ETag is still the old one.
 
         Raises HistoryForked if another process of this directory knows another HEAD of this version: perhaps the swap is lost, so it is
         not acknowledged.
         """
         try:
-            await self._replica.swapped(head, records, got)
+            await self._replica.apply_own_swap(head, records, got)
         except HistoryForked:
             raise
         except CrudError as error:
-            self._replica.owed = head.ver
+            self._replica.unapplied_version = head.ver
             log.warning(
                 "%s: version %d is stored, but the local copy is behind: %s", self._replica.head_key, head.ver, error
             )
 
-    async def _find(self, waiting: Sequence[Transaction]) -> None:
+    async def _find_in_history(self, waiting: Sequence[Transaction]) -> None:
         """Read HEAD, and answer those transactions that are in the history."""
         await self._replica.check()
         doubtful = [transaction for transaction in waiting if transaction.uncertain]
         txids = [transaction.txid for transaction in doubtful]
-        state, found = await self._replica.blocking(lambda copy: copy.found(txids))
+        state, found = await self._replica.blocking(lambda copy: copy.find_transactions(txids))
         if self._unresolved != state.etag:
             self._unresolved = ""  # what named another ETag can never land
         for transaction in doubtful:
             seq = found.get(transaction.txid)
             if seq is not None:
                 transaction.answer(transaction.seqs.get(seq) or [])
-            elif transaction.base is not None and state.seq - transaction.base >= WINDOW:
+            elif transaction.base is not None and state.seq - transaction.base >= REMEMBERED_TXIDS:
                 transaction.answer(
                     OutcomeUnknown("so much was written meanwhile that nobody remembers; look before you try again")
                 )
             elif not self._unresolved:
                 transaction.uncertain, transaction.base = False, None
 
-    async def edit(self, edit: Edit) -> Head | None:
+    async def edit(self, edit: HeadEdit) -> Head | None:
         """Swap in an edited HEAD; the HEAD that holds afterwards, None where the edit had nothing to do."""
         deadline = self._loop.time() + COMMIT_TIMEOUT_S
         async with self._turn:
             while self._loop.time() < deadline:
-                state, base = await self._replica.blocking(lambda copy: copy.head())
-                head = edit.apply(base)
+                state, base = await self._replica.blocking(lambda copy: copy.state_and_head())
+                head = edit(base)
                 if head is None:
                     return None
                 body = head.encode()

@@ -30,10 +30,10 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .head import Head, Record
+from .head import Head, LogRecord
 
 
-class Known(NamedTuple):
+class KnownHead(NamedTuple):
     """A HEAD, and the transaction id of its newest record if that is known."""
 
     head: Head
@@ -48,15 +48,15 @@ class KnownHeads:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._known: tuple[Known, ...] = ()
+        self._known: tuple[KnownHead, ...] = ()
 
-    def of(self, store: str) -> tuple[Known, ...]:
+    def of(self, store: str) -> tuple[KnownHead, ...]:
         return tuple(one for one in self._known if one.head.store == store)
 
-    def add(self, head: Head, newest: Record | None = None, *, instead: Sequence[Known] = ()) -> None:
+    def add(self, head: Head, newest: LogRecord | None = None, *, instead: Sequence[KnownHead] = ()) -> None:
         """Remember a HEAD in place of those that it continues. `newest`: its newest record; `instead`: HEADs that it was compared with."""
         newest = head.tail[-1] if head.tail else newest
-        added = Known(head, None if newest is None else newest.txid)
+        added = KnownHead(head, None if newest is None else newest.txid)
         with self._mutex:
             kept = [one for one in self._known if one not in instead or one.head.ver > head.ver]
             if any(one.head.ver >= head.ver and same_history(one.head, head) for one in kept):
@@ -81,12 +81,12 @@ def _nonce_of(head: Head, version: int) -> bytes | None:
     return next((nonce for ver, nonce in reversed(head.past) if ver == version), None)
 
 
-def shrunk(known: Head, head: Head) -> bool:
+def has_fewer_records(known: Head, head: Head) -> bool:
     """Return whether a HEAD has a higher version and fewer records than a known one, which no continuation has."""
     return head.ver > known.ver and head.seq < known.seq
 
 
-def txids_of(records: Iterable[Record]) -> dict[int, bytes]:
+def txids_of(records: Iterable[LogRecord]) -> dict[int, bytes]:
     return {record.seq: record.txid for record in records}
 
 

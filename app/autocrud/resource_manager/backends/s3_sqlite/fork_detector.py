@@ -13,20 +13,20 @@ import apsw
 from ....errors import HistoryForked
 from ...runtime.threads import shielded
 from ..s3.object_store import ObjectStore
-from .fork import Known, KnownHeads, contradicts, same_history, shrunk, txids_of
-from .fork_report import LOGGED, RECORDED, Fork, Lost, find_lost, fork_files, ids_alone, log_fork, record_fork
+from .fork import KnownHead, KnownHeads, contradicts, has_fewer_records, same_history, txids_of
+from .fork_report import LOGGED, RECORDED, Fork, LostRecords, find_lost, fork_files, ids_alone, log_fork, record_fork
 from .head import Head
-from .local_copy import LocalCopy, State
+from .local_copy import HeadState, LocalCopy
 
 log = logging.getLogger("crudstack.s3sqlite")
 
 
-class Compared(NamedTuple):
+class Comparison(NamedTuple):
     """What a HEAD was compared with: the HEADs that this process knew, and the copy with its state and its HEAD then."""
 
-    known: tuple[Known, ...]
+    known: tuple[KnownHead, ...]
     copy: LocalCopy
-    state: State
+    state: HeadState
     current: Head | None
     decided: bool
     """Whether the nonces decided. If not, the newest known record must be read again."""
@@ -53,7 +53,7 @@ class ForkDetector:
             self._error = RECORDED
         self.refuse()
 
-    async def compare(self, head: Head, copy: LocalCopy, state: State, current: Head | None) -> Compared:
+    async def compare(self, head: Head, copy: LocalCopy, state: HeadState, current: Head | None) -> Comparison:
         """Compare a HEAD that was read with those that this process knows, and these with `current`, the HEAD of the copy.
 
         A copy that processes share may be on another history than a swap of this process that it lacks.
@@ -65,8 +65,8 @@ class ForkDetector:
             heads.append(current)
         answers = [same_history(one, head) for one in heads]
         answers += [same_history(one.head, heads[-1]) for one in known]
-        compared = Compared(known, copy, state, current, None not in answers, {})
-        if False in answers or any(shrunk(one, head) for one in heads):
+        compared = Comparison(known, copy, state, current, None not in answers, {})
+        if False in answers or any(has_fewer_records(one, head) for one in heads):
             await self.stop(head, compared)
         if not compared.decided:
             in_copy = await _txids_in(copy)
@@ -75,7 +75,7 @@ class ForkDetector:
                 await self.stop(head, compared)
         return compared
 
-    async def stop(self, found: Head, compared: Compared) -> NoReturn:
+    async def stop(self, found: Head, compared: Comparison) -> NoReturn:
         """Stop the model in this process, and tell what is lost. Raises HistoryForked."""
         if not self._error:
             # Before anything is awaited: no read and no write from here on.
@@ -83,12 +83,12 @@ class ForkDetector:
             await shielded(asyncio.ensure_future(self._report(found, compared)))
         raise HistoryForked(self._error)
 
-    async def _report(self, found: Head, compared: Compared) -> None:
+    async def _report(self, found: Head, compared: Comparison) -> None:
         head_key = f"{self._key}/HEAD"
         heads = [one.head for one in compared.known]
         if compared.current is not None and compared.current not in heads:
             heads.append(compared.current)
-        lost = Lost([], incomplete=True)
+        lost = LostRecords([], incomplete=True)
         try:
             recent = ids_alone(await _txids_in(compared.copy) | _txids_of(compared.known))
             lost = await find_lost(self._objects, head_key, [*heads, found], recent, found)
@@ -104,7 +104,7 @@ class ForkDetector:
                 self._error = LOGGED
 
 
-def _txids_of(known: Iterable[Known]) -> dict[int, bytes]:
+def _txids_of(known: Iterable[KnownHead]) -> dict[int, bytes]:
     return {one.head.seq: one.txid for one in known if one.txid is not None}
 
 

@@ -21,7 +21,7 @@ from ....errors import CrudError, StoreDamaged
 from ...runtime.temporary import ProcessDirectory
 from ..s3.object_store import ObjectStore
 from .fork import txids_of
-from .head import Head, Record, Segment, decode_head, decode_ops, decode_segment
+from .head import Head, LogRecord, Segment, decode_head, decode_ops, decode_segment
 from .local_copy import current_path
 
 log = logging.getLogger("crudstack.s3sqlite")
@@ -50,11 +50,11 @@ class Fork(Struct, frozen=True, kw_only=True):
 
     key: str
     store: str
-    lost: list[Record]
+    lost: list[LogRecord]
 
 
-class Lost(NamedTuple):
-    records: list[Record]
+class LostRecords(NamedTuple):
+    records: list[LogRecord]
     incomplete: bool
     """Whether some record could not be read, so that its content or its absence from the bucket is not known."""
 
@@ -63,7 +63,7 @@ class _History:
     """The records of some HEADs, as far as their log can be read."""
 
     def __init__(self) -> None:
-        self.records: dict[bytes, Record] = {}
+        self.records: dict[bytes, LogRecord] = {}
         self.incomplete = False
         self._segments: set[Segment] = set()
 
@@ -87,8 +87,8 @@ class _History:
 
 
 async def find_lost(
-    objects: ObjectStore, head_key: str, mine: Sequence[Head], more: Iterable[Record], found: Head
-) -> Lost:
+    objects: ObjectStore, head_key: str, mine: Sequence[Head], more: Iterable[LogRecord], found: Head
+) -> LostRecords:
     """Return the records of `mine`, and of `more`, that are not in the bucket. `found`: the HEAD that contradicted.
 
     `more` may have no `ops`, if only ids are known. HEAD is read again, because only what the bucket holds now tells which side of the fork it keeps.
@@ -113,20 +113,20 @@ async def find_lost(
         there = await _snapshot_txids(objects, found.snap.key) | there
     txids = set(there.values())
 
-    def is_lost(record: Record) -> bool:
+    def is_lost(record: LogRecord) -> bool:
         """Of a number that the bucket cannot tell of any more, nothing is known."""
         return record.txid not in txids and (record.seq > found.seq or record.seq in there)
 
     records = sorted(filter(is_lost, known.values()), key=lambda record: record.seq)
-    return Lost(records, ours.incomplete or theirs.incomplete or any(not record.ops for record in records))
+    return LostRecords(records, ours.incomplete or theirs.incomplete or any(not record.ops for record in records))
 
 
-def ids_alone(txids: Mapping[int, bytes]) -> list[Record]:
+def ids_alone(txids: Mapping[int, bytes]) -> list[LogRecord]:
     """Return records of which only the number and the transaction id are known."""
-    return [Record(seq, txid, 0, b"") for seq, txid in txids.items()]
+    return [LogRecord(seq, txid, 0, b"") for seq, txid in txids.items()]
 
 
-def read_copy(directory: Path) -> tuple[list[Head], list[Record]]:
+def read_copy(directory: Path) -> tuple[list[Head], list[LogRecord]]:
     """Return the HEAD of the local copy in a directory, and its newest records without `ops`. Nothing if there is no usable copy."""
     path = current_path(directory)
     if path is None:
@@ -161,7 +161,7 @@ async def _snapshot_txids(objects: ObjectStore, key: str) -> dict[int, bytes]:
     return {}
 
 
-def log_fork(head_key: str, mine: Sequence[Head], found: Head, lost: Lost) -> None:
+def log_fork(head_key: str, mine: Sequence[Head], found: Head, lost: LostRecords) -> None:
     """Log the versions, and the ids of the lost transactions and of their resources."""
     known = ", ".join(f"{head.ver} ({head.nonce.hex()})" for head in mine)
     log.error(

@@ -33,7 +33,7 @@ MAX_PAST = 32
 """Versions whose nonces a HEAD names, about 12 bytes each: see fork."""
 
 
-class Record(NamedTuple):
+class LogRecord(NamedTuple):
     """One transaction: `ops` is a MessagePack list of Op. `time` is microseconds since 1970, never below the one before."""
 
     seq: int
@@ -70,7 +70,7 @@ class Pending(NamedTuple):
     log_size: int
 
 
-class Schema(Struct, frozen=True):
+class IndexSchema(Struct, frozen=True):
     """The sets of indexed fields that records were written under, by number as text, with their kinds; and the fields that are unique."""
 
     specs: dict[str, dict[str, str]] = {}
@@ -86,11 +86,11 @@ class Head(Struct, frozen=True, kw_only=True):
     nonce: bytes = b""
     snap: Snapshot | None = None
     segs: tuple[Segment, ...] = ()
-    tail: tuple[Record, ...] = ()
+    tail: tuple[LogRecord, ...] = ()
     pend: tuple[Pending, ...] = ()
     sweep: int = 0
     logged: int = 0  # bytes of records, ever
-    schema: Schema = Schema()
+    schema: IndexSchema = IndexSchema()
     imported: str | None = None  # ETag of the plain database that this store began with
     raced: tuple[str, ...] = ()  # the endpoints whose conditional writes were raced, the newest last
     findings: Findings = Findings()  # what was found when the model was indexed
@@ -128,7 +128,7 @@ class Head(Struct, frozen=True, kw_only=True):
 _KNOWN = tuple(name for name in Head.__struct_fields__ if name != "others")
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
-_records = msgspec.msgpack.Decoder(list[Record]).decode
+_records = msgspec.msgpack.Decoder(list[LogRecord]).decode
 
 
 def decode_head(body: bytes) -> Head:
@@ -146,11 +146,11 @@ def decode_head(body: bytes) -> Head:
         raise StoreDamaged(f"HEAD cannot be read: {error}") from None
 
 
-def encode_segment(records: Sequence[Record]) -> bytes:
+def encode_segment(records: Sequence[LogRecord]) -> bytes:
     return _encode(records)
 
 
-def decode_segment(body: bytes) -> list[Record]:
+def decode_segment(body: bytes) -> list[LogRecord]:
     try:
         return _records(body)
     except msgspec.MsgspecError as error:

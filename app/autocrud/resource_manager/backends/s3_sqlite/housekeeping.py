@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .committer import Committer, Edit
+from .committer import S3Committer
 from .head import (
     Head,
     Pending,
@@ -26,7 +26,7 @@ from .head import (
     version_in,
 )
 from .local_copy import LEFTOVER_S, new_path
-from .race import FOLDER
+from .race_check import RACE_FOLDER
 from .replica import Replica, sha256_of
 
 log = logging.getLogger("crudstack.s3sqlite")
@@ -40,7 +40,7 @@ ABANDONED = 8 * 1024 * 1024
 
 
 class Housekeeping:
-    def __init__(self, replica: Replica, committer: Committer, *, snapshot_ratio: float, tail_bytes: int) -> None:
+    def __init__(self, replica: Replica, committer: S3Committer, *, snapshot_ratio: float, tail_bytes: int) -> None:
         self._replica, self._objects, self._committer = replica, replica.objects, committer
         self._ratio, self._tail_bytes = snapshot_ratio, tail_bytes
 
@@ -95,7 +95,7 @@ class Housekeeping:
             replaced.update(head.keys - new.keys)
             return new
 
-        await self._committer.edit(Edit(install))
+        await self._committer.edit(install)
         return await self._drop(key, replaced)
 
     # Merges
@@ -138,7 +138,7 @@ class Housekeeping:
             replaced.update(head.keys - new.keys)
             return new
 
-        await self._committer.edit(Edit(install))
+        await self._committer.edit(install)
         return await self._drop(key, replaced)
 
     # Both
@@ -153,7 +153,7 @@ class Housekeeping:
             drawn.append(name(head))
             return head.next(pend=(*self._live(head), Pending(drawn[-1], head.ver + 1, head.logged)))
 
-        await self._committer.edit(Edit(announce))
+        await self._committer.edit(announce)
         head = await self._replica.head()
         named = [one.key for one in head.pend if one.key in drawn]
         return named[0] if named else drawn[-1]
@@ -165,7 +165,7 @@ class Housekeeping:
             pend = tuple(one for one in head.pend if one.key != key)
             return None if len(pend) == len(head.pend) else head.next(pend=pend)
 
-        await self._committer.edit(Edit(withdraw))
+        await self._committer.edit(withdraw)
         head = await self._replica.head()
         gone = sorted(({key} | replaced) - head.keys)
         if gone:
@@ -184,7 +184,7 @@ class Housekeeping:
                     garbage.append(listed.key)
         # A race lasts seconds. Objects of one that was killed are not waited for after a day.
         old = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=LEFTOVER_S)
-        raced = [listed async for listed in self._objects.list(f"{prefix}{FOLDER}")]
+        raced = [listed async for listed in self._objects.list(f"{prefix}{RACE_FOLDER}")]
         garbage += [listed.key for listed in raced if listed.modified < old]
         for at in range(0, len(garbage), 1000):
             await self._objects.delete(garbage[at : at + 1000])

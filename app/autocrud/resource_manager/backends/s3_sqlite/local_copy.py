@@ -37,7 +37,7 @@ from ..log_records import Op, Remembered, indexed, op_of
 from ..sqlite.database import empty_log, keep_plans
 from ..sqlite.replay import replay
 from ..sqlite.tables import ResourceTables
-from .head import Head, Record, Schema, decode_head, decode_ops, encode_ops
+from .head import Head, IndexSchema, LogRecord, decode_head, decode_ops, encode_ops
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ log = logging.getLogger("crudstack.s3sqlite")
 LOCK_TIMEOUT_S = 2.0
 BUSY_MS = 2000
 LEFTOVER_S = 24 * 3600.0
-WINDOW = 8192
+REMEMBERED_TXIDS = 8192
 """Records whose txids a copy remembers."""
 
 TABLES = """
@@ -64,7 +64,7 @@ class CopyBusy(Exception):
     """Another process holds the file's lock, perhaps because it was stopped."""
 
 
-class State(NamedTuple):
+class HeadState(NamedTuple):
     """Where a copy is. `etag` is empty before the first HEAD."""
 
     store: str
@@ -84,14 +84,14 @@ class Attempt(NamedTuple):
 class Trial(NamedTuple):
     """Transactions tried one after the other at one state. Nothing of it stays in the copy."""
 
-    state: State
+    state: HeadState
     head: Head
-    schema: Schema
+    schema: IndexSchema
     attempts: list[Attempt]
     found: bool = False  # one of the doubtful is in the history already: then nothing was tried
 
 
-class Work(NamedTuple):
+class WriteRequest(NamedTuple):
     """What a transaction wants: changes, perhaps under a key, or index entries for states."""
 
     changes: Sequence[Change] = ()
@@ -126,7 +126,7 @@ class LocalCopy:
             os.close(self._lock)
             self._lock = -1
 
-    def built(self) -> None:
+    def finish_building(self) -> None:
         """The file is complete; from now on it may be shared."""
         self._close_idle()
         self._building = False
@@ -145,7 +145,7 @@ class LocalCopy:
         with self._connection() as connection:
             return work(connection)
 
-    def read_now(self, work: Callable[[apsw.Connection], T]) -> T:
+    def read_without_waiting(self, work: Callable[[apsw.Connection], T]) -> T:
         """`read`, without waiting for anybody. apsw.BusyError: not now."""
         if not self._idle:
             raise apsw.BusyError
@@ -184,30 +184,30 @@ class LocalCopy:
         connection.pragma("cache_size", -64 * 1024)  # KiB; a long replay must not spill into the log
         return connection
 
-    def state(self) -> State:
+    def state(self) -> HeadState:
         return self.read(_state)
 
-    def head(self) -> tuple[State, Head]:
+    def state_and_head(self) -> tuple[HeadState, Head]:
         """Where the copy is, and the HEAD of that moment. StoreUnavailable before the first one."""
-        state, head = self.position()
+        state, head = self.state_and_optional_head()
         if head is None:
             raise StoreUnavailable("the local copy is new; try again")
         return state, head
 
-    def position(self) -> tuple[State, Head | None]:
+    def state_and_optional_head(self) -> tuple[HeadState, Head | None]:
         """Return where the copy is, and the HEAD of that moment; None before the first one."""
         row: Any = self.read(lambda db: db.execute("SELECT store, seq, ver, etag, head FROM copy").get)
-        return State(*row[:4]), decode_head(row[4]) if row[4] else None
+        return HeadState(*row[:4]), decode_head(row[4]) if row[4] else None
 
     def txids(self) -> dict[int, bytes]:
         """Return the transaction ids of the newest records, by number."""
         return self.read(lambda db: dict(db.execute("SELECT seq, txid FROM recent")))
 
-    def found(self, txids: Sequence[bytes]) -> tuple[State, dict[bytes, int]]:
+    def find_transactions(self, txids: Sequence[bytes]) -> tuple[HeadState, dict[bytes, int]]:
         """Where the copy is, and those transactions that are in the history there, with their numbers: all of one moment."""
 
-        def look(db: apsw.Connection) -> tuple[State, dict[bytes, int]]:
-            with _at_one_moment(db):
+        def look(db: apsw.Connection) -> tuple[HeadState, dict[bytes, int]]:
+            with _read_transaction(db):
                 rows = [(txid, db.execute("SELECT seq FROM recent WHERE txid = ?", (txid,)).get) for txid in txids]
                 return _state(db), {txid: seq for txid, seq in rows if seq is not None}
 
@@ -241,7 +241,7 @@ class LocalCopy:
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
-    def advance(self, at: State, records: Sequence[Record], head: Head, etag: str, body: bytes) -> bool:
+    def advance(self, at: HeadState, records: Sequence[LogRecord], head: Head, etag: str, body: bytes) -> bool:
         """Bring the copy from `at` to this HEAD, whose records above those of the copy are in `records`.
 
         Return False if nothing was changed: another process has advanced the copy, so HEAD must be compared with it again, or
@@ -256,7 +256,7 @@ class LocalCopy:
                 return False
             for record in new:
                 self._replay(connection, head.schema, record)
-            connection.execute("DELETE FROM recent WHERE seq <= ?", (head.seq - WINDOW,))
+            connection.execute("DELETE FROM recent WHERE seq <= ?", (head.seq - REMEMBERED_TXIDS,))
             connection.execute("DELETE FROM purges WHERE seq < ?", (head.first_logged,))
             self.tables.set_generation(connection, head.sweep)
             connection.execute(
@@ -265,13 +265,13 @@ class LocalCopy:
             )
         return True
 
-    def rename(self, at: State, etag: str) -> None:
+    def update_etag(self, at: HeadState, etag: str) -> None:
         """Note another ETag of the HEAD that the copy is at, unless the copy has moved. The bytes are equal, and so are the rows."""
         with self._writing() as connection:
             if _state(connection) == at:
                 connection.execute("UPDATE copy SET etag = ?", (etag,))
 
-    def _replay(self, connection: apsw.Connection, schema: Schema, record: Record) -> None:
+    def _replay(self, connection: apsw.Connection, schema: IndexSchema, record: LogRecord) -> None:
         ops = decode_ops(record.ops)
         for op in ops:
             if op.kind == "once" and op.once is not None:
@@ -286,7 +286,7 @@ class LocalCopy:
                     connection.execute("INSERT OR IGNORE INTO purges VALUES (?)", (record.seq,))
         connection.execute("INSERT OR REPLACE INTO recent VALUES (?, ?)", (record.seq, record.txid))
 
-    def attempt(self, works: Sequence[Work], doubtful: Sequence[bytes] = ()) -> Trial:
+    def attempt(self, works: Sequence[WriteRequest], doubtful: Sequence[bytes] = ()) -> Trial:
         """Try transactions at the state of the copy, each seeing those before it that succeeded. CrudErrors are their answers.
 
         `doubtful`: txids of those that may have happened. They are looked for in the same step, for the copy may have been brought up to
@@ -296,7 +296,7 @@ class LocalCopy:
             state = _state(connection)
             for txid in doubtful:
                 if connection.execute("SELECT 1 FROM recent WHERE txid = ?", (txid,)).get is not None:
-                    return Trial(state, Head(store=state.store), Schema(), [], found=True)
+                    return Trial(state, Head(store=state.store), IndexSchema(), [], found=True)
             body = connection.execute("SELECT head FROM copy").get
             if not body:
                 raise StoreUnavailable("the local copy is new; try again")
@@ -316,7 +316,7 @@ class LocalCopy:
                 connection.execute("RELEASE attempt")
         return Trial(state, head, schema, attempts)
 
-    def _attempt(self, connection: apsw.Connection, work: Work, spec: str, unique: Sequence[str]) -> Attempt:
+    def _attempt(self, connection: apsw.Connection, work: WriteRequest, spec: str, unique: Sequence[str]) -> Attempt:
         if work.entries:
             done = set(self.tables.reindex(connection, work.entries, () if work.share else unique))
             ops = [
@@ -331,12 +331,12 @@ class LocalCopy:
             ops.append(Op("once", work.once.key, once=Remembered(work.once.request, work.once.results)))
         return Attempt(encode_ops(ops), metas, None)
 
-    def adopted(self, *, force: bool) -> tuple[State, Schema | None]:
+    def schema_with_unique_fields(self, *, force: bool) -> tuple[HeadState, IndexSchema | None]:
         """Where the copy is, and the schema in which the unique fields of this program are kept unique; None if something is outdated, unless
         by `force`."""
 
-        def look(db: apsw.Connection) -> tuple[State, Schema | None]:
-            with _at_one_moment(db):
+        def look(db: apsw.Connection) -> tuple[HeadState, IndexSchema | None]:
+            with _read_transaction(db):
                 if not force and self.tables.outdated(db, 1):
                     return _state(db), None
                 body: Any = db.execute("SELECT head FROM copy").get
@@ -345,11 +345,11 @@ class LocalCopy:
 
         return self.read(look)
 
-    def given_up(self, name: str) -> tuple[State, Schema | None]:
+    def schema_without_unique_field(self, name: str) -> tuple[HeadState, IndexSchema | None]:
         """Where the copy is, and the schema without a unique field that was forced, and never held; None if it was not."""
 
-        def look(db: apsw.Connection) -> tuple[State, Schema | None]:
-            with _at_one_moment(db):
+        def look(db: apsw.Connection) -> tuple[HeadState, IndexSchema | None]:
+            with _read_transaction(db):
                 body: Any = db.execute("SELECT head FROM copy").get
                 schema = decode_head(body).schema
                 if name not in schema.unique or not self.tables.lacks(db, name):
@@ -358,7 +358,7 @@ class LocalCopy:
 
         return self.read(look)
 
-    def _schema(self, connection: apsw.Connection, schema: Schema, *, adopts: bool) -> tuple[Schema, str]:
+    def _schema(self, connection: apsw.Connection, schema: IndexSchema, *, adopts: bool) -> tuple[IndexSchema, str]:
         """The schema with the bound fields in it, and their number. `adopts`: and with the unique ones, for every writer keeps every unique
         field unique; ConfigError if it cannot."""
         kinds, specs = self.tables.kinds, dict(schema.specs)
@@ -373,12 +373,12 @@ class LocalCopy:
         for name in schema.unique:
             if name not in kinds:
                 raise not_indexed(self.tables.spec.name, name)
-        return Schema(specs, (*schema.unique, *added)), spec
+        return IndexSchema(specs, (*schema.unique, *added)), spec
 
-    def _added(self, schema: Schema) -> list[str]:
+    def _added(self, schema: IndexSchema) -> list[str]:
         return [name for name in self.tables.spec.unique if name not in schema.unique]
 
-    def settle(self) -> None:
+    def mark_up_to_date(self) -> None:
         """Note that no row is outdated, if so."""
         with self._writing() as connection:
             self.tables.settled(connection)
@@ -407,13 +407,13 @@ class LocalCopy:
         return seq
 
 
-def _state(connection: apsw.Connection) -> State:
+def _state(connection: apsw.Connection) -> HeadState:
     row: Any = connection.execute("SELECT store, seq, ver, etag FROM copy").get
-    return State(*row)
+    return HeadState(*row)
 
 
 @contextlib.contextmanager
-def _at_one_moment(connection: apsw.Connection) -> Iterator[None]:
+def _read_transaction(connection: apsw.Connection) -> Iterator[None]:
     connection.execute("BEGIN")
     try:
         yield

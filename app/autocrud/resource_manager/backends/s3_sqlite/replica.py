@@ -28,40 +28,40 @@ from ...runtime.threads import in_thread
 from ..s3.object_store import UNCHANGED, Object, ObjectStore, Stored
 from ..sqlite.errors import translated
 from ..sqlite.tables import ResourceTables
+from .coalesced_checks import CoalescedChecks
 from .copy_directory import CopyDirectory
 from .creation import StoreCreation
 from .fork import contradicts, txids_of
-from .fork_detector import Compared, ForkDetector
-from .head import Head, Record, Snapshot, decode_head, decode_segment
+from .fork_detector import Comparison, ForkDetector
+from .head import Head, LogRecord, Snapshot, decode_head, decode_segment
 from .local_copy import (
     CopyBusy,
+    HeadState,
     LocalCopy,
-    State,
     current_path,
     make_current,
     new_path,
     remove_database,
     remove_leftovers,
 )
-from .race import race_conditions
-from .shared_checks import SharedChecks
+from .race_check import race_conditional_writes
 
 T = TypeVar("T")
 
 log = logging.getLogger("crudstack.s3sqlite")
 
-NOTHING = State("", 0, 0, "")
+NO_HEAD = HeadState("", 0, 0, "")
 MAX_ROUNDS = 100
-MAX_BIRTHS = 5
+MAX_CREATIONS = 5
 MAX_RACED = 8
 """Endpoints that HEAD remembers as raced: one server may be reached by several names."""
 SHORT_LOG = 256 * 1024
 """Bytes of records that an empty copy replays where others may look on; for more a new file is made, in a third of the time."""
-TORN = (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.SQLError)
+DAMAGED_FILE = (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.SQLError)
 """What SQLite says of a file that is damaged, or of which too much is gone."""
 
 
-class _Gone(Exception):
+class _ObjectMissing(Exception):
     """An object that a HEAD refers to is not there: that HEAD is old, or the store is damaged."""
 
 
@@ -75,16 +75,18 @@ class Replica:
         self._place = CopyDirectory(directory)
         self._mutex = threading.Lock()
         self._copy: LocalCopy | None = None
-        self._seen = NOTHING  # the newest HEAD that this process knew, should its copy be lost
-        self._at: tuple[State, Head | None] = (
-            NOTHING,
+        self._seen = NO_HEAD  # the newest HEAD that this process knew, should its copy be lost
+        self._at: tuple[HeadState, Head | None] = (
+            NO_HEAD,
             None,
         )  # a state of the copy with its HEAD, which need not be decoded again
         self._forks = ForkDetector(objects, key, directory)
-        self.owed = 0  # the version of an own swap that the copy lacks: no read, of whatever consistency, before it has caught up
+        self.unapplied_version = 0  # the version of an own swap that the copy lacks: no read, of whatever consistency, before it has caught up
         self._opened = False
         self._openings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
-        self._checks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, SharedChecks] = weakref.WeakKeyDictionary()
+        self._checks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, CoalescedChecks] = (
+            weakref.WeakKeyDictionary()
+        )
 
     # Opening
 
@@ -104,7 +106,7 @@ class Replica:
             head = await self.head()
             await asyncio.gather(self._creation.probe(head.store), self._creation.refuse_old_writers(head))
             if self.objects.endpoint not in head.raced:
-                await race_conditions(self.objects, self.prefix)
+                await race_conditional_writes(self.objects, self.prefix)
                 await self._record_race()
             self._opened = True
 
@@ -124,7 +126,7 @@ class Replica:
 
     async def head(self) -> Head:
         """HEAD as the copy knows it."""
-        _, head = await self.blocking(lambda copy: copy.head())
+        _, head = await self.blocking(lambda copy: copy.state_and_head())
         return head
 
     @property
@@ -150,7 +152,7 @@ class Replica:
                         return
                 self._switch(self._empty_copy())
             except CopyBusy:
-                self._private()
+                self._use_private_copy()
 
     def _switch(self, copy: LocalCopy) -> None:
         """Use another file from now on. Whoever reads the old one may finish."""
@@ -164,7 +166,7 @@ class Replica:
         if old is not None:
             old.remove()
 
-    def _private(self) -> None:
+    def _use_private_copy(self) -> None:
         """Leave the shared directory to whoever holds its lock."""
         log.warning("%s: the lock cannot be had; this process makes a copy of its own", self._place.given)
         self._copy = self._empty_copy(self._place.own())
@@ -184,7 +186,7 @@ class Replica:
                 try:
                     self._switch(self._empty_copy())
                 except CopyBusy:
-                    self._private()
+                    self._use_private_copy()
 
     # Running things on the copy
 
@@ -199,7 +201,7 @@ class Replica:
         """`quick` promises microseconds: then it runs here, if that is possible without waiting. A trip to a thread takes four times as long."""
         if quick:
             with contextlib.suppress(apsw.Error):  # a thread waits for it, or finds out
-                return self.copy.read_now(work)
+                return self.copy.read_without_waiting(work)
         return await self._place.with_room(lambda: self._on_copy(lambda copy: copy.read(work), in_thread))
 
     async def _on_copy(self, work: Callable[[LocalCopy], T], run: Callable[..., object]) -> T:
@@ -211,22 +213,22 @@ class Replica:
             except CopyBusy:
                 if last:
                     raise StoreUnavailable("the local copy is locked; nothing was changed") from None
-                await self._blocking(lambda: self._mutexed(self._private))
+                await self._blocking(lambda: self._mutexed(self._use_private_copy))
             except apsw.Error as error:
-                if last or not isinstance(error, TORN) or is_full(error, copy.path.parent):
+                if last or not isinstance(error, DAMAGED_FILE) or is_full(error, copy.path.parent):
                     raise translated(error, copy.path.parent) from error
                 log.warning("%s is torn and is made again: %s", copy.path, error)
                 await self._blocking(lambda copy=copy: self._replace(copy))  # type: ignore[misc]
             await self.check()
         raise AssertionError("unreachable")
 
-    async def _state(self) -> State:
+    async def _state(self) -> HeadState:
         """Where the copy is; a torn one is replaced by an empty one, which is nowhere. One row, which no writer keeps a reader from: read
         here, for a trip to a thread costs ten times as much."""
         copy = self.copy
         try:
             return copy.state()
-        except TORN as error:
+        except DAMAGED_FILE as error:
             log.warning("%s is torn and is made again: %s", copy.path, error)
             await self._blocking(lambda: self._replace(copy))
             return self.copy.state()
@@ -239,7 +241,7 @@ class Replica:
 
     async def check(self) -> None:
         """Make the copy as new as HEAD is at some moment after this call began."""
-        births = 0
+        creations = 0
         for _ in range(MAX_ROUNDS):
             state = await self._state()
             known = _newer(state, self._seen)  # what may be expected of an answer to what is asked now
@@ -250,35 +252,35 @@ class Replica:
             if got is UNCHANGED:
                 if state.ver < known.ver:
                     raise self._put_back(state.ver, known.ver)
-                if self.owed:
+                if self.unapplied_version:
                     # Another process brought the copy there, perhaps on another history than that of our swap.
                     await self._compare_copy()
-                self._paid(state.ver)
+                self._note_applied(state.ver)
                 return
             if got is None:
-                births += 1
-                if births > MAX_BIRTHS:
+                creations += 1
+                if creations > MAX_CREATIONS:
                     raise ConfigError(
                         f"{self.head_key} cannot be created: does the bucket exist, and may this program write to it?"
                     )
                 await self._creation.create(self.directory, known.store)
-            elif isinstance(got, Object) and await self.catch_up(got, known):
+            elif isinstance(got, Object) and await self.advance_to(got, known):
                 return
         raise StoreUnavailable("HEAD kept changing; nothing was changed, try again")
 
-    async def checked(self) -> None:
+    async def coalesced_check(self) -> None:
         """`check`, shared with others who wait for the same."""
         loop = asyncio.get_running_loop()
         checks = self._checks.get(loop)
         if checks is None:
-            checks = self._checks.setdefault(loop, SharedChecks(self.check))
+            checks = self._checks.setdefault(loop, CoalescedChecks(self.check))
         await checks.next()
 
-    async def catch_up(self, got: Object, known: State = NOTHING, own: Sequence[Record] = ()) -> bool:
-        """`_catch_up`; if the disk is full, again with room that was made."""
-        return await self._place.with_room(partial(self._catch_up, got, known, own))
+    async def advance_to(self, got: Object, known: HeadState = NO_HEAD, own: Sequence[LogRecord] = ()) -> bool:
+        """`_advance_to`; if the disk is full, again with room that was made."""
+        return await self._place.with_room(partial(self._advance_to, got, known, own))
 
-    async def _catch_up(self, got: Object, known: State, own: Sequence[Record]) -> bool:
+    async def _advance_to(self, got: Object, known: HeadState, own: Sequence[LogRecord]) -> bool:
         """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again.
 
         `own`: the newest records up to this HEAD, if it is a swap of this process. They need not be read then, so that no failure of
@@ -296,13 +298,13 @@ class Replica:
                 if state.ver == head.ver and state.etag != got.etag:
                     await self._rename(copy, state, got.etag)
                 self._forks.heads.add(head, instead=compared.known)
-                self._paid(state.ver)
+                self._note_applied(state.ver)
                 return True
             try:
                 # The newest known record too, if its id must be compared.
                 start = state if compared.decided else state._replace(seq=max(state.seq - 1, 0))
                 if own and own[0].seq == start.seq + 1:
-                    records: list[Record] | None = list(own)
+                    records: list[LogRecord] | None = list(own)
                 else:
                     records = await self._missing(head, start)
                 if records is not None and not compared.decided and contradicts(compared.txids, txids_of(records)):
@@ -310,74 +312,74 @@ class Replica:
                 if records is None or (state.seq == 0 and sum(record.size for record in records) > SHORT_LOG):
                     await self._build(head, got, compared, snapshot=records is None)
                     continue
-            except _Gone as gone:
+            except _ObjectMissing as gone:
                 now = await self.objects.get(self.head_key)
                 if now is not None and now.etag == got.etag:
                     raise StoreDamaged(f"{gone} is missing, although HEAD refers to it") from None
                 return False
             if await self._advance(copy, state, records, head, got):
                 self._forks.heads.add(head, records[-1] if records else None, instead=compared.known)
-                self._paid(head.ver)
-                reached = State(head.store, head.seq, head.ver, got.etag)
+                self._note_applied(head.ver)
+                reached = HeadState(head.store, head.seq, head.ver, got.etag)
                 self._at, self._seen = (reached, head), _newer(self._seen, reached)
                 return True
         raise StoreUnavailable("the local copy could not be brought up; try again")
 
-    async def swapped(self, head: Head, records: Sequence[Record], got: Object) -> None:
+    async def apply_own_swap(self, head: Head, records: Sequence[LogRecord], got: Object) -> None:
         """Bring the copy to a HEAD that a swap of this process stored, with these new records.
 
         It is remembered even if the copy cannot be brought up: what is read later must continue it.
         """
         self._forks.heads.add(head, records[-1] if records else None)
-        self._seen = _newer(self._seen, State(head.store, head.seq, head.ver, got.etag))
-        await self.catch_up(got, own=records)
+        self._seen = _newer(self._seen, HeadState(head.store, head.seq, head.ver, got.etag))
+        await self.advance_to(got, own=records)
 
-    async def _compared(self, head: Head) -> Compared:
+    async def _compared(self, head: Head) -> Comparison:
         """Compare a HEAD that was read with those that this process knows. Raises HistoryForked."""
         copy = self.copy
         try:
             state = copy.state()
             at, current = self._at
             if state != at:
-                state, current = copy.position()
-        except (*TORN, StoreDamaged) as error:
+                state, current = copy.state_and_optional_head()
+        except (*DAMAGED_FILE, StoreDamaged) as error:
             log.warning("%s is torn and is made again: %s", copy.path, error)
             await self._blocking(lambda: self._replace(copy))
             copy = self.copy
-            state, current = copy.position()
+            state, current = copy.state_and_optional_head()
         return await self._forks.compare(head, copy, state, current)
 
     async def _compare_copy(self) -> None:
         """Compare the HEAD of the copy with those that this process knows. Raises HistoryForked."""
-        _, head = await self.blocking(lambda copy: copy.head())
+        _, head = await self.blocking(lambda copy: copy.state_and_head())
         await self._compared(head)
 
-    async def _rename(self, copy: LocalCopy, at: State, etag: str) -> None:
+    async def _rename(self, copy: LocalCopy, at: HeadState, etag: str) -> None:
         """Take another ETag of equal bytes. If that fails, the next check tries again."""
         try:
-            await self._blocking(lambda: copy.rename(at, etag))
+            await self._blocking(lambda: copy.update_etag(at, etag))
         except (CopyBusy, apsw.Error) as error:
             log.warning("%s: its ETag has changed, which the local copy could not note: %s", self.head_key, error)
 
-    def _paid(self, version: int) -> None:
+    def _note_applied(self, version: int) -> None:
         """Note that the copy has reached a version."""
-        if version >= self.owed:
-            self.owed = 0
+        if version >= self.unapplied_version:
+            self.unapplied_version = 0
 
-    async def _advance(self, copy: LocalCopy, at: State, records: list[Record], head: Head, got: Object) -> bool:
+    async def _advance(self, copy: LocalCopy, at: HeadState, records: list[LogRecord], head: Head, got: Object) -> bool:
         try:
             return await self._blocking(lambda: copy.advance(at, records, head, got.etag, got.body))
         except CopyBusy:
-            await self._blocking(lambda: self._mutexed(self._private))
+            await self._blocking(lambda: self._mutexed(self._use_private_copy))
             return False
         except apsw.Error as error:
-            if not isinstance(error, TORN) or is_full(error, copy.path.parent):
+            if not isinstance(error, DAMAGED_FILE) or is_full(error, copy.path.parent):
                 raise translated(error, copy.path.parent) from error
             log.warning("%s is torn and is made again: %s", copy.path, error)
             await self._blocking(lambda: self._replace(copy))
             return False
 
-    def _check_lineage(self, head: Head, known: State) -> None:
+    def _check_lineage(self, head: Head, known: HeadState) -> None:
         if known.store and known.store != head.store:
             raise HeadLost(
                 f"{self.head_key} is of another store than the local copy: somebody replaced it; if that was meant, remove the local copy"
@@ -391,7 +393,7 @@ class Replica:
             " if that was meant, remove the local copy"
         )
 
-    async def _missing(self, head: Head, state: State) -> list[Record] | None:
+    async def _missing(self, head: Head, state: HeadState) -> list[LogRecord] | None:
         """The records between the copy and HEAD; None if a snapshot is needed, or is less to read."""
         first = head.tail[0].seq if head.tail else head.seq + 1
         if state.seq + 1 >= first:
@@ -405,14 +407,14 @@ class Replica:
         if head.snap is not None and snapshot_helps and sum(segment.size for segment in segments) > head.snap.size:
             return None
         got = await asyncio.gather(*(self.objects.get(segment.key) for segment in segments))
-        records: list[Record] = []
+        records: list[LogRecord] = []
         for segment, one in zip(segments, got, strict=True):
             if one is None:
-                raise _Gone(segment.key)
+                raise _ObjectMissing(segment.key)
             records += decode_segment(one.body)
         return [*records, *head.tail]
 
-    async def _build(self, head: Head, got: Object, compared: Compared, *, snapshot: bool) -> None:
+    async def _build(self, head: Head, got: Object, compared: Comparison, *, snapshot: bool) -> None:
         """Make a new file, from the snapshot or from nothing, bring it up to HEAD, and use it from then on."""
         path, seq = new_path(self.directory), 0
         building: LocalCopy | None = None
@@ -421,7 +423,7 @@ class Replica:
                 assert head.snap is not None
                 seq = head.snap.seq
                 await self._download(head.snap, path)
-            records = await self._missing(head, State(head.store, seq, 0, ""))
+            records = await self._missing(head, HeadState(head.store, seq, 0, ""))
             assert records is not None, "nothing is missing between a snapshot and its HEAD"
             building = await self._blocking(lambda: LocalCopy(path, self.tables, building=True))
             await self._advance(building, building.state(), records, head, got)
@@ -431,7 +433,7 @@ class Replica:
                     await self._forks.stop(head, compared)
                 if known and known.keys().isdisjoint(found):
                     log.warning("%s: so much was written that a fork could not be noticed", self.head_key)
-            await self._blocking(building.built)
+            await self._blocking(building.finish_building)
             await self._blocking(lambda: self._use(building, compared.copy))
         except BaseException as error:
             if building is not None and self._copy is not building:
@@ -443,7 +445,7 @@ class Replica:
 
     async def _download(self, snapshot: Snapshot, path: Path) -> None:
         if not await self.objects.download(snapshot.key, path):
-            raise _Gone(snapshot.key)
+            raise _ObjectMissing(snapshot.key)
         if await self._blocking(lambda: sha256_of(path)) != snapshot.sha256:
             raise StoreDamaged(f"{snapshot.key} is not what was uploaded")
 
@@ -473,20 +475,20 @@ class Replica:
         """
         endpoint = self.objects.endpoint
         for _ in range(MAX_ROUNDS):
-            state, head = await self.blocking(lambda copy: copy.head())
+            state, head = await self.blocking(lambda copy: copy.state_and_head())
             if endpoint in head.raced:
                 return
             changed = head.next(raced=(*head.raced, endpoint)[-MAX_RACED:])
             body = changed.encode()
             outcome = await self.objects.put_if(self.head_key, body, state.etag)
             if isinstance(outcome, Stored):
-                await self.swapped(changed, (), Object(body, outcome.etag))
+                await self.apply_own_swap(changed, (), Object(body, outcome.etag))
             else:
                 await self.check()
         raise StoreUnavailable("HEAD could not be changed; try again")
 
 
-def _newer(one: State, other: State) -> State:
+def _newer(one: HeadState, other: HeadState) -> HeadState:
     return max(one, other, key=lambda state: state.ver)
 
 

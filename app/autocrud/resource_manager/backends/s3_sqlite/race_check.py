@@ -34,7 +34,7 @@ REPLACED = 2
 """How often the writers replace what they created, in each round. With one, s3proxy 4.1.0 passed 1 of 20 races."""
 MAX_REPEATS = 20
 LONGEST_PAUSE_S = 0.5
-FOLDER = "race/"
+RACE_FOLDER = "race/"
 
 _passed: weakref.WeakSet[ObjectStore] = weakref.WeakSet()
 """Clients whose storage passed a race in this process: the models of a bucket share one race."""
@@ -54,7 +54,7 @@ class _Written(NamedTuple):
     etag: str
 
 
-async def race_conditions(objects: ObjectStore, prefix: str) -> None:
+async def race_conditional_writes(objects: ObjectStore, prefix: str) -> None:
     """Race `If-None-Match: *` and `If-Match` on objects below `{prefix}race/`, and delete these objects.
 
     Does nothing if this client passed before. All writers of all objects are in flight at once, so each has a connection of its own.
@@ -63,7 +63,7 @@ async def race_conditions(objects: ObjectStore, prefix: str) -> None:
     """
     async with _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
         if objects not in _passed:
-            await _Race(objects, f"{prefix}{FOLDER}").run()
+            await _Race(objects, f"{prefix}{RACE_FOLDER}").run()
             _passed.add(objects)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...runtime.threads import shielded
 
 
-class SharedChecks:
+class CoalescedChecks:
     """Shares checks within an event loop: one runs, and those who come meanwhile wait for the next."""
 
     def __init__(self, check: Callable[[], object]) -> None:
