@@ -201,7 +201,7 @@ MUTANTS = [
     (
         "a key is not in the log",
         P + "local_copy.py",
-        "        if work.once is not None:\n",
+        "        if request.once is not None:\n",
         "        if False:\n",
         [*STORES, *S3],
     ),
@@ -332,8 +332,8 @@ MUTANTS = [
     (
         "what landed late is refused because of itself",
         P + "committer.py",
-        "copy.attempt(works, doubtful)",
-        "copy.attempt(works)",
+        "copy.attempt(requests, in_doubt)",
+        "copy.attempt(requests)",
         S3,
     ),
     (
@@ -405,17 +405,17 @@ MUTANTS = [
     (
         "a 304 counts while an own PUT may land",
         P + "committer.py",
-        "if not accepted and self._unresolved != etag:",
+        "if not accepted and self._unresolved_etag != etag:",
         "if not accepted:",
         S3,
     ),
-    ("absence is conclusive at once", P + "committer.py", "elif not self._unresolved:", "else:", S3),
+    ("absence is conclusive at once", P + "committer.py", "elif not self._unresolved_etag:", "else:", S3),
     ("absence is conclusive for ever", P + "committer.py", ">= REMEMBERED_TXIDS:", ">= 10**9:", S3),
     (
         "an answer before the swap",
         P + "committer.py",
-        '        outcome = await self._objects.put_if(self._replica.head_key, body, etag)\n        if isinstance(outcome, Stored):\n            self._unresolved = ""\n            await',
-        '        _answer(waiting, trial)\n        outcome = await self._objects.put_if(self._replica.head_key, body, etag)\n        if isinstance(outcome, Stored):\n            self._unresolved = ""\n            await',
+        '        outcome = await self._objects.put_if(self._replica.head_key, body, etag)\n        if isinstance(outcome, Stored):\n            self._unresolved_etag = ""\n            await',
+        '        _answer(waiting, trial)\n        outcome = await self._objects.put_if(self._replica.head_key, body, etag)\n        if isinstance(outcome, Stored):\n            self._unresolved_etag = ""\n            await',
         S3,
     ),
     ("everything unknown is collected", P + "housekeeping.py", "version <= head.ver and ", "", S3),
@@ -429,8 +429,8 @@ MUTANTS = [
     (
         "a check that is under way is shared",
         P + "coalesced_checks.py",
-        "        self._running, self._next = self._next, None\n        await self._check()  # type: ignore[misc]",
-        "        await self._check()  # type: ignore[misc]\n        self._running, self._next = self._next, None",
+        "        self._running, self._next = self._next, None\n        await self._check()",
+        "        await self._check()\n        self._running, self._next = self._next, None",
         S3,
     ),
     (
@@ -445,7 +445,7 @@ MUTANTS = [
         "what is known is known at the answer",
         P + "replica.py",
         "        self._check_lineage(head, known)\n",
-        "        self._check_lineage(head, max(known, self._seen, key=lambda one: one.ver))\n",
+        "        self._check_lineage(head, max(known, self._newest_seen, key=lambda one: one.ver))\n",
         S3,
     ),
     ("another store is taken", P + "replica.py", "if known.store and known.store != head.store:", "if False:", S3),
@@ -477,8 +477,8 @@ MUTANTS = [
     (
         "the newest known record is not read again",
         P + "replica.py",
-        "start = state if compared.decided else",
-        "start = state if True else",
+        "after = state.seq if compared.decided else",
+        "after = state.seq if True else",
         FORK,
     ),
     ("a snapshot is not compared", P + "replica.py", "if contradicts(known, found):", "if False:", FORK),
@@ -496,7 +496,13 @@ MUTANTS = [
         "",
         FORK,
     ),
-    ("a fork is forgotten at a restart", P + "replica.py", "                self._forks.refuse_recorded()\n", "", FORK),
+    (
+        "a fork is forgotten at a restart",
+        P + "current_copy.py",
+        "                self._forks.raise_if_recorded()\n",
+        "",
+        FORK,
+    ),
     ("HEAD names no versions before it", P + "head.py", "past=past, ", "", FORK),
     (
         "an old HEAD is taken if a swap is not in the copy",
@@ -506,7 +512,7 @@ MUTANTS = [
         FORK,
     ),
     ("another ETag of equal bytes stays unknown", P + "replica.py", "state.etag != got.etag:", "False:", FORK),
-    ("a copy that moved is advanced unseen", P + "local_copy.py", "if state != at:", "if False:", FORK),
+    ("a copy that moved is advanced unseen", P + "local_copy.py", "if state != base:", "if False:", FORK),
     (
         "rescued changes are forgotten without a file",
         "app/s3_tools/s3_rescue.py",
@@ -521,7 +527,7 @@ MUTANTS = [
         "pass",
         RESCUE,
     ),
-    ("snapshots are taken as they come", P + "replica.py", "!= snapshot.sha256:", "== b'':", S3),
+    ("snapshots are taken as they come", P + "log_reader.py", "!= snapshot.sha256:", "== b'':", S3),
     ("no size is refused", M + "contract/limits.py", "return len(json) > 2 * MAX_ITEMS", "return False", LIMITS),
     (
         "lists of any length",

@@ -17,6 +17,7 @@ import apsw
 import msgspec
 
 from ..autocrud.errors import ConfigError, CrudError
+from ..autocrud.resource_manager.backends.s3_sqlite.copy_files import current_path
 from ..autocrud.resource_manager.backends.s3_sqlite.fork_report import (
     LostRecords,
     find_lost,
@@ -26,7 +27,6 @@ from ..autocrud.resource_manager.backends.s3_sqlite.fork_report import (
     read_fork,
 )
 from ..autocrud.resource_manager.backends.s3_sqlite.head import LogRecord, decode_head, decode_ops
-from ..autocrud.resource_manager.backends.s3_sqlite.local_copy import current_path
 from ..autocrud.resource_manager.core import ResourceManager, SimpleStorage
 from ..autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from ..autocrud.resource_manager.model.verification import Verifier

@@ -20,7 +20,7 @@ from msgspec import Struct
 from app import wiring
 from app.autocrud import AutoCRUD
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
-from app.autocrud.resource_manager.backends.s3_sqlite import local_copy
+from app.autocrud.resource_manager.backends.s3_sqlite import copy_files
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.resource_store.cache import DiskCache
 from app.autocrud.resource_manager.runtime import disk_space, temporary
@@ -240,7 +240,7 @@ def test_errors_of_a_full_disk(error, free, expected, tmp_path, monkeypatch):
 
 
 def test_current_is_switched_wholly_or_not(tmp_path, monkeypatch):
-    local_copy.make_current(tmp_path / "copy-1.sqlite")
+    copy_files.make_current(tmp_path / "copy-1.sqlite")
 
     def fails(self, _):
         self.touch()
@@ -249,7 +249,7 @@ def test_current_is_switched_wholly_or_not(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", fails)
         with pytest.raises(OSError, match="No space"):
-            local_copy.make_current(tmp_path / "copy-2.sqlite")
+            copy_files.make_current(tmp_path / "copy-2.sqlite")
     assert files(tmp_path) == ["current"]
     assert (tmp_path / "current").read_text() == "copy-1.sqlite"
 

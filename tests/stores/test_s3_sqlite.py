@@ -655,7 +655,7 @@ async def test_an_export_is_a_plain_database_and_can_be_imported(objects, tmp_pa
 
 async def test_what_is_no_export_is_not_imported(objects):
     await objects.put(KEY, b"something else")
-    with pytest.raises(ConfigError, match="no database"):
+    with pytest.raises(ConfigError, match="not a database that crudstack exported"):
         await instance(objects).count()
     assert set(objects.objects) == {KEY}
 

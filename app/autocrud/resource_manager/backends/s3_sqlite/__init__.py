@@ -1,24 +1,42 @@
 """A SQLite index whose durable home is S3.
 
-    head           HEAD, records, segments: what stands in the bucket
-    local_copy     the SQLite file that reads are served from
-    fork           how a process notices that the history in the bucket is not the one that it knows
-    fork_report    which transactions a fork lost: the log, and the record in the data directory
-    race           the race of conditional writes, before a storage is trusted
-    creation       HEAD and BORN are created once, and the probe of conditions
-    replica        a local copy kept up with HEAD: check, catch-up
-    committer      the swap: group commit, unknown outcomes, rejections
-    housekeeping   snapshots, merges, collection
+The bucket holds the data of one model below one key: the store. The object HEAD names the current state of the store,
+and a transaction is committed when a conditional PUT replaces HEAD. Each process serves reads from a local copy, a
+SQLite file that is rebuilt from the bucket whenever it is lost. The protocol is explained in
+docs/design/commit-on-s3.md.
 
-The promise: what was acknowledged is in S3 and nobody overwrites it; per model, operations are linearizable; a quiet write is one swap and a
-strong read one conditional GET. The invariants stand where they are kept:
+From bottom to top:
 
-- I1 HEAD's ver and seq grow without gaps, and each HEAD is derived from the one whose ETag it named (head.Head.next, committer)
-- I2 everything HEAD refers to exists: it is put before the swap that names it, and collected only when no HEAD can name it (housekeeping)
-- I3 acknowledged: the txid is in the history exactly once; answered with a conflict: it is not in it (committer)
-- I4 replay is unconditional, deterministic and cannot fail (local_copy)
-- I5 store, seq, ver and ETag commit with the rows (local_copy)
-- I6 no clock decides; `bounded` reads alone look at one, for the staleness they allow
-- I7 no two HEADs have equal bytes (head: the nonce)
-- I8 a HEAD is accepted only if it continues every HEAD that the process knows (fork, replica)
+    head              HEAD, log records, segments and snapshots: the objects in the bucket
+    copy_files        the files of local copies in a directory
+    copy_directory    the directory of local copies, shared or private, and what to do if its disk is full
+    local_copy        LocalCopy: one SQLite file, at the state of one HEAD
+    fork              the rules by which a process notices that history has forked
+    fork_report       which transactions a fork lost: in the log, and in the directory of the local copy
+    fork_detector     compares each HEAD that is read with those that the process knows
+    current_copy      CurrentCopy: the LocalCopy that a process uses now, replaced if it is damaged or locked
+    log_reader        reads records and snapshots that a HEAD refers to
+    creation          creates HEAD and BORN once, and checks that the storage honours conditions
+    race_check        races conditional writes, before a storage is trusted
+    coalesced_checks  one check of HEAD for all callers that wait for one
+    replica           Replica: keeps the current copy up to date with HEAD
+    committer         S3Committer: group commit, unknown outcomes, rejections
+    housekeeping      snapshots, merges of segments, garbage collection
+
+The guarantees: An acknowledged commit is in S3, and no writer overwrites it. The operations on a model are
+linearizable. A write without contention is one swap, and a strong read is one conditional GET.
+
+The invariants, and the modules that keep them:
+
+- I1 The version and the record number of HEAD grow without gaps, and each HEAD is derived from the HEAD whose ETag its
+  PUT named (head, committer).
+- I2 Every object that HEAD refers to exists. It is put before the swap that names it, and deleted only when no HEAD can
+  name it any more (committer, housekeeping).
+- I3 The id of an acknowledged transaction is in the history exactly once. The id of a transaction that was answered
+  with a conflict is not in the history (committer).
+- I4 Replay of a record is unconditional and deterministic, and cannot fail (local_copy).
+- I5 The id of the store, record number, version and ETag are committed together with the rows (local_copy).
+- I6 No clock decides. Only reads with `consistency="bounded"` use a clock, for the staleness that they allow.
+- I7 No two HEADs have equal bytes, because each has a random nonce (head).
+- I8 A HEAD is accepted only if it continues every HEAD that the process knows, or if they continue it (fork, replica).
 """

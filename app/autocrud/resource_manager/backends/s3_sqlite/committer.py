@@ -1,17 +1,24 @@
-"""The swap: how transactions become the next HEAD. One committer for each event loop that writes; all of them are merely rivals.
+"""Commit transactions: put their log records into the next HEAD, and swap it in by a conditional PUT.
 
-A transaction is tried at the copy's state, its record is put into a HEAD' derived from exactly that HEAD, and HEAD' replaces it by If-Match.
+Each event loop that writes has one committer. Committers are rivals, in one process as on different machines. A
+transaction is tried at the state of the local copy. Its log record is put into a new HEAD that is derived from exactly
+the HEAD of that state, and the new HEAD replaces that one by `If-Match` (the swap). Transactions that wait at the same
+time share a swap (group commit).
 
 Invariants:
 
-- *Acknowledged is in S3* (I3): the answer follows the 200 of the swap, or the record that was found in the history.
-- *No answer before the outcome is known.* After anything but a 200, HEAD is read again, and the transaction is looked for by its txid, which
-  was drawn once. Absence is conclusive once HEAD's ETag is not the one that the PUT named, as long as no more records have passed than
-  copies remember; otherwise OutcomeUnknown is the answer, and nothing is tried again.
-- *A rejection is as true as a success*: it holds in the HEAD that was replaced by the batch it was part of, or a conditional GET confirms the
-  HEAD it was decided at. While a PUT of our own that named this HEAD may still land, an empty HEAD' is swapped in instead: its 200 proves
-  that the other never will.
-- A batch is never cancelled half way; whoever stops waiting does not know the outcome.
+- *An acknowledged transaction is in S3* (I3). It is answered after the swap returned 200, or after its record was found
+  in the history.
+- *A transaction is answered only when its outcome is known.* After any other response than 200, HEAD is read again, and
+  the transaction is looked for by its id, which is drawn once. If the id is missing, the transaction is not committed,
+  provided that HEAD has another ETag than the one that the PUT named, and that fewer records were written meanwhile
+  than a copy remembers. Otherwise the answer is OutcomeUnknown, and the transaction is not tried again.
+- *A rejection is as reliable as a success.* Either a swap replaced the HEAD that the rejection was decided at, or a
+  conditional GET proves that this HEAD is still the newest. If an own PUT that named this HEAD may still take effect, a
+  HEAD without new records is swapped in instead. Its 200 proves that the other PUT will fail.
+- A batch is never cancelled half way. A caller that stops waiting does not learn the outcome.
+
+The protocol is explained in docs/design/commit-on-s3.md.
 """
 
 from __future__ import annotations
@@ -42,24 +49,31 @@ from .replica import Replica
 log = logging.getLogger("crudstack.s3sqlite")
 
 COMMIT_TIMEOUT_S = 25.0
-"""How long an answer is sought; API Gateway waits for 30 s."""
+"""A transaction is tried for this long. API Gateway waits for 30 s."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+"""Pauses between attempts while S3 cannot be used and an outcome is open."""
 
 
 class Transaction:
-    __slots__ = ("base", "future", "seqs", "time", "txid", "uncertain", "work")
+    """One transaction that waits for its answer, on the event loop that asked."""
 
-    def __init__(self, work: WriteRequest, loop: asyncio.AbstractEventLoop) -> None:
-        self.work = work
+    __slots__ = ("base_seq", "future", "in_doubt", "metas_by_seq", "request", "time", "txid")
+
+    def __init__(self, request: WriteRequest, loop: asyncio.AbstractEventLoop) -> None:
+        self.request = request
         self.txid = os.urandom(16)
         self.time = microseconds(dt.datetime.now(dt.UTC))
         self.future: asyncio.Future[list[ResourceMeta]] = loop.create_future()
-        self.base: int | None = None  # HEAD's seq before the first attempt that is in doubt
-        self.uncertain = False  # whether a PUT that carried it may still land
-        self.seqs: dict[int, list[ResourceMeta]] = {}  # what it leaves, by the number that an attempt gave it
+        self.in_doubt = False
+        """Whether a PUT that carried this transaction may have taken effect, or may still do so."""
+        self.base_seq: int | None = None
+        """The number of the newest record before the first such PUT."""
+        self.metas_by_seq: dict[int, list[ResourceMeta]] = {}
+        """The metadata that the transaction leaves, by the record number that an attempt gave it."""
 
     def answer(self, result: list[ResourceMeta] | BaseException) -> None:
-        if self.future.done():  # whoever asked is gone
+        """Answer the transaction, unless it was answered or its caller is gone."""
+        if self.future.done():
             return
         if isinstance(result, BaseException):
             self.future.set_exception(result)
@@ -68,30 +82,46 @@ class Transaction:
 
 
 HeadEdit = Callable[[Head], Head | None]
-"""Returns the HEAD that replaces the given one, or None if nothing is to be done. It may be called again, for another HEAD."""
+"""Returns the HEAD that is to replace the given one, or None if there is nothing to do. It may be called again, for
+another HEAD."""
 
 
 class S3Committer:
+    """Commits transactions to one store, from one event loop.
+
+    Args:
+        replica: The local copy of the store.
+        tail_bytes: Bytes of the newest records that HEAD itself holds, at most.
+        max_batch: Transactions that share a swap, at most.
+        linger_s: Seconds that the first transaction of a batch waits for others.
+    """
+
     def __init__(self, replica: Replica, *, tail_bytes: int, max_batch: int, linger_s: float) -> None:
         self._replica, self._objects = replica, replica.objects
         self._tail_bytes, self._max_batch, self._linger_s = tail_bytes, max_batch, linger_s
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Transaction] = deque()
         self._running: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()
-        self._unresolved = ""  # the ETag that a PUT without a known outcome named
+        self._swap_lock = asyncio.Lock()
+        self._unresolved_etag = ""
+        """The ETag that a PUT without a known outcome named in its `If-Match`."""
 
-    async def commit(self, work: WriteRequest) -> list[ResourceMeta]:
-        """The metadata that the work left. VersionConflict, UniqueConflict, StaleGeneration, StoreUnavailable, WriteContention: not done, and
-        never will be. OutcomeUnknown."""
-        transaction = Transaction(work, self._loop)
+    async def commit(self, request: WriteRequest) -> list[ResourceMeta]:
+        """Commit a transaction, and return the metadata that it left.
+
+        Runs to completion even if the caller is cancelled. Raises OutcomeUnknown if the transaction may be committed or
+        may be committed later. Any other error says that it is not and never will be: VersionConflict, UniqueConflict,
+        StaleGeneration, WriteContention if other writers won every swap for COMMIT_TIMEOUT_S, StoreUnavailable, and the
+        errors of `Replica.check`.
+        """
+        transaction = Transaction(request, self._loop)
         self._queue.append(transaction)
         if self._running is None:
             self._running = self._loop.create_task(self._run())
         return await shielded(transaction.future)
 
     async def idle(self) -> None:
-        """Wait until nothing is on its way."""
+        """Wait until no transaction is under way."""
         while self._running is not None:
             await asyncio.wait([self._running])
 
@@ -101,37 +131,37 @@ class S3Committer:
             if self._linger_s:
                 await asyncio.sleep(self._linger_s)
             while self._queue:
-                async with self._turn:
+                async with self._swap_lock:
                     batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
-                    await self._settle(batch)
-        except BaseException as error:  # nobody may wait for ever
+                    await self._commit_batch(batch)
+        except BaseException as error:  # every caller needs an answer
             for transaction in (*batch, *self._queue):
-                transaction.answer(_given_up(transaction, error))
+                transaction.answer(_final_error(transaction, error))
             self._queue.clear()
             if not isinstance(error, CrudError):
                 raise
         finally:
             self._running = None
 
-    async def _settle(self, waiting: list[Transaction]) -> None:
-        """Answer every one of them."""
+    async def _commit_batch(self, waiting: list[Transaction]) -> None:
+        """Answer every one of these transactions."""
         deadline = self._loop.time() + COMMIT_TIMEOUT_S
         pause = FIRST_PAUSE_S
         while waiting:
             try:
-                settled = await self._swap(waiting)
+                all_answered = await self._try_swap(waiting)
             except (ConfigError, StoreDamaged, HistoryForked) as error:  # waiting does not help
                 _answer_all(waiting, error)
                 return
             except CrudError as error:
-                # S3 or the copy cannot be used now; whose outcome is open waits for a better moment.
-                if self._loop.time() + pause > deadline or not any(one.uncertain for one in waiting):
+                # S3 or the copy cannot be used now. Transactions in doubt wait until their outcome can be read.
+                if self._loop.time() + pause > deadline or not any(one.in_doubt for one in waiting):
                     _answer_all(waiting, error)
                     return
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
-                settled = False
-            if settled:
+                all_answered = False
+            if all_answered:
                 return
             waiting = [transaction for transaction in waiting if not transaction.future.done()]
             if self._loop.time() > deadline:
@@ -141,26 +171,31 @@ class S3Committer:
                 )
                 return
 
-    async def _swap(self, waiting: list[Transaction]) -> bool:
-        """One attempt. True: all are answered. Whoever was found in the history meanwhile is answered too."""
+    async def _try_swap(self, waiting: list[Transaction]) -> bool:
+        """Make one attempt. Return True if all transactions are answered.
+
+        Also answers transactions that are found in the history meanwhile.
+        """
         if self._replica.unapplied_version:
-            # A swap at the copy's state must fail. If the copy cannot be brought up, a full disk for one, nothing was sent.
+            # A swap at the state of this copy would fail. If the copy cannot be brought up, for example because the
+            # disk is full, nothing is sent.
             await self._replica.check()
-        if any(transaction.uncertain for transaction in waiting):
+        if any(transaction.in_doubt for transaction in waiting):
             await self._find_in_history(waiting)
             waiting = [transaction for transaction in waiting if not transaction.future.done()]
             if not waiting:
                 return True
-        works = [transaction.work for transaction in waiting]
-        doubtful = [transaction.txid for transaction in waiting if transaction.uncertain]
-        trial = await self._replica.blocking(lambda copy: copy.attempt(works, doubtful))
+        requests = [transaction.request for transaction in waiting]
+        in_doubt = [transaction.txid for transaction in waiting if transaction.in_doubt]
+        trial = await self._replica.blocking(lambda copy: copy.attempt(requests, in_doubt))
         if trial.found or any(
-            one.uncertain and one.base is not None and trial.state.seq - one.base >= REMEMBERED_TXIDS for one in waiting
+            one.in_doubt and one.base_seq is not None and trial.state.seq - one.base_seq >= REMEMBERED_TXIDS
+            for one in waiting
         ):
-            return False  # the copy has moved since they were looked for: that comes first
+            return False  # the copy advanced after the transactions in doubt were looked for, so look again first
         accepted = [(one, made) for one, made in zip(waiting, trial.attempts, strict=True) if made.ops]
         base, etag = trial.head, trial.state.etag
-        if not accepted and self._unresolved != etag:
+        if not accepted and self._unresolved_etag != etag:
             found = await self._objects.get_if_changed(self._replica.head_key, etag)
             if found is UNCHANGED:
                 _answer(waiting, trial)
@@ -172,40 +207,41 @@ class S3Committer:
         for transaction, made in accepted:
             seq, time = seq + 1, max(time, transaction.time)
             records.append(LogRecord(seq, transaction.txid, time, made.ops))
-            transaction.seqs[seq] = made.metas
-        head = await self._with(base, trial, records)
-        # From here on what we carry may land, until the outcome says otherwise.
+            transaction.metas_by_seq[seq] = made.metas
+        head = await self._next_head(base, trial, records)
+        # From here on these transactions may be committed, until the outcome says otherwise.
         for transaction, _ in accepted:
-            transaction.uncertain = True
-            transaction.base = base.seq if transaction.base is None else transaction.base
+            transaction.in_doubt = True
+            transaction.base_seq = base.seq if transaction.base_seq is None else transaction.base_seq
         body = head.encode()
         outcome = await self._objects.put_if(self._replica.head_key, body, etag)
         if isinstance(outcome, Stored):
-            self._unresolved = ""
-            await self._advance(head, records, Object(body, outcome.etag))
+            self._unresolved_etag = ""
+            await self._apply_swap(head, records, Object(body, outcome.etag))
             _answer(waiting, trial)
             return True
-        # After a conflict too: it may be our own success, repeated by something on the way, and if HEAD has not moved it was none.
-        self._unresolved = etag
+        # A conflict is in doubt too: a proxy may have repeated the PUT, so that our own success caused the conflict. If
+        # HEAD has not changed, the PUT has not succeeded.
+        self._unresolved_etag = etag
         log.info("%s: version %d: %s", self._replica.head_key, head.ver, outcome)
         await self._find_in_history(waiting)
         return False
 
-    async def _with(self, base: Head, trial: Trial, records: Sequence[LogRecord]) -> Head:
-        """HEAD' with these records; what its tail has no room for is put into a segment first (I2)."""
+    async def _next_head(self, base: Head, trial: Trial, records: Sequence[LogRecord]) -> Head:
+        """Return the next HEAD with these records. Records that exceed its tail are put into a segment first (I2)."""
         tail = [*base.tail, *records]
-        cut = max((at + 1 for at, record in enumerate(tail) if record.size > self._tail_bytes // 4), default=0)
+        cut = max((index + 1 for index, record in enumerate(tail) if record.size > self._tail_bytes // 4), default=0)
         if sum(record.size for record in tail[cut:]) > self._tail_bytes:
-            room = self._tail_bytes // 2
+            free = self._tail_bytes // 2
             kept = len(tail)
-            while kept > cut and room >= tail[kept - 1].size:
+            while kept > cut and free >= tail[kept - 1].size:
                 kept -= 1
-                room -= tail[kept].size
+                free -= tail[kept].size
             cut = kept
         segments = base.segs
         if cut:
             spilled = tail[:cut]
-            key = segment_key(self._replica.prefix, base.ver + 1, spilled[0].seq)  # a name of its own for each attempt
+            key = segment_key(self._replica.prefix, base.ver + 1, spilled[0].seq)  # each attempt has another name
             segment = encode_segment(spilled)
             await self._objects.put(key, segment)
             segments = (*segments, Segment(key, spilled[0].seq, spilled[-1].seq, len(segment)))
@@ -218,11 +254,11 @@ class S3Committer:
             logged=base.logged + sum(record.size for record in records),
         )
 
-    async def _advance(self, head: Head, records: Sequence[LogRecord], got: Object) -> None:
-        """Bring the copy up to our own swap. If it cannot be, the next read must: its ETag is still the old one.
+    async def _apply_swap(self, head: Head, records: Sequence[LogRecord], got: Object) -> None:
+        """Bring the copy up to an own swap. If that fails, the next read does it, because the copy keeps the old ETag.
 
-        Raises HistoryForked if another process of this directory knows another HEAD of this version: perhaps the swap is lost, so it is
-        not acknowledged.
+        Raises HistoryForked if another process of this directory knows another HEAD of this version. The swap may be
+        lost then, so it is not acknowledged.
         """
         try:
             await self._replica.apply_own_swap(head, records, got)
@@ -235,28 +271,33 @@ class S3Committer:
             )
 
     async def _find_in_history(self, waiting: Sequence[Transaction]) -> None:
-        """Read HEAD, and answer those transactions that are in the history."""
+        """Read HEAD, and answer the transactions that are in the history."""
         await self._replica.check()
-        doubtful = [transaction for transaction in waiting if transaction.uncertain]
-        txids = [transaction.txid for transaction in doubtful]
+        in_doubt = [transaction for transaction in waiting if transaction.in_doubt]
+        txids = [transaction.txid for transaction in in_doubt]
         state, found = await self._replica.blocking(lambda copy: copy.find_transactions(txids))
-        if self._unresolved != state.etag:
-            self._unresolved = ""  # what named another ETag can never land
-        for transaction in doubtful:
+        if self._unresolved_etag != state.etag:
+            self._unresolved_etag = ""  # HEAD never has this ETag again, so that PUT can no longer take effect
+        for transaction in in_doubt:
             seq = found.get(transaction.txid)
             if seq is not None:
-                transaction.answer(transaction.seqs.get(seq) or [])
-            elif transaction.base is not None and state.seq - transaction.base >= REMEMBERED_TXIDS:
+                transaction.answer(transaction.metas_by_seq.get(seq) or [])
+            elif transaction.base_seq is not None and state.seq - transaction.base_seq >= REMEMBERED_TXIDS:
                 transaction.answer(
-                    OutcomeUnknown("so much was written meanwhile that nobody remembers; look before you try again")
+                    OutcomeUnknown(
+                        "too much was written meanwhile to tell whether this was stored; look before you try again"
+                    )
                 )
-            elif not self._unresolved:
-                transaction.uncertain, transaction.base = False, None
+            elif not self._unresolved_etag:
+                transaction.in_doubt, transaction.base_seq = False, None
 
     async def edit(self, edit: HeadEdit) -> Head | None:
-        """Swap in an edited HEAD; the HEAD that holds afterwards, None where the edit had nothing to do."""
+        """Swap in an edited HEAD that has no new records, and return it; None if the edit returned None.
+
+        Raises StoreUnavailable if no swap succeeded for COMMIT_TIMEOUT_S, and the errors of `Replica.check`.
+        """
         deadline = self._loop.time() + COMMIT_TIMEOUT_S
-        async with self._turn:
+        async with self._swap_lock:
             while self._loop.time() < deadline:
                 state, base = await self._replica.blocking(lambda copy: copy.state_and_head())
                 head = edit(base)
@@ -265,14 +306,14 @@ class S3Committer:
                 body = head.encode()
                 outcome = await self._objects.put_if(self._replica.head_key, body, state.etag)
                 if isinstance(outcome, Stored):
-                    self._unresolved = ""
-                    await self._advance(head, (), Object(body, outcome.etag))
+                    self._unresolved_etag = ""
+                    await self._apply_swap(head, (), Object(body, outcome.etag))
                     return head
-                self._unresolved = state.etag
+                self._unresolved_etag = state.etag
                 await self._replica.check()
                 now = await self._replica.blocking(lambda copy: copy.state())
-                if now.etag != self._unresolved:
-                    self._unresolved = ""
+                if now.etag != self._unresolved_etag:
+                    self._unresolved_etag = ""
         raise StoreUnavailable("HEAD could not be changed; try again")
 
 
@@ -283,12 +324,12 @@ def _answer(waiting: Sequence[Transaction], trial: Trial) -> None:
 
 def _answer_all(waiting: Sequence[Transaction], error: CrudError) -> None:
     for transaction in waiting:
-        transaction.answer(_given_up(transaction, error))
+        transaction.answer(_final_error(transaction, error))
 
 
-def _given_up(transaction: Transaction, error: BaseException) -> CrudError:
-    """What to say of a transaction that is not tried any more."""
-    if transaction.uncertain:
+def _final_error(transaction: Transaction, error: BaseException) -> CrudError:
+    """Return the answer to a transaction that is not tried any more."""
+    if transaction.in_doubt:
         return OutcomeUnknown("the object storage did not say whether this was stored; look before you try again")
     if isinstance(error, CrudError):
         return error

@@ -1,4 +1,4 @@
-"""The directory that a local copy lies in: one that processes share, or one of this process."""
+"""The directory of a local copy: one that several processes share, or a private one of this process."""
 
 from __future__ import annotations
 
@@ -16,73 +16,77 @@ from ....errors import StoreUnavailable
 from ...runtime.disk_space import DiskFull, full, is_full, make_room
 from ...runtime.temporary import ProcessDirectory
 from ..sqlite.errors import translated
-from .local_copy import remove_leftovers
+from .copy_files import remove_leftovers
 
 T = TypeVar("T")
 
-ROUNDS = 3
-"""How often room is made for one piece of work. On a disk that others fill, each round may find a little."""
+ATTEMPTS_TO_FREE_SPACE = 3
+"""How often space is freed for one piece of work. If other programs fill the disk, each attempt may free a little."""
 
 UNUSED_S = 60.0
-"""On a full disk, a file of a shared directory that nobody has written to for so long is removed. A file in the making
-is written to all the time."""
+"""On a full disk, a file of a shared directory is removed if it is not current and was not modified for this long. A
+file that is being built is modified all the time."""
 
 log = logging.getLogger("crudstack.s3sqlite")
 
 
 class CopyDirectory:
-    """`given`: the shared directory; None for one of this process, which is gone with it."""
+    """`shared`: the directory that processes share; None for a private one, which is removed when the process ends."""
 
-    def __init__(self, given: Path | None) -> None:
-        self.given = given
-        self._own: ProcessDirectory | None = None
+    def __init__(self, shared: Path | None) -> None:
+        self.shared = shared
+        self._private: ProcessDirectory | None = None
 
-    def made(self) -> Path:
-        """Return the directory; it is made if it is not there. Blocks. Raises OSError."""
-        if self.given is not None and self._own is None:
-            self.given.mkdir(parents=True, exist_ok=True)
-            return self.given
-        return self.own()
+    def path(self) -> Path:
+        """Return the directory in use, and create it if it is missing. Blocks. Raises OSError."""
+        if self.shared is not None and self._private is None:
+            self.shared.mkdir(parents=True, exist_ok=True)
+            return self.shared
+        return self.use_private()
 
-    def own(self) -> Path:
-        """Return the directory of this process, which `made` returns from then on too. Blocks. Raises OSError."""
-        if self._own is None:
-            self._own = ProcessDirectory()
-        return self._own.path
+    def use_private(self) -> Path:
+        """Use a directory of this process from now on, and return it. Blocks. Raises OSError."""
+        if self._private is None:
+            self._private = ProcessDirectory()
+        return self._private.path
 
-    def remove_own(self) -> None:
-        own, self._own = self._own, None
-        if own is not None:
-            own.remove()
+    def remove_private(self) -> None:
+        """Remove the private directory, if there is one. Blocks."""
+        private, self._private = self._private, None
+        if private is not None:
+            private.remove()
 
     @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
-        """Raise errors of SQLite and of the system as CrudErrors."""
+    def translated_errors(self) -> Iterator[None]:
+        """Raise errors of SQLite and of the operating system as CrudErrors."""
         try:
             yield
         except apsw.Error as error:
-            raise translated(error, self._where()) from error
+            raise translated(error, self._on_disk()) from error
         except OSError as error:
-            if is_full(error, self._where()):
-                raise full(error, self._where()) from error
-            log.error("%s: %s", self._where(), error)
+            if is_full(error, self._on_disk()):
+                raise full(error, self._on_disk()) from error
+            log.error("%s: %s", self._on_disk(), error)
             raise StoreUnavailable("the directory of the local copy cannot be used") from error
 
-    async def with_room(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do the work. If the disk is full, make room on it and do the work again, at most ROUNDS times."""
-        for _ in range(ROUNDS):
+    async def retry_with_space(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do the work. If the disk is full, free space and repeat the work, up to ATTEMPTS_TO_FREE_SPACE times.
+
+        Raises DiskFull if no space can be freed.
+        """
+        for _ in range(ATTEMPTS_TO_FREE_SPACE):
             try:
                 return await work()
             except DiskFull:
-                if not await asyncio.get_running_loop().run_in_executor(None, self._make_room):
+                if not await asyncio.get_running_loop().run_in_executor(None, self._free_space):
                     raise
         return await work()
 
-    def _make_room(self) -> bool:
-        given = self.given
-        more = None if given is None else lambda: remove_leftovers(given, UNUSED_S)
-        return make_room(self._where(), more)
+    def _free_space(self) -> bool:
+        shared = self.shared
+        more = None if shared is None else lambda: remove_leftovers(shared, UNUSED_S)
+        return make_room(self._on_disk(), more)
 
-    def _where(self) -> Path:
-        """Return the directory, or a place on the disk that it is to be made on."""
-        return self._own.path if self._own is not None else self.given or Path(tempfile.gettempdir())
+    def _on_disk(self) -> Path:
+        """Return the directory, or an existing one on the same disk if it is not created yet."""
+        return self._private.path if self._private is not None else self.shared or Path(tempfile.gettempdir())

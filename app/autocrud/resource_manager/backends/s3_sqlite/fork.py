@@ -1,27 +1,21 @@
-"""Notice a fork: the history in the bucket is not a continuation of what this process knows.
+"""Notice a fork: the history in the bucket does not continue the history that this process knows.
 
-On a correct storage a history cannot fork, because each HEAD is derived from the one that it replaced. A storage whose
-conditional PUT compares first and writes afterwards lets it fork: two writers derive different HEADs of the same version
-from one HEAD, both are told that they succeeded, and one HEAD overwrites the other. The version number does not show
-that. The nonces and the transaction ids do.
+On a correct storage a history cannot fork, because each HEAD is derived from the one that it replaced. Some storages
+compare first and write afterwards. On these, two writers can both be told that they replaced the same HEAD, and one of
+the two new HEADs overwrites the other. Both have the same version number, but other nonces and other transaction ids.
 
-Invariant: *a HEAD that was read is accepted only if it continues every HEAD that this process knows, or if they continue
-it.* This process knows the HEAD of its local copy, the HEADs that its own swaps stored, and those that it accepted.
+Invariant (I8): *A HEAD that was read is accepted only if it continues every HEAD that this process knows, or if they
+continue it.* This process knows the HEAD of its local copy, the HEADs that its own swaps stored, and those that it
+accepted.
 
-- Each HEAD names the nonces of the versions before it (`Head.past`). Two HEADs that name different nonces for one
-  version have different histories. If the newer one names the nonce of the older one, it continues the older one.
+- Each HEAD names the nonces of the versions before it (`Head.past`). If two HEADs name different nonces for one
+  version, their histories differ. If the newer HEAD names the nonce of the older one, it continues the older one.
 - Otherwise the nonces do not decide: more versions have passed than a HEAD names, or a program that does not write
-  `past` swapped. Then the transaction ids decide. The log, or the snapshot, is read from the newest known record on. A
-  record of a known number must have the known id. Equal ids mean equal histories up to there, because a transaction is
-  attempted again only on a history that does not have it.
+  `past` has swapped. Then the transaction ids decide: the log, or the snapshot, is read from the newest known record
+  on, and each record of a known number must have the known id.
+- ETags decide nothing, because a bucket that was copied or encrypted again has other ETags for equal bytes.
 
-No false alarm: each HEAD that this process knows was the content of the object at some moment, so on a correct storage
-all of them, and every HEAD that is read later, are of one line. A delayed answer brings an older HEAD of that line.
-
-ETags decide nothing: a bucket that was copied or encrypted anew has other ETags for equal bytes.
-
-Two things escape. A process that is gone, and whose local copy is gone or lacks its last swap, compares nothing. And if
-more records have passed than copies remember, and the log was replaced by a snapshot, nothing is left to compare.
+docs/design/commit-on-s3.md explains why there are no false alarms, and which forks cannot be noticed.
 """
 
 from __future__ import annotations
@@ -34,16 +28,16 @@ from .head import Head, LogRecord
 
 
 class KnownHead(NamedTuple):
-    """A HEAD, and the transaction id of its newest record if that is known."""
+    """A HEAD, and the transaction id of its newest record; None if that id is not known."""
 
     head: Head
     txid: bytes | None
 
 
 class KnownHeads:
-    """The newest HEADs that this process stored or accepted, whatever its local copy has. Several only if they do not continue each other.
+    """The newest HEADs that this process stored or accepted, even if its local copy lacks them.
 
-    Threads may share it.
+    Holds several only if their nonces do not show that one continues the other. Safe to use from several threads.
     """
 
     def __init__(self) -> None:
@@ -51,10 +45,17 @@ class KnownHeads:
         self._known: tuple[KnownHead, ...] = ()
 
     def of(self, store: str) -> tuple[KnownHead, ...]:
+        """Return the known HEADs of the store with this id."""
         return tuple(one for one in self._known if one.head.store == store)
 
     def add(self, head: Head, newest: LogRecord | None = None, *, instead: Sequence[KnownHead] = ()) -> None:
-        """Remember a HEAD in place of those that it continues. `newest`: its newest record; `instead`: HEADs that it was compared with."""
+        """Remember a HEAD in place of those that it continues.
+
+        Args:
+            head: The HEAD that was stored or accepted.
+            newest: Its newest record, if it is known and not in the tail of HEAD.
+            instead: The HEADs that this one was compared with. Those with a lower version are dropped.
+        """
         newest = head.tail[-1] if head.tail else newest
         added = KnownHead(head, None if newest is None else newest.txid)
         with self._mutex:
@@ -82,14 +83,15 @@ def _nonce_of(head: Head, version: int) -> bytes | None:
 
 
 def has_fewer_records(known: Head, head: Head) -> bool:
-    """Return whether a HEAD has a higher version and fewer records than a known one, which no continuation has."""
+    """Return whether a HEAD has a higher version but fewer records than a known HEAD, so does not continue it."""
     return head.ver > known.ver and head.seq < known.seq
 
 
 def txids_of(records: Iterable[LogRecord]) -> dict[int, bytes]:
+    """Return the transaction ids of records, by number."""
     return {record.seq: record.txid for record in records}
 
 
 def contradicts(known: Mapping[int, bytes], found: Mapping[int, bytes]) -> bool:
-    """Return whether a record of a known number has another transaction id."""
+    """Return whether a number has another transaction id in `found` than in `known`."""
     return any(found.get(seq, txid) != txid for seq, txid in known.items())

@@ -1,6 +1,7 @@
-"""Tell which transactions a fork lost: in the log, and in the directory of the local copy, where `crudstack s3-rescue` reads it.
+"""Report which transactions a fork lost: in the log, and in the directory of the local copy for `crudstack s3-rescue`.
 
-Everything here is best effort on purpose. The history has forked already, and the objects of either side may be incomplete.
+Everything here is best effort on purpose. The history has forked already, and the objects of either history may be
+incomplete.
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ from msgspec import Struct
 from ....errors import CrudError, StoreDamaged
 from ...runtime.temporary import ProcessDirectory
 from ..s3.object_store import ObjectStore
+from .copy_files import current_path
 from .fork import txids_of
 from .head import Head, LogRecord, Segment, decode_head, decode_ops, decode_segment
-from .local_copy import current_path
 
 log = logging.getLogger("crudstack.s3sqlite")
 
-WHAT = (
+CAUSE = (
     "the object storage lost acknowledged writes: its history does not continue what was acknowledged here, so this"
     " program has stopped serving this model"
 )
-RECORDED = (
-    f"{WHAT}; run `crudstack s3-rescue FILE` on this machine, with the settings of this program, to write them to a file; to"
-    " resume, stop this program, run `crudstack s3-rescue FILE --resume`, and start it on an object storage that decides"
-    " between concurrent writers"
+RECORDED_MESSAGE = (
+    f"{CAUSE}; run `crudstack s3-rescue FILE` on this machine, with the settings of this program, to write them to a"
+    " file; to resume, stop this program, run `crudstack s3-rescue FILE --resume`, and start it on an object storage"
+    " that decides between concurrent writers"
 )
-"""The error if the fork is recorded in a data directory."""
-LOGGED = (
-    f"{WHAT}; its log names the lost transactions; to resume, move to an object storage that decides between concurrent"
-    " writers, and start this program again: it then serves what the object storage holds"
+"""The text of HistoryForked if the fork is recorded in the directory of the local copy."""
+LOGGED_MESSAGE = (
+    f"{CAUSE}; its log names the lost transactions; to resume, move to an object storage that decides between"
+    " concurrent writers, and start this program again: it then serves what the object storage holds"
 )
-"""The error if there is no data directory."""
+"""The text of HistoryForked if the local copy has a temporary directory."""
 LOGGED_AT_MOST = 100
 PATTERN = "fork-*.json"
 
 
-class Fork(Struct, frozen=True, kw_only=True):
-    """What is recorded of a fork. A lost record has no `ops` if it could not be read any more."""
+class ForkRecord(Struct, frozen=True, kw_only=True):
+    """The content of a file that records a fork. A lost record has no `ops` if its log could not be read any more."""
 
     key: str
     store: str
@@ -54,13 +55,15 @@ class Fork(Struct, frozen=True, kw_only=True):
 
 
 class LostRecords(NamedTuple):
+    """The records that the bucket does not hold, by ascending number."""
+
     records: list[LogRecord]
     incomplete: bool
-    """Whether some record could not be read, so that its content or its absence from the bucket is not known."""
+    """Whether a record could not be read, so that its content is unknown, or whether the bucket holds it."""
 
 
 class _History:
-    """The records of some HEADs, as far as their log can be read."""
+    """The records of some HEADs, as far as their logs can be read."""
 
     def __init__(self) -> None:
         self.records: dict[bytes, LogRecord] = {}
@@ -68,12 +71,12 @@ class _History:
         self._segments: set[Segment] = set()
 
     def add(self, head: Head, known: Sequence[Segment] = ()) -> None:
-        """`known`: segments that need not be read."""
+        """Add a HEAD. The segments in `known` need not be read."""
         self.records.update({record.txid: record for record in head.tail})
         self._segments.update(set(head.segs) - set(known))
 
     async def read(self, objects: ObjectStore, first: int = 0) -> None:
-        """Read the segments that reach up to record `first` or further."""
+        """Read the segments whose last record is `first` or later."""
         for segment in sorted(self._segments):
             if segment.last >= first:
                 try:
@@ -87,17 +90,24 @@ class _History:
 
 
 async def find_lost(
-    objects: ObjectStore, head_key: str, mine: Sequence[Head], more: Iterable[LogRecord], found: Head
+    objects: ObjectStore, head_key: str, known_heads: Sequence[Head], more: Iterable[LogRecord], found: Head
 ) -> LostRecords:
-    """Return the records of `mine`, and of `more`, that are not in the bucket. `found`: the HEAD that contradicted.
+    """Return the known records that the bucket does not hold. Ignores errors of S3 as far as possible.
 
-    `more` may have no `ops`, if only ids are known. HEAD is read again, because only what the bucket holds now tells which side of the fork it keeps.
+    Reads HEAD again, because only the current HEAD tells which of the two histories the bucket keeps.
+
+    Args:
+        objects: The bucket.
+        head_key: The key of HEAD.
+        known_heads: The HEADs that this process knew.
+        more: More known records. They have no `ops` if only their ids are known.
+        found: The HEAD that contradicts the known ones. It is used if HEAD cannot be read again.
     """
     with contextlib.suppress(CrudError):
         now = await objects.get(head_key)
         found = found if now is None else decode_head(now.body)
     ours, theirs = _History(), _History()
-    for head in mine:
+    for head in known_heads:
         if head.store == found.store:
             ours.add(head, found.segs)
     theirs.add(found)
@@ -114,20 +124,23 @@ async def find_lost(
     txids = set(there.values())
 
     def is_lost(record: LogRecord) -> bool:
-        """Of a number that the bucket cannot tell of any more, nothing is known."""
+        # If the bucket no longer holds the id of this number, the record is not reported.
         return record.txid not in txids and (record.seq > found.seq or record.seq in there)
 
     records = sorted(filter(is_lost, known.values()), key=lambda record: record.seq)
     return LostRecords(records, ours.incomplete or theirs.incomplete or any(not record.ops for record in records))
 
 
-def ids_alone(txids: Mapping[int, bytes]) -> list[LogRecord]:
-    """Return records of which only the number and the transaction id are known."""
+def records_of_ids(txids: Mapping[int, bytes]) -> list[LogRecord]:
+    """Return records without content, of which only the numbers and the transaction ids are known."""
     return [LogRecord(seq, txid, 0, b"") for seq, txid in txids.items()]
 
 
 def read_copy(directory: Path) -> tuple[list[Head], list[LogRecord]]:
-    """Return the HEAD of the local copy in a directory, and its newest records without `ops`. Nothing if there is no usable copy."""
+    """Return the HEAD of the local copy in a directory, and its newest records without `ops`. Blocks.
+
+    Both are empty if there is no usable copy.
+    """
     path = current_path(directory)
     if path is None:
         return [], []
@@ -135,14 +148,17 @@ def read_copy(directory: Path) -> tuple[list[Head], list[LogRecord]]:
         with contextlib.closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
             body = connection.execute("SELECT head FROM copy").get
             txids = dict(connection.execute("SELECT seq, txid FROM recent"))
-        return [decode_head(body)] if body else [], ids_alone(txids)
+        return [decode_head(body)] if body else [], records_of_ids(txids)
     except (apsw.Error, CrudError) as error:
         log.error("%s cannot be read: %s", path, error)
         return [], []
 
 
 def forget_copy(directory: Path) -> None:
-    """Remove the local copy and the record of forks in a directory. Raises OSError. The record goes last, and with it the refusal to serve."""
+    """Remove the local copies and the records of forks in a directory. Blocks. Raises OSError.
+
+    The records are removed last, because a process refuses to serve the model as long as one exists.
+    """
     for pattern in ("current", "copy-*", "current-*", "fork-*.new", PATTERN):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
@@ -161,12 +177,12 @@ async def _snapshot_txids(objects: ObjectStore, key: str) -> dict[int, bytes]:
     return {}
 
 
-def log_fork(head_key: str, mine: Sequence[Head], found: Head, lost: LostRecords) -> None:
-    """Log the versions, and the ids of the lost transactions and of their resources."""
-    known = ", ".join(f"{head.ver} ({head.nonce.hex()})" for head in mine)
+def log_fork(head_key: str, known_heads: Sequence[Head], found: Head, lost: LostRecords) -> None:
+    """Log the versions, the ids of the lost transactions, and the ids of their resources."""
+    known = ", ".join(f"{head.ver} ({head.nonce.hex()})" for head in known_heads)
     log.error(
-        "%s: history-forked: HEAD is at version %d (%s), which does not continue version %s; acknowledged or attempted here, and not"
-        " there: %d transactions%s",
+        "%s: history-forked: HEAD is at version %d (%s), which does not continue version %s; acknowledged or attempted"
+        " here, and not there: %d transactions%s",
         head_key,
         found.ver,
         found.nonce.hex(),
@@ -184,8 +200,8 @@ def log_fork(head_key: str, mine: Sequence[Head], found: Head, lost: LostRecords
 # The record of a fork, in the directory of the local copy
 
 
-def record_fork(directory: Path, fork: Fork) -> None:
-    """Write a fork down. It is on disk when this returns. Raises OSError."""
+def record_fork(directory: Path, fork: ForkRecord) -> None:
+    """Record a fork in a file, and sync the file and the directory to disk. Blocks. Raises OSError."""
     name = f"fork-{uuid4().hex}"
     temporary = directory / f"{name}.new"
     with temporary.open("wb") as file:
@@ -201,13 +217,13 @@ def record_fork(directory: Path, fork: Fork) -> None:
 
 
 def fork_files(directory: Path) -> list[Path]:
-    """Return the files that `record_fork` wrote in this directory."""
+    """Return the files that `record_fork` wrote in this directory. Blocks."""
     return sorted(directory.glob(PATTERN))
 
 
-def read_fork(path: Path) -> Fork:
-    """Raises StoreDamaged if the file cannot be read."""
+def read_fork(path: Path) -> ForkRecord:
+    """Return the content of a file that `record_fork` wrote. Blocks. Raises StoreDamaged if it cannot be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Fork)
+        return msgspec.json.decode(path.read_bytes(), type=ForkRecord)
     except (OSError, msgspec.MsgspecError) as error:
         raise StoreDamaged(f"{path.name}, which records a fork, cannot be read: {error}") from None

@@ -1,13 +1,14 @@
-"""What stands in the bucket below `{key}/`.
+"""HEAD, log records, segments and snapshots: the objects of a store, below `{key}/` in the bucket.
 
-    HEAD                               replaced only by If-Match: the swap
-    BORN                               the id of the store, written once
-    seg/{ver}-{first}-{uuid}           records; immutable
-    snap/{ver}-{seq}-{uuid}.sqlite     an ordinary SQLite file; immutable
-    race/{uuid}                        written and deleted while conditions are raced
+    HEAD                               names the current state; replaced only by If-Match: the swap
+    BORN                               the id of the store; written once
+    seg/{ver}-{first}-{uuid}           a segment: older log records; immutable
+    snap/{ver}-{seq}-{uuid}.sqlite     a snapshot: an ordinary SQLite file; immutable
+    race/{uuid}                        written and deleted during the race check
 
-A name starts with the version of the HEAD that may be the first to refer to it. So a name whose version is not above HEAD's, and which HEAD
-does not contain, can never be referred to again (I2). Nothing that another store keeps below this key has such a name in these two folders.
+The name of a segment or snapshot starts with the version of the first HEAD that can refer to it. So if that version is
+not above the version of HEAD, and HEAD does not refer to the object, no HEAD will ever refer to it (I2). Another store
+that keeps its objects below the same key has no such names in these two folders.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from ..log_records import Op
 FORMAT = 1
 _NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
 MAX_PAST = 32
-"""Versions whose nonces a HEAD names, about 12 bytes each: see fork."""
+"""A HEAD names the nonces of so many versions before it, about 12 bytes each: see fork."""
 
 
 class LogRecord(NamedTuple):
-    """One transaction: `ops` is a MessagePack list of Op. `time` is microseconds since 1970, never below the one before."""
+    """One transaction in the log.
+
+    `ops` is a MessagePack list of operations. `time` is in microseconds since 1970 and never decreases.
+    """
 
     seq: int
     txid: bytes
@@ -43,11 +47,12 @@ class LogRecord(NamedTuple):
 
     @property
     def size(self) -> int:
+        """The bytes of this record in a log, about."""
         return len(self.ops) + 40
 
 
 class Segment(NamedTuple):
-    """An object that holds the records first to last."""
+    """An object that holds the records from `first` to `last`. `size` is in bytes."""
 
     key: str
     first: int
@@ -56,6 +61,8 @@ class Segment(NamedTuple):
 
 
 class Snapshot(NamedTuple):
+    """An object that holds the database at record `seq`. `size` is in bytes."""
+
     key: str
     seq: int
     size: int
@@ -63,7 +70,10 @@ class Snapshot(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A snapshot or a merged segment that is being made; `log_size`: all bytes that were ever logged when it began."""
+    """Announces a snapshot or a merged segment that is being made.
+
+    `ver` is the version of the HEAD that announced it, and `log_size` is `Head.logged` at that time.
+    """
 
     key: str
     ver: int
@@ -71,56 +81,63 @@ class Pending(NamedTuple):
 
 
 class IndexSchema(Struct, frozen=True):
-    """The sets of indexed fields that records were written under, by number as text, with their kinds; and the fields that are unique."""
+    """The indexed fields of all programs that write to the store.
+
+    `specs` maps the number of each set of fields, as text, to the fields and their kinds. A log record names the set
+    that it was written with. `unique` are the fields that every writer enforces as unique.
+    """
 
     specs: dict[str, dict[str, str]] = {}
     unique: tuple[str, ...] = ()
 
 
 class Head(Struct, frozen=True, kw_only=True):
+    """The content of the object HEAD: the whole state of the store, as references and as the newest records."""
+
     fmt: int = FORMAT
     store: str
-    born: bool = False
+    born: bool = False  # whether BORN is known to name this store
     ver: int = 1
     seq: int = 0
-    nonce: bytes = b""
+    nonce: bytes = b""  # random, so that no two HEADs have equal bytes
     snap: Snapshot | None = None
     segs: tuple[Segment, ...] = ()
-    tail: tuple[LogRecord, ...] = ()
+    tail: tuple[LogRecord, ...] = ()  # the newest records
     pend: tuple[Pending, ...] = ()
-    sweep: int = 0
-    logged: int = 0  # bytes of records, ever
+    sweep: int = 0  # the generation of the last sweep of bodies
+    logged: int = 0  # bytes of all records that were ever written
     schema: IndexSchema = IndexSchema()
-    imported: str | None = None  # ETag of the plain database that this store began with
-    raced: tuple[str, ...] = ()  # the endpoints whose conditional writes were raced, the newest last
+    imported: str | None = None  # ETag of the plain database that this store was created from
+    raced: tuple[str, ...] = ()  # the endpoints that passed the race check, the newest last
     findings: Findings = Findings()  # what was found when the model was indexed
-    past: tuple[tuple[int, bytes], ...] = ()  # versions before this one with their nonces, the newest last
-    others: dict[str, Any] = {}  # keys of later versions, kept as they are
+    past: tuple[tuple[int, bytes], ...] = ()  # earlier versions with their nonces, the newest last
+    others: dict[str, Any] = {}  # keys that later programs wrote, kept as they are
 
     def next(self, **changes: Any) -> Head:
-        """The HEAD that may replace this one: one version up, with bytes that no other has (I1, I7)."""
+        """Return a HEAD with these changes, the next version and a new nonce. It may replace this one (I1, I7)."""
         past = (*self.past, (self.ver, self.nonce))[-MAX_PAST:]
         return replace(self, ver=self.ver + 1, past=past, nonce=os.urandom(8), **changes)
 
     def encode(self) -> bytes:
+        """Return the bytes of the object HEAD."""
         known = {name: getattr(self, name) for name in _KNOWN}
         return _encode({**self.others, **known})
 
     @property
     def first_logged(self) -> int:
-        """The first record that is in the log still; the one that comes next if there is none."""
+        """The number of the first record that the log still holds; that of the next record if it holds none."""
         return min(
             [*(segment.first for segment in self.segs), *(record.seq for record in self.tail)], default=self.seq + 1
         )
 
     @property
     def log_size(self) -> int:
-        """Bytes between the snapshot and here."""
+        """Bytes of all records that the log holds."""
         return sum(segment.size for segment in self.segs) + sum(record.size for record in self.tail)
 
     @property
     def keys(self) -> set[str]:
-        """Every object that this HEAD refers to."""
+        """The keys of all objects that this HEAD refers to."""
         named = {segment.key for segment in self.segs} | {pending.key for pending in self.pend}
         return named if self.snap is None else named | {self.snap.key}
 
@@ -132,7 +149,10 @@ _records = msgspec.msgpack.Decoder(list[LogRecord]).decode
 
 
 def decode_head(body: bytes) -> Head:
-    """StoreDamaged for what is no HEAD, ConfigError for one of a later format."""
+    """Return the HEAD in these bytes.
+
+    Raises StoreDamaged if they are no HEAD, and ConfigError if this program does not know its format.
+    """
     try:
         raw = _decode(body)
         found = raw["fmt"]
@@ -147,10 +167,12 @@ def decode_head(body: bytes) -> Head:
 
 
 def encode_segment(records: Sequence[LogRecord]) -> bytes:
+    """Return the bytes of a segment."""
     return _encode(records)
 
 
 def decode_segment(body: bytes) -> list[LogRecord]:
+    """Return the records of a segment. Raises StoreDamaged if its bytes cannot be read."""
     try:
         return _records(body)
     except msgspec.MsgspecError as error:
@@ -158,32 +180,37 @@ def decode_segment(body: bytes) -> list[LogRecord]:
 
 
 def segment_key(prefix: str, ver: int, first: int) -> str:
+    """Return a new key for a segment that begins with record `first`, and that HEADs from version `ver` on may name."""
     return f"{prefix}seg/{ver:012d}-{first:012d}-{uuid4().hex}"
 
 
 def snapshot_key(prefix: str, ver: int, seq: int) -> str:
+    """Return a new key for a snapshot at record `seq` that HEADs from version `ver` on may name."""
     return f"{prefix}snap/{ver:012d}-{seq:012d}-{uuid4().hex}.sqlite"
 
 
 def version_in(name: str) -> int | None:
-    """The version in the name of a segment or snapshot, what follows the prefix; None for a name that is none of ours."""
+    """Return the version in the name of a segment or snapshot; None for any other name.
+
+    `name` is the part of the key after the prefix of the store.
+    """
     ours = _NAME.fullmatch(name)
     return None if ours is None else int(ours[1] or ours[2])
-
-
-# Records
 
 
 _op_list = msgspec.msgpack.Decoder(list[Op]).decode
 
 
 def encode_ops(ops: Sequence[Op]) -> bytes:
+    """Return the bytes of the operations of one record."""
     return _encode(ops)
 
 
 def decode_ops(ops: bytes) -> list[Op]:
+    """Return the operations of one record. Raises msgspec.MsgspecError if the bytes cannot be read."""
     return _op_list(ops)
 
 
 def microseconds(now: dt.datetime) -> int:
+    """Return a time as microseconds since 1970."""
     return int(now.timestamp() * 1_000_000)

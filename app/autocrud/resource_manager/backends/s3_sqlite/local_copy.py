@@ -1,16 +1,16 @@
-"""The SQLite file that reads are served from: a cache of what is in the bucket, at some HEAD.
+"""The SQLite file that reads use: a cache of what is in the bucket, at the state of some HEAD.
 
 Invariants:
 
-- I4 *Replay is unconditional, deterministic and cannot fail*: it applies what was decided; unique values are a query of whoever
-  decides, never an index of the tables.
-- I5 *store, seq, ver and ETag commit with the rows.* So a 304 for the ETag that a connection reads is a promise about the rows that it
-  reads then or later.
-- A copy never goes back: what is older than its version changes nothing.
+- I4 *Replay is unconditional, deterministic and cannot fail.* It applies what was decided. The committer enforces
+  unique fields by queries; no table has a unique index for them.
+- I5 *store, seq, ver and ETag are committed in one transaction with the rows.* So if S3 answers 304 for the ETag that a
+  connection read, the rows that this connection reads then or later are at least as new as that answer.
+- A copy never goes back. A HEAD with a version below that of the copy changes nothing.
 
-Several processes may share a file. Writing transactions, which are short and never wait for the network, take turns under a file lock; whoever
-does not get it within two seconds raises `CopyBusy` and uses a copy of its own. A file is never replaced: a new one gets a new name, and
-`current` is switched to it.
+Several processes may share a file. Their writing transactions are short, never wait for the network, and take turns
+under a file lock. If a process does not get the lock within LOCK_TIMEOUT_S, `CopyBusy` is raised and the process uses a
+private copy. A file is never replaced: a new one gets a new name, and the file `current` is changed to name it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ import fcntl
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
-from uuid import uuid4
 
 import apsw
 from msgspec.structs import replace
@@ -37,6 +35,7 @@ from ..log_records import Op, Remembered, indexed, op_of
 from ..sqlite.database import empty_log, keep_plans
 from ..sqlite.replay import replay
 from ..sqlite.tables import ResourceTables
+from .copy_files import remove_database
 from .head import Head, IndexSchema, LogRecord, decode_head, decode_ops, encode_ops
 
 T = TypeVar("T")
@@ -44,10 +43,11 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.s3sqlite")
 
 LOCK_TIMEOUT_S = 2.0
+"""How long a writing transaction waits for the lock of the file."""
 BUSY_MS = 2000
-LEFTOVER_S = 24 * 3600.0
+"""How long SQLite waits for a lock of its own."""
 REMEMBERED_TXIDS = 8192
-"""Records whose txids a copy remembers."""
+"""A copy remembers the transaction ids of so many newest records."""
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS copy (
@@ -57,15 +57,16 @@ CREATE TABLE IF NOT EXISTS recent (seq INTEGER PRIMARY KEY, txid BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS recent_by_txid ON recent (txid);
 CREATE TABLE IF NOT EXISTS purges (seq INTEGER PRIMARY KEY);
 """
-"""`purges`: the transactions that purged something, as long as the log has those before them, which may tell of it."""
+"""`purges` holds the numbers of transactions that purged a resource, as long as the log holds earlier records, which
+may contain the purged data."""
 
 
 class CopyBusy(Exception):
-    """Another process holds the file's lock, perhaps because it was stopped."""
+    """Another process holds the lock of the file, perhaps because that process was stopped."""
 
 
 class HeadState(NamedTuple):
-    """Where a copy is. `etag` is empty before the first HEAD."""
+    """Names the HEAD that a copy is at: store id, number of the newest record, version and ETag."""
 
     store: str
     seq: int
@@ -73,8 +74,22 @@ class HeadState(NamedTuple):
     etag: str
 
 
+NO_HEAD = HeadState("", 0, 0, "")
+"""The state of a copy that has read no HEAD yet."""
+
+
+class WriteRequest(NamedTuple):
+    """Changes, perhaps under an Idempotency-Key, or index entries for stored resources, to write in one transaction."""
+
+    changes: Sequence[Change] = ()
+    entries: Sequence[Reindex] = ()
+    once: IdempotentCommit | None = None
+    share: bool = False
+    """Whether the index entries may share values of unique fields."""
+
+
 class Attempt(NamedTuple):
-    """What became of a transaction when it was tried at the copy's state: `ops` and `metas`, or the `error` that it would be answered with."""
+    """The result of a transaction that was tried: `ops` and `metas` if it succeeds, else the `error` to answer."""
 
     ops: bytes
     metas: list[ResourceMeta]
@@ -82,29 +97,21 @@ class Attempt(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Transactions tried one after the other at one state. Nothing of it stays in the copy."""
+    """Transactions that were tried one after the other at one state, and then rolled back."""
 
     state: HeadState
     head: Head
     schema: IndexSchema
     attempts: list[Attempt]
-    found: bool = False  # one of the doubtful is in the history already: then nothing was tried
-
-
-class WriteRequest(NamedTuple):
-    """What a transaction wants: changes, perhaps under a key, or index entries for states."""
-
-    changes: Sequence[Change] = ()
-    entries: Sequence[Reindex] = ()
-    once: IdempotentCommit | None = None
-    share: bool = False  # entries may share values of unique fields
+    found: bool = False
+    """Whether a transaction in doubt is in the history. If so, nothing was tried."""
 
 
 class LocalCopy:
-    """One file. Everything here blocks; it runs in threads.
+    """One SQLite file. All methods block, so callers run them in threads.
 
-    `building`: nobody else knows the file yet, so nothing is kept for a roll-back until `built` is called; a file that is not finished is
-    thrown away.
+    With `building`, no other process knows the file yet. It then has no journal until `finish_building` is called,
+    because an unfinished file is removed and not rolled back.
     """
 
     def __init__(self, path: Path, tables: ResourceTables, *, building: bool = False) -> None:
@@ -121,13 +128,14 @@ class LocalCopy:
             raise
 
     def close(self) -> None:
+        """Close the idle connections and the lock file."""
         self._close_idle()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def finish_building(self) -> None:
-        """The file is complete; from now on it may be shared."""
+        """Say that the file is complete. From now on processes may share it."""
         self._close_idle()
         self._building = False
 
@@ -136,17 +144,18 @@ class LocalCopy:
             self._idle.pop().close()
 
     def remove(self) -> None:
-        """Delete the file; connections that are still open go on reading it."""
+        """Delete the file. Connections that are still open can read it."""
         remove_database(self.path)
 
     # Reading
 
     def read(self, work: Callable[[apsw.Connection], T]) -> T:
+        """Run work on a connection. Raises the errors of SQLite."""
         with self._connection() as connection:
             return work(connection)
 
     def read_without_waiting(self, work: Callable[[apsw.Connection], T]) -> T:
-        """`read`, without waiting for anybody. apsw.BusyError: not now."""
+        """Run work on an idle connection. Raises apsw.BusyError if there is none, or if the work waits for a lock."""
         if not self._idle:
             raise apsw.BusyError
         with self._connection() as connection:
@@ -165,7 +174,7 @@ class LocalCopy:
         try:
             yield connection
         except apsw.Error:
-            connection.close()  # it may know less than the file
+            connection.close()  # its caches may be older than the file
             raise
         else:
             self._idle.append(connection)
@@ -179,32 +188,33 @@ class LocalCopy:
             connection.pragma("synchronous", "off")
         else:
             connection.pragma("journal_mode", "wal")
-            connection.pragma("synchronous", "normal")  # a cache: what a crash takes is fetched again
+            connection.pragma("synchronous", "normal")  # a cache: rows that a crash loses are fetched again
         connection.pragma("secure_delete", "on")
         connection.pragma("cache_size", -64 * 1024)  # KiB; a long replay must not spill into the log
         return connection
 
     def state(self) -> HeadState:
+        """Return the HEAD that the copy is at."""
         return self.read(_state)
 
     def state_and_head(self) -> tuple[HeadState, Head]:
-        """Where the copy is, and the HEAD of that moment. StoreUnavailable before the first one."""
+        """Return the state and its HEAD. Raises StoreUnavailable if the copy has read no HEAD yet."""
         state, head = self.state_and_optional_head()
         if head is None:
-            raise StoreUnavailable("the local copy is new; try again")
+            raise _no_head()
         return state, head
 
     def state_and_optional_head(self) -> tuple[HeadState, Head | None]:
-        """Return where the copy is, and the HEAD of that moment; None before the first one."""
+        """Return the state and its HEAD; None if the copy has read no HEAD yet."""
         row: Any = self.read(lambda db: db.execute("SELECT store, seq, ver, etag, head FROM copy").get)
         return HeadState(*row[:4]), decode_head(row[4]) if row[4] else None
 
     def txids(self) -> dict[int, bytes]:
-        """Return the transaction ids of the newest records, by number."""
+        """Return the transaction ids of the newest REMEMBERED_TXIDS records, by number."""
         return self.read(lambda db: dict(db.execute("SELECT seq, txid FROM recent")))
 
     def find_transactions(self, txids: Sequence[bytes]) -> tuple[HeadState, dict[bytes, int]]:
-        """Where the copy is, and those transactions that are in the history there, with their numbers: all of one moment."""
+        """Return the state, and the numbers of the transactions that are in its history. Reads all at once."""
 
         def look(db: apsw.Connection) -> tuple[HeadState, dict[bytes, int]]:
             with _read_transaction(db):
@@ -217,7 +227,7 @@ class LocalCopy:
 
     @contextlib.contextmanager
     def _writing(self, *, keep: bool = True) -> Iterator[apsw.Connection]:
-        """A transaction under the file lock; rolled back if it fails, or if it is not to be kept."""
+        """Run a transaction under the file lock. It is rolled back if it fails, or without `keep`."""
         with self._mutex, self._exclusive(), self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -241,15 +251,22 @@ class LocalCopy:
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
-    def advance(self, at: HeadState, records: Sequence[LogRecord], head: Head, etag: str, body: bytes) -> bool:
-        """Bring the copy from `at` to this HEAD, whose records above those of the copy are in `records`.
+    def advance(self, base: HeadState, records: Sequence[LogRecord], head: Head, etag: str, body: bytes) -> bool:
+        """Bring the copy from the state `base` to this HEAD, by replaying the records that the copy lacks.
 
-        Return False if nothing was changed: another process has advanced the copy, so HEAD must be compared with it again, or
-        records are missing.
+        Return False if nothing was changed. Then another process has advanced the copy, so HEAD must be compared with
+        it again, or `records` does not begin early enough.
+
+        Args:
+            base: The state that HEAD was compared with.
+            records: Records up to this HEAD. Those that the copy has are skipped.
+            head: The HEAD to advance to.
+            etag: The ETag of HEAD.
+            body: The bytes of HEAD.
         """
         with self._writing() as connection:
             state = _state(connection)
-            if state != at:
+            if state != base:
                 return False
             new = [record for record in records if record.seq > state.seq]
             if (new[0].seq if new else head.seq + 1) != state.seq + 1:
@@ -265,10 +282,10 @@ class LocalCopy:
             )
         return True
 
-    def update_etag(self, at: HeadState, etag: str) -> None:
-        """Note another ETag of the HEAD that the copy is at, unless the copy has moved. The bytes are equal, and so are the rows."""
+    def update_etag(self, base: HeadState, etag: str) -> None:
+        """Store another ETag of the HEAD `base`, which has equal bytes. Does nothing if the copy has advanced."""
         with self._writing() as connection:
-            if _state(connection) == at:
+            if _state(connection) == base:
                 connection.execute("UPDATE copy SET etag = ?", (etag,))
 
     def _replay(self, connection: apsw.Connection, schema: IndexSchema, record: LogRecord) -> None:
@@ -278,7 +295,7 @@ class LocalCopy:
                 once = IdempotentCommit(
                     key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results
                 )
-                purged = {one.resource_id: at for at, one in enumerate(ops) if one.kind == "purge"}
+                purged = {one.resource_id: position for position, one in enumerate(ops) if one.kind == "purge"}
                 self.tables.remember(connection, once, [one.meta for one in ops], purged)
             else:
                 replay(self.tables, connection, op, schema.specs)
@@ -286,54 +303,64 @@ class LocalCopy:
                     connection.execute("INSERT OR IGNORE INTO purges VALUES (?)", (record.seq,))
         connection.execute("INSERT OR REPLACE INTO recent VALUES (?, ?)", (record.seq, record.txid))
 
-    def attempt(self, works: Sequence[WriteRequest], doubtful: Sequence[bytes] = ()) -> Trial:
-        """Try transactions at the state of the copy, each seeing those before it that succeeded. CrudErrors are their answers.
+    def attempt(self, requests: Sequence[WriteRequest], in_doubt: Sequence[bytes] = ()) -> Trial:
+        """Try transactions at the state of the copy, one after the other, and roll them all back.
 
-        `doubtful`: txids of those that may have happened. They are looked for in the same step, for the copy may have been brought up to
-        them since somebody looked: what happened must not be tried again, and then be refused because of itself.
+        Each transaction sees the earlier ones that succeeded. A CrudError becomes the answer to its transaction.
+
+        Args:
+            requests: The transactions.
+            in_doubt: The ids of transactions that may be committed already. If one of them is in the history, nothing
+                is tried: a transaction that was committed must not be tried again, because it would conflict with
+                itself. Both happen in one step, because another process may advance the copy at any moment.
+
+        Raises ConfigError if the unique fields of this program cannot be enforced, and StoreUnavailable.
         """
         with self._writing(keep=False) as connection:
             state = _state(connection)
-            for txid in doubtful:
+            for txid in in_doubt:
                 if connection.execute("SELECT 1 FROM recent WHERE txid = ?", (txid,)).get is not None:
                     return Trial(state, Head(store=state.store), IndexSchema(), [], found=True)
             body = connection.execute("SELECT head FROM copy").get
             if not body:
-                raise StoreUnavailable("the local copy is new; try again")
+                raise _no_head()
             head = decode_head(body)
-            adopts = not all(work.entries for work in works)
+            adopts = not all(request.entries for request in requests)
             if adopts and self._added(head.schema) and self.tables.outdated(connection, 1):
                 raise not_kept()
             schema, spec = self._schema(connection, head.schema, adopts=adopts)
             attempts = []
-            for work in works:
+            for request in requests:
                 connection.execute("SAVEPOINT attempt")
                 try:
-                    attempts.append(self._attempt(connection, work, spec, schema.unique))
+                    attempts.append(self._attempt(connection, request, spec, schema.unique))
                 except CrudError as error:
                     connection.execute("ROLLBACK TO attempt")
                     attempts.append(Attempt(b"", [], error))
                 connection.execute("RELEASE attempt")
         return Trial(state, head, schema, attempts)
 
-    def _attempt(self, connection: apsw.Connection, work: WriteRequest, spec: str, unique: Sequence[str]) -> Attempt:
-        if work.entries:
-            done = set(self.tables.reindex(connection, work.entries, () if work.share else unique))
+    def _attempt(self, connection: apsw.Connection, request: WriteRequest, spec: str, unique: Sequence[str]) -> Attempt:
+        if request.entries:
+            reindexed = set(self.tables.reindex(connection, request.entries, () if request.share else unique))
             ops = [
                 Op("index", entry.resource_id, index=indexed(entry.entry, spec))
-                for entry in work.entries
-                if entry.resource_id in done
+                for entry in request.entries
+                if entry.resource_id in reindexed
             ]
             return Attempt(encode_ops(ops) if ops else b"", [], None)
-        metas = self.tables.commit(connection, work.changes, unique, work.once)
-        ops = [op_of(change, meta, spec) for change, meta in zip(work.changes, metas, strict=True)]
-        if work.once is not None:
-            ops.append(Op("once", work.once.key, once=Remembered(work.once.request, work.once.results)))
+        metas = self.tables.commit(connection, request.changes, unique, request.once)
+        ops = [op_of(change, meta, spec) for change, meta in zip(request.changes, metas, strict=True)]
+        if request.once is not None:
+            ops.append(Op("once", request.once.key, once=Remembered(request.once.request, request.once.results)))
         return Attempt(encode_ops(ops), metas, None)
 
     def schema_with_unique_fields(self, *, force: bool) -> tuple[HeadState, IndexSchema | None]:
-        """Where the copy is, and the schema in which the unique fields of this program are kept unique; None if something is outdated, unless
-        by `force`."""
+        """Return the state, and the schema of HEAD with the unique fields of this program added.
+
+        The schema is None if an index entry is outdated, unless `force` is given. Raises ConfigError if two resources
+        share a value of such a field.
+        """
 
         def look(db: apsw.Connection) -> tuple[HeadState, IndexSchema | None]:
             with _read_transaction(db):
@@ -346,7 +373,11 @@ class LocalCopy:
         return self.read(look)
 
     def schema_without_unique_field(self, name: str) -> tuple[HeadState, IndexSchema | None]:
-        """Where the copy is, and the schema without a unique field that was forced, and never held; None if it was not."""
+        """Return the state, and the schema of HEAD without a unique field.
+
+        The schema is None if the field is not unique, or if every resource is indexed by it: then no two resources
+        share a value, and the field stays unique.
+        """
 
         def look(db: apsw.Connection) -> tuple[HeadState, IndexSchema | None]:
             with _read_transaction(db):
@@ -359,8 +390,11 @@ class LocalCopy:
         return self.read(look)
 
     def _schema(self, connection: apsw.Connection, schema: IndexSchema, *, adopts: bool) -> tuple[IndexSchema, str]:
-        """The schema with the bound fields in it, and their number. `adopts`: and with the unique ones, for every writer keeps every unique
-        field unique; ConfigError if it cannot."""
+        """Return the schema with the indexed fields of this program, and the number of their set.
+
+        With `adopts`, its unique fields are added too. Every writer enforces every unique field of the schema. Raises
+        ConfigError if this program cannot.
+        """
         kinds, specs = self.tables.kinds, dict(schema.specs)
         spec = next((number for number, fields in specs.items() if fields == kinds), None)
         if spec is None:
@@ -379,26 +413,29 @@ class LocalCopy:
         return [name for name in self.tables.spec.unique if name not in schema.unique]
 
     def mark_up_to_date(self) -> None:
-        """Note that no row is outdated, if so."""
+        """Note that all index entries are up to date, if they are."""
         with self._writing() as connection:
             self.tables.settled(connection)
 
     def checkpoint(self) -> None:
-        """Empty the write-ahead log, so that what was erased leaves no trace in it."""
+        """Empty the write-ahead log, so that no trace of purged data stays in it."""
         with self._mutex, self._exclusive(), self._connection() as connection:
             empty_log(connection)
 
     def copy_to(self, path: Path) -> int:
-        """Write a compact copy of the file, and return its seq."""
+        """Write a compact copy of the database to a new file, and return the number of its newest record.
+
+        Raises the errors of SQLite, among them apsw.CorruptError if the new file fails SQLite's quick_check.
+        """
         with contextlib.closing(self._connect()) as connection:
             try:
                 connection.execute("VACUUM INTO ?", (str(path),))
             except apsw.Error:
-                remove_database(path)  # it would not write to a file that is there
+                remove_database(path)  # VACUUM INTO refuses a file that exists
                 raise
         with contextlib.closing(apsw.Connection(str(path))) as copied:
             seq = cast("int", copied.execute("SELECT seq FROM copy").get)
-            # Where it was is no matter of whoever loads it: the HEAD that names it is. What HEAD held is overwritten.
+            # The HEAD that names a snapshot tells version and ETag. secure_delete overwrites the old HEAD.
             copied.pragma("secure_delete", "on")
             copied.execute("UPDATE copy SET ver = 0, etag = '', head = x''")
             check = copied.pragma("quick_check")
@@ -426,45 +463,5 @@ def _roll_back(connection: apsw.Connection) -> None:
         connection.execute("ROLLBACK")
 
 
-# Files
-
-
-def new_path(directory: Path) -> Path:
-    return directory / f"copy-{uuid4().hex}.sqlite"
-
-
-def current_path(directory: Path) -> Path | None:
-    """The file that the processes of this directory use, if there is one."""
-    try:
-        path = directory / (directory / "current").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return path if path.suffix == ".sqlite" and path.parent == directory and path.is_file() else None
-
-
-def make_current(path: Path) -> None:
-    temporary = path.parent / f"current-{uuid4().hex}"
-    try:
-        temporary.write_text(path.name)
-        temporary.replace(path.parent / "current")
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_database(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        with contextlib.suppress(OSError):
-            Path(f"{path}{suffix}").unlink()
-
-
-def remove_leftovers(directory: Path, unused_s: float = LEFTOVER_S) -> None:
-    """Remove files that processes left which were killed: those that nobody has written to for `unused_s`, and that are not the current one.
-
-    A process that only reads such a file may finish. One that works on it longer than that finds it empty, and makes it again.
-    """
-    current = current_path(directory)
-    for path in directory.glob("c*-*"):
-        with contextlib.suppress(OSError):
-            if not (current and path.name.startswith(current.name)) and path.stat().st_mtime < time.time() - unused_s:
-                path.unlink()
+def _no_head() -> StoreUnavailable:
+    return StoreUnavailable("the local copy is new; try again")

@@ -1,19 +1,18 @@
-"""A local copy that is kept up with HEAD.
+"""A local copy that is kept up to date with HEAD.
 
-Reads are strong: a conditional GET of HEAD, with the ETag that the copy's rows were committed with, proves that these rows are the newest; if it
-brings a newer HEAD, the copy catches up first. A check may be shared only by reads that began before it was sent.
+Reads are linearizable. A conditional GET of HEAD names the ETag that was committed with the rows of the copy. If the
+answer is 304, these rows are the newest. If the answer is a newer HEAD, the copy advances to it first. Several reads
+may share one check only if all of them began before it was sent.
 
-I8 *a HEAD is accepted only if it continues the history of every HEAD that this process knows*, or is continued by it; else history has
-forked, and this process stops: see fork. The copy is advanced only from the state that HEAD was compared with.
+I8 *A HEAD is accepted only if it continues every HEAD that this process knows, or if they continue it.* Otherwise
+history has forked, and this process stops serving the model: see fork. The copy advances only from the state that HEAD
+was compared with.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,64 +23,58 @@ import apsw
 
 from ....errors import ConfigError, HeadLost, StoreDamaged, StoreUnavailable
 from ...runtime.disk_space import full, is_full
-from ...runtime.threads import in_thread
 from ..s3.object_store import UNCHANGED, Object, ObjectStore, Stored
 from ..sqlite.errors import translated
 from ..sqlite.tables import ResourceTables
 from .coalesced_checks import CoalescedChecks
 from .copy_directory import CopyDirectory
+from .copy_files import new_path, remove_database
 from .creation import StoreCreation
+from .current_copy import DAMAGED_FILE, CurrentCopy, in_executor
 from .fork import contradicts, txids_of
 from .fork_detector import Comparison, ForkDetector
-from .head import Head, LogRecord, Snapshot, decode_head, decode_segment
-from .local_copy import (
-    CopyBusy,
-    HeadState,
-    LocalCopy,
-    current_path,
-    make_current,
-    new_path,
-    remove_database,
-    remove_leftovers,
-)
+from .head import Head, LogRecord, decode_head
+from .local_copy import NO_HEAD, CopyBusy, HeadState, LocalCopy
+from .log_reader import LogReader, ObjectMissing
 from .race_check import race_conditional_writes
 
 T = TypeVar("T")
 
 log = logging.getLogger("crudstack.s3sqlite")
 
-NO_HEAD = HeadState("", 0, 0, "")
 MAX_ROUNDS = 100
+"""How often a step is repeated because HEAD or the copy changed meanwhile."""
 MAX_CREATIONS = 5
 MAX_RACED = 8
 """Endpoints that HEAD remembers as raced: one server may be reached by several names."""
 SHORT_LOG = 256 * 1024
-"""Bytes of records that an empty copy replays where others may look on; for more a new file is made, in a third of the time."""
-DAMAGED_FILE = (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.SQLError)
-"""What SQLite says of a file that is damaged, or of which too much is gone."""
-
-
-class _ObjectMissing(Exception):
-    """An object that a HEAD refers to is not there: that HEAD is old, or the store is damaged."""
+"""Bytes of records that an empty copy replays in place. Above that a new file is built, in a third of the time."""
 
 
 class Replica:
-    """`prefix` ends with a slash. `directory`: where the copy lies, None for a temporary one of this process."""
+    """The local copy of one store, and the operations that keep it up to date.
+
+    Args:
+        objects: The bucket.
+        key: The key of the store. Its objects lie below `{key}/`.
+        tables: The tables of the model.
+        directory: The directory of the copy, which processes may share; None for a temporary one of this process.
+    """
 
     def __init__(self, objects: ObjectStore, key: str, tables: ResourceTables, directory: Path | None) -> None:
         self.objects, self.key, self.prefix, self.tables = objects, key, f"{key}/", tables
         self.head_key = f"{key}/HEAD"
+        self.unapplied_version = 0
+        """The version of an own swap that the copy lacks, else 0. Until the copy has it, every read except `peek`
+        checks HEAD first, whatever its consistency."""
         self._creation = StoreCreation(objects, key)
-        self._place = CopyDirectory(directory)
-        self._mutex = threading.Lock()
-        self._copy: LocalCopy | None = None
-        self._seen = NO_HEAD  # the newest HEAD that this process knew, should its copy be lost
-        self._at: tuple[HeadState, Head | None] = (
-            NO_HEAD,
-            None,
-        )  # a state of the copy with its HEAD, which need not be decoded again
+        self._log = LogReader(objects, self.head_key)
         self._forks = ForkDetector(objects, key, directory)
-        self.unapplied_version = 0  # the version of an own swap that the copy lacks: no read, of whatever consistency, before it has caught up
+        self._current = CurrentCopy(tables, CopyDirectory(directory), self._forks, self.check)
+        self._newest_seen = NO_HEAD
+        """The newest HEAD that this process knew. It outlives a copy that is lost."""
+        self._decoded: tuple[HeadState, Head | None] = (NO_HEAD, None)
+        """A state of the copy with its HEAD, which need not be decoded again."""
         self._opened = False
         self._openings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._checks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, CoalescedChecks] = (
@@ -91,169 +84,78 @@ class Replica:
     # Opening
 
     async def open(self) -> None:
-        """Open or make the copy, bring it up, and see that the storage honours conditions."""
-        self._forks.refuse()
+        """Open or create the copy, bring it up to HEAD, and check that the storage honours conditional writes.
+
+        Does nothing if the replica is open. Raises ConditionalWritesUnsupported, ConfigError, HeadLost, HistoryForked,
+        StoreDamaged or StoreUnavailable.
+        """
+        self._forks.raise_if_forked()
         if self._opened:
             return
         loop = asyncio.get_running_loop()
         async with self._openings.setdefault(loop, asyncio.Lock()):
             if self._opened:
                 return
-            await self._place.with_room(lambda: self._blocking(self._open_copy))
-            if self._place.given is not None:
-                await self._blocking(lambda: remove_leftovers(self.directory))
+            self._newest_seen = _newer(self._newest_seen, await self._current.open())
             await self.check()
             head = await self.head()
-            await asyncio.gather(self._creation.probe(head.store), self._creation.refuse_old_writers(head))
+            await asyncio.gather(self._creation.probe(head.store), self._creation.refuse_changed_import(head))
             if self.objects.endpoint not in head.raced:
                 await race_conditional_writes(self.objects, self.prefix)
                 await self._record_race()
             self._opened = True
 
     async def close(self) -> None:
+        """Close the copy. A private one is removed."""
         self._opened = False
-        copy, self._copy = self._copy, None
-        if copy is not None:
-            await self._blocking(copy.close)
-        await self._blocking(self._place.remove_own)
+        await self._current.close()
+
+    # The copy
 
     @property
     def copy(self) -> LocalCopy:
-        self._forks.refuse()
-        if self._copy is None:
-            raise StoreUnavailable("the store is not open")
-        return self._copy
-
-    async def head(self) -> Head:
-        """HEAD as the copy knows it."""
-        _, head = await self.blocking(lambda copy: copy.state_and_head())
-        return head
+        """The copy in use. Raises HistoryForked, or StoreUnavailable if the store is not open."""
+        return self._current.get()
 
     @property
     def directory(self) -> Path:
-        return self._place.made()
-
-    def _open_copy(self) -> None:
-        with self._mutex, self._place.errors():
-            if self._copy is not None:
-                return
-            try:
-                self._forks.refuse_recorded()
-                path = current_path(self.directory)
-                if path is not None:
-                    try:
-                        self._copy = LocalCopy(path, self.tables)
-                        self._seen = _newer(self._seen, self._copy.state())
-                    except apsw.Error as error:
-                        if is_full(error, path.parent):
-                            raise
-                        log.warning("%s cannot be used and is made again: %s", path, error)
-                    else:
-                        return
-                self._switch(self._empty_copy())
-            except CopyBusy:
-                self._use_private_copy()
-
-    def _switch(self, copy: LocalCopy) -> None:
-        """Use another file from now on. Whoever reads the old one may finish."""
-        try:
-            make_current(copy.path)
-        except OSError:
-            copy.close()
-            copy.remove()
-            raise
-        old, self._copy = self._copy, copy
-        if old is not None:
-            old.remove()
-
-    def _use_private_copy(self) -> None:
-        """Leave the shared directory to whoever holds its lock."""
-        log.warning("%s: the lock cannot be had; this process makes a copy of its own", self._place.given)
-        self._copy = self._empty_copy(self._place.own())
-
-    def _empty_copy(self, directory: Path | None = None) -> LocalCopy:
-        path = new_path(directory or self.directory)
-        try:
-            return LocalCopy(path, self.tables)
-        except BaseException:
-            remove_database(path)
-            raise
-
-    def _replace(self, lost: LocalCopy) -> None:
-        """Begin with an empty copy, unless somebody has already."""
-        with self._mutex, self._place.errors():
-            if self._copy is lost:
-                try:
-                    self._switch(self._empty_copy())
-                except CopyBusy:
-                    self._use_private_copy()
-
-    # Running things on the copy
-
-    async def _blocking(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+        """The directory of the copy. It is created if it is missing."""
+        return self._current.directory.path()
 
     async def blocking(self, work: Callable[[LocalCopy], T]) -> T:
-        """Run something on the copy in a thread; a copy that is torn, or whose lock cannot be had, is replaced."""
-        return await self._place.with_room(lambda: self._on_copy(work, self._blocking))
+        """Run work on the copy in a thread; see `CurrentCopy.blocking`."""
+        return await self._current.blocking(work)
 
     async def read(self, work: Callable[[apsw.Connection], T], *, quick: bool = False) -> T:
-        """`quick` promises microseconds: then it runs here, if that is possible without waiting. A trip to a thread takes four times as long."""
-        if quick:
-            with contextlib.suppress(apsw.Error):  # a thread waits for it, or finds out
-                return self.copy.read_without_waiting(work)
-        return await self._place.with_room(lambda: self._on_copy(lambda copy: copy.read(work), in_thread))
+        """Run a read on a connection of the copy; see `CurrentCopy.read`."""
+        return await self._current.read(work, quick=quick)
 
-    async def _on_copy(self, work: Callable[[LocalCopy], T], run: Callable[..., object]) -> T:
-        for last in (False, False, True):
-            copy = self.copy
-            try:
-                result: T = await run(lambda copy=copy: work(copy))  # type: ignore[misc]
-                return result
-            except CopyBusy:
-                if last:
-                    raise StoreUnavailable("the local copy is locked; nothing was changed") from None
-                await self._blocking(lambda: self._mutexed(self._use_private_copy))
-            except apsw.Error as error:
-                if last or not isinstance(error, DAMAGED_FILE) or is_full(error, copy.path.parent):
-                    raise translated(error, copy.path.parent) from error
-                log.warning("%s is torn and is made again: %s", copy.path, error)
-                await self._blocking(lambda copy=copy: self._replace(copy))  # type: ignore[misc]
-            await self.check()
-        raise AssertionError("unreachable")
-
-    async def _state(self) -> HeadState:
-        """Where the copy is; a torn one is replaced by an empty one, which is nowhere. One row, which no writer keeps a reader from: read
-        here, for a trip to a thread costs ten times as much."""
-        copy = self.copy
-        try:
-            return copy.state()
-        except DAMAGED_FILE as error:
-            log.warning("%s is torn and is made again: %s", copy.path, error)
-            await self._blocking(lambda: self._replace(copy))
-            return self.copy.state()
-
-    def _mutexed(self, work: Callable[[], None]) -> None:
-        with self._mutex, self._place.errors():
-            work()
+    async def head(self) -> Head:
+        """Return the HEAD that the copy is at. Sends no request."""
+        _, head = await self.blocking(lambda copy: copy.state_and_head())
+        return head
 
     # Checking
 
     async def check(self) -> None:
-        """Make the copy as new as HEAD is at some moment after this call began."""
+        """Make the copy as new as HEAD is at some moment after this call began.
+
+        Creates HEAD if the store does not exist. Raises HeadLost if HEAD is missing or older than before,
+        HistoryForked, ConfigError if HEAD cannot be created, or StoreUnavailable.
+        """
         creations = 0
         for _ in range(MAX_ROUNDS):
-            state = await self._state()
-            known = _newer(state, self._seen)  # what may be expected of an answer to what is asked now
+            state = await self._current.state()
+            known = _newer(state, self._newest_seen)  # the answer to a request that is sent now is at least as new
             if state.etag:
                 got = await self.objects.get_if_changed(self.head_key, state.etag)
             else:
                 got = await self.objects.get(self.head_key)
             if got is UNCHANGED:
                 if state.ver < known.ver:
-                    raise self._put_back(state.ver, known.ver)
+                    raise self._older_head_error(state.ver, known.ver)
                 if self.unapplied_version:
-                    # Another process brought the copy there, perhaps on another history than that of our swap.
+                    # Another process advanced the shared copy, perhaps on another history than that of our own swap.
                     await self._compare_copy()
                 self._note_applied(state.ver)
                 return
@@ -269,82 +171,88 @@ class Replica:
         raise StoreUnavailable("HEAD kept changing; nothing was changed, try again")
 
     async def coalesced_check(self) -> None:
-        """`check`, shared with others who wait for the same."""
+        """Do the same as `check`, in one request for all callers that wait for it."""
         loop = asyncio.get_running_loop()
         checks = self._checks.get(loop)
         if checks is None:
             checks = self._checks.setdefault(loop, CoalescedChecks(self.check))
         await checks.next()
 
+    # Advancing
+
     async def advance_to(self, got: Object, known: HeadState = NO_HEAD, own: Sequence[LogRecord] = ()) -> bool:
-        """`_advance_to`; if the disk is full, again with room that was made."""
-        return await self._place.with_room(partial(self._advance_to, got, known, own))
+        """Bring the copy up to a HEAD that was read. Return False if HEAD must be read again.
+
+        If the disk is full, frees space and tries again.
+
+        Args:
+            got: The object HEAD.
+            known: The newest HEAD that was known when the request was sent. An older answer raises HeadLost.
+            own: The newest records up to this HEAD, if a swap of this process stored it. They are not read from S3, so
+                a failure of S3 cannot hide an acknowledged commit from this copy.
+        """
+        return await self._current.directory.retry_with_space(partial(self._advance_to, got, known, own))
 
     async def _advance_to(self, got: Object, known: HeadState, own: Sequence[LogRecord]) -> bool:
-        """Bring the copy to a HEAD that was asked for when `known` was known. False: get HEAD again.
-
-        `own`: the newest records up to this HEAD, if it is a swap of this process. They need not be read then, so that no failure of
-        the storage keeps the copy from knowing what is acknowledged.
-        """
         head = decode_head(got.body)
-        compared = await self._compared(head)
+        compared = await self._compare(head)
         self._check_lineage(head, known)
-        await self._creation.confirm(head)
+        await self._creation.record_store_id(head)
         for again in range(MAX_ROUNDS):
             if again:
-                compared = await self._compared(head)
+                compared = await self._compare(head)
             copy, state = compared.copy, compared.state
             if state.ver >= head.ver and state.store == head.store:
                 if state.ver == head.ver and state.etag != got.etag:
-                    await self._rename(copy, state, got.etag)
+                    await self._update_etag(copy, state, got.etag)
                 self._forks.heads.add(head, instead=compared.known)
                 self._note_applied(state.ver)
                 return True
             try:
-                # The newest known record too, if its id must be compared.
-                start = state if compared.decided else state._replace(seq=max(state.seq - 1, 0))
-                if own and own[0].seq == start.seq + 1:
+                # If the transaction ids must decide, the newest known record is read too.
+                after = state.seq if compared.decided else max(state.seq - 1, 0)
+                if own and own[0].seq == after + 1:
                     records: list[LogRecord] | None = list(own)
                 else:
-                    records = await self._missing(head, start)
+                    records = await self._log.records_after(head, after)
                 if records is not None and not compared.decided and contradicts(compared.txids, txids_of(records)):
                     await self._forks.stop(head, compared)
                 if records is None or (state.seq == 0 and sum(record.size for record in records) > SHORT_LOG):
-                    await self._build(head, got, compared, snapshot=records is None)
+                    await self._rebuild(head, got, compared, snapshot=records is None)
                     continue
-            except _ObjectMissing as gone:
+            except ObjectMissing as missing:
                 now = await self.objects.get(self.head_key)
                 if now is not None and now.etag == got.etag:
-                    raise StoreDamaged(f"{gone} is missing, although HEAD refers to it") from None
+                    raise StoreDamaged(f"{missing} is missing, although HEAD refers to it") from None
                 return False
-            if await self._advance(copy, state, records, head, got):
+            if await self._apply(copy, state, records, head, got):
                 self._forks.heads.add(head, records[-1] if records else None, instead=compared.known)
                 self._note_applied(head.ver)
                 reached = HeadState(head.store, head.seq, head.ver, got.etag)
-                self._at, self._seen = (reached, head), _newer(self._seen, reached)
+                self._decoded, self._newest_seen = (reached, head), _newer(self._newest_seen, reached)
                 return True
         raise StoreUnavailable("the local copy could not be brought up; try again")
 
     async def apply_own_swap(self, head: Head, records: Sequence[LogRecord], got: Object) -> None:
-        """Bring the copy to a HEAD that a swap of this process stored, with these new records.
+        """Bring the copy up to a HEAD that a swap of this process stored, with these new records.
 
-        It is remembered even if the copy cannot be brought up: what is read later must continue it.
+        Remembers this HEAD even if the copy cannot be brought up, because every HEAD that is read later must continue
+        it.
         """
         self._forks.heads.add(head, records[-1] if records else None)
-        self._seen = _newer(self._seen, HeadState(head.store, head.seq, head.ver, got.etag))
+        self._newest_seen = _newer(self._newest_seen, HeadState(head.store, head.seq, head.ver, got.etag))
         await self.advance_to(got, own=records)
 
-    async def _compared(self, head: Head) -> Comparison:
+    async def _compare(self, head: Head) -> Comparison:
         """Compare a HEAD that was read with those that this process knows. Raises HistoryForked."""
         copy = self.copy
         try:
             state = copy.state()
-            at, current = self._at
-            if state != at:
+            decoded_state, current = self._decoded
+            if state != decoded_state:
                 state, current = copy.state_and_optional_head()
         except (*DAMAGED_FILE, StoreDamaged) as error:
-            log.warning("%s is torn and is made again: %s", copy.path, error)
-            await self._blocking(lambda: self._replace(copy))
+            await self._current.replace_damaged(copy, error)
             copy = self.copy
             state, current = copy.state_and_optional_head()
         return await self._forks.compare(head, copy, state, current)
@@ -352,126 +260,92 @@ class Replica:
     async def _compare_copy(self) -> None:
         """Compare the HEAD of the copy with those that this process knows. Raises HistoryForked."""
         _, head = await self.blocking(lambda copy: copy.state_and_head())
-        await self._compared(head)
+        await self._compare(head)
 
-    async def _rename(self, copy: LocalCopy, at: HeadState, etag: str) -> None:
-        """Take another ETag of equal bytes. If that fails, the next check tries again."""
+    async def _update_etag(self, copy: LocalCopy, state: HeadState, etag: str) -> None:
+        """Note another ETag of equal bytes. If that fails, the next check tries again."""
         try:
-            await self._blocking(lambda: copy.update_etag(at, etag))
+            await in_executor(lambda: copy.update_etag(state, etag))
         except (CopyBusy, apsw.Error) as error:
-            log.warning("%s: its ETag has changed, which the local copy could not note: %s", self.head_key, error)
+            log.warning("%s has a new ETag, which the local copy could not store: %s", self.head_key, error)
 
     def _note_applied(self, version: int) -> None:
-        """Note that the copy has reached a version."""
         if version >= self.unapplied_version:
             self.unapplied_version = 0
 
-    async def _advance(self, copy: LocalCopy, at: HeadState, records: list[LogRecord], head: Head, got: Object) -> bool:
+    async def _apply(self, copy: LocalCopy, base: HeadState, records: list[LogRecord], head: Head, got: Object) -> bool:
+        """Advance the copy from `base`. Return False if that must be tried again, on the copy that is in use then."""
         try:
-            return await self._blocking(lambda: copy.advance(at, records, head, got.etag, got.body))
+            return await in_executor(lambda: copy.advance(base, records, head, got.etag, got.body))
         except CopyBusy:
-            await self._blocking(lambda: self._mutexed(self._use_private_copy))
+            await self._current.use_private()
             return False
         except apsw.Error as error:
             if not isinstance(error, DAMAGED_FILE) or is_full(error, copy.path.parent):
                 raise translated(error, copy.path.parent) from error
-            log.warning("%s is torn and is made again: %s", copy.path, error)
-            await self._blocking(lambda: self._replace(copy))
+            await self._current.replace_damaged(copy, error)
             return False
 
     def _check_lineage(self, head: Head, known: HeadState) -> None:
         if known.store and known.store != head.store:
             raise HeadLost(
-                f"{self.head_key} is of another store than the local copy: somebody replaced it; if that was meant, remove the local copy"
+                f"{self.head_key} is of another store than the local copy: HEAD was replaced; if that was intended,"
+                " remove the local copy"
             )
         if head.ver < known.ver or head.seq < known.seq:
-            raise self._put_back(head.ver, known.ver)
+            raise self._older_head_error(head.ver, known.ver)
 
-    def _put_back(self, found: int, known: int) -> HeadLost:
+    def _older_head_error(self, found: int, known: int) -> HeadLost:
         return HeadLost(
-            f"{self.head_key} is at version {found}, and was at {known}: somebody put an old one back;"
-            " if that was meant, remove the local copy"
+            f"{self.head_key} is at version {found}, and was at {known}: an old one was put back; if that was intended,"
+            " remove the local copy"
         )
 
-    async def _missing(self, head: Head, state: HeadState) -> list[LogRecord] | None:
-        """The records between the copy and HEAD; None if a snapshot is needed, or is less to read."""
-        first = head.tail[0].seq if head.tail else head.seq + 1
-        if state.seq + 1 >= first:
-            return list(head.tail)
-        segments = [segment for segment in head.segs if segment.last > state.seq]
-        snapshot_helps = head.snap is not None and head.snap.seq > state.seq
-        if not segments or segments[0].first > state.seq + 1:
-            if snapshot_helps:
-                return None
-            raise StoreDamaged(f"{self.head_key} lacks the records after {state.seq}")
-        if head.snap is not None and snapshot_helps and sum(segment.size for segment in segments) > head.snap.size:
-            return None
-        got = await asyncio.gather(*(self.objects.get(segment.key) for segment in segments))
-        records: list[LogRecord] = []
-        for segment, one in zip(segments, got, strict=True):
-            if one is None:
-                raise _ObjectMissing(segment.key)
-            records += decode_segment(one.body)
-        return [*records, *head.tail]
-
-    async def _build(self, head: Head, got: Object, compared: Comparison, *, snapshot: bool) -> None:
-        """Make a new file, from the snapshot or from nothing, bring it up to HEAD, and use it from then on."""
+    async def _rebuild(self, head: Head, got: Object, compared: Comparison, *, snapshot: bool) -> None:
+        """Build a new file from the snapshot, or from nothing, bring it up to HEAD, and use it from then on."""
         path, seq = new_path(self.directory), 0
         building: LocalCopy | None = None
         try:
             if snapshot:
                 assert head.snap is not None
                 seq = head.snap.seq
-                await self._download(head.snap, path)
-            records = await self._missing(head, HeadState(head.store, seq, 0, ""))
+                await self._log.download_snapshot(head.snap, path)
+            records = await self._log.records_after(head, seq)
             assert records is not None, "nothing is missing between a snapshot and its HEAD"
-            building = await self._blocking(lambda: LocalCopy(path, self.tables, building=True))
-            await self._advance(building, building.state(), records, head, got)
+            building = await in_executor(lambda: LocalCopy(path, self.tables, building=True))
+            await self._apply(building, building.state(), records, head, got)
             if not compared.decided:
-                known, found = compared.txids, await self._blocking(building.txids)
+                known, found = compared.txids, await in_executor(building.txids)
                 if contradicts(known, found):
                     await self._forks.stop(head, compared)
                 if known and known.keys().isdisjoint(found):
                     log.warning("%s: so much was written that a fork could not be noticed", self.head_key)
-            await self._blocking(building.finish_building)
-            await self._blocking(lambda: self._use(building, compared.copy))
+            await in_executor(building.finish_building)
+            await in_executor(lambda: self._current.use_instead(building, compared.copy))
         except BaseException as error:
-            if building is not None and self._copy is not building:
+            if building is not None and not self._current.is_current(building):
                 building.close()
             remove_database(path)
             if isinstance(error, (apsw.Error, OSError)) and is_full(error, path.parent):
                 raise full(error, path.parent, head.snap.size if snapshot and head.snap else 0) from error
             raise
 
-    async def _download(self, snapshot: Snapshot, path: Path) -> None:
-        if not await self.objects.download(snapshot.key, path):
-            raise _ObjectMissing(snapshot.key)
-        if await self._blocking(lambda: sha256_of(path)) != snapshot.sha256:
-            raise StoreDamaged(f"{snapshot.key} is not what was uploaded")
-
-    def _use(self, loaded: LocalCopy, old: LocalCopy) -> None:
-        with self._mutex:
-            if self._copy is old:
-                self._switch(loaded)
-            else:
-                loaded.close()
-                loaded.remove()
+    # Other operations
 
     async def export(self, key: str) -> None:
-        """Write a compact copy to an object."""
+        """Write a compact copy of the database to an object. Raises StoreUnavailable."""
         path = new_path(self.directory)
         try:
             await self.blocking(lambda copy: copy.copy_to(path))
             await self.objects.upload(key, path)
         finally:
-            await self._blocking(lambda: path.unlink(missing_ok=True))
-
-    # Races
+            await in_executor(lambda: path.unlink(missing_ok=True))
 
     async def _record_race(self) -> None:
-        """Note in HEAD that this endpoint passed the race, so that no later start of any instance pays for one.
+        """Note in HEAD that this endpoint passed the race check, so that no later start of any instance repeats it.
 
-        The outcome of the PUT does not matter: HEAD is read again until it names the endpoint. A PUT that lands late changes nothing else.
+        The outcome of the PUT does not matter, because HEAD is read again until it names the endpoint. A PUT that takes
+        effect late changes nothing else.
         """
         endpoint = self.objects.endpoint
         for _ in range(MAX_ROUNDS):
@@ -490,8 +364,3 @@ class Replica:
 
 def _newer(one: HeadState, other: HeadState) -> HeadState:
     return max(one, other, key=lambda state: state.ver)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
