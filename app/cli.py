@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from . import iam_auth
 from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreDamaged, StoreUnavailable
-from .autocrud.resource_manager.backends.s3.errors import said
+from .autocrud.resource_manager.backends.s3.errors import describe
 from .dev import local_s3 as s3_server
 from .dev import pulumi_cli
 from .dev.aws_account import check_profile, stack_profile, use_profile
@@ -169,7 +169,7 @@ def show(*, stack: str | None = None) -> None:
     try:
         print(iam_auth.api_token(found))
     except StoreUnavailable as error:
-        raise ConfigError(f"{error.detail}{f': {said(error.__cause__)}' if error.__cause__ else ''}") from None
+        raise ConfigError(f"{error.detail}{f': {describe(error.__cause__)}' if error.__cause__ else ''}") from None
 
 
 @tokens.command
@@ -305,7 +305,7 @@ def _why(error: StoreUnavailable) -> str:
     hint = "do its address and credentials fit?"
     if "directory" in what or isinstance(cause, apsw.Error):
         hint = "is CRUDSTACK_DATA_DIR a directory to write to?"
-    return f"{what}{f' ({said(cause)})' if cause is not None else ''}; {hint}"
+    return f"{what}{f' ({describe(cause)})' if cause is not None else ''}; {hint}"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import pytest
 
 from app import main, wiring
 from app.autocrud.errors import ConfigError
-from app.autocrud.resource_manager.backends.s3.errors import said
+from app.autocrud.resource_manager.backends.s3.errors import describe
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
@@ -364,8 +364,10 @@ def test_what_is_not_durable_is_said_once(tmp_path):
 
 def test_missing_keys_of_aws_are_called_so():
     asked = "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 2ms - 403\n\nDebug source: ..."
-    assert said(ValueError(asked)).startswith("no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    assert said(ValueError("another\nDebug source: ...")) == "another"
+    assert describe(ValueError(asked)).startswith(
+        "no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    )
+    assert describe(ValueError("another\nDebug source: ...")) == "another"
 
 
 def test_a_port_that_is_taken(serve, tmp_path):

@@ -18,7 +18,7 @@ from msgspec import Struct
 from typing_extensions import override
 
 from ..autocrud.errors import StoreUnavailable
-from ..autocrud.resource_manager.backends.s3.errors import answered, said
+from ..autocrud.resource_manager.backends.s3.errors import describe, s3_answer
 from ..autocrud.resource_manager.backends.s3.object_store import (
     Listed,
     Object,
@@ -242,9 +242,9 @@ def failed_check(found: tuple[int, str] | None, reason: str) -> str | None:
 
 def reason_of(error: StoreUnavailable) -> str:
     """Return the server's error, or the reason why there was no response, in one line."""
-    return error.detail if error.__cause__ is None else said(error.__cause__)
+    return error.detail if error.__cause__ is None else describe(error.__cause__)
 
 
 def answer_to(error: StoreUnavailable) -> tuple[int, str] | None:
     """Return status and code of the response that caused an error, or None if there was no response."""
-    return None if error.__cause__ is None else answered(error.__cause__)
+    return None if error.__cause__ is None else s3_answer(error.__cause__)

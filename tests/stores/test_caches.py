@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from app.autocrud import Encoding
 from app.autocrud.errors import ConfigError, StoreDamaged, StoreUnavailable
-from app.autocrud.resource_manager.backends.s3.memory_object_store import LOST_ANSWER, REFUSED, MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.memory_object_store import DROPPED, LOST_ANSWER, MemoryObjectStore
 from app.autocrud.resource_manager.basic import IStorage, RevisionInfo
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
@@ -792,7 +792,7 @@ class TestOnS3:
         assert len(await instance.store.get_many([f"0/{number}" for number in range(32)])) == 32
         assert time.monotonic() - began < 0.5
 
-    @pytest.mark.parametrize("fault", [REFUSED, LOST_ANSWER])
+    @pytest.mark.parametrize("fault", [DROPPED, LOST_ANSWER])
     async def test_a_put_that_fails_leaves_nothing(self, instance, fault):
         instance.objects.fault = lambda _: fault
         with pytest.raises(StoreUnavailable):
@@ -818,7 +818,7 @@ class TestOnS3:
 
     async def test_delete_takes_it_out_of_the_caches_though_s3_fails(self, instance):
         await instance.put("0/a", b"1")
-        instance.objects.fault = lambda call: REFUSED if call.op == "delete" else None
+        instance.objects.fault = lambda call: DROPPED if call.op == "delete" else None
         with pytest.raises(StoreUnavailable):
             await instance.store.delete(["0/a"])
         assert await instance.held("0/a") == [False, False]
@@ -1007,7 +1007,7 @@ class AgainstADict(RuleBasedStateMachine):
         self.runner.run(self.instance.put(uid, body, status))
         self.model[uid] = body
 
-    @rule(uid=uids, fault=st.sampled_from([REFUSED, LOST_ANSWER]))
+    @rule(uid=uids, fault=st.sampled_from([DROPPED, LOST_ANSWER]))
     def put_in_vain(self, uid, fault):
         if uid in self.model or uid in self.doubtful:
             return
@@ -1027,7 +1027,7 @@ class AgainstADict(RuleBasedStateMachine):
 
     @rule(uid=uids)
     def delete_in_vain(self, uid):
-        self.objects.fault = lambda call: REFUSED if call.op == "delete" else None
+        self.objects.fault = lambda call: DROPPED if call.op == "delete" else None
         with pytest.raises(StoreUnavailable):
             self.runner.run(self.instance.store.delete([uid]))
         self.objects.fault = lambda _: None

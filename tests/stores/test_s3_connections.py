@@ -195,7 +195,7 @@ async def test_conditional_puts_wait_longer_after_one_had_no_answer(server, stor
     assert loop.time() - began < WAITS["swap"][1], "after an answer the first wait is short again"
 
 
-@pytest.mark.parametrize("code", sorted(s3_clients.REFUSED))
+@pytest.mark.parametrize("code", sorted(s3_clients.RENEWABLE))
 async def test_a_conditional_put_that_was_refused_for_its_clock_or_credentials_is_sent_again(server, store, code):
     server.plan = first(1, f"403 {code}")
     assert isinstance(await store.put_if("k", b"body", None), Stored)

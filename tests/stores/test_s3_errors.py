@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from app.autocrud.errors import ConfigError, StoreUnavailable
-from app.autocrud.resource_manager.backends.s3.errors import answered, said
+from app.autocrud.resource_manager.backends.s3.errors import describe, s3_answer
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore, Unknown
 from app.autocrud.resource_manager.basic import ModelSpec
@@ -94,8 +94,8 @@ def put(url: str) -> StoreUnavailable:
 def test_status_code_and_message_of_an_answer_are_kept_and_nothing_else(answers):
     url = f"http://127.0.0.1:{answers(403)}"
     cause = put(url).__cause__
-    assert said(cause) == f'PUT {url}/b/k: 403 Forbidden, AccessDenied: User "reader" may not s3:PutObject'
-    assert answered(cause) == (403, "AccessDenied")
+    assert describe(cause) == f'PUT {url}/b/k: 403 Forbidden, AccessDenied: User "reader" may not s3:PutObject'
+    assert s3_answer(cause) == (403, "AccessDenied")
 
 
 def test_a_conditional_put_without_permission_says_so(answers):
@@ -126,7 +126,7 @@ async def test_a_store_says_that_its_key_may_not_write():
 
 
 def test_a_wrong_region_names_the_setting(answers):
-    assert "set AWS_REGION" in said(put(f"http://127.0.0.1:{answers(301)}").__cause__)
+    assert "set AWS_REGION" in describe(put(f"http://127.0.0.1:{answers(301)}").__cause__)
 
 
 def test_a_connection_that_is_refused_says_so():
@@ -134,8 +134,8 @@ def test_a_connection_that_is_refused_says_so():
         "Generic S3 error: Error performing PUT http://a:b@127.0.0.1:1/b/k?X-Amz-Signature=s in 1.5ms - HTTP error: error"
         ' sending request\n\nDebug source:\nOs { code: 111, kind: ConnectionRefused, message: "Connection refused" }'
     )
-    assert said(error) == "PUT http://127.0.0.1:1/b/k: Connection refused"
-    assert answered(error) is None
+    assert describe(error) == "PUT http://127.0.0.1:1/b/k: Connection refused"
+    assert s3_answer(error) is None
 
 
 @pytest.mark.parametrize("trusted", [None, "other.pem"])
@@ -146,7 +146,7 @@ def test_a_certificate_of_an_unknown_ca_says_tls_and_the_setting(answers, tls, m
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tls / trusted))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tls / "leaf.pem", tls / "leaf.key")
-    text = said(put(f"https://127.0.0.1:{answers(403, context)}").__cause__)
+    text = describe(put(f"https://127.0.0.1:{answers(403, context)}").__cause__)
     assert "TLS: the certificate of the server is not accepted (UnknownIssuer)" in text
     assert "set AWS_CA_BUNDLE" in text
 
@@ -158,12 +158,12 @@ def test_aws_ca_bundle_alone_makes_a_private_ca_trusted(answers, tls, monkeypatc
     monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tls / "leaf.pem", tls / "leaf.key")
-    assert "403 Forbidden" in said(put(f"https://127.0.0.1:{answers(403, context)}").__cause__)
+    assert "403 Forbidden" in describe(put(f"https://127.0.0.1:{answers(403, context)}").__cause__)
 
 
 def test_https_to_a_port_without_tls_says_so(answers, monkeypatch):
     monkeypatch.setattr("app.autocrud.resource_manager.backends.s3.clients.RETRIES", 0)
-    assert "the server does not speak TLS" in said(put(f"https://127.0.0.1:{answers(403)}").__cause__)
+    assert "the server does not speak TLS" in describe(put(f"https://127.0.0.1:{answers(403)}").__cause__)
 
 
 def test_a_ca_bundle_that_is_none_is_one_sentence(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import HeadLost, HistoryForked, OutcomeUnknown, StoreUnavailable
-from app.autocrud.resource_manager.backends.s3.memory_object_store import REFUSED, MemoryObjectStore
+from app.autocrud.resource_manager.backends.s3.memory_object_store import DROPPED, MemoryObjectStore
 from app.autocrud.resource_manager.backends.s3.object_store import Object
 from app.autocrud.resource_manager.backends.s3_sqlite import fork, local_copy
 from app.autocrud.resource_manager.backends.s3_sqlite.fork_report import find_lost, fork_files, read_fork
@@ -304,7 +304,7 @@ async def test_a_swap_that_another_process_brought_into_the_shared_copy_is_no_fo
 async def test_the_copy_has_an_own_swap_though_its_segment_cannot_be_read(objects, tmp_path):
     manager = instance(objects, tmp_path)
     await manager.create(Note("0"))
-    objects.fault = lambda call: REFUSED if call.op == "get" and "/seg/" in call.key else None
+    objects.fault = lambda call: DROPPED if call.op == "get" and "/seg/" in call.key else None
     await manager.create(Note("x" * 100_000))
     assert (head_of(objects).seq, head_of(objects).tail) == (2, ())
     assert not manager.storage.meta_store._replica.unapplied_version

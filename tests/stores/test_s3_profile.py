@@ -16,7 +16,7 @@ import pytest
 
 from app.autocrud.errors import ConfigError, StoreUnavailable
 from app.autocrud.resource_manager.backends.s3.credentials import provider
-from app.autocrud.resource_manager.backends.s3.errors import answered
+from app.autocrud.resource_manager.backends.s3.errors import s3_answer
 from app.autocrud.resource_manager.backends.s3.object_store import S3ObjectStore
 from app.autocrud.resource_manager.backends.s3.profile import region
 from tests.aws_sign_in_double import SignInDouble
@@ -233,7 +233,7 @@ def test_a_role_is_assumed_with_the_keys_of_another_profile_and_signs_for_s3(hom
     assert asked()["access_key_id"] == "role-1"
     assert sign_in.asked == [("AssumeRole", "base-key")]
     error = asyncio.run(_get_error(S3ObjectStore(BUCKET, seaweed_s3.url, region_name="us-east-1")))
-    assert answered(error)[0] == 403  # it was signed with keys that this server does not know
+    assert s3_answer(error)[0] == 403  # it was signed with keys that this server does not know
     assert sign_in.asked[1:] == [("AssumeRole", "base-key")]
 
 

@@ -134,7 +134,7 @@ def test_a_slow_and_unreliable_storage_is_never_refused(seed):
             if chance.random() >= trouble:
                 return None
             late = chance.choice([None, chance.expovariate(1 / 2.0)]) if call.op == "put_if" else None
-            return InjectedFault(chance.choice(["unknown", "lost"]), applied=chance.random() < 0.5, late=late)
+            return InjectedFault(chance.choice(["unknown", "conflict"]), applied=chance.random() < 0.5, late=late)
 
         objects.fault = fault
         # A third of all requests failing may keep every round from proving anything. Less must not keep the race from passing.
@@ -145,7 +145,7 @@ def test_a_slow_and_unreliable_storage_is_never_refused(seed):
     virtual_time.run(main())
 
 
-@pytest.mark.parametrize("answer", ["lost", "unknown"])
+@pytest.mark.parametrize("answer", ["conflict", "unknown"])
 def test_a_race_that_proves_nothing_ends(answer):
     async def main():
         objects = Counting()

@@ -22,9 +22,9 @@ from msgspec import Struct
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError, CrudError, HistoryForked, OutcomeUnknown, ResourceNotFound, StoreDamaged
 from app.autocrud.resource_manager.backends.s3.memory_object_store import (
+    DROPPED,
     FALSE_CONFLICT,
     LOST_ANSWER,
-    REFUSED,
     Call,
     InjectedFault,
     MemoryObjectStore,
@@ -42,7 +42,7 @@ SEEDS = range(int(os.environ.get("SIMULATIONS", "60")))
 INSTANCES, WRITERS, STEPS = 3, 3, 14
 RESOURCES = ("a", "b", "c")
 # A write that was refused for one of these reasons must not have happened.
-FAULTS = (REFUSED, LOST_ANSWER, FALSE_CONFLICT, InjectedFault("lost", applied=True))
+FAULTS = (DROPPED, LOST_ANSWER, FALSE_CONFLICT, InjectedFault("conflict", applied=True))
 
 
 class Note(Struct):
@@ -89,7 +89,7 @@ class World:
         if call.op == "list" or self.random.random() >= self.trouble:
             return None
         if call.op == "put_if" and self.random.random() < 0.3:
-            return InjectedFault(self.random.choice(["unknown", "lost"]), late=self.random.expovariate(1 / 2.0))
+            return InjectedFault(self.random.choice(["unknown", "conflict"]), late=self.random.expovariate(1 / 2.0))
         return self.random.choice(FAULTS)
 
     def manager(self):

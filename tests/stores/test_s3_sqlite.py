@@ -26,9 +26,9 @@ from app.autocrud.errors import (
 )
 from app.autocrud.query import Query, field
 from app.autocrud.resource_manager.backends.s3.memory_object_store import (
+    DROPPED,
     FALSE_CONFLICT,
     LOST_ANSWER,
-    REFUSED,
     Call,
     InjectedFault,
     MemoryObjectStore,
@@ -140,12 +140,12 @@ async def test_writers_share_swaps(objects):
 @pytest.mark.parametrize(
     "fault",
     [
-        REFUSED,
+        DROPPED,
         LOST_ANSWER,
         FALSE_CONFLICT,
-        InjectedFault("lost", applied=True),
+        InjectedFault("conflict", applied=True),
         InjectedFault(late=3.0),
-        InjectedFault("lost", late=3.0),
+        InjectedFault("conflict", late=3.0),
     ],
     ids=["500 or 503", "lost answer", "409 or 412", "412 for our own success", "late", "late after 409"],
 )
@@ -237,7 +237,7 @@ def test_a_body_that_cannot_be_put_is_a_write_that_did_not_happen(objects):
     async def main():
         manager = instance(objects)
         await manager.create(Note("0"))
-        objects.fault = lambda call: REFUSED if call.op == "put" else None
+        objects.fault = lambda call: DROPPED if call.op == "put" else None
         with pytest.raises(StoreUnavailable):
             await manager.create(Note("1"))
         objects.fault = lambda _: None
@@ -246,7 +246,7 @@ def test_a_body_that_cannot_be_put_is_a_write_that_did_not_happen(objects):
     virtual_time.run(main())
 
 
-@pytest.mark.parametrize("fault", [InjectedFault(late=0.5), REFUSED], ids=["after the swap", "before the swap"])
+@pytest.mark.parametrize("fault", [InjectedFault(late=0.5), DROPPED], ids=["after the swap", "before the swap"])
 def test_an_instance_that_dies_around_the_swap_leaves_all_or_nothing(objects, fault):
     async def main():
         objects.latency = lambda _: 0.02

@@ -25,7 +25,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 from ...runtime.moments import Moment
-from .errors import answered, had_no_answer
+from .errors import had_no_answer, s3_answer
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Store
@@ -48,7 +48,7 @@ RETRIES, RETRY_S = 4, 2.0
 IDLE_S = 60.0
 RENEW_PAUSE_S = 0.25
 """Pause before a request that S3 refused for its time is repeated: a thawed machine sets its clock within moments."""
-REFUSED = {
+RENEWABLE = {
     "RequestTimeTooSkewed",
     "RequestExpired",
     "ExpiredToken",
@@ -149,8 +149,8 @@ class Clients:
 
         If it did, this has waited for the clock and forgotten the credentials.
         """
-        answer = answered(error)
-        if answer is None or answer[1] not in REFUSED:
+        answer = s3_answer(error)
+        if answer is None or answer[1] not in RENEWABLE:
             return False
         log.warning("S3 refused a request: %s; once more, with the time and the credentials of now", answer[1])
         if self._renew is not None:

@@ -1,6 +1,6 @@
 """Turn errors of obstore into one sentence each, without secrets.
 
-obstore prints the method, the URL and the body of the answer, then a dump of its own state. `said` keeps status, code
+obstore prints the method, the URL and the body of the answer, then a dump of its own state. `describe` keeps status, code
 and message of an S3 answer, and the cause of a failed connection, which only the dump names.
 """
 
@@ -24,7 +24,7 @@ _DNS = re.compile(r'"dns error",.*?error: "([^"]*)"', re.DOTALL)
 _PROVIDER = re.compile(r"External AWS credential provider: (?:\w+: )?(.*)", re.DOTALL)
 
 
-def said(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Return what an error of the driver says, in one line: `PUT URL: 403 Forbidden, AccessDenied: message`."""
     text, _, dump = str(error).partition(_DUMP)
     if "http://169.254.169.254/" in text:  # without keys, obstore asks this machine for those of a role
@@ -41,7 +41,7 @@ def said(error: BaseException) -> str:
     return f"{what}: {_connection(reason, dump)}"
 
 
-def answered(error: BaseException) -> tuple[int, str] | None:
+def s3_answer(error: BaseException) -> tuple[int, str] | None:
     """Return the status and the code of the S3 answer that caused an error; None if there was no answer."""
     text = str(error).partition(_DUMP)[0]
     status = _STATUS.search(text)
@@ -59,7 +59,7 @@ def had_no_answer(error: BaseException) -> bool:
     return "TimedOut" in dump or ("HttpError" in dump and "kind: Connect," not in dump)
 
 
-def brief(error: BaseException) -> str:
+def status_and_code(error: BaseException) -> str:
     """Return status and code of the S3 answer, for readers who may not see addresses and names of accounts."""
     text = str(error).partition(_DUMP)[0]
     status = _STATUS.search(text)

@@ -25,27 +25,27 @@ from ....errors import StoreUnavailable
 from .object_store import UNCHANGED, Listed, NotStored, Object, ObjectStore, Outcome, Stored, Unchanged, Unknown
 
 T = TypeVar("T")
-Op = Literal["get", "get_if", "put", "put_if", "list", "delete"]
+Operation = Literal["get", "get_if", "put", "put_if", "list", "delete"]
 
 
 class Call(NamedTuple):
-    op: Op
+    op: Operation
     key: str
     size: int = 0
 
 
 class InjectedFault(NamedTuple):
-    """`answer` is what the client hears: "unknown" (a time-out, 5xx, 403, ...) or "lost" (409, 412). `applied`: whether the request takes
+    """`answer` is what the client hears: "unknown" (a time-out, 5xx, 403, ...) or "conflict" (409, 412). `applied`: whether the request takes
     effect all the same; `late`: so many seconds afterwards."""
 
-    answer: Literal["unknown", "lost"] = "unknown"
+    answer: Literal["unknown", "conflict"] = "unknown"
     applied: bool = False
     late: float | None = None
 
 
-REFUSED = InjectedFault()
+DROPPED = InjectedFault()
 LOST_ANSWER = InjectedFault(applied=True)
-FALSE_CONFLICT = InjectedFault("lost")
+FALSE_CONFLICT = InjectedFault("conflict")
 
 
 class MemoryObjectStore(ObjectStore):
@@ -117,7 +117,7 @@ class MemoryObjectStore(ObjectStore):
                 task.add_done_callback(self._late.discard)
             elif fault.applied:
                 self._swap(key, body, etag)
-            return NotStored() if fault.answer == "lost" else Unknown("injected")
+            return NotStored() if fault.answer == "conflict" else Unknown("injected")
 
         if self.check_then_act is not None:
             return await self._put_late(Call("put_if", key, len(body)), body, etag, self.check_then_act())
@@ -126,7 +126,7 @@ class MemoryObjectStore(ObjectStore):
     async def _put_late(self, call: Call, body: bytes, etag: str | None, seconds: float) -> Outcome:
         def compare(fault: InjectedFault | None) -> Outcome | None:
             if fault is not None:
-                return NotStored() if fault.answer == "lost" else Unknown("injected")
+                return NotStored() if fault.answer == "conflict" else Unknown("injected")
             found = self.objects.get(call.key)
             return None if (None if found is None else found.etag) == etag else NotStored()
 

@@ -29,7 +29,7 @@ from ...runtime.disk_space import full, is_full
 from ...runtime.drivers import driver
 from . import credentials as s3_credentials
 from .clients import FILE, Attempts, Clients, RequestKind, kind_of
-from .errors import brief, said
+from .errors import describe, status_and_code
 from .obstore_exit import tracked, wait_at_exit
 
 if TYPE_CHECKING:
@@ -273,9 +273,9 @@ class S3ObjectStore(ObjectStore):
             except Exception as error:  # whatever else it is, it does not say that nothing was stored
                 if not again and await self._clients.renewed(pools, error):
                     continue
-                log.warning("PUT %s: %s", key, said(error))
+                log.warning("PUT %s: %s", key, describe(error))
                 self._clients.swap_failed(pools, error)
-                return Unknown(brief(error))
+                return Unknown(status_and_code(error))
             self._clients.swap_answered()
             new = result["e_tag"]
             return Stored(new, result["version"]) if new else Unknown("the answer has no ETag")
@@ -394,7 +394,7 @@ def _server(endpoint_url: str | Secret | None) -> str:
 
 def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
     """The details, an address for one, go to the log and not to clients."""
-    log.error("%s %s: %s: %s", method, key, type(error).__name__, said(error))
+    log.error("%s %s: %s: %s", method, key, type(error).__name__, describe(error))
     return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
 
 
