@@ -41,7 +41,7 @@ def test_a_short_script_ends_with_its_own_exit_code(ministack_s3, end):
 
 PROVIDER = """
 import asyncio, sys, threading, time
-from app.autocrud.resource_manager import object_store, s3_credentials
+from app.autocrud.resource_manager.backends.s3 import credentials, object_store
 
 started = threading.Event()
 
@@ -58,7 +58,7 @@ async def main():
     task.cancel()
     await asyncio.wait([task])
 
-s3_credentials.provider = lambda: provider
+credentials.provider = lambda: provider
 asyncio.run(main())
 """
 

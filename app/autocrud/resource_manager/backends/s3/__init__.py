@@ -1,1 +1,10 @@
-"""S3 object storage: clients, credentials and errors."""
+"""S3: the interface to object storage, its clients, credentials and errors.
+
+object_store         ObjectStore: the operations that the engine needs; S3ObjectStore: one bucket, through obstore
+clients              pools of connections, time-outs, and which requests are repeated
+credentials          credentials that obstore does not find itself
+profile              credentials and region of a profile in ~/.aws, through botocore
+errors               errors of obstore as one sentence each
+obstore_exit         ends a process only after the threads of obstore have left Python
+memory_object_store  MemoryObjectStore: an object store in memory, for tests
+"""

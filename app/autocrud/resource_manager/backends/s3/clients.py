@@ -1,19 +1,20 @@
-"""obstore's clients, which are pools of connections to S3, and when they are given up.
+"""The clients of obstore, which are pools of connections to S3, and when a pool is retired.
 
-A NAT or a firewall may forget a connection without a word: no FIN, no RST. Requests on it have no answer, and a pool
-may hold many such connections. So an answer is waited for only shortly at first, and what had none is not trusted
-again.
+A NAT or a firewall may drop a connection silently, without FIN or RST. Requests on it get no answer, and a pool may
+hold many such connections. So the first attempt waits only a short time, and connections that gave no answer are not
+used again.
 
-- C1 *After a request without an answer, every later attempt goes on a new connection.* Its pools are retired: no
-  request takes a connection out of them again. So one request pays for all connections that were lost together.
-- C2 *Connections that were idle for IDLE_S are not used*, whether the machine was frozen or not: by the clock that goes
-  on while a machine sleeps, and by the wall clock, which is set after a thaw.
-- C3 *What may have taken place is repeated only if that does no harm*: reads, lists, deletes, unconditional PUTs. A
-  conditional PUT is repeated here only if S3 answered that it refused the request for its time or its credentials. Such
-  an answer says that nothing was stored; no answer says nothing, and is `Unknown`.
-- C4 *Bound.* WAITS_S are the seconds without a byte after which an attempt is given up; there are no more attempts.
-  Within one, obstore repeats refused connections and answers of 500 and above for RETRY_S, which is shorter than any of
-  the waits: so obstore never repeats what had no answer, on a connection of the same pool.
+- C1 *After a request without an answer, every later attempt uses a new connection.* The pools of the request are
+  retired, so no request takes a connection out of them again. So all connections that were lost together cost one
+  time-out.
+- C2 *Connections that were idle for IDLE_S are not used*, even if the machine was frozen. Idle time is measured by the
+  clock that runs while a machine sleeps, and by the wall clock, which is set after a thaw.
+- C3 *A request that may have taken effect is repeated only if that does no harm*: reads, lists, deletes and
+  unconditional PUTs. A conditional PUT is repeated here only if S3 answered that it refused the time or the credentials
+  of the request, because then nothing was stored. If there is no answer, the outcome is `Unknown`.
+- C4 *The waiting time is bounded.* WAITS_S has one entry for each attempt: the seconds without a byte after which it is
+  given up. Within an attempt, obstore repeats refused connections and answers of 500 and above for RETRY_S. That is
+  shorter than every entry, so obstore never repeats a request without an answer on a connection of the same pool.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("crudstack.s3")
 
 RequestKind = Literal["swap", "small", "large", "file"]
-"""Conditional PUTs; reads and what sends few bytes; bodies of some megabytes; files."""
+"""In this order: conditional PUTs; reads and requests with small bodies; bodies of some megabytes; files."""
 WAITS_S: dict[RequestKind, tuple[float, ...]] = {
     "swap": (4, 6, 10),
     "small": (3, 5, 8),
     "large": (4, 6, 15),
     "file": (30, 30),
 }
-"""Seconds without a byte of an answer, by attempt. The time in which a body is sent counts, so larger ones have more:
-the last attempt of 6 MB succeeds at 3.5 Mbit/s."""
+"""Seconds without a byte of an answer, by attempt. They include the time to send the body, so large bodies have more:
+the last attempt to send 6 MB succeeds at 3.5 Mbit/s."""
 LARGE, FILE = 128 * 1024, 8 * 1024 * 1024
-"""Bytes from which a body is large, or sent as a file is."""
+"""A body above LARGE bytes has the kind "large", and one above FILE bytes the kind "file"."""
 RETRIES, RETRY_S = 4, 2.0
 IDLE_S = 60.0
 RENEW_PAUSE_S = 0.25
-"""Pause before a request that S3 refused for its time is repeated: a thawed machine sets its clock within moments."""
+"""The pause before a request with a wrong time is repeated. A thawed machine sets its clock within this time."""
 RENEWABLE = {
     "RequestTimeTooSkewed",
     "RequestExpired",
@@ -56,38 +57,40 @@ RENEWABLE = {
     "TokenRefreshRequired",
     "InvalidToken",
 }
-"""S3's codes for a signature with an old clock or old credentials."""
+"""The error codes of S3 for a signature with an old time or old credentials: the request may be repeated with new
+ones."""
 
 
 def kind_of(size: int) -> RequestKind:
-    """Return the kind of a PUT with so many bytes."""
+    """Return the kind of an unconditional PUT with a body of `size` bytes."""
     return "small" if size <= LARGE else "large" if size <= FILE else "file"
 
 
 class Attempts:
-    """What a request has been through, since it began or last made progress."""
+    """Counts the attempts of a request since it began, or since it last received data."""
 
     def __init__(self) -> None:
         self.count = 0
-        """Attempts that failed."""
+        """The number of failed attempts."""
         self.renewed = False
-        """Whether the time and the credentials of the last one are those of a renewal: one is enough."""
+        """Whether the last attempt had a new time and new credentials. They are renewed once per request."""
 
 
 class Pools:
-    """Clients that were made at the same time, each with connections of its own. Made at their first use."""
+    """Clients that are retired together, each with its own connections. A client is created at its first use."""
 
     def __init__(self, make: Callable[[ClientConfig, RetryConfig], S3Store]) -> None:
         self._make = make
         self._clients: dict[tuple[RequestKind, int], S3Store] = {}
 
     def client(self, kind: RequestKind, attempt: int) -> S3Store:
+        """Return the client for an attempt of a request, counted from 0."""
         found = self._clients.get((kind, attempt))
         if found is None:
             client: ClientConfig = {
                 "timeout": "1h",
                 "read_timeout": timedelta(seconds=WAITS_S[kind][attempt]),
-                "pool_idle_timeout": timedelta(seconds=IDLE_S),  # of each one, while others of the pool are used
+                "pool_idle_timeout": timedelta(seconds=IDLE_S),  # for each connection, even if others are in use
             }
             retry: RetryConfig = {
                 "max_retries": 0 if kind == "swap" else RETRIES,
@@ -98,7 +101,12 @@ class Pools:
 
 
 class Clients:
-    """The pools in use. `renew`: forgets credentials, so that new ones are fetched."""
+    """The pools in use.
+
+    Args:
+        make: Creates a client with these options.
+        renew: Forgets cached credentials, so that new ones are fetched. None if they cannot change.
+    """
 
     def __init__(self, make: Callable[[ClientConfig, RetryConfig], S3Store], renew: Callable[[], None] | None) -> None:
         self._make, self._renew = make, renew
@@ -117,26 +125,30 @@ class Clients:
         return self._pools
 
     def swap_client(self, pools: Pools) -> S3Store:
-        """Return the client for a conditional PUT: one that waits longer after those that had no answer."""
+        """Return the client for a conditional PUT. It waits longer if the last conditional PUTs got no answer."""
         return pools.client("swap", self._slow_swaps)
 
     def swap_answered(self) -> None:
+        """Note that a conditional PUT got an answer, so that the next one waits the shortest time again."""
         self._slow_swaps = 0
 
     def swap_failed(self, pools: Pools, error: BaseException) -> None:
-        """A conditional PUT had no answer that says what it did. It is not repeated here (C3)."""
+        """Note that the outcome of a conditional PUT is unknown. Retires the pools if there was no answer."""
         if had_no_answer(error):
             self._slow_swaps = min(self._slow_swaps + 1, len(WAITS_S["swap"]) - 1)
             self._retire(pools)
 
     async def may_repeat(self, kind: RequestKind, pools: Pools, attempts: Attempts, error: BaseException) -> bool:
-        """Return whether a request that does no harm if it is done twice is to be repeated, and count the attempt."""
+        """Count a failed attempt, and return whether the request may be sent again.
+
+        Only for requests that do no harm if they take effect twice (C3).
+        """
         waited_s = WAITS_S[kind][attempts.count]
         attempts.count += 1
         if attempts.count >= len(WAITS_S[kind]):
             return False
         if had_no_answer(error):
-            log.info("no answer within %g s; the connections are given up", waited_s)
+            log.info("no answer within %g s; the connections are retired", waited_s)
             self._retire(pools)
             return True
         if attempts.renewed or not await self.renewed(pools, error):
@@ -145,21 +157,21 @@ class Clients:
         return True
 
     async def renewed(self, pools: Pools, error: BaseException) -> bool:
-        """Return whether S3 refused a request for its time or its credentials.
+        """Return whether S3 refused the time or the credentials of a request, so that it can be repeated with new ones.
 
-        If it did, this has waited for the clock and forgotten the credentials.
+        If so, first forgets the credentials, retires the pools, and waits RENEW_PAUSE_S for the clock to be set.
         """
         answer = s3_answer(error)
         if answer is None or answer[1] not in RENEWABLE:
             return False
-        log.warning("S3 refused a request: %s; once more, with the time and the credentials of now", answer[1])
+        log.warning("S3 refused a request: %s; it is repeated with the current time and new credentials", answer[1])
         if self._renew is not None:
             self._renew()
-        self._retire(pools)  # obstore keeps credentials with the client
+        self._retire(pools)  # obstore keeps credentials for each client
         await asyncio.sleep(RENEW_PAUSE_S)
         return True
 
     def _retire(self, pools: Pools) -> None:
-        """Use no connection of these pools again (C1). If another request has retired them, its new ones stay."""
+        """Never use a connection of these pools again (C1). Does nothing if another request retired them already."""
         if self._pools is pools:
             self._pools = Pools(self._make)

@@ -1,18 +1,18 @@
-"""Credentials for S3 that obstore does not find by itself.
+"""Credentials for S3 that obstore does not find itself.
 
 obstore finds access keys in the environment, web identities, and the roles of ECS, EKS and EC2. If the environment has
 credentials of another kind, `provider` returns the function that obstore calls for them:
 
-    ContainerCredentials   an endpoint, with its token in the environment: Lambda with SnapStart, which sets no
+    ContainerCredentials   an endpoint whose token is in the environment. Lambda with SnapStart has one: it sets no
                            AWS_ACCESS_KEY_ID, because a snapshot must hold no keys
-    ProfileCredentials     a profile in ~/.aws (s3_profile.py)
+    ProfileCredentials     a profile in ~/.aws (profile)
 
-To add a kind, return its function from `provider`. What obstore 0.12 does with that function:
+To add a kind, return its function from `provider`. obstore 0.12 does this with the function:
 
-- It calls it in a thread of its own, never in that of the event loop, so the function may block.
+- It calls it in its own thread and never in that of the event loop, so the function may block.
 - It keeps the result until 5 minutes before `expires_at`, then calls again, at most once in 100 ms. None never expires.
-- It keeps one result for each S3Store, and lets other requests wait during a call. If the call fails, the next waiting
-  request calls again.
+- It keeps one result for each S3Store. Other requests wait during a call. If the call fails, the next waiting request
+  calls again.
 """
 
 from __future__ import annotations
@@ -43,18 +43,23 @@ FOUND_BY_OBSTORE = (
     "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",  # EKS
 )
 TIMEOUT_S = 2.0
-"""For all attempts together: the endpoint is on this machine."""
+"""The limit of all attempts together. It is short because the endpoint is on this machine."""
 PAUSES_S = (0.05, 0.2)
-"""Between attempts."""
+"""The pauses between attempts."""
 REUSE_S = 0.5
-"""How long the outcome of a fetch answers further calls. Shorter than a person needs to try again, and long enough for
-the requests that waited: if the endpoint is down, they fail together and not one time-out after another."""
+"""The outcome of a fetch is reused for this long. A user who tries again takes longer. Requests that waited for the
+same fetch share its outcome: if the endpoint is down, they fail together, and not one time-out after the other."""
 MAX_ANSWER = 64 * 1024
+"""More bytes of an answer are not read."""
 ENDS_SOON = timedelta(minutes=5)
+"""Credentials that expire within this time are fetched again."""
 
 
 class _Answer(Struct, frozen=True, rename="pascal"):
-    """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
+    """The answer of the endpoint.
+
+    See https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html
+    """
 
     access_key_id: str
     secret_access_key: str
@@ -67,9 +72,10 @@ class _Busy(Exception):
 
 
 def provider(environment: Mapping[str, str] = os.environ) -> Callable[[], S3Credential] | None:
-    """Return what obstore must call for credentials; None if it finds those of this environment by itself.
+    """Return the function that obstore must call for credentials; None if it finds those of this environment itself.
 
-    Raises ConfigError if one of two access keys is missing, or if there is a profile and botocore is not installed.
+    Raises ConfigError if only one of the two access keys is set, or if there is a profile and botocore is not
+    installed.
     """
     key, secret = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
     if key and not secret:
@@ -88,9 +94,9 @@ def _one_key_alone(given: str, missing: str) -> ConfigError:
 
 
 class KeptCredentials:
-    """Keeps what a provider returned for clients of obstore that are made later, each of which asks on its own.
+    """Caches the result of a provider, so that each new client of obstore does not call the provider again.
 
-    Kept until 5 minutes before they end, as obstore does, or until `renew`.
+    The cache lasts until ENDS_SOON before the credentials expire, as in obstore, or until `renew`.
     """
 
     def __init__(self, provider: Callable[[], S3Credential]) -> None:
@@ -98,14 +104,14 @@ class KeptCredentials:
         self._kept: S3Credential | None = None
 
     def __call__(self) -> S3Credential:
-        """Return credentials. Blocks as the provider does, and raises what it raises."""
+        """Return credentials. Blocks like the provider, and raises its errors."""
         kept = self._kept
         if kept is None or _ends_soon(kept):
             kept = self._kept = self._provider()
         return kept
 
     def renew(self) -> None:
-        """Have the provider asked again, because S3 refused what it returned last."""
+        """Forget the credentials, because S3 refused them. The next call asks the provider again."""
         self._kept = None
         forget = getattr(self._provider, "forget", None)
         if forget is not None:
@@ -120,8 +126,8 @@ def _ends_soon(credential: S3Credential) -> bool:
 class ContainerCredentials:
     """Fetches credentials from the endpoint that the environment names.
 
-    The environment is read at each fetch, because it may differ after a snapshot was restored. The clock is the wall
-    clock, because a monotonic one may stand still while the machine is frozen.
+    Reads the environment at each fetch, because it may change when a snapshot is restored. Uses the wall clock, because
+    a monotonic clock may stop while the machine is frozen.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -130,9 +136,9 @@ class ContainerCredentials:
         self._last: tuple[tuple[str, str | None], float, S3Credential | StoreUnavailable] | None = None
 
     def __call__(self) -> S3Credential:
-        """Return credentials, perhaps those of a moment ago. Blocks for about TIMEOUT_S at most.
+        """Return credentials, at most REUSE_S old. Blocks for about TIMEOUT_S at most.
 
-        Raises StoreUnavailable in one sentence that holds no secret.
+        Raises StoreUnavailable with one sentence that holds no secret.
         """
         with self._lock:
             asked = self._environment.get(FULL_URI, ""), self._environment.get(TOKEN)
@@ -149,7 +155,7 @@ class ContainerCredentials:
         return outcome
 
     def forget(self) -> None:
-        """Fetch at the next call, however little time has passed."""
+        """Forget the last outcome, so that the next call fetches."""
         with self._lock:
             self._last = None
 
@@ -157,8 +163,8 @@ class ContainerCredentials:
 def fetch(uri: str, token: str | None) -> S3Credential:
     """Fetch credentials from a container's endpoint. Blocks for about TIMEOUT_S at most.
 
-    Repeats refused connections and answers of 500 and above. Raises StoreUnavailable in one sentence that holds no
-    secret: neither the token, nor the answer, nor the user or query of the URI.
+    Repeats refused connections and answers of 500 and above. Raises StoreUnavailable with one sentence that holds no
+    secret: no token, no part of the answer, and no user or query of the URI.
     """
     parts = _endpoint(uri)
     if token is not None and not (token.isascii() and token.isprintable()):
@@ -180,27 +186,27 @@ def fetch(uri: str, token: str | None) -> S3Credential:
         answer = msgspec.json.decode(body, type=_Answer)
         if not answer.access_key_id or not answer.secret_access_key:
             raise msgspec.ValidationError
-    except msgspec.MsgspecError:  # without its text, which may quote the secret
+    except msgspec.MsgspecError:  # its text may quote the secret, so it is left out
         raise StoreUnavailable(f"{where} did not answer AccessKeyId, SecretAccessKey, Token and Expiration") from None
     ends = answer.expiration
     return {
         "access_key_id": answer.access_key_id,
         "secret_access_key": answer.secret_access_key,
         "token": answer.token,
-        # obstore wants a time zone; AWS gives UTC.
+        # obstore requires a time zone; the times of AWS are in UTC.
         "expires_at": ends.replace(tzinfo=UTC) if ends is not None and ends.tzinfo is None else ends,
     }
 
 
 def _endpoint(uri: str) -> SplitResult:
-    """Return the parts of the URI. Raises StoreUnavailable if the token must not be sent there."""
+    """Return the parts of the URI. Raises StoreUnavailable if it is not safe to send the token there."""
     from urllib.parse import urlsplit
 
     try:
         parts = urlsplit(uri)
         host, _ = parts.hostname or "", parts.port
-    except ValueError:  # without its text, which quotes the URI
-        raise StoreUnavailable(f"{FULL_URI} is no URL: expected https, or http to this machine") from None
+    except ValueError:  # its text quotes the URI, so it is left out
+        raise StoreUnavailable(f"{FULL_URI} is not a URL: expected https, or http to this machine") from None
     if not host or not (parts.scheme == "https" or (parts.scheme == "http" and is_local(host))):
         found = f"{parts.scheme}://{host}"
         raise StoreUnavailable(f"{FULL_URI} names {found}: expected https, or http to a loopback or link-local address")
@@ -208,9 +214,10 @@ def _endpoint(uri: str) -> SplitResult:
 
 
 def is_local(host: str) -> bool:
-    """Return whether what is sent to this host stays on this machine.
+    """Return whether data that is sent to this host stays on this machine.
 
-    The hosts that botocore allows, and every link-local address: Lambda's own APIs are at 169.254.100.1.
+    Accepts the hosts that botocore allows, and every link-local address, because the APIs of Lambda are at
+    169.254.100.1.
     """
     from ipaddress import ip_address
 
@@ -224,8 +231,8 @@ def is_local(host: str) -> bool:
 
 
 def _get(parts: SplitResult, token: str | None, timeout_s: float) -> bytes:
-    """Return the endpoint's answer. Raises _Busy, StoreUnavailable; their texts are the end of a sentence about it."""
-    from http.client import HTTPConnection, HTTPException, HTTPSConnection  # loaded by Lambda's runtime client anyway
+    """Return the body of the answer. Raises _Busy or StoreUnavailable; their texts continue a sentence."""
+    from http.client import HTTPConnection, HTTPException, HTTPSConnection  # Lambda has loaded this module already
 
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
@@ -238,7 +245,7 @@ def _get(parts: SplitResult, token: str | None, timeout_s: float) -> bytes:
         raise StoreUnavailable(f"did not answer within {TIMEOUT_S:g} s") from None
     except OSError as error:
         raise _Busy(f"cannot be reached: {error.strerror or type(error).__name__}") from None
-    except (HTTPException, ValueError) as error:  # without their texts, which quote what was sent or received
+    except (HTTPException, ValueError) as error:  # their texts quote what was sent or received
         raise StoreUnavailable(f"gave no HTTP answer: {type(error).__name__}") from None
     finally:
         connection.close()

@@ -1,7 +1,8 @@
 """Turn errors of obstore into one sentence each, without secrets.
 
-obstore prints the method, the URL and the body of the answer, then a dump of its own state. `describe` keeps status, code
-and message of an S3 answer, and the cause of a failed connection, which only the dump names.
+The text of an error of obstore has the method, the URL and the body of the answer, and then a dump of its state.
+`describe` keeps status, code and message of an S3 answer. If a connection failed, it takes the cause from the dump,
+because only the dump has it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import html
 import re
 
 LONGEST = 300
-"""Characters of a message of the server; some quote the whole request."""
+"""A message of the server is cut after so many characters, because some quote the whole request."""
 NO_CREDENTIALS = (
     "no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set, AWS_PROFILE and ~/.aws name"
     " none, and this machine has no role"
@@ -25,9 +26,9 @@ _PROVIDER = re.compile(r"External AWS credential provider: (?:\w+: )?(.*)", re.D
 
 
 def describe(error: BaseException) -> str:
-    """Return what an error of the driver says, in one line: `PUT URL: 403 Forbidden, AccessDenied: message`."""
+    """Describe an error of obstore in one line, such as `PUT URL: 403 Forbidden, AccessDenied: message`."""
     text, _, dump = str(error).partition(_DUMP)
-    if "http://169.254.169.254/" in text:  # without keys, obstore asks this machine for those of a role
+    if "http://169.254.169.254/" in text:  # without keys, obstore asks the metadata service of this machine for a role
         return NO_CREDENTIALS
     if provider := _PROVIDER.search(text):
         return _line(provider[1])
@@ -42,16 +43,16 @@ def describe(error: BaseException) -> str:
 
 
 def s3_answer(error: BaseException) -> tuple[int, str] | None:
-    """Return the status and the code of the S3 answer that caused an error; None if there was no answer."""
+    """Return the status and the error code of the S3 answer that caused an error; None if there was no answer."""
     text = str(error).partition(_DUMP)[0]
     status = _STATUS.search(text)
     return None if status is None else (int(status[1][:3]), _element("Code", status[2]) or "")
 
 
 def had_no_answer(error: BaseException) -> bool:
-    """Return whether the server gave no answer to a request that it may have received, or only a part of one.
+    """Return whether the server may have received a request but gave no answer, or only a part of one.
 
-    Not so if no connection was made because it was refused, the name is unknown or TLS failed; nor without credentials.
+    Returns False if there was no connection (refused, unknown name, TLS failure) or if there were no credentials.
     """
     text, _, dump = str(error).partition(_DUMP)
     if "http://169.254.169.254/" in text or _PROVIDER.search(text) or _STATUS.search(text):
@@ -60,7 +61,7 @@ def had_no_answer(error: BaseException) -> bool:
 
 
 def status_and_code(error: BaseException) -> str:
-    """Return status and code of the S3 answer, for readers who may not see addresses and names of accounts."""
+    """Return status and code of the S3 answer only, for readers who may not see addresses and names of accounts."""
     text = str(error).partition(_DUMP)[0]
     status = _STATUS.search(text)
     if status is None:
@@ -86,7 +87,7 @@ def _element(name: str, body: str) -> str | None:
 
 
 def _connection(reason: str, dump: str) -> str:
-    """Return why a request had no answer."""
+    """Return the cause of a failed connection."""
     if certificate := _CERTIFICATE.search(dump):
         return (
             f"TLS: the certificate of the server is not accepted ({certificate[1]}); if a private CA signed it, set"
@@ -104,7 +105,7 @@ def _connection(reason: str, dump: str) -> str:
 
 
 def _address(url: str) -> str:
-    """Return a URL without its query, which may be a signature, and without user information."""
+    """Return a URL without its query, which may hold a signature, and without its user and password."""
     return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
 
 

@@ -1,13 +1,14 @@
-"""An object store in memory, for tests and simulations: atomic, with faults and latency as wished.
+"""An object store in memory, for tests and simulations, with configurable faults and latency.
 
     store = MemoryObjectStore()
-    store.fault = lambda request: LOST_ANSWER if request.op == "put_if" else None
-    store.latency = lambda request: 0.020
+    store.fault = lambda call: LOST_ANSWER if call.op == "put_if" else None
+    store.latency = lambda call: 0.020
 
     store.check_then_act = lambda: 0.003
 
-With `check_then_act` a conditional PUT compares first, and writes so many seconds later: a faulty server, which loses acknowledged writes.
-Latency passes on the event loop's clock, so on one with virtual time it costs none. `requests` counts what was asked.
+Its operations are atomic. With `check_then_act`, a conditional PUT compares first, and writes so many seconds later.
+This simulates a faulty server that loses acknowledged writes. Latency uses the clock of the event loop, so it costs no
+real time on an event loop with virtual time. `requests` counts the requests by operation.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
+from typing_extensions import override
+
 from ....errors import StoreUnavailable
 from .object_store import UNCHANGED, Listed, NotStored, Object, ObjectStore, Outcome, Stored, Unchanged, Unknown
 
@@ -29,14 +32,19 @@ Operation = Literal["get", "get_if", "put", "put_if", "list", "delete"]
 
 
 class Call(NamedTuple):
+    """A request to the store. `size` is that of its body, in bytes."""
+
     op: Operation
     key: str
     size: int = 0
 
 
 class InjectedFault(NamedTuple):
-    """`answer` is what the client hears: "unknown" (a time-out, 5xx, 403, ...) or "conflict" (409, 412). `applied`: whether the request takes
-    effect all the same; `late`: so many seconds afterwards."""
+    """A fault of one request.
+
+    `answer` is the answer to the client: "unknown" (a time-out, 5xx, 403, ...) or "conflict" (409, 412). `applied` says
+    whether the request takes effect all the same. `late` is the delay in seconds after which it takes effect.
+    """
 
     answer: Literal["unknown", "conflict"] = "unknown"
     applied: bool = False
@@ -49,6 +57,17 @@ FALSE_CONFLICT = InjectedFault("conflict")
 
 
 class MemoryObjectStore(ObjectStore):
+    """An object store in memory.
+
+    Attributes:
+        objects: The objects by key.
+        requests: The number of requests by operation.
+        bytes_put: The bytes of all bodies that were sent.
+        fault: Returns the fault of a request, or None.
+        latency: Returns the latency of a request in seconds.
+        check_then_act: Returns the seconds between comparing and writing; None for an atomic store.
+    """
+
     def __init__(self) -> None:
         self.objects: dict[str, Object] = {}
         self.requests: Counter[str] = Counter()
@@ -60,7 +79,7 @@ class MemoryObjectStore(ObjectStore):
         self._late: set[asyncio.Task[None]] = set()
 
     async def _serve(self, call: Call, work: Callable[[InjectedFault | None], T]) -> T:
-        """Half of the latency passes before the request takes effect, half before its answer is there: answers may be out of date."""
+        """Run a request. Half of its latency passes before it takes effect, half after: the answer may be outdated."""
         self.requests[call.op] += 1
         self.bytes_put += call.size
         delay = self.latency(call)
@@ -72,9 +91,11 @@ class MemoryObjectStore(ObjectStore):
             if delay:
                 await asyncio.sleep(delay / 2)
 
+    @override
     async def get(self, key: str) -> Object | None:
         return await self._serve(Call("get", key), lambda fault: self._found(fault, key))
 
+    @override
     async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
         def work(fault: InjectedFault | None) -> Object | Unchanged | None:
             found = self._found(fault, key)
@@ -87,6 +108,7 @@ class MemoryObjectStore(ObjectStore):
             raise _down()
         return self.objects.get(key)
 
+    @override
     async def put(self, key: str, body: bytes) -> None:
         def work(fault: InjectedFault | None) -> None:
             if fault is None or fault.applied:
@@ -97,7 +119,7 @@ class MemoryObjectStore(ObjectStore):
         await self._serve(Call("put", key, len(body)), work)
 
     def _store(self, key: str, body: bytes) -> str:
-        etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'  # as S3's: of the content alone
+        etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'  # depends on the content only, as on S3
         self.objects[key] = Object(bytes(body), etag)
         return etag
 
@@ -108,6 +130,7 @@ class MemoryObjectStore(ObjectStore):
                 return NotStored()
             return Stored(self._store(key, body))
 
+    @override
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
         def work(fault: InjectedFault | None) -> Outcome:
             if fault is None:
@@ -140,6 +163,7 @@ class MemoryObjectStore(ObjectStore):
         await asyncio.sleep(seconds)
         self._swap(key, body, etag)
 
+    @override
     async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
         def work(fault: InjectedFault | None) -> Sequence[Listed]:
             if fault is not None:
@@ -151,6 +175,7 @@ class MemoryObjectStore(ObjectStore):
         for listed in await self._serve(Call("list", prefix), work):
             yield listed
 
+    @override
     async def delete(self, keys: Sequence[str]) -> None:
         def work(fault: InjectedFault | None) -> None:
             if fault is not None:
@@ -160,15 +185,18 @@ class MemoryObjectStore(ObjectStore):
 
         await self._serve(Call("delete", keys[0] if keys else ""), work)
 
+    @override
     async def download(self, key: str, path: Path) -> bool:
         found = await self.get(key)
         if found is not None:
             await asyncio.to_thread(path.write_bytes, found.body)
         return found is not None
 
+    @override
     async def upload(self, key: str, path: Path) -> None:
         await self.put(key, await asyncio.to_thread(path.read_bytes))
 
+    @override
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
         return f"memory:///{key}?method={method}&expires={seconds}"
 

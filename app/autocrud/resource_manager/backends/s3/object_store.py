@@ -1,11 +1,11 @@
-"""The port to object storage: what the engine asks of S3, and nothing more.
+"""The interface to object storage: the operations that the engine needs, and nothing more.
 
-    S3ObjectStore(bucket, ...)   S3 and whatever speaks its protocol
-    MemoryObjectStore()          a double in memory (memory_object_store): atomic, with faults and latency as wished
+    S3ObjectStore(bucket, ...)   S3, and every server that speaks its protocol
+    MemoryObjectStore()          a store in memory for tests (memory_object_store)
 
-A conditional PUT is the only step of the engine that decides between writers, so its outcome has a type: `Stored`, `NotStored` or `Unknown`.
-Nothing repeats it, unless the answer says that it was refused before it was looked at. Everything else may be repeated without harm, and is:
-see s3_clients.
+Only a conditional PUT decides between concurrent writers, so its outcome has a type of its own: `Stored`, `NotStored`
+or `Unknown`. It is never repeated, unless the answer says that it was refused before the condition was evaluated. All
+other requests do no harm if they are repeated, and are repeated: see clients.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+
+from typing_extensions import override
 
 from ....errors import ConfigError, StoreUnavailable
 from ....secret import Secret, hidden, http_url, plain
@@ -42,11 +44,12 @@ log = logging.getLogger("crudstack.s3")
 CONCURRENT_GETS = 32
 
 REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", default=None)
-"""Where the requests that are made on somebody's behalf are counted, if they want to know. Commits that share a swap count for one of them."""
+"""Counts the S3 requests of the current task by method, if it is set. If commits share a swap, it counts for one of
+them."""
 
 
 CACHED: ContextVar[Counter[str] | None] = ContextVar("crudstack-cached", default=None)
-"""The same for bodies that were looked for in caches: `hits` that one of them had, and `misses` that none had."""
+"""Counts the `hits` and `misses` of the current task in caches of bodies, if it is set."""
 
 
 def _count(method: str) -> None:
@@ -56,35 +59,42 @@ def _count(method: str) -> None:
 
 
 class Object(NamedTuple):
+    """The body and the ETag of an object."""
+
     body: bytes
     etag: str
 
 
 class Listed(NamedTuple):
+    """An entry of a listing. `size` is in bytes, `modified` is the clock of the server."""
+
     key: str
     size: int
     modified: datetime
 
 
 class Stored(NamedTuple):
-    """The conditional PUT took place. `version` is the id of the version that it made, if the bucket keeps versions."""
+    """The conditional PUT took effect. `version` is the id of the new version, if the bucket keeps versions."""
 
     etag: str
     version: str | None = None
 
 
 class NotStored(NamedTuple):
-    """Somebody else was there (409, 412), or nothing was (404). For a client that does not retry this one was not stored."""
+    """The condition did not hold (409, 412), or there is no such object (404).
+
+    If no client and no proxy repeated the request, nothing was stored.
+    """
 
 
 class Unknown(NamedTuple):
-    """No answer, or one that decides nothing: it may have been stored, and may be stored later."""
+    """There was no answer, or one that does not tell the outcome. The body may be stored now or later."""
 
     reason: str
 
 
 class Unchanged(NamedTuple):
-    """The object still has the ETag that was asked about (304)."""
+    """The object still has the given ETag (304)."""
 
 
 UNCHANGED: Final = Unchanged()
@@ -92,16 +102,19 @@ Outcome = Stored | NotStored | Unknown
 
 
 class ObjectStore(ABC):
-    """Keys are relative to the bucket. Reads and unconditional writes raise StoreUnavailable when they cannot be done."""
+    """The operations on one bucket. Keys are relative to the bucket.
+
+    All methods but `put_if` raise StoreUnavailable if the storage cannot be used.
+    """
 
     @property
     def endpoint(self) -> str:
-        """The name of the server behind this client. What was found out about a server holds for its endpoint."""
+        """The name of the server. A store remembers which servers passed the race check by this name."""
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
     @abstractmethod
     async def get(self, key: str) -> Object | None:
-        """The object, None if there is none."""
+        """Return the object, or None if there is no such object."""
 
     @abstractmethod
     async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
@@ -109,39 +122,42 @@ class ObjectStore(ABC):
 
     @abstractmethod
     async def put(self, key: str, body: bytes) -> None:
-        """Write, whatever is there."""
+        """Write an object, and replace an existing one."""
 
     @abstractmethod
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
-        """Replace exactly the object with this ETag; with None: create what is not there. Sent once, never retried."""
+        """Replace the object if it has this ETag, or create it if `etag` is None and there is no such object.
+
+        Sent once and never retried. Raises no error if the storage fails: then the outcome is Unknown.
+        """
 
     @abstractmethod
     def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
-        """Objects whose keys start with `prefix`, ascending, after the given key."""
+        """Iterate over the objects whose keys start with `prefix` and sort after `after`, in ascending order."""
 
     @abstractmethod
     async def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects; those that are not there are no error."""
+        """Delete objects. Ignores keys without an object."""
 
     @abstractmethod
     async def download(self, key: str, path: Path) -> bool:
-        """Stream an object into a file; False if there is none."""
+        """Stream an object to a file. Return False if there is no such object. Raises DiskFull."""
 
     @abstractmethod
     async def upload(self, key: str, path: Path) -> None:
-        """Stream a file into an object."""
+        """Stream a file to an object."""
 
     @abstractmethod
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
-        """A URL that allows this one request until it expires."""
+        """Return a URL that allows one method on one object for so many seconds."""
 
 
 class S3ObjectStore(ObjectStore):
     """One bucket, through obstore.
 
     Without keys, uses the credentials that obstore finds (environment, web identity, container, instance) or those of
-    `s3_credentials`, and renews them before they expire. An endpoint means path-style addresses; plain HTTP is allowed
-    if the endpoint says so. Clients share connections: see `s3`.
+    `credentials`, and renews them before they expire. With an endpoint, addresses are path-style, and plain HTTP is
+    allowed if the endpoint says so. Clients of one bucket should share connections: see `s3`.
     """
 
     def __init__(
@@ -161,7 +177,10 @@ class S3ObjectStore(ObjectStore):
         self._obstore, self._errors = obstore, exceptions
         self._endpoint = _server(endpoint_url)
         self._missing = (FileNotFoundError, exceptions.NotFoundError)
-        self._failed = (exceptions.BaseError, OSError)  # obstore raises Python's own errors where there are any
+        self._failed = (
+            exceptions.BaseError,
+            OSError,
+        )  # obstore raises Python's own errors if one fits
         options: dict[str, Any] = {"virtual_hosted_style_request": False}
         if endpoint_url is not None:
             options["endpoint"] = plain(endpoint_url).rstrip("/")
@@ -169,7 +188,8 @@ class S3ObjectStore(ObjectStore):
             options["region"] = region_name
         renew: Callable[[], None] | None = None
         if access_key_id is not None:
-            # As a provider, because a session token of the environment belongs to other keys than these.
+            # Given as a provider, because obstore would otherwise add the session token of the environment, which
+            # belongs to other keys.
             options["credential_provider"] = lambda: {
                 "access_key_id": access_key_id,
                 "secret_access_key": None if secret_access_key is None else plain(secret_access_key),
@@ -190,9 +210,11 @@ class S3ObjectStore(ObjectStore):
         wait_at_exit(_touch)
 
     @property
+    @override
     def endpoint(self) -> str:
         return self._endpoint
 
+    @override
     async def get(self, key: str) -> Object | None:
         try:
             return await self._read(key, {})
@@ -201,6 +223,7 @@ class S3ObjectStore(ObjectStore):
                 return None
             raise _unavailable("GET", key, error) from error
 
+    @override
     async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
         try:
             return await self._read(key, {"if_none_match": etag})
@@ -212,14 +235,14 @@ class S3ObjectStore(ObjectStore):
             raise _unavailable("GET", key, error) from error
 
     async def _repeated(self, kind: RequestKind, request: Callable[[S3Store], Awaitable[T]]) -> T:
-        """Make a request that does no harm if it is done twice. Repeats it on new connections if it had no answer."""
+        """Send a request that may take effect twice. Repeats it on new connections if it gets no answer."""
         attempts = Attempts()
         while True:
             pools = self._clients.current()
             try:
                 return await request(pools.client(kind, attempts.count))
             except self._failed as error:
-                if isinstance(error, (self._errors.NotModifiedError, *self._missing)):  # answers
+                if isinstance(error, (self._errors.NotModifiedError, *self._missing)):  # these are answers
                     raise
                 if not await self._clients.may_repeat(kind, pools, attempts, error):
                     raise
@@ -234,7 +257,7 @@ class S3ObjectStore(ObjectStore):
         return await self._repeated("small", request)
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
-        """Return the bytes from `start` up to `end`, which is not included. Raises StoreUnavailable if the answer is another."""
+        """Return the bytes from `start` up to but not including `end`. Raises StoreUnavailable otherwise."""
 
         async def request(client: S3Store) -> bytes:
             _count("GET")
@@ -245,6 +268,7 @@ class S3ObjectStore(ObjectStore):
         except self._failed as error:
             raise _unavailable("GET", key, error) from error
 
+    @override
     async def put(self, key: str, body: bytes) -> None:
         await self._put(key, body, len(body))
 
@@ -258,6 +282,7 @@ class S3ObjectStore(ObjectStore):
         except self._failed as error:
             raise _unavailable("PUT", key, error) from error
 
+    @override
     async def put_if(self, key: str, body: bytes, etag: str | None) -> Outcome:
         mode: Any = "create" if etag is None else {"e_tag": etag}
         errors = self._errors
@@ -270,7 +295,7 @@ class S3ObjectStore(ObjectStore):
             except (errors.AlreadyExistsError, errors.PreconditionError, *self._missing):
                 self._clients.swap_answered()
                 return NotStored()
-            except Exception as error:  # whatever else it is, it does not say that nothing was stored
+            except Exception as error:  # no other error says that nothing was stored
                 if not again and await self._clients.renewed(pools, error):
                     continue
                 log.warning("PUT %s: %s", key, describe(error))
@@ -281,8 +306,9 @@ class S3ObjectStore(ObjectStore):
             return Stored(new, result["version"]) if new else Unknown("the answer has no ETag")
         raise AssertionError("unreachable")
 
+    @override
     async def list(self, prefix: str, after: str = "") -> AsyncIterator[Listed]:
-        # obstore lists below folders: the prefix up to its last slash, the rest is compared here.
+        # obstore lists folders: the prefix up to its last slash. The rest of the prefix is compared here.
         folder = prefix.rpartition("/")[0]
         attempts = Attempts()
         while True:
@@ -295,7 +321,7 @@ class S3ObjectStore(ObjectStore):
                     _count("LIST")
                     attempts = Attempts()
                     for meta in sorted(page, key=lambda meta: meta["path"]):
-                        after = meta["path"]  # from where it goes on after a failure
+                        after = meta["path"]  # after a failure the listing continues after this key
                         if after.startswith(prefix):
                             yield Listed(after, meta["size"], meta["last_modified"])
                 return
@@ -303,6 +329,7 @@ class S3ObjectStore(ObjectStore):
                 if not await self._clients.may_repeat("small", pools, attempts, error):
                     raise _unavailable("LIST", prefix, error) from error
 
+    @override
     async def delete(self, keys: Sequence[str]) -> None:
         async def request(client: S3Store) -> None:
             _count("DELETE")
@@ -316,25 +343,26 @@ class S3ObjectStore(ObjectStore):
         except self._failed as error:
             raise _unavailable("DELETE", keys[0], error) from error
 
+    @override
     async def download(self, key: str, path: Path) -> bool:
         size, attempts = 0, Attempts()
-        done, etag = 0, None
+        received, etag = 0, None
         try:
             with await asyncio.to_thread(path.open, "wb") as file:
                 while True:
                     pools = self._clients.current()
-                    rest: Any = {"range": {"offset": done}, "if_match": etag} if done and etag else {}
+                    rest: Any = {"range": {"offset": received}, "if_match": etag} if received and etag else {}
                     try:
                         _count("GET")
                         client = pools.client("small", attempts.count)
                         result = await tracked(self._obstore.get_async(client, key, options=rest))
                         size, etag = result.meta["size"], result.meta["e_tag"]
                         if not rest:
-                            done = 0
+                            received = 0
                             file.seek(0)
                         async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
                             await asyncio.to_thread(file.write, chunk)
-                            done, attempts = done + len(chunk), Attempts()
+                            received, attempts = received + len(chunk), Attempts()
                         await asyncio.to_thread(file.truncate)
                         return True
                     except self._failed as error:
@@ -349,10 +377,12 @@ class S3ObjectStore(ObjectStore):
                 raise full(error, path.parent, size) from error
             raise _unavailable("GET", key, error) from error
 
+    @override
     async def upload(self, key: str, path: Path) -> None:
         body = await asyncio.to_thread(_content, path)
         await self._put(key, body, len(body) if isinstance(body, bytes) else FILE + 1)
 
+    @override
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
         return await tracked(
             self._obstore.sign_async(
@@ -368,7 +398,7 @@ def s3(
     secret_access_key: str | Secret | None = None,
     region_name: str | None = None,
 ) -> S3ObjectStore:
-    """Return the client of this bucket: one for all stores of the process, so that they share connections."""
+    """Return the client of a bucket. All stores of the process share it, and so its connections."""
     return _shared(bucket, hidden(endpoint_url), access_key_id, hidden(secret_access_key), region_name)
 
 
@@ -384,7 +414,10 @@ def _shared(
 
 
 def _server(endpoint_url: str | Secret | None) -> str:
-    """Return scheme, host and port of an endpoint, without credentials and path; `aws` if there is none. Raises ConfigError."""
+    """Return scheme, host and port of an endpoint, without credentials and path; `aws` if there is none.
+
+    Raises ConfigError if the endpoint is not a URL.
+    """
     url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")  # as obstore does
     if not url:
         return "aws"
@@ -393,13 +426,16 @@ def _server(endpoint_url: str | Secret | None) -> str:
 
 
 def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
-    """The details, an address for one, go to the log and not to clients."""
+    """Return the error for the client. The details, for example an address, go only to the log."""
     log.error("%s %s: %s: %s", method, key, type(error).__name__, describe(error))
     return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
 
 
 def _trusted() -> ClientConfig:
-    """Return the option that trusts the CAs of AWS_CA_BUNDLE besides those of the system. Raises ConfigError if it is no PEM file."""
+    """Return the option that trusts the CAs of AWS_CA_BUNDLE besides those of the system.
+
+    Raises ConfigError if it is not a PEM file.
+    """
     path = os.environ.get("AWS_CA_BUNDLE")
     if not path:
         return {}
@@ -413,12 +449,12 @@ def _trusted() -> ClientConfig:
 
 
 def _content(path: Path) -> bytes | Path:
-    """Return what to upload: the bytes of a small file, which are sent in one request."""
+    """Return what obstore is to upload: the bytes of a small file, sent in one request, or the path of a large one."""
     return path if path.stat().st_size > FILE else path.read_bytes()
 
 
 async def _pages(stream: Any) -> AsyncIterator[Any]:
-    """Iterate over a stream of obstore; each of its steps is a request of its own."""
+    """Iterate over a stream of obstore. Each step is a request."""
     while True:
         try:
             page = await tracked(stream.__anext__())
@@ -428,7 +464,7 @@ async def _pages(stream: Any) -> AsyncIterator[Any]:
 
 
 def _touch() -> None:
-    """Enter obstore and leave it."""
+    """Call obstore and return, so that it drops the references that its threads gave up."""
     from obstore.store import MemoryStore
 
     MemoryStore()

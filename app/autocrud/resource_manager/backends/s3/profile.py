@@ -1,6 +1,7 @@
-"""Credentials and region of a profile in ~/.aws: keys, SSO, a role or a process, through botocore's own chain.
+"""Credentials and region of a profile in ~/.aws: keys, SSO, a role or a process.
 
-botocore is imported only when credentials are asked for, so it is never part of a cold start.
+They come from the credential chain of botocore. botocore is imported only when credentials are requested, so it never
+adds to a cold start.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ if TYPE_CHECKING:
 
 PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
 ASK_AGAIN_S = 600
-"""botocore is asked again after this time at the latest. It renews credentials in time, and reads a file that was changed."""
+"""botocore is asked again after at most so many seconds. It renews credentials in time, and reads a file that
+changed."""
 _CREDENTIALS = re.compile(r"^\s*(aws_access_key_id|credential_process|sso_|role_arn|login_session)", re.MULTILINE)
 
 
 def has_profile(environment: Mapping[str, str]) -> bool:
-    """Return whether a profile is named, or the default files of the AWS command line hold credentials."""
+    """Return whether a profile is named, or whether the files of the AWS command line hold credentials. Blocks."""
     if any(environment.get(name) for name in PROFILES):
         return True
     return any(_CREDENTIALS.search(_text(path)) for path in _files(environment))
 
 
 def profile_credentials() -> ProfileCredentials:
-    """Return what obstore must call for the profile's credentials. Raises ConfigError if botocore is not installed."""
+    """Return the function that obstore must call for credentials. Raises ConfigError if botocore is not installed."""
     if importlib.util.find_spec("botocore") is None:
         raise ConfigError(
             "AWS credentials are in a profile (AWS_PROFILE or ~/.aws), which boto3 reads, and boto3 is not installed:"
@@ -46,7 +48,7 @@ def profile_credentials() -> ProfileCredentials:
 
 
 def region(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the region that AWS_REGION, AWS_DEFAULT_REGION or the profile in use names."""
+    """Return the region that AWS_REGION, AWS_DEFAULT_REGION or the profile in use names; None if none does. Blocks."""
     if given := environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION"):
         return given
     import configparser
@@ -58,7 +60,7 @@ def region(environment: Mapping[str, str] = os.environ) -> str | None:
         try:
             parser.read_string(text)
         except configparser.Error:
-            continue  # botocore says what is wrong with it when it is asked for credentials
+            continue  # botocore reports what is wrong when it is asked for credentials
         for section in (f"profile {profile}", profile):
             if found := parser.get(section, "region", fallback=None):
                 return found
@@ -66,7 +68,7 @@ def region(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _files(environment: Mapping[str, str]) -> list[Path]:
-    """Return the credentials file and the config file, whether they exist or not."""
+    """Return the paths of the credentials file and the config file, even if they do not exist."""
     home = environment.get("HOME") or _home_of_user()
     found = []
     for variable, name in (("AWS_SHARED_CREDENTIALS_FILE", "credentials"), ("AWS_CONFIG_FILE", "config")):
@@ -78,7 +80,7 @@ def _files(environment: Mapping[str, str]) -> list[Path]:
 
 
 def _home_of_user() -> str | None:
-    """Return the home directory that the user database names, which botocore reads too if HOME is not set."""
+    """Return the home directory in the user database, which botocore uses too if HOME is not set."""
     import pwd
 
     try:
@@ -95,10 +97,10 @@ def _text(path: Path) -> str:
 
 
 class ProfileCredentials:
-    """Ask botocore's chain for credentials, each time it is called. Blocks; obstore calls it in a thread of its own.
+    """Asks the credential chain of botocore at each call. Blocks; obstore calls it in its own thread.
 
-    Credentials that botocore renews are kept with their session, so that it renews them before they end. Others are
-    read again.
+    If botocore can renew the credentials, they are kept with their session, which renews them before they expire. Other
+    credentials are read again.
     """
 
     def __init__(self) -> None:
@@ -108,12 +110,12 @@ class ProfileCredentials:
             logging.getLogger(name).addFilter(_without_traceback)
 
     def forget(self) -> None:
-        """Begin a new session of botocore at the next call."""
+        """Forget the credentials, so that the next call begins a new session of botocore."""
         with self._lock:
             self._renewed = None
 
     def __call__(self) -> S3Credential:
-        """Return credentials. Raises StoreUnavailable with a reason that holds no secret."""
+        """Return credentials. Blocks. Raises StoreUnavailable with a reason that holds no secret."""
         import botocore.session
         from botocore.credentials import RefreshableCredentials
         from botocore.exceptions import BotoCoreError, ClientError
@@ -123,7 +125,7 @@ class ProfileCredentials:
                 found = self._renewed or botocore.session.Session().get_credentials()
                 if found is None:
                     raise StoreUnavailable(
-                        "no AWS credentials found: neither the profile in use nor this machine has any"
+                        "no AWS credentials found: the profile in use has none, and this machine has no role"
                     )
                 if isinstance(found, RefreshableCredentials):
                     self._renewed = found
@@ -142,13 +144,16 @@ class ProfileCredentials:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Keep the one line that botocore logs if it cannot renew credentials. The reason is in the error that is raised."""
+    """Log only one line if botocore cannot renew credentials. The error that is raised has the reason."""
     record.exc_info = None
     return True
 
 
 def _lasts_s(credentials: RefreshableCredentials) -> int:
-    """Return for how many seconds credentials are valid, at most ASK_AGAIN_S. botocore tells only whether they last so long."""
+    """Return how many seconds credentials are valid, at most ASK_AGAIN_S.
+
+    botocore only tells whether they are valid for a given time, so this is a binary search.
+    """
     ends = bisect.bisect_left(
         range(ASK_AGAIN_S + 1), True, key=lambda seconds: credentials.refresh_needed(refresh_in=seconds)
     )
