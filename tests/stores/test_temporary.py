@@ -191,7 +191,7 @@ def test_many_processes_that_start_and_are_killed_leave_each_other_alone(tmp):
     rng = random.Random(18)
     script = """
         import random
-        from app.autocrud.resource_manager import temporary
+        from app.autocrud.resource_manager.runtime import temporary
         print("up", flush=True)
         while True:
             temporary._cleaned.clear()
