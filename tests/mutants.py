@@ -215,14 +215,14 @@ MUTANTS = [
     (
         "reads are not bounded",
         M + "core.py",
-        "if within is not None and not await self._writer.holds(within, State(meta, json)):",
-        "if False:",
+        "if read_filter is not None and not",
+        "if False and not",
         ACCESS,
     ),
     (
-        "writes are not bounded by sight",
+        "writes are not bounded by the read filter",
         M + "engine/planning.py",
-        "if not await self._holds(bounds.read, state):",
+        "if not await self._holds(access_filter.read, state):",
         "if False:",
         ACCESS,
     ),
@@ -236,8 +236,8 @@ MUTANTS = [
     (
         "writes are not bounded by what they leave",
         M + "engine/planning.py",
-        "Purge) and not await self._holds(allowed, state):",
-        "Purge) and False:",
+        "and not await self._holds(allowed, state)\n",
+        "and False\n",
         ACCESS,
     ),
     (
@@ -353,7 +353,7 @@ MUTANTS = [
     (
         "history is read after the check alone",
         M + "core.py",
-        "return within is None or await",
+        "return read_filter is None or await",
         "return True or await",
         ACCESS,
     ),

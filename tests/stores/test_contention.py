@@ -58,7 +58,9 @@ async def rival_that_always_wins(manager: ResourceManager[Note], rid: str) -> li
         await commit_rival(number)
         return await commit(changes, once)
 
-    rival = writing.Writer(manager.storage, manager.codec, schema_version=1, retention=None, clock=manager._clock)
+    rival = writing.WriteExecutor(
+        manager.storage, manager.codec, schema_version=1, retention=None, clock=manager._clock
+    )
 
     async def commit_rival(number: int) -> None:
         manager.storage.commit = commit

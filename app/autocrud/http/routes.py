@@ -18,7 +18,7 @@ from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
 from ..errors import ConfigError, CrudError, NotEnoughTime
 from ..query import Filter, Query
 from ..resource_manager.basic import Page, RevisionInfo
-from ..resource_manager.core import Bounds, Caller, Resource, ResourceManager
+from ..resource_manager.core import AccessFilter, Caller, Resource, ResourceManager
 from ..resource_manager.engine.operations import ACTIONS, Expected
 from ..resource_manager.model.codec import Document, invalid_data, parse_json
 from ..resource_manager.runtime.deadline import STEP_BYTES, check_time
@@ -61,7 +61,7 @@ from .options import (
     parse_mode,
     parse_status,
 )
-from .searching import narrowed, sight
+from .searching import narrowed, read_filter_of
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -196,7 +196,7 @@ class ModelRoutes:
         return "", None
 
     async def _allow(self, request: Request, *actions: Action) -> None:
-        """Raise Forbidden unless the caller may do all of this to some resources; the bounds of the caller say to which."""
+        """Raise Forbidden unless the caller may do all of this to some resources. The access filter says to which."""
         if self._policy.authorize is None:
             return
         who = request.scope.get(PRINCIPAL, ANONYMOUS)
@@ -208,7 +208,7 @@ class ModelRoutes:
             if answer is False:
                 raise Forbidden(f"you may not {action} resources of this model")
             found[action] = None if answer is True else self._resolved(answer)
-        request.by = request.by._replace(bounds=Bounds(found.get("read"), found))
+        request.by = request.by._replace(access_filter=AccessFilter(found.get("read"), found))
 
     def _resolved(self, where: Filter | bool) -> Filter | None:
         assert isinstance(where, Filter)
@@ -355,7 +355,7 @@ class ModelRoutes:
         if "fields" in options:
             searching.parse_fields(options["fields"], self._manager.codec)
         resource = await self._manager.get(
-            resource_id, revision=revision, include_deleted=include_deleted, within=sight(request.by)
+            resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.by)
         )
         if conditions.not_modified(request, resource.meta):
             return resource, Response(304, b"", (etag(resource.meta),))
@@ -464,7 +464,7 @@ class ModelRoutes:
             before=before,
             limit=limit,
             include_deleted=include_deleted_of(options),
-            within=sight(request.by),
+            read_filter=read_filter_of(request.by),
         )
         cursor = None if page.next is None else searching.encode_cursor((page.next,), scope)
         return page_response(request, [_encode(info) for info in page.items], cursor)
@@ -476,7 +476,7 @@ class ModelRoutes:
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
         include_deleted = include_deleted_of(options)
         resource = await self._manager.get(
-            resource_id, revision=int(number), include_deleted=include_deleted, within=sight(request.by)
+            resource_id, revision=int(number), include_deleted=include_deleted, read_filter=read_filter_of(request.by)
         )
         return Response(200, b'{"meta":%b,"data":%b}' % (_encode(resource.info), resource.json))
 
@@ -490,7 +490,7 @@ class ModelRoutes:
         for name in ("from", "to"):
             revision = integer(name, options[name], 1, MAX_REVISION) if name in options else None
             found = await self._manager.get(
-                resource_id, revision=revision, include_deleted=include_deleted, within=sight(request.by)
+                resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.by)
             )
             bodies.append(found.json)
         old, new = bodies

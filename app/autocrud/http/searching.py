@@ -201,14 +201,14 @@ def decode_cursor(text: str, scope: bytes, length: int) -> Cursor:
     return tuple(cursor)
 
 
-def sight(by: Caller) -> Filter | None:
+def read_filter_of(by: Caller) -> Filter | None:
     """Return the filter of what a caller may read, or None if the caller may read everything."""
-    return None if by.bounds is None else by.bounds.read
+    return None if by.access_filter is None else by.access_filter.read
 
 
 def narrowed(query: Query, by: Caller) -> Query:
     """Return a resolved query that finds only what a caller may read."""
-    within = sight(by)
-    if within is None:
+    read_filter = read_filter_of(by)
+    if read_filter is None:
         return query
-    return replace(query, where=within if query.where is None else And((query.where, within)))
+    return replace(query, where=read_filter if query.where is None else And((query.where, read_filter)))

@@ -41,7 +41,7 @@ from .basic import (
     Status,
 )
 from .contract.store_errors import missing, storable_number
-from .engine.access_filter import Bounds
+from .engine.access_filter import AccessFilter
 from .engine.caller import Caller, IdempotencyKey
 from .engine.operations import (
     Create,
@@ -59,8 +59,8 @@ from .engine.operations import (
     Update,
 )
 from .engine.page_reading import read_page
-from .engine.planning import State, deleted
-from .engine.writing import MAX_ATTEMPTS, Writer, contention
+from .engine.planning import ResourceState, deleted
+from .engine.writing import MAX_ATTEMPTS, WriteExecutor, contention
 from .model.codec import Codec, CodecIndex, Document
 from .model.resource import Resource
 from .model.verification import ANYTHING, DamagedResources, Part, metadata_of, named
@@ -98,7 +98,7 @@ class ResourceManager(Generic[T]):
         self._damaged = DamagedResources()
         self._expire_after = ""
         self._erase_owed = False
-        self._writer = Writer(storage, codec, schema_version=schema_version, retention=retention, clock=clock)
+        self._executor = WriteExecutor(storage, codec, schema_version=schema_version, retention=retention, clock=clock)
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
 
     async def open(self) -> None:
@@ -110,21 +110,21 @@ class ResourceManager(Generic[T]):
     # Reading
 
     async def meta(
-        self, resource_id: str, *, include_deleted: bool = False, within: Filter | None = None
+        self, resource_id: str, *, include_deleted: bool = False, read_filter: Filter | None = None
     ) -> ResourceMeta:
-        """The metadata. `within`, a resolved filter: what it does not find is not there."""
+        """The metadata. `read_filter`, a resolved filter: what it does not find is not there."""
         try:
-            return await self._meta_of(resource_id, include_deleted, within)
+            return await self._meta_of(resource_id, include_deleted, read_filter)
         except StoreDamaged as error:
             raise self._noted(error, resource_id, None) from None
 
-    async def _meta_of(self, resource_id: str, include_deleted: bool, within: Filter | None) -> ResourceMeta:
+    async def _meta_of(self, resource_id: str, include_deleted: bool, read_filter: Filter | None) -> ResourceMeta:
         if not self._opened:
             await self.open()
         meta = await self.storage.get(resource_id)
         for _ in range(MAX_ATTEMPTS):
             try:
-                if not await self._writer.holds(within, State(meta)):
+                if not await self._executor.holds(read_filter, ResourceState(meta)):
                     raise missing(resource_id)
                 break
             except StoreDamaged:
@@ -133,7 +133,7 @@ class ResourceManager(Generic[T]):
                 if meta == before:
                     raise
         else:
-            raise contention()  # `within` was never compared
+            raise contention()  # `read_filter` was never compared
         if meta.is_deleted and not include_deleted:
             raise deleted(resource_id)
         return meta
@@ -144,11 +144,11 @@ class ResourceManager(Generic[T]):
         *,
         revision: int | None = None,
         include_deleted: bool = False,
-        within: Filter | None = None,
+        read_filter: Filter | None = None,
     ) -> Resource[T]:
-        """The current revision, or the given one; `within` as for `meta`. ResourceNotFound, RevisionNotFound, ResourceDeleted."""
+        """The current revision, or the given one; `read_filter` as for `meta`. ResourceNotFound, RevisionNotFound, ResourceDeleted."""
         try:
-            found = await self._get(resource_id, revision, include_deleted, within)
+            found = await self._get(resource_id, revision, include_deleted, read_filter)
         except StoreDamaged as error:
             raise self._noted(error, resource_id, revision) from None
         if self._damaged:
@@ -156,34 +156,36 @@ class ResourceManager(Generic[T]):
         return found
 
     async def _get(
-        self, resource_id: str, revision: int | None, include_deleted: bool, within: Filter | None
+        self, resource_id: str, revision: int | None, include_deleted: bool, read_filter: Filter | None
     ) -> Resource[T]:
         if not self._opened:
             await self.open()
-        to_json = self._writer.verifier.read
+        to_json = self._executor.verifier.read
         for _ in range(MAX_ATTEMPTS):
             try:
                 if revision is None:
                     meta, body = await self.storage.get_with_body(resource_id)
                     json = await to_json(meta, body)
-                    if within is not None and not await self._writer.holds(within, State(meta, json)):
+                    if read_filter is not None and not await self._executor.holds(
+                        read_filter, ResourceState(meta, json)
+                    ):
                         raise missing(resource_id)
                     if meta.is_deleted and not include_deleted:
                         raise deleted(resource_id)
                     return Resource(self.codec, meta, json)
-                meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
+                meta = await self.meta(resource_id, include_deleted=include_deleted, read_filter=read_filter)
                 info = await self.storage.revision(resource_id, storable_number(revision))
                 body = await self.storage.body(info.uid)
-                if await self._is_still(meta, within) and info.revision <= meta.total_revision_count:
+                if await self._is_still(meta, read_filter) and info.revision <= meta.total_revision_count:
                     return Resource(self.codec, meta, await to_json(info, body), info)
             except StoreDamaged:
                 # Somebody may have replaced a draft, or purged, between the two reads; only if nobody did is the body lost.
                 await self._still_lost(resource_id, revision)
         raise contention()
 
-    async def _is_still(self, meta: ResourceMeta, within: Filter | None) -> bool:
+    async def _is_still(self, meta: ResourceMeta, read_filter: Filter | None) -> bool:
         """Whether what was read after `meta` belongs to that state: rights to it are no rights to what came after."""
-        return within is None or await self.storage.get(meta.resource_id) == meta
+        return read_filter is None or await self.storage.get(meta.resource_id) == meta
 
     async def _still_lost(self, resource_id: str, revision: int | None) -> None:
         """Raise StoreDamaged if the body is missing or damaged although its record has not changed in between.
@@ -195,7 +197,7 @@ class ResourceManager(Generic[T]):
             info = meta if revision is None else await self.storage.revision(resource_id, storable_number(revision))
             await self.storage.drop_copies([info.uid])
             try:
-                self._writer.verifier.json(info, await self.storage.body(info.uid))
+                self._executor.verifier.json(info, await self.storage.body(info.uid))
             except StoreDamaged:
                 if await self.storage.get(resource_id) == meta:
                     raise
@@ -209,18 +211,18 @@ class ResourceManager(Generic[T]):
         before: int | None = None,
         limit: int = 50,
         include_deleted: bool = False,
-        within: Filter | None = None,
+        read_filter: Filter | None = None,
     ) -> Page[RevisionInfo]:
         """History, newest first; `next` of a page is the `before` of the following one."""
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit: expected 1 to {MAX_LIMIT}, got {limit}")
         try:
             for _ in range(MAX_ATTEMPTS):
-                meta = await self.meta(resource_id, include_deleted=include_deleted, within=within)
+                meta = await self.meta(resource_id, include_deleted=include_deleted, read_filter=read_filter)
                 page = await self.storage.revisions(
                     resource_id, before if before is None else storable_number(before), limit
                 )
-                if await self._is_still(meta, within):
+                if await self._is_still(meta, read_filter):
                     return page
         except StoreDamaged as error:
             raise self._noted(error, resource_id, ANYTHING) from None
@@ -262,7 +264,7 @@ class ResourceManager(Generic[T]):
         resolved = (query or Query()).resolve(self.codec.fields)
         try:
             page, bodies = await read_page(self.storage, resolved)
-            return Page(self._writer.verifier.page(page.items, bodies), page.next)
+            return Page(self._executor.verifier.page(page.items, bodies), page.next)
         except StoreDamaged:
             # A draft was replaced in between, or a body is lost; one by one tells, and one that is lost must not hide all others.
             page = await self.storage.search(resolved)
@@ -273,7 +275,7 @@ class ResourceManager(Generic[T]):
         """What was found, as it is now; None if that is nothing that the query finds, or cannot be read."""
         try:
             resource_id = metadata_of(hit).resource_id
-            found = await self.get(resource_id, include_deleted=query.include_deleted, within=query.where)
+            found = await self.get(resource_id, include_deleted=query.include_deleted, read_filter=query.where)
             return found.meta_json, found.json
         except (ResourceNotFound, ResourceDeleted):
             return None
@@ -288,7 +290,7 @@ class ResourceManager(Generic[T]):
         if not self._opened:
             await self.open()
         page = await self.storage.search((query or Query()).resolve(self.codec.fields))
-        broken = self._writer.verifier.broken(page.items)
+        broken = self._executor.verifier.broken(page.items)
         for hit in broken:  # one that is damaged must not hide all others
             self._damaged.note_hit(hit)
             log.error("%s: metadata is damaged and left out of a search; its body is %s", self.name, hit.uid)
@@ -385,8 +387,8 @@ class ResourceManager(Generic[T]):
 
     async def _write_and_erase(
         self, operations: Sequence[Operation], by: str | Caller
-    ) -> tuple[Sequence[State | None], dt.datetime]:
-        async def write_and_erase() -> tuple[Sequence[State | None], dt.datetime]:
+    ) -> tuple[Sequence[ResourceState | None], dt.datetime]:
+        async def write_and_erase() -> tuple[Sequence[ResourceState | None], dt.datetime]:
             return await self._write(operations, by), await self._erase()
 
         # Goes on where the one who asked does not: asked again it would find nothing to erase.
@@ -423,11 +425,11 @@ class ResourceManager(Generic[T]):
                 left.append(await self._resource(state))
         return left
 
-    async def _write(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[State | None]:
+    async def _write(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[ResourceState | None]:
         if not self._opened:
             await self.open()
         try:
-            left = await self._writer.commit(operations, by)
+            left = await self._executor.commit(operations, by)
         except StoreDamaged as error:
             resource_id = operations[error.operation or 0].resource_id
             raise error if resource_id is None else self._noted(error, resource_id, ANYTHING) from None
@@ -442,8 +444,8 @@ class ResourceManager(Generic[T]):
         assert state is not None, "only what is purged leaves nothing"
         return await self._resource(state)
 
-    async def _resource(self, state: State) -> Resource[T]:
-        return Resource(self.codec, state.meta, await self._writer.json(state))
+    async def _resource(self, state: ResourceState) -> Resource[T]:
+        return Resource(self.codec, state.meta, await self._executor.json(state))
 
     # Keeping house
 
@@ -480,7 +482,7 @@ class ResourceManager(Generic[T]):
 
 __all__ = [
     "MAX_BATCH",
-    "Bounds",
+    "AccessFilter",
     "Caller",
     "Create",
     "Delete",

@@ -306,12 +306,12 @@ class DurableLimitsConformance:
             assert [fault.pointer for fault in refused.value.faults] == [pointer]
         # What a filter of access control finds is what a search finds.
         for where, found in ((field("number").eq(2), True), (field("text").eq("a"), False)):
-            within = Query(where=where).resolve(manager.codec.fields).where
+            read_filter = Query(where=where).resolve(manager.codec.fields).where
             if found:
-                assert (await manager.get("r", within=within)).data.text == "a\0b"
+                assert (await manager.get("r", read_filter=read_filter)).data.text == "a\0b"
             else:
                 with pytest.raises(ResourceNotFound):
-                    await manager.get("r", within=within)
+                    await manager.get("r", read_filter=read_filter)
         await manager.patch("r", lambda tree: tree | {"text": "c", "tags": ["t"]})
         assert await ids(manager, Query(where=field("text").eq("c") & field("tags").contains("t"))) == ["r"]
         with pytest.raises(InvalidData):

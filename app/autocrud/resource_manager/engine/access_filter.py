@@ -16,7 +16,7 @@ from ..basic import ResourceMeta
 from ..model.codec import Codec
 
 
-class Bounds(NamedTuple):
+class AccessFilter(NamedTuple):
     """Resolved filters, None for everything. An action that `change` does not name is forbidden."""
 
     read: Filter | None

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from ...values import datetime_key
 from ..basic import IdempotentCommit, Write
-from .access_filter import Bounds
+from .access_filter import AccessFilter
 from .operations import Operation, Purge
-from .planning import State
+from .planning import ResourceState
 
 
 class IdempotencyKey:
@@ -36,7 +36,7 @@ class Caller(NamedTuple):
 
     name: str
     key: IdempotencyKey | None = None
-    bounds: Bounds | None = None
+    access_filter: AccessFilter | None = None
 
     def hashed_key(self) -> HashedKey | None:
         """The key for stores: with the caller in it, so that nobody meets another's."""
@@ -50,7 +50,11 @@ class HashedKey(NamedTuple):
     request: str
 
     def once(
-        self, operations: Sequence[Operation], states: Sequence[State], writes: Sequence[Write], now: dt.datetime
+        self,
+        operations: Sequence[Operation],
+        states: Sequence[ResourceState],
+        writes: Sequence[Write],
+        now: dt.datetime,
     ) -> IdempotentCommit:
         """What a commit carries: for each operation the change that it made, or what it found where it made none."""
         numbers = {id(write.change.meta): at for at, write in enumerate(writes)}

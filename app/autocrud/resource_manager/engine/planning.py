@@ -44,7 +44,7 @@ from ..model.json_shape import EXPECTED_SHAPE, misshapen
 from ..model.verification import Verifier
 from ..runtime.deadline import check_time
 from ..runtime.threads import heavy
-from .access_filter import Bounds, holds
+from .access_filter import AccessFilter, holds
 from .operations import (
     ACTIONS,
     Create,
@@ -68,7 +68,7 @@ MAX_HELD = 48 * 1024 * 1024
 """Bytes of data that the operations of one batch may leave: all of it is held until they are committed."""
 
 
-class State(Struct):
+class ResourceState(Struct):
     """A resource as the operations planned so far leave it. `json` is its current data, None until it was read."""
 
     meta: ResourceMeta
@@ -89,23 +89,23 @@ class Plan(Generic[T]):
         retention: Retention | None,
         by: str,
         now: dt.datetime,
-        bounds: Bounds | None = None,
+        access_filter: AccessFilter | None = None,
         peek: bool = False,
     ) -> None:
         self._get = storage.peek if peek else storage.get
         self.writes: list[Write] = []
         self._storage, self._codec, self._verifier = storage, codec, verifier
         self._schema_version, self._retention = schema_version, retention
-        self._by, self._now, self._bounds = by, now, bounds
+        self._by, self._now, self._access_filter = by, now, access_filter
         self._grown = 0  # bytes that patches made
         self._held = 0  # bytes of data that the operations left
-        self._states: dict[str, State | None] = {}
+        self._states: dict[str, ResourceState | None] = {}
         self._records: dict[tuple[str, int], RevisionInfo] = {}
 
-    async def add(self, operation: Operation) -> State:
+    async def add(self, operation: Operation) -> ResourceState:
         """Plan one operation; the state that it leaves. Raises what the operation may not do."""
         check_time()
-        allowed = None if self._bounds is None else await self._allowed(self._bounds, operation)
+        allowed = None if self._access_filter is None else await self._allowed(self._access_filter, operation)
         state = await self._add(operation)
         if not isinstance(operation, Delete | Purge | Expire):
             json = await self.json(state)  # for the answer: once it is committed, somebody may purge it
@@ -114,30 +114,34 @@ class Plan(Generic[T]):
                 raise DataTooLarge(
                     f"the resources of these operations have over {MAX_HELD} bytes; send fewer of them at once"
                 )
-        if self._bounds is not None and not isinstance(operation, Purge) and not await self._holds(allowed, state):
+        if (
+            self._access_filter is not None
+            and not isinstance(operation, Purge)
+            and not await self._holds(allowed, state)
+        ):
             raise Forbidden("the resource would be none that you may write")
         return state
 
-    async def _allowed(self, bounds: Bounds, operation: Operation) -> Filter | None:
+    async def _allowed(self, access_filter: AccessFilter, operation: Operation) -> Filter | None:
         """What the operation may be applied to; raises if its resource is nothing of that (B1, B2)."""
         action = ACTIONS[type(operation)]
-        if action not in bounds.change:
+        if action not in access_filter.change:
             raise Forbidden(f"you may not {action} resources of this model")
-        allowed = bounds.change[action]
+        allowed = access_filter.change[action]
         if isinstance(operation, Create):
             return allowed
         state = await self._state(operation.resource_id)
         if state is not None:
-            if not await self._holds(bounds.read, state):
+            if not await self._holds(access_filter.read, state):
                 raise missing(operation.resource_id)
             if not await self._holds(allowed, state):
                 raise Forbidden(f"you may not {action} this resource")
         return allowed
 
-    async def _holds(self, where: Filter | None, state: State) -> bool:
+    async def _holds(self, where: Filter | None, state: ResourceState) -> bool:
         return await holds(where, state.meta, lambda: self.json(state), self._codec)
 
-    async def _add(self, operation: Operation) -> State:
+    async def _add(self, operation: Operation) -> ResourceState:
         if isinstance(operation, Create):
             return await self._create(operation)
         state = await self._state(operation.resource_id)
@@ -174,21 +178,21 @@ class Plan(Generic[T]):
                 drop = await self._expired(meta, adding=0)
                 return self._write(meta, self._next(meta), None, drop=drop, json=state.json) if drop else state
 
-    async def _state(self, resource_id: str) -> State | None:
+    async def _state(self, resource_id: str) -> ResourceState | None:
         if resource_id not in self._states:
             try:
-                self._states[resource_id] = State(await self._get(resource_id))
+                self._states[resource_id] = ResourceState(await self._get(resource_id))
             except ResourceNotFound:
                 self._states[resource_id] = None
         return self._states[resource_id]
 
-    async def json(self, state: State) -> bytes:
+    async def json(self, state: ResourceState) -> bytes:
         if state.json is None:
             body = await self._storage.body(state.meta.uid)
             state.json = await self._verifier.read(state.meta, body)
         return state.json
 
-    async def _create(self, operation: Create[T]) -> State:
+    async def _create(self, operation: Create[T]) -> ResourceState:
         document = self._codec.accept(operation.data)
         resource_id = operation.resource_id
         if resource_id is None:
@@ -221,7 +225,9 @@ class Plan(Generic[T]):
             index = self._codec.index(document.data)
         return self._write(None, meta, self._new_record(meta, parent=None), document, index=index)
 
-    async def _append(self, state: State, document: Document[T], status: Status, drop: tuple[str, ...]) -> State:
+    async def _append(
+        self, state: ResourceState, document: Document[T], status: Status, drop: tuple[str, ...]
+    ) -> ResourceState:
         meta = state.meta
         digest = document.hash
         if digest == meta.data_hash:
@@ -241,7 +247,7 @@ class Plan(Generic[T]):
         )
         return self._write(meta, new, self._new_record(new, parent=meta.revision), document, drop, index=index)
 
-    async def _replace(self, state: State, document: Document[T]) -> State:
+    async def _replace(self, state: ResourceState, document: Document[T]) -> ResourceState:
         meta = state.meta
         if meta.status != "draft":
             raise RevisionIsStable(
@@ -267,7 +273,7 @@ class Plan(Generic[T]):
         )
         return self._write(meta, new, record, document, (meta.uid,), index=index)
 
-    async def _index(self, document: Document[T], before: State) -> IndexEntry:
+    async def _index(self, document: Document[T], before: ResourceState) -> IndexEntry:
         """Return what new data is found by. Raises MetadataTooLarge if it is larger than `limits` allow after `before`."""
         if may_exceed(document.json):
             return await self._large_index(before.meta.resource_id, document, before)
@@ -276,7 +282,7 @@ class Plan(Generic[T]):
         except InvalidData:
             return self._codec.index(document.data, decode_json(await self.json(before)))
 
-    async def _large_index(self, resource_id: str, document: Document[T], before: State | None) -> IndexEntry:
+    async def _large_index(self, resource_id: str, document: Document[T], before: ResourceState | None) -> IndexEntry:
         """Return what large data is found by, without holding up the event loop."""
         codec, data = self._codec, document.data
         items = codec.items(data)
@@ -300,7 +306,7 @@ class Plan(Generic[T]):
 
         return await heavy(len(old) + len(document.json), index_after, old, document.json)
 
-    async def _patched(self, state: State, operation: Patch) -> Document[T]:
+    async def _patched(self, state: ResourceState, operation: Patch) -> Document[T]:
         before = await self.json(state)
         document = await heavy(
             len(before) + operation.size,
@@ -326,7 +332,7 @@ class Plan(Generic[T]):
             raise InvalidData(f"the patched data {found}; {EXPECTED_SHAPE}", (Violation("", found),))
         return self._codec.parse(after)
 
-    async def _publish(self, state: State) -> State:
+    async def _publish(self, state: ResourceState) -> ResourceState:
         meta = state.meta
         if meta.status == "stable":
             return state
@@ -339,7 +345,7 @@ class Plan(Generic[T]):
         )
         return self._write(meta, new, record, json=state.json)
 
-    async def _switch(self, state: State, revision: int) -> State:
+    async def _switch(self, state: ResourceState, revision: int) -> ResourceState:
         meta = state.meta
         if revision == meta.revision:
             return state
@@ -360,10 +366,10 @@ class Plan(Generic[T]):
         self._codec.parse(json)  # raises InvalidData if the model has changed
         return self._write(meta, new, None, json=json, index=self._codec.index_stored(json))
 
-    def _mark(self, state: State, *, is_deleted: bool) -> State:
+    def _mark(self, state: ResourceState, *, is_deleted: bool) -> ResourceState:
         return self._write(state.meta, self._next(state.meta, is_deleted=is_deleted), None, json=state.json)
 
-    async def _purge(self, state: State) -> State:
+    async def _purge(self, state: ResourceState) -> ResourceState:
         meta = state.meta
         uids = {record.uid async for record in self._history(meta.resource_id)}
         change = Change(
@@ -377,7 +383,7 @@ class Plan(Generic[T]):
         self.writes.append(Write(change, None))
         self._states[meta.resource_id] = None
         self._records = {key: record for key, record in self._records.items() if key[0] != meta.resource_id}
-        return State(meta, state.json)
+        return ResourceState(meta, state.json)
 
     async def _record(self, resource_id: str, revision: int) -> RevisionInfo:
         planned = self._records.get((resource_id, revision))
@@ -454,7 +460,7 @@ class Plan(Generic[T]):
         *,
         json: bytes | None = None,
         index: IndexEntry | None = None,
-    ) -> State:
+    ) -> ResourceState:
         body = None
         if document is not None:
             body, json = self._codec.encode(document, meta.encoding), document.json
@@ -468,7 +474,7 @@ class Plan(Generic[T]):
         self.writes.append(Write(change, body))
         if record is not None:
             self._records[meta.resource_id, record.revision] = record
-        state = self._states[meta.resource_id] = State(meta, json)
+        state = self._states[meta.resource_id] = ResourceState(meta, json)
         return state
 
 

@@ -37,7 +37,7 @@ from ..runtime.deadline import check_time
 from .access_filter import holds
 from .caller import Caller, HashedKey
 from .operations import Create, Delete, Modify, Operation, Purge, Retention, Update
-from .planning import Plan, State
+from .planning import Plan, ResourceState
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ CONTENTION_TIMEOUT_S = 25.0
 LONGEST_PAUSE_S = 0.05
 
 
-class Writer(Generic[T]):
+class WriteExecutor(Generic[T]):
     def __init__(
         self,
         storage: IStorage,
@@ -67,7 +67,7 @@ class Writer(Generic[T]):
         self._turns = weakref.WeakKeyDictionary()
         self._in_flight: set[str] = set()  # hashed keys of writes that this process has not answered yet
 
-    async def commit(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[State | None]:
+    async def commit(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[ResourceState | None]:
         """The states that the operations leave; under a key that was used before, those that they left then."""
         caller = by if isinstance(by, Caller) else Caller(by)
         check_name(caller.name)
@@ -87,21 +87,21 @@ class Writer(Generic[T]):
 
     async def _left(
         self, operations: Sequence[Operation], caller: Caller, key: HashedKey, done: CommitResult
-    ) -> Sequence[State | None]:
+    ) -> Sequence[ResourceState | None]:
         """What a commit left that was done before. KeyReused, AnswerGone."""
         if done.request != key.request or len(done.results) != len(operations):
             raise KeyReused("this key belongs to another request; nothing was changed, take a new one")
-        states: list[State | None] = []
+        states: list[ResourceState | None] = []
         for operation, meta in zip(operations, done.results, strict=True):
             if isinstance(operation, Purge):
                 states.append(None)
                 continue
-            within = None if caller.bounds is None else caller.bounds.read
-            if within is not None:  # what may not be read now is not there, whatever it was when the key was used
-                await self._check_sight(operation, meta, within)
+            read_filter = None if caller.access_filter is None else caller.access_filter.read
+            if read_filter is not None:  # what may not be read now is not there, whatever it was when the key was used
+                await self._check_sight(operation, meta, read_filter)
             if meta is None:
                 raise _answer_gone()
-            state = State(meta)
+            state = ResourceState(meta)
             if isinstance(operation, Create | Update | Modify):
                 document = self._codec.accept(operation.data)
                 state.json = document.json if document.hash == meta.data_hash else None
@@ -113,17 +113,17 @@ class Writer(Generic[T]):
             states.append(state)
         return states
 
-    async def _check_sight(self, operation: Operation, meta: ResourceMeta | None, within: Filter) -> None:
+    async def _check_sight(self, operation: Operation, meta: ResourceMeta | None, read_filter: Filter) -> None:
         """Raise ResourceNotFound unless the resource of an operation is there for the caller now."""
         resource_id = meta.resource_id if meta is not None else operation.resource_id
         if resource_id is None:
             raise _answer_gone()
-        if not await self.holds(within, State(await self._storage.get(resource_id))):
+        if not await self.holds(read_filter, ResourceState(await self._storage.get(resource_id))):
             raise missing(resource_id)
 
     async def _in_turn(
         self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None
-    ) -> Sequence[State | None]:
+    ) -> Sequence[ResourceState | None]:
         """Plan and commit, again where somebody was faster.
 
         Planning again is always right: an operation that named a state is checked against the new one and fails for good; one that
@@ -165,7 +165,7 @@ class Writer(Generic[T]):
 
     async def _attempt(
         self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None
-    ) -> Sequence[State | None] | StoreDamaged | None:
+    ) -> Sequence[ResourceState | None] | StoreDamaged | None:
         """Return the states that the operations leave; None if somebody was faster; StoreDamaged if a body cannot be read.
 
         A body that is missing may be that of a draft which somebody has just replaced. Raises DoneBefore if the key was used.
@@ -197,7 +197,7 @@ class Writer(Generic[T]):
 
     async def _plan(
         self, operations: Sequence[Operation], caller: Caller, *, peek: bool
-    ) -> tuple[Plan[T], list[State]]:
+    ) -> tuple[Plan[T], list[ResourceState]]:
         plan = Plan(
             self._storage,
             self._codec,
@@ -206,7 +206,7 @@ class Writer(Generic[T]):
             retention=self._retention,
             by=caller.name,
             now=self._clock(),
-            bounds=caller.bounds,
+            access_filter=caller.access_filter,
             peek=peek,
         )
         states = []
@@ -219,8 +219,8 @@ class Writer(Generic[T]):
         return plan, states
 
     async def _commit_plan(
-        self, plan: Plan[T], operations: Sequence[Operation], states: list[State], key: HashedKey | None
-    ) -> Sequence[State | None] | None:
+        self, plan: Plan[T], operations: Sequence[Operation], states: list[ResourceState], key: HashedKey | None
+    ) -> Sequence[ResourceState | None] | None:
         if plan.writes or key is not None:  # a key is remembered even where nothing changes
             check_time()  # the last moment at which a failure is certain
             once = None if key is None else key.once(operations, states, plan.writes, self._clock())
@@ -241,7 +241,7 @@ class Writer(Generic[T]):
             await self._storage.confirm(unchanged)
         return states
 
-    async def _who_wants(self, error: UniqueConflict, plan: Plan[T], states: list[State]) -> int | None:
+    async def _who_wants(self, error: UniqueConflict, plan: Plan[T], states: list[ResourceState]) -> int | None:
         """Which operation wants the value that is taken, as far as one can see: stores look once all changes are applied."""
         left: dict[str, Change | None] = {}  # what gives a resource its index in the end; None: it is purged
         for change in (write.change for write in plan.writes):
@@ -266,14 +266,14 @@ class Writer(Generic[T]):
                     return at
         return None
 
-    async def json(self, state: State) -> bytes:
+    async def json(self, state: ResourceState) -> bytes:
         """The data of a state; StoreDamaged."""
         if state.json is None:
             body = await self._storage.body(state.meta.uid)
             state.json = self.verifier.json(state.meta, body)
         return state.json
 
-    async def holds(self, where: Filter | None, state: State) -> bool:
+    async def holds(self, where: Filter | None, state: ResourceState) -> bool:
         return await holds(where, state.meta, lambda: self.json(state), self._codec)
 
 
