@@ -123,7 +123,9 @@ class S3SqliteMetaStore(MetaStore):
         self._staleness: Callable[[], float] = staleness if callable(staleness) else lambda: staleness
         self._tail_bytes, self._max_batch, self._linger_s = tail_bytes, max_batch, linger_ms / 1000
         self._ratio = snapshot_ratio
-        self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
+        self._loop_states: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = (
+            weakref.WeakKeyDictionary()
+        )
         self.bind(ModelSpec("unbound"))
 
     def bind(self, spec: ModelSpec) -> None:
@@ -154,30 +156,32 @@ class S3SqliteMetaStore(MetaStore):
         except (StoreUnavailable, apsw.Error):  # not open, or torn
             return None
 
-    def _room(self) -> _Room:
+    def _loop_state(self) -> _LoopState:
         """What belongs to the event loop that asks."""
         loop = asyncio.get_running_loop()
-        room = self._rooms.get(loop)
-        if room is None:
-            room = self._rooms.setdefault(
+        loop_state = self._loop_states.get(loop)
+        if loop_state is None:
+            loop_state = self._loop_states.setdefault(
                 loop,
-                _Room(self._replica, self._tail_bytes, self._max_batch, self._linger_s, self._ratio, self._interval),
+                _LoopState(
+                    self._replica, self._tail_bytes, self._max_batch, self._linger_s, self._ratio, self._interval
+                ),
             )
-        return room
+        return loop_state
 
     # Reading
 
     async def _read(self, work: Callable[[apsw.Connection], T], *, quick: bool = False) -> T:
         """Read the local copy, once it is as new as the consistency asks for. `quick` as in `Replica.read`."""
-        replica, room = self._replica, self._room()
+        replica, loop_state = self._replica, self._loop_state()
         await replica.open()
         if self._consistency == "strong" or replica.unapplied_version:
             await replica.coalesced_check()
         elif self._consistency == "bounded":
-            now, staleness = room.loop.time(), self._staleness()
-            if staleness <= 0 or now - room.checked_at > staleness:
+            now, staleness = loop_state.loop.time(), self._staleness()
+            if staleness <= 0 or now - loop_state.checked_at > staleness:
                 await replica.coalesced_check()
-                room.checked_at = now  # when it was sent, or earlier
+                loop_state.checked_at = now  # when it was sent, or earlier
         return await replica.read(work, quick=quick)
 
     async def get(self, resource_id: str) -> ResourceMeta:
@@ -243,7 +247,7 @@ class S3SqliteMetaStore(MetaStore):
 
     async def _write(self, work: WriteRequest) -> list[ResourceMeta]:
         await self._replica.open()
-        return await self._room().commit(work)
+        return await self._loop_state().commit(work)
 
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         await self._write(WriteRequest(entries=entries, share=share))
@@ -253,7 +257,7 @@ class S3SqliteMetaStore(MetaStore):
 
     async def keep_findings(self, findings: Findings) -> None:
         await self._replica.open()
-        await self._room().committer.edit(lambda head: head.next(findings=findings))
+        await self._loop_state().committer.edit(lambda head: head.next(findings=findings))
 
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         if await self._read(self._tables.stale):
@@ -278,11 +282,11 @@ class S3SqliteMetaStore(MetaStore):
         def edit(head: Head) -> Head | None:
             return head.next(schema=schema) if head.ver == state.ver else None
 
-        return await self._room().committer.edit(edit) is not None
+        return await self._loop_state().committer.edit(edit) is not None
 
     async def advance_generation(self) -> int:
         await self._replica.open()
-        await self._room().committer.edit(lambda head: head.next(sweep=head.sweep + 1))
+        await self._loop_state().committer.edit(lambda head: head.next(sweep=head.sweep + 1))
         return await self.generation()
 
     # Keeping house
@@ -290,14 +294,14 @@ class S3SqliteMetaStore(MetaStore):
     async def maintain(self, budget_s: float) -> None:
         """Merges and snapshots that are due, then the removal of what nothing refers to; what does not fit is left to the next time."""
         await self._replica.open()
-        room, deadline = self._room(), time.monotonic() + budget_s
+        loop_state, deadline = self._loop_state(), time.monotonic() + budget_s
         if await self._read(lambda db: db.execute("SELECT 1 FROM purges LIMIT 1").get):
             await self._forget()  # whoever purged was stopped before he could
         else:
             await self._replica.blocking(lambda copy: copy.checkpoint())  # of what was purged elsewhere
-        await room.keep_house(deadline)
+        await loop_state.keep_house(deadline)
         if time.monotonic() < deadline:
-            await room.housekeeping.collect()
+            await loop_state.housekeeping.collect()
 
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """Make a snapshot without what was purged, and remove the log and the snapshots before it. A bucket with versions keeps them until
@@ -307,9 +311,9 @@ class S3SqliteMetaStore(MetaStore):
         return now
 
     async def _forget(self) -> None:
-        room = self._room()
-        await room.housekeeping.snapshot(forget=True)
-        await room.housekeeping.collect()
+        loop_state = self._loop_state()
+        await loop_state.housekeeping.snapshot(forget=True)
+        await loop_state.housekeeping.collect()
         await self._replica.blocking(lambda copy: copy.checkpoint())
 
     async def head(self) -> Head:
@@ -335,13 +339,13 @@ class S3SqliteMetaStore(MetaStore):
 
     async def close(self) -> None:
         loop = asyncio.get_running_loop()
-        room = self._rooms.pop(loop, None)
-        if room is not None:
-            await room.close()
+        loop_state = self._loop_states.pop(loop, None)
+        if loop_state is not None:
+            await loop_state.close()
         await self._replica.close()
 
 
-class _Room:
+class _LoopState:
     """What a store has for each event loop."""
 
     def __init__(

@@ -78,15 +78,19 @@ class Client:
                 f"{REDIS.name} cannot be read: expected {REDIS.like}, with parameters that the driver knows"
             )
         self._connect = connect
-        self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = weakref.WeakKeyDictionary()
+        self._loop_states: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def _room(self, user: object) -> _Room:
+    def _loop_state(self, user: object) -> _LoopState:
         loop = asyncio.get_running_loop()
-        room = self._rooms.get(loop)
-        if room is None:
-            room = self._rooms.setdefault(loop, _Room(self._connect, self.errors, self._slots, self._words))
-        room.users.add(user)
-        return room
+        loop_state = self._loop_states.get(loop)
+        if loop_state is None:
+            loop_state = self._loop_states.setdefault(
+                loop, _LoopState(self._connect, self.errors, self._slots, self._words)
+            )
+        loop_state.users.add(user)
+        return loop_state
 
     def _words(self, error: Exception) -> str:
         """Return what the driver or the server says, without the password: a server that has no AUTH repeats it."""
@@ -94,10 +98,10 @@ class Client:
 
     async def call(self, user: object, *command: Any) -> Any:
         """A command that may be done twice. StoreUnavailable."""
-        room = self._room(user)
+        loop_state = self._loop_state(user)
         for last in (False, True):
             try:
-                return await self._send(room, *command)
+                return await self._send(loop_state, *command)
             except Unanswered:
                 if last:
                     raise StoreUnavailable("Redis does not answer; try again") from None
@@ -112,11 +116,11 @@ class Client:
 
     async def run_once(self, user: object, script: Script, key: str, *arguments: Any, limited: bool = False) -> Any:
         """A script that is sent at most once. StoreUnavailable: it surely did not run; Unanswered. `limited`: the caller stops waiting by itself."""
-        room = self._room(user)
+        loop_state = self._loop_state(user)
         try:
-            return await self._send(room, "EVALSHA", script.sha, 1, key, *arguments, limited=limited)
+            return await self._send(loop_state, "EVALSHA", script.sha, 1, key, *arguments, limited=limited)
         except self.errors.NoScriptError:  # an answer: it did not run
-            return await self._send(room, "EVAL", script.text, 1, key, *arguments, limited=limited)
+            return await self._send(loop_state, "EVAL", script.text, 1, key, *arguments, limited=limited)
 
     async def ask(self, user: object, script: Script, key: str, *arguments: Any, limit_s: float) -> Any:
         """As `run_once`, by whoever can do without the answer: StoreUnavailable too if it takes longer, and it may then be done later."""
@@ -125,12 +129,12 @@ class Client:
                 return await self.run_once(user, script, key, *arguments, limited=True)
         except TimeoutError:
             log.warning("Redis: no answer within %g s", limit_s)
-            await self._room(user).close()  # the other connections may lead to the same silence
+            await self._loop_state(user).close()  # the other connections may lead to the same silence
             raise StoreUnavailable("Redis does not answer") from None
 
-    async def _send(self, room: _Room, *command: Any, limited: bool = False) -> Any:
+    async def _send(self, loop_state: _LoopState, *command: Any, limited: bool = False) -> Any:
         try:
-            return await room.exchange(command, limited)
+            return await loop_state.exchange(command, limited)
         except self.errors.NoScriptError:
             raise
         except (self.errors.ResponseError, self.errors.BusyLoadingError) as error:
@@ -146,14 +150,14 @@ class Client:
 
     async def close(self, user: object) -> None:
         """Close the connections of this event loop, unless another store uses them."""
-        room = self._rooms.get(asyncio.get_running_loop())
-        if room is not None:
-            room.users.discard(user)
-            if not room.users:
-                await room.close()
+        loop_state = self._loop_states.get(asyncio.get_running_loop())
+        if loop_state is not None:
+            loop_state.users.discard(user)
+            if not loop_state.users:
+                await loop_state.close()
 
 
-class _Room:
+class _LoopState:
     """The connections of one event loop."""
 
     def __init__(self, connect: Any, errors: Any, slots: int, words: Callable[[Exception], str]) -> None:
