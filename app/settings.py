@@ -35,7 +35,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -50,11 +50,79 @@ StorageKind = Literal[
 KINDS: tuple[StorageKind, ...] = get_args(StorageKind)
 
 
+Server = Literal["postgres", "cache", "broker"]
+"""A server that a store needs, named like the section of a stack's config that describes it."""
+
+
+class StoreTraits(NamedTuple):
+    """What one store of a pair needs, and whether it may hold the data of a stack on AWS."""
+
+    uses_s3: bool = False
+    """Whether the store keeps its data in the bucket."""
+    is_cached: bool = False
+    """Whether caches in memory and on disk answer reads of bodies."""
+    servers: frozenset[Server] = frozenset()
+    extras: frozenset[str] = frozenset()
+    """The extras of pyproject.toml that contain the store's drivers."""
+    survives_machine: bool = False
+    """Whether acknowledged data survives the loss of the machine with its disk."""
+
+
+META_TRAITS: dict[str, StoreTraits] = {
+    "memory": StoreTraits(),
+    "disk": StoreTraits(),
+    "s3-sqlite": StoreTraits(uses_s3=True, extras=frozenset({"s3"}), survives_machine=True),
+    "postgres": StoreTraits(servers=frozenset({"postgres"}), extras=frozenset({"postgres"}), survives_machine=True),
+    "redis": StoreTraits(servers=frozenset({"cache"}), extras=frozenset({"redis"})),
+    "redis-postgres": StoreTraits(
+        servers=frozenset({"postgres", "cache"}), extras=frozenset({"postgres", "redis"}), survives_machine=True
+    ),
+}
+RESOURCE_TRAITS: dict[str, StoreTraits] = {
+    "memory": StoreTraits(),
+    "disk": StoreTraits(),
+    "s3": StoreTraits(uses_s3=True, extras=frozenset({"s3"}), survives_machine=True),
+    "cached-s3": StoreTraits(uses_s3=True, is_cached=True, extras=frozenset({"s3", "cache"}), survives_machine=True),
+    "mq-cached-s3": StoreTraits(
+        uses_s3=True,
+        is_cached=True,
+        servers=frozenset({"broker"}),
+        extras=frozenset({"s3", "cache", "amqp"}),
+        survives_machine=True,
+    ),
+}
+
+
 class Pair(Struct, frozen=True, forbid_unknown_fields=True):
     """A MetaStore and a ResourceStore by name. Kinds are names for pairs."""
 
     meta: Literal["memory", "disk", "s3-sqlite", "postgres", "redis", "redis-postgres"]
     resource: Literal["memory", "disk", "s3", "cached-s3", "mq-cached-s3"]
+
+    @property
+    def traits(self) -> tuple[StoreTraits, StoreTraits]:
+        """Return the traits of the MetaStore and of the ResourceStore."""
+        return META_TRAITS[self.meta], RESOURCE_TRAITS[self.resource]
+
+    @property
+    def servers(self) -> frozenset[Server]:
+        """Return the servers that either store needs."""
+        return frozenset().union(*(store.servers for store in self.traits))
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """Return the extras of pyproject.toml that the drivers of both stores are in."""
+        return frozenset().union(*(store.extras for store in self.traits))
+
+    @property
+    def uses_s3(self) -> bool:
+        """Return whether either store keeps its data in the bucket."""
+        return any(store.uses_s3 for store in self.traits)
+
+    @property
+    def survives_machine(self) -> bool:
+        """Return whether the data of both stores survives the loss of the machine with its disk."""
+        return all(store.survives_machine for store in self.traits)
 
 
 Storage = StorageKind | Pair

@@ -83,7 +83,7 @@ def checked_prefix(prefix: str) -> str:
 
 def needs_s3(settings: Settings) -> bool:
     """Return whether any model is stored on S3."""
-    return any(pair.meta == "s3-sqlite" or pair.resource.endswith("s3") for pair in pairs(settings))
+    return any(pair.uses_s3 for pair in pairs(settings))
 
 
 def pair_of(storage: Storage, settings: Settings) -> Pair:

@@ -3,7 +3,7 @@
 Pulumi itself looks neither into nested values nor at names that it does not know. Here everything is read strictly: a wrong key, a wrong value
 or a combination that makes no sense is a ConfigError, before anything is registered. It names the key, what was found and what is allowed.
 
->>> read({"storage": "postgres-s3", "stage": "prod"}).needs
+>>> read({"storage": "postgres-s3", "stage": "prod"}).servers
 frozenset({'postgres'})
 """
 
@@ -24,24 +24,13 @@ from msgspec import Meta, Struct
 
 from app.autocrud.errors import ConfigError
 from app.dev import pulumi_cli
-from app.settings import OWN_PATHS, PRESETS, JwtAuth, Pair, Storage
+from app.settings import OWN_PATHS, PRESETS, JwtAuth, Pair, Server, Storage
 from infra.choices import Broker, Cache, Domain, Postgres
 
-Need = Literal["postgres", "cache", "broker"]
-"""What a storage needs beside the bucket."""
-
-METAS: dict[str, frozenset[Need]] = {
-    "s3-sqlite": frozenset(),
-    "postgres": frozenset({"postgres"}),
-    "redis-postgres": frozenset({"postgres", "cache"}),
-}
-RESOURCES: dict[str, frozenset[Need]] = {
-    "s3": frozenset(),
-    "cached-s3": frozenset(),
-    "mq-cached-s3": frozenset({"broker"}),
-}
-KINDS = {kind: pair for kind, pair in PRESETS.items() if pair.meta in METAS and pair.resource in RESOURCES}
-"""The kinds that outlive a function, as pairs."""
+KINDS = {kind: pair for kind, pair in PRESETS.items() if pair.survives_machine}
+"""The kinds whose data survives the loss of a function's instance, as pairs."""
+NETWORKED: frozenset[Server] = frozenset({"postgres", "cache", "broker"})
+"""The servers that a function reaches through a private network only."""
 
 CONNECTIONS = 2
 """That one instance of the function opens to the database at most: it serves one request at a time."""
@@ -148,20 +137,24 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             raise ConfigError(f"{key} is {_shown(found)}: {problem}")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """What the kinds of all models need beside the bucket."""
-        return frozenset().union(*(METAS[pair.meta] | RESOURCES[pair.resource] for pair in self.pairs))
+    def servers(self) -> frozenset[Server]:
+        """Return the servers that the storages of all models need beside the bucket."""
+        return frozenset().union(*(pair.servers for pair in self.pairs))
+
+    @property
+    def needs_network(self) -> bool:
+        """Return whether the function needs a private network, to reach one of its servers."""
+        return not self.servers.isdisjoint(NETWORKED)
 
     @property
     def pairs(self) -> list[Pair]:
+        """Return the pair of the default storage, then those of the overrides."""
         return [_pair(storage) for storage in (self.storage, *self.storage_overrides.values())]
 
     @property
     def extras(self) -> frozenset[str]:
-        """Of pyproject.toml: the drivers that the zip needs beside those for S3."""
-        drivers = {"postgres": "postgres", "cache": "redis", "broker": "amqp"}
-        caches = {"cache"} if any(pair.resource != "s3" for pair in self.pairs) else set()
-        return frozenset({drivers[need] for need in self.needs} | caches)
+        """Return the extras of pyproject.toml whose drivers the zip needs beside the driver for S3."""
+        return frozenset().union(*(pair.extras for pair in self.pairs)) - {"s3"}
 
     @property
     def keeps(self) -> bool:
@@ -171,7 +164,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     @property
     def reserved_concurrency(self) -> int | None:
         """Instances of the function at most, so that the database always has a connection for each."""
-        if self.concurrency is None and "postgres" in self.needs and not self.postgres.proxy:
+        if self.concurrency is None and "postgres" in self.servers and not self.postgres.proxy:
             return self._connected
         return self.concurrency
 
@@ -185,7 +178,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             yield "storage_overrides", self.storage_overrides, "a model has a name; expected {MODEL: as storage}"
         for model, storage in (("", self.storage), *self.storage_overrides.items()):
             pair = KINDS.get(storage) if isinstance(storage, str) else storage
-            if pair is None or pair.meta not in METAS or pair.resource not in RESOURCES:
+            if pair is None or not pair.survives_machine:
                 key = f"storage_overrides.{model}" if model else "storage"
                 yield (
                     key,
@@ -235,9 +228,9 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         if self.budget_usd is not None and self.alarm_email is None:
             yield "budget_usd", self.budget_usd, "nobody would be told; expected alarm_email to be set"
         yield from self._tag_problems()
-        if "postgres" in self.needs:
+        if "postgres" in self.servers:
             yield from self._database_problems()
-        if "broker" in self.needs:
+        if "broker" in self.servers:
             yield from self._broker_problems()
         yield from self._environment_problems()
 

@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from app.settings import Server
 from infra.components.cache import node_count
-from infra.config import KINDS, Need, StackConfig, read
+from infra.config import KINDS, StackConfig, read
 from infra.zones import ZONES
 
 MONTH_H = 730
@@ -69,7 +70,7 @@ HITS, KEPT_KB = 0.8, 2
 ANSWER_KB, FREE_OUT_GB = 2, 100
 LOG_KB = {"http-api": 1.6, "function-url": 1.3}
 METRICS, READ_ECPUS, WRITE_ECPUS = 6, 3, 6
-ALARMS: dict[Need | None, int] = {None: 4, "postgres": 3, "cache": 1, "broker": 2}
+ALARMS: dict[Server | None, int] = {None: 4, "postgres": 3, "cache": 1, "broker": 2}
 
 
 class Number(NamedTuple):
@@ -106,7 +107,8 @@ def lines(config: StackConfig, millions: float) -> Iterator[Line]:
     out = _times(requests, _n(ANSWER_KB, "KB"))
     yield _line(OUT, Number(max(0, out.value - FREE_OUT_GB), f"{out.text} - {FREE_OUT_GB} GB", added=True))
 
-    indexed, cached = pair.meta == "s3-sqlite", pair.resource != "s3"
+    meta, resource = pair.traits
+    indexed, cached = meta.uses_s3, resource.is_cached
     yield _line(PUT, _times(writes, _n(WRITE_PUTS if indexed else 1)))
     body = _n(round(1 - HITS, 2)) if cached else _n(1)
     gets = _times(reads, _plus(_n(GET_GETS - 1), body) if indexed else body)
@@ -116,18 +118,18 @@ def lines(config: StackConfig, millions: float) -> Iterator[Line]:
     yield _line(S3_GB, _plus(_n(1, "GB"), kept, *([old] if indexed else [])))
 
     # Aurora's disk cannot be full.
-    fewer = "postgres" in config.needs and config.postgres.mode == "aurora"
+    fewer = "postgres" in config.servers and config.postgres.mode == "aurora"
     # Nodes of a cache have one each.
-    more = node_count(keeps=config.keeps) - 1 if "cache" in config.needs and config.cache.mode == "nodes" else 0
-    yield _line(ALARM, _n(sum(ALARMS[need] for need in (None, *config.needs)) - fewer + more))
+    more = node_count(keeps=config.keeps) - 1 if "cache" in config.servers and config.cache.mode == "nodes" else 0
+    yield _line(ALARM, _n(sum(ALARMS[server] for server in (None, *config.servers)) - fewer + more))
     # Of the API token, the database's master user, the broker's user.
-    held = (config.auth == "token", "postgres" in config.needs, "broker" in config.needs)
+    held = (config.auth == "token", "postgres" in config.servers, "broker" in config.servers)
     yield _line(SECRET, _n(sum(held)))
-    if "postgres" in config.needs:
+    if "postgres" in config.servers:
         yield from _database(config)
-    if "cache" in config.needs:
+    if "cache" in config.servers:
         yield from _cache(config, reads, writes)
-    if "broker" in config.needs:
+    if "broker" in config.servers:
         nodes = _n(3 if config.broker.mode == "cluster" else 1)
         yield _line(INSTANCES[config.broker.instance], _times(nodes, _n(MONTH_H)))
         yield _line(MQ_GB, _times(nodes, _n(1, "GB")))

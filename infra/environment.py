@@ -46,12 +46,12 @@ def outputs_at_worst(config: StackConfig) -> dict[str, Any]:
     elif config.auth == "token":
         auth = {"mode": "token", "token_sha256": "f" * 64}
     outputs = {**said(config), "auth": auth, "bucket": _BUCKET, "prefix": "", "region": _REGION}
-    if "postgres" in config.needs:
+    if "postgres" in config.servers:
         outputs["db"] = {"host": _DB_HOST, "port": 5432, "name": "crudstack", "user": "crudstack_app", "auth": "iam"}
-    if "cache" in config.needs:
+    if "cache" in config.servers:
         names = {"host": _CACHE_HOST, "port": 6379, "user": _BUCKET, "tls": True, "name": _CACHE}
         outputs["cache"] = {**names, "serverless": False}
-    if "broker" in config.needs:
+    if "broker" in config.servers:
         secret = f"arn:aws-us-gov:secretsmanager:{_REGION}:{'1' * 12}:secret:crudstack-{config.stage}-broker-{'h' * 14}"
         outputs["broker"] = {"endpoint": _BROKER, "secret_arn": secret}
     return outputs

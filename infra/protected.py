@@ -167,7 +167,7 @@ def refusal_of(config: StackConfig, resource: Protected) -> Refusal | None:
     if type_ in DATABASE and name.startswith("database"):
         return _database(config, DATABASE[type_], name)
     if type_ in {"Vpc", "Subnet"}:
-        return None if config.needs else _storage(config)
+        return None if config.needs_network else _storage(config)
     if type_ in {"Secret", "SecretVersion"} and name.startswith("token"):
         return _token(config, name)
     if resource.type.startswith("aws:apigatewayv2/") and config.edge != "http-api":
@@ -178,7 +178,7 @@ def refusal_of(config: StackConfig, resource: Protected) -> Refusal | None:
 
 
 def _database(config: StackConfig, mode: str | None, name: str) -> Refusal | None:
-    if "postgres" not in config.needs:
+    if "postgres" not in config.servers:
         return _storage(config)
     if mode not in (None, config.postgres.mode):
         return Refusal("postgres.mode", config.postgres.mode, "the database", str(mode))

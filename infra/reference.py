@@ -139,7 +139,7 @@ def _allowed(type_: kinds_of.Type) -> str:
 def _kinds() -> Iterator[str]:
     for kind, pair in KINDS.items():
         config = StackConfig(storage=kind)
-        yield _row(f"`{kind}`", pair.meta, pair.resource, _list(config.needs), _list(config.extras))
+        yield _row(f"`{kind}`", pair.meta, pair.resource, _list(config.servers), _list(config.extras))
 
 
 def _refused() -> Iterator[str]:

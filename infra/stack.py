@@ -56,25 +56,28 @@ def build(
         tags={"crudstack:stage": config.stage, **config.tags},
         transforms=transforms or {},
     )
-    zones = subnet_zones(stack.name, state) if config.needs else []
+    zones = subnet_zones(stack.name, state) if config.needs_network else []
     code = Package(str(zip)) if isinstance(zip, Path) else zip or package_of(package(config), state)
     bucket = DataBucket(stack, keep_days=30 if config.keeps else 1)
     links = [bucket.link("write")]
 
-    database = "postgres" in config.needs
-    network = Network(stack, region=bucket.region, zones=zones, holds_data=database) if config.needs else None
-    postgres = cache = broker = None
-    if network is not None:
-        if database:
-            postgres = Postgres(stack, settings=config.postgres, network=network, zip=code, log_days=config.log_days)
-            links.append(postgres.link())
-        if "cache" in config.needs:
-            # Users are known by name in the whole account, and the bucket's name is nobody else's.
-            cache = Cache(stack, settings=config.cache, network=network, user=bucket.bucket)
-            links.append(cache.link())
-        if "broker" in config.needs:
-            broker = Broker(stack, settings=config.broker, network=network)
-            links.append(broker.link())
+    network = postgres = cache = broker = None
+    if config.needs_network:
+        holds_data = "postgres" in config.servers
+        network = Network(stack, region=bucket.region, zones=zones, holds_data=holds_data)
+    if "postgres" in config.servers:
+        assert network is not None
+        postgres = Postgres(stack, settings=config.postgres, network=network, zip=code, log_days=config.log_days)
+        links.append(postgres.link())
+    if "cache" in config.servers:
+        assert network is not None
+        # The name of a user is unique in the whole account, and so is the name of the bucket.
+        cache = Cache(stack, settings=config.cache, network=network, user=bucket.bucket)
+        links.append(cache.link())
+    if "broker" in config.servers:
+        assert network is not None
+        broker = Broker(stack, settings=config.broker, network=network)
+        links.append(broker.link())
 
     outputs = {**said(config), "auth": _auth(config, stack, bucket), **_sum(links)}
     function = ApiFunction(

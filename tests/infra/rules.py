@@ -75,7 +75,7 @@ def protected(resource: Resource, config: StackConfig) -> bool:
     """Return whether prod must not lose it: data, what they stand on, the URL or the current token."""
     if resource.type in DATA or resource.type.startswith("aws:s3/bucket"):
         return True
-    if "postgres" in config.needs and resource.type in OF_A_DATABASE:
+    if "postgres" in config.servers and resource.type in OF_A_DATABASE:
         return True
     if resource.type == "aws:ec2/securityGroup:SecurityGroup":
         return resource.name.endswith("-database")
@@ -113,11 +113,11 @@ def names_are_unique_and_everything_is_in_a_component(stack: Recording, config: 
 def only_what_the_storage_needs_is_there(stack: Recording, config: StackConfig) -> Iterator[str]:
     modules = Counter(resource.type.split(":")[1].split("/")[0] for resource in stack.aws)
     needed = {
-        "rds": "postgres" in config.needs,
-        "elasticache": "cache" in config.needs,
-        "mq": "broker" in config.needs,
-        "ec2": bool(config.needs),
-        "vpc": bool(config.needs),
+        "rds": "postgres" in config.servers,
+        "elasticache": "cache" in config.servers,
+        "mq": "broker" in config.servers,
+        "ec2": config.needs_network,
+        "vpc": config.needs_network,
     }
     for module, wanted in needed.items():
         if bool(modules[module]) != wanted:
@@ -125,7 +125,7 @@ def only_what_the_storage_needs_is_there(stack: Recording, config: StackConfig) 
     interfaces = [
         end for end in stack.all("aws:ec2/vpcEndpoint:VpcEndpoint") if end.inputs["vpcEndpointType"] == "Interface"
     ]
-    if bool(interfaces) != ("broker" in config.needs):
+    if bool(interfaces) != ("broker" in config.servers):
         yield f"{len(interfaces)} endpoints cost by the hour"
 
 
@@ -143,7 +143,7 @@ def outputs_are_what_the_app_reads(stack: Recording, config: StackConfig) -> Ite
             if (getattr(outputs, field) is None) != (field in missing):
                 yield f"outputs: {field} is {getattr(outputs, field)}"
         for need, field in (("postgres", "db"), ("cache", "cache"), ("broker", "broker")):
-            if (getattr(outputs, field) is None) != (need not in config.needs):
+            if (getattr(outputs, field) is None) != (need not in config.servers):
                 yield f"outputs: {field} is {getattr(outputs, field)}"
 
 
@@ -517,7 +517,7 @@ def all_is_tagged_watched_and_budgeted(stack: Recording, config: StackConfig) ->
         if nodes != [f"-00{number}" for number in range(1, group.inputs["numCacheClusters"] + 1)]:
             yield f"of {group.name} the nodes {nodes} are watched"
     for need, namespace in {"postgres": "AWS/RDS", "cache": "AWS/ElastiCache", "broker": "AWS/AmazonMQ"}.items():
-        if (namespace in namespaces) != (need in config.needs):
+        if (namespace in namespaces) != (need in config.servers):
             yield f"{namespace} is{'' if namespace in namespaces else ' not'} watched"
     watched = {alarm.inputs["metricName"] for alarm in alarms}
     for metric in ("Errors", "Throttles", "Duration", "5xx" if config.edge == "http-api" else "Url5xxCount"):

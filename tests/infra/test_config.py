@@ -24,7 +24,7 @@ JWT = '{"mode": "jwt", "issuer": "https://login.example.org", "audiences": ["cru
 
 def test_without_any_key_it_is_the_bucket_alone():
     assert read({}) == StackConfig()
-    assert (StackConfig().storage, StackConfig().stage, StackConfig().needs) == ("s3-sqlite", "dev", frozenset())
+    assert (StackConfig().storage, StackConfig().stage, StackConfig().servers) == ("s3-sqlite", "dev", frozenset())
 
 
 def test_values_come_as_text_and_nested_ones_as_json():
@@ -84,14 +84,14 @@ def test_the_kinds_are_those_of_the_app():
     ],
 )
 def test_what_a_storage_needs(storage, needs, extras):
-    assert StackConfig(storage=storage).needs == needs
+    assert StackConfig(storage=storage).servers == needs
     assert StackConfig(storage=storage).extras == extras
-    assert StackConfig(storage_overrides={"article": storage}).needs == needs
+    assert StackConfig(storage_overrides={"article": storage}).servers == needs
 
 
 def test_overrides_need_their_union():
     config = StackConfig(storage_overrides={"a": "postgres-s3", "b": "mq-cached-s3"})
-    assert config.needs == {"postgres", "broker"}
+    assert config.servers == {"postgres", "broker"}
 
 
 REFUSED = [

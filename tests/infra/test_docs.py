@@ -101,7 +101,7 @@ def test_all_that_is_registered_is_paid_for_or_free(name):
     assert there == set(PAID.values()) & set(found) - ({costs.SECRET} - there)
     others = {type_ for type_ in types if type_.startswith("aws:") and type_ not in PAID and not FREE.match(type_)}
     assert others <= {"aws:ec2/vpcEndpoint:VpcEndpoint"}
-    held = types["aws:secretsmanager/secret:Secret"] + ("postgres" in config.needs)
+    held = types["aws:secretsmanager/secret:Secret"] + ("postgres" in config.servers)
     assert (costs.SECRET in found) == bool(held)
     assert not held or round(found[costs.SECRET].usd / costs.SECRET.usd) == held
     assert round(found[costs.ALARM].usd / costs.ALARM.usd) == types["aws:cloudwatch/metricAlarm:MetricAlarm"]

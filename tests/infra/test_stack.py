@@ -395,7 +395,7 @@ def test_a_link_that_would_allow_more_is_refused(access, prefix):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_role_of_the_function_is_the_sum_of_its_links(kind):
     expected = {"Log", "Trace", "ListData", "UseData"}
-    needs = StackConfig(storage=kind).needs
+    needs = StackConfig(storage=kind).servers
     expected |= {"BeInTheNetwork"} if needs else set()
     expected |= {
         {"postgres": "SignInToDatabase", "cache": "SignInToCache", "broker": "ReadBrokerSecret"}[need] for need in needs
