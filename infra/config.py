@@ -157,7 +157,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         return frozenset().union(*(pair.extras for pair in self.pairs)) - {"s3"}
 
     @property
-    def keeps(self) -> bool:
+    def is_protected(self) -> bool:
         """Whether data outlives mistakes."""
         return self.stage == "prod"
 
@@ -215,7 +215,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
                 True,
                 f"with ephemeral_mb {self.ephemeral_mb} there are no snapshots; expected ephemeral_mb 512, or false",
             )
-        if self.keeps and "*" in self.cors:
+        if self.is_protected and "*" in self.cors:
             yield (
                 "cors",
                 self.cors,

@@ -120,7 +120,11 @@ def lines(config: StackConfig, millions: float) -> Iterator[Line]:
     # Aurora's disk cannot be full.
     fewer = "postgres" in config.servers and config.postgres.mode == "aurora"
     # Nodes of a cache have one each.
-    more = node_count(keeps=config.keeps) - 1 if "cache" in config.servers and config.cache.mode == "nodes" else 0
+    more = (
+        node_count(is_protected=config.is_protected) - 1
+        if "cache" in config.servers and config.cache.mode == "nodes"
+        else 0
+    )
     yield _line(ALARM, _n(sum(ALARMS[server] for server in (None, *config.servers)) - fewer + more))
     # Of the API token, the database's master user, the broker's user.
     held = (config.auth == "token", "postgres" in config.servers, "broker" in config.servers)
@@ -150,7 +154,9 @@ def _database(config: StackConfig) -> Iterator[Line]:
 
 def _cache(config: StackConfig, reads: Number, writes: Number) -> Iterator[Line]:
     if config.cache.mode == "nodes":
-        yield _line(INSTANCES[config.cache.node_type], _times(_n(node_count(keeps=config.keeps)), _n(MONTH_H)))
+        yield _line(
+            INSTANCES[config.cache.node_type], _times(_n(node_count(is_protected=config.is_protected)), _n(MONTH_H))
+        )
         return
     yield _line(CACHE_GB, _times(_n(MONTH_H), _n(0.1, "GB")))
     yield _line(ECPU, _plus(_times(reads, _n(READ_ECPUS)), _times(writes, _n(WRITE_ECPUS))))

@@ -88,7 +88,7 @@ def deploy(*, stage: str, stack: str | None = None, yes: Annotated[bool, Paramet
     check_quota(aws, config, None if is_new else deployed_function(name))
     preview(name)
     print(f"\n{cost(config)}")
-    if config.keeps:
+    if config.is_protected:
         print(PROD)
     confirm(aws, yes=yes)
     update(name, stage)

@@ -17,7 +17,7 @@ from pulumi import Output
 from app.settings import JwtAuth
 from infra import artifact
 from infra.artifact import Artifact
-from infra.components import Stack, Transform
+from infra.components import StackContext, Transform
 from infra.components.broker import Broker
 from infra.components.bucket import DataBucket
 from infra.components.cache import Cache
@@ -30,7 +30,7 @@ from infra.components.token import ApiToken
 from infra.config import StackConfig
 from infra.deployed_code import Package, package_of
 from infra.environment import VARIABLE, said
-from infra.link import Link
+from infra.grants import Grant
 from infra.zones import subnet_zones
 
 
@@ -50,42 +50,42 @@ def build(
                 subnets their zone
     transforms  changes to a component's resources by its class, see Transform
     """
-    stack = Stack(
+    context = StackContext(
         name=f"crudstack-{config.stage}",
-        keeps=config.keeps,
+        is_protected=config.is_protected,
         tags={"crudstack:stage": config.stage, **config.tags},
         transforms=transforms or {},
     )
-    zones = subnet_zones(stack.name, state) if config.needs_network else []
+    zones = subnet_zones(context.name, state) if config.needs_network else []
     code = Package(str(zip)) if isinstance(zip, Path) else zip or package_of(package(config), state)
-    bucket = DataBucket(stack, keep_days=30 if config.keeps else 1)
-    links = [bucket.link("write")]
+    bucket = DataBucket(context, keep_days=30 if config.is_protected else 1)
+    grants = [bucket.grant("write")]
 
     network = postgres = cache = broker = None
     if config.needs_network:
         holds_data = "postgres" in config.servers
-        network = Network(stack, region=bucket.region, zones=zones, holds_data=holds_data)
+        network = Network(context, region=bucket.region, zones=zones, holds_data=holds_data)
     if "postgres" in config.servers:
         assert network is not None
-        postgres = Postgres(stack, settings=config.postgres, network=network, zip=code, log_days=config.log_days)
-        links.append(postgres.link())
+        postgres = Postgres(context, settings=config.postgres, network=network, zip=code, log_days=config.log_days)
+        grants.append(postgres.grant())
     if "cache" in config.servers:
         assert network is not None
         # The name of a user is unique in the whole account, and so is the name of the bucket.
-        cache = Cache(stack, settings=config.cache, network=network, user=bucket.bucket)
-        links.append(cache.link())
+        cache = Cache(context, settings=config.cache, network=network, user=bucket.bucket)
+        grants.append(cache.grant())
     if "broker" in config.servers:
         assert network is not None
-        broker = Broker(stack, settings=config.broker, network=network)
-        links.append(broker.link())
+        broker = Broker(context, settings=config.broker, network=network)
+        grants.append(broker.grant())
 
-    outputs = {**said(config), "auth": _auth(config, stack, bucket), **_sum(links)}
+    outputs = {**said(config), "auth": _auth(config, context, bucket), **_sum(grants)}
     function = ApiFunction(
-        stack,
+        context,
         "api",
         zip=code,
         handler="app.handler.handler",
-        links=links,
+        grants=grants,
         network=network,
         environment={VARIABLE: Output.json_dumps(outputs)},
         memory_mb=config.memory_mb,
@@ -99,7 +99,7 @@ def build(
     http_api = None
     if config.edge == "http-api":
         http_api = edge = HttpApi(
-            stack,
+            context,
             function=function,
             origins=config.cors,
             jwt=config.auth if isinstance(config.auth, JwtAuth) else None,
@@ -108,9 +108,9 @@ def build(
         )
         url = edge.url
     else:
-        url = FunctionUrl(stack, function=function, origins=config.cors).url
+        url = FunctionUrl(context, function=function, origins=config.cors).url
     Observability(
-        stack,
+        context,
         function=function,
         timeout_s=config.timeout_s,
         http_api=http_api,
@@ -136,16 +136,16 @@ def package(config: StackConfig) -> Artifact:
     return built
 
 
-def _auth(config: StackConfig, stack: Stack, bucket: DataBucket) -> dict[str, Any]:
+def _auth(config: StackConfig, context: StackContext, bucket: DataBucket) -> dict[str, Any]:
     if isinstance(config.auth, JwtAuth):
         auth: dict[str, Any] = msgspec.to_builtins(config.auth)
         return auth
     if config.auth == "none":
         return {"mode": "none"}
     # Named after the bucket, so that whoever has the outputs finds it.
-    token = ApiToken(stack, name=Output.format("{0}/api-token", bucket.bucket), generation=config.token_generation)
+    token = ApiToken(context, name=Output.format("{0}/api-token", bucket.bucket), generation=config.token_generation)
     return {"mode": "token", "token_sha256": token.sha256}
 
 
-def _sum(links: list[Link]) -> dict[str, Any]:
-    return {name: value for link in links for name, value in link.outputs.items()}
+def _sum(grants: list[Grant]) -> dict[str, Any]:
+    return {name: value for grant in grants for name, value in grant.outputs.items()}

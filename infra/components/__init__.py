@@ -17,12 +17,12 @@ Transform = Callable[[ResourceTransformationArgs], ResourceTransformationResult 
 """
 
 
-class Stack(NamedTuple):
+class StackContext(NamedTuple):
     """What all components of a stack have in common."""
 
     name: str
     """What the names of its resources begin with, "crudstack-dev"; at most 26 characters. Pulumi appends random ones."""
-    keeps: bool
+    is_protected: bool
     """Whether data outlives mistakes. If not, `pulumi destroy` leaves nothing behind."""
     tags: Mapping[str, str]
     transforms: Mapping[str, Transform] = {}
@@ -32,31 +32,31 @@ class Stack(NamedTuple):
 class Component(pulumi.ComponentResource):
     """A ComponentResource of type crudstack:aws:{class}, whose resources are tagged and transformed as the stack says."""
 
-    def __init__(self, stack: Stack, name: str, opts: ResourceOptions | None = None) -> None:
-        self.stack = stack
+    def __init__(self, context: StackContext, name: str, opts: ResourceOptions | None = None) -> None:
+        self.context = context
         kind = type(self).__name__
-        transforms = [_tagging(stack.tags)]
-        if kind in stack.transforms:
-            transforms.append(stack.transforms[kind])
+        transforms = [_tagging(context.tags)]
+        if kind in context.transforms:
+            transforms.append(context.transforms[kind])
         # Not `transforms`: those need an engine that calls back.
         own = ResourceOptions(transformations=transforms)
         super().__init__(f"crudstack:aws:{kind}", name, None, ResourceOptions.merge(opts, own))
 
-    def named(self, suffix: str) -> str:
+    def resource_name(self, suffix: str) -> str:
         """The name of one of its resources."""
-        return f"{self.stack.name}-{suffix}"
+        return f"{self.context.name}-{suffix}"
 
-    def child(self, **options: Any) -> ResourceOptions:
+    def child_options(self, **options: Any) -> ResourceOptions:
         """Options of one of its resources."""
         return ResourceOptions(parent=self, **options)
 
-    def kept(self, **options: Any) -> ResourceOptions:
+    def protected_options(self, **options: Any) -> ResourceOptions:
         """Options of a resource that data, the URL or the token cannot do without: Pulumi refuses to delete it."""
-        return self.child(protect=self.stack.keeps, **options)
+        return self.child_options(protect=self.context.is_protected, **options)
 
-    def data(self, **options: Any) -> ResourceOptions:
+    def data_options(self, **options: Any) -> ResourceOptions:
         """Options of a resource that holds data: kept, and if Pulumi must forget it, it stays on AWS."""
-        return self.kept(retain_on_delete=self.stack.keeps, **options)
+        return self.protected_options(retain_on_delete=self.context.is_protected, **options)
 
 
 def _tagging(tags: Mapping[str, str]) -> Transform:

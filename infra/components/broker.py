@@ -11,9 +11,9 @@ import pulumi_aws as aws
 from pulumi import Output
 
 from infra import choices
-from infra.components import Component, Stack
+from infra.components import Component, StackContext
 from infra.components.network import Network
-from infra.link import Door, Link, Statement, first
+from infra.grants import Grant, PortAccess, Statement, first
 
 PORT = 5671
 USER = "crudstack"
@@ -40,27 +40,27 @@ class Broker(Component):
     Outputs: `endpoint`, `secret_arn`, `name`.
     """
 
-    def __init__(self, stack: Stack, *, settings: choices.Broker, network: Network) -> None:
-        super().__init__(stack, "broker")
-        self._group = network.group(self, "broker", "who may reach the broker")
+    def __init__(self, context: StackContext, *, settings: choices.Broker, network: Network) -> None:
+        super().__init__(context, "broker")
+        self._group = network.security_group(self, "broker", "who may reach the broker")
         secret = aws.secretsmanager.Secret(
-            self.named("broker"),
+            self.resource_name("broker"),
             description="User and password of the broker",
-            recovery_window_in_days=30 if stack.keeps else 0,
-            opts=self.child(),
+            recovery_window_in_days=30 if context.is_protected else 0,
+            opts=self.child_options(),
         )
         drawn = json.dumps({"username": USER, "password": secrets.token_urlsafe(32)})
         version = aws.secretsmanager.SecretVersion(
-            self.named("broker"),
+            self.resource_name("broker"),
             secret_id=secret.id,
             secret_string=Output.secret(drawn),
-            opts=self.child(ignore_changes=["secret_string"]),
+            opts=self.child_options(ignore_changes=["secret_string"]),
         )
         # An Output of a secret is a secret, and so is all that comes from it.
         password = version.secret_string.apply(_password)
         single = settings.mode == "single"
         broker = aws.mq.Broker(
-            self.named("broker"),
+            self.resource_name("broker"),
             engine_type="RabbitMQ",
             engine_version=settings.version,
             host_instance_type=settings.instance,
@@ -71,8 +71,8 @@ class Broker(Component):
             users=[{"username": USER, "password": password}],
             logs={"general": True},
             auto_minor_version_upgrade=True,
-            apply_immediately=not stack.keeps,
-            opts=self.child(
+            apply_immediately=not context.is_protected,
+            opts=self.child_options(
                 # In camelCase: of all options this one alone is not translated.
                 replace_on_changes=["engineVersion"],
                 replacement_trigger=password.apply(lambda known: hashlib.sha256(known.encode()).hexdigest()),
@@ -83,15 +83,15 @@ class Broker(Component):
         self.name = broker.broker_name
         self.secret_arn = version.secret_arn
         # Two, one in each subnet, about 16 USD a month: the only way from inside the network to Secrets Manager.
-        self._secrets = network.endpoint(self, "secretsmanager")
+        self._secrets = network.interface_endpoint(self, "secretsmanager")
         self.register_outputs({"endpoint": self.endpoint, "secret_arn": self.secret_arn, "name": self.name})
 
-    def link(self) -> Link:
+    def grant(self) -> Grant:
         """What reads the password and connects."""
-        return Link(
+        return Grant(
             statements=(Statement("ReadBrokerSecret", ("secretsmanager:GetSecretValue",), (self.secret_arn,)),),
             outputs={"broker": {"endpoint": self.endpoint, "secret_arn": self.secret_arn}},
-            doors=(Door("broker", self._group.id, PORT), self._secrets),
+            ports=(PortAccess("broker", self._group.id, PORT), self._secrets),
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pulumi_aws as aws
 from pulumi import Input, Output
 
-from infra.components import Component, Stack
-from infra.link import Link, Statement
+from infra.components import Component, StackContext
+from infra.grants import Grant, Statement
 
 READ = ("s3:GetObject",)
 WRITE = (*READ, "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
@@ -19,40 +19,42 @@ class DataBucket(Component):
     keep_newest versions of one object that are kept so long at most: the head of an S3-SQLite log is rewritten at every commit
     """
 
-    def __init__(self, stack: Stack, *, keep_days: int = 30, keep_newest: int = 100) -> None:
-        super().__init__(stack, "bucket")
-        bucket = aws.s3.Bucket(self.named("data"), force_destroy=not stack.keeps, opts=self.data())
+    def __init__(self, context: StackContext, *, keep_days: int = 30, keep_newest: int = 100) -> None:
+        super().__init__(context, "bucket")
+        bucket = aws.s3.Bucket(
+            self.resource_name("data"), force_destroy=not context.is_protected, opts=self.data_options()
+        )
         self.bucket, self.arn, self.region = bucket.bucket, bucket.arn, bucket.region
         # What guards the data stays with them where they stay.
         aws.s3.BucketOwnershipControls(
-            self.named("data"),
+            self.resource_name("data"),
             bucket=bucket.bucket,
             rule={"object_ownership": "BucketOwnerEnforced"},
-            opts=self.data(),
+            opts=self.data_options(),
         )
         closed = aws.s3.BucketPublicAccessBlock(
-            self.named("data"),
+            self.resource_name("data"),
             bucket=bucket.bucket,
             block_public_acls=True,
             block_public_policy=True,
             ignore_public_acls=True,
             restrict_public_buckets=True,
-            opts=self.data(),
+            opts=self.data_options(),
         )
         versioning = aws.s3.BucketVersioning(
-            self.named("data"),
+            self.resource_name("data"),
             bucket=bucket.bucket,
             versioning_configuration={"status": "Enabled"},
-            opts=self.data(),
+            opts=self.data_options(),
         )
         aws.s3.BucketServerSideEncryptionConfiguration(
-            self.named("data"),
+            self.resource_name("data"),
             bucket=bucket.bucket,
             rules=[{"apply_server_side_encryption_by_default": {"sse_algorithm": "AES256"}}],
-            opts=self.data(),
+            opts=self.data_options(),
         )
         aws.s3.BucketLifecycleConfiguration(
-            self.named("data"),
+            self.resource_name("data"),
             bucket=bucket.bucket,
             rules=[
                 {
@@ -77,10 +79,10 @@ class DataBucket(Component):
                 },
             ],
             # S3 takes a rule about old versions only where there are versions.
-            opts=self.data(depends_on=[versioning]),
+            opts=self.data_options(depends_on=[versioning]),
         )
         aws.s3.BucketPolicy(
-            self.named("data"),
+            self.resource_name("data"),
             bucket=bucket.bucket,
             policy=Output.json_dumps(
                 {
@@ -98,11 +100,11 @@ class DataBucket(Component):
                 }
             ),
             # S3 refuses two changes of a bucket at once now and then.
-            opts=self.data(depends_on=[closed]),
+            opts=self.data_options(depends_on=[closed]),
         )
         self.register_outputs({"bucket": self.bucket, "arn": self.arn, "region": self.region})
 
-    def link(self, access: str, prefix: str = "") -> Link:
+    def grant(self, access: str, prefix: str = "") -> Grant:
         """What reads, or reads and writes, the objects whose keys begin with `prefix`, and lists those.
 
         access: "read" or "write". ValueError for anything else, and for a prefix with wildcards.
@@ -113,7 +115,7 @@ class DataBucket(Component):
             raise ValueError(f"the prefix is {prefix!r}, expected one without *, ? and $, which IAM reads as patterns")
         objects: Input[str] = Output.format("{0}/{1}*", self.arn, prefix)
         listed = {"StringLike": {"s3:prefix": f"{prefix}*"}} if prefix else None
-        return Link(
+        return Grant(
             statements=(
                 Statement("ListData", ("s3:ListBucket",), (self.arn,), listed),
                 Statement("UseData", READ if access == "read" else WRITE, (objects,)),

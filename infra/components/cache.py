@@ -6,17 +6,17 @@ import pulumi_aws as aws
 from pulumi import Input, Output
 
 from infra import choices
-from infra.components import Component, Stack
+from infra.components import Component, StackContext
 from infra.components.network import Network
-from infra.link import Door, Link, Statement, first
+from infra.grants import Grant, PortAccess, Statement, first
 
 PORT = 6379
 VERSION = "8"
 
 
-def node_count(*, keeps: bool) -> int:
+def node_count(*, is_protected: bool) -> int:
     """Return how many nodes a replication group has."""
-    return 2 if keeps else 1
+    return 2 if is_protected else 1
 
 
 class Cache(Component):
@@ -27,28 +27,28 @@ class Cache(Component):
     Outputs: `host`, `name`.
     """
 
-    def __init__(self, stack: Stack, *, settings: choices.Cache, network: Network, user: Input[str]) -> None:
-        super().__init__(stack, "cache")
+    def __init__(self, context: StackContext, *, settings: choices.Cache, network: Network, user: Input[str]) -> None:
+        super().__init__(context, "cache")
         self.serverless = settings.mode == "serverless"
-        self.nodes = 0 if self.serverless else node_count(keeps=stack.keeps)
-        self._group = network.group(self, "cache", "who may reach the cache")
+        self.nodes = 0 if self.serverless else node_count(is_protected=context.is_protected)
+        self._group = network.security_group(self, "cache", "who may reach the cache")
         # It signs in with tokens of IAM, for which id and name must be equal.
         self._user = aws.elasticache.User(
-            self.named("app"),
+            self.resource_name("app"),
             engine="valkey",
             user_id=user,
             user_name=user,
             access_string="on ~* +@all -@dangerous +info",
             authentication_mode={"type": "iam"},
-            opts=self.child(),
+            opts=self.child_options(),
         )
         # Valkey, unlike Redis, needs no user called default in it.
         users = aws.elasticache.UserGroup(
-            self.named("users"),
+            self.resource_name("users"),
             engine="valkey",
             user_group_id=user,
             user_ids=[self._user.user_id],
-            opts=self.child(),
+            opts=self.child_options(),
         )
         if self.serverless:
             self._serverless(settings, network, users)
@@ -56,9 +56,9 @@ class Cache(Component):
             self._nodes(settings, network, users)
         self.register_outputs({"host": self.host, "name": self.name})
 
-    def link(self) -> Link:
+    def grant(self) -> Grant:
         """What signs in as the app's user."""
-        return Link(
+        return Grant(
             statements=(Statement("SignInToCache", ("elasticache:Connect",), (self.arn, self._user.arn)),),
             outputs={
                 "cache": {
@@ -70,12 +70,12 @@ class Cache(Component):
                     "serverless": self.serverless,
                 }
             },
-            doors=(Door("cache", self._group.id, PORT),),
+            ports=(PortAccess("cache", self._group.id, PORT),),
         )
 
     def _serverless(self, settings: choices.Cache, network: Network, users: aws.elasticache.UserGroup) -> None:
         cache = aws.elasticache.ServerlessCache(
-            self.named("cache"),
+            self.resource_name("cache"),
             engine="valkey",
             major_engine_version=VERSION,
             cache_usage_limits={
@@ -85,23 +85,25 @@ class Cache(Component):
             subnet_ids=network.subnet_ids,
             security_group_ids=[self._group.id],
             user_group_id=users.user_group_id,
-            opts=self.child(),
+            opts=self.child_options(),
         )
         self.host: Output[str] = first(cache.endpoints, lambda endpoint: endpoint.address)
         self.name, self.arn = cache.name, cache.arn
 
     def _nodes(self, settings: choices.Cache, network: Network, users: aws.elasticache.UserGroup) -> None:
-        keeps = self.stack.keeps
-        subnets = aws.elasticache.SubnetGroup(self.named("cache"), subnet_ids=network.subnet_ids, opts=self.child())
+        is_protected = self.context.is_protected
+        subnets = aws.elasticache.SubnetGroup(
+            self.resource_name("cache"), subnet_ids=network.subnet_ids, opts=self.child_options()
+        )
         group = aws.elasticache.ReplicationGroup(
-            self.named("cache"),
+            self.resource_name("cache"),
             description="Fast copies of the database's metadata",
             engine="valkey",
             engine_version=f"{VERSION}.0",
             node_type=settings.node_type,
             num_cache_clusters=self.nodes,
-            automatic_failover_enabled=keeps,
-            multi_az_enabled=keeps,
+            automatic_failover_enabled=is_protected,
+            multi_az_enabled=is_protected,
             port=PORT,
             transit_encryption_enabled=True,
             transit_encryption_mode="required",
@@ -110,10 +112,10 @@ class Cache(Component):
             security_group_ids=[self._group.id],
             user_group_ids=[users.user_group_id],
             auto_minor_version_upgrade=True,
-            apply_immediately=not keeps,
+            apply_immediately=not is_protected,
             # AWS upgrades within the major version by itself. A refresh then finds 8.1, and the 8.0 above would be a
             # downgrade, which replaces the group.
-            opts=self.child(ignore_changes=["engine_version"]),
+            opts=self.child_options(ignore_changes=["engine_version"]),
         )
         self.host = group.primary_endpoint_address
         self.name, self.arn = group.replication_group_id, group.arn

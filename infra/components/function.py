@@ -9,10 +9,10 @@ import pulumi
 import pulumi_aws as aws
 from pulumi import Input, Output
 
-from infra.components import Component, Stack
+from infra.components import Component, StackContext
 from infra.components.network import Network
 from infra.deployed_code import Package
-from infra.link import Link, Statement, policy, trust
+from infra.grants import Grant, Statement, policy, trust
 
 TRACING = Statement("Trace", ("xray:PutTraceSegments", "xray:PutTelemetryRecords"), ("*",))
 """X-Ray knows no single resources."""
@@ -35,12 +35,12 @@ class Function(Component):
 
     def __init__(
         self,
-        stack: Stack,
+        context: StackContext,
         name: str,
         *,
         zip: Package,
         handler: str,
-        links: Sequence[Link] = (),
+        grants: Sequence[Grant] = (),
         network: Network | None = None,
         environment: Mapping[str, Input[str]] | None = None,
         memory_mb: int = 512,
@@ -52,18 +52,20 @@ class Function(Component):
         has_url: bool = False,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
-        super().__init__(stack, name, opts)
-        options = self.kept if has_url else self.child
-        logs = aws.cloudwatch.LogGroup(self.named(name), retention_in_days=log_days, opts=self.child())
-        role = aws.iam.Role(self.named(name), assume_role_policy=trust("lambda.amazonaws.com"), opts=self.child())
+        super().__init__(context, name, opts)
+        options = self.protected_options if has_url else self.child_options
+        logs = aws.cloudwatch.LogGroup(self.resource_name(name), retention_in_days=log_days, opts=self.child_options())
+        role = aws.iam.Role(
+            self.resource_name(name), assume_role_policy=trust("lambda.amazonaws.com"), opts=self.child_options()
+        )
         write = Statement(
             "Log", ("logs:CreateLogStream", "logs:PutLogEvents"), (Output.format("{0}:log-stream:*", logs.arn),)
         )
         allowed = aws.iam.RolePolicy(
-            self.named(name),
+            self.resource_name(name),
             role=role.name,
-            policy=policy([write, TRACING, *(statement for link in links for statement in link.statements)]),
-            opts=self.child(),
+            policy=policy([write, TRACING, *(statement for grant in grants for statement in grant.statements)]),
+            opts=self.child_options(),
         )
         granted: list[pulumi.Resource] = [allowed]
         group = None
@@ -71,15 +73,15 @@ class Function(Component):
             # By itself, and gone after the security group: Lambda takes its interfaces away with the function's own permissions, some
             # minutes after the function has gone, or has left the network.
             inside = aws.iam.RolePolicy(
-                self.named(f"{name}-network"),
+                self.resource_name(f"{name}-network"),
                 role=role.name,
-                policy=policy(network.link().statements),
-                opts=self.child(),
+                policy=policy(network.grant().statements),
+                opts=self.child_options(),
             )
             granted.append(inside)
-            group = self._group(name, links, network, inside)
+            group = self._group(name, grants, network, inside)
         function = aws.lambda_.Function(
-            self.named(name),
+            self.resource_name(name),
             role=role.arn,
             runtime="python3.13",
             architectures=["arm64"],
@@ -99,25 +101,25 @@ class Function(Component):
             else None,
             publish=True,
             # Lambda tries the role when it makes the function.
-            opts=options(depends_on=granted, ignore_changes=zip.ignored(self.named(name))),
+            opts=options(depends_on=granted, ignore_changes=zip.ignored(self.resource_name(name))),
         )
         self.function, self.name, self.arn = function, function.name, function.arn
         self.register_outputs({"name": self.name, "arn": self.arn})
 
     def _group(
-        self, name: str, links: Sequence[Link], network: Network, inside: pulumi.Resource
+        self, name: str, grants: Sequence[Grant], network: Network, inside: pulumi.Resource
     ) -> aws.ec2.SecurityGroup:
         """Its security group."""
-        group = network.group(self, name, "the function", depends_on=[inside])
-        if any("bucket" in link.outputs for link in links):
-            network.open_s3(self, name, group.id)
-        for door in (door for link in links for door in link.doors):
-            network.open(self, name, group.id, door)
+        group = network.security_group(self, name, "the function", depends_on=[inside])
+        if any("bucket" in grant.outputs for grant in grants):
+            network.allow_s3(self, name, group.id)
+        for access in (access for grant in grants for access in grant.ports):
+            network.allow_port(self, name, group.id, access)
         return group
 
-    def invoke_link(self) -> Link:
+    def invoke_grant(self) -> Grant:
         """What calls it."""
-        return Link(statements=(Statement("Invoke", ("lambda:InvokeFunction",), (self.arn,)),))
+        return Grant(statements=(Statement("Invoke", ("lambda:InvokeFunction",), (self.arn,)),))
 
 
 class ApiFunction(Function):
@@ -126,35 +128,35 @@ class ApiFunction(Function):
     Arguments as Function. Outputs: also `alias`.
     """
 
-    def __init__(self, stack: Stack, name: str, **arguments: Any) -> None:
-        super().__init__(stack, name, **arguments)
-        options = self.kept if arguments.get("has_url") else self.child
+    def __init__(self, context: StackContext, name: str, **arguments: Any) -> None:
+        super().__init__(context, name, **arguments)
+        options = self.protected_options if arguments.get("has_url") else self.child_options
         self.alias = aws.lambda_.Alias(
-            self.named(name),
+            self.resource_name(name),
             name="live",
             function_name=self.name,
             function_version=self.function.version,
             opts=options(),
         )
         hourly = aws.cloudwatch.EventRule(
-            self.named("maintain"),
+            self.resource_name("maintain"),
             description="Housekeeping of the stores",
             schedule_expression="rate(1 hour)",
-            opts=self.child(),
+            opts=self.child_options(),
         )
         allowed = aws.lambda_.Permission(
-            self.named("maintain"),
+            self.resource_name("maintain"),
             action="lambda:InvokeFunction",
             function=self.name,
             qualifier=self.alias.name,
             principal="events.amazonaws.com",
             source_arn=hourly.arn,
-            opts=self.child(),
+            opts=self.child_options(),
         )
         aws.cloudwatch.EventTarget(
-            self.named("maintain"),
+            self.resource_name("maintain"),
             rule=hourly.name,
             arn=self.alias.arn,
             input='{"crudstack": "maintain"}',
-            opts=self.child(depends_on=[allowed]),
+            opts=self.child_options(depends_on=[allowed]),
         )

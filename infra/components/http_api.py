@@ -11,10 +11,10 @@ from pulumi import Output
 
 from app.settings import EXPOSED_HEADERS, JwtAuth
 from infra.choices import Domain
-from infra.components import Component, Stack
+from infra.components import Component, StackContext
 from infra.components.function import ApiFunction
 from infra.config import API_WAITS_S
-from infra.link import first
+from infra.grants import first
 
 LOGGED = {
     "request_id": "$context.requestId",
@@ -57,7 +57,7 @@ class HttpApi(Component):
 
     def __init__(
         self,
-        stack: Stack,
+        context: StackContext,
         *,
         function: ApiFunction,
         origins: Sequence[str] = (),
@@ -67,130 +67,135 @@ class HttpApi(Component):
         burst: int = 1000,
         log_days: int = 30,
     ) -> None:
-        super().__init__(stack, "http-api")
+        super().__init__(context, "http-api")
         api = aws.apigatewayv2.Api(
-            self.named("api"),
+            self.resource_name("api"),
             protocol_type="HTTP",
             cors_configuration=cors(origins),
             disable_execute_api_endpoint=domain is not None,
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         self.api_id = api.id
         integration = aws.apigatewayv2.Integration(
-            self.named("function"),
+            self.resource_name("function"),
             api_id=api.id,
             integration_type="AWS_PROXY",
             integration_uri=function.alias.invoke_arn,
             payload_format_version="2.0",
             timeout_milliseconds=1000 * API_WAITS_S,
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         target = Output.format("integrations/{0}", integration.id)
         verified: dict[str, Any] = {"authorization_type": "NONE"}
         if jwt is not None:
             authorizer = aws.apigatewayv2.Authorizer(
-                self.named("jwt"),
+                self.resource_name("jwt"),
                 api_id=api.id,
                 authorizer_type="JWT",
                 identity_sources=["$request.header.Authorization"],
                 jwt_configuration={"issuer": jwt.issuer, "audiences": jwt.audiences},
-                opts=self.child(),
+                opts=self.child_options(),
             )
             verified = {"authorization_type": "JWT", "authorizer_id": authorizer.id}
             # Health checks send no token, so this route has no authorizer. It matches this one path only, and API
             # Gateway prefers it to $default. The app refuses every other request without verified claims.
             aws.apigatewayv2.Route(
-                self.named("healthz"),
+                self.resource_name("healthz"),
                 api_id=api.id,
                 route_key="ANY /healthz",
                 target=target,
                 authorization_type="NONE",
-                opts=self.child(),
+                opts=self.child_options(),
             )
             if origins:
                 # Browsers ask first, without a token. Where a route of its own lets that through, the API answers by itself.
                 aws.apigatewayv2.Route(
-                    self.named("preflight"),
+                    self.resource_name("preflight"),
                     api_id=api.id,
                     route_key="OPTIONS /{proxy+}",
                     target=target,
                     authorization_type="NONE",
-                    opts=self.child(),
+                    opts=self.child_options(),
                 )
         aws.apigatewayv2.Route(
-            self.named("all"), api_id=api.id, route_key="$default", target=target, opts=self.kept(), **verified
+            self.resource_name("all"),
+            api_id=api.id,
+            route_key="$default",
+            target=target,
+            opts=self.protected_options(),
+            **verified,
         )
         # API Gateway writes each group into one policy of the region, which is full after some 40, and never takes one
         # out. For all groups with this prefix it writes one line.
         logs = aws.cloudwatch.LogGroup(
-            self.named("access"),
-            name_prefix=f"/aws/vendedlogs/{stack.name}-access-",
+            self.resource_name("access"),
+            name_prefix=f"/aws/vendedlogs/{context.name}-access-",
             retention_in_days=log_days,
-            opts=self.child(),
+            opts=self.child_options(),
         )
         stage = aws.apigatewayv2.Stage(
-            self.named("all"),
+            self.resource_name("all"),
             api_id=api.id,
             name="$default",
             auto_deploy=True,
             access_log_settings={"destination_arn": logs.arn, "format": json.dumps(LOGGED)},
             default_route_settings={"throttling_rate_limit": per_second, "throttling_burst_limit": burst},
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         aws.lambda_.Permission(
-            self.named("api"),
+            self.resource_name("api"),
             action="lambda:InvokeFunction",
             function=function.name,
             qualifier=function.alias.name,
             principal="apigateway.amazonaws.com",
             source_arn=Output.format("{0}/*/*", api.execution_arn),
-            opts=self.child(),
+            opts=self.child_options(),
         )
-        self.url = self._named(api, stage, domain) if domain else api.api_endpoint
+        self.url = self._custom_domain(api, stage, domain) if domain else api.api_endpoint
         self.register_outputs({"url": self.url})
 
-    def _named(self, api: aws.apigatewayv2.Api, stage: aws.apigatewayv2.Stage, domain: Domain) -> Output[str]:
+    def _custom_domain(self, api: aws.apigatewayv2.Api, stage: aws.apigatewayv2.Stage, domain: Domain) -> Output[str]:
         certificate = aws.acm.Certificate(
-            self.named("domain"), domain_name=domain.name, validation_method="DNS", opts=self.child()
+            self.resource_name("domain"), domain_name=domain.name, validation_method="DNS", opts=self.child_options()
         )
         asked = certificate.domain_validation_options
         record = aws.route53.Record(
-            self.named("validation"),
+            self.resource_name("validation"),
             zone_id=domain.zone,
             name=first(asked, lambda option: option.resource_record_name),
             type=first(asked, lambda option: option.resource_record_type),
             records=[first(asked, lambda option: option.resource_record_value)],
             ttl=300,
             allow_overwrite=True,
-            opts=self.child(),
+            opts=self.child_options(),
         )
         valid = aws.acm.CertificateValidation(
-            self.named("domain"),
+            self.resource_name("domain"),
             certificate_arn=certificate.arn,
             validation_record_fqdns=[record.fqdn],
-            opts=self.child(),
+            opts=self.child_options(),
         )
         name = aws.apigatewayv2.DomainName(
-            self.named("domain"),
+            self.resource_name("domain"),
             domain_name=domain.name,
             domain_name_configuration={
                 "certificate_arn": valid.certificate_arn,
                 "endpoint_type": "REGIONAL",
                 "security_policy": "TLS_1_2",
             },
-            opts=self.child(),
+            opts=self.child_options(),
         )
         aws.apigatewayv2.ApiMapping(
-            self.named("domain"),
+            self.resource_name("domain"),
             api_id=api.id,
             domain_name=name.id,
             stage=stage.id,
             api_mapping_key=domain.base_path.removeprefix("/") or None,
-            opts=self.child(),
+            opts=self.child_options(),
         )
         configuration = name.domain_name_configuration
         aws.route53.Record(
-            self.named("domain"),
+            self.resource_name("domain"),
             zone_id=domain.zone,
             name=domain.name,
             type="A",
@@ -201,7 +206,7 @@ class HttpApi(Component):
                     "evaluate_target_health": False,
                 }
             ],
-            opts=self.child(),
+            opts=self.child_options(),
         )
         return Output.from_input(f"https://{domain.name}{domain.base_path}")
 
@@ -212,34 +217,34 @@ class FunctionUrl(Component):
     Outputs: `url`.
     """
 
-    def __init__(self, stack: Stack, *, function: ApiFunction, origins: Sequence[str] = ()) -> None:
-        super().__init__(stack, "function-url")
+    def __init__(self, context: StackContext, *, function: ApiFunction, origins: Sequence[str] = ()) -> None:
+        super().__init__(context, "function-url")
         url = aws.lambda_.FunctionUrl(
-            self.named("url"),
+            self.resource_name("url"),
             function_name=function.name,
             qualifier=function.alias.name,
             authorization_type="NONE",
             cors=cors(origins),
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         # Both are needed; the second is for calls that come by the URL only.
         aws.lambda_.Permission(
-            self.named("url"),
+            self.resource_name("url"),
             action="lambda:InvokeFunctionUrl",
             function=function.name,
             qualifier=function.alias.name,
             principal="*",
             function_url_auth_type="NONE",
-            opts=self.child(),
+            opts=self.child_options(),
         )
         aws.lambda_.Permission(
-            self.named("by-url"),
+            self.resource_name("by-url"),
             action="lambda:InvokeFunction",
             function=function.name,
             qualifier=function.alias.name,
             principal="*",
             invoked_via_function_url=True,
-            opts=self.child(),
+            opts=self.child_options(),
         )
         self.url = url.function_url.apply(lambda found: (found or "").rstrip("/"))
         self.register_outputs({"url": self.url})

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pulumi_aws as aws
 from pulumi import Input, Output, Resource
 
-from infra.components import Component, Stack
-from infra.link import Door, Link, Statement
+from infra.components import Component, StackContext
+from infra.grants import Grant, PortAccess, Statement
 
 INTERFACES = (
     "ec2:CreateNetworkInterface",
@@ -31,56 +31,61 @@ class Network(Component):
     """
 
     def __init__(
-        self, stack: Stack, *, region: Input[str], zones: Sequence[str | None], holds_data: bool = False
+        self, context: StackContext, *, region: Input[str], zones: Sequence[str | None], holds_data: bool = False
     ) -> None:
-        super().__init__(stack, "network")
-        options = self.kept if holds_data else self.child
+        super().__init__(context, "network")
+        options = self.protected_options if holds_data else self.child_options
         vpc = aws.ec2.Vpc(
-            self.named("vpc"),
+            self.resource_name("vpc"),
             cidr_block="10.0.0.0/24",
             enable_dns_support=True,
             enable_dns_hostnames=True,
-            tags={"Name": stack.name},
+            tags={"Name": context.name},
             opts=options(),
         )
         self._region = region
         self.vpc_id = vpc.id
         self.cidr_block = vpc.cidr_block
         # Whoever forgets to name a group is in this one: nothing in, nothing out.
-        aws.ec2.DefaultSecurityGroup(self.named("default"), vpc_id=vpc.id, ingress=[], egress=[], opts=self.child())
-        table = aws.ec2.RouteTable(self.named("private"), vpc_id=vpc.id, opts=self.child())
+        aws.ec2.DefaultSecurityGroup(
+            self.resource_name("default"), vpc_id=vpc.id, ingress=[], egress=[], opts=self.child_options()
+        )
+        table = aws.ec2.RouteTable(self.resource_name("private"), vpc_id=vpc.id, opts=self.child_options())
         self.subnet_ids: list[Output[str]] = []
         for index, zone in enumerate(zones):
             subnet = aws.ec2.Subnet(
-                self.named(f"private-{index}"),
+                self.resource_name(f"private-{index}"),
                 vpc_id=vpc.id,
                 cidr_block=f"10.0.0.{128 * index}/25",
                 availability_zone=zone,
                 map_public_ip_on_launch=False,
-                tags={"Name": self.named(f"private-{index}")},
+                tags={"Name": self.resource_name(f"private-{index}")},
                 # The zones of an account may become more; what is in a subnet must not move for that.
                 opts=options(ignore_changes=["availability_zone"]),
             )
             aws.ec2.RouteTableAssociation(
-                self.named(f"private-{index}"), subnet_id=subnet.id, route_table_id=table.id, opts=self.child()
+                self.resource_name(f"private-{index}"),
+                subnet_id=subnet.id,
+                route_table_id=table.id,
+                opts=self.child_options(),
             )
             self.subnet_ids.append(subnet.id)
         s3 = aws.ec2.VpcEndpoint(
-            self.named("s3"),
+            self.resource_name("s3"),
             vpc_id=vpc.id,
             service_name=Output.format("com.amazonaws.{0}.s3", region),
             vpc_endpoint_type="Gateway",
             route_table_ids=[table.id],
-            opts=self.child(),
+            opts=self.child_options(),
         )
         self.s3_prefixes = s3.prefix_list_id
         self.register_outputs({"vpc_id": self.vpc_id, "subnet_ids": self.subnet_ids, "s3_prefixes": self.s3_prefixes})
 
-    def link(self) -> Link:
+    def grant(self) -> Grant:
         """What a function in the network needs to be there."""
-        return Link(statements=(Statement("BeInTheNetwork", INTERFACES, ("*",)),))
+        return Grant(statements=(Statement("BeInTheNetwork", INTERFACES, ("*",)),))
 
-    def group(
+    def security_group(
         self,
         component: Component,
         name: str,
@@ -90,68 +95,68 @@ class Network(Component):
         holds_data: bool = False,
     ) -> aws.ec2.SecurityGroup:
         """A security group of another component, with no rules yet."""
-        options = component.kept if holds_data else component.child
+        options = component.protected_options if holds_data else component.child_options
         return aws.ec2.SecurityGroup(
-            component.named(name),
+            component.resource_name(name),
             vpc_id=self.vpc_id,
             description=description,
-            tags={"Name": component.named(name)},
+            tags={"Name": component.resource_name(name)},
             opts=options(depends_on=list(depends_on)),
         )
 
-    def open(self, component: Component, who: str, group: Input[str], door: Door) -> None:
+    def allow_port(self, component: Component, who: str, security_group: Input[str], access: PortAccess) -> None:
         """Let the members of a security group through a door: out of theirs and into that of the door, as resources of `component`.
 
         who: what they are called in names, "api" for one.
         """
         aws.vpc.SecurityGroupEgressRule(
-            component.named(f"{who}-to-{door.name}"),
-            security_group_id=group,
-            referenced_security_group_id=door.group,
+            component.resource_name(f"{who}-to-{access.name}"),
+            security_group_id=security_group,
+            referenced_security_group_id=access.security_group,
             ip_protocol="tcp",
-            from_port=door.port,
-            to_port=door.port,
-            description=f"to {door.name}",
-            opts=component.child(),
+            from_port=access.port,
+            to_port=access.port,
+            description=f"to {access.name}",
+            opts=component.child_options(),
         )
         aws.vpc.SecurityGroupIngressRule(
-            component.named(f"{door.name}-from-{who}"),
-            security_group_id=door.group,
-            referenced_security_group_id=group,
+            component.resource_name(f"{access.name}-from-{who}"),
+            security_group_id=access.security_group,
+            referenced_security_group_id=security_group,
             ip_protocol="tcp",
-            from_port=door.port,
-            to_port=door.port,
+            from_port=access.port,
+            to_port=access.port,
             description=f"from {who}",
-            opts=component.child(),
+            opts=component.child_options(),
         )
 
-    def open_s3(self, component: Component, who: str, group: Input[str]) -> None:
+    def allow_s3(self, component: Component, who: str, security_group: Input[str]) -> None:
         """Let the members of a security group reach S3, which is no door but a list of addresses."""
         aws.vpc.SecurityGroupEgressRule(
-            component.named(f"{who}-to-s3"),
-            security_group_id=group,
+            component.resource_name(f"{who}-to-s3"),
+            security_group_id=security_group,
             prefix_list_id=self.s3_prefixes,
             ip_protocol="tcp",
             from_port=443,
             to_port=443,
             description="to s3",
-            opts=component.child(),
+            opts=component.child_options(),
         )
 
-    def endpoint(self, component: Component, service: str) -> Door:
+    def interface_endpoint(self, component: Component, service: str) -> PortAccess:
         """A way to an AWS service from inside the network, which costs by the hour: for each subnet about 0.011 USD.
 
         service: "secretsmanager", for one.
         """
-        group = self.group(component, service, f"who may reach {service}")
+        security_group = self.security_group(component, service, f"who may reach {service}")
         aws.ec2.VpcEndpoint(
-            component.named(service),
+            component.resource_name(service),
             vpc_id=self.vpc_id,
             service_name=Output.format("com.amazonaws.{0}.{1}", self._region, service),
             vpc_endpoint_type="Interface",
             private_dns_enabled=True,
             subnet_ids=self.subnet_ids,
-            security_group_ids=[group.id],
-            opts=component.child(),
+            security_group_ids=[security_group.id],
+            opts=component.child_options(),
         )
-        return Door(service, group.id, 443)
+        return PortAccess(service, security_group.id, 443)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pulumi_aws as aws
 from pulumi import Input, Output
 
-from infra.components import Component, Stack
+from infra.components import Component, StackContext
 from infra.components.broker import Broker
 from infra.components.cache import Cache
 from infra.components.function import ApiFunction
@@ -28,7 +28,7 @@ class Observability(Component):
 
     def __init__(
         self,
-        stack: Stack,
+        context: StackContext,
         *,
         function: ApiFunction,
         timeout_s: int,
@@ -40,12 +40,16 @@ class Observability(Component):
         email: str | None = None,
         budget_usd: float | None = None,
     ) -> None:
-        super().__init__(stack, "observability")
-        topic = aws.sns.Topic(self.named("alarms"), opts=self.child())
+        super().__init__(context, "observability")
+        topic = aws.sns.Topic(self.resource_name("alarms"), opts=self.child_options())
         self.topic_arn = topic.arn
         if email is not None:
             aws.sns.TopicSubscription(
-                self.named("alarms"), topic=topic.arn, protocol="email", endpoint=email, opts=self.child()
+                self.resource_name("alarms"),
+                topic=topic.arn,
+                protocol="email",
+                endpoint=email,
+                opts=self.child_options(),
             )
         called = {"FunctionName": function.name}
         self._alarm("errors", "AWS/Lambda", "Errors", called, "Sum", 0, "the function failed")
@@ -128,8 +132,8 @@ class Observability(Component):
         """An alarm for five minutes above `threshold`, or below it. statistic: as CloudWatch calls it, or a percentile, "p99"."""
         percentile = statistic.startswith("p")
         aws.cloudwatch.MetricAlarm(
-            self.named(name),
-            alarm_description=f"{self.stack.name}: {meaning}",
+            self.resource_name(name),
+            alarm_description=f"{self.context.name}: {meaning}",
             namespace=namespace,
             metric_name=metric,
             dimensions=dimensions,
@@ -142,12 +146,12 @@ class Observability(Component):
             treat_missing_data="notBreaching",
             alarm_actions=[self.topic_arn],
             ok_actions=[self.topic_arn],
-            opts=self.child(),
+            opts=self.child_options(),
         )
 
     def _budget(self, usd: float, emails: Sequence[str]) -> None:
         aws.budgets.Budget(
-            self.named("budget"),
+            self.resource_name("budget"),
             budget_type="COST",
             time_unit="MONTHLY",
             limit_amount=f"{usd:.2f}",
@@ -162,5 +166,5 @@ class Observability(Component):
                 }
                 for kind, percent in (("ACTUAL", 80), ("FORECASTED", 100))
             ],
-            opts=self.child(),
+            opts=self.child_options(),
         )

@@ -27,11 +27,11 @@ import pulumi_aws as aws
 from pulumi import Input, Output, Resource
 
 from infra import choices
-from infra.components import Component, Stack
+from infra.components import Component, StackContext
 from infra.components.function import Function
 from infra.components.network import Network
 from infra.deployed_code import Package
-from infra.link import Door, Link, Statement, first, policy, trust
+from infra.grants import Grant, PortAccess, Statement, first, policy, trust
 
 VERSION = "17"
 BOOTSTRAP_VERSION = "2"
@@ -65,45 +65,51 @@ class Postgres(Component):
     """
 
     def __init__(
-        self, stack: Stack, *, settings: choices.Postgres, network: Network, zip: Package, log_days: int
+        self, context: StackContext, *, settings: choices.Postgres, network: Network, zip: Package, log_days: int
     ) -> None:
-        super().__init__(stack, "postgres")
+        super().__init__(context, "postgres")
         self.settings = settings
-        self._group = network.group(self, "database", "who may reach the database", holds_data=True)
-        subnets = aws.rds.SubnetGroup(self.named("database"), subnet_ids=network.subnet_ids, opts=self.kept())
-        self._made = self._cluster(subnets) if settings.mode == "aurora" else self._instance(subnets)
-        self.identifier, self.host, self._resource_id = self._made.identifier, self._made.host, self._made.resource_id
-        self._door = Door("postgres", self._group.id, PORT)
-        self._bootstrap(network, zip, log_days)
+        self._group = network.security_group(self, "database", "who may reach the database", holds_data=True)
+        subnets = aws.rds.SubnetGroup(
+            self.resource_name("database"), subnet_ids=network.subnet_ids, opts=self.protected_options()
+        )
+        self._database = self._cluster(subnets) if settings.mode == "aurora" else self._instance(subnets)
+        self.identifier, self.host, self._resource_id = (
+            self._database.identifier,
+            self._database.host,
+            self._database.resource_id,
+        )
+        self._port_access = PortAccess("postgres", self._group.id, PORT)
+        self._create_app_user(network, zip, log_days)
         if settings.proxy:
             self._proxy(network)
         self.register_outputs({"host": self.host, "identifier": self.identifier})
 
-    def link(self) -> Link:
+    def grant(self) -> Grant:
         """Return the policy and the outputs with which the function signs in as the app's user."""
         # The same region and account, written as IAM wants it: arn:aws:rds-db:REGION:ACCOUNT:dbuser:ID/USER
-        here = self._made.arn.apply(lambda arn: (arn or "").rsplit(":", 2)[0].replace(":rds:", ":rds-db:"))
+        here = self._database.arn.apply(lambda arn: (arn or "").rsplit(":", 2)[0].replace(":rds:", ":rds-db:"))
         user = Output.format("{0}:dbuser:{1}/{2}", here, self._resource_id, APP)
-        return Link(
+        return Grant(
             statements=(Statement("SignInToDatabase", ("rds-db:connect",), (user,)),),
             outputs={"db": {"host": self.host, "port": PORT, "name": DATABASE, "user": self._user, "auth": "iam"}},
-            doors=(self._door,),
+            ports=(self._port_access,),
         )
 
     def _instance(self, subnets: aws.rds.SubnetGroup) -> _Database:
-        keeps, settings = self.stack.keeps, self.settings
+        is_protected, settings = self.context.is_protected, self.settings
         parameters = aws.rds.ParameterGroup(
-            self.named("database"),
+            self.resource_name("database"),
             family=f"postgres{VERSION}",
             parameters=[
                 {"name": "rds.force_ssl", "value": "1"},
                 {"name": "log_min_duration_statement", "value": "1000"},
                 {"name": "log_parameter_max_length", "value": "0"},  # the data of slow statements stay out of the log
             ],
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         instance = aws.rds.Instance(
-            self.named("database"),
+            self.resource_name("database"),
             engine="postgres",
             engine_version=VERSION,
             instance_class=settings.class_,
@@ -119,34 +125,34 @@ class Postgres(Component):
             vpc_security_group_ids=[self._group.id],
             publicly_accessible=False,
             parameter_group_name=parameters.name,
-            backup_retention_period=BACKUP_DAYS[keeps],
-            delete_automated_backups=not keeps,
+            backup_retention_period=BACKUP_DAYS[is_protected],
+            delete_automated_backups=not is_protected,
             copy_tags_to_snapshot=True,
-            deletion_protection=keeps,
-            skip_final_snapshot=not keeps,
-            final_snapshot_identifier=self.named("final") if keeps else None,
+            deletion_protection=is_protected,
+            skip_final_snapshot=not is_protected,
+            final_snapshot_identifier=self.resource_name("final") if is_protected else None,
             auto_minor_version_upgrade=True,
-            apply_immediately=not keeps,
+            apply_immediately=not is_protected,
             enabled_cloudwatch_logs_exports=["postgresql", "upgrade"],
-            opts=self.data(),
+            opts=self.data_options(),
         )
         secret = first(instance.master_user_secrets, lambda secret: secret.secret_arn)
         return _Database(instance, instance.address, instance.arn, instance.resource_id, secret, instance.identifier)
 
     def _cluster(self, subnets: aws.rds.SubnetGroup) -> _Database:
-        keeps = self.stack.keeps
+        is_protected = self.context.is_protected
         parameters = aws.rds.ClusterParameterGroup(
-            self.named("database"),
+            self.resource_name("database"),
             family=f"aurora-postgresql{VERSION}",
             parameters=[
                 {"name": "rds.force_ssl", "value": "1"},
                 {"name": "log_min_duration_statement", "value": "1000"},
                 {"name": "log_parameter_max_length", "value": "0"},  # the data of slow statements stay out of the log
             ],
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         cluster = aws.rds.Cluster(
-            self.named("database"),
+            self.resource_name("database"),
             engine="aurora-postgresql",
             engine_version=VERSION,
             serverlessv2_scaling_configuration={"min_capacity": 0.5, "max_capacity": self.settings.max_acu},
@@ -158,19 +164,19 @@ class Postgres(Component):
             db_subnet_group_name=subnets.name,
             vpc_security_group_ids=[self._group.id],
             db_cluster_parameter_group_name=parameters.name,
-            backup_retention_period=BACKUP_DAYS[keeps],
-            delete_automated_backups=not keeps,
+            backup_retention_period=BACKUP_DAYS[is_protected],
+            delete_automated_backups=not is_protected,
             copy_tags_to_snapshot=True,
-            deletion_protection=keeps,
-            skip_final_snapshot=not keeps,
-            final_snapshot_identifier=self.named("final") if keeps else None,
-            apply_immediately=not keeps,
+            deletion_protection=is_protected,
+            skip_final_snapshot=not is_protected,
+            final_snapshot_identifier=self.resource_name("final") if is_protected else None,
+            apply_immediately=not is_protected,
             enabled_cloudwatch_logs_exports=["postgresql"],
-            opts=self.data(),
+            opts=self.data_options(),
         )
         instances = [
             aws.rds.ClusterInstance(
-                self.named(f"database-{index}"),
+                self.resource_name(f"database-{index}"),
                 cluster_identifier=cluster.id,
                 engine=aws.rds.EngineType.AURORA_POSTGRESQL,
                 instance_class="db.serverless",
@@ -178,8 +184,8 @@ class Postgres(Component):
                 publicly_accessible=False,
                 auto_minor_version_upgrade=True,
                 copy_tags_to_snapshot=True,
-                apply_immediately=not keeps,
-                opts=self.data(),
+                apply_immediately=not is_protected,
+                opts=self.data_options(),
             )
             for index in range(2 if self.settings.multi_az else 1)
         ]
@@ -193,81 +199,86 @@ class Postgres(Component):
             cluster.cluster_identifier,
         )
 
-    def _bootstrap(self, network: Network, zip: Package, log_days: int) -> None:
+    def _create_app_user(self, network: Network, zip: Package, log_days: int) -> None:
         """Make the app's user. See above."""
         inside = Function(
-            self.stack,
+            self.context,
             "bootstrap-inside",
             zip=zip,
             handler="app.bootstrap.inside",
-            links=[Link(doors=(self._door,))],
+            grants=[Grant(ports=(self._port_access,))],
             network=network,
             timeout_s=60,
             log_days=log_days,
-            opts=self.child(),
+            opts=self.child_options(),
         )
-        secret = Statement("ReadMasterSecret", ("secretsmanager:GetSecretValue",), (self._made.secret_arn,))
+        secret = Statement("ReadMasterSecret", ("secretsmanager:GetSecretValue",), (self._database.secret_arn,))
         outside = Function(
-            self.stack,
+            self.context,
             "bootstrap-outside",
             zip=zip,
             handler="app.bootstrap.outside",
-            links=[Link(statements=(secret,)), inside.invoke_link()],
+            grants=[Grant(statements=(secret,)), inside.invoke_grant()],
             timeout_s=90,
             log_days=log_days,
-            opts=self.child(),
+            opts=self.child_options(),
         )
         event: dict[str, Input[object]] = {
-            "host": self._made.host,
+            "host": self._database.host,
             "port": PORT,
             "database": DATABASE,
             "user": APP,
-            "secret_arn": self._made.secret_arn,
+            "secret_arn": self._database.secret_arn,
             "inside": inside.name,
         }
         done = aws.lambda_.Invocation(
-            self.named("bootstrap"),
+            self.resource_name("bootstrap"),
             function_name=outside.name,
             input=Output.json_dumps(event),
             triggers={"version": BOOTSTRAP_VERSION},
-            opts=self.child(depends_on=[self._made.resource, inside]),
+            opts=self.child_options(depends_on=[self._database.resource, inside]),
         )
         # Whoever wants to know the user's name waits until there is one.
         self._user = done.id.apply(lambda _: APP)
 
     def _proxy(self, network: Network) -> None:
         """A proxy that signs in to the database as the app does to it: by IAM on both sides, without a secret."""
-        group = network.group(self, "proxy", "who may reach the proxy")
-        network.open(self, "proxy", group.id, self._door)
-        role = aws.iam.Role(self.named("proxy"), assume_role_policy=trust("rds.amazonaws.com"), opts=self.child())
+        group = network.security_group(self, "proxy", "who may reach the proxy")
+        network.allow_port(self, "proxy", group.id, self._port_access)
+        role = aws.iam.Role(
+            self.resource_name("proxy"), assume_role_policy=trust("rds.amazonaws.com"), opts=self.child_options()
+        )
         allowed = aws.iam.RolePolicy(
-            self.named("proxy"), role=role.name, policy=policy(self.link().statements), opts=self.child()
+            self.resource_name("proxy"),
+            role=role.name,
+            policy=policy(self.grant().statements),
+            opts=self.child_options(),
         )
         proxy = aws.rds.Proxy(
-            self.named("proxy"),
+            self.resource_name("proxy"),
             engine_family="POSTGRESQL",
             default_auth_scheme="IAM_AUTH",
             require_tls=True,
             role_arn=role.arn,
             vpc_subnet_ids=network.subnet_ids,
             vpc_security_group_ids=[group.id],
-            opts=self.child(depends_on=[allowed]),
+            opts=self.child_options(depends_on=[allowed]),
         )
         targets = aws.rds.ProxyDefaultTargetGroup(
-            self.named("proxy"),
+            self.resource_name("proxy"),
             db_proxy_name=proxy.name,
             connection_pool_config={"max_connections_percent": 80},
-            opts=self.child(),
+            opts=self.child_options(),
         )
         aurora = self.settings.mode == "aurora"
         aws.rds.ProxyTarget(
-            self.named("proxy"),
+            self.resource_name("proxy"),
             db_proxy_name=proxy.name,
             target_group_name=targets.name,
             db_cluster_identifier=self.identifier if aurora else None,
             db_instance_identifier=None if aurora else self.identifier,
-            opts=self.child(depends_on=[self._made.resource]),
+            opts=self.child_options(depends_on=[self._database.resource]),
         )
-        self.host, self._door = proxy.endpoint, Door("postgres", group.id, PORT)
+        self.host, self._port_access = proxy.endpoint, PortAccess("postgres", group.id, PORT)
         # arn:...:db-proxy:prx-0123 ends with what IAM knows it by.
         self._resource_id = proxy.arn.apply(lambda arn: (arn or "").rpartition(":")[2])

@@ -10,7 +10,7 @@ import pulumi
 import pulumi_aws as aws
 from pulumi import Input, Output, Resource
 
-from infra.components import Component, Stack
+from infra.components import Component, StackContext
 
 LABEL = "sha256-"
 
@@ -32,17 +32,17 @@ class ApiToken(Component):
     Outputs: `sha256`, hexadecimal; unknown while the version is only planned, because the update draws another token.
     """
 
-    def __init__(self, stack: Stack, *, name: Input[str], generation: int) -> None:
-        super().__init__(stack, "token")
+    def __init__(self, context: StackContext, *, name: Input[str], generation: int) -> None:
+        super().__init__(context, "token")
         secret = aws.secretsmanager.Secret(
-            self.named("token"),
+            self.resource_name("token"),
             name=name,
             description="The API token, for Authorization: Bearer ...",
-            recovery_window_in_days=30 if stack.keeps else 0,
-            opts=self.kept(),
+            recovery_window_in_days=30 if context.is_protected else 0,
+            opts=self.protected_options(),
         )
         version = self._secret_version(secret, generation)
-        if stack.keeps and generation > 1:
+        if context.is_protected and generation > 1:
             self._secret_version(secret, generation - 1, after=version)
         # A preview draws another token than the update. It does not know the id of a version that is only planned, so it
         # shows no SHA-256 for it.
@@ -62,13 +62,13 @@ class ApiToken(Component):
         label = LABEL + hashlib.sha256(token.encode()).hexdigest()
         ignored = ["secret_string", "version_stages"]
         return aws.secretsmanager.SecretVersion(
-            self.named(f"token-{generation}"),
+            self.resource_name(f"token-{generation}"),
             secret_id=secret.id,
             secret_string=Output.secret(token),
             version_stages=["AWSCURRENT", label] if after is None else [label],
-            opts=self.kept(ignore_changes=ignored)
+            opts=self.protected_options(ignore_changes=ignored)
             if after is None
-            else self.child(ignore_changes=ignored, depends_on=[after]),
+            else self.child_options(ignore_changes=ignored, depends_on=[after]),
         )
 
 

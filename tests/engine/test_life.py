@@ -64,7 +64,7 @@ def test_life(engine, name):
 
     assert_outputs_fit(engine, stack, config)
     assert_state_tells_no_secret(engine, stack)
-    if config.keeps:
+    if config.is_protected:
         assert_prod_refuses_to_go(engine, stack)
     else:
         gone = stack.destroy()

@@ -20,11 +20,11 @@ from pulumi.runtime import rpc
 from infra import artifact
 from infra.artifact import ROOT
 from infra.choices import Postgres
-from infra.components import Stack
+from infra.components import StackContext
 from infra.components.bucket import READ, WRITE, DataBucket
 from infra.components.token import _labelled
 from infra.config import KINDS, StackConfig
-from infra.link import policy
+from infra.grants import policy
 from infra.stack import build, package
 from tests.infra import recorder
 from tests.infra.planting import another, change, nested, on, output, statement, told, without
@@ -365,8 +365,8 @@ def test_every_rule_notices_what_is_planted(rule, name, plant):
 @pytest.mark.parametrize("prefix", ["", "data/", "tenants/a/"])
 def test_what_a_link_to_the_bucket_allows(access, prefix):
     def program():
-        link = DataBucket(Stack("crudstack-dev", False, {})).link(access, prefix)
-        return {"policy": policy(link.statements), "prefix": link.outputs["prefix"]}
+        grant = DataBucket(StackContext("crudstack-dev", False, {})).grant(access, prefix)
+        return {"policy": policy(grant.statements), "prefix": grant.outputs["prefix"]}
 
     outputs = record(program).outputs
     listed, used = json.loads(outputs["policy"])["Statement"]
@@ -385,7 +385,7 @@ def test_what_a_link_to_the_bucket_allows(access, prefix):
 )
 def test_a_link_that_would_allow_more_is_refused(access, prefix):
     def program():
-        DataBucket(Stack("crudstack-dev", False, {})).link(access, prefix)
+        DataBucket(StackContext("crudstack-dev", False, {})).grant(access, prefix)
         return {}
 
     with pytest.raises(ValueError, match="expected"):

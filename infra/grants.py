@@ -1,10 +1,10 @@
-"""What one component lets another do.
+"""Grants: the permissions, addresses and open ports that a component gives to a function.
 
-A component that offers something has methods that return Links; ApiFunction takes Links and gets what they say, nothing else: its role is the
-sum of their statements, its environment the sum of their outputs, its security group the sum of their doors.
+A component that a function uses has a method `grant`. A function takes grants and gets nothing else: the policy of its
+role has the statements of all grants, its environment the outputs, and its security group may reach the ports.
 
->>> bucket.link("write", prefix="data/")
-Link(statements=(Statement("ListData", ...), ...), outputs={"bucket": ..., "prefix": "data/", "region": ...}, doors=())
+>>> bucket.grant("write", prefix="data/")
+Grant(statements=(Statement("ListData", ...), ...), outputs={"bucket": ..., "prefix": "data/", "region": ...}, ports=())
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ class Statement(NamedTuple):
     """A statement of an IAM policy."""
 
     sid: str
-    """Letters and digits, unique among the links of a function."""
+    """Letters and digits, unique among the grants of a function."""
     actions: Sequence[str]
     resources: Sequence[Input[str]]
     """ARNs."""
     condition: Mapping[str, Mapping[str, Any]] | None = None
 
 
-class Door(NamedTuple):
-    """A port of a security group that whoever holds the link may reach; the group lets it in."""
+class PortAccess(NamedTuple):
+    """Access to a port of the members of a security group, for the function that has the grant."""
 
     name: str
-    """Unique among the links of a function."""
-    group: Input[str]
-    """Id of the security group that what is reached is in."""
+    """Part of the names of the rules, unique among the grants of a function."""
+    security_group: Input[str]
+    """The id of the security group of the server."""
     port: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link:
+class Grant:
+    """The permissions, addresses and open ports that a function gets to use a component."""
+
     statements: tuple[Statement, ...] = ()
     outputs: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of app.settings.StackOutputs, in which values may be Outputs: where it is and what it is called, never a secret."""
-    doors: tuple[Door, ...] = ()
+    """Fields of app.settings.StackOutputs: names and addresses, never a secret. Values may be Outputs."""
+    ports: tuple[PortAccess, ...] = ()
 
 
 def policy(statements: Iterable[Statement]) -> Output[str]:
-    """The policy document that allows these."""
+    """Return a policy document that allows these statements."""
     return Output.json_dumps(
         {
             "Version": "2012-10-17",
@@ -66,7 +68,10 @@ def policy(statements: Iterable[Statement]) -> Output[str]:
 
 
 def trust(service: str) -> str:
-    """The document that lets an AWS service, "lambda.amazonaws.com" for one, take a role."""
+    """Return a policy document that lets an AWS service assume a role.
+
+    service    the principal of the service, such as "lambda.amazonaws.com"
+    """
     return json.dumps(
         {
             "Version": "2012-10-17",
@@ -76,5 +81,5 @@ def trust(service: str) -> str:
 
 
 def first(items: Output[Any], pick: Callable[[Any], Any]) -> Output[Any]:
-    """Something of the first item of a list that AWS fills in; None while there is none."""
+    """Return what `pick` finds in the first item of a list that AWS fills in; None if the list is empty or unknown."""
     return items.apply(lambda found: pick(found[0]) if found else None)
