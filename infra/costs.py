@@ -1,9 +1,9 @@
-"""docs/costs.md: what a stack costs in a month, with the arithmetic. `python -m infra.costs` prints it.
+"""The page docs/costs.md: the monthly cost of a stack, with the arithmetic. `python -m infra.costs` prints it.
 
     >>> total(lines(StackConfig(storage="postgres-s3"), millions=1))
     25.52
 
-Which lines there are follows from the config; a test compares what is counted with what the program registers.
+The config decides which lines there are. A test compares the counted resources with those that the program registers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from infra.zones import ZONES
 
 MONTH_H = 730
 MONTH_S = 3600 * MONTH_H / 1e6
-"""Millions."""
+"""Seconds of a month, in millions."""
 VOLUMES = (0, 1, 100)
 """Millions of requests a month."""
 
 
 class Price(NamedTuple):
+    """A list price of AWS."""
+
     usd: float
     unit: str
     what: str
@@ -37,8 +39,8 @@ HTTP_API = Price(1.00, "M requests", "HTTP API")
 PUT = Price(5.00, "M requests", "S3 Standard, PUT and LIST")
 GET = Price(0.40, "M requests", "S3 Standard, GET")
 S3_GB = Price(0.023, "GB-month", "S3 Standard, storage")
-LOGS = Price(0.50, "GB", "CloudWatch Logs, taken in")
-METRIC = Price(0.30, "metric-month", "CloudWatch, metric of one's own")
+LOGS = Price(0.50, "GB", "CloudWatch Logs, ingested")
+METRIC = Price(0.30, "metric-month", "CloudWatch, custom metric")
 ALARM = Price(0.10, "alarm-month", "CloudWatch, alarm")
 TRACE = Price(5.00, "M traces", "X-Ray, recorded")
 SECRET = Price(0.40, "secret-month", "Secrets Manager")
@@ -47,7 +49,7 @@ GP3 = Price(0.115, "GB-month", "RDS for PostgreSQL, gp3 storage")
 ACU = Price(0.12, "ACU-hour", "Aurora Serverless v2")
 PROXY = Price(0.015, "vCPU-hour or ACU-hour", "RDS Proxy; at least 2 vCPU, of Aurora Serverless 8 ACU")
 CACHE_GB = Price(0.084, "GB-hour", "ElastiCache Serverless for Valkey, at least 0.1 GB")
-ECPU = Price(0.0023, "M ECPU", "ElastiCache Serverless for Valkey, work")
+ECPU = Price(0.0023, "M ECPU", "ElastiCache Serverless for Valkey, requests")
 ENDPOINT = Price(0.01, "hour and subnet", "Interface endpoint")
 MQ_GB = Price(0.10, "GB-month", "Amazon MQ for RabbitMQ, storage")
 INSTANCES = {
@@ -57,15 +59,16 @@ INSTANCES = {
     "mq.m5.large": Price(0.288, "hour", "Amazon MQ, mq.m5.large"),
 }
 
-# What is assumed, and measured: a test compares the latter with benchmarks/RESULTS.md, the log's lines and what is registered.
+# Assumptions and measurements. A test compares the measured ones with benchmarks/RESULTS.md, with log lines, and with
+# the registered resources.
 READS, WRITES, REQUEST_S = 0.9, 0.1, 0.05
 RUNS = MONTH_H / 1e6
-"""Millions of hourly housekeeping."""
+"""Runs of the hourly housekeeping in a month, in millions."""
 RUN_S, RUN_GETS = 1, 20
 WRITE_PUTS, WRITE_KB, GET_GETS = 2.03, 25, 2
-"""Of an update and a get in s3-sqlite; a PUT and a GET of them are the body's."""
+"""PUTs and KB of an update and GETs of a get in s3-sqlite. One PUT and one GET of them are those of the body."""
 OLD_DAYS = 2
-"""How long old versions of HEAD lie there: what the rules of the bucket do not keep goes once a day."""
+"""Days that old versions of HEAD stay in the bucket: S3 applies the rules of the bucket once a day."""
 HITS, KEPT_KB = 0.8, 2
 ANSWER_KB, FREE_OUT_GB = 2, 100
 LOG_KB = {"http-api": 1.6, "function-url": 1.3}
@@ -74,24 +77,29 @@ ALARMS: dict[Server | None, int] = {None: 4, "postgres": 3, "cache": 1, "broker"
 
 
 class Number(NamedTuple):
-    """A number and how it came about."""
+    """A number and the arithmetic that it comes from."""
 
     value: float
-    """Of requests millions; millions of KB are GB."""
+    """Requests are counted in millions, and a million KB is a GB."""
     text: str
-    added: bool = False
-    """Whether it is a sum, which takes brackets among factors."""
+    is_sum: bool = False
+    """Whether it is a sum, which needs brackets in a product."""
 
 
 class Line(NamedTuple):
+    """The part of a month's cost that comes from one price."""
+
     price: Price
     usd: float
     sum: str
-    """ "1 M × 0.20"."""
+    """The arithmetic, such as 1 M × 0.20."""
 
 
 def lines(config: StackConfig, millions: float) -> Iterator[Line]:
-    """What a month with so many requests costs. KeyError for an instance whose price nobody has written down yet."""
+    """Yield the lines of the bill for a month. Raises KeyError for an instance that INSTANCES has no price of.
+
+    millions    requests of the month, in millions
+    """
     requests, reads, writes = _m(millions), _m(READS * millions), _m(WRITES * millions)
     pair, memory = config.pairs[0], Number(config.memory_mb / 1024, f"{config.memory_mb / 1024:g} GB")
     yield _line(LAMBDA, _plus(requests, _m(RUNS)))
@@ -105,7 +113,7 @@ def lines(config: StackConfig, millions: float) -> Iterator[Line]:
     yield _line(METRIC, _n(METRICS if millions else 0))
     yield _line(TRACE, _traces(millions + RUNS))
     out = _times(requests, _n(ANSWER_KB, "KB"))
-    yield _line(OUT, Number(max(0, out.value - FREE_OUT_GB), f"{out.text} - {FREE_OUT_GB} GB", added=True))
+    yield _line(OUT, Number(max(0, out.value - FREE_OUT_GB), f"{out.text} - {FREE_OUT_GB} GB", is_sum=True))
 
     meta, resource = pair.traits
     indexed, cached = meta.uses_s3, resource.is_cached
@@ -117,18 +125,18 @@ def lines(config: StackConfig, millions: float) -> Iterator[Line]:
     old = _times(writes, _n(WRITE_KB, "KB"), Number(OLD_DAYS / 30, f"{OLD_DAYS}/30"))
     yield _line(S3_GB, _plus(_n(1, "GB"), kept, *([old] if indexed else [])))
 
-    # Aurora's disk cannot be full.
+    # Aurora has no alarm for a full disk.
     fewer = "postgres" in config.servers and config.postgres.mode == "aurora"
-    # Nodes of a cache have one each.
+    # Each node of a cache has an alarm.
     more = (
         node_count(is_protected=config.is_protected) - 1
         if "cache" in config.servers and config.cache.mode == "nodes"
         else 0
     )
     yield _line(ALARM, _n(sum(ALARMS[server] for server in (None, *config.servers)) - fewer + more))
-    # Of the API token, the database's master user, the broker's user.
-    held = (config.auth == "token", "postgres" in config.servers, "broker" in config.servers)
-    yield _line(SECRET, _n(sum(held)))
+    # The secrets of the API token, the database's master user, and the broker's user.
+    secrets = (config.auth == "token", "postgres" in config.servers, "broker" in config.servers)
+    yield _line(SECRET, _n(sum(secrets)))
     if "postgres" in config.servers:
         yield from _database(config)
     if "cache" in config.servers:
@@ -163,14 +171,15 @@ def _cache(config: StackConfig, reads: Number, writes: Number) -> Iterator[Line]
 
 
 def _traces(millions: float) -> Number:
-    """Of the first request in each second, and of 5 % of the others."""
+    """Return the traces of a month in millions: of the first request in each second, and of 5 % of the others."""
     if millions <= MONTH_S:
         return _m(millions)
     return _plus(_m(MONTH_S), _times(_n(0.05), _m(millions - MONTH_S)))
 
 
-def total(found: Iterator[Line]) -> float:
-    return round(math.fsum(line.usd for line in found), 2)
+def total(lines: Iterable[Line]) -> float:
+    """Return the cost in USD, rounded to cents."""
+    return round(math.fsum(line.usd for line in lines), 2)
 
 
 def _n(value: float, unit: str = "") -> Number:
@@ -183,14 +192,14 @@ def _m(millions: float) -> Number:
 
 def _times(*numbers: Number) -> Number:
     factors = [number for number in numbers if number.text != "1"] or [_n(1)]
-    text = " × ".join(f"({factor.text})" if factor.added else factor.text for factor in factors)
+    text = " × ".join(f"({factor.text})" if factor.is_sum else factor.text for factor in factors)
     return Number(math.prod(number.value for number in numbers), text)
 
 
 def _plus(*numbers: Number) -> Number:
     there = [number for number in numbers if number.value] or [_n(0)]
     text = " + ".join(number.text for number in there)
-    return Number(math.fsum(number.value for number in there), text, added=len(there) > 1)
+    return Number(math.fsum(number.value for number in there), text, is_sum=len(there) > 1)
 
 
 def _line(price: Price, quantity: Number) -> Line:
@@ -213,13 +222,15 @@ CHOICES: tuple[dict[str, str], ...] = (
 
 
 def page() -> str:
+    """Return the text of docs/costs.md."""
     most = [max(lines(StackConfig(), volume), key=lambda line: line.usd).price.what for volume in VOLUMES]
     return f"""\
 # What a stack costs
 
-Made by `make docs` from `infra/costs.py`; change it there. **To be checked**: list prices of us-east-1 as known in June 2025, in USD, without tax. The
-permanent free tiers of Lambda, CloudWatch and X-Ray are not taken off. Other regions are dearer, mostly by 5 to 20 %. What AWS asks today stands on its price
-pages and in its Pricing Calculator.
+`make docs` writes this page from `infra/costs.py`; change it there. **To be checked**: these are list prices of
+us-east-1 as known in June 2025, in USD, without tax. The permanent free tiers of Lambda, CloudWatch and X-Ray are not
+deducted. Other regions cost more, mostly by 5 to 20 %. AWS shows today's prices on its price pages and in its Pricing
+Calculator.
 
 ## A month
 
@@ -229,34 +240,47 @@ With the defaults of the [config](config.md), in any stage.
 | --- | --- | --- | --- |
 {_rows((f"`{kind}`", *map(_usd, _months(StackConfig(storage=kind)))) for kind in KINDS)}
 
-The largest parts of `s3-sqlite` are, idle: {most[0]}; at 1 M: {most[1]}; at 100 M: {most[2]}.
+The largest part of `s3-sqlite` is:
 
-What a choice adds, to `full` where it is about a database, cache or broker:
+- idle: {most[0]}
+- at 1 M requests: {most[1]}
+- at 100 M requests: {most[2]}
+
+A choice adds these amounts. Choices about a database, cache or broker are compared with `full`, all others with
+`s3-sqlite`:
 
 | config | idle | 1 M requests | 100 M requests |
 | --- | --- | --- | --- |
 {_rows(_choices())}
 
-## Assumed
+## Assumptions
 
-- A month has 730 hours. {READS:.0%} of the requests read one resource, {WRITES:.0%} update one. They come evenly, which is dearest for X-Ray: it records the first
-  in each second, and 5 % of the others. 100 M a month are 38 a second.
-- A request takes {1000 * REQUEST_S:g} ms of a function with {StackConfig().memory_mb} MB, and its answer {ANSWER_KB} KB; app, Lambda and HTTP API log {LOG_KB["http-api"]} KB of it,
-  {METRICS} metrics in it.
-- `s3-sqlite`, as measured in `benchmarks/RESULTS.md`: an update is {WRITE_PUTS} PUTs and uploads {WRITE_KB} KB, mostly `HEAD`, whose old versions stay in the bucket for
-  {OLD_DAYS} days; a get is {GET_GETS} GETs, a count or a list from the index one. Of these one is the body's: all that other kinds ask of S3. Caches have {HITS:.0%} of the bodies.
-- The bucket holds 1 GB, and {KEPT_KB} KB more of every write. Housekeeping runs every hour for {RUN_S} s, with {RUN_GETS} GETs.
-- A read is {READ_ECPUS} ECPU, a write {WRITE_ECPUS}; the cache holds less than 0.1 GB, as what is in it lives for 2 s. Aurora stays at 0.5 ACU, the least.
-- The broker holds invalidations only: 1 GB. Should AWS count its whole disk, 200 GB, it is 20 USD more. Its hour is an estimate: half of 0.2734, which is told of
-  mq.m7g.large; of itself 0.08 to 0.14 is told.
-- `snap_start` is counted for one version of the function. **Each `pulumi up` that changes the function publishes another one**, and AWS charges for every version that
-  exists, {SNAP_START.usd:g} USD per million GB-seconds: after ten of them it is ten times as much. Delete the versions that the alias `live` does not name.
-- Not counted: cold starts, restoring SnapStart's snapshots (0.00014 per GB each), keeping logs (0.03 per GB-month), logs of database and broker, reading secrets, traffic between zones, the Route 53
-  zone of a domain (0.50), CPU credits of t4g instances that are busy all day, backups that are larger than the database.
+- A month has 730 hours. {READS:.0%} of the requests read one resource, {WRITES:.0%} update one. The
+  requests come evenly, which is the most expensive pattern for X-Ray: it records the first request in each second, and 5 % of the others.
+  100 M requests a month are 38 a second.
+- A request takes {1000 * REQUEST_S:g} ms of a function with {StackConfig().memory_mb} MB, and its answer
+  {ANSWER_KB} KB. App, Lambda and HTTP API log {LOG_KB["http-api"]} KB of it, which contain {METRICS} metrics.
+- `s3-sqlite`, as measured in `benchmarks/RESULTS.md`: an update is {WRITE_PUTS} PUTs and uploads {WRITE_KB} KB, mostly
+  `HEAD`, whose old versions stay in the bucket for {OLD_DAYS} days. A get is {GET_GETS} GETs; a count, or a
+  list from the index, is one. One PUT of an update and one GET of a get are those of the body: all other kinds send only
+  these to S3.
+- {HITS:.0%} of the reads of bodies are cache hits, if the kind has caches.
+- The bucket holds 1 GB, and {KEPT_KB} KB more of every write. Housekeeping runs every hour for {RUN_S} s, with
+  {RUN_GETS} GETs.
+- A read is {READ_ECPUS} ECPU, a write {WRITE_ECPUS}. The cache holds less than 0.1 GB, because its entries expire after
+  2 s. Aurora stays at its minimum of 0.5 ACU.
+- The broker holds invalidations only: 1 GB. If AWS bills its whole disk of 200 GB, add 20 USD. The price of its hour is
+  an estimate, half of 0.2734, which is reported for mq.m7g.large. For mq.m7g.medium 0.08 to 0.14 is reported.
+- `snap_start` is counted for one version of the function. **Each `pulumi up` that changes the function publishes
+  another version**, and AWS bills every version that exists, {SNAP_START.usd:g} USD per million GB-seconds: ten versions cost ten
+  times as much. Delete the versions that the alias `live` does not name.
+- Not counted: cold starts; restoring the snapshots of SnapStart (0.00014 per GB each); storing logs (0.03 per
+  GB-month); the logs of database and broker; reading secrets; traffic between zones; the Route 53 zone of a domain (0.50);
+  CPU credits of t4g instances that are busy all day; backups that are larger than the database.
 
 ## Arithmetic
 
-`/M` is a price per million, M times KB are GB, an empty cell is 0. What a kind costs is the sum of its rows.
+`/M` is a price per million, M times KB is GB, and an empty cell is 0. The cost of a kind is the sum of its rows.
 
 | what | kinds | idle | 1 M requests | 100 M requests |
 | --- | --- | --- | --- | --- |
@@ -283,7 +307,7 @@ def _choices() -> Iterator[tuple[str, ...]]:
 
 
 def _sums() -> Iterator[tuple[str, ...]]:
-    """A row for everything that is paid for, and for each way to come to its sums."""
+    """Yield a row for each price; kinds with different sums have a row each."""
     kinds: dict[tuple[Price, tuple[str, ...]], list[str]] = {}
     for kind in KINDS:
         months = [list(lines(StackConfig(storage=kind), volume)) for volume in VOLUMES]

@@ -1,25 +1,20 @@
-"""How large the environment of a function can become, known from the config before anything is made.
+"""The size of a function's environment, computed from the config before anything is created.
 
-Lambda measures all variables of a function together, as compact JSON in which the quotes of our JSON are escaped. The
-only function with variables is the one that answers requests: `test_environment.py` keeps `outputs_at_worst` in step
-with what the program gives it.
+Lambda limits the sum of all variables of a function, as compact JSON in which the quotes of our JSON are escaped. The
+only function with variables is the one that answers requests. `tests/infra/test_environment.py` compares
+`largest_values` with the values that the program gives that function.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import msgspec
 
-from app.settings import JwtAuth
-
-if TYPE_CHECKING:
-    from infra.config import StackConfig
-
 LIMIT = 4096
-"""Bytes that Lambda takes."""
+"""Bytes that Lambda allows."""
 VARIABLE = "CRUDSTACK_OUTPUTS"
 _REGION = "r" * 20
 """The longest names so far have 15 characters."""
@@ -31,28 +26,16 @@ _CACHE_HOST = f"{_CACHE}-{'h' * 6}.serverless.{_REGION}.cache{_ENDING}"
 _BROKER = f"amqps://b-{'u' * 36}.mq.{_REGION}{_ENDING}:5671"
 
 
-def said(config: StackConfig) -> dict[str, Any]:
-    """Return what the outputs repeat of the config."""
-    storage = {"storage": config.storage, "storage_overrides": config.storage_overrides}
-    base = {"base_path": config.domain.base_path} if config.domain is not None and config.domain.base_path else {}
-    return {"version": 1, **msgspec.to_builtins(storage), "stage": config.stage, "cors": config.cors, **base}
-
-
-def outputs_at_worst(config: StackConfig) -> dict[str, Any]:
-    """Return the outputs that the function is told, with the longest values that AWS may fill in."""
-    auth: Any = {"mode": "none"}
-    if isinstance(config.auth, JwtAuth):
-        auth = msgspec.to_builtins(config.auth)
-    elif config.auth == "token":
-        auth = {"mode": "token", "token_sha256": "f" * 64}
-    outputs = {**said(config), "auth": auth, "bucket": _BUCKET, "prefix": "", "region": _REGION}
-    if "postgres" in config.servers:
+def largest_values(stage: str, servers: Collection[str]) -> dict[str, Any]:
+    """Return the outputs that AWS fills in, with the longest values that they may have."""
+    outputs: dict[str, Any] = {"bucket": _BUCKET, "prefix": "", "region": _REGION}
+    if "postgres" in servers:
         outputs["db"] = {"host": _DB_HOST, "port": 5432, "name": "crudstack", "user": "crudstack_app", "auth": "iam"}
-    if "cache" in config.servers:
+    if "cache" in servers:
         names = {"host": _CACHE_HOST, "port": 6379, "user": _BUCKET, "tls": True, "name": _CACHE}
         outputs["cache"] = {**names, "serverless": False}
-    if "broker" in config.servers:
-        secret = f"arn:aws-us-gov:secretsmanager:{_REGION}:{'1' * 12}:secret:crudstack-{config.stage}-broker-{'h' * 14}"
+    if "broker" in servers:
+        secret = f"arn:aws-us-gov:secretsmanager:{_REGION}:{'1' * 12}:secret:crudstack-{stage}-broker-{'h' * 14}"
         outputs["broker"] = {"endpoint": _BROKER, "secret_arn": secret}
     return outputs
 
@@ -62,17 +45,13 @@ def size(variables: Mapping[str, str]) -> int:
     return len(json.dumps(dict(variables), separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def size_at_worst(config: StackConfig) -> int:
-    return size({VARIABLE: json.dumps(outputs_at_worst(config))})
+def size_of_outputs(outputs: Mapping[str, Any]) -> int:
+    """Return the bytes that Lambda counts for the variable that holds these outputs."""
+    return size({VARIABLE: json.dumps(outputs)})
 
 
-def parts(config: StackConfig) -> dict[str, int]:
-    """Return the bytes of the settings that have no limit of their own, the largest first."""
-    given = {"storage_overrides": config.storage_overrides, "cors": config.cors}
-    if isinstance(config.auth, JwtAuth):
-        given["auth"] = msgspec.to_builtins(config.auth)
-    if config.domain is not None and config.domain.base_path:
-        given["domain"] = config.domain.base_path
-    # Quotes around the inner text, twice, are not part of it.
-    sizes = {key: len(json.dumps(json.dumps(msgspec.to_builtins(value)))) - 2 for key, value in given.items()}
-    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+def sizes(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes that each of these settings takes in the environment, the largest first."""
+    # The text is quoted twice, and the outer quotes are not part of it.
+    found = {key: len(json.dumps(json.dumps(msgspec.to_builtins(value)))) - 2 for key, value in settings.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -1,6 +1,6 @@
-"""docs/config.md: every key of StackConfig, made from what the program itself reads. `python -m infra.reference` prints it.
+"""The page docs/config.md: a table of every key of StackConfig. `python -m infra.reference` prints it.
 
-What a key means and allows stands in config.py and choices.py, where it is checked; here it is laid out.
+config.py and choices.py hold the meaning and the allowed values of each key, and check them. This module lays them out.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ REFUSED: tuple[dict[str, str], ...] = (
     {"storage": "postgres-s3", "postgres": '{"mode": "aurora", "class": "db.r6g.large"}'},
     {"storage": "mq-cached-s3", "broker": '{"instance": "mq.m5.large"}'},
 )
-"""Examples of what each value allows, and all of them together do not."""
+"""Examples of combinations that are refused although each of their values is allowed."""
 
 PAGE = """\
 # The config of a stack
 
-Made by `make docs` from `infra/config.py` and `infra/choices.py`; change it there. How to set a key: [On AWS](deploy.md).
+`make docs` writes this page from `infra/config.py` and `infra/choices.py`; change it there. [Deploy to AWS](deploy.md)
+says how to set a key.
 
-In `Pulumi.STACK.yaml` a key may stand alone or after the name of the project, as `storage` or `crudstack:storage`. A key that begins with another
-name than that in `Pulumi.yaml` is refused, and so is a value that is set with `--secret`, because no key holds a secret.
+In `Pulumi.STACK.yaml` write a key alone or after the name of the project: `storage` or `crudstack:storage`. A key that
+begins with another name than the one in `Pulumi.yaml` is refused. A value that is set with `--secret` is refused too,
+because no key holds a secret.
 
-Every key has a default. A wrong key, a wrong value or a combination that makes no sense is refused before anything is made, in one sentence that
-says what was found and what is allowed. Write versions in quotes (`"4.2"`), or YAML makes numbers of them.
+Every key has a default. If a key, a value or a combination of values is wrong, nothing is created, and one sentence
+says what was found and what is allowed. Write versions in quotes (`"4.2"`), because YAML would read them as numbers.
 
 | key | allowed | default | meaning |
 | --- | --- | --- | --- |
@@ -55,9 +57,10 @@ says what was found and what is allowed. Write versions in quotes (`"4.2"`), or 
 
 ## Kinds
 
-A kind is a name for a pair. What a stack has is the union of what `storage` and `storage_overrides` need.
+A kind is a name for a pair of a MetaStore and a ResourceStore. A stack has the servers that any storage in `storage`
+and `storage_overrides` needs.
 
-| kind | meta | resource | needs beside the bucket | drivers in the zip |
+| kind | meta | resource | servers beside the bucket | drivers in the zip beside S3 |
 | --- | --- | --- | --- | --- |
 {kinds}
 
@@ -70,6 +73,7 @@ A kind is a name for a pair. What a stack has is the union of what `storage` and
 
 
 def page() -> str:
+    """Return the text of docs/config.md."""
     return PAGE.format(
         keys="\n".join(_keys()),
         nested="\n".join(_nested()),
@@ -79,15 +83,18 @@ def page() -> str:
 
 
 def _keys() -> Iterator[str]:
-    told = descriptions()
+    texts = descriptions()
     for field in msgspec.structs.fields(StackConfig):
-        allowed, meaning = told[field.name].split("\n")
+        allowed, meaning = texts[field.name].split("\n")
         default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
         yield _row(f"`{field.name}`", allowed, "see below" if isinstance(default, Struct) else _code(default), meaning)
 
 
 def _structs() -> list[tuple[str, type]]:
-    """The nested values by key, but for pairs: of those AWS allows fewer than the app does, and the table of keys says which."""
+    """Return the classes of nested values by key.
+
+    Pair is left out: the stack allows fewer pairs than the app does, and the table of keys lists them.
+    """
     described = kinds_of.type_info(StackConfig)
     assert isinstance(described, kinds_of.StructType)
     return [
@@ -100,18 +107,18 @@ def _structs() -> list[tuple[str, type]]:
 
 def _nested() -> Iterator[str]:
     for key, cls in _structs():
-        told, described = _told(cls), kinds_of.type_info(cls)
+        texts, described = _texts(cls), kinds_of.type_info(cls)
         assert isinstance(described, kinds_of.StructType)
         yield _row(f"`{key}`", "", "", " ".join((cls.__doc__ or "").split()))
         if described.tag_field:
             yield _row(f"`{key}.{described.tag_field}`", f"`{described.tag}`", "required", "")
         for field in described.fields:
             default = "required" if field.required else "none" if field.default == "" else _code(field.default)
-            yield _row(f"`{key}.{field.encode_name}`", _allowed(field.type), default, told.get(field.name, ""))
+            yield _row(f"`{key}.{field.encode_name}`", _allowed(field.type), default, texts.get(field.name, ""))
 
 
-def _told(cls: type) -> dict[str, str]:
-    """Return the text that stands below each field in the source of a class, by the name of the field."""
+def _texts(cls: type) -> dict[str, str]:
+    """Return the text below each field in the source of a class, by the name of the field."""
     body = next(node.body for node in ast.parse(inspect.getsource(cls)).body if isinstance(node, ast.ClassDef))
     return {
         ast.unparse(field.target): " ".join(str(text.value.value).split())
@@ -133,7 +140,7 @@ def _allowed(type_: kinds_of.Type) -> str:
         case kinds_of.ListType(item_type=item):
             return f"a list of {_allowed(item)}"
         case _:
-            raise TypeError(f"nobody has said yet how {type_} is described")
+            raise TypeError(f"_allowed has no case for {type_}: add one")
 
 
 def _kinds() -> Iterator[str]:
@@ -147,11 +154,11 @@ def _refused() -> Iterator[str]:
         try:
             read(values)
         except ConfigError as error:
-            # Without the key and what was found, which stand beside it.
+            # Without the key and the value, which are in the first cell.
             why = error.detail.partition(": ")[2]
             yield _row("<br>".join(f"`{key}: {value}`" for key, value in values.items()), why)
         else:
-            raise ValueError(f"{values} is accepted by now")
+            raise ValueError(f"{values} is accepted: remove it from REFUSED")
 
 
 def _list(names: frozenset[Any]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pulumi
 from pulumi import Output
 
@@ -29,8 +28,7 @@ from infra.components.postgres import Postgres
 from infra.components.token import ApiToken
 from infra.config import StackConfig
 from infra.deployed_code import Package, package_of
-from infra.environment import VARIABLE, said
-from infra.grants import Grant
+from infra.environment import VARIABLE
 from infra.zones import subnet_zones
 
 
@@ -79,7 +77,15 @@ def build(
         broker = Broker(context, settings=config.broker, network=network)
         grants.append(broker.grant())
 
-    outputs = {**said(config), "auth": _auth(config, context, bucket), **_sum(grants)}
+    token_sha256 = None
+    if config.auth == "token":
+        # Named after the bucket, so that the token can be found by the outputs.
+        name = Output.format("{0}/api-token", bucket.bucket)
+        token_sha256 = ApiToken(context, name=name, generation=config.token_generation).sha256
+
+    outputs = config.outputs(token_sha256)
+    for grant in grants:
+        outputs |= grant.outputs
     function = ApiFunction(
         context,
         "api",
@@ -134,18 +140,3 @@ def package(config: StackConfig) -> Artifact:
     if built.left_out:
         pulumi.log.info(f"the zip of the app: {artifact.left_out(built)}")
     return built
-
-
-def _auth(config: StackConfig, context: StackContext, bucket: DataBucket) -> dict[str, Any]:
-    if isinstance(config.auth, JwtAuth):
-        auth: dict[str, Any] = msgspec.to_builtins(config.auth)
-        return auth
-    if config.auth == "none":
-        return {"mode": "none"}
-    # Named after the bucket, so that whoever has the outputs finds it.
-    token = ApiToken(context, name=Output.format("{0}/api-token", bucket.bucket), generation=config.token_generation)
-    return {"mode": "token", "token_sha256": token.sha256}
-
-
-def _sum(grants: list[Grant]) -> dict[str, Any]:
-    return {name: value for grant in grants for name, value in grant.outputs.items()}

@@ -104,7 +104,7 @@ REFUSED = [
     ),
     ({"storag": "s3-sqlite"}, "storag is no setting; there are storage, "),
     ({"storage": "s3"}, 'storage is "s3": expected s3-sqlite, postgres-s3'),
-    ({"storage": "memory"}, 'storage is "memory": on AWS it would not outlive'),
+    ({"storage": "memory"}, 'storage is "memory": on AWS it would lose data with'),
     ({"storage": '{"meta": "redis", "resource": "s3"}'}, '{"meta":"redis","resource":"s3"}: on AWS'),
     ({"storage": '{"meta": "postgres", "resource": "disk"}'}, "storage is"),
     ({"storage": '{"meta": "postgres", "ressource": "s3"}'}, "(Object "),
@@ -135,7 +135,7 @@ REFUSED = [
     ),
     ({"snap_start": "maybe"}, "snap_start is"),
     ({"snap_start": "true", "ephemeral_mb": "1024"}, "expected ephemeral_mb 512, or false"),
-    ({"cors": '["*"]', "stage": "prod"}, 'cors is ["*"]: in prod not everybody'),
+    ({"cors": '["*"]', "stage": "prod"}, 'cors is ["*"]: in prod only pages of named origins'),
     ({"cors": '["*", "https://example.org"]'}, "expected it alone"),
     ({"cors": '["example.org"]'}, "cors is"),
     ({"cors": '["https://*.example.org"]'}, "cors is"),
@@ -151,7 +151,7 @@ REFUSED = [
     ({"alarm_email": "ops"}, "alarm_email is"),
     ({"alarm_email": "ops@example.org\n"}, "alarm_email is"),
     ({"budget_usd": "0", "alarm_email": "a@b"}, "budget_usd is"),
-    ({"budget_usd": "50"}, "nobody would be told; expected alarm_email"),
+    ({"budget_usd": "50"}, "no address would get its messages; expected alarm_email"),
     ({"domain": json.dumps({"name": "a" * 61 + ".org", "zone": "Z0"})}, "`str` of length <= 64"),
     *(
         ({"domain": json.dumps({"name": name, "zone": "Z0"})}, "`$.name`")

@@ -9,7 +9,7 @@ import pytest
 from app.autocrud.errors import ConfigError
 from app.settings import JwtAuth
 from infra.config import read
-from infra.environment import LIMIT, VARIABLE, outputs_at_worst, size, size_at_worst
+from infra.environment import LIMIT, VARIABLE, size, size_of_outputs
 from tests.infra.stacks import CONFIGS, environment, recording
 
 
@@ -37,10 +37,10 @@ def test_the_worst_has_the_keys_of_what_the_function_gets(name):
             assert variables == {}
             continue
         assert list(variables) == [VARIABLE]
-        given, worst = json.loads(variables[VARIABLE]), json.loads(json.dumps(outputs_at_worst(CONFIGS[name])))
+        given, worst = json.loads(variables[VARIABLE]), json.loads(json.dumps(CONFIGS[name].largest_outputs()))
         assert shape(given) == shape(worst)
         assert all(len(text) <= len(longest) for text, longest in known(given, worst))
-        assert size_at_worst(CONFIGS[name]) < LIMIT
+        assert size_of_outputs(CONFIGS[name].largest_outputs()) < LIMIT
 
 
 def test_the_size_is_that_of_the_text_that_lambda_measures():
@@ -71,7 +71,7 @@ def test_the_last_entry_that_fits_is_taken_and_the_next_is_refused(key, storage)
         except ConfigError as error:
             said = error.detail
             break
-        assert size_at_worst(config) <= LIMIT
+        assert size_of_outputs(config.largest_outputs()) <= LIMIT
         number += 1
     assert number > 20
     assert said.startswith(f"crudstack:{key} is ")
@@ -98,7 +98,7 @@ def test_several_settings_are_measured_together_with_the_escapes_of_json():
 
 def test_what_aws_fills_in_has_room():
     config = read({"storage": "full", "auth": "token", "stage": "pr-abcdefghijklm"})
-    worst = outputs_at_worst(config)
+    worst = config.largest_outputs()
     longest = {
         "db": "crudstack-pr-abcdefghijklm-database-0123456.cluster-abcdefghijkl.us-isob-east-1.rds.amazonaws.com.cn",
         "cache": "crudstack-pr-abcdefghijklm-cache-0123456-abcdef.serverless.apse1.cache.amazonaws.com.cn",
