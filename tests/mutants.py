@@ -129,8 +129,8 @@ MUTANTS = [
     (
         "weak ETags match",
         H + "conditions.py",
-        "NO_STATE if weak else version_of(opaque) for",
-        "version_of(opaque) for",
+        "NO_STATE if weak else Version.of_opaque_tag(opaque) for",
+        "Version.of_opaque_tag(opaque) for",
         HTTP,
     ),
     ("bodies have no limit", H + "messages.py", "if size > self._max_body:", "if False:", HTTP),

@@ -8,18 +8,16 @@ from hypothesis import strategies as st
 
 from app.autocrud.http.conditions import (
     MAX_ETAGS,
-    NO_STATE,
     InvalidCondition,
     creates,
     etags,
     expected,
     not_modified,
     parse_version,
-    version_of,
 )
 from app.autocrud.http.messages import Request
 from app.autocrud.http.problems import PreconditionRequired
-from app.autocrud.resource_manager.basic import Version
+from app.autocrud.resource_manager.records import NO_STATE, Version
 
 OPAQUE = st.text(
     st.characters(codec="latin-1", exclude_characters='"\x7f', min_codepoint=0x21, max_codepoint=0xFF).filter(
@@ -59,14 +57,15 @@ def test_a_list_has_an_end():
 @given(VERSIONS)
 def test_a_version_is_its_etag(version):
     opaque = f"{version.version}-{version.nonce}"
-    assert version_of(opaque) == version
-    assert parse_version(f'"{opaque}"') == version
+    assert Version.of_opaque_tag(opaque) == version
+    assert version.etag == f'"{opaque}"'
+    assert parse_version(version.etag) == version
     assert expected(request(if_match=f'"{opaque}"'), required=True) == [version]
 
 
 @pytest.mark.parametrize("opaque", ["", "1", "1-", "x-0123456789abcdef", "1-0123456789ABCDEF", "1-0123456789abcde"])
 def test_an_etag_of_another_server_names_no_state(opaque):
-    assert version_of(opaque) == NO_STATE
+    assert Version.of_opaque_tag(opaque) == NO_STATE
 
 
 def test_weak_etags_never_match_a_write():

@@ -6,14 +6,13 @@ import re
 
 from ..errors import InvalidQuery
 from ..resource_manager.basic import ResourceMeta, Version
+from ..resource_manager.records import NO_STATE
 from .messages import Request
 from .problems import PreconditionRequired
 
 _ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 _COMMA = re.compile(r"\s*(?:(,)\s*|\Z)")
-_VERSION = re.compile(r"([0-9]{1,18})-([0-9a-f]{16})")
 MAX_ETAGS = 100
-NO_STATE = Version(-1, "")  # what an ETag that is none of ours names: no resource is ever in it
 
 
 class InvalidCondition(InvalidQuery):
@@ -39,11 +38,6 @@ def etags(header: str) -> list[tuple[bool, str]]:
         at = rest.end()
 
 
-def version_of(opaque: str) -> Version:
-    match = _VERSION.fullmatch(opaque)
-    return Version(int(match[1]), match[2]) if match else NO_STATE
-
-
 def expected(request: Request, required: bool) -> list[Version] | None:
     """The states that If-Match allows, None for any. Weak tags never match."""
     header = request.header(b"if-match")
@@ -53,13 +47,13 @@ def expected(request: Request, required: bool) -> list[Version] | None:
         return None
     if header.strip() == "*":
         return None
-    return [NO_STATE if weak else version_of(opaque) for weak, opaque in etags(header)]
+    return [NO_STATE if weak else Version.of_opaque_tag(opaque) for weak, opaque in etags(header)]
 
 
 def parse_version(etag: str) -> Version:
     """One ETag out of a body."""
     ((weak, opaque),) = etags(etag) if etag.count('"') == 2 else [(True, "")]
-    return NO_STATE if weak else version_of(opaque)
+    return NO_STATE if weak else Version.of_opaque_tag(opaque)
 
 
 def not_modified(request: Request, meta: ResourceMeta) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import re
 from collections.abc import Mapping
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -52,7 +53,8 @@ class ResourceMeta(Struct, frozen=True, kw_only=True):
 
     @property
     def etag(self) -> str:
-        return f'"{self.version}-{self.nonce}"'
+        """The ETag of this state, in quotes: `"3-0123456789abcdef"`."""
+        return Version(self.version, self.nonce).etag
 
 
 class RevisionInfo(Struct, frozen=True, kw_only=True):
@@ -73,10 +75,29 @@ class RevisionInfo(Struct, frozen=True, kw_only=True):
 
 
 class Version(NamedTuple):
-    """A state of a resource, exactly."""
+    """Exactly one state of a resource. Its ETag is `"VERSION-NONCE"`; only this class writes and reads ETags."""
 
     version: int
     nonce: str
+
+    @property
+    def etag(self) -> str:
+        """The ETag of this state, in quotes: `"3-0123456789abcdef"`."""
+        return f'"{self.version}-{self.nonce}"'
+
+    @classmethod
+    def of_opaque_tag(cls, text: str) -> Version:
+        """Return the state that an ETag names; `text` is the ETag without its quotes.
+
+        Returns NO_STATE if no resource can have this ETag.
+        """
+        found = _OPAQUE_TAG.fullmatch(text)
+        return cls(int(found[1]), found[2]) if found else NO_STATE
+
+
+_OPAQUE_TAG = re.compile(r"([0-9]{1,18})-([0-9a-f]{16})")
+NO_STATE = Version(-1, "")
+"""The state that every foreign ETag names: no resource is ever in it."""
 
 
 Expect = Literal["absent", "any"] | Version
