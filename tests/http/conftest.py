@@ -7,6 +7,9 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD, IndexedField
 
+MERGE = {"content-type": "application/merge-patch+json"}
+PATCH = {"content-type": "application/json-patch+json"}
+
 
 class Inner(Struct):
     code: str = ""
@@ -32,6 +35,14 @@ def make_crud(**options) -> AutoCRUD:
 def client_of(app) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+def problem(answer: httpx.Response, status: int, type_: str) -> dict:
+    """Assert that the answer is a problem of this status and type, and return it."""
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), answer.text
+    body = answer.json()
+    assert (body["status"], body["type"]) == (status, f"urn:crudstack:{type_}")
+    return body
 
 
 @pytest.fixture

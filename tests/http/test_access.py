@@ -14,8 +14,7 @@ from app.autocrud.access import Permissions, Principal, Unauthenticated, anyone,
 from app.autocrud.errors import ConfigError
 from app.autocrud.http.guard import Guard
 
-from .conftest import Note, client_of, make_crud
-from .test_routes import problem
+from .conftest import Note, client_of, make_crud, problem
 
 ROLES = {"alice": ["writer"], "bob": ["writer"], "eve": [], "root": ["admin"]}
 

@@ -8,7 +8,7 @@ import pytest
 
 from app.autocrud.errors import StoreUnavailable
 
-from .test_routes import MERGE, PATCH, problem
+from .conftest import MERGE, PATCH, problem
 
 
 def key(name: str, **more: str) -> dict[str, str]:

@@ -11,8 +11,7 @@ from app.autocrud import AutoCRUD
 from app.autocrud.access import Principal
 from app.autocrud.resource_manager.contract.limits import MAX_INDEXED, MAX_ITEMS, MAX_NAME
 
-from .conftest import client_of
-from .test_routes import problem
+from .conftest import client_of, problem
 
 
 class Note(Struct):
