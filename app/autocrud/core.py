@@ -20,7 +20,7 @@ from .access import Authorize, Permissions
 from .errors import ConfigError, CrudError, HeadLost, StoreDamaged
 from .http import searching, service
 from .http.guard import Authenticate
-from .http.routes import Policy
+from .http.model_context import Policy
 from .resource_manager.basic import Encoding, IndexedField
 from .resource_manager.contract.limits import MAX_SCHEMA_VERSION
 from .resource_manager.core import ResourceManager

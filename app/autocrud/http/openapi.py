@@ -15,7 +15,7 @@ from ..resource_manager.core import MAX_BATCH, ResourceManager
 from . import batches
 from .options import ID_PATTERN, KEY_PATTERN, MAX_REVISION
 from .patching import JSON_PATCH, MERGE_PATCH
-from .routes import SwitchBody
+from .resource import SwitchBody
 from .searching import DEFAULT_LIMIT
 from .value_schemas import REF, Schema, bound, example, value_schema
 

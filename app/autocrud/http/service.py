@@ -17,8 +17,9 @@ from ..resource_manager.core import ResourceManager
 from . import docs, problems
 from .guard import Authenticate, principal
 from .messages import Receive, Request, Response, Scope, Send, route_path
+from .model_context import Policy
 from .openapi import Description, describe
-from .routes import ModelRoutes, Policy
+from .routes import ModelRoutes
 
 
 class _Anything(PathConvertor):
@@ -36,7 +37,7 @@ Managers = Mapping[str, ResourceManager[Any]]
 Lifespan = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 
-class Endpoint:
+class HealthCheck:
     """One path with GET and HEAD."""
 
     def __init__(self, answer: Callable[[], Any], authenticate: Authenticate | None = None) -> None:
@@ -79,8 +80,8 @@ def routes(managers: Managers, policy: Policy) -> list[BaseRoute]:
         ]
     return [
         *made,
-        Route("/healthz", Endpoint(healthz), include_in_schema=False),
-        Route("/readyz", Endpoint(readyz, policy.authenticate), include_in_schema=False),
+        Route("/healthz", HealthCheck(healthz), include_in_schema=False),
+        Route("/readyz", HealthCheck(readyz, policy.authenticate), include_in_schema=False),
     ]
 
 

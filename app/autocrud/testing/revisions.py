@@ -19,7 +19,7 @@ from ..errors import (
     UniqueConflict,
     VersionConflict,
 )
-from ..http.routes import Policy
+from ..http.model_context import Policy
 from ..http.service import routes
 from ..resource_manager.core import ResourceManager
 from ..resource_manager.engine.operations import (

@@ -1,0 +1,97 @@
+"""What the routes of one model share: the policy, access control, and the data and target of a write."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
+from ..errors import ConfigError, CrudError
+from ..query import Filter, Query
+from ..resource_manager.core import Bounds, ResourceManager
+from ..resource_manager.engine.operations import Expected
+from ..resource_manager.model.codec import Document
+from ..resource_manager.runtime.threads import HEAVY_BYTES, heavy
+from . import conditions
+from .guard import PRINCIPAL, Authenticate
+from .messages import Request, Response
+from .options import known_id
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Endpoint(NamedTuple):
+    """One method of a path: its handler, and the action that the caller must be allowed.
+
+    `action` is None if the handler checks access itself, because the action depends on the request.
+    """
+
+    action: Action | None
+    handler: Handler
+
+
+Endpoints = dict[str, Endpoint]
+"""The endpoints of one path, by method. GET serves HEAD too."""
+
+
+class Policy(NamedTuple):
+    """The settings that all routes of all models share.
+
+    Attributes:
+        authenticate: Returns the principal of a request. If None, every caller is anonymous.
+        authorize: Decides what a principal may do. If None, everything is allowed.
+        require_if_match: Whether writes without If-Match are answered with 428.
+        max_body: The largest request body, in bytes.
+        fits: Returns whether a response body is small enough to be sent.
+    """
+
+    authenticate: Authenticate | None
+    authorize: Authorize | None
+    require_if_match: bool
+    max_body: int
+    fits: Callable[[bytes], bool]
+
+
+class ModelContext:
+    """The manager and the policy of one model, and what its handlers do alike."""
+
+    def __init__(self, manager: ResourceManager[Any], policy: Policy) -> None:
+        self.manager, self.policy = manager, policy
+
+    async def authorize(self, request: Request, *actions: Action) -> None:
+        """Raise Forbidden unless the caller may do all of this to some resources; the bounds of the caller say to which."""
+        if self.policy.authorize is None:
+            return
+        who = request.scope.get(PRINCIPAL, ANONYMOUS)
+        found: dict[Action, Filter | None] = {}
+        # Who changes a resource sees it in the answer, so changing takes reading; creating does not.
+        needed = actions if set(actions) == {"create"} else ("read", *actions)
+        for action in dict.fromkeys(needed):
+            answer = await allowed(self.policy.authorize, who, action, self.manager.name)
+            if answer is False:
+                raise Forbidden(f"you may not {action} resources of this model")
+            found[action] = None if answer is True else self._resolved(answer)
+        request.by = request.by._replace(bounds=Bounds(found.get("read"), found))
+
+    def _resolved(self, where: Filter | bool) -> Filter | None:
+        assert isinstance(where, Filter)
+        try:
+            return Query(where=where).resolve(self.manager.codec.fields).where
+        except CrudError as error:
+            raise ConfigError(
+                f"authorize answered a filter that means nothing for {self.manager.name!r}: {error}"
+            ) from None
+
+    async def document(self, request: Request) -> Document[Any]:
+        body = await request.json()
+        if len(body) < HEAVY_BYTES:
+            return self.manager.codec.parse(body)
+        return await heavy(len(body), lambda: self.manager.codec.parse(body), body)
+
+    def target(self, request: Request) -> tuple[str, Expected | None]:
+        """The resource that a write is about, and the states that it may be in."""
+        resource_id = known_id(request.rest[0])
+        states = conditions.expected(request, self.policy.require_if_match)
+        if states is None:
+            return resource_id, None
+        return resource_id, states[0] if len(states) == 1 else frozenset(states)
