@@ -11,7 +11,7 @@ from .answers import page_response
 from .messages import Request, Response, bad_parameter, integer
 from .model_context import ModelContext
 from .options import MAX_REVISION, include_deleted_of, known_id
-from .searching import sight
+from .searching import read_filter_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -38,7 +38,7 @@ class HistoryRoutes:
             before=before,
             limit=limit,
             include_deleted=include_deleted_of(options),
-            within=sight(request.by),
+            read_filter=read_filter_of(request.by),
         )
         cursor = None if page.next is None else searching.encode_cursor((page.next,), scope)
         return page_response(request, [_encode(info) for info in page.items], cursor)
@@ -50,7 +50,7 @@ class HistoryRoutes:
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
         include_deleted = include_deleted_of(options)
         resource = await self._manager.get(
-            resource_id, revision=int(number), include_deleted=include_deleted, within=sight(request.by)
+            resource_id, revision=int(number), include_deleted=include_deleted, read_filter=read_filter_of(request.by)
         )
         return Response(200, b'{"meta":%b,"data":%b}' % (_encode(resource.info), resource.json))
 
@@ -64,7 +64,7 @@ class HistoryRoutes:
         for name in ("from", "to"):
             revision = integer(name, options[name], 1, MAX_REVISION) if name in options else None
             found = await self._manager.get(
-                resource_id, revision=revision, include_deleted=include_deleted, within=sight(request.by)
+                resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.by)
             )
             bodies.append(found.json)
         old, new = bodies

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
 from ..errors import ConfigError, CrudError
 from ..query import Filter, Query
-from ..resource_manager.core import Bounds, ResourceManager
+from ..resource_manager.core import AccessFilter, ResourceManager
 from ..resource_manager.engine.operations import Expected
 from ..resource_manager.model.codec import Document
 from ..resource_manager.runtime.threads import HEAVY_BYTES, heavy
@@ -59,7 +59,7 @@ class ModelContext:
         self.manager, self.policy = manager, policy
 
     async def authorize(self, request: Request, *actions: Action) -> None:
-        """Raise Forbidden unless the caller may do all of this to some resources; the bounds of the caller say to which."""
+        """Raise Forbidden unless the caller may do all of this to some resources; the access filter says to which."""
         if self.policy.authorize is None:
             return
         who = request.scope.get(PRINCIPAL, ANONYMOUS)
@@ -71,7 +71,7 @@ class ModelContext:
             if answer is False:
                 raise Forbidden(f"you may not {action} resources of this model")
             found[action] = None if answer is True else self._resolved(answer)
-        request.by = request.by._replace(bounds=Bounds(found.get("read"), found))
+        request.by = request.by._replace(access_filter=AccessFilter(found.get("read"), found))
 
     def _resolved(self, where: Filter | bool) -> Filter | None:
         assert isinstance(where, Filter)

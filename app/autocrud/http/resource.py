@@ -23,7 +23,7 @@ from .options import (
     parse_mode,
     parse_status,
 )
-from .searching import sight
+from .searching import read_filter_of
 
 MAX_SWITCH = 1000
 """The largest body of a switch, in bytes."""
@@ -76,7 +76,7 @@ class ResourceRoutes:
         if "fields" in options:
             searching.parse_fields(options["fields"], self._manager.codec)
         resource = await self._manager.get(
-            resource_id, revision=revision, include_deleted=include_deleted, within=sight(request.by)
+            resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.by)
         )
         if conditions.not_modified(request, resource.meta):
             return resource, Response(304, b"", (etag(resource.meta),))
