@@ -9,14 +9,35 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ..query import MAX_LIMIT, META_FIELDS, SET_OPS, STATE_OPS, ops_of
-from ..resource_manager.basic import ResourceMeta, RevisionInfo
+from ..query import META_FIELDS, SET_OPS, STATE_OPS, ops_of
 from ..resource_manager.core import MAX_BATCH, ResourceManager
 from . import batches
-from .options import ID_PATTERN, KEY_PATTERN, MAX_REVISION
+from .openapi_parts import (
+    CREATE_ONLY,
+    CURSOR,
+    CURSOR_PARAMETER,
+    ETAG,
+    FIND_DELETED,
+    ID,
+    IF_MATCH,
+    IF_NONE_MATCH,
+    INCLUDE_DELETED,
+    KEY,
+    LIMIT,
+    LIST,
+    MODE,
+    REVISION,
+    STATUS,
+    array,
+    close,
+    closed,
+    json_content,
+    query_parameter,
+    ref,
+    responses_of,
+    shared_schemas,
+)
 from .patching import JSON_PATCH, MERGE_PATCH
-from .resource import SwitchBody
-from .searching import DEFAULT_LIMIT
 from .value_schemas import REF, Schema, bound, example, value_schema
 
 
@@ -31,7 +52,7 @@ def describe(description: Description, own: dict[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(own)
     merged["openapi"] = "3.1.0"
     schemas = merged.setdefault("components", {}).setdefault("schemas", {})
-    schemas.update(_shared())
+    schemas.update(shared_schemas())
     prefix = description.prefix
     paths = {f"{prefix}/healthz": {"get": _healthz()}, f"{prefix}/readyz": {"get": _readyz(description)}}
     if description.authenticated:
@@ -45,97 +66,13 @@ def describe(description: Description, own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def ref(name: str) -> Schema:
-    return {"$ref": REF.format(name=name)}
-
-
-def closed(properties: Mapping[str, Schema], required: list[str] | None = None) -> Schema:
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties) if required is None else required,
-        "additionalProperties": False,
-    }
-
-
-def _close(schemas: dict[str, Schema]) -> dict[str, Schema]:
-    """What msgspec does not say of its types: unknown fields are refused at every depth, sets take an element twice, and decimals
-    may be numbers."""
-    for schema in schemas.values():
-        if "properties" in schema:
-            schema.setdefault("additionalProperties", False)
-        _correct(schema)
-    return schemas
-
-
-def _correct(schema: Any) -> None:
-    if isinstance(schema, list):
-        for part in schema:
-            _correct(part)
-    if isinstance(schema, dict):
-        if schema.get("type") == "array":
-            schema.pop("uniqueItems", None)
-        if schema.get("format") == "decimal" and schema.get("type") == "string":
-            schema["type"] = ["string", "number"]
-        for part in schema.values():
-            _correct(part)
-
-
-def _shared() -> dict[str, Schema]:
-    _, schemas = msgspec.json.schema_components([ResourceMeta, RevisionInfo, SwitchBody], ref_template=REF)
-    schemas["SwitchBody"]["properties"]["revision"] |= {"minimum": 1, "maximum": MAX_REVISION}
-    schemas["Problem"] = closed(
-        {
-            "type": {"type": "string", "examples": ["urn:crudstack:not-found"]},
-            "title": {"type": "string"},
-            "status": {"type": "integer"},
-            "detail": {"type": "string"},
-            "errors": {"type": "array", "items": ref("Fault")},
-        },
-        required=["type", "title", "status", "detail"],
-    )
-    schemas["Fault"] = closed({"pointer": {"type": "string"}, "detail": {"type": "string"}})
-    schemas["Count"] = closed({"count": {"type": "integer", "minimum": 0}})
-    schemas["Purged"] = closed({"erased_by": {"type": "string", "format": "date-time"}})
-    schemas["JsonPatchOperation"] = closed(
-        {
-            "op": {"type": "string", "enum": ["add", "remove", "replace", "move", "copy", "test"]},
-            "path": {"type": "string"},
-            "from": {"type": "string"},
-            "value": {},
-        },
-        required=["op", "path"],
-    )
-    schemas["RevisionPage"] = closed({"items": {"type": "array", "items": ref("RevisionInfo")}, "next_cursor": CURSOR})
-    return _close(schemas)
-
-
-CURSOR: Schema = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-ERRORS = {
-    400: "The query string or a condition means nothing here",
-    401: "Sign in first",
-    403: "This is not allowed",
-    404: "There is no such resource, revision or route",
-    409: "The state, or a unique value of another resource, does not allow it",
-    410: "The resource is deleted",
-    412: "The resource is not in the expected state",
-    413: "The body, or what is indexed of it, is too large",
-    415: "This content type is not taken here",
-    422: "The body does not fit",
-    428: "If-Match is required",
-    500: "The server failed",
-    503: "The store is unavailable, stored data is damaged, or the outcome is unknown",
-}
-ETAG = {"ETag": {"schema": {"type": "string"}, "description": "the resource's state, for If-Match and If-None-Match"}}
-
-
 def _healthz() -> Schema:
     answer = closed({"status": {"type": "string", "const": "ok"}})
     return {
         "operationId": "healthz",
         "summary": "Is the process alive",
         "tags": ["service"],
-        "responses": _responses({200: _json(answer, "it is")}, 400, 500),
+        "responses": responses_of({200: json_content(answer, "it is")}, 400, 500),
     }
 
 
@@ -143,7 +80,7 @@ def _signed_in(description: Description, operation: Schema) -> Schema:
     """The operation, and what it takes to be let in."""
     if not description.authenticated:
         return operation
-    responses = _responses({}, 401, 403) | operation["responses"]
+    responses = responses_of({}, 401, 403) | operation["responses"]
     return operation | {"security": [{"bearer": []}], "responses": dict(sorted(responses.items()))}
 
 
@@ -162,58 +99,11 @@ def _readyz(description: Description) -> Schema:
         "summary": "Do the stores answer, and which would not survive a crash",
         "tags": ["service"],
         "responses": {
-            **_responses({200: _json(answer, "they do")}, 400, 500),
-            "503": _json(answer, "some do not"),
+            **responses_of({200: json_content(answer, "they do")}, 400, 500),
+            "503": json_content(answer, "some do not"),
         },
     }
     return _signed_in(description, operation)
-
-
-def _json(schema: Schema, description: str, headers: Schema | None = None, media: str = "application/json") -> Schema:
-    response: Schema = {"description": description, "content": {media: {"schema": schema}}}
-    return response | ({"headers": headers} if headers else {})
-
-
-def _responses(good: Mapping[int, Schema], *errors: int) -> Schema:
-    problem = {"application/problem+json": {"schema": ref("Problem")}}
-    return {str(status): response for status, response in good.items()} | {
-        str(status): {"description": ERRORS[status], "content": problem} for status in errors
-    }
-
-
-def _query(name: str, schema: Schema, description: str = "", **more: Any) -> Schema:
-    parameter = {"name": name, "in": "query", "required": False, "schema": schema, **more}
-    return parameter | ({"description": description} if description else {})
-
-
-def _header(name: str, description: str) -> Schema:
-    return {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": description}
-
-
-REVISION: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_REVISION}
-BOOL: Schema = {"type": "boolean", "default": False}
-INCLUDE_DELETED = _query("include_deleted", BOOL, "show deleted resources too")
-FIND_DELETED = _query(
-    "include_deleted", {"type": "boolean"}, "find deleted resources too; default: only if meta.is_deleted is asked for"
-)
-STATUS = _query("status", {"type": "string", "enum": ["draft", "stable"], "default": "stable"}, "of the new revision")
-MODE = _query(
-    "mode", {"type": "string", "enum": ["update", "modify"], "default": "update"}, "modify: edit the draft in place"
-)
-IF_MATCH = _header("If-Match", "the ETag of the state to change, or *")
-KEY = _header("Idempotency-Key", "a name of this request, which then happens once: asking again gives the first answer")
-KEY["schema"] = {"type": "string", "pattern": f"^{KEY_PATTERN}$", "minLength": 1, "maxLength": 255}
-IF_NONE_MATCH = _header("If-None-Match", "ETags of states that the client has")
-CREATE_ONLY = _header("If-None-Match", "`*`: create under this id, only if nothing has it")
-LIMIT = _query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT})
-CURSOR_PARAMETER = _query("cursor", {"type": "string"}, "the next_cursor of the page before")
-LIST: Schema = {"style": "form", "explode": False}
-ID = {
-    "name": "id",
-    "in": "path",
-    "required": True,
-    "schema": {"type": "string", "pattern": f"^{ID_PATTERN}$", "minLength": 1, "maxLength": 128},
-}
 
 
 class _Model:
@@ -255,7 +145,7 @@ class _Model:
             f"{self.title}MergePatch": {"type": "object", "additionalProperties": True},
         }
         self.components[self.component].setdefault("examples", [self._example()])
-        return _close(self.components) | made | self._batch()
+        return close(self.components) | made | self._batch()
 
     def _batch(self) -> dict[str, Schema]:
         """The operations of a batch, with this model's data in them."""
@@ -282,15 +172,15 @@ class _Model:
     def paths(self) -> dict[str, Schema]:
         base, one = f"/{self.name}", f"/{self.name}/{{id}}"
         resource, view = ref(f"{self.title}Resource"), ref(f"{self.title}View")
-        changed: dict[int, Schema] = {200: _json(resource, "the resource as it is now", ETAG)}
+        changed: dict[int, Schema] = {200: json_content(resource, "the resource as it is now", ETAG)}
         created: dict[int, Schema] = {
-            201: _json(resource, "created", ETAG | {"Location": {"schema": {"type": "string"}}})
+            201: json_content(resource, "created", ETAG | {"Location": {"schema": {"type": "string"}}})
         }
         unchanged: dict[int, Schema] = {304: {"description": "the client has this state", "headers": ETAG}}
         create = (400, 409, 410, 413, 422, 500, 503)
         write = (404, 412, 428, *create)
         body = {"required": True, "content": {"application/json": {"schema": self.schema}}}
-        reading = [ID, _query("revision", REVISION), self._fields(), INCLUDE_DELETED, IF_NONE_MATCH]
+        reading = [ID, query_parameter("revision", REVISION), self._fields(), INCLUDE_DELETED, IF_NONE_MATCH]
         read = (400, 404, 410, 500, 503)
         patches: Schema = {
             MERGE_PATCH: {"schema": ref(f"{self.title}MergePatch")},
@@ -301,7 +191,7 @@ class _Model:
         batch = {"required": True, "content": {"application/json": {"schema": ref(f"{self.title}Batch")}}}
         gone: dict[int, Schema] = {204: {"description": "deleted; restore brings it back", "headers": ETAG}}
         page = {
-            200: _json(
+            200: json_content(
                 ref(f"{self.title}Page"),
                 "a page",
                 {"Link": {"schema": {"type": "string"}, "description": "next; left out if it would exceed 4 KB"}},
@@ -314,20 +204,25 @@ class _Model:
             },
             f"{base}/count": {
                 "get": self._op(
-                    "count", [FIND_DELETED, *self._filters()], {200: _json(ref("Count"), "how many")}, 400, 500, 503
+                    "count",
+                    [FIND_DELETED, *self._filters()],
+                    {200: json_content(ref("Count"), "how many")},
+                    400,
+                    500,
+                    503,
                 )
             },
             f"{base}/batch": {
                 "post": self._op(
                     "batch",
                     [KEY],
-                    {200: _json(ref(f"{self.title}Results"), "all were done")},
+                    {200: json_content(ref(f"{self.title}Results"), "all were done")},
                     *(415, *write),
                     body=batch,
                 )
             },
             one: {
-                "get": self._op("get", reading, {200: _json(view, "the resource", ETAG)} | unchanged, *read),
+                "get": self._op("get", reading, {200: json_content(view, "the resource", ETAG)} | unchanged, *read),
                 "put": self._op(
                     "update",
                     [ID, STATUS, MODE, IF_MATCH, CREATE_ONLY, KEY],
@@ -348,7 +243,8 @@ class _Model:
                 "get": self._op(
                     "get_data_of",
                     reading,
-                    {200: _json({"anyOf": [self.schema, ref(f"{self.title}Part")]}, "the bare data", ETAG)} | unchanged,
+                    {200: json_content({"anyOf": [self.schema, ref(f"{self.title}Part")]}, "the bare data", ETAG)}
+                    | unchanged,
                     *read,
                 )
             },
@@ -359,7 +255,7 @@ class _Model:
                 "post": self._op(
                     "purge",
                     [ID, IF_MATCH, KEY],
-                    {202: _json(ref("Purged"), "erased; `erased_by` says when the last trace is gone")},
+                    {202: json_content(ref("Purged"), "erased; `erased_by` says when the last trace is gone")},
                     *write,
                 )
             },
@@ -367,7 +263,7 @@ class _Model:
                 "get": self._op(
                     "list_revisions_of",
                     [ID, LIMIT, CURSOR_PARAMETER, INCLUDE_DELETED],
-                    {200: _json(ref("RevisionPage"), "history, newest first")},
+                    {200: json_content(ref("RevisionPage"), "history, newest first")},
                     *read,
                 )
             },
@@ -375,7 +271,7 @@ class _Model:
                 "get": self._op(
                     "get_revision_of",
                     [ID, {"name": "revision", "in": "path", "required": True, "schema": REVISION}, INCLUDE_DELETED],
-                    {200: _json(ref(f"{self.title}Revision"), "one revision")},
+                    {200: json_content(ref(f"{self.title}Revision"), "one revision")},
                     *read,
                 )
             },
@@ -385,10 +281,14 @@ class _Model:
                     [
                         ID,
                         {"name": "from", "in": "query", "required": True, "schema": REVISION},
-                        _query("to", REVISION, "default: the current revision"),
+                        query_parameter("to", REVISION, "default: the current revision"),
                         INCLUDE_DELETED,
                     ],
-                    {200: _json({"type": "array", "items": ref("JsonPatchOperation")}, "JSON Patch", media=JSON_PATCH)},
+                    {
+                        200: json_content(
+                            {"type": "array", "items": ref("JsonPatchOperation")}, "JSON Patch", media=JSON_PATCH
+                        )
+                    },
                     *read,
                 )
             },
@@ -402,7 +302,7 @@ class _Model:
             "summary": f"{verb.replace('_', ' ').capitalize()} {self.name}",
             "tags": [self.name],
             "parameters": parameters,
-            "responses": _responses(good, *sorted(set(errors))),
+            "responses": responses_of(good, *sorted(set(errors))),
         }
         return _signed_in(self._description, operation | ({"requestBody": body} if body else {}))
 
@@ -410,17 +310,17 @@ class _Model:
         sortable = [name for name, kind in self.codec.fields.items() if not kind.is_list]
         keys = [sign + key for key in [*sortable, *(f"meta.{name}" for name in META_FIELDS)] for sign in ("", "-")]
         return [
-            _query("sort", _array({"type": "string", "enum": keys}, maxItems=8), "`-` for descending", **LIST),
+            query_parameter("sort", array({"type": "string", "enum": keys}, maxItems=8), "`-` for descending", **LIST),
             LIMIT,
             CURSOR_PARAMETER,
             self._fields(),
-            _query("data", {"type": "boolean", "default": True}, "false: metadata only"),
+            query_parameter("data", {"type": "boolean", "default": True}, "false: metadata only"),
             FIND_DELETED,
         ]
 
     def _fields(self) -> Schema:
         names = sorted({*self.components[self.component]["properties"], *self.codec.fields})
-        return _query("fields", _array({"type": "string", "enum": names}), "only these of the data", **LIST)
+        return query_parameter("fields", array({"type": "string", "enum": names}), "only these of the data", **LIST)
 
     def _filters(self) -> list[Schema]:
         parameters = []
@@ -429,11 +329,11 @@ class _Model:
             for op in ops_of(kind):
                 parameter = name if op == "eq" else f"{name}[{op}]"
                 if op in STATE_OPS:
-                    parameters.append(_query(parameter, {"type": "boolean"}))
+                    parameters.append(query_parameter(parameter, {"type": "boolean"}))
                 elif op in SET_OPS:
-                    parameters.append(_query(parameter, _array(value), **LIST))
+                    parameters.append(query_parameter(parameter, array(value), **LIST))
                 else:
-                    parameters.append(_query(parameter, value))
+                    parameters.append(query_parameter(parameter, value))
         return parameters
 
     def _bound_indexed_fields(self) -> None:
@@ -448,7 +348,3 @@ class _Model:
             name: example(schema, self.components)
             for name, schema in self.components[self.component]["properties"].items()
         }
-
-
-def _array(items: Schema, **more: Any) -> Schema:
-    return {"type": "array", "items": items, "minItems": 1, **more}
