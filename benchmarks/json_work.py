@@ -68,7 +68,7 @@ def text_of(name: str, size: int) -> bytes:
 def patch_of(text: bytes, media: str) -> Callable[[], Any]:
     """What a patch that sends this text does to data that are this text already."""
     body = text if media == patching.MERGE_PATCH else b'[{"op":"add","path":"/x","value":%b}]' % text
-    given = patching.given(body, media)
+    given = patching.patch_from_body(body, media)
 
     def work() -> None:
         after = canonical_json(given.apply(msgspec.json.decode(text)))
@@ -90,7 +90,7 @@ def front(text: bytes) -> bytes:
 
 
 def put_in_front(text: bytes) -> Callable[[], Any]:
-    given = patching.given(front(text), patching.JSON_PATCH)
+    given = patching.patch_from_body(front(text), patching.JSON_PATCH)
 
     def work() -> None:
         with contextlib.suppress(CrudError):  # some have no list
@@ -111,15 +111,15 @@ WORK: dict[str, tuple[Callable[[bytes], Callable[[], Any]], Callable[[bytes], in
     ),
     "merge patch": (
         lambda text: patch_of(text, patching.MERGE_PATCH),
-        lambda text: operations(text) + patching.given(text, patching.MERGE_PATCH).work,
+        lambda text: operations(text) + patching.patch_from_body(text, patching.MERGE_PATCH).work,
     ),
     "JSON Patch": (
         lambda text: patch_of(text, patching.JSON_PATCH),
-        lambda text: operations(text) + patching.given(text, patching.JSON_PATCH).work,
+        lambda text: operations(text) + patching.patch_from_body(text, patching.JSON_PATCH).work,
     ),
     "1,000 times in front": (
         put_in_front,
-        lambda text: operations(text) + patching.given(front(text), patching.JSON_PATCH).work,
+        lambda text: operations(text) + patching.patch_from_body(front(text), patching.JSON_PATCH).work,
     ),
     "batch": (
         lambda text: lambda: batches.parse(batch(text), CODEC, str, 6 << 20, require_if_match=False),

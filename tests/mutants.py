@@ -125,7 +125,7 @@ MUTANTS = [
         '"synchronous", "normal"',
         CRASH,
     ),
-    ("unknown fields are dropped", M + "model/codec.py", "if faults:", "if False:", REQUEST_BODIES),
+    ("unknown fields are dropped", M + "model/codec.py", "if violations:", "if False:", REQUEST_BODIES),
     ("keys may stand twice", M + "model/codec.py", "if len(found) != len(pairs):", "if False:", REQUEST_BODIES),
     ("cursors of other lists are taken", H + "searching.py", "if raw[: len(scope)] != scope or", "if", SEARCH),
     (
@@ -245,14 +245,14 @@ MUTANTS = [
     (
         "lists are not bounded",
         H + "collection.py",
-        "search._replace(query=narrowed(search.query, request.by))",
+        "search._replace(query=narrowed(search.query, request.caller))",
         "search",
         ACCESS,
     ),
     (
         "counts are not bounded",
         H + "collection.py",
-        "narrowed(query.resolve(self._manager.codec.fields), request.by)",
+        "narrowed(query.resolve(self._manager.codec.fields), request.caller)",
         "query",
         ACCESS,
     ),

@@ -52,8 +52,8 @@ def refusal(data: Data, before: Data | None) -> str | None:
             limits.check_items("r", CODEC.items(data), {} if before is None else CODEC.items(before))
             limits.check_index("r", CODEC.index(data), None if before is None else CODEC.index(before))
     except MetadataTooLarge as error:
-        (fault,) = error.faults
-        return fault.pointer
+        (violation,) = error.violations
+        return violation.pointer
     return None
 
 

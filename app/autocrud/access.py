@@ -54,17 +54,17 @@ class Principal(Struct, frozen=True, kw_only=True):
 
 ANONYMOUS = Principal(name="anonymous")
 
-Allowed = bool | Filter
-Authorize = Callable[[Principal, Action, str], Allowed | Awaitable[Allowed]]
-Rule = Callable[[Principal], Allowed]
+Decision = bool | Filter
+Authorize = Callable[[Principal, Action, str], Decision | Awaitable[Decision]]
+Rule = Callable[[Principal], Decision]
 
 
-def anyone(_: Principal) -> Allowed:
+def anyone(_: Principal) -> Decision:
     """Everybody who is let in at all."""
     return True
 
 
-def own(principal: Principal) -> Allowed:
+def own(principal: Principal) -> Decision:
     """The resources that the principal created."""
     return field("meta.created_by").eq(principal.name)
 
@@ -96,21 +96,21 @@ class Permissions:
         """The models that it names."""
         return set(self._table) - {"*"}
 
-    def __call__(self, principal: Principal, action: Action, model: str) -> Allowed:
+    def __call__(self, principal: Principal, action: Action, model: str) -> Decision:
         row = self._table.get(model, self._table.get("*", {}))
         filters: list[Filter] = []
         for rule in row.get(action, row.get("*", ())):
-            allowed = rule(principal)
-            if isinstance(allowed, Filter):
-                filters.append(allowed)
-            elif allowed is True:
+            decision = rule(principal)
+            if isinstance(decision, Filter):
+                filters.append(decision)
+            elif decision is True:
                 return True
         if not filters:
             return False
         return filters[0] if len(filters) == 1 else Or(tuple(filters))
 
 
-async def allowed(authorize: Authorize, principal: Principal, action: Action, model: str) -> Allowed:
+async def decide(authorize: Authorize, principal: Principal, action: Action, model: str) -> Decision:
     """What `authorize` answers. Anything but True, False or a filter is a defect of it, and lets nobody in."""
     answer = authorize(principal, action, model)
     if inspect.isawaitable(answer):

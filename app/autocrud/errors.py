@@ -27,10 +27,10 @@ class CrudError(Exception):
     title: ClassVar[str] = "Internal error"
     status: ClassVar[int] = 500
 
-    def __init__(self, detail: str, faults: tuple[Violation, ...] = ()) -> None:
+    def __init__(self, detail: str, violations: tuple[Violation, ...] = ()) -> None:
         super().__init__(detail)
         self.detail = detail
-        self.faults = faults
+        self.violations = violations
         self.operation: int | None = None  # which one of a batch it was
 
 

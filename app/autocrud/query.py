@@ -298,13 +298,13 @@ _COMPARISONS: dict[Op, Callable[[Any, Any], bool]] = {
 }
 
 
-def about_data(where: Filter) -> bool:
+def uses_data_fields(where: Filter) -> bool:
     """Whether a resolved filter names anything but metadata."""
     match where:
         case Compare():
             return not where.field.startswith("meta.")
         case And() | Or():
-            return any(map(about_data, where.of))
+            return any(map(uses_data_fields, where.of))
         case Not():
-            return about_data(where.of)
+            return uses_data_fields(where.of)
     raise AssertionError("there are no other filters")

@@ -63,7 +63,7 @@ class Secret:
         return hash(self.reveal())
 
 
-class Form(NamedTuple):
+class AddressFormat(NamedTuple):
     """A kind of address: the name that errors use, an example, the schemes, and a pattern of what is after the scheme."""
 
     name: str
@@ -74,26 +74,26 @@ class Form(NamedTuple):
 
 _HOST = r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s/?#@:,\[\]]+)(?::[0-9]{0,5})?"
 _QUERY = r"(?:\?[^\s#]*)?"
-POSTGRES = Form(
+POSTGRES = AddressFormat(
     "the address of PostgreSQL",
     "postgresql://user:password@host:port/database",
     ("postgresql", "postgres"),
     rf"(?:{_HOST}(?:,{_HOST})*)?(?:/[^\s?#]*)?{_QUERY}",
 )
-REDIS = Form(
+REDIS = AddressFormat(
     "redis_url",
     "redis://[[user]:password@]host:port/db, where db is a number, or rediss:// with TLS",
     ("redis", "rediss"),
     rf"(?:{_HOST}|:[0-9]{{0,5}})?(?:/[0-9]*)?{_QUERY}",
 )
-REDIS_SOCKET = Form(REDIS.name, REDIS.like, ("unix",), rf"/[^\s?#]*{_QUERY}")
-AMQP = Form(
+REDIS_SOCKET = AddressFormat(REDIS.name, REDIS.like, ("unix",), rf"/[^\s?#]*{_QUERY}")
+AMQP = AddressFormat(
     "amqp_url",
     "amqp://[user:password@]host[:port][/vhost], or amqps:// with TLS (?cafile=...)",
     ("amqp", "amqps"),
     rf"{_HOST}(?:/[^\s?#]*)?{_QUERY}",
 )
-HTTP = Form("the S3 endpoint", "http://127.0.0.1:9000", ("http", "https"), rf"{_HOST}(?:/[^\s?#]*)?")
+HTTP = AddressFormat("the S3 endpoint", "http://127.0.0.1:9000", ("http", "https"), rf"{_HOST}(?:/[^\s?#]*)?")
 
 ENCODE = "in user and password write @ as %40, / as %2F, ? as %3F, # as %23, % as %25, \\ as %5C and a blank as %20"
 
@@ -112,7 +112,7 @@ def hidden(text: str | Secret | None) -> Secret | None:
     return Secret(text) if isinstance(text, str) else text
 
 
-def url(text: str | Secret, *forms: Form) -> Secret:
+def url(text: str | Secret, *forms: AddressFormat) -> Secret:
     """Return an address as a secret. Raises ConfigError, which does not quote it, if it is none or is ambiguous."""
     text = plain(text)
     form = forms[0]
@@ -193,5 +193,5 @@ def _parts(credentials: str, query: str) -> set[str]:
     return {form for part in written for form in (part, unquote(part), quote(unquote(part), safe=""))}
 
 
-def _unreadable(form: Form, found: str) -> ConfigError:
+def _unreadable(form: AddressFormat, found: str) -> ConfigError:
     return ConfigError(f"{form.name} cannot be read: {found}; expected {form.like}; {ENCODE}")

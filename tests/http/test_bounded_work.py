@@ -76,9 +76,9 @@ def test_adding_in_front_costs_the_same_at_each_length(monkeypatch):
 
     assert grows_like_its_size(work_of)
     moved = []
-    insert = json_patch.Row.insert
+    insert = json_patch.ChunkedList.insert
     monkeypatch.setattr(
-        json_patch.Row,
+        json_patch.ChunkedList,
         "insert",
         lambda row, at, value: (insert(row, at, value), moved.append(max(map(len, row._pieces)))),
     )
@@ -350,8 +350,8 @@ async def test_large_work_waits_in_one_lane_and_no_thread_is_busy_afterwards(api
 @pytest.mark.parametrize("written", ['"copy"', '"c\\u006fpy"'])
 def test_a_patch_that_may_make_much_counts_as_much(written):
     body = b"[" + b",".join([b'{"op":%b,"from":"/x","path":"/x/-"}' % written.encode()] * 22) + b"]"
-    assert patching.given(body, patching.JSON_PATCH).size >= threads.HEAVY_BYTES
-    assert patching.given(body, patching.MERGE_PATCH).size == len(body)
+    assert patching.patch_from_body(body, patching.JSON_PATCH).size >= threads.HEAVY_BYTES
+    assert patching.patch_from_body(body, patching.MERGE_PATCH).size == len(body)
 
 
 JSON = st.recursive(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from app.autocrud.errors import InvalidData, PatchConflict
 from app.autocrud.http import json_patch
 from app.autocrud.http.json_diff import diff
-from app.autocrud.http.json_patch import Row
+from app.autocrud.http.json_patch import ChunkedList
 
 NAMES = st.sampled_from(["a", "b", "c", "", "~", "/", "0", "é"])
 SCALARS = st.one_of(
@@ -117,7 +117,7 @@ def test_what_a_patch_adds_is_not_the_patch_itself():
     st.lists(st.tuples(st.sampled_from(["insert", "pop", "set"]), st.integers(0, 40)), max_size=60),
 )
 def test_a_row_is_a_list(items, steps):
-    row, plain = Row(list(items)), list(items)
+    row, plain = ChunkedList(list(items)), list(items)
     for number, (step, at) in enumerate(steps):
         if step == "insert":
             row.insert(at % (len(plain) + 1), number)

@@ -98,9 +98,9 @@ async def test_the_error_for_an_invalid_revision_number_gives_the_range(api, not
     operation = {"op": "switch", "id": path.rpartition("/")[2], "revision": number}
     batch = await api.post("/note/batch", json={"operations": [operation]})
     for answer, pointer in ((alone, "/revision"), (batch, "/operations/0/revision")):
-        (fault,) = problem(answer, 422, "invalid-data")["errors"]
-        assert fault["pointer"] == pointer
-        assert fault["detail"].startswith("expected a whole number from 1 to 2147483648, got ")
+        (violation,) = problem(answer, 422, "invalid-data")["errors"]
+        assert violation["pointer"] == pointer
+        assert violation["detail"].startswith("expected a whole number from 1 to 2147483648, got ")
 
 
 async def test_a_unique_conflict_in_a_batch_names_the_operation(api):

@@ -107,8 +107,8 @@ async def test_merge_patch(api, note):
     assert (answer.json()["data"]["views"], answer.json()["data"]["inner"]) == (2, {"code": "x"})
     answer = await api.patch(path, json={"inner": None})  # application/json is a merge patch too
     assert answer.json()["data"]["inner"] is None
-    fault = problem(await api.patch(path, json={"views": "many"}, headers=MERGE), 422, "invalid-data")["errors"][0]
-    assert fault["pointer"] == "/views"
+    violation = problem(await api.patch(path, json={"views": "many"}, headers=MERGE), 422, "invalid-data")["errors"][0]
+    assert violation["pointer"] == "/views"
     problem(await api.patch(path, json=[1], headers=MERGE), 422, "invalid-data")
     problem(await api.patch(path, json={"title": None}, headers=MERGE), 422, "invalid-data")
 

@@ -31,7 +31,7 @@ from ..resource_manager.runtime.deadline import operations
 from .conditions import parse_version
 from .json_patch import MAX_OPERATIONS
 from .options import check_revision
-from .patching import GivenPatch, given_json_patch, merge_patch
+from .patching import PatchFunction, json_patch_function, merge_patch
 from .problems import PreconditionRequired
 
 
@@ -168,7 +168,7 @@ def _on_existing(given: Any, codec: Codec[Any], size: int, work: int, max_body: 
             if mode == "modify" and status != "stable":
                 raise InvalidData("modify keeps the status", (Violation("/status", "modify keeps the status"),))
             is_merge = isinstance(patch, dict)
-            how = GivenPatch(merge_patch(patch), size, work) if is_merge else given_json_patch(patch, size, work)
+            how = PatchFunction(merge_patch(patch), size, work) if is_merge else json_patch_function(patch, size, work)
             return Patch(
                 **on, apply=how.apply, size=how.size, work=how.work, max_bytes=max_body, mode=mode, status=status
             )
@@ -190,13 +190,13 @@ def _document(data: Raw, codec: Codec[Any]) -> Document[Any]:
     try:
         return codec.parse(bytes(data))
     except InvalidData as error:
-        error.faults = in_data(error.faults)
+        error.violations = in_data(error.violations)
         raise
 
 
-def in_data(faults: Sequence[Violation]) -> tuple[Violation, ...]:
+def in_data(violations: Sequence[Violation]) -> tuple[Violation, ...]:
     """Faults of a document, as faults of the operation that it is the data of."""
-    return tuple(Violation(f"/data{fault.pointer}", fault.detail) for fault in faults)
+    return tuple(Violation(f"/data{violation.pointer}", violation.detail) for violation in violations)
 
 
 def _expect(etag: str | None) -> Version | None:
@@ -205,7 +205,9 @@ def _expect(etag: str | None) -> Version | None:
 
 def located(error: CrudError, at: int) -> CrudError:
     """The same error, with pointers that start at the operation."""
-    faults: Sequence[Violation] = error.faults or (Violation("", error.detail),)
-    error.faults = tuple(Violation(f"/operations/{at}{fault.pointer}", fault.detail) for fault in faults)
+    violations: Sequence[Violation] = error.violations or (Violation("", error.detail),)
+    error.violations = tuple(
+        Violation(f"/operations/{at}{violation.pointer}", violation.detail) for violation in violations
+    )
     error.detail = f"operation {at}: {error.detail}"
     return error

@@ -42,7 +42,7 @@ class CollectionRoutes:
     async def create(self, request: Request) -> Response:
         status = parse_status(request.options("status"))
         document = await self._context.document(request)
-        created = await self._manager.create(document, status=status, by=request.by)
+        created = await self._manager.create(document, status=status, by=request.caller)
         location = f"{request.path}/{created.meta.resource_id}".encode("latin-1")
         return resource_response(created, 201, ((b"location", location),))
 
@@ -54,7 +54,7 @@ class CollectionRoutes:
 
     async def list(self, request: Request) -> Response:
         search = self._parse(request.scope["query_string"])
-        search = search._replace(query=narrowed(search.query, request.by))
+        search = search._replace(query=narrowed(search.query, request.caller))
         from_index = not search.data or (
             search.fields is not None and set(search.fields) <= set(self._manager.codec.fields)
         )
@@ -95,7 +95,7 @@ class CollectionRoutes:
 
     async def count(self, request: Request) -> Response:
         query = searching.parse_count(request.parameters(), self._manager.codec)
-        count = await self._manager.count(narrowed(query.resolve(self._manager.codec.fields), request.by))
+        count = await self._manager.count(narrowed(query.resolve(self._manager.codec.fields), request.caller))
         return Response(200, b'{"count":%d}' % count)
 
     async def batch(self, request: Request) -> Response:
@@ -110,10 +110,12 @@ class CollectionRoutes:
         )
         await self._context.authorize(request, *dict.fromkeys(ACTIONS[type(operation)] for operation in operations))
         try:
-            results = await self._manager.batch(operations, by=request.by)
+            results = await self._manager.batch(operations, by=request.caller)
         except CrudError as error:
             if error.operation is None:
                 raise
-            error.faults = batches.in_data(error.faults)  # what planning finds wrong in a place, it finds in the data
+            error.violations = batches.in_data(
+                error.violations
+            )  # what planning finds wrong in a place, it finds in the data
             raise batches.located(error, error.operation) from None
         return batch_response(results)

@@ -37,7 +37,7 @@ def assets() -> Path | None:
     return directory if all((directory / name).is_file() for name in ASSETS) else None
 
 
-def replace(app: Any) -> None:
+def serve_docs_page(app: Any) -> None:
     """Put a local page where FastAPI has pages that load from a CDN."""
     own = {app.docs_url, app.redoc_url, app.swagger_ui_oauth2_redirect_url} - {None}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in own]

@@ -8,7 +8,7 @@ from ..resource_manager.basic import Page, RevisionInfo
 from ..resource_manager.runtime.threads import heavy
 from . import json_diff, patching, problems, searching
 from .answers import page_response
-from .messages import Request, Response, bad_parameter, integer
+from .messages import Request, Response, bad_parameter, parse_integer
 from .model_context import ModelContext
 from .options import MAX_REVISION, include_deleted_of, known_id
 from .searching import read_filter_of
@@ -25,7 +25,7 @@ class HistoryRoutes:
     async def revisions(self, request: Request) -> Response:
         options = request.options("limit", "cursor", "include_deleted")
         resource_id = known_id(request.rest[0])
-        limit = integer("limit", options["limit"], 1, 200) if "limit" in options else searching.DEFAULT_LIMIT
+        limit = parse_integer("limit", options["limit"], 1, 200) if "limit" in options else searching.DEFAULT_LIMIT
         scope = searching.revisions_scope(self._manager.name, resource_id)
         before = None
         if "cursor" in options:
@@ -38,7 +38,7 @@ class HistoryRoutes:
             before=before,
             limit=limit,
             include_deleted=include_deleted_of(options),
-            read_filter=read_filter_of(request.by),
+            read_filter=read_filter_of(request.caller),
         )
         cursor = None if page.next is None else searching.encode_cursor((page.next,), scope)
         return page_response(request, [_encode(info) for info in page.items], cursor)
@@ -50,7 +50,7 @@ class HistoryRoutes:
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
         include_deleted = include_deleted_of(options)
         resource = await self._manager.get(
-            resource_id, revision=int(number), include_deleted=include_deleted, read_filter=read_filter_of(request.by)
+            resource_id, revision=int(number), include_deleted=include_deleted, read_filter=read_filter_of(request.caller)
         )
         return Response(200, b'{"meta":%b,"data":%b}' % (_encode(resource.info), resource.json))
 
@@ -62,9 +62,9 @@ class HistoryRoutes:
         include_deleted = include_deleted_of(options)
         bodies = []
         for name in ("from", "to"):
-            revision = integer(name, options[name], 1, MAX_REVISION) if name in options else None
+            revision = parse_integer(name, options[name], 1, MAX_REVISION) if name in options else None
             found = await self._manager.get(
-                resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.by)
+                resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.caller)
             )
             bodies.append(found.json)
         old, new = bodies

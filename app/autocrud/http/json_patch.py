@@ -34,7 +34,7 @@ _INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
 _ESCAPE = re.compile(r"~(?![01])")
 
 
-class Row:
+class ChunkedList:
     """A long list of JSON in pieces: an item is put in front without moving all others.
 
     Adding or removing costs one walk over the pieces and one move of at most 2 * LONG items.
@@ -92,7 +92,7 @@ class Row:
 
 
 def _plain(value: Any) -> Any:
-    assert isinstance(value, Row)
+    assert isinstance(value, ChunkedList)
     return value.plain()
 
 
@@ -130,7 +130,8 @@ def _operation(at: int, given: dict[str, Any]) -> Operation:
     op = given.get("op")
     if not isinstance(op, str) or op not in OPERATIONS:
         raise invalid(
-            f"operation {at} of the patch has the op {quoted(op)}; expected one of {', '.join(OPERATIONS)}", f"/{at}/op"
+            f"operation {at} of the patch has the op {excerpt(op)}; expected one of {', '.join(OPERATIONS)}",
+            f"/{at}/op",
         )
     tokens = _pointer(at, given, "path")
     if op in ("move", "copy"):
@@ -145,7 +146,7 @@ def _pointer(at: int, given: dict[str, Any], name: str) -> list[str]:
     pointer = given.get(name)
     if not isinstance(pointer, str) or (pointer and not pointer.startswith("/")) or _ESCAPE.search(pointer):
         raise invalid(
-            f"operation {at} of the patch has the {name} {quoted(pointer)}; expected a JSON Pointer like /tags/0, in which"
+            f"operation {at} of the patch has the {name} {excerpt(pointer)}; expected a JSON Pointer like /tags/0, in which"
             " ~ is written ~0, and / inside of a name ~1",
             f"/{at}/{name}",
         )
@@ -220,8 +221,8 @@ class _Application:
         else:
             if _same(found, operation.value):
                 return
-            said = f"the value at {_shown(path)} is {quoted(found)}"
-        said += f"; the test expects {quoted(operation.value)}"
+            said = f"the value at {_shown(path)} is {excerpt(found)}"
+        said += f"; the test expects {excerpt(operation.value)}"
         raise PatchConflict(f"the patch does not apply: {said}", (Violation("", said),))
 
     def _place(self, tokens: Sequence[str], path: str) -> tuple[Any, Any]:
@@ -253,7 +254,7 @@ class _Application:
         """Return what holds the items of a container from here on: a Row in place of a long list."""
         if not isinstance(container, list) or len(container) <= LONG:
             return container
-        row = Row(container)
+        row = ChunkedList(container)
         owner, key = self._place(tokens[:-1], path)
         owner[key] = row
         self._has_rows = True
@@ -267,7 +268,7 @@ def _key(container: Any, token: str, path: str) -> Any:
     """Return a token as a key of this container. Raises _NoPlace if it can be none."""
     if isinstance(container, dict):
         return token
-    if not isinstance(container, list | Row):
+    if not isinstance(container, list | ChunkedList):
         raise _NoPlace(f"there is nothing at {_shown(path)}")
     if token == "-":  # noqa: S105 - the place after the last item
         return len(container)
@@ -298,7 +299,11 @@ def _same(found: Any, expected: Any) -> bool:
             and all(key in found and _same(found[key], value) for key, value in expected.items())
         )
     if isinstance(expected, list):
-        return isinstance(found, list | Row) and len(found) == len(expected) and all(map(_same, iter(found), expected))
+        return (
+            isinstance(found, list | ChunkedList)
+            and len(found) == len(expected)
+            and all(map(_same, iter(found), expected))
+        )
     if isinstance(found, bool) or isinstance(expected, bool):
         return found is expected
     return bool(found == expected)
@@ -308,7 +313,7 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}...")
 
 
-def quoted(value: Any) -> str:
+def excerpt(value: Any) -> str:
     """Return a value as JSON, cut off where it is long."""
     text = _encode(value)[: 4 * MAX_QUOTED].decode(errors="ignore")
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."

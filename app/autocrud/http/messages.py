@@ -71,11 +71,11 @@ def route_path(scope: Scope) -> str:
 class Request:
     """`rest` is what follows the model's path, split at slashes."""
 
-    __slots__ = ("_max_body", "_read", "_receive", "_weight", "by", "rest", "scope")
+    __slots__ = ("_max_body", "_read", "_receive", "_weight", "caller", "rest", "scope")
 
     def __init__(self, scope: Scope, receive: Receive, rest: list[str], max_body: int) -> None:
         self.scope, self.rest = scope, rest
-        self.by = _ANYBODY
+        self.caller = _ANYBODY
         self._receive, self._max_body = receive, max_body
         self._read: bytes | None = None
         self._weight = 0  # of a large body whose turn it is
@@ -133,7 +133,7 @@ class Request:
             raise InvalidData(f"the body {too_much}; {EXPECTED_SHAPE}", (Violation("", too_much),))
         return found
 
-    def done(self) -> None:
+    def release(self) -> None:
         """Give back what the request was given; its answer is made."""
         if self._weight:
             large_turns().leave(self._weight)
@@ -198,14 +198,14 @@ def unknown_parameter(name: str, allowed: Iterable[str]) -> InvalidQuery:
     return bad_parameter(name, f"unknown parameter; expected {f'one of {known}' if known else 'none'}")
 
 
-def integer(name: str, text: str, least: int, most: int) -> int:
+def parse_integer(name: str, text: str, least: int, most: int) -> int:
     """A whole number in a query string."""
     if text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most:
         return int(text)
     raise bad_parameter(name, f"expected a whole number from {least} to {most}, got {text[:60]!r}")
 
 
-def flag(name: str, text: str) -> bool:
+def parse_flag(name: str, text: str) -> bool:
     if text in ("true", "false"):
         return text == "true"
     raise bad_parameter(name, f"expected true or false, got {text[:60]!r}")

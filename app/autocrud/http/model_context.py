@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from ..access import ANONYMOUS, Action, Authorize, Forbidden, allowed
+from ..access import ANONYMOUS, Action, Authorize, Forbidden, decide
 from ..errors import ConfigError, CrudError
 from ..query import Filter, Query
 from ..resource_manager.core import AccessFilter, ResourceManager
@@ -67,11 +67,11 @@ class ModelContext:
         # Who changes a resource sees it in the answer, so changing takes reading; creating does not.
         needed = actions if set(actions) == {"create"} else ("read", *actions)
         for action in dict.fromkeys(needed):
-            answer = await allowed(self.policy.authorize, who, action, self.manager.name)
+            answer = await decide(self.policy.authorize, who, action, self.manager.name)
             if answer is False:
                 raise Forbidden(f"you may not {action} resources of this model")
             found[action] = None if answer is True else self._resolved(answer)
-        request.by = request.by._replace(access_filter=AccessFilter(found.get("read"), found))
+        request.caller = request.caller._replace(access_filter=AccessFilter(found.get("read"), found))
 
     def _resolved(self, where: Filter | bool) -> Filter | None:
         assert isinstance(where, Filter)

@@ -10,7 +10,7 @@ from ..errors import InvalidData, Violation
 from ..resource_manager.basic import Status
 from ..resource_manager.core import IdempotencyKey
 from . import conditions, problems
-from .messages import Request, bad_parameter, flag, route_path
+from .messages import Request, bad_parameter, parse_flag, route_path
 
 ID_PATTERN = r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,127}"
 KEY_PATTERN = r"[!-~]{1,255}"
@@ -60,7 +60,7 @@ def known_id(resource_id: str) -> str:
 
 
 def include_deleted_of(options: dict[str, str]) -> bool:
-    return "include_deleted" in options and flag("include_deleted", options["include_deleted"])
+    return "include_deleted" in options and parse_flag("include_deleted", options["include_deleted"])
 
 
 def parse_status(options: dict[str, str]) -> Status:

@@ -14,13 +14,13 @@ JSON_PATCH = "application/json-patch+json"
 LEAST_OPERATION = len('{"op":"add","path":"","value":1}')
 """Bytes of the shortest operation that may do something."""
 STEP_WORK = 30
-"""Operations of one step of a JSON Patch in a list of a million items, which is in pieces (see `json_patch.Row`)."""
+"""Operations of one step of a JSON Patch in a list of a million items, which is in pieces (see `json_patch.ChunkedList`)."""
 MAX_DOUBLINGS = 10
 """After so many copies the work counts as large, whatever is copied."""
 PATCH_TYPES = (MERGE_PATCH, "application/json", JSON_PATCH)
 
 
-class GivenPatch(NamedTuple):
+class PatchFunction(NamedTuple):
     """`apply` makes new data of a JSON tree, which it may change. `size`: about how many bytes it works on, the data's aside.
     `work`: operations that it takes at most, those on the data aside."""
 
@@ -29,7 +29,7 @@ class GivenPatch(NamedTuple):
     work: int
 
 
-def given(body: bytes, media: str) -> GivenPatch:
+def patch_from_body(body: bytes, media: str) -> PatchFunction:
     """The patch in a request body.
 
     It is read each time it is applied, in the lane for heavy work: many that wait there take no more memory than their
@@ -46,14 +46,14 @@ def given(body: bytes, media: str) -> GivenPatch:
     if media == JSON_PATCH:
         count = len(body) // LEAST_OPERATION if b"\\u" in body else body.count(b'"op"')
         work += work_of_json_patch(min(MAX_OPERATIONS, count), copies)
-    return GivenPatch(apply, _work(len(body), copies), work)
+    return PatchFunction(apply, _work(len(body), copies), work)
 
 
-def given_json_patch(patch: Any, size: int, work: int) -> GivenPatch:
+def json_patch_function(patch: Any, size: int, work: int) -> PatchFunction:
     """Return a JSON Patch of about `size` bytes, on which `work` operations are done at most. Raises InvalidData if it is none."""
     apply = json_patch(patch)
     copies = sum(1 for operation in patch if operation["op"] == "copy")
-    return GivenPatch(apply, _work(size, copies), work + work_of_json_patch(len(patch), copies))
+    return PatchFunction(apply, _work(size, copies), work + work_of_json_patch(len(patch), copies))
 
 
 def work_of_json_patch(count: int, copies: int) -> int:

@@ -14,7 +14,7 @@ from .messages import Response, Scope
 log = logging.getLogger("crudstack.http")
 
 CONTENT_TYPE = b"application/problem+json"
-MAX_TEXT, MAX_FAULTS = 1000, 100
+MAX_TEXT, MAX_VIOLATIONS = 1000, 100
 ROUTE = "crudstack.route"
 """Where in the scope the template of the path is noted, for logs."""
 _encode = msgspec.json.Encoder().encode
@@ -44,10 +44,10 @@ def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) ->
         "status": error.status,
         "detail": shortened(error.detail),
     }
-    if error.faults:
+    if error.violations:
         problem["errors"] = [
-            {"pointer": shortened(fault.pointer), "detail": shortened(fault.detail)}
-            for fault in error.faults[:MAX_FAULTS]
+            {"pointer": shortened(violation.pointer), "detail": shortened(violation.detail)}
+            for violation in error.violations[:MAX_VIOLATIONS]
         ]
     again = isinstance(error, Overloaded | StoreUnavailable | WriteContention | KeyInFlight)
     if again or (isinstance(error, NotEnoughTime) and error.may_fit):

@@ -12,7 +12,7 @@ from ..resource_manager.model.codec import invalid_data, parse_json
 from ..resource_manager.runtime.threads import heavy
 from . import conditions, patching, searching
 from .answers import etag, projected, resource_response
-from .messages import BodyTooLarge, Request, Response, bad_parameter, integer
+from .messages import BodyTooLarge, Request, Response, bad_parameter, parse_integer
 from .model_context import ModelContext
 from .options import (
     MAX_REVISION,
@@ -72,11 +72,11 @@ class ResourceRoutes:
     async def _read(self, request: Request, options: dict[str, str]) -> tuple[Resource[Any], Response | None]:
         resource_id = known_id(request.rest[0])
         include_deleted = include_deleted_of(options)
-        revision = integer("revision", options["revision"], 1, MAX_REVISION) if "revision" in options else None
+        revision = parse_integer("revision", options["revision"], 1, MAX_REVISION) if "revision" in options else None
         if "fields" in options:
             searching.parse_fields(options["fields"], self._manager.codec)
         resource = await self._manager.get(
-            resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.by)
+            resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.caller)
         )
         if conditions.not_modified(request, resource.meta):
             return resource, Response(304, b"", (etag(resource.meta),))
@@ -93,13 +93,15 @@ class ResourceRoutes:
             if modify:
                 raise bad_parameter("mode", "what is not there cannot be modified")
             check_id(request.rest[0])
-            created = await self._manager.create(document, resource_id=request.rest[0], status=status, by=request.by)
+            created = await self._manager.create(
+                document, resource_id=request.rest[0], status=status, by=request.caller
+            )
             return resource_response(created, 201, ((b"location", request.path.encode("latin-1")),))
         resource_id, expect = self._context.target(request)
         if modify:
-            changed = await self._manager.modify(resource_id, document, expect=expect, by=request.by)
+            changed = await self._manager.modify(resource_id, document, expect=expect, by=request.caller)
         else:
-            changed = await self._manager.update(resource_id, document, expect=expect, status=status, by=request.by)
+            changed = await self._manager.update(resource_id, document, expect=expect, status=status, by=request.caller)
         return resource_response(changed, 200)
 
     async def patch(self, request: Request) -> Response:
@@ -108,7 +110,7 @@ class ResourceRoutes:
         status = parse_status(options)
         media = request.content_type(*patching.PATCH_TYPES)
         body = await request.json(*patching.PATCH_TYPES)
-        patch = patching.given(body, media)
+        patch = patching.patch_from_body(body, media)
         resource_id, expect = self._context.target(request)
         changed = await self._manager.patch(
             resource_id,
@@ -119,20 +121,20 @@ class ResourceRoutes:
             expect=expect,
             mode=mode,
             status=status,
-            by=request.by,
+            by=request.caller,
         )
         return resource_response(changed, 200)
 
     async def delete(self, request: Request) -> Response:
         request.options()
         resource_id, expect = self._context.target(request)
-        meta = await self._manager.delete(resource_id, expect=expect, by=request.by)
+        meta = await self._manager.delete(resource_id, expect=expect, by=request.caller)
         return Response(204, b"", (etag(meta),))
 
     async def publish(self, request: Request) -> Response:
         request.options()
         resource_id, expect = self._context.target(request)
-        return resource_response(await self._manager.publish(resource_id, expect=expect, by=request.by), 200)
+        return resource_response(await self._manager.publish(resource_id, expect=expect, by=request.caller), 200)
 
     async def switch(self, request: Request) -> Response:
         request.options()
@@ -146,15 +148,17 @@ class ResourceRoutes:
             raise invalid_data(error) from None
         check_revision(revision)
         resource_id, expect = self._context.target(request)
-        return resource_response(await self._manager.switch(resource_id, revision, expect=expect, by=request.by), 200)
+        return resource_response(
+            await self._manager.switch(resource_id, revision, expect=expect, by=request.caller), 200
+        )
 
     async def restore(self, request: Request) -> Response:
         request.options()
         resource_id, expect = self._context.target(request)
-        return resource_response(await self._manager.restore(resource_id, expect=expect, by=request.by), 200)
+        return resource_response(await self._manager.restore(resource_id, expect=expect, by=request.caller), 200)
 
     async def purge(self, request: Request) -> Response:
         request.options()
         resource_id, expect = self._context.target(request)
-        erased_by = await self._manager.purge(resource_id, expect=expect, by=request.by)
+        erased_by = await self._manager.purge(resource_id, expect=expect, by=request.caller)
         return Response(202, _encode({"erased_by": erased_by}))

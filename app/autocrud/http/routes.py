@@ -71,13 +71,13 @@ class ModelRoutes:
         except Exception as error:
             response = problems.unexpected(error, scope)
         finally:
-            request.done()
+            request.release()
         await response.send(send, head=method == "HEAD")
 
     async def _answer(self, request: Request, method: str) -> Response:
         if self._policy.authenticate is not None:
             who = await principal(self._policy.authenticate, request.scope, request.receive)
-            request.by = Caller(who.name)
+            request.caller = Caller(who.name)
         template, endpoints = self._endpoints(request.rest)
         if endpoints is None:
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
@@ -94,7 +94,7 @@ class ModelRoutes:
         key = await idempotency_key(request, method)
         if key is None:
             return await endpoint.handler(request)
-        request.by = request.by._replace(key=key)
+        request.caller = request.caller._replace(key=key)
         response = await endpoint.handler(request)
         return (
             response._replace(headers=(*response.headers, (b"idempotency-replayed", b"true")))

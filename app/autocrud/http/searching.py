@@ -37,7 +37,7 @@ from ..query import (
 from ..resource_manager.engine.caller import Caller
 from ..resource_manager.model.codec import Codec
 from ..values import INT_MAX, INT_MIN, Key
-from .messages import bad_parameter, flag, integer
+from .messages import bad_parameter, parse_flag, parse_integer
 
 LIST_PARAMETERS = ("sort", "limit", "cursor", "fields", "data", "include_deleted")
 COUNT_PARAMETERS = ("include_deleted",)
@@ -64,9 +64,9 @@ def parse_search(given: list[tuple[str, str]], codec: Codec[Any], model: str) ->
     parameters = _distinct(given)
     conditions = _conditions(parameters, codec, LIST_PARAMETERS)
     sort = _sort(parameters.get("sort"), codec)
-    limit = integer("limit", parameters["limit"], 1, MAX_LIMIT) if "limit" in parameters else DEFAULT_LIMIT
+    limit = parse_integer("limit", parameters["limit"], 1, MAX_LIMIT) if "limit" in parameters else DEFAULT_LIMIT
     include_deleted = _include_deleted(parameters, conditions)
-    data = flag("data", parameters["data"]) if "data" in parameters else True
+    data = parse_flag("data", parameters["data"]) if "data" in parameters else True
     fields = parse_fields(parameters["fields"], codec) if "fields" in parameters else None
     if fields is not None and not data:
         raise bad_parameter("fields", "data=false leaves nothing to choose fields of")
@@ -85,7 +85,7 @@ def parse_count(given: list[tuple[str, str]], codec: Codec[Any]) -> Query:
 def _include_deleted(parameters: dict[str, str], conditions: list[Compare]) -> bool:
     """Unless it is said: who asks whether resources are deleted means deleted ones too."""
     if "include_deleted" in parameters:
-        return flag("include_deleted", parameters["include_deleted"])
+        return parse_flag("include_deleted", parameters["include_deleted"])
     return any(condition.field == "meta.is_deleted" for condition in conditions)
 
 

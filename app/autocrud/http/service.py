@@ -22,13 +22,13 @@ from .openapi import Description, describe
 from .routes import ModelRoutes
 
 
-class _Anything(PathConvertor):
+class _AnyPath(PathConvertor):
     """The rest of a path, line breaks included: whatever stands there, the engine answers."""
 
     regex = "(?s:.*)"
 
 
-register_url_convertor("anything", _Anything())
+register_url_convertor("anything", _AnyPath())
 
 READY_TIMEOUT_S = 2.0
 _encode = msgspec.json.Encoder().encode
@@ -146,4 +146,4 @@ def describe_application(app: Any, managers: Managers, prefix: str, *, authentic
         return merged[id(own)]
 
     app.openapi = openapi
-    docs.replace(app)
+    docs.serve_docs_page(app)

@@ -101,7 +101,7 @@ class LimitsConformance:
                 await manager.create(item, resource_id="r")
             assert str(MAX_INDEXED + offset) in refused.value.detail
             assert repr(name) in refused.value.detail
-            assert [fault.pointer for fault in refused.value.faults] == ["/" + name.replace(".", "/")]
+            assert [violation.pointer for violation in refused.value.violations] == ["/" + name.replace(".", "/")]
             with pytest.raises(ResourceNotFound):
                 await manager.get("r")
             assert await manager.count() == 0
@@ -127,7 +127,7 @@ class LimitsConformance:
         if offset > 0:
             with pytest.raises(MetadataTooLarge, match=f"'numbers' .* has {MAX_ITEMS + 1} items") as refused:
                 await manager.create(Item(numbers=numbers), resource_id="r")
-            assert [fault.pointer for fault in refused.value.faults] == ["/numbers"]
+            assert [violation.pointer for violation in refused.value.violations] == ["/numbers"]
             assert await manager.count() == 0
             return
         await manager.create(Item(numbers=numbers), resource_id="r")
@@ -189,7 +189,7 @@ class LimitsConformance:
         for change, error, pointer in worse.values():
             with pytest.raises(error) as refused:
                 await manager.patch("r", merged(change))
-            assert [fault.pointer for fault in refused.value.faults] == [pointer]
+            assert [violation.pointer for violation in refused.value.violations] == [pointer]
         assert (await manager.get("r")).meta == before.meta
 
     async def test_what_is_too_large_already_takes_every_other_operation(self, manager: ResourceManager[Item]) -> None:
@@ -303,7 +303,7 @@ class DurableLimitsConformance:
         for change, pointer in (({"text": "b\0"}, "/text"), ({"tags": ["a\0b"]}, "/tags")):
             with pytest.raises(InvalidData) as refused:
                 await manager.patch("r", merged(change))
-            assert [fault.pointer for fault in refused.value.faults] == [pointer]
+            assert [violation.pointer for violation in refused.value.violations] == [pointer]
         # What a filter of access control finds is what a search finds.
         for where, found in ((field("number").eq(2), True), (field("text").eq("a"), False)):
             read_filter = Query(where=where).resolve(manager.codec.fields).where

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from ...access import Action
-from ...query import META_FIELDS, Filter, about_data, truth
+from ...query import META_FIELDS, Filter, truth, uses_data_fields
 from ..basic import ResourceMeta
 from ..model.codec import Codec
 
@@ -31,7 +31,7 @@ async def holds(
         return True
     keys: dict[str, Any] = {f"meta.{name}": kind.key(getattr(meta, name)) for name, kind in META_FIELDS.items()}
     missing: tuple[str, ...] = ()
-    if about_data(where):
+    if uses_data_fields(where):
         entry = codec.index_stored(await json())
         keys |= entry.keys
         missing = entry.missing

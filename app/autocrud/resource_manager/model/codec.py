@@ -29,7 +29,7 @@ from .json_shape import strings
 T = TypeVar("T")
 
 
-MAX_FAULTS = 100
+MAX_VIOLATIONS = 100
 MISSING = UNSET  # what a path that leads nowhere yields; msgspec's own word for a field that is not there
 canonical_json = msgspec.json.Encoder(order="deterministic").encode
 _msgpack = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -82,9 +82,9 @@ class Codec(Generic[T]):
             data = self._json.decode(body)
             canonical = canonical_json(data)
             if canonical != body and not self._unknown.surely_none(body):
-                faults = tuple(itertools.islice(self._unknown.faults(_decode_strictly(body)), MAX_FAULTS))
-                if faults:
-                    raise InvalidData(f"the data has fields that {self.model.__name__} does not have", faults)
+                violations = tuple(itertools.islice(self._unknown.violations(_decode_strictly(body)), MAX_VIOLATIONS))
+                if violations:
+                    raise InvalidData(f"the data has fields that {self.model.__name__} does not have", violations)
         except msgspec.ValidationError as error:
             raise invalid_data(error) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -331,7 +331,7 @@ class _UnknownFields:
         strings = [value for value in tree.values() if type(value) is str]
         return tree.keys() <= fields.keys() and 2 * (len(tree) + len(strings)) == body.count(b'"')
 
-    def faults(self, tree: Any) -> Iterator[Violation]:
+    def violations(self, tree: Any) -> Iterator[Violation]:
         return self._walk(self._root, tree, "")
 
     def _walk(self, node: msgspec.inspect.Type, value: Any, pointer: str) -> Iterator[Violation]:
