@@ -667,8 +667,14 @@ def test_claims_that_api_gateway_verified(instance):
 @pytest.mark.parametrize(
     ("outputs", "said"),
     [
-        ({"storage": "memory"}, "the storage of article, airport, user is in the memory or on the disk of this function"),
-        ({"storage_overrides": {"user": "memory"}}, "the storage of user is in the memory or on the disk of this function"),
+        (
+            {"storage": "memory"},
+            "the storage of article, airport, user is in the memory or on the disk of this function",
+        ),
+        (
+            {"storage_overrides": {"user": "memory"}},
+            "the storage of user is in the memory or on the disk of this function",
+        ),
         ({"auth": None}, "auth is not set"),
         ({"bucket": None}, "CRUDSTACK_BUCKET is not set"),
         ({"storage": "disk"}, "CRUDSTACK_DATA_DIR is not set"),

@@ -12,7 +12,7 @@ from app.autocrud.resource_manager.backends.s3_sqlite.head import (
     FORMAT,
     MAX_PAST,
     Head,
-    Record,
+    LogRecord,
     Segment,
     Snapshot,
     decode_head,
@@ -24,7 +24,7 @@ from app.autocrud.resource_manager.backends.s3_sqlite.head import (
 )
 
 NUMBERS = st.integers(1, 10**9)
-RECORDS = st.builds(Record, NUMBERS, st.binary(min_size=16, max_size=16), NUMBERS, st.binary(max_size=20))
+RECORDS = st.builds(LogRecord, NUMBERS, st.binary(min_size=16, max_size=16), NUMBERS, st.binary(max_size=20))
 SEGMENTS = st.builds(Segment, st.text(max_size=5), NUMBERS, NUMBERS, NUMBERS)
 SNAPSHOTS = st.builds(Snapshot, st.text(max_size=5), NUMBERS, NUMBERS, st.text(max_size=5))
 HEADS = st.builds(
