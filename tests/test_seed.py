@@ -1,6 +1,6 @@
 """The examples of the document that the system is built from, in its order and in one directory.
 
-Only the import root differs, and models that the page leaves out are supplied. Each block is what its author would paste.
+Only the import root differs, and models that the page leaves out are added. Each block is what a user would paste.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ PAGE = [memory, disk, a_storage_for_each_model, memory_and_disk, development, pr
 
 
 async def use(make, expected_before: dict[str, int]) -> None:
-    """Serve the example as its page does, write to every model and read it back."""
+    """Serve the example as its page does, write to each model and read it back."""
     crud, data = make()
     app = FastAPI()
     crud.apply(app)
@@ -147,7 +147,7 @@ async def use(make, expected_before: dict[str, int]) -> None:
 
 def test_the_page_in_its_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The last example opens what the second one wrote, as JSON, and goes on with MessagePack.
+    # The last example opens the store that the second one wrote as JSON, and continues with MessagePack.
     for make in PAGE:
         asyncio.run(use(make, {"encoding TodoItem": 1}))
     for path in (
@@ -169,7 +169,7 @@ def test_the_page_in_its_order(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [disk, memory_and_disk, production, a_storage_for_each_model])
-def test_what_is_on_disk_is_there_after_a_restart(make, tmp_path, monkeypatch):
+def test_data_on_disk_survives_a_restart(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = make()[1]
     durable = {model.__name__ for model in first if model is not Session}

@@ -1,6 +1,6 @@
 """The numbered examples of the document that need servers, as written, on real ones.
 
-Only the import root, addresses and credentials differ, and models that the page leaves out are supplied.
+Only the import root, addresses and credentials differ, and models that the page leaves out are added.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ class MQCachedS3StorageFactory(IStorageFactory):
 
 
 def serve_three_times(make) -> None:
-    """What was written is there when the application starts again."""
+    """Serve the example three times. Each time, the data of the earlier times is there."""
     for times in range(3):
         ((model, _),) = make()[1].items()
         asyncio.run(use(make, {f"{make.__name__} {model.__name__}": times}))

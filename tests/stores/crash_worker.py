@@ -1,11 +1,12 @@
-"""Dies at a chosen write to disk, again and again. Run by test_crash.
+"""A program that dies at a chosen write to disk, again and again. `test_crash` runs it.
 
-A process that has imported everything forks a child for each step: the child works on a store through a VFS that counts what SQLite asks
-of the disk and kills it there with SIGKILL, before the step or half way through it. What the child was told had happened it
-reports through a pipe first. Another child then opens what is left and checks it.
+The process imports everything once and forks a child for each step. The child writes to a store through a VFS that
+counts the requests of SQLite to the disk. At the chosen request it kills the child with SIGKILL: before the request
+(`kill`), or half way through a write (`half`). The child reports each acknowledged write through a pipe. Then another
+child opens the store and checks it.
 
-Two ways to lose things: `kill` keeps what was written, as the operating system does; `power` keeps only what was synced, as a machine does
-that loses its power: the check runs on copies of the files as they were at their last sync.
+These two modes keep all that was written, as the operating system does if a process is killed. The mode `power` keeps
+only what was synced, as a machine does that loses its power: the check runs on copies of the files from their last sync.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FACTORIES = {"disk": DiskStorageFactory, "memory-disk": MemoryDiskStorageFactory
 
 
 class Steps:
-    """Counts down to the step at which the process dies."""
+    """Counts the steps up to the one at which the process dies."""
 
     def __init__(self, last: int, half: bool, durable: tuple[Path, Path] | None) -> None:
         self.last, self.half, self.durable = last, half, durable
@@ -49,7 +50,7 @@ class Steps:
             root, copies = self.durable
             copy = copies / Path(name).relative_to(root)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            # In one step: another thread may be the one that dies next.
+            # By a rename: another thread may kill the process half way through the copy.
             shutil.copyfile(name, copy.with_name(f"{copy.name}.new"))
             copy.with_name(f"{copy.name}.new").replace(copy)
 
@@ -88,7 +89,7 @@ def install(steps: Steps) -> apsw.VFS:
 
 
 async def work(kind: str, root: Path, say) -> None:
-    """Every sort of write; `say` gets a line about each one that was acknowledged."""
+    """Do each kind of write. Call `say` with a line for each write that was acknowledged."""
     manager = manage(FACTORIES[kind](root))
     await manager.open()
     say("opened")
@@ -116,7 +117,7 @@ async def work(kind: str, root: Path, say) -> None:
     say("closed")
 
 
-# What must be seen once a line was said, and what may be seen as long as it was not: each step's states of the resource it is about.
+# The states of each resource in order. A state must be found once its line was said, and may be found before that.
 STATES = {
     "a": [None, ("create a", "a1", 1, 1), ("update a", "a2", 2, 2), ("batch", "a3", 3, 3), ("switch a", "a1", 4, 3)],
     "b": [None, ("batch", "b1", 1, 1), ("delete b", "b1", 2, 1)],
@@ -157,7 +158,7 @@ async def check(kind: str, root: Path, said: list[str]) -> None:
 
 
 def in_child(run) -> int:
-    """Run it in a fork; the wait status."""
+    """Run a function in a forked child. Return its wait status."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -170,7 +171,10 @@ def in_child(run) -> int:
 
 
 def die_at(step: int, kind: str, mode: str, directory: Path, template: Path | None) -> tuple[bool, str]:
-    """One life and its check: whether the work was done before the step came, and what is wrong, if anything."""
+    """Run one child up to a step, and check what it left.
+
+    Return whether the work ended before the step, and what is wrong, or "".
+    """
     root, copies = directory / "root", directory / "copies"
     for path in (root, copies):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,13 +1,13 @@
-"""Stores that earlier commits wrote: how they are made, kept in a file each, and opened.
+"""Make, keep and open stores that earlier commits wrote, each in one file.
 
     python tests/stores/old_stores.py DIRECTORY [large]
 
-makes the files, with the `app` that Python finds first. To make them with an earlier commit, run this file with
-PYTHONPATH set to a checkout of that commit. `tests/stores/old/COMMIT/` holds what was made; it never changes.
-`large`: with larger values than later commits take; these lie in `tests/stores/old_large/COMMIT/`.
+makes the files with the `app` that Python finds first. To make them with an earlier commit, set PYTHONPATH to a
+checkout of that commit. The files of a commit are kept in `tests/stores/old/COMMIT/` and never change. With `large`,
+the stores hold larger values than later commits accept. These files are in `tests/stores/old_large/COMMIT/`.
 
-A file is a tar of what was on disk (`disk/`), in the bucket (`s3/`), in Redis (`redis.json`) and in PostgreSQL
-(`postgres.sql`), and of what the store held (`content.json`).
+A file is a tar of the directory (`disk/`), the bucket (`s3/`), Redis (`redis.json`), PostgreSQL (`postgres.sql`), and
+the content of the store as the API shows it (`content.json`). If Redis is only a cache, it is left out.
 """
 
 from __future__ import annotations
@@ -161,14 +161,14 @@ OF_FACTORIES: dict[str, Callable[[Servers], IStorageFactory]] = {
 
 
 def program(kind: str, servers: Servers, *more: Any) -> ResourceManager[Note]:
-    """A program over a store. `more`: fields that it indexes besides."""
+    """Return the manager of a program that opens a store. `more` are fields that it indexes in addition."""
     encoding = Encoding.msgpack if kind.endswith("msgpack") else None
     crud = AutoCRUD(storage_factory=(KINDS | OF_KINDS | OF_FACTORIES)[kind](servers), encoding=encoding)
     return crud.add_model(Note, indexed_fields=[*INDEXED, *more])
 
 
 async def fill(manager: ResourceManager[Note]) -> None:
-    """Leave something of each kind: revisions, a draft, what was deleted, restored, switched back and purged."""
+    """Write revisions and a draft; delete, restore, switch back and purge resources."""
     for number in range(8):
         note = Note(text=f"text {number % 3}", code=f"c{number}", number=number, tags=["a", f"t{number}"])
         await manager.create(note, resource_id=f"n{number}")
@@ -184,7 +184,10 @@ async def fill(manager: ResourceManager[Note]) -> None:
 
 
 def long_of(kind: str) -> str:
-    """Return a text that the earlier commit took. With an index on S3 it took 256 KiB, in which each text counted twice."""
+    """Return a text that the earlier commit accepted.
+
+    With an index on S3 it accepted 256 KiB of indexed values, in which each text counted twice.
+    """
     return "\x01" * 37_000 if "s3" in kind else "x" * 300_000  # as JSON 222,000 bytes and 300,000
 
 
@@ -230,7 +233,7 @@ SEARCHES = {
 
 
 async def content(manager: ResourceManager[Note], searches: Mapping[str, Filter] = SEARCHES) -> dict[str, Any]:
-    """All that can be seen of a store, as JSON."""
+    """Return everything that the API shows of a store, as JSON values."""
     await manager.open()
     found: dict[str, Any] = {}
     async for meta in manager.storage.scan():
@@ -246,7 +249,7 @@ async def content(manager: ResourceManager[Note], searches: Mapping[str, Filter]
     return whole
 
 
-# What a store consists of, as one file
+# One file for each store
 
 
 def pack(servers: Servers, held: dict[str, Any], path: Path, pg_dump: list[str]) -> None:
@@ -262,7 +265,7 @@ def pack(servers: Servers, held: dict[str, Any], path: Path, pg_dump: list[str])
 
 
 def unpack(path: Path, servers: Servers) -> dict[str, Any]:
-    """Put everything where it was, and return what the store held."""
+    """Put everything back in its place. Return the content of the store."""
     held: dict[str, Any] = {}
     with tarfile.open(path) as tar:
         for member in tar.getmembers():

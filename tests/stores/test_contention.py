@@ -1,4 +1,4 @@
-"""Writes without an expectation wait until they succeed: 409 is the answer only after the time limit."""
+"""Writes without an expectation are repeated until they succeed. Only the time limit ends them with 409."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def manage(factory: IStorageFactory) -> ResourceManager[Note]:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_of_many_instances_on_a_slow_bucket_none_gives_up(seed):
-    """Eight rivals of equal speed: a limit of 16 attempts failed in two of these runs."""
+def test_all_writes_of_many_instances_on_a_slow_bucket_succeed(seed):
+    """Eight instances of equal speed write to one resource. With a limit of 16 attempts, two of these runs failed."""
 
     async def main():
         chance, objects = random.Random(seed), MemoryObjectStore()
@@ -47,7 +47,7 @@ def test_of_many_instances_on_a_slow_bucket_none_gives_up(seed):
 
 
 async def rival_that_always_wins(manager: ResourceManager[Note], rid: str) -> list[float]:
-    """Have each commit of the manager find another state. Return the times of its commits, which grow."""
+    """Let a rival commit before each commit of the manager. Return the list of times at which the manager tried."""
     commit, number, loop = manager.storage.commit, 0, asyncio.get_running_loop()
     tried: list[float] = []
 
@@ -73,7 +73,7 @@ async def rival_that_always_wins(manager: ResourceManager[Note], rid: str) -> li
     return tried
 
 
-def test_a_writer_that_always_loses_is_told_after_the_time_limit():
+def test_a_writer_that_always_loses_fails_after_the_time_limit():
     async def main():
         manager = manage(MemoryStorageFactory())
         rid = (await manager.create(Note("0"))).meta.resource_id
@@ -99,7 +99,7 @@ def test_a_writer_that_expects_a_state_is_refused_at_once():
     virtual_time.run(main())
 
 
-def test_a_store_that_reports_contention_is_asked_again():
+def test_a_commit_is_repeated_if_the_store_reports_contention():
     async def main():
         manager = manage(MemoryStorageFactory())
         rid = (await manager.create(Note("0"))).meta.resource_id
@@ -119,7 +119,7 @@ def test_a_store_that_reports_contention_is_asked_again():
     virtual_time.run(main())
 
 
-def test_a_body_that_is_lost_is_not_waited_for():
+def test_a_lost_body_ends_the_retries():
     async def main():
         manager = manage(MemoryStorageFactory())
         rid = (await manager.create(Note("0"))).meta.resource_id

@@ -1,4 +1,4 @@
-"""Every search by one field is served by an index, in memory too, where indexes are made when they are first of use."""
+"""Every search by one field uses an index, also in memory, which makes an index when a search first needs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUERIES = {
 }
 
 
-@pytest.mark.parametrize("lazy", [False, True], ids=["all at once", "when of use"])
+@pytest.mark.parametrize("lazy", [False, True], ids=["all at once", "on first use"])
 @pytest.mark.parametrize("name", QUERIES)
 def test_a_search_uses_its_index(name: str, lazy: bool) -> None:
     query, index = QUERIES[name]
@@ -36,11 +36,11 @@ def test_a_search_uses_its_index(name: str, lazy: bool) -> None:
         statement, params = tables._sql.search(resolved)
         plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", params))
     assert f"USING INDEX {'' if index.startswith('sqlite') else 'by_'}{index}" in plan
-    if query.sort:  # resources that share a value may have to be sorted by id, all of them not
+    if query.sort:  # only resources with equal values may be sorted, by id
         assert "TEMP B-TREE FOR ORDER BY" not in plan
 
 
-def test_uids_are_looked_up_by_an_index() -> None:
+def test_uids_are_found_through_an_index() -> None:
     tables = ResourceTables(ModelSpec("article", FIELDS), lazy=True)
     with contextlib.closing(apsw.Connection(":memory:")) as connection:
         tables.create(connection)

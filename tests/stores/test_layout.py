@@ -107,7 +107,7 @@ def described(value: Any, seen: Mapping[int, int] = {}) -> Any:
 
 
 CHECK = "_before_open"
-"""Only a factory looks for stores in the former layout: a kind never had it."""
+"""The check for stores in the former layout. Only factories do it, because kinds never used that layout."""
 
 
 @pytest.mark.parametrize("idle_work", [True, False])

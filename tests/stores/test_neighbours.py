@@ -1,4 +1,4 @@
-"""Stores beside and inside each other, in one bucket or one database: nobody's housekeeping takes what is another's."""
+"""Stores beside and inside each other in one bucket or database: no maintenance removes data of another store."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def objects() -> MemoryObjectStore:
     return MemoryObjectStore()
 
 
-async def test_a_model_whose_name_is_a_number_inside_another_ones_prefix(objects, tmp_path):
+async def test_a_model_named_like_a_generation_inside_the_prefix_of_another(objects, tmp_path):
     crud = AutoCRUD(storage_factory=S3StorageFactory("double", object_store=objects))
     outer = crud.add_model(Item, name="data", storage_factory=BodiesAt(tmp_path, objects, "data/"))
     inner = crud.add_model(Item, name="0")
@@ -55,7 +55,7 @@ async def test_a_model_whose_name_is_a_number_inside_another_ones_prefix(objects
     await crud.close()
 
 
-async def test_a_deployment_whose_prefix_goes_on_with_a_number(objects, tmp_path):
+async def test_a_deployment_whose_prefix_continues_with_a_generation(objects, tmp_path):
     outer = manage(BodiesAt(tmp_path, objects, "x/article/"))
     inner = manage(BodiesAt(tmp_path, objects, "x/article/2/user/"))
     index = manage(S3StorageFactory("double", object_store=objects, prefix="x/article/1/"))
@@ -70,7 +70,7 @@ async def test_a_deployment_whose_prefix_goes_on_with_a_number(objects, tmp_path
         await manager.close()
 
 
-NOT_OURS = [
+NOT_UIDS = [
     "0",
     "0/",
     f"00/{uuid7()}",
@@ -94,20 +94,20 @@ NOT_OURS = [
 ]
 
 
-async def test_exactly_uids_are_ours(objects):
+async def test_the_sweep_lists_exactly_the_uids(objects):
     store = S3ResourceStore("double", "m/", object_store=objects)
-    ours = sorted(f"{number}/{uuid7()}" for number in (0, 1, 2, 9, 10, 11, 20, 100))
-    for uid in [*NOT_OURS, *ours]:
+    uids = sorted(f"{number}/{uuid7()}" for number in (0, 1, 2, 9, 10, 11, 20, 100))
+    for uid in [*NOT_UIDS, *uids]:
         await objects.put(f"m/{uid}", b"")
         await objects.put(uid, b"")
         await objects.put(f"m/0/{uid}", b"")
-    old = [uid for uid in ours if int(uid.partition("/")[0]) < 11]
+    old = [uid for uid in uids if int(uid.partition("/")[0]) < 11]
     assert await store.older_than(11) == old
     assert await store.older_than(11, limit=2) == old[:2]
     assert await store.older_than(11, old[1]) == old[2:]
 
 
-async def test_what_lies_behind_our_bodies_is_not_listed(ministack_s3):
+async def test_objects_after_the_bodies_are_not_listed(ministack_s3):
     objects, prefix = ministack_s3.object_store(), f"{uuid4()}/"
     store = S3ResourceStore("tests", prefix, object_store=objects)
     uid = f"0/{uuid7()}"
@@ -117,27 +117,27 @@ async def test_what_lies_behind_our_bodies_is_not_listed(ministack_s3):
     counter = Counter()
     REQUESTS.set(counter)
     assert await store.older_than(1) == [uid]
-    assert counter.pop("LIST") <= 2  # a page, and the one that is asked for beside it
+    assert counter.pop("LIST") <= 2  # one page, and the next one, which is requested at the same time
     await store.health()
     assert counter.pop("LIST", 0) <= 1
 
 
 @pytest.mark.parametrize("prefix", ["a1", "team/v2", "0"])
 def test_a_prefix_that_generations_could_continue_is_refused(prefix, objects):
-    """Of a store at `a`, the body 12/... lies where that of one at `a1` with the uid 2/... does."""
+    """The body 12/... of a store at `a` would have the key of the body 2/... of a store at `a1`."""
     with pytest.raises(ConfigError, match=f"'{prefix}' ends with a digit.* end it with a slash, '{prefix}/'"):
         S3ResourceStore("double", prefix, object_store=objects)
     S3ResourceStore("double", f"{prefix}/", object_store=objects)
 
 
-async def test_collection_takes_segments_and_snapshots_of_its_own_alone(objects):
+async def test_garbage_collection_removes_only_segments_and_snapshots_of_its_store(objects):
     factory = S3StorageFactory("double", object_store=objects)
     manager = manage(factory)
     for number in range(3):
         await manager.create(Item(text=str(number)))
     prefix = "meta/item.sqlite/"
     garbage = {segment_key(prefix, 1, 1), snapshot_key(prefix, 1, 1)}
-    body = "00000001" + str(uuid7())[8:]  # a UUID whose time is a low number
+    body = "00000001" + str(uuid7())[8:]  # a UUID with a low time
     others = {f"{prefix}seg/0/{body}", f"{prefix}snap/0/{body}", f"{prefix}seg/{body}", f"{prefix}snap/1-notes.txt"}
     others |= {segment_key(f"{prefix}seg/", 1, 1), snapshot_key(f"{prefix}seg/", 1, 1)}
     others |= {snapshot_key(prefix, 1, 1).replace("snap/", "seg/"), segment_key(prefix, 1, 1).replace("seg/", "snap/")}
@@ -150,8 +150,8 @@ async def test_collection_takes_segments_and_snapshots_of_its_own_alone(objects)
 
 
 @pytest.mark.parametrize("folder", ["snap", "seg"])
-async def test_names_in_the_key_of_a_store_are_no_names_of_its_folders(objects, monkeypatch, folder):
-    """Otherwise what is being made of one sort passes for the other, which waits for it."""
+async def test_a_key_that_contains_the_name_of_a_folder_is_not_taken_for_the_folder(objects, monkeypatch, folder):
+    """Otherwise a segment that is being made passes for a snapshot, or the reverse, and its maker is waited for."""
     monkeypatch.setattr(housekeeping, "LEAST_LOG", -1)
     monkeypatch.setattr(housekeeping, "FANOUT", 1)
     store = S3SqliteMetaStore("double", f"team/{folder}/item.sqlite", object_store=objects)
@@ -164,8 +164,8 @@ async def test_names_in_the_key_of_a_store_are_no_names_of_its_folders(objects, 
     await store.close()
 
 
-def places(storage: str, prefix: str) -> str:
-    """Where the bodies of the model `article` lie."""
+def prefix_of_bodies(storage: str, prefix: str) -> str:
+    """Return the beginning of the keys of bodies of the model `article`."""
     settings = load(
         {
             "CRUDSTACK_STORAGE": storage,
@@ -187,23 +187,23 @@ def places(storage: str, prefix: str) -> str:
         *(f'{{"meta": "memory", "resource": "{kind}"}}' for kind in ("s3", "cached-s3", "mq-cached-s3")),
     ],
 )
-def test_a_prefix_where_bodies_of_another_deployment_may_lie_is_refused(storage):
+def test_a_prefix_that_another_deployment_may_use_for_bodies_is_refused(storage):
     for outer, inner in (("", "data"), ("team", "team/data"), ("team", "team/data/")):
         with pytest.raises(ConfigError, match="each would remove the other's"):
-            places(storage, inner)
-        assert places("s3-sqlite", outer) != places("s3-sqlite", inner)
+            prefix_of_bodies(storage, inner)
+        assert prefix_of_bodies("s3-sqlite", outer) != prefix_of_bodies("s3-sqlite", inner)
     for prefix in ("", "mydata", "data/team", "team/data-2"):
-        assert places(storage, prefix) == f"{prefix}/article/".removeprefix("/")
+        assert prefix_of_bodies(storage, prefix) == f"{prefix}/article/".removeprefix("/")
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_table_name_that_is_another_stores_table_is_refused(part):
-    """Its rows would be purged where the other one purges the same id."""
+def test_a_table_name_of_another_store_is_refused(part):
+    """A purge by the other store would remove rows of this one."""
     with pytest.raises(ConfigError, match="is a table of the store whose table_name is 'a:b'"):
         PostgresMetaStore("postgresql://h/d", table_name=f"a:b:{part}")
     PostgresMetaStore("postgresql://h/d", table_name=part)
     PostgresMetaStore("postgresql://h/d", table_name=f"a:{part}s")
 
 
-def test_those_are_all_tables():
+def test_parts_names_all_tables():
     assert set(Schema("a", {}).names.values()) == {'"a"', *(f'"a:{part}"' for part in PARTS)}

@@ -1,4 +1,4 @@
-"""Stores that earlier commits wrote open with the same content, of every kind; see old_stores."""
+"""Stores of every kind that earlier commits wrote open with the same content. `old_stores` made them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_a_store_of_an_earlier_commit(servers: Servers, name: str):
     kind = Path(name).name.removesuffix(".tar.gz")
     held = unpack(OLD / name, servers)
     assert len(held["resources"]) == 8
-    for _ in range(2):  # the first start may complete what an earlier program did not have
+    for _ in range(2):  # the first start may add what an earlier program did not store
         manager = program(kind, servers)
         assert await content(manager) == held
         assert await manager.storage.degradations() == []
@@ -113,7 +113,7 @@ async def test_a_store_of_an_earlier_commit_with_larger_values_than_the_limits(s
         assert await content(manager, searches) == held
         await manager.storage.close()
     manager = program(kind, servers)
-    # Elsewhere, and no worse.
+    # Values that are too large may stay as they are while other fields change, and may become smaller.
     for resource_id in ("text", "code", "many", LONG_ID, "name", "nul"):
         await manager.patch(resource_id, lambda tree: tree | {"number": 1})
     await manager.patch("text", lambda tree: tree | {"text": long[1:]})
@@ -144,7 +144,7 @@ IN_FORMER_LAYOUT = [name for name in FILES if "/factory-" in name]
 
 @pytest.mark.parametrize("name", IN_FORMER_LAYOUT)
 async def test_a_store_in_the_former_layout_is_refused_by_name(servers: Servers, name: str):
-    """Neither it nor anything beside it is changed, and with the argument that the error names it opens."""
+    """The refused opening changes nothing, and the store opens with the argument that the error names."""
     kind = Path(name).name.removesuffix(".tar.gz")
     held = unpack(OLD / name, servers)
     objects = {key: found.body for key, found in servers.objects.objects.items()}
@@ -173,7 +173,7 @@ async def test_a_store_in_the_former_layout_is_refused_by_name(servers: Servers,
 
 @pytest.mark.parametrize("name", IN_FORMER_LAYOUT)
 async def test_a_new_store_opens_beside_what_another_deployment_wrote(servers: Servers, name: str):
-    """The former tables belong to no prefix, so without bodies below this prefix they are another deployment's."""
+    """The former tables name no prefix. Without bodies below this prefix they belong to another deployment."""
     kind = Path(name).name.removesuffix(".tar.gz")
     held = unpack(OLD / name, servers)
     mine = Servers(servers.directory, servers.postgres, servers.redis_url, servers.amqp_url)  # with an empty bucket
