@@ -19,7 +19,16 @@ import pytest
 from app import settings, wiring
 from app.autocrud.errors import ConfigError, OutcomeUnknown, StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
-from app.autocrud.resource_manager.basic import Change, IdempotentCommit, IStorage
+from app.autocrud.resource_manager.basic import Change, IdempotentCommit, IStorage, MetaStore, ResourceStore
+from app.autocrud.resource_manager.contract.overrides import (
+    META_STORE_PROTOCOLS,
+    RENAMED_OF_CACHE,
+    RENAMED_OF_META_STORE,
+    RENAMED_OF_RESOURCE_STORE,
+    RENAMED_OF_STORAGE,
+    RESOURCE_STORE_PROTOCOLS,
+    members_of,
+)
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.engine.operations import Create, Purge
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
@@ -323,11 +332,29 @@ def test_the_suite_runs_as_the_page_says(tmp_path):
 
 def test_every_method_of_a_contract_has_a_row():
     text = page("custom-stores.md")
-    for heading, store in [("MetaStore", DictMetaStore), ("ResourceStore", FileResourceStore)]:
-        abstract = {name for base in store.__mro__ for name in getattr(base, "__abstractmethods__", ())}
+    for heading, contract in [("MetaStore", MetaStore), ("ResourceStore", ResourceStore)]:
         rows = " ".join(row[0] for row in table(text, heading))
-        assert abstract
-        assert all(f"`{name}" in rows for name in abstract)
+        assert contract.__abstractmethods__
+        assert all(f"`{name}" in rows for name in contract.__abstractmethods__)
+
+
+@pytest.mark.parametrize(
+    ("heading", "protocols"),
+    [("MetaStore", META_STORE_PROTOCOLS), ("ResourceStore", RESOURCE_STORE_PROTOCOLS)],
+)
+def test_every_protocol_has_a_row_with_its_methods(heading, protocols):
+    rows = {
+        row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1]))
+        for row in table(page("custom-stores.md"), f"ability of a {heading}")
+    }
+    assert rows == {protocol.__name__: set(members_of(protocol)) for protocol in protocols}
+
+
+def test_every_renamed_method_has_a_row():
+    rows = table(page("custom-stores.md"), "former name")
+    told = {pair for row in rows for pair in zip(*(re.findall(r"`(\w+)`", cell) for cell in row), strict=True)}
+    renamed = (RENAMED_OF_META_STORE, RENAMED_OF_RESOURCE_STORE, RENAMED_OF_STORAGE, RENAMED_OF_CACHE)
+    assert told == {pair for names in renamed for pair in names.items()}
 
 
 def test_every_storage_has_a_row():

@@ -7,6 +7,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
+from typing_extensions import override
+
 from app.autocrud.errors import ConfigError
 from app.autocrud.resource_manager.resource_store.cache import Cache, Entry
 
@@ -22,6 +24,7 @@ class BytesCache(Cache):
         self._entries: OrderedDict[str, tuple[bytes, float]] = OrderedDict()  # with the time when each expires
         self._bytes = 0
 
+    @override
     async def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
         found = {}
         with self._lock:
@@ -35,6 +38,7 @@ class BytesCache(Cache):
             self.misses += len(keys) - len(found)
         return found
 
+    @override
     async def put_many(self, entries: Mapping[str, Entry]) -> None:
         with self._lock:
             for key, (body, ttl_s) in entries.items():
@@ -45,16 +49,19 @@ class BytesCache(Cache):
                 while self._bytes > self._max_bytes:
                     self._remove(next(iter(self._entries)))
 
+    @override
     async def delete(self, keys: Sequence[str]) -> None:
         with self._lock:
             for key in keys:
                 self._remove(key)
 
+    @override
     async def clear(self) -> None:
         with self._lock:
             self._entries.clear()
             self._bytes = 0
 
+    @override
     async def maintain(self, budget_s: float) -> None:
         with self._lock:
             now = self._clock()

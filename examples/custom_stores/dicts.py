@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from msgspec import Struct
 from msgspec.structs import replace
+from typing_extensions import override
 
 from app.autocrud.errors import RevisionNotFound, StaleGeneration, UniqueConflict
 from app.autocrud.query import META_FIELDS, Query, Sort, truth
@@ -29,6 +30,7 @@ from app.autocrud.resource_manager.basic import (
     RevisionInfo,
     Version,
 )
+from app.autocrud.resource_manager.contract.protocols import IndexMigration, MetaSweeping, RecordReplay
 from app.autocrud.resource_manager.contract.store_errors import (
     check_expectation,
     generation_of,
@@ -80,7 +82,7 @@ class State(Struct):
         return State(dict(self.rows), dict(self.done), self.generation, set(self.unique))
 
 
-class DictMetaStore(MetaStore):
+class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
     """Metadata, records and index in this process's memory. Over a ResourceStore that keeps records it follows those, and is made from them
     again at each start.
 
@@ -94,6 +96,7 @@ class DictMetaStore(MetaStore):
         self._lock = threading.Lock()
         self.bind(ModelSpec("unbound"))
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
         self._kinds = {name: kind.name for name, kind in spec.fields.items()}
@@ -108,7 +111,7 @@ class DictMetaStore(MetaStore):
         return self._replace(work)
 
     def _replace(self, work: Callable[[State], T]) -> T:
-        """Do this to the state; nothing, where it raises."""
+        """Change a copy of the state, and put it in place of the state unless `work` raises."""
         with self._lock:
             state = self._state.copy()
             result = work(state)
@@ -117,6 +120,7 @@ class DictMetaStore(MetaStore):
 
     # Writing
 
+    @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         def work(state: State) -> list[ResourceMeta]:
             if once is not None and (kept := state.done.get(once.key)) is not None:
@@ -181,22 +185,26 @@ class DictMetaStore(MetaStore):
 
     # Reading
 
+    @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         kept = (await self._now()).done.get(key)
         return None if kept is None else kept.done
 
+    @override
     async def get(self, resource_id: str) -> ResourceMeta:
         row = (await self._now()).rows.get(resource_id)
         if row is None:
             raise missing(resource_id)
         return row.meta
 
+    @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         row = (await self._now()).rows.get(resource_id)
         if row is None or revision not in row.records:
             raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
         return row.records[revision]
 
+    @override
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         row = (await self._now()).rows.get(resource_id)
         records = {} if row is None else row.records
@@ -204,9 +212,11 @@ class DictMetaStore(MetaStore):
         items = [records[number] for number in numbers[:limit]]
         return Page(items, items[-1].revision if len(numbers) > limit else None)
 
+    @override
     async def search(self, query: Query) -> Page[Hit]:
         return await asyncio.to_thread(self._page, await self._now(), query)  # a scan would hold up everybody else
 
+    @override
     async def count(self, query: Query) -> int:
         state = await self._now()
         return await asyncio.to_thread(lambda: sum(1 for _ in self._found(state, query)))
@@ -232,6 +242,7 @@ class DictMetaStore(MetaStore):
         next_ = page[-1][0] if len(found) > query.limit else None
         return Page([Hit.of(row.meta, row.entry.shown) for _, row in page], next_)
 
+    @override
     async def scan(self) -> AsyncIterator[ResourceMeta]:
         state = await self._now()
         for resource_id in sorted(state.rows):
@@ -239,9 +250,11 @@ class DictMetaStore(MetaStore):
 
     # Sweeping bodies
 
+    @override
     async def generation(self) -> int:
         return (await self._now()).generation
 
+    @override
     async def advance_generation(self) -> int:
         def work(state: State) -> int:
             state.generation += 1
@@ -249,6 +262,7 @@ class DictMetaStore(MetaStore):
 
         return await self._write(work)
 
+    @override
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
         state = await self._now()
 
@@ -260,11 +274,13 @@ class DictMetaStore(MetaStore):
 
     # Other indexed fields than yesterday
 
+    @override
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         rows = (await self._now()).rows.values()
         return [row.meta for row in rows if not self._kinds.items() <= row.kinds.items()][:limit]
 
-    async def reindex(self, entries: Sequence[Reindex]) -> None:
+    @override
+    async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         def work(state: State) -> None:
             for resource_id, expect, entry in entries:
                 row = state.rows.get(resource_id)
@@ -274,6 +290,7 @@ class DictMetaStore(MetaStore):
 
         await self._write(work)
 
+    @override
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         def work(state: State) -> bool:
             added = set(self._spec.unique) - state.unique
@@ -288,6 +305,7 @@ class DictMetaStore(MetaStore):
 
         return set(self._spec.unique) <= (await self._now()).unique or await self._write(work)
 
+    @override
     async def deactivate_unique_field(self, name: str) -> None:
         def work(state: State) -> None:
             if any(name not in row.kinds for row in state.rows.values()):
@@ -297,9 +315,11 @@ class DictMetaStore(MetaStore):
 
     # Over a ResourceStore whose records are the truth
 
+    @override
     def apply_committed(self, changes: Sequence[Change]) -> None:
         self._replace(lambda state: [self._apply(state, change, decided=True) for change in changes])
 
+    @override
     async def owner_of(self, name: str, key: Key) -> str | None:
         rows = (await self._now()).rows.values()
         return next((row.meta.resource_id for row in rows if row.entry.keys.get(name) == key), None)

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar, TypeVar
 
 import msgspec
+from typing_extensions import override
 
 from app.autocrud.errors import OutcomeUnknown, StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager.basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
+from app.autocrud.resource_manager.contract.protocols import BodySweeping
 from app.autocrud.resource_manager.contract.store_errors import generation_of
 
 from .dicts import DictMetaStore, State
@@ -48,16 +50,20 @@ class FileMetaStore(DictMetaStore):
         self._file: BinaryIO | None = None
         super().__init__()
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
         super().bind(spec)
         self._shut()
 
+    @override
     async def _now(self) -> State:
         return await asyncio.to_thread(self._read)
 
+    @override
     async def _write(self, work: Callable[[State], T]) -> T:
         return await asyncio.to_thread(self._replace, work)
 
+    @override
     def _replace(self, work: Callable[[State], T]) -> T:
         with self._directory.locked():
             state = self._read().copy()
@@ -90,18 +96,21 @@ class FileMetaStore(DictMetaStore):
             self._file.close()
             self._file = None
 
+    @override
     async def health(self) -> None:
         await asyncio.to_thread(self._directory.check)
 
+    @override
     async def maintain(self, budget_s: float) -> None:
         await asyncio.to_thread(self._directory.sweep)
 
+    @override
     async def close(self) -> None:
         with self._reading:
             self._shut()
 
 
-class FileResourceStore(ResourceStore):
+class FileResourceStore(ResourceStore, BodySweeping):
     """A uid becomes a name by its bytes in hex: nothing in it leads elsewhere, and unlike a hash the name gives back the uid, for the sweep."""
 
     durable: ClassVar[bool] = True
@@ -110,9 +119,11 @@ class FileResourceStore(ResourceStore):
         self.encoding = encoding
         self._directory = Directory(root)
 
+    @override
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         await asyncio.to_thread(self._directory.put, name_of(uid), body)
 
+    @override
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         return await asyncio.to_thread(lambda: [self._body(uid) for uid in uids])
 
@@ -123,9 +134,11 @@ class FileResourceStore(ResourceStore):
             except FileNotFoundError:
                 raise StoreDamaged(f"the body {uid} is missing") from None
 
+    @override
     async def delete(self, uids: Sequence[str]) -> None:
         await asyncio.to_thread(self._directory.remove, [name_of(uid) for uid in uids])
 
+    @override
     async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
         def work() -> list[str]:
             with translated(StoreUnavailable):
@@ -134,9 +147,11 @@ class FileResourceStore(ResourceStore):
 
         return await asyncio.to_thread(work)
 
+    @override
     async def health(self) -> None:
         await asyncio.to_thread(self._directory.check)
 
+    @override
     async def maintain(self, budget_s: float) -> None:
         await asyncio.to_thread(self._directory.sweep)
 

@@ -40,6 +40,7 @@ from .basic import (
     RevisionInfo,
     Status,
 )
+from .contract.overrides import check_storage
 from .contract.store_errors import missing, storable_number
 from .engine.access_filter import AccessFilter
 from .engine.caller import Caller, IdempotencyKey
@@ -99,6 +100,7 @@ class ResourceManager(Generic[T]):
         self._expire_after = ""
         self._erase_owed = False
         self._executor = WriteExecutor(storage, codec, schema_version=schema_version, retention=retention, clock=clock)
+        check_storage(storage)
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
 
     async def open(self) -> None:

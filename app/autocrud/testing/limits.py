@@ -21,6 +21,7 @@ from .. import Query, field
 from ..errors import CrudError, InvalidData, MetadataTooLarge, ResourceNotFound, UniqueConflict
 from ..resource_manager.basic import Change, Version, Write
 from ..resource_manager.contract.limits import MAX_FIELDS, MAX_ID, MAX_INDEXED, MAX_ITEMS, MAX_NAME, SMALL
+from ..resource_manager.contract.protocols import IndexMigration
 from ..resource_manager.core import Caller, IdempotencyKey, ResourceManager
 from ..resource_manager.engine import planning
 from ..resource_manager.engine.operations import Create, Update
@@ -272,6 +273,7 @@ class DurableLimitsConformance:
 
         manager = manage(self.make(root))
         meta_store = storage_of(manager).meta_store
+        assert isinstance(meta_store, IndexMigration)
         with mock.patch.object(meta_store, "reindex", wraps=meta_store.reindex) as reindex:
             await manager.open()
         sizes = [[len(entry.entry.shown) for entry in call.args[0]] for call in reindex.await_args_list]

@@ -14,6 +14,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from .. import Encoding, IndexedField
 from ..resource_manager.basic import Findings, IndexEntry, Reindex, ResourceStore, Version
+from ..resource_manager.contract.protocols import FindingsKeeping, IndexMigration
 from ..resource_manager.core import ResourceManager
 from ..resource_manager.engine.operations import Retention
 from ..resource_manager.model.codec import Codec
@@ -154,7 +155,10 @@ class FailingCall:
             "activate_unique_fields",
             "search",
         )
-        self._patched = [(storage.meta_store, name) for name in of_meta_store] + [(storage.resource_store, "get")]
+        self._patched: list[tuple[object, str]] = [
+            (storage.meta_store, name) for name in of_meta_store if hasattr(storage.meta_store, name)
+        ]
+        self._patched += [(storage.resource_store, "get")]
         for store, name in self._patched:
             setattr(store, name, self._failing(getattr(store, name)))
 
@@ -180,9 +184,11 @@ async def drop_entries(manager: ResourceManager[Any], ids: Collection[str] = ())
     False: the store keeps no findings, so it does not heal, or its index is made of the bodies at each start.
     """
     store = storage_of(manager).meta_store
-    await store.keep_findings(Findings())
-    if await store.findings() != Findings():
+    if not isinstance(store, FindingsKeeping):
         return False
+    assert isinstance(store, IndexMigration)
+    await store.keep_findings(Findings())
+    assert await store.findings() == Findings()
     fields = tuple(manager.codec.fields)
     empty = IndexEntry({}, fields, b"{}")
     entries = [

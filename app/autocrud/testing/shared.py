@@ -22,6 +22,7 @@ from ..errors import (
     VersionConflict,
 )
 from ..resource_manager.basic import CommitResult, IdempotentCommit, ResourceMeta, Write
+from ..resource_manager.contract.protocols import IndexMigration
 from ..resource_manager.core import Caller, ResourceManager
 from ..resource_manager.model.resource import Resource
 from .base import ROUNDS, keyed, version_of
@@ -143,7 +144,9 @@ class SharedConformance(DurableConformance):
         old, new = manage(self.make(root), indexed=["text"]), manage(self.make(root))
         await old.create(Item(code="c"), resource_id="a")
         await old.create(Item(), resource_id="b")
-        activate, texts = storage_of(new).meta_store.activate_unique_fields, iter("12")
+        meta_store = storage_of(new).meta_store
+        assert isinstance(meta_store, IndexMigration)
+        activate, texts = meta_store.activate_unique_fields, iter("12")
 
         async def slow(*, force: bool = False) -> bool:
             if not force and (text := next(texts, None)):
@@ -151,7 +154,7 @@ class SharedConformance(DurableConformance):
             return bool(await activate(force=force))
 
         with (
-            mock.patch.object(storage_of(new).meta_store, "activate_unique_fields", slow),
+            mock.patch.object(meta_store, "activate_unique_fields", slow),
             pytest.raises(ConfigError, match="code was declared unique, but stored resources share a value"),
         ):
             await new.open()

@@ -12,6 +12,7 @@ from ..errors import (
     ResourceNotFound,
 )
 from ..query import Sort
+from ..resource_manager.contract.protocols import MetaSweeping
 from ..resource_manager.core import ResourceManager
 from ..resource_manager.engine.operations import (
     Create,
@@ -108,5 +109,7 @@ class SweepConformance(Conformance):
 
     async def _swept_elsewhere(self, manager: ResourceManager[Item]) -> None:
         await manager.open()
+        meta_store = storage_of(manager).meta_store
+        assert isinstance(meta_store, MetaSweeping)
         for _ in range(2):
-            await storage_of(manager).meta_store.advance_generation()
+            await meta_store.advance_generation()

@@ -46,7 +46,9 @@ import datetime as dt
 import logging
 import time
 from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+from typing_extensions import override
 
 from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged
 from ...query import Query
@@ -66,6 +68,8 @@ from ..basic import (
     RevisionInfo,
 )
 from ..contract.metadata_codec import encoder, meta_of
+from ..contract.overrides import check_meta_store
+from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
 from ..contract.store_errors import missing
 from ..runtime.threads import shielded
 
@@ -97,7 +101,7 @@ class Fence(NamedTuple):
 
 
 @runtime_checkable
-class Slow(Protocol):
+class Slow(IndexMigration, FindingsKeeping, MetaSweeping, Protocol):
     """What a slow store must do besides. Every process sees the same."""
 
     async def get_fenced(self, resource_id: str) -> tuple[Fence, ResourceMeta | None]:
@@ -118,12 +122,14 @@ class Fast(Protocol):
     def leases(self, lease_s: float) -> Leases: ...
 
 
-class FastSlowMetaStore(MetaStore):
+class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, MetaSweeping):
     """
     fast_store  a RedisMetaStore, of which only the cache is used; any `maxmemory-policy` will do, and nothing need be kept on its disk
     slow_store  a PostgresMetaStore
     lease_s     how long a write waits where the fast store cannot be asked, and how long a document may be read from it without another look
     """
+
+    may_be_stale: ClassVar[bool] = False
 
     def __init__(self, fast_store: MetaStore, slow_store: MetaStore, *, lease_s: float = 2.0) -> None:
         if not isinstance(fast_store, Fast):
@@ -143,23 +149,30 @@ class FastSlowMetaStore(MetaStore):
         self._skip_until = self._adopt_after = float("-inf")
 
     @property
+    @override
     def durable(self) -> bool:  # type: ignore[override] # of a class elsewhere, here of the store that is given
         return self._slow.durable
 
     @property
+    @override
     def remote(self) -> bool:  # type: ignore[override] # the same
         return self._slow.remote
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
+        check_meta_store(self._fast)
+        check_meta_store(self._slow)
         self._fast.bind(spec)
         self._slow.bind(spec)
 
     @property
+    @override
     def location_key(self) -> Hashable:
         return self._slow.location_key
 
     # Reading
 
+    @override
     async def get(self, resource_id: str) -> ResourceMeta:
         await self._acquainted()
         found = await self._look(resource_id)
@@ -201,17 +214,28 @@ class FastSlowMetaStore(MetaStore):
         except CrudError:
             self._skip_until = time.monotonic() + SKIP_S
 
+    @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         done = await self._slow.done(key, peek=peek)
         if done is not None:
             await self._settle_done(done)
         return done
 
+    @override
+    async def peek(self, resource_id: str) -> ResourceMeta:
+        return await self.get(resource_id)
+
+    @override
+    async def catch_up(self) -> None:
+        """Do nothing: a `get` sees every acknowledged commit (F3, F4), and all other reads are the slow store's."""
+
+    @override
     async def confirm(self, resource_ids: Sequence[str]) -> None:
         await self._settle(dict.fromkeys(resource_ids, b""), None)
 
     # Writing
 
+    @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         # Goes on where the one who asked does not: what was committed is settled.
         return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
@@ -302,53 +326,69 @@ class FastSlowMetaStore(MetaStore):
 
     # All that is the slow store's
 
+    @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         return await self._slow.revision(resource_id, revision)
 
+    @override
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         return await self._slow.revisions(resource_id, before, limit)
 
+    @override
     async def search(self, query: Query) -> Page[Hit]:
         return await self._slow.search(query)
 
+    @override
     async def count(self, query: Query) -> int:
         return await self._slow.count(query)
 
+    @override
     def scan(self) -> AsyncIterator[ResourceMeta]:
         return self._slow.scan()
 
+    @override
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
         return await self._slow.unreferenced(uids)
 
+    @override
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         return await self._slow.outdated(limit)
 
+    @override
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         await self._slow.reindex(entries, share=share)
 
+    @override
     async def findings(self) -> Findings:
         return await self._slow.findings()
 
+    @override
     async def keep_findings(self, findings: Findings) -> None:
         await self._slow.keep_findings(findings)
 
+    @override
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         return await self._slow.activate_unique_fields(force=force)
 
+    @override
     async def deactivate_unique_field(self, name: str) -> None:
         await self._slow.deactivate_unique_field(name)
 
+    @override
     async def generation(self) -> int:
         return await self._slow.generation()
 
+    @override
     async def advance_generation(self) -> int:
         return await self._slow.advance_generation()
 
     # Keeping house
 
+    @override
     async def health(self) -> None:
         await self._slow.health()
 
+    @override
     async def degradations(self) -> list[str]:
         slower = f"reads come from the slow store, and writes wait {_surely(self._longest_s):.1f} s"
         found = await self._slow.degradations()
@@ -363,13 +403,16 @@ class FastSlowMetaStore(MetaStore):
             return [*found, f"other processes use another Redis, or did so a moment ago: {slower}"]
         return found
 
+    @override
     async def maintain(self, budget_s: float) -> None:
         await self._slow.maintain(budget_s)
 
+    @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """What was purged left the fast store when that was acknowledged."""
         return await self._slow.purge_remnants(now)
 
+    @override
     async def close(self) -> None:
         await self._leases.close()
         await self._fast.close()

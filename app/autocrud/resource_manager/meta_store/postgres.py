@@ -18,6 +18,7 @@ import msgspec
 import psycopg
 from msgspec.structs import replace
 from psycopg.errors import UniqueViolation
+from typing_extensions import override
 
 from ...errors import (
     ConfigError,
@@ -76,6 +77,7 @@ from ..basic import (
     Version,
 )
 from ..contract.metadata_codec import encoder, hit_of, info_of, meta_of
+from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping
 from ..contract.store_errors import check_expectation, missing, not_indexed, storable_id, taken
 from ..runtime.threads import shielded
 from .fast_slow import Fence
@@ -95,7 +97,7 @@ RETRIED = ("40001", "40P01")
 """SQLSTATEs of transactions that PostgreSQL ended for the sake of another one."""
 
 
-class PostgresMetaStore(MetaStore):
+class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     """
     pg_dsn      of the database; TLS as libpq does it: `?sslmode=verify-full&sslrootcert=...`
     encoding    of the documents
@@ -134,6 +136,7 @@ class PostgresMetaStore(MetaStore):
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self.bind(ModelSpec("unbound"))
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
         self._schema = Schema(self._table, spec.fields)
@@ -143,6 +146,7 @@ class PostgresMetaStore(MetaStore):
         self._spec_id: int | None = None
 
     @property
+    @override
     def location_key(self) -> Hashable:
         return "postgres", self._dsn, self._table
 
@@ -193,16 +197,19 @@ class PostgresMetaStore(MetaStore):
 
     # Reading
 
+    @override
     async def get(self, resource_id: str) -> ResourceMeta:
         rows = await self._rows("SELECT doc FROM <main> WHERE id = %s", (storable_id(resource_id),))
         if not rows:
             raise missing(resource_id)
         return meta_of(rows[0][0], resource_id)
 
+    @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         rows = await self._rows("SELECT request, doc FROM <done> WHERE key = %s ORDER BY operation", (key,))
         return CommitResult(rows[0][0], [None if doc is None else meta_of(doc) for _, doc in rows]) if rows else None
 
+    @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         rows = await self._rows(
             "SELECT doc FROM <revisions> WHERE id = %s AND revision = %s", (storable_id(resource_id), revision)
@@ -211,6 +218,7 @@ class PostgresMetaStore(MetaStore):
             raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
         return info_of(rows[0][0], resource_id)
 
+    @override
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         rows = await self._rows(
             "SELECT doc FROM <revisions> WHERE id = %s AND revision < %s ORDER BY revision DESC LIMIT %s",
@@ -219,6 +227,7 @@ class PostgresMetaStore(MetaStore):
         items = [info_of(row[0], resource_id) for row in rows[:limit]]
         return Page(items, items[-1].revision if len(rows) > limit else None)
 
+    @override
     async def search(self, query: Query) -> Page[Hit]:
         statement, params = self._search(query)
         rows = await self._rows(statement, params)
@@ -232,10 +241,12 @@ class PostgresMetaStore(MetaStore):
         ]
         return Page(items, next_)
 
+    @override
     async def count(self, query: Query) -> int:
         ((number,),) = await self._rows(*self._sql.count(query))
         return int(number)
 
+    @override
     async def scan(self) -> AsyncIterator[ResourceMeta]:
         after = ""
         while rows := await self._rows(
@@ -246,6 +257,7 @@ class PostgresMetaStore(MetaStore):
                 yield meta
             after = page[-1].resource_id
 
+    @override
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
         rows = await self._rows(
             "SELECT u FROM unnest(%s::text[]) u WHERE NOT EXISTS (SELECT 1 FROM <revisions> WHERE uid = u)",
@@ -254,13 +266,16 @@ class PostgresMetaStore(MetaStore):
         gone = {row[0] for row in rows}
         return [uid for uid in uids if uid in gone]
 
+    @override
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         return await self._do(lambda connection: self._migration.outdated(connection, limit))
 
+    @override
     async def generation(self) -> int:
         ((number,),) = await self._rows("SELECT generation FROM <state>")
         return int(number)
 
+    @override
     async def health(self) -> None:
         try:
             async with asyncio.timeout(HEALTH_S):
@@ -270,6 +285,7 @@ class PostgresMetaStore(MetaStore):
 
     # Writing
 
+    @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         # Goes on where the one who asked does not: a commit is never given up half way.
         return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
@@ -380,15 +396,18 @@ class PostgresMetaStore(MetaStore):
         if unique and cause.diag.constraint_name == name_of(self._table, "taken"):
             raise taken(detail.partition("=(")[2].partition(", ")[0]) from None
 
+    @override
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         if self._spec_id is None:
             await self._open()
         await self._call(Call([], None, self._spec_id or 0, self._encode, entries, share=share))
 
+    @override
     async def findings(self) -> Findings:
         ((kept,),) = await self._rows("SELECT findings FROM <state>")
         return Findings() if kept is None else msgspec.json.decode(kept, type=Findings)
 
+    @override
     async def keep_findings(self, findings: Findings) -> None:
         async def keep(connection: Connection) -> None:
             kept = msgspec.json.encode(findings).decode()
@@ -396,14 +415,17 @@ class PostgresMetaStore(MetaStore):
 
         await self._do(keep)
 
+    @override
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         if self._spec_id is not None and self._migration.uniques >= set(self._spec.unique):
             return True
         return await self._do(lambda connection: self._migration.adopt_uniques(connection, force=force), limited=False)
 
+    @override
     async def deactivate_unique_field(self, name: str) -> None:
         await self._do(lambda connection: self._migration.give_up_unique(connection, name), limited=False)
 
+    @override
     async def advance_generation(self) -> int:
         async def advance(connection: Connection) -> int:
             cursor = await connection.execute(  # one transaction
@@ -451,6 +473,7 @@ class PostgresMetaStore(MetaStore):
 
     # Keeping house
 
+    @override
     async def maintain(self, budget_s: float) -> None:
         async def forget(connection: Connection) -> int:
             cursor = await connection.execute(
@@ -466,6 +489,7 @@ class PostgresMetaStore(MetaStore):
         while await self._do(forget) and clock() < end:
             pass
 
+    @override
     async def close(self) -> None:
         self._spec_id = None
         close_pool(self._dsn, self._password)

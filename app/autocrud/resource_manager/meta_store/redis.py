@@ -35,6 +35,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import apsw
 import msgspec
 from msgspec.structs import replace
+from typing_extensions import override
 
 from ...errors import (
     OutcomeUnknown,
@@ -68,6 +69,7 @@ from ..basic import (
     Version,
 )
 from ..contract.metadata_codec import meta_of
+from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping
 from ..contract.store_errors import check_expectation, missing, not_indexed, not_kept, shared, taken
 from ..runtime.threads import in_thread
 from .simple import SCAN_PAGE
@@ -100,7 +102,7 @@ class Known(NamedTuple):
         return msgspec.json.decode(self.text, type=list[str])
 
 
-class RedisMetaStore(MetaStore):
+class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     """
     redis_url  redis://, rediss:// (TLS) or unix://, with user and password; what the driver's URLs may say may be said
     prefix     of all keys, one for each model
@@ -123,6 +125,7 @@ class RedisMetaStore(MetaStore):
         self._meta_key = f"{prefix}meta"
         self.bind(ModelSpec("unbound"))
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
         self._writer = Writer(spec, self._encoding or Encoding.json)
@@ -130,6 +133,7 @@ class RedisMetaStore(MetaStore):
         self._known: Known | None = None
 
     @property
+    @override
     def location_key(self) -> Hashable:
         return "redis", self._client, self._prefix
 
@@ -148,34 +152,41 @@ class RedisMetaStore(MetaStore):
 
     # Reading
 
+    @override
     async def get(self, resource_id: str) -> ResourceMeta:
         document = await self._call("HGET", self._key(resource_id), "d")
         if document is None:
             raise missing(resource_id)
         return meta_of(document, resource_id)
 
+    @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         record = await self._call("HGET", self._key(resource_id), f"r{revision}")
         if record is None:
             raise RevisionNotFound(f"resource {resource_id!r} has no revision {revision}")
         return decode_record(record)
 
+    @override
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         below = HIGHEST if before is None else max(-HIGHEST, min(before, HIGHEST))
         records = await self._run(scripts.REVISIONS, digest(resource_id), below, limit + 1)
         items = [decode_record(record) for record in records[:limit]]
         return Page(items, items[-1].revision if len(records) > limit else None)
 
+    @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         found = await self._run(scripts.DONE, key)
         return None if found is None else _done(found)
 
+    @override
     async def search(self, query: Query) -> Page[Hit]:
         return await self._read(lambda tables, db: tables.search(db, query))
 
+    @override
     async def count(self, query: Query) -> int:
         return await self._read(lambda tables, db: tables.count(db, query))
 
+    @override
     async def scan(self) -> AsyncIterator[ResourceMeta]:
         after = ""
         while page := await self._read(lambda tables, db, after=after: tables.scan(db, after, SCAN_PAGE)):
@@ -183,9 +194,11 @@ class RedisMetaStore(MetaStore):
                 yield meta
             after = page[-1].resource_id
 
+    @override
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
         return await self._read(lambda tables, db: tables.unreferenced(db, uids))
 
+    @override
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         return await self._read(lambda tables, db: tables.outdated(db, limit))
 
@@ -195,14 +208,17 @@ class RedisMetaStore(MetaStore):
         read: Callable[[apsw.Connection], T] = partial(work, copy.tables)
         return await copy.db.read(read)
 
+    @override
     async def generation(self) -> int:
         return (await self._look()).generation
 
+    @override
     async def health(self) -> None:
         await self._call("PING")
 
     # Writing
 
+    @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         if not changes and once is None:
             return []
@@ -247,22 +263,26 @@ class RedisMetaStore(MetaStore):
             exact.append(change)
         return exact
 
+    @override
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         def arguments(unique: list[str]) -> list[Any]:
             return self._writer.entries(entries, unique, share=share)
 
         await self._transact(scripts.REINDEX, arguments, adopts=False)
 
+    @override
     async def findings(self) -> Findings:
         kept = await self._call("HGET", self._meta_key, "findings")
         if kept is None:  # where nothing was ever stored nothing is to be healed
             return Findings(healed=not (await self._look()).store)
         return msgspec.json.decode(kept, type=Findings)
 
+    @override
     async def keep_findings(self, findings: Findings) -> None:
         if (await self._look()).store:
             await self._call("HSET", self._meta_key, "findings", msgspec.json.encode(findings))
 
+    @override
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         known = await self._look()
         if added := self._added(known):
@@ -275,6 +295,11 @@ class RedisMetaStore(MetaStore):
             await copy.db.write(copy.tables.settled)
         return True
 
+    @override
+    async def deactivate_unique_field(self, name: str) -> None:
+        """Do nothing: if resources are outdated, a forced activation only pauses other writers, for PAUSE_S seconds."""
+
+    @override
     async def advance_generation(self) -> int:
         # Asked twice it advances twice, which is as good.
         return int(await self._call("HINCRBY", self._meta_key, "generation", 1))
@@ -380,12 +405,14 @@ class RedisMetaStore(MetaStore):
 
     # Keeping house
 
+    @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """Take what was purged out of this process's copy; other processes do so when they read next. In Redis it is gone with the purge itself
         (L3 in `backends.redis.scripts`), but for the SHA-256 of its id in the log; the server's own files keep traces until it writes them again."""
         await self._mirror.current()
         return now
 
+    @override
     async def close(self) -> None:
         self._mirror.drop()
         await self._client.close(self)

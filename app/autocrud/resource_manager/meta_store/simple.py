@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from typing_extensions import override
+
 from ...query import Query
 from ...values import Key
 from ..backends.sqlite.committer import Stage
@@ -32,12 +34,13 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
+from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping, RecordReplay
 from ..contract.staged_stores import StagedMetaStore, WriteStage
 
 SCAN_PAGE = 500
 
 
-class _TablesMetaStore(MetaStore):
+class _TablesMetaStore(MetaStore, IndexMigration, MetaSweeping):
     """A MetaStore whose truth is `ResourceTables` in a database."""
 
     _db: MemoryDatabase | FileDatabase
@@ -46,34 +49,44 @@ class _TablesMetaStore(MetaStore):
     def __init__(self, encoding: Encoding | None = None) -> None:
         self._encoding = encoding
 
+    @override
     async def generation(self) -> int:
         return await self._db.read(self._tables.generation, quick=True)
 
+    @override
     async def advance_generation(self) -> int:
         return await self._db.write(self._tables.advance_generation)
 
+    @override
     async def get(self, resource_id: str) -> ResourceMeta:
         tables = self._tables
         return await self._db.read(lambda db: tables.get(db, resource_id), quick=True)
 
+    @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         return await self._db.write(lambda db: self._tables.commit(db, changes, once=once))
 
+    @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         return await self._db.read(lambda db: self._tables.done(db, key), quick=True)
 
+    @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         return await self._db.read(lambda db: self._tables.revision(db, resource_id, revision), quick=True)
 
+    @override
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         return await self._db.read(lambda db: self._tables.revisions(db, resource_id, before, limit))
 
+    @override
     async def search(self, query: Query) -> Page[Hit]:
         return await self._db.read(lambda db: self._tables.search(db, query))
 
+    @override
     async def count(self, query: Query) -> int:
         return await self._db.read(lambda db: self._tables.count(db, query))
 
+    @override
     async def scan(self) -> AsyncIterator[ResourceMeta]:
         after = ""
         while page := await self._db.read(partial(self._tables.scan, after=after, limit=SCAN_PAGE)):
@@ -81,32 +94,39 @@ class _TablesMetaStore(MetaStore):
                 yield meta
             after = page[-1].resource_id
 
+    @override
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
         return await self._db.read(lambda db: self._tables.unreferenced(db, uids))
 
+    @override
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         return await self._db.read(lambda db: self._tables.outdated(db, limit))
 
+    @override
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         await self._db.write(lambda db: self._tables.reindex(db, entries, () if share else None) and None)
 
+    @override
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         tables = self._tables
         return await self._db.read(tables.is_indexed) or await self._db.write(
             lambda db: tables.activate_unique_fields(db, force)
         )
 
+    @override
     async def deactivate_unique_field(self, name: str) -> None:
         await self._db.write(lambda db: self._tables.deactivate_unique_field(db, name))
 
+    @override
     async def health(self) -> None:
         await self._db.read(self._tables.generation)
 
+    @override
     async def close(self) -> None:
         await self._db.close()
 
 
-class MemoryMetaStore(_TablesMetaStore):
+class MemoryMetaStore(_TablesMetaStore, RecordReplay):
     authoritative: ClassVar[bool] = False
 
     _db: MemoryDatabase
@@ -115,18 +135,21 @@ class MemoryMetaStore(_TablesMetaStore):
         super().__init__(encoding)
         self.bind(ModelSpec("unbound"))
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
         self._tables = ResourceTables(spec, self._encoding, lazy=True)
         self._db = MemoryDatabase(self._tables.create)
 
+    @override
     def apply_committed(self, changes: Sequence[Change]) -> None:
         self._db.run(lambda db: self._tables.apply_committed(db, changes))
 
+    @override
     async def owner_of(self, name: str, key: Key) -> str | None:
         return await self._db.read(lambda db: self._tables.owner_of(db, name, key), quick=True)
 
 
-class DiskMetaStore(_TablesMetaStore, StagedMetaStore):
+class DiskMetaStore(_TablesMetaStore, StagedMetaStore, FindingsKeeping):
     durable: ClassVar[bool] = True
 
     _db: FileDatabase
@@ -137,9 +160,11 @@ class DiskMetaStore(_TablesMetaStore, StagedMetaStore):
         self.bind(ModelSpec("unbound"))
 
     @property
+    @override
     def location_key(self) -> Hashable:
         return "disk", self._path.absolute()
 
+    @override
     async def commit_after(
         self, stages: Sequence[WriteStage], changes: Sequence[Change], once: IdempotentCommit | None = None
     ) -> list[ResourceMeta]:
@@ -148,28 +173,36 @@ class DiskMetaStore(_TablesMetaStore, StagedMetaStore):
         committed: list[ResourceMeta] = results[-1]
         return committed
 
+    @override
     async def findings(self) -> Findings:
         return await self._db.read(read_findings)
 
+    @override
     async def keep_findings(self, findings: Findings) -> None:
         await self._db.write(lambda db: keep_findings(db, findings))
 
+    @override
     async def opened(self) -> None:
         await self._db.opened()
 
+    @override
     def get_now(self, resource_id: str) -> ResourceMeta:
         return self._db.read_now(lambda db: self._tables.get(db, resource_id))
 
+    @override
     def search_now(self, query: Query) -> Page[Hit]:
         return self._db.read_now(lambda db: self._tables.search(db, query))
 
+    @override
     async def maintain(self, budget_s: float) -> None:
         await self._db.checkpoint()  # whoever purged may have been stopped before he could
 
+    @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         await self._db.checkpoint()
         return now
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
         self._tables = ResourceTables(spec, self._encoding)
         self._db = FileDatabase(self._path, self._tables.create)

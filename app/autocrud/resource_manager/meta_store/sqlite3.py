@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 import apsw
+from typing_extensions import override
 
 from ...errors import ConfigError, CrudError, StoreUnavailable
 from ...query import Query
@@ -42,6 +43,7 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
+from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
 from .simple import SCAN_PAGE
 
 T = TypeVar("T")
@@ -52,7 +54,7 @@ Consistency = Literal["strong", "bounded", "local"]
 MAX_EDITS = 50
 
 
-class S3SqliteMetaStore(MetaStore):
+class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, MetaSweeping):
     """
     bucket, key        everything lies below `{key}/`; a plain database that `export` wrote to `key` itself is imported once. A function
                        makes the key of the bound model
@@ -128,6 +130,7 @@ class S3SqliteMetaStore(MetaStore):
         )
         self.bind(ModelSpec("unbound"))
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
         self.key = self._key_of(spec).rstrip("/")
         name = hashlib.sha256(f"{self._bucket}\n{self.key}".encode()).hexdigest()[:16]
@@ -145,6 +148,7 @@ class S3SqliteMetaStore(MetaStore):
         return self._objects
 
     @property
+    @override
     def location_key(self) -> Hashable:
         return "s3", self._objects, self.key
 
@@ -184,33 +188,41 @@ class S3SqliteMetaStore(MetaStore):
                 loop_state.checked_at = now  # when it was sent, or earlier
         return await replica.read(work, quick=quick)
 
+    @override
     async def get(self, resource_id: str) -> ResourceMeta:
         return await self._read(lambda db: self._tables.get(db, resource_id), quick=True)
 
+    @override
     async def peek(self, resource_id: str) -> ResourceMeta:
         await self._replica.open()
         return await self._replica.read(lambda db: self._tables.get(db, resource_id), quick=True)
 
+    @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         await self._replica.open()
         if not peek:  # whatever the consistency of reads: what this does not find is done
             await self._replica.coalesced_check()
         return await self._replica.read(lambda db: self._tables.done(db, key), quick=True)
 
+    @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
         return await self._read(lambda db: self._tables.revision(db, resource_id, revision), quick=True)
 
+    @override
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         return await self._read(lambda db: self._tables.revisions(db, resource_id, before, limit))
 
+    @override
     async def search(self, query: Query) -> Page[Hit]:
         return await self._read(lambda db: self._tables.search(db, query))
 
+    @override
     async def count(self, query: Query) -> int:
         return await self._read(
             lambda db: self._tables.count(db, query), quick=query.where is None and not query.include_deleted
         )
 
+    @override
     async def scan(self) -> AsyncIterator[ResourceMeta]:
         after = ""
         while page := await self._read(partial(self._tables.scan, after=after, limit=SCAN_PAGE)):
@@ -223,25 +235,35 @@ class S3SqliteMetaStore(MetaStore):
         await self._replica.open()
         await self._replica.coalesced_check()
 
+    @override
     async def catch_up(self) -> None:
         if self._consistency != "strong":
             await self.refresh()
 
+    @override
+    async def confirm(self, resource_ids: Sequence[str]) -> None:
+        """Do nothing: the local copy contains only commits that are in S3."""
+
+    @override
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
         await self.refresh()  # whatever the consistency of reads: what this finds is removed
         return await self._replica.read(lambda db: self._tables.unreferenced(db, uids))
 
+    @override
     async def outdated(self, limit: int) -> list[ResourceMeta]:
         return await self._read(lambda db: self._tables.outdated(db, limit))
 
+    @override
     async def generation(self) -> int:
         return await self._read(self._tables.generation)
 
+    @override
     async def health(self) -> None:
         await self.refresh()
 
     # Writing
 
+    @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         return await self._write(WriteRequest(changes=changes, once=once))
 
@@ -249,16 +271,20 @@ class S3SqliteMetaStore(MetaStore):
         await self._replica.open()
         return await self._loop_state().commit(work)
 
+    @override
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         await self._write(WriteRequest(entries=entries, share=share))
 
+    @override
     async def findings(self) -> Findings:
         return (await self.head()).findings
 
+    @override
     async def keep_findings(self, findings: Findings) -> None:
         await self._replica.open()
         await self._loop_state().committer.edit(lambda head: head.next(findings=findings))
 
+    @override
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         if await self._read(self._tables.stale):
             await self._replica.blocking(lambda copy: copy.mark_up_to_date())
@@ -269,6 +295,7 @@ class S3SqliteMetaStore(MetaStore):
         state, schema = await self._replica.blocking(lambda copy: copy.schema_with_unique_fields(force=force))
         return schema is not None and await self._replace_schema(state, schema)
 
+    @override
     async def deactivate_unique_field(self, name: str) -> None:
         for _ in range(MAX_EDITS):
             await self.refresh()
@@ -284,6 +311,7 @@ class S3SqliteMetaStore(MetaStore):
 
         return await self._loop_state().committer.edit(edit) is not None
 
+    @override
     async def advance_generation(self) -> int:
         await self._replica.open()
         await self._loop_state().committer.edit(lambda head: head.next(sweep=head.sweep + 1))
@@ -291,6 +319,7 @@ class S3SqliteMetaStore(MetaStore):
 
     # Keeping house
 
+    @override
     async def maintain(self, budget_s: float) -> None:
         """Merges and snapshots that are due, then the removal of what nothing refers to; what does not fit is left to the next time."""
         await self._replica.open()
@@ -303,6 +332,7 @@ class S3SqliteMetaStore(MetaStore):
         if time.monotonic() < deadline:
             await loop_state.housekeeping.collect()
 
+    @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """Make a snapshot without what was purged, and remove the log and the snapshots before it. A bucket with versions keeps them until
         its own rules remove them."""
@@ -337,6 +367,7 @@ class S3SqliteMetaStore(MetaStore):
         else:
             await self._replica.export(self._export_key)
 
+    @override
     async def close(self) -> None:
         loop = asyncio.get_running_loop()
         loop_state = self._loop_states.pop(loop, None)

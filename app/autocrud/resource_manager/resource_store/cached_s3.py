@@ -13,10 +13,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
+from typing_extensions import override
+
 from ...errors import ConfigError
 from ...secret import Secret
 from ..backends.s3.object_store import CACHED, ObjectStore
-from ..basic import Encoding, RevisionInfo
+from ..basic import Encoding, ModelSpec, RevisionInfo
+from ..contract.overrides import check_cache
 from ..runtime.threads import shielded
 from .cache import Cache, Entry, MemoryCache
 from .s3 import S3ResourceStore
@@ -102,6 +105,12 @@ class CachedS3ResourceStore(S3ResourceStore):
         self._arrivals: list[_Arrival] = []
         self._leaving: Counter[str] = Counter()
         self._deletions: set[asyncio.Task[None]] = set()  # held, or they might be collected while they run
+
+    @override
+    def bind(self, spec: ModelSpec) -> None:
+        for cache in self.caches:
+            check_cache(cache)
+        super().bind(spec)
 
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         with self._arriving([uid]) as arrival:

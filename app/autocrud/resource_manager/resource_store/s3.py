@@ -7,10 +7,13 @@ import re
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from ...errors import ConfigError, StoreDamaged
 from ...secret import Secret
 from ..backends.s3.object_store import CONCURRENT_GETS, ObjectStore, s3
 from ..basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
+from ..contract.protocols import BodySweeping, IndexKeeping
 
 if TYPE_CHECKING:
     from ..meta_store.sqlite3 import S3SqliteMetaStore
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 UID = re.compile(r"(0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
-class S3ResourceStore(ResourceStore):
+class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
     """Bodies at `{prefix}{uid}`, a prefix for each model; where none is given it is `{model}/`. Without keys the ambient credentials are
     used; `object_store` takes the place of bucket and endpoint.
 
@@ -56,6 +59,7 @@ class S3ResourceStore(ResourceStore):
         self._index: S3SqliteMetaStore | None = None
         self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
 
+    @override
     def index(self) -> S3SqliteMetaStore:
         from ..meta_store.sqlite3 import S3SqliteMetaStore
 
@@ -68,6 +72,11 @@ class S3ResourceStore(ResourceStore):
         )
         return self._index
 
+    @override
+    async def committed(self) -> None:
+        """Do nothing: other processes find new commits when they look at S3."""
+
+    @override
     def bind(self, spec: ModelSpec) -> None:
         self._prefix = self._prefix_of(spec)
 
@@ -75,6 +84,7 @@ class S3ResourceStore(ResourceStore):
         return self._given or f"{spec.name}/"
 
     @property
+    @override
     def location_key(self) -> Hashable:
         return "s3", self._objects, self._prefix
 
@@ -82,12 +92,15 @@ class S3ResourceStore(ResourceStore):
         """How old, in seconds, what the index says may be."""
         return self.refresh_s
 
+    @override
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         await self._objects.put(self._prefix + uid, body)
 
+    @override
     async def get(self, uid: str) -> bytes:
         return await self._get(uid)
 
+    @override
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         if len(uids) == 1:
             return [await self._get(uids[0])]
@@ -105,15 +118,18 @@ class S3ResourceStore(ResourceStore):
             raise StoreDamaged(f"the body {uid} is missing")
         return found.body
 
+    @override
     async def delete(self, uids: Sequence[str]) -> None:
         if uids:
             await self._objects.delete([self._prefix + uid for uid in uids])
 
+    @override
     async def health(self) -> None:
         # Nothing is there, but whoever may not look is told so. As `after`, because a folder is listed from its first object on.
         async for _ in self._objects.list(self._prefix, self._prefix + "~"):
             break
 
+    @override
     async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
         found: list[str] = []
         async for listed in self._objects.list(self._prefix, self._prefix + after if after else ""):

@@ -19,12 +19,14 @@ from typing import Any, ClassVar, cast
 
 import apsw
 import msgspec
+from typing_extensions import override
 
 from ...errors import ConfigError, StoreDamaged, StoreUnavailable
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import Change, CommitResult, Encoding, IdempotentCommit, ModelSpec, ResourceStore, RevisionInfo, Write
+from ..contract.protocols import BodySweeping, RecordKeeping
 from ..contract.staged_stores import StagedResourceStore
 from ..runtime.files import make_directory
 
@@ -38,21 +40,25 @@ class MemoryResourceStore(ResourceStore):
         self.encoding = encoding
         self._bodies: dict[str, bytes] = {}
 
+    @override
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         self._bodies[uid] = body
 
+    @override
     async def get(self, uid: str) -> bytes:
         try:
             return self._bodies[uid]
         except KeyError:
             raise _lost(uid) from None
 
+    @override
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         try:
             return [self._bodies[uid] for uid in uids]
         except KeyError as error:
             raise _lost(error.args[0]) from None
 
+    @override
     async def delete(self, uids: Sequence[str]) -> None:
         for uid in uids:
             self._bodies.pop(uid, None)
@@ -62,11 +68,10 @@ def _lost(uid: str) -> StoreDamaged:
     return StoreDamaged(f"the body {uid} is missing")
 
 
-class DiskResourceStore(StagedResourceStore):
+class DiskResourceStore(StagedResourceStore, BodySweeping, RecordKeeping):
     """Bodies, and records for a MetaStore that is not durable, as rows of `bodies.sqlite`."""
 
     durable: ClassVar[bool] = True
-    keeps_records: ClassVar[bool] = True
 
     def __init__(self, rootdir: str | Path, encoding: Encoding | None = None) -> None:
         self.encoding = encoding
@@ -74,12 +79,14 @@ class DiskResourceStore(StagedResourceStore):
         self._owned: int | None = None
         self.bind(ModelSpec("unbound"))
 
+    @override
     def bind(self, spec: ModelSpec) -> None:
         # Records need no index: searches are the MetaStore's.
         self._records = ResourceTables(msgspec.structs.replace(spec, fields={}, unique=()))
         self._db = FileDatabase(self.rootdir / "bodies.sqlite", self._create)
 
     @property
+    @override
     def location_key(self) -> Hashable:
         return "disk", self.rootdir.absolute()
 
@@ -87,28 +94,36 @@ class DiskResourceStore(StagedResourceStore):
         connection.execute("CREATE TABLE IF NOT EXISTS bodies (uid TEXT PRIMARY KEY, body BLOB NOT NULL)")
         self._records.create(connection)
 
+    @override
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         await self._db.write(lambda db: _put(db, [(uid, body)]))
 
+    @override
     def put_stage(self, bodies: Sequence[tuple[str, bytes]]) -> Stage:
         return Stage(self._db, lambda db: _put(db, bodies))
 
+    @override
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         return await self._db.read(lambda db: _bodies(db, uids))
 
+    @override
     async def opened(self) -> None:
         await self._db.opened()
 
+    @override
     def get_many_now(self, uids: Sequence[str]) -> list[bytes]:
         return self._db.read_now(lambda db: _bodies(db, uids)) if uids else []
 
+    @override
     def get_first_now(self, uids: Sequence[str], most: int) -> list[bytes]:
         return self._db.read_now(lambda db: _first_bodies(db, uids, most)) if uids else []
 
+    @override
     async def delete(self, uids: Sequence[str]) -> None:
         rows = [(uid,) for uid in uids]
         await self._db.write(lambda db: db.executemany("DELETE FROM bodies WHERE uid = ?", rows) and None)
 
+    @override
     async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
         # Uids compare as text, so the number is compared by itself: '10/...' < '9/...'.
         return await self._db.read(
@@ -121,6 +136,7 @@ class DiskResourceStore(StagedResourceStore):
             ]
         )
 
+    @override
     def lock_exclusively(self) -> None:
         if self._owned is None:
             try:
@@ -142,6 +158,7 @@ class DiskResourceStore(StagedResourceStore):
             os.close(self._owned)
             self._owned = None
 
+    @override
     async def put_records(
         self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None], once: IdempotentCommit | None = None
     ) -> None:
@@ -156,9 +173,11 @@ class DiskResourceStore(StagedResourceStore):
 
         await self._db.write(work, after=lambda: then(changes))
 
+    @override
     async def done(self, key: str) -> CommitResult | None:
         return await self._db.read(lambda db: self._records.done(db, key))
 
+    @override
     async def records(self) -> AsyncIterator[Change]:
         after = ""
         while page := await self._db.read(partial(self._page, after=after)):
@@ -173,16 +192,20 @@ class DiskResourceStore(StagedResourceStore):
             for record in self._records.records(connection, meta.resource_id)
         ]
 
+    @override
     async def health(self) -> None:
         await self._db.read(lambda db: db.execute("SELECT 1 FROM bodies LIMIT 1").get)
 
+    @override
     async def maintain(self, budget_s: float) -> None:
         await self._db.checkpoint()  # whoever purged may have been stopped before he could
 
+    @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         await self._db.checkpoint()
         return now
 
+    @override
     async def close(self) -> None:
         await self._db.close()
         self._disown()

@@ -25,6 +25,7 @@ from ..basic import (
     RevisionInfo,
     Write,
 )
+from ..contract.protocols import Freshness, IndexKeeping, RecordKeeping, RecordReplay
 from ..runtime.threads import shielded
 from .unique_values import UniqueValues
 
@@ -47,6 +48,7 @@ class MetaStoreCommits:
 
     def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
         self._meta_store, self._resource_store = meta_store, resource_store
+        self._freshness = meta_store if isinstance(meta_store, Freshness) else None
 
     async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         """Put the bodies, then commit to the MetaStore."""
@@ -66,15 +68,20 @@ class MetaStoreCommits:
 
     async def confirm(self, resource_ids: Sequence[str]) -> None:
         """Let the MetaStore confirm these resources."""
-        await self._meta_store.confirm(resource_ids)
+        if self._freshness is not None:
+            await self._freshness.confirm(resource_ids)
 
 
 class AnnouncedCommits(MetaStoreCommits):
-    """Commits to the index that lies beside the bodies, and tells the ResourceStore of each commit.
+    """Commits to the index that lies beside the bodies, and tells its keeper, the ResourceStore, of each commit.
 
     The ResourceStore is told before a commit is acknowledged, so that it can tell other instances. It is also told if
     an earlier commit is found: the process that made that commit may have ended before it could tell.
     """
+
+    def __init__(self, meta_store: MetaStore, resource_store: ResourceStore, keeper: IndexKeeping) -> None:
+        super().__init__(meta_store, resource_store)
+        self._keeper = keeper
 
     @override
     async def _commit_changes(self, changes: Sequence[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
@@ -87,28 +94,28 @@ class AnnouncedCommits(MetaStoreCommits):
         try:
             committed = await self._meta_store.commit(changes, once)
         except (AlreadyCommitted, OutcomeUnknown):
-            await self._resource_store.committed()
+            await self._keeper.committed()
             raise
-        await self._resource_store.committed()
+        await self._keeper.committed()
         return committed
 
     @override
     async def done(self, key: str, *, peek: bool) -> CommitResult | None:
         found = await self._meta_store.done(key, peek=peek)
         if found is not None:
-            await self._resource_store.committed()
+            await self._keeper.committed()
         return found
 
     @override
     async def confirm(self, resource_ids: Sequence[str]) -> None:
-        await self._resource_store.committed()
+        await self._keeper.committed()
 
 
 class RecordCommits:
     """Commits to records beside the bodies. The MetaStore applies the records in the order of their commits."""
 
-    def __init__(self, meta_store: MetaStore, resource_store: ResourceStore, unique_values: UniqueValues) -> None:
-        self._meta_store, self._resource_store, self._unique_values = meta_store, resource_store, unique_values
+    def __init__(self, replay: RecordReplay, records: RecordKeeping, unique_values: UniqueValues) -> None:
+        self._replay, self._records, self._unique_values = replay, records, unique_values
 
     async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         """Write bodies and records in one step. Runs to completion even if the caller is cancelled.
@@ -120,12 +127,12 @@ class RecordCommits:
     async def _commit(self, writes: Sequence[Write], once: IdempotentCommit | None) -> list[ResourceMeta]:
         changes = [write.change for write in writes]
         async with self._unique_values.reserved(changes):
-            await self._resource_store.put_records(writes, self._meta_store.apply_committed, once)
+            await self._records.put_records(writes, self._replay.apply_committed, once)
         return [change.meta for change in changes]
 
     async def done(self, key: str, *, peek: bool) -> CommitResult | None:
         """Ask the records for the commit that carried this key. They always know the newest commit."""
-        return await self._resource_store.done(key)
+        return await self._records.done(key)
 
     async def confirm(self, resource_ids: Sequence[str]) -> None:
         """Do nothing: one process owns the records, so all its readers see what it read."""

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 
 from ...errors import ConfigError
 from ..basic import ResourceStore
+from ..contract.protocols import BodySweeping
 
 WhenFormer = Literal["refuse", "open", "ignore"]
 """What a factory does about stores in the former layout: refuse to open beside one, open it, or not look for one."""
@@ -48,7 +49,7 @@ async def refuse_former(
     """
     if await present.exists() or not await former.exists():
         return
-    if await former_bodies.older_than(ANY_GENERATION, "", 1):
+    if isinstance(former_bodies, BodySweeping) and await former_bodies.older_than(ANY_GENERATION, "", 1):
         before, now = names
         raise ConfigError(
             f"{factory}: the store of the model {model!r} was written by an earlier release, with its metadata in"

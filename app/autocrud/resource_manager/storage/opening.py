@@ -8,7 +8,8 @@ import threading
 from collections.abc import Awaitable, Callable
 
 from ...errors import StoreUnavailable
-from ..basic import Change, MetaStore, ModelSpec, ResourceStore
+from ..basic import Change
+from ..contract.protocols import RecordKeeping, RecordReplay
 from ..runtime.threads import shielded
 
 REBUILD_PAGE = 200
@@ -52,14 +53,12 @@ class Opening:
             self._opening = None
 
 
-async def rebuild(spec: ModelSpec, meta_store: MetaStore, resource_store: ResourceStore) -> None:
-    """Claim the records for this process, and fill the MetaStore with them. Raises ConfigError if another owns them."""
-    resource_store.lock_exclusively()
-    meta_store.bind(spec)  # which empties it: another process may have owned the records since it was filled
+async def rebuild(replay: RecordReplay, records: RecordKeeping) -> None:
+    """Apply all records to an empty MetaStore."""
     batch: list[Change] = []
-    async for change in resource_store.records():
+    async for change in records.records():
         batch.append(change)
         if len(batch) >= REBUILD_PAGE:
-            await asyncio.to_thread(meta_store.apply_committed, batch)
+            await asyncio.to_thread(replay.apply_committed, batch)
             batch = []
-    await asyncio.to_thread(meta_store.apply_committed, batch)
+    await asyncio.to_thread(replay.apply_committed, batch)

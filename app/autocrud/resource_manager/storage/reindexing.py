@@ -34,6 +34,7 @@ from msgspec.structs import replace
 from ...errors import ResourceNotFound, StoreDamaged, StoreUnavailable, UniqueConflict
 from ...query import MAX_LIMIT, Query, field
 from ..basic import Findings, IndexOf, MetaStore, ModelSpec, Reindex, ResourceMeta, ResourceStore, Version
+from ..contract.protocols import FindingsKeeping, IndexMigration
 from ..contract.store_errors import shared
 from ..model.verification import is_sound
 
@@ -60,8 +61,17 @@ SHARED = (
 class Reindexing:
     """Makes the index entries of one model."""
 
-    def __init__(self, spec: ModelSpec, meta_store: MetaStore, resource_store: ResourceStore) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        meta_store: MetaStore,
+        resource_store: ResourceStore,
+        *,
+        migration: IndexMigration,
+        findings: FindingsKeeping | None,
+    ) -> None:
         self._spec, self._meta_store, self._resource_store = spec, meta_store, resource_store
+        self._migration, self._findings = migration, findings
         # Ids of resources, as ordered sets.
         self._lost: dict[str, None] = {}  # their bodies cannot be read
         self._shared: dict[str, None] = {}  # another resource has one of their unique values
@@ -73,15 +83,15 @@ class Reindexing:
         Raises StoreUnavailable if a body cannot be read now (R1), and ConfigError if a field cannot be unique because
         stored resources share a value.
         """
-        found = await self._meta_store.findings()
+        found = await self._found()
         self._load(found)
         for attempt in range(MAX_ROUNDS):
-            while outdated := await self._meta_store.outdated(PAGE):
+            while outdated := await self._migration.outdated(PAGE):
                 await self._reindex(outdated, index, share=not (found.healed or attempt))
-            if await self._meta_store.activate_unique_fields():
+            if await self._migration.activate_unique_fields():
                 break
             if attempt:
-                await self._meta_store.activate_unique_fields(force=True)
+                await self._migration.activate_unique_fields(force=True)
         else:
             raise StoreUnavailable("an older program writes so much that the index cannot be completed; stop it")
         if not found.healed:
@@ -90,9 +100,9 @@ class Reindexing:
 
     async def step(self, index: IndexOf) -> bool:
         """Index some resources that an older program has written since. Return False if there were none."""
-        outdated = await self._meta_store.outdated(PAGE)
+        outdated = await self._migration.outdated(PAGE)
         if outdated:
-            found = await self._meta_store.findings()
+            found = await self._found()
             await self._reindex(outdated, index)
             await self._keep(found)
         return bool(outdated)
@@ -102,7 +112,7 @@ class Reindexing:
 
         A body may have come back, a shared value may have changed, or the resource may have been purged.
         """
-        found = await self._meta_store.findings()
+        found = await self._found()
         self._load(found)
         for resource_id in [*self._lost, *self._shared]:
             try:
@@ -115,7 +125,7 @@ class Reindexing:
             if resource_id in self._lost or not entries:
                 continue
             try:
-                await self._meta_store.reindex(entries)
+                await self._migration.reindex(entries)
             except UniqueConflict:
                 self._shared[resource_id] = None
             else:
@@ -134,6 +144,9 @@ class Reindexing:
         ]
         return [f"{len(ids)} resources {what}" for ids, what in told if ids]
 
+    async def _found(self) -> Findings:
+        return Findings(healed=True) if self._findings is None else await self._findings.findings()
+
     def _load(self, found: Findings) -> None:
         if new := [resource_id for resource_id in found.shared if resource_id not in self._shared]:
             log.warning("%s %s: another resource has a value of a unique field too", self._spec.name, ", ".join(new))
@@ -143,16 +156,16 @@ class Reindexing:
     async def _keep(self, found: Findings) -> None:
         """Store the findings, unless they equal the stored ones, `found`."""
         now = Findings(healed=True, lost=tuple(self._lost)[:KEPT], shared=tuple(self._shared)[:KEPT])
-        if now != found:
-            await self._meta_store.keep_findings(now)
+        if now != found and self._findings is not None:
+            await self._findings.keep_findings(now)
 
     async def _reindex(self, outdated: Sequence[ResourceMeta], index: IndexOf, *, share: bool = False) -> None:
         async for entries in self._chunks(outdated, index):
             try:
-                await self._meta_store.reindex(entries)
+                await self._migration.reindex(entries)
             except UniqueConflict as error:
                 if not share:
-                    await self._meta_store.deactivate_unique_field(error.field)
+                    await self._migration.deactivate_unique_field(error.field)
                     raise shared(self._spec.name, error.field) from None
                 await self._share(entries)
 
@@ -171,7 +184,7 @@ class Reindexing:
                 # An entry without any field is right if its resource has none of the indexed fields.
                 if entries := [entry for entry in chunk if entry.entry.shown != EMPTY]:
                     try:
-                        await self._meta_store.reindex(entries)
+                        await self._migration.reindex(entries)
                     except UniqueConflict:
                         await self._share(entries)
                     healed += len(entries)
@@ -183,9 +196,9 @@ class Reindexing:
     async def _share(self, entries: Sequence[Reindex]) -> None:
         for entry in entries:
             try:
-                await self._meta_store.reindex([entry])
+                await self._migration.reindex([entry])
             except UniqueConflict as error:
-                await self._meta_store.reindex([entry], share=True)
+                await self._migration.reindex([entry], share=True)
                 self._shared[entry.resource_id] = None
                 log.error("%s %s: another resource has its %s too", self._spec.name, entry.resource_id, error.field)
 

@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequen
 from msgspec.structs import replace
 from typing_extensions import override
 
-from ...errors import CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable
+from ...errors import ConfigError, CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable
 from ...query import Query
 from ..basic import (
     CommitResult,
@@ -45,6 +45,15 @@ from ..basic import (
     ResourceStore,
     RevisionInfo,
     Write,
+)
+from ..contract.overrides import check_meta_store, check_resource_store
+from ..contract.protocols import (
+    FindingsKeeping,
+    Freshness,
+    IndexKeeping,
+    IndexMigration,
+    RecordKeeping,
+    RecordReplay,
 )
 from ..contract.staged_stores import StagedMetaStore, StagedResourceStore
 from ..contract.store_errors import WriteTimedOut
@@ -80,11 +89,21 @@ class SimpleStorage(IStorage):
         *,
         before_open: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        index = None if meta_store.authoritative else resource_store.index()
+        index: MetaStore | None = None
+        if isinstance(resource_store, IndexKeeping) and not meta_store.authoritative:
+            index = resource_store.index()
         self.meta_store = index or meta_store
         self.resource_store = resource_store
         self._replaced = None if index is None else meta_store
-        self._has_records = not self.meta_store.authoritative and resource_store.keeps_records
+        # The abilities of these stores, which are asked for only here.
+        self._freshness = self.meta_store if isinstance(self.meta_store, Freshness) else None
+        self._records: RecordKeeping | None = None
+        if isinstance(resource_store, RecordKeeping) and not self.meta_store.authoritative:
+            self._records = resource_store
+        self._replay = self.meta_store if isinstance(self.meta_store, RecordReplay) else None
+        self._index_keeper = resource_store if isinstance(resource_store, IndexKeeping) else None
+        self._migration = self.meta_store if isinstance(self.meta_store, IndexMigration) else None
+        self._findings = self.meta_store if isinstance(self.meta_store, FindingsKeeping) else None
         self._pair: DiskPair | None = None
         if isinstance(meta_store, StagedMetaStore) and isinstance(resource_store, StagedResourceStore):
             self._pair = DiskPair(meta_store, resource_store)
@@ -95,28 +114,32 @@ class SimpleStorage(IStorage):
 
     def _compose(self, spec: ModelSpec) -> None:
         self._spec = spec
-        self._reindexing = Reindexing(spec, self.meta_store, self.resource_store)
+        self._reindexing: Reindexing | None = None
+        if self._migration is not None:
+            self._reindexing = Reindexing(
+                spec, self.meta_store, self.resource_store, migration=self._migration, findings=self._findings
+            )
         self._index: IndexOf | None = None
         self._commits: Commits
         if self._pair is not None:
             self._commits = self._pair
-        elif self._has_records:
-            unique_values = UniqueValues(self.meta_store, spec.unique)
-            self._commits = RecordCommits(self.meta_store, self.resource_store, unique_values)
-        elif self._replaced is not None:
-            self._commits = AnnouncedCommits(self.meta_store, self.resource_store)
+        elif self._records is not None and self._replay is not None:
+            unique_values = UniqueValues(self._replay, spec.unique)
+            self._commits = RecordCommits(self._replay, self._records, unique_values)
+        elif self._replaced is not None and self._index_keeper is not None:
+            self._commits = AnnouncedCommits(self.meta_store, self.resource_store, self._index_keeper)
         else:
             self._commits = MetaStoreCommits(self.meta_store, self.resource_store)
 
     @property
     @override
     def durable(self) -> bool:
-        return self.resource_store.durable and (self.meta_store.durable or self._has_records)
+        return self.resource_store.durable and (self.meta_store.durable or self._records is not None)
 
     @property
     @override
     def remote(self) -> bool:
-        return self.durable and self.resource_store.remote and (self.meta_store.remote or self._has_records)
+        return self.durable and self.resource_store.remote and (self.meta_store.remote or self._records is not None)
 
     @property
     @override
@@ -125,6 +148,14 @@ class SimpleStorage(IStorage):
 
     @override
     def bind(self, spec: ModelSpec) -> None:
+        check_meta_store(self.meta_store if self._replaced is None else self._replaced)
+        check_resource_store(self.resource_store)
+        if self._records is not None and self._replay is None:
+            raise ConfigError(
+                f"{type(self.meta_store).__name__} is not authoritative, and cannot apply the records of"
+                f" {type(self.resource_store).__name__}: define `apply_committed` and `owner_of`, or set"
+                " `authoritative = True`"
+            )
         self._compose(spec)
         self.meta_store.bind(spec)
         self.resource_store.bind(spec)
@@ -151,12 +182,15 @@ class SimpleStorage(IStorage):
                 type(self._replaced).__name__,
                 type(self.meta_store).__name__,
             )
-        if self._has_records:
-            await rebuild(self._spec, self.meta_store, self.resource_store)
+        if self._records is not None and self._replay is not None:
+            self._records.lock_exclusively()
+            self.meta_store.bind(self._spec)  # which empties it: another process may have written records since
+            await rebuild(self._replay, self._records)
             await self._sweep.run_alone()
         await self._sweep.load_generation()
         assert self._index is not None, "`open` sets it"
-        await self._reindexing.open(self._index)
+        if self._reindexing is not None:
+            await self._reindexing.open(self._index)
 
     # Reading
 
@@ -180,15 +214,18 @@ class SimpleStorage(IStorage):
     @property
     @override
     def may_be_stale(self) -> bool:
-        return self.meta_store.may_be_stale
+        return self._freshness is not None and self._freshness.may_be_stale
 
     @override
     async def peek(self, resource_id: str) -> ResourceMeta:
-        return await self.meta_store.peek(resource_id)
+        if self._freshness is None:
+            return await self.meta_store.get(resource_id)
+        return await self._freshness.peek(resource_id)
 
     @override
     async def catch_up(self) -> None:
-        await self.meta_store.catch_up()
+        if self._freshness is not None:
+            await self._freshness.catch_up()
 
     @override
     async def bodies(self, uids: Sequence[str]) -> list[bytes]:
@@ -305,7 +342,7 @@ class SimpleStorage(IStorage):
     @override
     async def degradations(self) -> list[str]:
         stores = [*await self.meta_store.degradations(), *await self.resource_store.degradations()]
-        return [*stores, *self._reindexing.degradations()]
+        return stores if self._reindexing is None else [*stores, *self._reindexing.degradations()]
 
     @override
     async def maintain(self, budget_s: float) -> None:
@@ -313,14 +350,15 @@ class SimpleStorage(IStorage):
 
         Work that does not fit into `budget_s` seconds is left to the next call.
         """
-        if self._has_records:
+        if self._records is not None:
             await self.resource_store.maintain(budget_s)
             return  # `open` indexes and sweeps
         deadline = time.monotonic() + budget_s
         assert self._index is not None, "`open` sets it"
-        while time.monotonic() < deadline and await self._reindexing.step(self._index):
-            pass
-        await self._reindexing.look_again(self._index)
+        if self._reindexing is not None:
+            while time.monotonic() < deadline and await self._reindexing.step(self._index):
+                pass
+            await self._reindexing.look_again(self._index)
         await self.meta_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
         await self.resource_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
         await self._sweep.run(deadline)

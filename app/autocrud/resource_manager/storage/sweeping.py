@@ -13,16 +13,19 @@ import time
 from uuid_utils import uuid7
 
 from ..basic import MetaStore, ResourceStore
+from ..contract.protocols import BodySweeping, MetaSweeping
 
 SWEEP_PAGE = 1000
 """How many bodies are looked up and removed at a time."""
 
 
 class Sweep:
-    """The sweep of one model, which goes on where the last call stopped."""
+    """The sweep of one model, which goes on where the last call stopped. Does nothing if a store lacks the ability."""
 
     def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
-        self._meta_store, self._resource_store = meta_store, resource_store
+        self._references = meta_store if isinstance(meta_store, MetaSweeping) else None
+        self._bodies = resource_store if isinstance(resource_store, BodySweeping) else None
+        self._resource_store = resource_store
         self._generation = 0
         self._after = ""  # the last uid that this sweep looked at; empty between two sweeps
 
@@ -32,15 +35,16 @@ class Sweep:
 
     async def load_generation(self) -> None:
         """Read the generation of the MetaStore. Uids of older generations may be refused from now on."""
-        self._generation = await self._meta_store.generation()
+        if self._references is not None:
+            self._generation = await self._references.generation()
 
     async def run(self, deadline: float) -> None:
         """Sweep until the deadline, in seconds of `time.monotonic`.
 
         If bodies are left, the next call continues with them. Otherwise it starts a new sweep.
         """
-        if not self._after:
-            self._generation = await self._meta_store.advance_generation()
+        if not self._after and self._references is not None:
+            self._generation = await self._references.advance_generation()
         while time.monotonic() < deadline:
             self._after = await self._remove_page(self._generation - 1, self._after)
             if not self._after:
@@ -54,8 +58,10 @@ class Sweep:
 
     async def _remove_page(self, generation: int, after: str) -> str:
         """Remove the orphans among the next bodies before a generation. Return the last uid, or "" at the end."""
-        uids = await self._resource_store.older_than(generation, after, SWEEP_PAGE)
+        if self._references is None or self._bodies is None:
+            return ""
+        uids = await self._bodies.older_than(generation, after, SWEEP_PAGE)
         if not uids:
             return ""
-        await self._resource_store.delete(await self._meta_store.unreferenced(uids))
+        await self._resource_store.delete(await self._references.unreferenced(uids))
         return uids[-1]

@@ -12,7 +12,8 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 
 from ...values import Key
-from ..basic import Change, MetaStore
+from ..basic import Change
+from ..contract.protocols import RecordReplay
 from ..contract.store_errors import taken
 
 
@@ -22,8 +23,8 @@ class UniqueValues:
     unique  names of the unique fields
     """
 
-    def __init__(self, meta_store: MetaStore, unique: Sequence[str]) -> None:
-        self._meta_store, self._unique = meta_store, unique
+    def __init__(self, replay: RecordReplay, unique: Sequence[str]) -> None:
+        self._replay, self._unique = replay, unique
         self._mutex = threading.Lock()  # guards the next one
         self._reserved: dict[tuple[str, Key], list[str]] = {}  # ids of the resources that take a value, one per write
 
@@ -51,7 +52,7 @@ class UniqueValues:
                     takers.append(resource_id)
                     held.append(((name, key), resource_id))
             for name, key, resource_id in wanted:
-                owner = await self._meta_store.owner_of(name, key)
+                owner = await self._replay.owner_of(name, key)
                 # An owner that the same batch changes gives the value up in it, or appears in `wanted` too.
                 if owner not in (None, resource_id) and owner not in final:
                     raise taken(name)
