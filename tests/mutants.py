@@ -66,7 +66,7 @@ MUTANTS = [
         "< generation - 100:",
         STORES,
     ),
-    ("unique values are not unique", M + "backends/sqlite/tables.py", "raise taken(name)", "pass", STORES),
+    ("unique values are not unique", M + "backends/sqlite/tables.py", "raise taken(name, resource_id, other)", "pass", STORES),
     (
         "a rival of a reservation is let in",
         M + "storage/unique_values.py",
@@ -224,22 +224,22 @@ MUTANTS = [
     (
         "writes are not bounded by the read filter",
         M + "engine/planning.py",
-        "if not await self._holds(access_filter.read, state):",
+        "if not await self._reader.matches(access_filter.read, state):",
         "if False:",
         ACCESS,
     ),
     (
         "writes are not bounded by what they replace",
         M + "engine/planning.py",
-        "if not await self._holds(allowed, state):",
-        "if False:",
+        "if not await self._reader.matches(allowed, state):\n                raise",
+        "if False:\n                raise",
         ACCESS,
     ),
     (
         "writes are not bounded by what they leave",
         M + "engine/planning.py",
-        "and not await self._holds(allowed, state)\n",
-        "and False\n",
+        "await self._check_left(allowed, state)",
+        "pass",
         ACCESS,
     ),
     (
@@ -380,7 +380,13 @@ MUTANTS = [
     ("names may stand twice", M + "model/codec.py", "if strings(body) == strings(", "if True or (", BOUNDED),
     ("ETags have no end", H + "conditions.py", "if len(tags) == MAX_ETAGS:", "if False:", BOUNDED),
     ("depth is not looked at", M + "model/json_shape.py", "if depth > MAX_DEPTH", "if False", BOUNDED),
-    ("what patches make has no bound", M + "engine/planning.py", "self._grown > operation.max_bytes", "False", BOUNDED),
+    (
+        "what patches make has no bound",
+        M + "engine/planning.py",
+        "self._bytes_added > operation.max_bytes",
+        "False",
+        BOUNDED,
+    ),
     (
         "large work is done at once",
         M + "runtime/threads.py",

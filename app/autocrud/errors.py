@@ -82,6 +82,8 @@ class UniqueConflict(CrudError):
     type, title, status = "unique-conflict", "The value is taken", 409
     field = ""
     """The name of the field."""
+    resource_ids: frozenset[str] = frozenset()
+    """The ids of the resources that would share the value. Empty if the store does not know them."""
 
 
 class RevisionIsStable(CrudError):

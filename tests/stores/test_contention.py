@@ -14,6 +14,7 @@ from app.autocrud.resource_manager.backends.s3.memory_object_store import Memory
 from app.autocrud.resource_manager.basic import Version
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.engine import writing
+from app.autocrud.resource_manager.engine.state import StateReader
 from app.autocrud.resource_manager.storage_factory import IStorageFactory, MemoryStorageFactory, S3StorageFactory
 from tests import virtual_time
 
@@ -59,7 +60,12 @@ async def rival_that_always_wins(manager: ResourceManager[Note], rid: str) -> li
         return await commit(changes, once)
 
     rival = writing.WriteExecutor(
-        manager.storage, manager.codec, schema_version=1, retention=None, clock=manager._clock
+        manager.storage,
+        manager.codec,
+        StateReader(manager.storage, manager.codec),
+        schema_version=1,
+        retention=None,
+        clock=manager._clock,
     )
 
     async def commit_rival(number: int) -> None:

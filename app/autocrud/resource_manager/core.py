@@ -60,7 +60,8 @@ from .engine.operations import (
     Update,
 )
 from .engine.page_reading import read_page
-from .engine.planning import ResourceState, deleted
+from .engine.planning import deleted
+from .engine.state import ResourceState, StateReader
 from .engine.writing import MAX_ATTEMPTS, WriteExecutor, contention
 from .model.codec import Codec, CodecIndex, Document
 from .model.resource import Resource
@@ -99,7 +100,10 @@ class ResourceManager(Generic[T]):
         self._damaged = DamagedResources()
         self._expire_after = ""
         self._erase_owed = False
-        self._executor = WriteExecutor(storage, codec, schema_version=schema_version, retention=retention, clock=clock)
+        self._reader = StateReader(storage, codec)
+        self._executor = WriteExecutor(
+            storage, codec, self._reader, schema_version=schema_version, retention=retention, clock=clock
+        )
         check_storage(storage)
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
 
@@ -126,7 +130,7 @@ class ResourceManager(Generic[T]):
         meta = await self.storage.get(resource_id)
         for _ in range(MAX_ATTEMPTS):
             try:
-                if not await self._executor.holds(read_filter, ResourceState(meta)):
+                if not await self._reader.matches(read_filter, ResourceState(meta)):
                     raise missing(resource_id)
                 break
             except StoreDamaged:
@@ -162,13 +166,13 @@ class ResourceManager(Generic[T]):
     ) -> Resource[T]:
         if not self._opened:
             await self.open()
-        to_json = self._executor.verifier.read
+        to_json = self._reader.verifier.read
         for _ in range(MAX_ATTEMPTS):
             try:
                 if revision is None:
                     meta, body = await self.storage.get_with_body(resource_id)
                     json = await to_json(meta, body)
-                    if read_filter is not None and not await self._executor.holds(
+                    if read_filter is not None and not await self._reader.matches(
                         read_filter, ResourceState(meta, json)
                     ):
                         raise missing(resource_id)
@@ -199,7 +203,7 @@ class ResourceManager(Generic[T]):
             info = meta if revision is None else await self.storage.revision(resource_id, storable_number(revision))
             await self.storage.drop_copies([info.uid])
             try:
-                self._executor.verifier.json(info, await self.storage.body(info.uid))
+                self._reader.verifier.json(info, await self.storage.body(info.uid))
             except StoreDamaged:
                 if await self.storage.get(resource_id) == meta:
                     raise
@@ -266,7 +270,7 @@ class ResourceManager(Generic[T]):
         resolved = (query or Query()).resolve(self.codec.fields)
         try:
             page, bodies = await read_page(self.storage, resolved)
-            return Page(self._executor.verifier.page(page.items, bodies), page.next)
+            return Page(self._reader.verifier.page(page.items, bodies), page.next)
         except StoreDamaged:
             # A draft was replaced in between, or a body is lost; one by one tells, and one that is lost must not hide all others.
             page = await self.storage.search(resolved)
@@ -292,7 +296,7 @@ class ResourceManager(Generic[T]):
         if not self._opened:
             await self.open()
         page = await self.storage.search((query or Query()).resolve(self.codec.fields))
-        broken = self._executor.verifier.broken(page.items)
+        broken = self._reader.verifier.broken(page.items)
         for hit in broken:  # one that is damaged must not hide all others
             self._damaged.note_hit(hit)
             log.error("%s: metadata is damaged and left out of a search; its body is %s", self.name, hit.uid)
@@ -447,7 +451,7 @@ class ResourceManager(Generic[T]):
         return await self._resource(state)
 
     async def _resource(self, state: ResourceState) -> Resource[T]:
-        return Resource(self.codec, state.meta, await self._executor.json(state))
+        return Resource(self.codec, state.meta, await self._reader.json(state))
 
     # Keeping house
 

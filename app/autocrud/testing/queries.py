@@ -21,7 +21,7 @@ from ..errors import (
 from ..query import SET_OPS, STATE_OPS, Compare, Filter, Not, Sort, ops_of
 from ..resource_manager.basic import ResourceMeta
 from ..resource_manager.core import ResourceManager
-from ..resource_manager.engine.access_filter import holds
+from ..resource_manager.engine.access_filter import matches
 from ..resource_manager.engine.operations import (
     Create,
 )
@@ -85,7 +85,7 @@ class QueryConformance(Conformance):
         where, found = query.resolve(manager.codec.fields).where, set()
         for meta, data in rows:
             json = manager.codec.accept(data).json
-            if where is None or await holds(where, meta, functools.partial(_ready, json), manager.codec):
+            if where is None or await matches(where, meta, functools.partial(_ready, json), manager.codec):
                 found.add(meta.resource_id)
         return found if query.include_deleted else found - {meta.resource_id for meta, _ in rows if meta.is_deleted}
 

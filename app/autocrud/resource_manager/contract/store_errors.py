@@ -60,10 +60,11 @@ def missing(resource_id: str) -> ResourceNotFound:
     return ResourceNotFound(f"there is no resource {resource_id!r}")
 
 
-def taken(name: str) -> UniqueConflict:
+def taken(name: str, *resource_ids: str) -> UniqueConflict:
+    """Return the error for a value of a unique field that two resources would have; their ids, if the store knows them."""
     detail = f"another resource has this {name!r}; deleted ones keep theirs until they are purged"
     conflict = UniqueConflict(detail, (Violation("/" + name.replace(".", "/"), detail),))
-    conflict.field = name
+    conflict.field, conflict.resource_ids = name, frozenset(resource_ids)
     return conflict
 
 

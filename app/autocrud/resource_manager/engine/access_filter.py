@@ -1,8 +1,10 @@
-"""What of a model's resources is there for a caller.
+"""The filters that say which resources of a model a caller may read and change (row-level access control).
 
-- B1 *What may not be read is not there*: a read and a write of it answer what they answer for an id that nobody has.
-- B2 *A write is allowed by the state that it replaces, and by the one that it leaves.* Both are looked at while the write is planned, and
-  the commit holds only for exactly the planned state; so no rival's write in between lets anything through.
+- B1 *A resource that the caller may not read does not exist for the caller*: reads and writes of it answer exactly what
+  they answer for an id that no resource has.
+- B2 *A write must be allowed both in the state that it replaces and in the state that it leaves.* Planning checks both,
+  and the commit succeeds only if the stored state is still the one that was checked. So a concurrent write cannot get
+  around the check.
 """
 
 from __future__ import annotations
@@ -17,16 +19,24 @@ from ..model.codec import Codec
 
 
 class AccessFilter(NamedTuple):
-    """Resolved filters, None for everything. An action that `change` does not name is forbidden."""
+    """The resources that a caller may read and change.
+
+    read    the resolved filter of the resources that the caller may read; None: all of them
+    change  for each allowed action, the resolved filter of the resources that it may be applied to; None: all of them.
+            An action that is not in it is forbidden.
+    """
 
     read: Filter | None
     change: Mapping[Action, Filter | None]
 
 
-async def holds(
+async def matches(
     where: Filter | None, meta: ResourceMeta, json: Callable[[], Awaitable[bytes]], codec: Codec[Any]
 ) -> bool:
-    """Whether a filter finds a resource in this state. Its data is asked for only where the filter is about it."""
+    """Return whether a resolved filter finds a resource in this state. The filter None finds every resource.
+
+    `json` reads the data of the resource. It is called only if the filter names a field of the data.
+    """
     if where is None:
         return True
     keys: dict[str, Any] = {f"meta.{name}": kind.key(getattr(meta, name)) for name, kind in META_FIELDS.items()}

@@ -1,4 +1,4 @@
-"""Who asks the ResourceManager, under which Idempotency-Key, and within which bounds.
+"""The caller of a ResourceManager: a name, an Idempotency-Key, and the resources that it may read and change.
 
 caller = Caller("alice", key=IdempotencyKey("order-17"))
 await manager.create(Order(...), by=caller)
@@ -12,17 +12,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...values import datetime_key
-from ..basic import IdempotentCommit, Write
+from ..basic import IdempotentCommit
 from .access_filter import AccessFilter
 from .operations import Operation, Purge
-from .planning import ResourceState
+from .state import ResourceState
 
 
 class IdempotencyKey:
-    """A name for one request to write, so that asking again after an unknown outcome does it once: the first answer comes again for a day.
+    """A name that a client gives to one write request, so that a retry after an unknown outcome does not write twice.
 
-    `request` says what is asked, as any text: the key with another one raises KeyReused. `replayed` tells afterwards whether the answer
-    is that of an earlier request.
+    For a day, a request with the same key gets the answer of the first one.
+
+    key      chosen by the client; keys of different callers are different
+    request  a text that identifies what is requested; the same key with another text raises KeyReused
+
+    After the write, `replayed` is True if the answer is that of an earlier request.
     """
 
     __slots__ = ("key", "replayed", "request")
@@ -32,34 +36,40 @@ class IdempotencyKey:
 
 
 class Caller(NamedTuple):
-    """The name stands in created_by and updated_by; `key` makes a write happen once; without bounds everything is allowed."""
+    """Who calls a ResourceManager.
+
+    name           stored in created_by and updated_by
+    key            makes a write idempotent; None: a retry writes again
+    access_filter  the resources that the caller may read and change; None: all
+    """
 
     name: str
     key: IdempotencyKey | None = None
     access_filter: AccessFilter | None = None
 
     def hashed_key(self) -> HashedKey | None:
-        """The key for stores: with the caller in it, so that nobody meets another's."""
+        """Return the key as stores keep it, or None if there is none. The hash covers the caller's name too."""
         if self.key is None:
             return None
         return HashedKey(_sha256(f"{len(self.name)}:{self.name}{self.key.key}"), _sha256(self.key.request))
 
 
 class HashedKey(NamedTuple):
+    """The SHA-256 of an IdempotencyKey and its caller, and the SHA-256 of its request."""
+
     key: str
     request: str
 
-    def once(
-        self,
-        operations: Sequence[Operation],
-        states: Sequence[ResourceState],
-        writes: Sequence[Write],
-        now: dt.datetime,
+    def commit_of(
+        self, operations: Sequence[Operation], states: Sequence[ResourceState], now: dt.datetime
     ) -> IdempotentCommit:
-        """What a commit carries: for each operation the change that it made, or what it found where it made none."""
-        numbers = {id(write.change.meta): at for at, write in enumerate(writes)}
+        """Return the record of this key that is stored with the commit of its operations.
+
+        For each operation it has the position of the planned write, the metadata that was found if the operation
+        changes nothing, or None for a purge.
+        """
         results = tuple(
-            None if isinstance(operation, Purge) else numbers.get(id(state.meta), state.meta)
+            None if isinstance(operation, Purge) else state.meta if state.write is None else state.write
             for operation, state in zip(operations, states, strict=True)
         )
         return IdempotentCommit(key=self.key, request=self.request, time=datetime_key(now), results=results)

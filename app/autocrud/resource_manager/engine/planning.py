@@ -1,14 +1,14 @@
 """The rules of revisions: what each operation makes of a resource.
 
-A `Plan` turns operations into writes, one after the other, each seeing what the ones before it will have done. Nothing
-here is stored: planning reads, decides, and leaves it to one atomic commit to find out whether what it read still holds.
+A `Plan` turns operations into writes in their order; each operation sees the effects of those before it. Planning
+only reads. One atomic commit then stores all writes, or none if a state that was read is no longer the stored one.
 
-- R1 Without a status a revision is stable. A stable revision never changes, whatever the caller sends.
-- R2 `update` appends a revision whose parent is the current one; the same data appends nothing.
-- R3 `modify` replaces the body of the current revision, only while it is a draft. `publish` makes it stable.
-- R4 `switch` moves the current revision; the next update's parent is that one.
-- R5 `delete` hides, `restore` brings back, `purge` erases. What is deleted takes no other write.
-- R6 Every commit makes the version grow by one and draws a new nonce. An operation that changes nothing commits nothing.
+- R1 A revision is stable unless the caller asks for a draft. No operation changes the data of a stable revision.
+- R2 `update` appends a revision whose parent is the current one. With unchanged data it appends nothing.
+- R3 `modify` replaces the body of the current revision if that is a draft. `publish` makes a draft stable.
+- R4 `switch` makes another revision the current one, and so the parent of the next update.
+- R5 `delete` hides a resource, `restore` shows it again, `purge` erases it. A deleted resource takes no other write.
+- R6 Each write increments the version by one and draws a new nonce. An operation without effect writes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar
 
-from msgspec import Struct
 from msgspec.json import decode as decode_json
 from msgspec.structs import replace
 from uuid_utils import uuid7
@@ -41,10 +40,9 @@ from ..contract.limits import check_index, check_items, may_exceed
 from ..contract.store_errors import check_expectation, check_new_id, missing, storable_number
 from ..model.codec import Codec, Document, canonical_json
 from ..model.json_shape import EXPECTED_SHAPE, misshapen
-from ..model.verification import Verifier
 from ..runtime.deadline import check_time
 from ..runtime.threads import heavy
-from .access_filter import AccessFilter, holds
+from .access_filter import AccessFilter
 from .operations import (
     ACTIONS,
     Create,
@@ -61,29 +59,29 @@ from .operations import (
     Switch,
     Update,
 )
+from .state import ResourceState, StateReader
 
 T = TypeVar("T")
 
 MAX_HELD = 48 * 1024 * 1024
-"""Bytes of data that the operations of one batch may leave: all of it is held until they are committed."""
-
-
-class ResourceState(Struct):
-    """A resource as the operations planned so far leave it. `json` is its current data, None until it was read."""
-
-    meta: ResourceMeta
-    json: bytes | None = None
+"""Bytes of data that the operations of one batch may leave. All of it stays in memory until the commit."""
 
 
 class Plan(Generic[T]):
-    """The writes of one attempt at a batch. `by` and `now` go into the metadata. `peek`: build upon states that may be out of date; then
-    only the writes count, for their expectations are checked, and nothing that is refused or answered without a write."""
+    """The writes of one attempt to commit a batch.
+
+    states         reads the data of the resources
+    by, now        the caller's name and the time, which go into the metadata
+    access_filter  the resources that the caller may read and change; None: all
+    peek           plan on states that may be stale. Use only the planned writes then, and discard errors and operations
+                   without effect: the commit checks the states that writes replace, and nothing else.
+    """
 
     def __init__(
         self,
         storage: IStorage,
         codec: Codec[T],
-        verifier: Verifier,
+        states: StateReader,
         *,
         schema_version: int,
         retention: Retention | None,
@@ -94,36 +92,41 @@ class Plan(Generic[T]):
     ) -> None:
         self._get = storage.peek if peek else storage.get
         self.writes: list[Write] = []
-        self._storage, self._codec, self._verifier = storage, codec, verifier
+        self._storage, self._codec, self._reader = storage, codec, states
         self._schema_version, self._retention = schema_version, retention
         self._by, self._now, self._access_filter = by, now, access_filter
-        self._grown = 0  # bytes that patches made
-        self._held = 0  # bytes of data that the operations left
+        self._bytes_added = 0  # by patches
+        self._bytes_held = 0  # data of the states that the operations leave
         self._states: dict[str, ResourceState | None] = {}
         self._records: dict[tuple[str, int], RevisionInfo] = {}
 
     async def add(self, operation: Operation) -> ResourceState:
-        """Plan one operation; the state that it leaves. Raises what the operation may not do."""
+        """Plan one operation and return the state that it leaves.
+
+        Raises Forbidden or ResourceNotFound if the access filter refuses it, the error of the rule that it breaks,
+        DataTooLarge if the operations leave more than MAX_HELD bytes, and NotEnoughTime if the request has no time left.
+        """
         check_time()
-        allowed = None if self._access_filter is None else await self._allowed(self._access_filter, operation)
+        access_filter = self._access_filter
+        allowed = None if access_filter is None else await self._allowed(access_filter, operation)
         state = await self._add(operation)
         if not isinstance(operation, Delete | Purge | Expire):
-            json = await self.json(state)  # for the answer: once it is committed, somebody may purge it
-            self._held += len(json)
-            if self._held > MAX_HELD and self._held > len(json):
+            # Read the data for the answer now: after the commit another caller may purge it.
+            json = await self._reader.json(state)
+            self._bytes_held += len(json)
+            if self._bytes_held > MAX_HELD and self._bytes_held > len(json):
                 raise DataTooLarge(
                     f"the resources of these operations have over {MAX_HELD} bytes; send fewer of them at once"
                 )
-        if (
-            self._access_filter is not None
-            and not isinstance(operation, Purge)
-            and not await self._holds(allowed, state)
-        ):
-            raise Forbidden("the resource would be none that you may write")
+        if access_filter is not None and not isinstance(operation, Purge):
+            await self._check_left(allowed, state)
         return state
 
     async def _allowed(self, access_filter: AccessFilter, operation: Operation) -> Filter | None:
-        """What the operation may be applied to; raises if its resource is nothing of that (B1, B2)."""
+        """Return the filter that the state after the operation must match.
+
+        Raises Forbidden or ResourceNotFound if the operation may not be applied to the present state (B1, B2).
+        """
         action = ACTIONS[type(operation)]
         if action not in access_filter.change:
             raise Forbidden(f"you may not {action} resources of this model")
@@ -132,14 +135,15 @@ class Plan(Generic[T]):
             return allowed
         state = await self._state(operation.resource_id)
         if state is not None:
-            if not await self._holds(access_filter.read, state):
+            if not await self._reader.matches(access_filter.read, state):
                 raise missing(operation.resource_id)
-            if not await self._holds(allowed, state):
+            if not await self._reader.matches(allowed, state):
                 raise Forbidden(f"you may not {action} this resource")
         return allowed
 
-    async def _holds(self, where: Filter | None, state: ResourceState) -> bool:
-        return await holds(where, state.meta, lambda: self.json(state), self._codec)
+    async def _check_left(self, allowed: Filter | None, state: ResourceState) -> None:
+        if not await self._reader.matches(allowed, state):
+            raise Forbidden("the resource would be none that you may write")
 
     async def _add(self, operation: Operation) -> ResourceState:
         if isinstance(operation, Create):
@@ -185,12 +189,6 @@ class Plan(Generic[T]):
             except ResourceNotFound:
                 self._states[resource_id] = None
         return self._states[resource_id]
-
-    async def json(self, state: ResourceState) -> bytes:
-        if state.json is None:
-            body = await self._storage.body(state.meta.uid)
-            state.json = await self._verifier.read(state.meta, body)
-        return state.json
 
     async def _create(self, operation: Create[T]) -> ResourceState:
         document = self._codec.accept(operation.data)
@@ -274,16 +272,20 @@ class Plan(Generic[T]):
         return self._write(meta, new, record, document, (meta.uid,), index=index)
 
     async def _index(self, document: Document[T], before: ResourceState) -> IndexEntry:
-        """Return what new data is found by. Raises MetadataTooLarge if it is larger than `limits` allow after `before`."""
+        """Return the index entry of new data, which replaces that of `before`.
+
+        Raises MetadataTooLarge if the entry is larger than `contract.limits` allows, unless the fields
+        that are too large were at least as large in `before`.
+        """
         if may_exceed(document.json):
             return await self._large_index(before.meta.resource_id, document, before)
         try:
             return self._codec.index(document.data)
         except InvalidData:
-            return self._codec.index(document.data, decode_json(await self.json(before)))
+            return self._codec.index(document.data, decode_json(await self._reader.json(before)))
 
     async def _large_index(self, resource_id: str, document: Document[T], before: ResourceState | None) -> IndexEntry:
-        """Return what large data is found by, without holding up the event loop."""
+        """Return the index entry of large data. Long work runs in the thread for heavy work, not on the event loop."""
         codec, data = self._codec, document.data
         items = codec.items(data)
         try:
@@ -295,7 +297,7 @@ class Plan(Generic[T]):
                 raise
         else:
             return entry
-        old = await self.json(before)
+        old = await self._reader.json(before)
 
         def index_after() -> IndexEntry:
             tree = decode_json(old)
@@ -307,20 +309,20 @@ class Plan(Generic[T]):
         return await heavy(len(old) + len(document.json), index_after, old, document.json)
 
     async def _patched(self, state: ResourceState, operation: Patch) -> Document[T]:
-        before = await self.json(state)
+        before = await self._reader.json(state)
         document = await heavy(
             len(before) + operation.size,
             lambda: self._apply(operation, before),
             before,
             more=operation.size if operation.work is None else operation.work,
         )
-        self._grown += max(0, len(document.json) - len(before))
-        if operation.max_bytes is not None and self._grown > operation.max_bytes:
+        self._bytes_added += max(0, len(document.json) - len(before))
+        if operation.max_bytes is not None and self._bytes_added > operation.max_bytes:
             raise DataTooLarge(f"the patches make more than {operation.max_bytes} bytes; send fewer of them at once")
         return document
 
     def _apply(self, operation: Patch, before: bytes) -> Document[T]:
-        """Return what a patch makes of data in JSON."""
+        """Return the patched data, from the JSON of the data before."""
         try:
             after = canonical_json(operation.apply(decode_json(before)))
         except RecursionError:
@@ -362,8 +364,8 @@ class Plan(Generic[T]):
         json = self._planned_json(record.uid)
         if json is None:
             body = await self._storage.body(record.uid)
-            json = self._verifier.json(record, body)
-        self._codec.parse(json)  # raises InvalidData if the model has changed
+            json = self._reader.verifier.json(record, body)
+        self._codec.parse(json)  # raises InvalidData if the data no longer fits the model
         return self._write(meta, new, None, json=json, index=self._codec.index_stored(json))
 
     def _mark(self, state: ResourceState, *, is_deleted: bool) -> ResourceState:
@@ -390,7 +392,7 @@ class Plan(Generic[T]):
         return planned or await self._storage.revision(resource_id, storable_number(revision))
 
     async def _history(self, resource_id: str, before: int | None = None) -> AsyncIterator[RevisionInfo]:
-        """The records below a number: those that are planned, then those that are stored."""
+        """Yield the records of the revisions below a number: first the planned ones, then the stored ones."""
         for (owner, revision), record in self._records.items():
             if owner == resource_id and (before is None or revision < before):
                 yield record
@@ -403,14 +405,17 @@ class Plan(Generic[T]):
             before, more = page.next, page.next is not None
 
     def _planned_json(self, uid: str) -> bytes | None:
-        """The data of a revision that this very batch is about to write."""
+        """Return the data of a revision that this plan writes, as JSON; None if it writes no such revision."""
         for write in self.writes:
             if write.change.record is not None and write.change.record.uid == uid and write.body is not None:
                 return self._codec.to_json(write.body, write.change.record.encoding)
         return None
 
     async def _expired(self, meta: ResourceMeta, adding: int) -> tuple[str, ...]:
-        """Uids of the revisions that are superfluous once `adding` more are there; the one that is then current stays."""
+        """Return the uids of the revisions that retention removes once `adding` more revisions exist.
+
+        The current revision at that time is never among them.
+        """
         keep = self._retention
         if keep is None:
             return ()
@@ -474,7 +479,7 @@ class Plan(Generic[T]):
         self.writes.append(Write(change, body))
         if record is not None:
             self._records[meta.resource_id, record.revision] = record
-        state = self._states[meta.resource_id] = ResourceState(meta, json)
+        state = self._states[meta.resource_id] = ResourceState(meta, json, write=len(self.writes) - 1)
         return state
 
 
@@ -489,8 +494,10 @@ def _check_expected(expect: Expected, meta: ResourceMeta) -> None:
 
 
 def new_nonce() -> str:
+    """Return a random nonce for one state of a resource."""
     return os.urandom(8).hex()
 
 
 def deleted(resource_id: str) -> CrudError:
+    """Return the error for a resource that is deleted."""
     return ResourceDeleted(f"resource {resource_id!r} is deleted; restore it first")

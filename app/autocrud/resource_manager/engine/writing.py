@@ -1,11 +1,14 @@
-"""How a ResourceManager writes: plan, commit, and again where somebody was faster; under an Idempotency-Key at most once.
+"""How a ResourceManager writes: it plans, commits, and plans again if a concurrent write was committed first.
 
-- O1 *A key is part of the commit that it names* (see `IdempotentCommit`), so whoever comes with it again, on whatever machine and after whatever
-  failure, finds that commit or none.
-- O2 *What was done is not planned again*: the key is looked up first, because what was done may no longer be possible. What is looked up
-  only spares work; the commit decides.
-- O3 *Contention is waited out.* If a rival was faster, nothing was changed, and the request is planned again, until its attempts have taken
-  CONTENTION_TIMEOUT_S. Only then is the answer WriteContention. A request with an expectation ends earlier: planning refuses it.
+Invariants:
+
+- O1 *An Idempotency-Key is stored by the commit that it belongs to* (see `IdempotentCommit`). So a retry with the same
+  key finds either that commit or none, on every machine and after every failure.
+- O2 *A request that was committed is not planned again.* The key is looked up before planning, because the operations
+  may no longer be possible after their own commit. This lookup only saves work: the commit itself refuses a used key.
+- O3 *Contention is retried.* A commit that loses to a concurrent write changes nothing, and the request is planned
+  again until CONTENTION_TIMEOUT_S have passed. Only then WriteContention is raised. A request with an expectation ends
+  earlier, because planning refuses it.
 """
 
 from __future__ import annotations
@@ -32,63 +35,78 @@ from ...query import Compare, Filter, Resolved
 from ..basic import AlreadyCommitted, Change, CommitResult, IStorage, ResourceMeta
 from ..contract.store_errors import check_name, missing, storable_id
 from ..model.codec import Codec
-from ..model.verification import Verifier
 from ..runtime.deadline import check_time
-from .access_filter import holds
 from .caller import Caller, HashedKey
 from .operations import Create, Delete, Modify, Operation, Purge, Retention, Update
-from .planning import Plan, ResourceState
+from .planning import Plan
+from .state import ResourceState, StateReader
 
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 16
-"""How often something is read again because a body that it names is missing."""
+"""How often a resource is read again if the body that its metadata names is missing."""
 CONTENTION_TIMEOUT_S = 25.0
-"""How long a write competes with others, on the event loop's clock; API Gateway waits for 30 s."""
+"""Seconds for which a write is retried under contention, on the event loop's clock. API Gateway waits for 30 s."""
 LONGEST_PAUSE_S = 0.05
+"""Longest pause between two attempts, in seconds."""
 
 
 class WriteExecutor(Generic[T]):
+    """Commits the operations on the resources of one model.
+
+    states          reads the data of the resources
+    schema_version  the version of the model, stored with each new revision
+    retention       which superseded revisions a write removes; None: none
+    clock           returns the time of a write
+    """
+
     def __init__(
         self,
         storage: IStorage,
         codec: Codec[T],
+        states: StateReader,
         *,
         schema_version: int,
         retention: Retention | None,
         clock: Callable[[], dt.datetime],
     ) -> None:
-        self._storage, self._codec, self._clock = storage, codec, clock
-        self.verifier = Verifier(codec, verified=storage.verified)
+        self._storage, self._codec, self._states, self._clock = storage, codec, states, clock
         self._schema_version, self._retention = schema_version, retention
-        self._turns: weakref.WeakKeyDictionary[
+        # For each event loop: locks by resource id, for the writes of the loop that met contention.
+        self._locks: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, weakref.WeakValueDictionary[str, asyncio.Lock]
         ]
-        self._turns = weakref.WeakKeyDictionary()
-        self._in_flight: set[str] = set()  # hashed keys of writes that this process has not answered yet
+        self._locks = weakref.WeakKeyDictionary()
+        self._in_flight: set[str] = set()  # hashed keys of the writes that this process has not answered yet
 
     async def commit(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[ResourceState | None]:
-        """The states that the operations leave; under a key that was used before, those that they left then."""
+        """Commit all operations or none, and return the state that each of them leaves.
+
+        If the caller's Idempotency-Key was committed before, returns the states that the first request left, and None
+        for purges. Raises KeyInFlight if this process is still working on a request with the key, KeyReused if the key
+        belongs to another request, and AnswerGone if a state that the first request left no longer exists. Raises
+        WriteContention if concurrent writes won for CONTENTION_TIMEOUT_S, and what the operations and the store raise.
+        """
         caller = by if isinstance(by, Caller) else Caller(by)
         check_name(caller.name)
         key = caller.hashed_key()
         if caller.key is None or key is None:
-            return await self._in_turn(operations, caller, None)
+            return await self._retry(operations, caller, None)
         if key.key in self._in_flight:
             raise KeyInFlight("the first request with this key is still under way; ask again in a moment")
         self._in_flight.add(key.key)
         try:
-            return await self._in_turn(operations, caller, key)
+            return await self._retry(operations, caller, key)
         except AlreadyCommitted as before:
             caller.key.replayed = True
-            return await self._left(operations, caller, key, before.done)
+            return await self._replay(operations, caller, key, before.done)
         finally:
             self._in_flight.discard(key.key)
 
-    async def _left(
+    async def _replay(
         self, operations: Sequence[Operation], caller: Caller, key: HashedKey, done: CommitResult
     ) -> Sequence[ResourceState | None]:
-        """What a commit left that was done before. KeyReused, AnswerGone."""
+        """Return the states that an earlier request with this key left. Raises KeyReused or AnswerGone."""
         if done.request != key.request or len(done.results) != len(operations):
             raise KeyReused("this key belongs to another request; nothing was changed, take a new one")
         states: list[ResourceState | None] = []
@@ -96,9 +114,10 @@ class WriteExecutor(Generic[T]):
             if isinstance(operation, Purge):
                 states.append(None)
                 continue
+            # The caller's rights of today decide, not those of the time of the first request.
             read_filter = None if caller.access_filter is None else caller.access_filter.read
-            if read_filter is not None:  # what may not be read now is not there, whatever it was when the key was used
-                await self._check_sight(operation, meta, read_filter)
+            if read_filter is not None:
+                await self._check_readable(operation, meta, read_filter)
             if meta is None:
                 raise _answer_gone()
             state = ResourceState(meta)
@@ -107,41 +126,42 @@ class WriteExecutor(Generic[T]):
                 state.json = document.json if document.hash == meta.data_hash else None
             if not isinstance(operation, Delete):
                 try:
-                    await self.json(state)
+                    await self._states.json(state)
                 except StoreDamaged:
                     raise _answer_gone() from None
             states.append(state)
         return states
 
-    async def _check_sight(self, operation: Operation, meta: ResourceMeta | None, read_filter: Filter) -> None:
-        """Raise ResourceNotFound unless the resource of an operation is there for the caller now."""
+    async def _check_readable(self, operation: Operation, meta: ResourceMeta | None, read_filter: Filter) -> None:
+        """Raise ResourceNotFound if the caller may not read the resource in its present state."""
         resource_id = meta.resource_id if meta is not None else operation.resource_id
         if resource_id is None:
             raise _answer_gone()
-        if not await self.holds(read_filter, ResourceState(await self._storage.get(resource_id))):
+        if not await self._states.matches(read_filter, ResourceState(await self._storage.get(resource_id))):
             raise missing(resource_id)
 
-    async def _in_turn(
+    async def _retry(
         self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None
     ) -> Sequence[ResourceState | None]:
-        """Plan and commit, again where somebody was faster.
+        """Plan and commit until no concurrent write is faster, or CONTENTION_TIMEOUT_S have passed.
 
-        Planning again is always right: an operation that named a state is checked against the new one and fails for good; one that
-        did not is meant for whatever is there. Once a writer has lost, the writers of this event loop take turns at the resource, so
-        that only other processes and loops can be faster. Turns save work; they decide nothing.
+        Planning again is always correct. An operation with an expectation is checked against the new state and fails
+        for good; an operation without one applies to any state. After the first lost attempt, the writes of this event
+        loop take a lock for the first resource, so that only other processes and loops compete. The lock only saves
+        work; the commit decides.
         """
         first = ""
         for operation in operations:
             if operation.resource_id is not None:
                 _check_id(operation.resource_id)
                 first = first or operation.resource_id
-        turn = self._turns_of_loop().get(first) if self._turns else None
-        if turn is None:
+        lock = self._locks_of_loop().get(first) if self._locks else None
+        if lock is None:
             committed = await self._attempt(operations, caller, key)
             if committed is not None and not isinstance(committed, StoreDamaged):
                 return committed
-            turn = self._turns_of_loop().setdefault(first, asyncio.Lock())
-        async with turn:
+            lock = self._locks_of_loop().setdefault(first, asyncio.Lock())
+        async with lock:
             loop = asyncio.get_running_loop()
             deadline, attempts, unreadable = loop.time() + CONTENTION_TIMEOUT_S, 0, 0
             while True:
@@ -154,44 +174,49 @@ class WriteExecutor(Generic[T]):
                 elif committed is not None:
                     return committed
                 else:
-                    unreadable = 0  # somebody was faster, so the next attempt reads another state
+                    unreadable = 0  # the resource has changed, so the next attempt reads another state
                 if last:
                     raise contention()
-                await asyncio.sleep(min(0.001 * attempts, LONGEST_PAUSE_S))  # let the rival finish
+                await asyncio.sleep(min(0.001 * attempts, LONGEST_PAUSE_S))  # let the other write finish
                 attempts += 1
 
-    def _turns_of_loop(self) -> weakref.WeakValueDictionary[str, asyncio.Lock]:
-        return self._turns.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
+    def _locks_of_loop(self) -> weakref.WeakValueDictionary[str, asyncio.Lock]:
+        return self._locks.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
 
     async def _attempt(
         self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None
     ) -> Sequence[ResourceState | None] | StoreDamaged | None:
-        """Return the states that the operations leave; None if somebody was faster; StoreDamaged if a body cannot be read.
+        """Return the states that the operations leave, or None if a concurrent write was committed first.
 
-        A body that is missing may be that of a draft which somebody has just replaced. Raises DoneBefore if the key was used.
+        Returns StoreDamaged if a body cannot be read. Such a body may be that of a draft which was replaced after its
+        metadata was read, so the caller tries again. Raises AlreadyCommitted if the key was committed before.
         """
         if self._storage.may_be_stale:
-            await self._refuse_again(key, peek=True)
+            await self._check_unused(key, peek=True)
             try:
                 plan, states = await self._plan(operations, caller, peek=True)
             except CrudError:
                 plan = None
             if plan is not None and len(plan.writes) == len(operations):
                 return await self._commit_plan(plan, operations, states, key)
-        # What was done may not be possible again, so that comes before planning.
-        await self._refuse_again(key, peek=False)
+        # After its own commit a request may be impossible, so the key is looked up before planning.
+        await self._check_unused(key, peek=False)
         await self._storage.catch_up()
         try:
             plan, states = await self._plan(operations, caller, peek=False)
         except StoreDamaged as error:
             return error
         except CrudError:
-            await self._refuse_again(key, peek=False)  # perhaps because the same request was done elsewhere since
+            # The same request may have been committed elsewhere since the lookup, and be impossible now.
+            await self._check_unused(key, peek=False)
             raise
         return await self._commit_plan(plan, operations, states, key)
 
-    async def _refuse_again(self, key: HashedKey | None, *, peek: bool) -> None:
-        """DoneBefore if the key was used, as far as one can see: the commit decides."""
+    async def _check_unused(self, key: HashedKey | None, *, peek: bool) -> None:
+        """Raise AlreadyCommitted if the store reports a commit of this key.
+
+        The store may miss the latest commits, with `peek` more of them. The commit of this request checks the key again.
+        """
         if key is not None and (done := await self._storage.done(key.key, peek=peek)) is not None:
             raise AlreadyCommitted(done)
 
@@ -201,7 +226,7 @@ class WriteExecutor(Generic[T]):
         plan = Plan(
             self._storage,
             self._codec,
-            self.verifier,
+            self._states,
             schema_version=self._schema_version,
             retention=self._retention,
             by=caller.name,
@@ -210,71 +235,70 @@ class WriteExecutor(Generic[T]):
             peek=peek,
         )
         states = []
-        for at, operation in enumerate(operations):
+        for position, operation in enumerate(operations):
             try:
                 states.append(await plan.add(operation))
             except CrudError as error:
-                error.operation = at
+                error.operation = position
                 raise
         return plan, states
 
     async def _commit_plan(
         self, plan: Plan[T], operations: Sequence[Operation], states: list[ResourceState], key: HashedKey | None
     ) -> Sequence[ResourceState | None] | None:
-        if plan.writes or key is not None:  # a key is remembered even where nothing changes
-            check_time()  # the last moment at which a failure is certain
-            once = None if key is None else key.once(operations, states, plan.writes, self._clock())
+        if plan.writes or key is not None:  # a key is stored even if the request changes nothing
+            check_time()  # the last moment at which an error means that nothing was changed
+            once = None if key is None else key.commit_of(operations, states, self._clock())
             try:
                 committed = await self._storage.commit(plan.writes, once)
             except (VersionConflict, WriteContention):  # neither has changed anything
                 return None
             except UniqueConflict as error:
-                error.operation = await self._who_wants(error, plan, states)
+                error.operation = await self._operation_refused(error, plan, states)
                 raise
-            for write, meta in zip(plan.writes, committed, strict=True):
-                if meta is not write.change.meta:  # the storage put the body under another uid
-                    for state in states:
-                        if state.meta is write.change.meta:
-                            state.meta = meta
+            for state in states:
+                if state.write is not None:
+                    state.meta = committed[state.write]  # the storage may have put the body under another uid
         written = {write.change.meta.resource_id for write in plan.writes}
         if unchanged := [id_ for state in states if (id_ := state.meta.resource_id) not in written]:
             await self._storage.confirm(unchanged)
         return states
 
-    async def _who_wants(self, error: UniqueConflict, plan: Plan[T], states: list[ResourceState]) -> int | None:
-        """Which operation wants the value that is taken, as far as one can see: stores look once all changes are applied."""
-        left: dict[str, Change | None] = {}  # what gives a resource its index in the end; None: it is purged
-        for change in (write.change for write in plan.writes):
-            if change.purge or change.index is not None:
-                left[change.meta.resource_id] = None if change.purge else change
-        wanted = [
-            (at, key)
-            for at, state in enumerate(states)
-            if (last := left.get(state.meta.resource_id)) is not None and last.meta is state.meta
-            if last.index is not None and (key := last.index.keys.get(error.field)) is not None
+    async def _operation_refused(self, error: UniqueConflict, plan: Plan[T], states: list[ResourceState]) -> int | None:
+        """Return the position of the operation that sets a value which another resource has, or None if it is unknown.
+
+        Stores check unique fields after all changes of a batch, so an operation counts only if its index entry is the
+        last one of its resource. If two resources of the batch have the value, the later operation is refused.
+        """
+        last: dict[str, int | None] = {}  # the write that sets the final index entry of a resource; None: it is purged
+        for position, write in enumerate(plan.writes):
+            if write.change.purge or write.change.index is not None:
+                last[write.change.meta.resource_id] = None if write.change.purge else position
+        setting = [
+            (position, state.meta.resource_id, key)
+            for position, state in enumerate(states)
+            if state.write is not None and last.get(state.meta.resource_id) == state.write
+            if (key := _index_key(plan.writes[state.write].change, error.field)) is not None
         ]
-        if len(wanted) == 1:
-            return wanted[0][0]
+        if error.resource_ids:
+            return max((position for position, id_, _ in setting if id_ in error.resource_ids), default=None)
+        # The store does not say which resources share the value.
+        if len(setting) == 1:
+            return setting[0][0]
         seen = set()
-        for at, key in wanted:
+        for position, _, key in setting:
             if isinstance(key, list) or key in seen:
-                return at
+                return position
             seen.add(key)
             query = Resolved(where=Compare(error.field, "eq", key), limit=1, include_deleted=True)
             with contextlib.suppress(CrudError):
-                if any(hit.meta.resource_id not in left for hit in (await self._storage.search(query)).items):
-                    return at
+                if any(hit.meta.resource_id not in last for hit in (await self._storage.search(query)).items):
+                    return position
         return None
 
-    async def json(self, state: ResourceState) -> bytes:
-        """The data of a state; StoreDamaged."""
-        if state.json is None:
-            body = await self._storage.body(state.meta.uid)
-            state.json = self.verifier.json(state.meta, body)
-        return state.json
 
-    async def holds(self, where: Filter | None, state: ResourceState) -> bool:
-        return await holds(where, state.meta, lambda: self.json(state), self._codec)
+def _index_key(change: Change, name: str) -> object:
+    return None if change.index is None else change.index.keys.get(name)
 
 
 def _answer_gone() -> AnswerGone:
@@ -284,6 +308,7 @@ def _answer_gone() -> AnswerGone:
 
 
 def contention() -> WriteContention:
+    """Return the error of a request that lost to concurrent writes until its time was over."""
     return WriteContention("other writers kept changing the resource; nothing was changed, try again")
 
 

@@ -488,9 +488,9 @@ class ResourceTables:
         for name in unique:
             col = sql.column(name)
             other = connection.execute(
-                f"SELECT 1 FROM resources o JOIN resources r ON o.is_deleted IN (0, 1) AND o.{col} = r.{col} AND o.rid <> r.rid"
+                f"SELECT o.id FROM resources o JOIN resources r ON o.is_deleted IN (0, 1) AND o.{col} = r.{col} AND o.rid <> r.rid"
                 " WHERE r.id = ?",
                 (resource_id,),
             ).get
             if other is not None:
-                raise taken(name)
+                raise taken(name, resource_id, other)
