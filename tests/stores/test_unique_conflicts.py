@@ -8,13 +8,13 @@ from app.autocrud import AutoCRUD
 from app.autocrud.errors import UniqueConflict
 from app.autocrud.resource_manager.basic import IndexedField
 from app.autocrud.resource_manager.core import Create, ResourceManager, Update
-from app.autocrud.resource_manager.storage_factory import MemoryStorageFactory
+from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, IStorageFactory, MemoryStorageFactory
 from app.models import Article
 
 
-def manage() -> ResourceManager[Article]:
+def manage(factory: IStorageFactory | None = None) -> ResourceManager[Article]:
     fields = [IndexedField("title", unique=True)]
-    return AutoCRUD(storage_factory=MemoryStorageFactory()).add_model(Article, indexed_fields=fields)
+    return AutoCRUD(storage_factory=factory or MemoryStorageFactory()).add_model(Article, indexed_fields=fields)
 
 
 @pytest.fixture(params=["the store says who", "the store does not say who"])
@@ -60,9 +60,15 @@ async def test_a_value_that_a_later_operation_gives_up(manager):
     assert len(await manager.batch(batch)) == 2
 
 
-async def test_the_ids_of_the_resources_that_share_the_value():
-    manager = manage()
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+async def test_the_ids_of_the_resources_that_share_the_value(kind, tmp_path):
+    manager = manage(DiskStorageFactory(tmp_path) if kind == "disk" else None)
     await manager.create(article("a"), resource_id="owner")
     with pytest.raises(UniqueConflict) as refused:
         await manager.create(article("a"), resource_id="rival")
     assert refused.value.resource_ids == {"owner", "rival"}
+    with pytest.raises(UniqueConflict) as refused:
+        await manager.batch([Create(article("b"), resource_id="one"), Create(article("b"), resource_id="two")])
+    assert refused.value.resource_ids == {"one", "two"}
+    assert refused.value.operation == 1
+    await manager.close()

@@ -48,14 +48,14 @@ class UniqueValues:
                 for name, key, resource_id in wanted:
                     takers = self._reserved.setdefault((name, key), [])
                     if any(taker != resource_id for taker in takers):
-                        raise taken(name)
+                        raise taken(name, resource_id, *takers)
                     takers.append(resource_id)
                     held.append(((name, key), resource_id))
             for name, key, resource_id in wanted:
                 owner = await self._replay.owner_of(name, key)
                 # An owner that the same batch changes gives the value up in it, or appears in `wanted` too.
-                if owner not in (None, resource_id) and owner not in final:
-                    raise taken(name)
+                if owner is not None and owner != resource_id and owner not in final:
+                    raise taken(name, resource_id, owner)
             yield
         finally:
             with self._mutex:
