@@ -255,28 +255,28 @@ A choice adds these amounts. Choices about a database, cache or broker are compa
 
 ## Assumptions
 
-- A month has 730 hours. {READS:.0%} of the requests read one resource, {WRITES:.0%} update one. The
-  requests come evenly, which is the most expensive pattern for X-Ray: it records the first request in each second, and 5 % of the others.
-  100 M requests a month are 38 a second.
-- A request takes {1000 * REQUEST_S:g} ms of a function with {StackConfig().memory_mb} MB, and its answer
-  {ANSWER_KB} KB. App, Lambda and HTTP API log {LOG_KB["http-api"]} KB of it, which contain {METRICS} metrics.
-- `s3-sqlite`, as measured in `benchmarks/RESULTS.md`: an update is {WRITE_PUTS} PUTs and uploads {WRITE_KB} KB, mostly
-  `HEAD`, whose old versions stay in the bucket for {OLD_DAYS} days. A get is {GET_GETS} GETs; a count, or a
-  list from the index, is one. One PUT of an update and one GET of a get are those of the body: all other kinds send only
-  these to S3.
+- A month has 730 hours. {READS:.0%} of the requests read one resource, {WRITES:.0%} update one. The requests come
+  evenly, which is the most expensive pattern for X-Ray: it records the first request in each second, and 5 % of the
+  others. 100 M requests a month are 38 a second.
+- A request takes {1000 * REQUEST_S:g} ms of a function with {StackConfig().memory_mb} MB, and its answer {ANSWER_KB}
+  KB. App, Lambda and HTTP API log {LOG_KB["http-api"]} KB of it, which contain {METRICS} metrics.
+- `s3-sqlite`, as measured in `benchmarks/RESULTS.md`: an update is {WRITE_PUTS} PUTs and uploads {WRITE_KB} KB,
+  mostly `HEAD`, whose old versions stay in the bucket for {OLD_DAYS} days. A get is {GET_GETS} GETs; a count, or a
+  list from the index, is one. One PUT of an update and one GET of a get are those of the body: all other kinds send
+  only these to S3.
 - {HITS:.0%} of the reads of bodies are cache hits, if the kind has caches.
 - The bucket holds 1 GB, and {KEPT_KB} KB more of every write. Housekeeping runs every hour for {RUN_S} s, with
   {RUN_GETS} GETs.
-- A read is {READ_ECPUS} ECPU, a write {WRITE_ECPUS}. The cache holds less than 0.1 GB, because its entries expire after
-  2 s. Aurora stays at its minimum of 0.5 ACU.
-- The broker holds invalidations only: 1 GB. If AWS bills its whole disk of 200 GB, add 20 USD. The price of its hour is
-  an estimate, half of 0.2734, which is reported for mq.m7g.large. For mq.m7g.medium 0.08 to 0.14 is reported.
+- A read is {READ_ECPUS} ECPU, a write {WRITE_ECPUS}. The cache holds less than 0.1 GB, because its entries expire
+  after 2 s. Aurora stays at its minimum of 0.5 ACU.
+- The broker holds invalidations only: 1 GB. If AWS bills its whole disk of 200 GB, add 20 USD. The price of its hour
+  is an estimate, half of 0.2734, which is reported for mq.m7g.large. For mq.m7g.medium 0.08 to 0.14 is reported.
 - `snap_start` is counted for one version of the function. **Each `pulumi up` that changes the function publishes
-  another version**, and AWS bills every version that exists, {SNAP_START.usd:g} USD per million GB-seconds: ten versions cost ten
-  times as much. Delete the versions that the alias `live` does not name.
+  another version**, and AWS bills every version that exists, {SNAP_START.usd:g} USD per million GB-seconds: ten
+  versions cost ten times as much. Delete the versions that the alias `live` does not name.
 - Not counted: cold starts; restoring the snapshots of SnapStart (0.00014 per GB each); storing logs (0.03 per
-  GB-month); the logs of database and broker; reading secrets; traffic between zones; the Route 53 zone of a domain (0.50);
-  CPU credits of t4g instances that are busy all day; backups that are larger than the database.
+  GB-month); the logs of database and broker; reading secrets; traffic between zones; the Route 53 zone of a domain
+  (0.50); CPU credits of t4g instances that are busy all day; backups that are larger than the database.
 
 ## Arithmetic
 
