@@ -1,8 +1,43 @@
-"""AutoCRUD: msgspec Structs in, a versioned CRUD service out. It knows nothing of the rest of the app, nor of any cloud."""
+"""The engine: AutoCRUD makes a versioned CRUD API of msgspec Structs.
 
+The engine imports nothing from the rest of the app, and works without a cloud. These are its public names; each of
+them has a docstring. The names for authors of stores are in `resource_manager.basic`, all errors in `errors`.
+
+core              AutoCRUD: models, their stores and the HTTP API
+query             filters, sorting and pages, with one meaning for all stores
+values            how values of indexed fields become keys that all stores compare alike
+access            principals and permissions
+errors            the errors of the engine
+secret            passwords, and addresses that hold passwords
+http              the HTTP API
+resource_manager  resources, revisions and stores
+testing           the conformance suite for stores
+"""
+
+from .access import Permissions, Principal, Unauthenticated, anyone, own, role
 from .core import AutoCRUD
-from .query import Query, field
+from .errors import ConfigError, CrudError
+from .query import Filter, Query, field
 from .resource_manager.basic import Encoding, IndexedField
+from .resource_manager.core import Resource, ResourceManager
 from .resource_manager.engine.operations import Retention
 
-__all__ = ["AutoCRUD", "Encoding", "IndexedField", "Query", "Retention", "field"]
+__all__ = [
+    "AutoCRUD",
+    "ConfigError",
+    "CrudError",
+    "Encoding",
+    "Filter",
+    "IndexedField",
+    "Permissions",
+    "Principal",
+    "Query",
+    "Resource",
+    "ResourceManager",
+    "Retention",
+    "Unauthenticated",
+    "anyone",
+    "field",
+    "own",
+    "role",
+]

@@ -1,17 +1,23 @@
-"""Who asks, and what they may do.
+"""Principals and permissions.
 
     crud = AutoCRUD(
-        authenticate=my_sign_in,  # (request) -> Principal
+        authenticate=my_authentication,  # (request) -> Principal
         authorize=Permissions({
-            "article": {"read": anyone, "create": role("writer"), "update": [own, role("editor")], "delete": role("editor")},
+            "article": {
+                "read": anyone,
+                "create": role("writer"),
+                "update": [own, role("editor")],
+                "delete": role("editor"),
+            },
             "*": {"*": role("admin")},
         }),
     )
 
-`authorize` is any function of a principal, an action and a model's name. It answers True, False, or a filter: then only the resources
-that the filter finds are there for this principal. Searches and counts are narrowed by it, and every single read and write is checked
-against it, by the state that the write replaces. What may not be read is not there: the answer is that for an id that nobody has.
-Who may not read a resource may not change it either.
+`authorize` is any function of a principal, an action and the name of a model. It returns True, False, or a filter. A
+filter restricts the principal to the resources that match it: searches and counts find only these, and every read and
+write of a single resource is checked. A write is checked against the state that it replaces and the state that it
+leaves. A resource that the principal may not read is answered like an id that does not exist. A principal that may not
+read a resource may not change it either.
 """
 
 from __future__ import annotations
@@ -26,26 +32,32 @@ from .errors import ConfigError, CrudError
 from .query import Filter, Or, field
 
 Action = Literal["read", "create", "update", "delete", "purge"]
-"""update: PUT, PATCH, publish and switch; delete: restore too."""
+"""`update` covers PUT, PATCH, publish and switch; `delete` covers restore too."""
 
 ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
 class Unauthenticated(CrudError):
-    """Nobody knows who asks."""
+    """The request has no valid credentials."""
 
     type, title, status = "unauthenticated", "Sign in first", 401
     challenge: ClassVar[str] = "Bearer"
 
 
 class Forbidden(CrudError):
-    """Whoever asks may not do this."""
+    """The principal may not do this."""
 
     type, title, status = "forbidden", "This is not allowed", 403
 
 
 class Principal(Struct, frozen=True, kw_only=True):
-    """Who asks. `name` stands in created_by and updated_by; `claims` is whatever else the sign-in says of them."""
+    """The authenticated caller of a request.
+
+    Attributes:
+        name: Recorded in `created_by` and `updated_by`.
+        roles: Roles for rules such as `role("editor")`.
+        claims: Other facts from the authentication, for rules of your own.
+    """
 
     name: str
     roles: frozenset[str] = frozenset()
@@ -60,24 +72,35 @@ Rule = Callable[[Principal], Decision]
 
 
 def anyone(_: Principal) -> Decision:
-    """Everybody who is let in at all."""
+    """Allow every authenticated principal."""
     return True
 
 
 def own(principal: Principal) -> Decision:
-    """The resources that the principal created."""
+    """Allow the resources that the principal created."""
     return field("meta.created_by").eq(principal.name)
 
 
 def role(*names: str) -> Rule:
-    """Principals that have one of these roles."""
+    """Return a rule that allows principals with at least one of these roles."""
     wanted = frozenset(names)
     return lambda principal: not wanted.isdisjoint(principal.roles)
 
 
 class Permissions:
-    """A table of rules by model and action; `*` stands for every other one. A model's own row replaces that of `*`. Several rules allow what
-    any of them allows; what has no rule is forbidden."""
+    """A table of rules by model and action. Pass it as `authorize`.
+
+        Permissions({
+            "article": {"read": anyone, "update": [own, role("editor")], "*": role("admin")},
+            "*": {"*": role("admin")},
+        })
+
+    The actions are read, create, update, delete and purge. The action `*` stands for all actions that a row does not
+    name, the model `*` for all models without a row. A rule is a function of the principal that returns True, False or
+    a filter. A list of rules allows everything that at least one of them allows. Actions without a rule are forbidden.
+
+    Raises ConfigError if a row names an unknown action.
+    """
 
     def __init__(self, table: Mapping[str, Mapping[str, Rule | Sequence[Rule]]]) -> None:
         for model, row in table.items():
@@ -93,10 +116,11 @@ class Permissions:
 
     @property
     def models(self) -> set[str]:
-        """The models that it names."""
+        """The models that have a row."""
         return set(self._table) - {"*"}
 
     def __call__(self, principal: Principal, action: Action, model: str) -> Decision:
+        """Return whether the principal may do this: True, False, or a filter of the allowed resources."""
         row = self._table.get(model, self._table.get("*", {}))
         filters: list[Filter] = []
         for rule in row.get(action, row.get("*", ())):
@@ -111,10 +135,13 @@ class Permissions:
 
 
 async def decide(authorize: Authorize, principal: Principal, action: Action, model: str) -> Decision:
-    """What `authorize` answers. Anything but True, False or a filter is a defect of it, and lets nobody in."""
+    """Return the decision of `authorize`, and await it if necessary.
+
+    Raises TypeError if the result is not True, False or a filter; then the request is refused.
+    """
     answer = authorize(principal, action, model)
     if inspect.isawaitable(answer):
         answer = await answer
     if not isinstance(answer, bool | Filter):
-        raise TypeError(f"authorize answered {type(answer).__name__}; expected True, False or a filter")
+        raise TypeError(f"authorize returned {type(answer).__name__}; expected True, False or a filter")
     return answer

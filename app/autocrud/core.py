@@ -1,4 +1,4 @@
-"""AutoCRUD: from Structs to a versioned CRUD service.
+"""AutoCRUD: serves Structs as a versioned CRUD API.
 
 crud = AutoCRUD(storage_factory=DiskStorageFactory("./data"))
 crud.add_model(Article, indexed_fields=[("author", str)])
@@ -39,7 +39,7 @@ MAINTAIN_BUDGET_S = 10.0
 
 
 def kebab(name: str) -> str:
-    """`TodoItem` is todo-item, `HTTPLog2` is http-log2."""
+    """Return a class name in kebab case: `TodoItem` becomes `todo-item`, `HTTPLog2` becomes `http-log2`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).replace("_", "-").lower()
 
 
@@ -51,20 +51,28 @@ NAMINGS: dict[str, Callable[[str], str]] = {
 
 
 def utc_now() -> dt.datetime:
+    """Return the current time, in UTC."""
     return dt.datetime.now(dt.UTC)
 
 
 class AutoCRUD:
-    """
-    storage_factory   where models are stored unless they say otherwise; default: this process's memory
-    encoding          of new bodies, where neither the store nor the model names one
-    model_naming      how a class becomes a name in URLs: "kebab", "snake", "same" or a function
-    require_if_match  answer 428 to writes that do not say which state they mean to change
-    authenticate      who asks: a function of the request that gives a Principal, or raises Unauthenticated; default: anybody may ask
-    authorize         what they may do, see `access`; default: everything
-    max_body          of a request, in bytes
-    fits              whether the body of an answer can be sent; a write whose answer cannot is answered without its data
-    clock             the current time, aware; for tests
+    """The models of a service, their stores, and the HTTP API that serves them.
+
+    Args:
+        storage_factory: Makes the stores of each model that has no factory of its own. The default keeps data in the
+            memory of this process.
+        encoding: The encoding of new bodies. A model or a store may set another one.
+        model_naming: How a class becomes a name in URLs: "kebab", "snake", "same", or a function of the class name.
+        require_if_match: Whether a write to a resource without If-Match is answered with 428.
+        authenticate: A function of the request that returns a Principal, or raises Unauthenticated. It may be async.
+            The default accepts every caller as anonymous.
+        authorize: What a principal may do; see `access.Permissions`. The default allows everything.
+        max_body: The largest request body, in bytes.
+        fits: A function of a response body that returns whether it can be sent. If the response to a write cannot be
+            sent, the response leaves out the data.
+        clock: Returns the current time, with a time zone. Tests replace it.
+
+    Raises ConfigError if `model_naming` is unknown.
     """
 
     def __init__(
@@ -88,13 +96,13 @@ class AutoCRUD:
         self._policy = Policy(authenticate, authorize, require_if_match, max_body, fits)
         self._clock = clock
         self._managers: dict[str, ResourceManager[Any]] = {}
-        self._places: dict[Hashable, str] = {}
+        self._model_at: dict[Hashable, str] = {}  # the model that keeps its data at a location
         self._applied = self._warned = False
-        self._told: set[str] = set()  # models of which the log said that they are stopped
+        self._reported: set[str] = set()  # the models that the log has reported as stopped
 
     @property
     def managers(self) -> dict[str, ResourceManager[Any]]:
-        """All resource managers by model name."""
+        """All resource managers, by model name."""
         return dict(self._managers)
 
     def add_model(
@@ -108,26 +116,32 @@ class AutoCRUD:
         schema_version: int = 1,
         retention: Retention | None = None,
     ) -> ResourceManager[T]:
-        """Serve a model: a msgspec Struct, a dataclass or a TypedDict.
+        """Add a model: a msgspec Struct, a dataclass or a TypedDict. Does no I/O.
 
-        name             in URLs and storage; default: from the class by `model_naming`
-        indexed_fields   what can be filtered and sorted by: `IndexedField("email", str, unique=True)`, `("author", str)` or `"author"`
-        storage_factory  where this model is stored
-        encoding         of its new bodies
-        schema_version   recorded with every revision
-        retention        how long superseded revisions are kept; default: for ever
+            crud.add_model(User, indexed_fields=[IndexedField("email", str, unique=True), ("age", int), "address.city"])
 
-        Raises ConfigError for a model, a name or a field that cannot be served.
+        Args:
+            model: The class.
+            name: The name in URLs and in storage. The default is made from the class by `model_naming`.
+            indexed_fields: The fields that searches can filter and sort by. Each is an `IndexedField`, a pair of name
+                and type, or a name whose type is taken from the model.
+            storage_factory: Makes the store of this model. The default is that of this AutoCRUD.
+            encoding: The encoding of new bodies of this model.
+            schema_version: A number that is recorded with every revision.
+            retention: Which superseded revisions are kept. The default keeps all.
+
+        Returns the resource manager of the model. Raises ConfigError if the model,
+        the name or a field cannot be served.
         """
         if self._applied:
-            raise ConfigError("add_model comes before apply: the routes are made already")
+            raise ConfigError("add_model was called after apply, which makes the routes: add all models first")
         name = name or self._naming(model.__name__)
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", name) is None:
             raise ConfigError(f"{name!r} cannot name a model: expected up to 63 letters, digits, - or _")
         if name.lower() in RESERVED_NAMES:
             raise ConfigError(f"{name!r} cannot name a model: a route has this name; pass another one as name=")
         if name.lower() in {other.lower() for other in self._managers}:
-            raise ConfigError(f"there is a model {name!r} already; pass another name as name=")
+            raise ConfigError(f"there is already a model {name!r}; pass another name as name=")
         if not isinstance(schema_version, int) or not 1 <= schema_version <= MAX_SCHEMA_VERSION:
             raise ConfigError(
                 f"schema_version: expected a whole number from 1 to {MAX_SCHEMA_VERSION}, got {schema_version!r}"
@@ -135,7 +149,9 @@ class AutoCRUD:
         codec = Codec(model, indexed_fields)
         for field in codec.fields:
             if field in searching.LIST_PARAMETERS or field == "meta" or field.startswith("meta."):
-                raise ConfigError(f"{model.__name__}.{field} cannot be indexed: a parameter of searches has this name")
+                raise ConfigError(
+                    f"{model.__name__}.{field} cannot be indexed: a query parameter of searches has this name"
+                )
             if re.fullmatch(r"[^\[\]&=,;#\s]+", field) is None or field.startswith("-"):
                 raise ConfigError(
                     f"{model.__name__}.{field} cannot be indexed: its name does not fit into a query string"
@@ -149,18 +165,21 @@ class AutoCRUD:
             retention=retention,
             clock=self._clock,
         )
-        for place in manager.storage.location_keys:
-            other = self._places.setdefault(place, name)
+        for key in manager.storage.location_keys:
+            other = self._model_at.setdefault(key, name)
             if other != name:
                 raise ConfigError(
-                    f"models {other!r} and {name!r} would keep their data in the same place, and remove each other's: have the storage factory"
-                    " make each one's stores for its name, with a directory, prefix or table of its own"
+                    f"models {other!r} and {name!r} would keep their data in the same place, and remove each"
+                    " other's; let the storage factory use the name of the model in the directory, prefix or table"
                 )
         self._managers[name] = manager
         return manager
 
     def resource_manager(self, model: type[T] | str) -> ResourceManager[T]:
-        """The manager of a model, by class or by name; KeyError if there is none, or several of this class."""
+        """Return the resource manager of a model, by class or by name.
+
+        Raises KeyError if no model matches, or if several models have this class.
+        """
         if isinstance(model, str):
             return self._managers[model]
         found = [manager for manager in self._managers.values() if manager.codec.model is model]
@@ -169,10 +188,13 @@ class AutoCRUD:
         return found[0]
 
     def apply(self, app_or_router: Any) -> None:
-        """Put the API onto a FastAPI or Starlette application, or a router of theirs.
+        """Add the routes to a FastAPI or Starlette application, or to a router of either.
 
-        An application also gets the OpenAPI description and a docs page with local assets. Stores are opened at its start-up, or at
-        their first use where there is no start-up (Lambda), and closed at its shutdown.
+        An application also gets the OpenAPI document and a docs page whose assets are local. The stores are opened when
+        the application starts, and closed when it shuts down. On AWS Lambda there is no start-up: the stores are opened
+        when they are first used.
+
+        Raises ConfigError if `authorize` names a model that was not added.
         """
         authorize = self._policy.authorize
         if isinstance(authorize, Permissions) and (unknown := authorize.models - set(self._managers)):
@@ -185,26 +207,30 @@ class AutoCRUD:
         self._applied = True
 
     def describe(self, app: Any, prefix: str = "") -> None:
-        """Add the models to the OpenAPI of an application that included a router which they were applied to."""
+        """Add the models to the OpenAPI document of an application that includes the router given to `apply`.
+
+        `prefix` is the path under which the application includes the router.
+        """
         authenticated = self._policy.authenticate is not None
         service.describe_application(app, self._managers, prefix, authenticated=authenticated)
 
     async def open(self) -> None:
-        """Make all stores ready: directories, schemas, indexes. Errors show here instead of at the first request.
+        """Open all stores: create directories and schemas, and build indexes. Configuration errors are raised here.
 
-        A model whose stored data is damaged stays closed, and the log says so: its requests are answered 503, and all
-        others are served. If all models are, StoreDamaged is raised.
+        If the stored data of a model is damaged, the model stays closed and the error is logged. Its requests are
+        answered with 503; all other models are served. Raises StoreDamaged if all models are damaged, and HeadLost if
+        acknowledged data of any model may be lost.
         """
         damaged: list[StoreDamaged] = []
         for name, manager in self._managers.items():
             try:
                 await manager.open()
-            except HeadLost:  # what was acknowledged may be lost: somebody must decide what to do
+            except HeadLost:  # acknowledged data may be lost: an operator must decide what to do
                 raise
             except StoreDamaged as error:
                 damaged.append(error)
-                if name not in self._told:
-                    self._told.add(name)
+                if name not in self._reported:
+                    self._reported.add(name)
                     log.error("%s is stopped, the other models are served: %s", name, error.detail)
         if damaged and len(damaged) == len(self._managers):
             raise damaged[0]
@@ -214,9 +240,10 @@ class AutoCRUD:
             log.warning("not durable, gone when the process ends: %s", ", ".join(lost))
 
     async def maintain(self, budget_s: float = MAINTAIN_BUDGET_S) -> None:
-        """Housekeeping of all models inside a time budget; what is left is done by the next call.
+        """Run the housekeeping of all models for at most `budget_s` seconds; the next call does the remaining work.
 
-        Each has its share, so none waits for ever; where one fails the others are still done, and then its error is raised.
+        Every model gets an equal share of the time. If the housekeeping of a model fails, the other models are still
+        maintained, and then the first error is raised.
         """
         failed: Exception | None = None
         for name, manager in self._managers.items():
@@ -229,7 +256,7 @@ class AutoCRUD:
             raise failed
 
     async def close(self) -> None:
-        """Close all stores; they may be used again."""
+        """Close all stores. The next use opens them again."""
         for manager in self._managers.values():
             await manager.close()
 
@@ -251,6 +278,6 @@ class AutoCRUD:
             try:
                 await self.maintain()
             except CrudError as error:
-                log.warning("housekeeping failed, it is tried again: %s", error)
+                log.warning("housekeeping failed, it will be tried again: %s", error)
             except Exception:
-                log.exception("housekeeping failed, it is tried again")
+                log.exception("housekeeping failed, it will be tried again")

@@ -1,11 +1,11 @@
-"""Texts that nothing prints, and addresses with credentials, parsed once and strictly.
+"""Texts that are never printed, and addresses with credentials, which are parsed once and strictly.
 
-    Secret("hunter2")                                           prints ***
-    redis_url("redis://:hunter2@cache/0")                      prints redis://***@cache/0
+    Secret("hunter2")                      prints ***
+    redis_url("redis://:hunter2@cache/0")  prints redis://***@cache/0
 
-Drivers disagree about addresses that are not percent-encoded: libpq ends a password at the first `@`, Python at the last
-one. The rest of the password then is a host name, which drivers, name servers and logs repeat. So each address
-that two readers could take apart in different ways is refused. No error of this module quotes what it was given.
+Drivers disagree about addresses that are not percent-encoded: libpq ends a password at the first `@`, Python at the
+last one. The rest of the password then becomes a host name, which drivers, name servers and logs repeat. So an address
+is refused if two parsers could read it in different ways. No error of this module quotes the address.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from .errors import ConfigError
 
 HIDDEN = "***"
 SHORTEST = 4
-"""Characters of a secret that `hide` replaces: shorter ones stand in ordinary words."""
+"""The least length of a secret that `hide` replaces: a shorter one may be part of an ordinary word."""
 
 
 class Secret:
-    """A text whose `str`, `repr` and attributes do not show it. `reveal()` returns it; equal texts are equal secrets.
+    """A text that `str`, `repr` and attributes do not show. `reveal()` returns it. Equal texts are equal secrets.
 
-    shown  what is printed instead
-    parts  the texts that `hide` removes besides: the password of an address, as it is sent
+    Args:
+        text: The secret.
+        shown: The text to print in its place.
+        parts: Other texts that `hide` removes, such as the password of an address in the form in which it is sent.
     """
 
     __slots__ = ("_parts", "reveal", "shown")
@@ -35,7 +37,7 @@ class Secret:
     _parts: Callable[[], list[str]]
 
     def __init__(self, text: str, shown: str = HIDDEN, parts: Iterable[str] = ()) -> None:
-        # In closures: debuggers and loggers that print the attributes of objects do not find the text either.
+        # The text is kept in closures, so that debuggers and loggers that print attributes do not show it.
         hidden = sorted({text, *parts}, key=len, reverse=True)
 
         def reveal() -> str:
@@ -47,7 +49,7 @@ class Secret:
         self.reveal, self._parts, self.shown = reveal, all_parts, shown
 
     def hide(self, text: str) -> str:
-        """Return a text without this secret, for words of drivers and servers."""
+        """Return a message of a driver or a server without this secret."""
         for part in self._parts():
             if len(part) >= SHORTEST:
                 text = text.replace(part, HIDDEN)
@@ -64,7 +66,11 @@ class Secret:
 
 
 class AddressFormat(NamedTuple):
-    """A kind of address: the name that errors use, an example, the schemes, and a pattern of what is after the scheme."""
+    """The format of an address.
+
+    `name` and `like` are the name and the example for errors, `schemes` the accepted schemes, and `rest` a pattern for
+    the part after the scheme and the credentials.
+    """
 
     name: str
     like: str
@@ -99,7 +105,7 @@ ENCODE = "in user and password write @ as %40, / as %2F, ? as %3F, # as %23, % a
 
 
 def plain(text: str | Secret) -> str:
-    """Return a text that may be a secret. For whoever is about to hand it to a driver."""
+    """Return the text of a secret, or a plain text as it is, to pass it to a driver."""
     return text.reveal() if isinstance(text, Secret) else text
 
 
@@ -108,12 +114,16 @@ def hidden(text: str | Secret) -> Secret: ...
 @overload
 def hidden(text: None) -> None: ...
 def hidden(text: str | Secret | None) -> Secret | None:
-    """Return a text as a secret, whatever it holds; None for None."""
+    """Return a text as a secret, and None for None."""
     return Secret(text) if isinstance(text, str) else text
 
 
 def url(text: str | Secret, *forms: AddressFormat) -> Secret:
-    """Return an address as a secret. Raises ConfigError, which does not quote it, if it is none or is ambiguous."""
+    """Return an address as a secret.
+
+    Raises ConfigError, which does not quote the address, if the address is invalid or ambiguous. `forms` are the
+    accepted formats; the error describes the first one.
+    """
     text = plain(text)
     form = forms[0]
     scheme, separator, after = text.partition("://")
@@ -137,10 +147,13 @@ def url(text: str | Secret, *forms: AddressFormat) -> Secret:
 
 
 def postgres_url(text: str | Secret) -> Secret:
-    """Return the address of a PostgreSQL: a URL, or libpq's `host=... password=...`. Raises ConfigError."""
+    """Return the address of a PostgreSQL server, a URL or `host=... password=...` as libpq takes it.
+
+    Raises ConfigError if a URL is invalid or ambiguous.
+    """
     text = plain(text)
     if "://" not in text and re.match(r"\s*\w+\s*=", text):
-        # password, and what else ends so: sslpassword
+        # matches sslpassword too
         found = re.findall(r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", text)
         parts = [part for value in found for part in (value, re.sub(r"\\(.)", r"\1", value.strip("'")))]
         return Secret(text, HIDDEN, tuple(parts))
@@ -148,22 +161,26 @@ def postgres_url(text: str | Secret) -> Secret:
 
 
 def redis_url(text: str | Secret) -> Secret:
-    """Return the address of a Redis. Raises ConfigError."""
+    """Return the address of a Redis server. Raises ConfigError if it is invalid or ambiguous."""
     return url(text, REDIS, REDIS_SOCKET)
 
 
 def amqp_url(text: str | Secret) -> Secret:
-    """Return the address of a RabbitMQ. Raises ConfigError."""
+    """Return the address of a RabbitMQ server. Raises ConfigError if it is invalid or ambiguous."""
     return url(text, AMQP)
 
 
 def http_url(text: str | Secret) -> Secret:
-    """Return the URL of an S3 server, which may hold user and password. Raises ConfigError."""
+    """Return the URL of an S3 server, which may hold user and password. Raises ConfigError if it is invalid."""
     return url(text, HTTP)
 
 
 def endpoint_url(text: str, name: str) -> str:
-    """Return the URL of an S3 server. Raises ConfigError, which does not quote it, if it is none or holds credentials."""
+    """Return the URL of an S3 server, which must not hold credentials.
+
+    `name` is the setting that the error names. Raises ConfigError, which does not quote the URL, if the URL is invalid
+    or holds credentials.
+    """
     if "@" in text:
         raise ConfigError(
             f"{name} holds an @: expected a URL without user and password, like {HTTP.like}; keys belong in"
@@ -176,9 +193,9 @@ def endpoint_url(text: str, name: str) -> str:
 
 
 def quoted(value: Any) -> str:
-    """Return a value for an error message: as it is if it is a short word or number, else only what kind of thing it is.
+    """Return a description of a value for an error message: the value if it is a short word or number, else its type.
 
-    A secret that was put into the wrong setting is longer than a word, or has digits and punctuation.
+    A secret in the wrong setting is not repeated, because it is longer than a word, or has digits and punctuation.
     """
     shown = repr(value)
     if re.fullmatch(r"[A-Za-z '_\[\]-]{1,18}|-?[0-9]{1,3}", shown):
@@ -187,7 +204,10 @@ def quoted(value: Any) -> str:
 
 
 def _parts(credentials: str, query: str) -> set[str]:
-    """Return the password as it is written and as it is sent, and the values of the query, among which may be one too."""
+    """Return the texts that may be a password: as they are written, decoded, and as they are sent.
+
+    These are the credentials, the password in them, and values of the query whose name contains "pass".
+    """
     written = {credentials, credentials.partition(":")[2]}
     written |= {pair.partition("=")[2] for pair in query.split("&") if "pass" in pair.partition("=")[0].lower()}
     return {form for part in written for form in (part, unquote(part), quote(unquote(part), safe=""))}

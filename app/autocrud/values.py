@@ -1,7 +1,8 @@
-"""One meaning of values: how a field's value becomes a key that every store compares alike.
+"""One meaning of values: how the value of a field becomes a key that all stores compare alike.
 
-A *key* is what a store puts into its index: `str` (compared by code point), `int` (64 bits) or `float` (finite). Each kind
-of value has one order-preserving way to such a key, so that `<` on keys is `<` on values in every store and language:
+A *key* is what a store puts into its index: `str` (compared by code point), `int` (64 bits) or `float` (finite). Each
+kind of value has one conversion to keys, which keeps the order: `<` on keys is `<` on values, in every store and
+language.
 
 | kind | key |
 | --- | --- |
@@ -35,19 +36,22 @@ MICROSECOND = dt.timedelta(microseconds=1)
 
 
 class FieldKind(NamedTuple):
-    """How values of one indexed type are checked, parsed and compared."""
+    """How the values of an indexed type are checked, parsed and compared."""
 
-    name: str  # as shown to people: "str", "datetime", "list of str"
+    name: str  # for error messages: "str", "datetime", "list of str"
     type: Any  # the Python type, for decoding and for OpenAPI
-    key: Callable[[Any], Key]  # a value's key; ValueError says why it has none
-    parse: Callable[[str], Any]  # the value that a text in a query string means; ValueError says what was expected
+    key: Callable[[Any], Key]  # returns the key of a value; raises ValueError if it has none
+    parse: Callable[[str], Any]  # returns the value of a text in a query string, or raises ValueError
     is_list: bool = False
     is_text: bool = False  # contains, starts_with and ends_with apply
-    key_type: type[Key] = str  # what the keys are: str, int or float
+    key_type: type[Key] = str  # the type of the keys: str, int or float
 
 
 def text_key(value: str) -> str:
-    """A string as its own key; ValueError for what not every store can hold (NUL, unpaired surrogates)."""
+    """Return a string as its own key.
+
+    Raises ValueError if the string has characters that not every store can hold: NUL and unpaired surrogates.
+    """
     if type(value) is not str:
         raise ValueError(f"expected a str, got {type(value).__name__}")
     if "\0" in value:
@@ -60,6 +64,7 @@ def text_key(value: str) -> str:
 
 
 def int_key(value: int) -> int:
+    """Return an int as its own key. Raises ValueError if it has more than 64 bits."""
     if type(value) is not int:
         raise ValueError(f"expected an int, got {type(value).__name__}")
     if not INT_MIN <= value <= INT_MAX:
@@ -68,6 +73,7 @@ def int_key(value: int) -> int:
 
 
 def float_key(value: float) -> float:
+    """Return the key of a float or an int. Raises ValueError if the number is not finite."""
     if type(value) not in (int, float):
         raise ValueError(f"expected a float, got {type(value).__name__}")
     try:
@@ -76,16 +82,18 @@ def float_key(value: float) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError("only finite numbers can be indexed")
-    return number + 0.0  # -0.0 and 0.0 are one value
+    return number + 0.0  # -0.0 and 0.0 are equal
 
 
 def bool_key(value: bool) -> int:
+    """Return 0 or 1."""
     if type(value) is not bool:
         raise ValueError(f"expected a bool, got {type(value).__name__}")
     return int(value)
 
 
 def datetime_key(value: dt.datetime) -> int:
+    """Return the microseconds since 1970, UTC. Raises ValueError if the datetime has no time zone."""
     if not isinstance(value, dt.datetime):
         raise ValueError(f"expected a datetime, got {type(value).__name__}")
     if value.tzinfo is None:
@@ -94,12 +102,14 @@ def datetime_key(value: dt.datetime) -> int:
 
 
 def date_key(value: dt.date) -> str:
+    """Return the date as `YYYY-MM-DD`."""
     if type(value) is not dt.date:
         raise ValueError(f"expected a date, got {type(value).__name__}")
     return value.isoformat()
 
 
 def uuid_key(value: UUID) -> str:
+    """Return the UUID in its canonical form, with lower-case digits."""
     if not isinstance(value, UUID):
         raise ValueError(f"expected a UUID, got {type(value).__name__}")
     return str(value)
@@ -110,10 +120,11 @@ EXPONENT_BIAS = 10**19
 
 
 def decimal_key(value: Decimal) -> str:
-    """A text whose order by code point is the numeric order, exactly; 1.0 and 1.00 have the same key.
+    """Return a text whose order by code point is the exact numeric order. 1.0 and 1.00 have the same key.
 
-    Sign, then the exponent of 0.d1d2... with a bias in 20 digits, then the digits; for negative numbers both in nines'
-    complement, closed by a character above every digit so that the longer (smaller) number comes first.
+    The text has the sign, then the exponent of 0.d1d2... plus a bias in 20 digits, then the digits. For a negative
+    number, exponent and digits are in nines' complement, and a character above every digit ends the text, so that the
+    longer (smaller) number comes first.
     """
     if type(value) is not Decimal:
         raise ValueError(f"expected a Decimal, got {type(value).__name__}")
@@ -128,7 +139,10 @@ def decimal_key(value: Decimal) -> str:
 
 
 def _parser(pattern: str, parse: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
-    """Python's own parsers take more than clients may rely on ("1_0", "{...}", basic ISO formats): the pattern goes first."""
+    """Return a parser that accepts only texts that match the pattern.
+
+    The parsers of Python accept more than clients may rely on: "1_0", "{...}", and the basic ISO formats.
+    """
     compiled = re.compile(pattern, re.ASCII)
 
     def strict(text: str) -> Any:
@@ -177,7 +191,7 @@ SCALARS: dict[Any, FieldKind] = {
 
 
 def _choice(name: str, type_: Any, values: dict[Any, Any]) -> FieldKind:
-    """The kind of an enum or a Literal: `values` maps what the model holds to the plain value behind it."""
+    """Return the kind of an enum or a Literal; `values` maps what the model holds to the plain value behind it."""
     plain = {type(value) for value in values.values()}
     if not plain or (not plain <= {str} and not plain <= {int}):
         raise ValueError(f"{name} cannot be indexed: its values must be all str or all int")
@@ -198,9 +212,9 @@ def _choice(name: str, type_: Any, values: dict[Any, Any]) -> FieldKind:
 
 
 def kind_of(type_: Any) -> FieldKind:
-    """The kind of a type that can be indexed; ValueError names what can.
+    """Return the kind of a type. Raises ValueError, which lists the types that can be indexed, if there is none.
 
-    `None` in a union is left out (null is not a value); `list[T]`, `set[T]` and `tuple[T, ...]` are lists of T.
+    `None` in a union is ignored, because null is not a value. `list[T]`, `set[T]` and `tuple[T, ...]` are lists of T.
     """
     origin, args = typing.get_origin(type_), typing.get_args(type_)
     if origin is typing.Annotated:

@@ -306,7 +306,7 @@ async def test_a_hook_that_answers_nonsense_lets_nobody_in(answer, caplog):
     async with client_of(app) as api:
         problem(await api.get("/note"), 500, "internal-error")
     assert "authenticate answered" in caplog.text
-    assert "authorize answered" in caplog.text
+    assert "authorize returned" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["", "x" * 1025, "é" * 513, "a\0b", "\ud800"])
