@@ -114,7 +114,7 @@ $(VENV)/.dev: requirements/dev.txt requirements/examples.txt $(VENV)/.local $(VE
 LOCK = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
 # What single storages add to requirements/app.txt, a file each.
-DRIVERS = amqp cache postgres redis
+DRIVERS = amqp postgres redis
 
 package: $(VENV)/.local ## the zip for AWS Lambda into dist/lambda.zip (ARGS=--host: one that runs here)
 	@$(BIN)/python -m infra.artifact $(ARGS)

@@ -82,12 +82,12 @@ RESOURCE_TRAITS: dict[str, StoreTraits] = {
     "memory": StoreTraits(),
     "disk": StoreTraits(),
     "s3": StoreTraits(uses_s3=True, extras=frozenset({"s3"}), survives_machine=True),
-    "cached-s3": StoreTraits(uses_s3=True, is_cached=True, extras=frozenset({"s3", "cache"}), survives_machine=True),
+    "cached-s3": StoreTraits(uses_s3=True, is_cached=True, extras=frozenset({"s3"}), survives_machine=True),
     "mq-cached-s3": StoreTraits(
         uses_s3=True,
         is_cached=True,
         servers=frozenset({"broker"}),
-        extras=frozenset({"s3", "cache", "amqp"}),
+        extras=frozenset({"s3", "amqp"}),
         survives_machine=True,
     ),
 }

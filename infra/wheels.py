@@ -61,7 +61,6 @@ TRIED = {
             "apsw/unicode.py",
         ),
     ),
-    "diskcache": Tried("5.6.3"),
     "fastapi": Tried("0.165.0", (*TYPES, "fastapi/.agents/*", "fastapi/testclient.py")),
     "idna": Tried("3.20", TYPES),
     "mangum": Tried("0.22.0", TYPES),

@@ -598,10 +598,10 @@ MUTANTS = [
         DAMAGED,
     ),
     (
-        "damaged copies stay in caches",
+        "damaged bodies stay in caches",
         M + "resource_store/cached_s3.py",
-        "await self.forget(uids)\n\n    async def forget_everything",
-        "pass\n\n    async def forget_everything",
+        "await self.evict(uids)\n\n    async def evict_all",
+        "pass\n\n    async def evict_all",
         DAMAGED,
     ),
     (

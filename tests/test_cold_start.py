@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 HEAVY = (
-    *("boto3", "botocore", "pulumi", "psycopg", "redis", "aio_pika", "cachetools", "diskcache"),
+    *("boto3", "botocore", "pulumi", "psycopg", "redis", "aio_pika"),
     *("uvicorn", "uvloop", "httptools", "cyclopts", "rich", "ministack", "httpx", "fastapi_offline", "jsonpatch"),
     *("unittest", "pdb", "sqlite3", "multiprocessing", "app.cli", "app.dev.local_s3"),
 )

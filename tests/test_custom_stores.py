@@ -38,7 +38,7 @@ from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from examples.custom_stores import BytesCache, DictMetaStore, FileMetaStore, FileResourceStore, FilesStorageFactory
 from tests.conformance import CacheClock, DurableConformance, OwnedConformance, SharedConformance, StorageConformance
 from tests.conformance.model import Item, manage
-from tests.stores import test_caches
+from tests.stores import cache_helpers
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,12 +94,12 @@ class TestFileOverOurS3BehindACache(DurableConformance):
         return Mixed("file, S3 behind a cache", root)
 
 
-class TestBytesCache(test_caches.BoundedConformance):
+class TestBytesCache(cache_helpers.BoundedConformance):
     def make(self, root: Path, clock: CacheClock) -> BytesCache:
         return BytesCache(clock=clock)
 
     def small(self, root: Path, clock: CacheClock) -> BytesCache:
-        return BytesCache(test_caches.ROOM * test_caches.SIZE + test_caches.SIZE // 2, clock=clock)
+        return BytesCache(cache_helpers.ROOM * cache_helpers.SIZE + cache_helpers.SIZE // 2, clock=clock)
 
     @pytest.mark.parametrize("wrong", [0, -1])
     def test_no_room_is_a_mistake(self, wrong):

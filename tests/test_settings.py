@@ -110,10 +110,9 @@ def test_models_may_have_a_kind_of_their_own(tmp_path):
     ("package", "extra", "storage"),
     [
         ("obstore", "s3", "s3-sqlite"),
-        ("diskcache", "cache", "cached-s3"),
         ("redis", "redis", '{"meta": "redis", "resource": "disk"}'),
         ("psycopg", "postgres", "postgres-s3"),
-        ("aio_pika", "s3,cache,amqp", "mq-cached-s3"),
+        ("aio_pika", "s3,amqp", "mq-cached-s3"),
     ],
 )
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, package, extra, storage):

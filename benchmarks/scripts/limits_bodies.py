@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import diskcache
 import msgspec
 import obstore
 from obstore.store import S3Store
@@ -109,7 +108,6 @@ def _in_memory(store: CachedS3ResourceStore, kept: dict[str, bytes]) -> Pair:
 def _on_disk(
     stack: contextlib.AsyncExitStack, store: CachedS3ResourceStore, kept: dict[str, bytes], directory: Path, name: str
 ) -> dict[str, Pair]:
-    cache = stack.enter_context(diskcache.Cache(str(directory / "diskcache")))
     database = stack.enter_context(
         contextlib.closing(sqlite3.connect(directory / "bodies.sqlite", check_same_thread=False))
     )
@@ -117,25 +115,18 @@ def _on_disk(
     database.execute("CREATE TABLE body (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
     with database:
         database.executemany("INSERT INTO body VALUES (?, ?)", kept.items())
-    for uid, body in kept.items():
-        cache.set(uid, body)
     thread = stack.enter_context(ThreadPoolExecutor(1))
     loop, uids = asyncio.get_running_loop(), list(kept)
 
     def select(uid: str) -> bytes:
         return bytes(database.execute("SELECT value FROM body WHERE key = ?", (uid,)).fetchone()[0])
 
-    ours = _side(store.get, uids)
-    found = {}
-    for name_of, read in (("diskcache", cache.get), ("SELECT", select)):
+    async def same() -> bool:
+        bodies = [await loop.run_in_executor(thread, select, uid) for uid in uids]
+        return bodies == await store.get_many(uids) == list(kept.values())
 
-        async def same(read: Callable[[str], bytes] = read) -> bool:
-            bodies = [await loop.run_in_executor(thread, read, uid) for uid in uids]
-            return bodies == await store.get_many(uids) == list(kept.values())
-
-        raw = _side(lambda uid, read=read: loop.run_in_executor(thread, read, uid), uids)
-        found[f"body on disk, {name} / {name_of} in a thread"] = Pair(raw, ours, same)
-    return found
+    raw = _side(lambda uid: loop.run_in_executor(thread, select, uid), uids)
+    return {f"body on disk, {name} / SELECT in a thread": Pair(raw, _side(store.get, uids), same)}
 
 
 async def _on_s3(store: S3ResourceStore, raw: S3Store, info: RevisionInfo) -> dict[str, Pair]:

@@ -631,7 +631,7 @@ def test_unpacked_a_changed_source_is_not_even_looked_at(python, unpacked, tmp_p
 
 RUNTIME = {"boto3", "botocore", "snapshot_restore_py"}
 """What Lambda's own machine has."""
-DRIVERS = {"aio_pika", "diskcache", "psycopg", "redis", "yarl"}
+DRIVERS = {"aio_pika", "psycopg", "redis", "yarl"}
 """Of single storages: only the zips for those have them."""
 
 
@@ -669,9 +669,9 @@ def test_with_all_drivers_all_of_them_are_there(app, tmp_path):
 def test_with_all_drivers_it_is_for_lambda_too(app, tmp_path):
     """`build` looks at every library."""
     requirements = sorted((ROOT / "requirements").glob("app*.txt"))
-    assert len(requirements) == 5
+    assert len(requirements) == 4
     done = build(tmp_path / "lambda.zip", requirements=requirements, app=app)
-    assert done.parts.keys() >= {"psycopg_binary", "redis", "diskcache", "aio_pika"}
+    assert done.parts.keys() >= {"psycopg_binary", "redis", "aio_pika"}
     assert done.size < 20 * 1024 * 1024
 
 

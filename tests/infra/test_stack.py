@@ -620,8 +620,8 @@ def test_the_zip_has_the_drivers_that_the_kinds_need(monkeypatch):
         ("lambda.zip", ["app.txt"]),
         ("lambda-postgres.zip", ["app.txt", "app-postgres.txt"]),
         (
-            "lambda-amqp-cache-postgres-redis.zip",
-            ["app.txt", *(f"app-{extra}.txt" for extra in ("amqp", "cache", "postgres", "redis"))],
+            "lambda-amqp-postgres-redis.zip",
+            ["app.txt", *(f"app-{extra}.txt" for extra in ("amqp", "postgres", "redis"))],
         ),
     ]
 

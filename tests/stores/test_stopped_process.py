@@ -257,7 +257,7 @@ sys.stdin.read()
 
 
 async def test_a_cache_whose_directory_is_locked_is_a_miss(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.autocrud.resource_manager.resource_store.cache.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("app.autocrud.resource_manager.resource_store.cache_directory.TIMEOUT_S", 0.3)
     cache = DiskCache(tmp_path)
     with stopped(tmp_path / "lock", HOLD_CACHE):
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Bodies on S3 behind caches: one PUT a revision, and for what was written or read here lately no GET.
+"""Bodies on S3 behind caches: a body that was written or read here lately is not read from S3 again.
 
 CachedS3ResourceStore([MemoryCache(100), DiskCache("cache/article")], bucket="bucket", prefix="article/")
 """
@@ -21,52 +21,58 @@ from ..backends.s3.object_store import CACHED, ObjectStore
 from ..basic import Encoding, ModelSpec, RevisionInfo
 from ..contract.overrides import check_cache
 from ..runtime.threads import shielded
-from .cache import Cache, Entry, MemoryCache
+from .body_cache import Cache, Entry
 from .s3 import S3ResourceStore
 
 counter_of_caller = CACHED.get
-ARRIVAL_S = 10.0
-"""How long a deletion waits for a cache that is being filled with what it deletes. Only a stopped event loop takes so long."""
-ANY = "*"
-"""In the place of a uid: all of them. No uid is like that."""
+FILL_TIMEOUT_S = 10.0
+"""How long an eviction waits for a call that is filling a cache with an evicted body. Only a stopped event loop takes
+so long."""
+ALL = "*"
+"""Stands for all uids. No uid is equal to it."""
 
 
-class _Arrival:
-    """Bodies on their way into the caches. `uids` are those that may still arrive."""
+class _Fill:
+    """A call that may put bodies into the caches. `uids` names the bodies that it may still put there."""
 
-    __slots__ = ("done", "uids")
+    __slots__ = ("finished", "uids")
 
     def __init__(self, uids: Sequence[str]) -> None:
         self.uids = set(uids)
-        self.done: Future[None] | None = None  # while it fills them
+        self.finished: Future[None] | None = None  # while a cache is being filled
 
-    def brings(self, uids: Sequence[str]) -> bool:
-        return ANY in uids or not self.uids.isdisjoint(uids)
+    def includes_any(self, uids: Sequence[str]) -> bool:
+        return ALL in uids or not self.uids.isdisjoint(uids)
 
-    def lose(self, uids: Sequence[str]) -> None:
-        if ANY in uids:
+    def exclude(self, uids: Sequence[str]) -> None:
+        if ALL in uids:
             self.uids.clear()
         else:
             self.uids.difference_update(uids)
 
 
 class CachedS3ResourceStore(S3ResourceStore):
-    """S3ResourceStore behind `caches`, asked in this order; what one has is copied into those before it, what none has is read from S3.
+    """An S3ResourceStore behind `caches`, which are asked in this order.
 
-    ttl_draft    seconds that the body of a draft is kept, counted from its PUT
-    ttl_stable   the same, of a stable revision
-    and the arguments of S3ResourceStore
+    caches       a body that one cache has is copied into those before it; a body that none has is read from S3 and
+                 copied into all
+    ttl_draft    for how many seconds the body of a draft is cached, counted from its PUT
+    ttl_stable   the same for the body of a stable revision
 
-    A body that is read from S3 does not tell which it is, so it gets the shorter of the two. A copy gets what is left, never a new life.
+    The other arguments are those of S3ResourceStore.
 
-    Caches know a body by its uid, which no other body of any store has. So stores may share them, and a cache on disk may lie where another was.
+    A body that is read from S3 gets the shorter of the two times, because its status is not known then. A body that is
+    copied from one cache to another keeps its remaining time.
 
-    A body never changes, so what a cache holds is never out of date. What a cache may hold is a body that was deleted or purged:
+    A uid names one body, in all stores. So several stores may share a cache, and the directory of a DiskCache may be one
+    that another store used before.
 
-    - This object does not serve it again: `delete` takes it out of S3 and out of all its caches, also if S3 fails, and what is read from S3 at
-      the same time does not arrive in them afterwards.
-    - Other instances may serve it, to whoever asks for it by metadata that is as old, and keep it until its time is over, that is for
-      max(ttl_draft, ttl_stable) at most. `purge_remnants` says so.
+    A cached body is never out of date, because bodies do not change. But it may have been deleted or purged:
+
+    - *This object does not return it again.* `delete` removes it from S3 and from all caches of this object, from the
+      caches even if S3 fails. A body that is read from S3 at the same time is not cached afterwards.
+    - *Other instances may return it* to callers whose metadata is as old as the body, and may keep it until its time is
+      over, which is max(ttl_draft, ttl_stable) at most. `purge_remnants` returns that moment.
     """
 
     def __init__(
@@ -97,14 +103,11 @@ class CachedS3ResourceStore(S3ResourceStore):
         if ttl_draft < 0 or ttl_stable < 0:
             raise ConfigError(f"ttl_draft is {ttl_draft}, ttl_stable is {ttl_stable}, expected seconds from 0")
         self.caches = tuple(caches)
-        first = self.caches[0] if self.caches else None
-        self._memory = first if type(first) is MemoryCache else MemoryCache()  # if it is none, one that stays empty
-        self._find, self._clock = self._memory.kept.get, self._memory.clock
         self.ttl_draft, self.ttl_stable = ttl_draft, ttl_stable
         self._state = threading.Lock()  # guards the two below
-        self._arrivals: list[_Arrival] = []
-        self._leaving: Counter[str] = Counter()
-        self._deletions: set[asyncio.Task[None]] = set()  # held, or they might be collected while they run
+        self._fills: list[_Fill] = []
+        self._evicting: Counter[str] = Counter()
+        self._deletions: set[asyncio.Task[None]] = set()  # the event loop itself keeps no reference to a task
 
     @override
     def bind(self, spec: ModelSpec) -> None:
@@ -112,150 +115,155 @@ class CachedS3ResourceStore(S3ResourceStore):
             check_cache(cache)
         super().bind(spec)
 
+    @override
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
-        with self._arriving([uid]) as arrival:
+        with self._may_fill([uid]) as fill:
             await super().put(uid, info, body)
             ttl_s = self.ttl_draft if info.status == "draft" else self.ttl_stable
-            await self._fill(arrival, self.caches, {uid: Entry(body, ttl_s)})
+            await self._fill(fill, self.caches, {uid: Entry(body, ttl_s)})
 
-    # What a hit in memory costs is nearly all in the calls it is made of, so both write out what `MemoryCache` says a hit is.
-
+    @override
     async def get(self, uid: str) -> bytes:
-        kept = self._find(uid)
-        if kept is None or kept.expires <= self._clock():
-            (body,) = await self._look_up([uid])
-            return body
-        self._memory.hits = kept.used = self._memory.hits + 1
-        if (counter := counter_of_caller()) is not None:
-            counter["hits"] += 1
-        return kept.body
+        (body,) = await self.get_many([uid])
+        return body
 
+    @override
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
-        bodies = []
-        now = self._clock()
-        for uid in uids:
-            kept = self._find(uid)
-            if kept is None or kept.expires <= now:
-                break
-            self._memory.hits = kept.used = self._memory.hits + 1
-            bodies.append(kept.body)
-        if bodies and (counter := counter_of_caller()) is not None:
-            counter["hits"] += len(bodies)
-        if len(bodies) < len(uids):
-            bodies += await self._look_up(uids[len(bodies) :])
-        return bodies
+        # A hit in the first cache fills no other, so it needs no _Fill.
+        found = await self.caches[0].get_many(list(dict.fromkeys(uids))) if self.caches and uids else {}
+        if found and (counter := counter_of_caller()) is not None:
+            counter["hits"] += len(found)
+        missing = [uid for uid in uids if uid not in found] if len(found) < len(uids) else []
+        if missing:
+            found |= await self._look_further(list(dict.fromkeys(missing)))
+        return [found[uid].body for uid in uids]
 
-    async def _look_up(self, uids: Sequence[str]) -> list[bytes]:
-        wanted = list(dict.fromkeys(uids))
+    async def _look_further(self, uids: Sequence[str]) -> dict[str, Entry]:
+        """Return bodies that the first cache does not have, from the other caches or from S3."""
         found: dict[str, Entry] = {}
-        with self._arriving(wanted) as arrival:
-            for depth, cache in enumerate(self.caches):
-                if missing := [uid for uid in wanted if uid not in found]:
+        missing = list(uids)
+        with self._may_fill(uids) as fill:
+            for depth, cache in enumerate(self.caches[1:], 1):
+                if missing:
                     hits = await cache.get_many(missing)
-                    await self._fill(arrival, self.caches[:depth], hits)
+                    await self._fill(fill, self.caches[:depth], hits)
                     found |= hits
-            missing = [uid for uid in wanted if uid not in found]
+                    missing = [uid for uid in missing if uid not in hits]
             if (counter := counter_of_caller()) is not None:
                 counter.update(hits=len(found), misses=len(missing))
             if missing:
                 bodies = await super().get_many(missing)
                 ttl_s = min(self.ttl_draft, self.ttl_stable)
                 read = {uid: Entry(body, ttl_s) for uid, body in zip(missing, bodies, strict=True)}
-                await self._fill(arrival, self.caches, read)
+                await self._fill(fill, self.caches, read)
                 found |= read
-        return [found[uid].body for uid in uids]
+        return found
 
+    @override
     async def delete(self, uids: Sequence[str]) -> None:
         if uids:
             task = asyncio.create_task(self._delete(uids))
             self._deletions.add(task)
             task.add_done_callback(self._deletions.discard)
-            await shielded(task)  # nobody sweeps caches, so it goes on where the one who asked does not
+            await shielded(task)  # no sweep removes bodies from caches, so it completes even if the caller is cancelled
 
     async def _delete(self, uids: Sequence[str]) -> None:
         try:
             await super().delete(uids)
         finally:
-            await self.forget(uids)
+            await self.evict(uids)
 
-    async def forget(self, uids: Sequence[str]) -> None:
-        """Take bodies out of the caches and leave S3 alone, as when another instance has deleted them."""
-        await self._take_out(uids, lambda cache: cache.delete(uids))
+    async def evict(self, uids: Sequence[str]) -> None:
+        """Remove bodies from all caches. They stay on S3.
 
+        Raises StoreUnavailable if a cache might return one of them again.
+        """
+        await self._evict(uids, lambda cache: cache.delete(uids))
+
+    @override
     async def drop_copies(self, uids: Sequence[str]) -> None:
-        await self.forget(uids)
+        await self.evict(uids)
 
-    async def forget_everything(self) -> None:
-        """The same with all bodies."""
-        await self._take_out([ANY], lambda cache: cache.clear())
+    async def evict_all(self) -> None:
+        """Remove all bodies from all caches. They stay on S3.
 
-    async def _take_out(self, uids: Sequence[str], remove: Callable[[Cache], Awaitable[None]]) -> None:
+        Raises StoreUnavailable if a cache might return one of them again.
+        """
+        await self._evict([ALL], lambda cache: cache.clear())
+
+    async def _evict(self, uids: Sequence[str], remove: Callable[[Cache], Awaitable[None]]) -> None:
         with self._state:
-            self._leaving.update(uids)
-            filling = [one.done for one in self._arrivals if one.done is not None and one.brings(uids)]
+            self._evicting.update(uids)
+            filling = [one.finished for one in self._fills if one.finished is not None and one.includes_any(uids)]
         try:
             if filling:
-                await asyncio.wait([asyncio.wrap_future(done) for done in filling], timeout=ARRIVAL_S)
+                await asyncio.wait([asyncio.wrap_future(one) for one in filling], timeout=FILL_TIMEOUT_S)
             failures = await asyncio.gather(*map(remove, self.caches), return_exceptions=True)
         finally:
             with self._state:
-                for arrival in self._arrivals:
-                    arrival.lose(uids)
-                self._leaving.subtract(uids)
-                self._leaving = +self._leaving
+                for fill in self._fills:
+                    fill.exclude(uids)
+                self._evicting.subtract(uids)
+                self._evicting = +self._evicting
         for failure in failures:
             if failure is not None:
                 raise failure
 
     @contextlib.contextmanager
-    def _arriving(self, uids: Sequence[str]) -> Iterator[_Arrival]:
-        arrival = _Arrival(uids)
+    def _may_fill(self, uids: Sequence[str]) -> Iterator[_Fill]:
+        fill = _Fill(uids)
         with self._state:
-            self._arrivals.append(arrival)
+            self._fills.append(fill)
         try:
-            yield arrival
+            yield fill
         finally:
             with self._state:
-                self._arrivals.remove(arrival)
+                self._fills.remove(fill)
 
-    async def _fill(self, arrival: _Arrival, caches: Sequence[Cache], entries: Mapping[str, Entry]) -> None:
-        """Put into the caches what has not been deleted since the arrival began."""
+    async def _fill(self, fill: _Fill, caches: Sequence[Cache], entries: Mapping[str, Entry]) -> None:
+        """Put entries into caches, except those that were evicted since the fill began."""
         if not caches or not entries:
             return
         with self._state:
-            closed = ANY in self._leaving
-            welcome = {
+            closed = ALL in self._evicting
+            allowed = {
                 uid: entry
                 for uid, entry in entries.items()
-                if not closed and uid in arrival.uids and uid not in self._leaving
+                if not closed and uid in fill.uids and uid not in self._evicting
             }
-            done = arrival.done = Future()
+            finished = fill.finished = Future()
         try:
-            if welcome:
-                for cache in reversed(caches):  # from the back: one that refuses leaves those before it empty
-                    await cache.put_many(welcome)
+            if allowed:
+                for cache in reversed(caches):  # the last one first: if it refuses, those before it stay empty
+                    await cache.put_many(allowed)
         finally:
             with self._state:
-                arrival.done = None
-            done.set_result(None)
+                fill.finished = None
+            finished.set_result(None)
 
     def statistics(self) -> dict[str, tuple[int, int]]:
-        """Hits and misses of each cache since it was made, by place and name: `{"1 MemoryCache": (90, 10), "2 DiskCache": (6, 4)}`."""
+        """Return hits and misses of each cache since it was made, by position and name.
+
+        Example: `{"1 MemoryCache": (90, 10), "2 DiskCache": (6, 4)}`.
+        """
         return {
-            f"{place} {type(cache).__name__}": (cache.hits, cache.misses) for place, cache in enumerate(self.caches, 1)
+            f"{position} {type(cache).__name__}": (cache.hits, cache.misses)
+            for position, cache in enumerate(self.caches, 1)
         }
 
+    @override
     async def maintain(self, budget_s: float) -> None:
-        """Remove what has expired from the caches, for at most about `budget_s` seconds."""
         for cache in self.caches:
             await cache.maintain(budget_s / len(self.caches))
 
+    @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         for cache in self.caches:
             await cache.purge_remnants()
         elsewhere = now + dt.timedelta(seconds=max(self.ttl_draft, self.ttl_stable))
         return max(await super().purge_remnants(now), elsewhere)
 
+    @override
     async def close(self) -> None:
         failures = await asyncio.gather(*(cache.close() for cache in self.caches), return_exceptions=True)
         await super().close()

@@ -22,7 +22,7 @@ from ..backends.rabbitmq.connection import Address
 from ..backends.rabbitmq.invalidation import REFRESH, Words
 from ..backends.s3.object_store import ObjectStore
 from ..basic import Encoding, RevisionInfo
-from .cache import Cache
+from .body_cache import Cache
 from .cached_s3 import CachedS3ResourceStore
 
 
@@ -98,9 +98,9 @@ class MQCachedS3ResourceStore(CachedS3ResourceStore):
         if words.refresh and self._index is not None:
             await self._index.refresh()
         if words.clear:
-            await self.forget_everything()
+            await self.evict_all()
         elif words.forget:
-            await self.forget(sorted(words.forget))
+            await self.evict(sorted(words.forget))
 
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         self._bus.join()

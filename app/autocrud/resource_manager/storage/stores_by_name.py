@@ -181,7 +181,7 @@ class StoresByName:
         return S3ResourceStore(bucket, prefix, encoding=self.encoding, object_store=self._objects())
 
     def _cached_s3(self, model: str) -> ResourceStore:
-        with driver("s3", "cache"):
+        with driver("s3"):
             from ..resource_store.cached_s3 import CachedS3ResourceStore
         return CachedS3ResourceStore(
             self._caches(model),
@@ -192,7 +192,7 @@ class StoresByName:
         )
 
     def _mq_cached_s3(self, model: str) -> ResourceStore:
-        with driver("s3", "cache", "amqp"):
+        with driver("s3", "amqp"):
             import aio_pika  # noqa: F401 - the store imports it too late for `driver`
 
             from ..resource_store.mq_cached_s3 import MQCachedS3ResourceStore
