@@ -20,8 +20,17 @@ PAGES = ["tests/test_foreign_pages.py"]
 HTTP = ["tests/http/test_routes.py"]
 REQUEST_BODIES = ["tests/http/test_request_bodies.py"]
 SEARCH = ["tests/http/test_search.py"]
-S3 = ["tests/stores/test_s3_sqlite.py", "tests/stores/test_s3_simulation.py"]
-FORK = ["tests/stores/test_s3_fork.py", "tests/stores/test_s3_fork_simulation.py"]
+S3 = [
+    "tests/stores/test_s3_sqlite.py",
+    "tests/stores/test_s3_sqlite_copies.py",
+    "tests/stores/test_s3_sqlite_stores.py",
+    "tests/stores/test_s3_simulation.py",
+]
+FORK = [
+    "tests/stores/test_s3_fork.py",
+    "tests/stores/test_s3_fork_copies.py",
+    "tests/stores/test_s3_fork_simulation.py",
+]
 RESCUE = ["tests/stores/test_s3_rescue.py"]
 MQ = ["tests/stores/test_mq_cached_s3.py"]
 NEIGHBOURS = ["tests/stores/test_neighbours.py"]

@@ -156,7 +156,7 @@ async def test_a_key_that_contains_the_name_of_a_folder_is_not_taken_for_the_fol
     monkeypatch.setattr(housekeeping, "FANOUT", 1)
     store = S3SqliteMetaStore("double", f"team/{folder}/item.sqlite", object_store=objects)
     await store.generation()
-    keeper = store._room().housekeeping
+    keeper = store._loop_state().housekeeping
     name = segment_key if folder == "snap" else snapshot_key
     await keeper._announce(lambda head: name(keeper._replica.prefix, head.ver + 1, 1))
     head = replace(await keeper._replica.head(), segs=(Segment("s", 1, 1, 1),))

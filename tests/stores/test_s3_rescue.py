@@ -13,7 +13,7 @@ from app.autocrud.errors import ConfigError, HistoryForked
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.backends.s3_sqlite.fork_report import fork_files
 from app.s3_tools.s3_rescue import rescue
-from tests.stores.test_s3_fork import HEAD, Note, api, forked, head_of, instance, later
+from tests.stores.s3_fork_helpers import HEAD, Note, api, forked, head_of, instance, later
 
 
 @pytest.fixture

@@ -127,8 +127,8 @@ class World:
     async def kill(self, manager, tasks) -> None:
         """Stop everything of an instance where it stands; what is under way to S3 may still arrive."""
         store = manager.storage.meta_store
-        room = store._room()
-        for task in (room.committer._running, room._keeping, *tasks):
+        loop_state = store._loop_state()
+        for task in (loop_state.committer._running, loop_state._keeping, *tasks):
             if task is not None:
                 task.cancel()
         await asyncio.sleep(0)
