@@ -21,7 +21,7 @@ from .autocrud.resource_manager.basic import IStorage
 from .autocrud.resource_manager.storage.layout import FUNCTION_CACHE, beside_s3
 from .autocrud.resource_manager.storage_factory import IStorageFactory, PairStorageFactory
 from .autocrud.secret import Secret
-from .settings import KINDS, PRESETS, Pair, Settings, Storage
+from .settings import KINDS, PRESETS, RESOURCE_TRAITS, Pair, Settings, Storage
 
 T = TypeVar("T")
 
@@ -113,10 +113,9 @@ class _Maker:
         """Return the factory of the pair. Raises ConfigError if a setting that the pair needs is missing or wrong."""
         meta, resource = self._pair.meta, self._pair.resource
         on_disk = "disk" in (meta, resource)
-        on_s3 = meta == "s3-sqlite" or resource.endswith("s3")
-        cached = resource.endswith("cached-s3")
-        pg_dsn, password = self._postgres() if "postgres" in meta else (None, None)
-        redis_url, redis_password = self._redis() if "redis" in meta else (None, None)
+        servers, on_s3 = self._pair.servers, self._pair.uses_s3
+        pg_dsn, password = self._postgres() if "postgres" in servers else (None, None)
+        redis_url, redis_password = self._redis() if "cache" in servers else (None, None)
         return PairStorageFactory(
             meta,
             resource,
@@ -133,8 +132,8 @@ class _Maker:
             max_size=None if self._idle_work else 2,
             redis_url=redis_url,
             redis_password=redis_password,
-            amqp_url=self._amqp_url() if resource == "mq-cached-s3" else None,
-            cache_dir=self._cache_dir() if cached else None,
+            amqp_url=self._amqp_url() if "broker" in servers else None,
+            cache_dir=self._cache_dir() if RESOURCE_TRAITS[resource].is_cached else None,
             max_cache_bytes=None if self._local.cache_mb is None else self._local.cache_mb * 1024**2,
         )
 

@@ -1,4 +1,4 @@
-"""Settings, wiring and the command line: a wrong or missing setting is one sentence and exit code 2."""
+"""Settings, wiring and the command line: a wrong or missing setting gives one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ BACKENDS = {
         ('{"meta": "redis-postgres", "resource": "disk"}', FastSlowMetaStore, DiskResourceStore),
     ],
 )
-def test_every_kind_and_pair_has_its_stores(tmp_path, storage, meta, resource):
+def test_each_kind_and_pair_has_its_stores(tmp_path, storage, meta, resource):
     outputs = {"version": 1, "storage": json.loads(storage) if storage.startswith("{") else storage, "bucket": "b"}
     (tmp_path / "outputs.json").write_text(json.dumps(outputs))
     beside = {name: value for name, value in BACKENDS.items() if name != "CRUDSTACK_BUCKET"}
@@ -79,7 +79,7 @@ def test_every_kind_and_pair_has_its_stores(tmp_path, storage, meta, resource):
         assert (type(made.meta_store), type(made.resource_store)) == (meta, resource)
 
 
-def test_redis_postgres_keeps_bodies_on_disk_where_there_is_no_bucket(tmp_path):
+def test_redis_postgres_without_a_bucket_keeps_bodies_on_disk(tmp_path):
     beside = {name: value for name, value in BACKENDS.items() if name != "CRUDSTACK_BUCKET"}
     settings = load({**beside, "CRUDSTACK_STORAGE": "redis-postgres", "CRUDSTACK_DATA_DIR": str(tmp_path)})
     assert type(wiring.storage_factory(settings).build("m").resource_store) is DiskResourceStore
@@ -90,7 +90,7 @@ def test_redis_postgres_keeps_bodies_on_disk_where_there_is_no_bucket(tmp_path):
     ("storage", "same"),
     [("memory-disk", MemoryDiskStorageFactory), ("disk", DiskStorageFactory)],
 )
-async def test_a_kind_lies_where_the_factory_of_that_name_puts_it(tmp_path, storage, same):
+async def test_a_factory_opens_the_store_of_the_kind_of_its_name(tmp_path, storage, same):
     written = manage(factory(tmp_path, CRUDSTACK_STORAGE=storage))
     await written.create(Item(text="here"), resource_id="1")
     await written.close()
@@ -99,7 +99,7 @@ async def test_a_kind_lies_where_the_factory_of_that_name_puts_it(tmp_path, stor
     await read.close()
 
 
-def test_models_may_have_a_kind_of_their_own(tmp_path):
+def test_single_models_may_have_another_kind(tmp_path):
     environment = {"CRUDSTACK_STORAGE": "disk", "CRUDSTACK_STORAGE_OVERRIDES": '{"user": "memory"}'}
     app = main.create_app(load(environment | {"CRUDSTACK_DATA_DIR": str(tmp_path)}))
     durable = {name: manager.storage.durable for name, manager in app.state.crud.managers.items()}
@@ -115,7 +115,7 @@ def test_models_may_have_a_kind_of_their_own(tmp_path):
         ("aio_pika", "s3,amqp", "mq-cached-s3"),
     ],
 )
-def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, package, extra, storage):
+def test_a_missing_package_is_named_with_its_extra(tmp_path, package, extra, storage):
     program = f"import sys; sys.modules[{package!r}] = None; from app.cli import main; main()"
     environment = {**BACKENDS, "CRUDSTACK_STORAGE": storage, "CRUDSTACK_DATA_DIR": str(tmp_path)}
     command = [sys.executable, "-c", program, "serve", "--port", "0"]
@@ -128,7 +128,10 @@ WRONG = [
     ({}, "CRUDSTACK_STORAGE is not set"),
     (
         {"CRUDSTACK_STORAGE": "tape"},
-        "'tape': expected one of s3-sqlite, postgres-s3, redis-postgres, cached-s3, mq-cached-s3, full, disk, memory-disk, memory",
+        (
+            "'tape': expected one of s3-sqlite, postgres-s3, redis-postgres, cached-s3, mq-cached-s3, full, disk,"
+            " memory-disk, memory"
+        ),
     ),
     ({"CRUDSTACK_STORAGE": "disk"}, "CRUDSTACK_DATA_DIR is not set"),
     ({"CRUDSTACK_STORAGE": "postgres-s3", "CRUDSTACK_BUCKET": "b"}, "CRUDSTACK_PG_DSN is not set"),
@@ -168,7 +171,10 @@ WRONG = [
     ({"CRUDSTACK_STORAGE": '{"meta": "disk"}'}, "CRUDSTACK_STORAGE has no 'resource': expected one of cached-s3, disk"),
     (
         {"CRUDSTACK_STORAGE": '{"meta": "Postgress", "resource": "s3"}'},
-        "CRUDSTACK_STORAGE.meta is 'Postgress': expected one of disk, memory, postgres, redis, redis-postgres, s3-sqlite; did you mean postgres?",
+        (
+            "CRUDSTACK_STORAGE.meta is 'Postgress': expected one of disk, memory, postgres, redis, redis-postgres,"
+            " s3-sqlite; did you mean postgres?"
+        ),
     ),
     ({"CRUDSTACK_STORAGE": '{"metta": "disk", "resource": "s3"}'}, "expected meta, resource; did you mean meta?"),
     (
@@ -180,7 +186,10 @@ WRONG = [
             "CRUDSTACK_STORAGE": "memory",
             "CRUDSTACK_STORAGE_OVERRIDES": '{"user": {"meta": "redis", "resource": "s33"}}',
         },
-        "CRUDSTACK_STORAGE_OVERRIDES.user.resource is 's33': expected one of cached-s3, disk, memory, mq-cached-s3, s3; did you mean s3?",
+        (
+            "CRUDSTACK_STORAGE_OVERRIDES.user.resource is 's33': expected one of cached-s3, disk, memory, mq-cached-s3, s3;"
+            " did you mean s3?"
+        ),
     ),
     (
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": "[]"},
@@ -192,8 +201,8 @@ WRONG = [
     ),
     ({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": "{"}, "CRUDSTACK_STORAGE_OVERRIDES is not JSON"),
     (
-        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": '{"nobody": "memory"}'},
-        "names the model 'nobody'",
+        {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": '{"planet": "memory"}'},
+        "names the model 'planet'",
     ),
     (
         {"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_STORAGE_OVERRIDES": '{"users": "memory"}'},
@@ -246,7 +255,7 @@ def test_a_wrong_setting_is_named(environment, says):
         ('{"mode": "jwt", "issuer": "i", "audiences": ["a"]}', JwtAuth(issuer="i", audiences=["a"])),
     ],
 )
-def test_who_is_let_in(given, expected):
+def test_the_authentication_is_read(given, expected):
     assert load({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_AUTH": given}).outputs.auth == expected
     outputs = {"version": 1, "storage": "memory", "auth": msgspec.to_builtins(expected)}
     assert load({"CRUDSTACK_OUTPUTS": json.dumps(outputs)}).outputs.auth == expected
@@ -284,9 +293,9 @@ def test_the_command_line_fails_with_one_sentence(arguments, environment):
     assert "--storage" not in arguments or done.stderr.startswith(f"crudstack: --storage is {arguments[2]!r}: expected")
 
 
-@pytest.mark.parametrize("said", ["{}?sslmode=verify-full", "postgresql://somebody@nowhere.invalid/data"])
+@pytest.mark.parametrize("said", ["{}?sslmode=verify-full", "postgresql://alice@nowhere.invalid/data"])
 def test_a_database_that_cannot_be_reached_is_one_sentence(said, postgres, tmp_path):
-    """Also where the event loop is left while somebody still tries to connect."""
+    """Also if the event loop ends while a task still tries to connect."""
     done = crudstack(
         *("serve", "--port", "0"),
         CRUDSTACK_STORAGE='{"meta": "postgres", "resource": "disk"}',
@@ -299,7 +308,7 @@ def test_a_database_that_cannot_be_reached_is_one_sentence(said, postgres, tmp_p
     assert done.stderr.count("\n") == 1
 
 
-def test_a_redis_that_lets_nobody_in_is_one_sentence(valkey, tmp_path):
+def test_a_redis_that_refuses_the_password_is_one_sentence(valkey, tmp_path):
     done = crudstack(
         *("serve", "--port", "0"),
         CRUDSTACK_STORAGE='{"meta": "redis", "resource": "disk"}',
@@ -315,8 +324,8 @@ def with_another_password(url: str) -> str:
     return re.sub(r":[^/:@]+@", ":another@", url)
 
 
-def said_at_start(directory, expected, *arguments: str, **environment: str) -> str:
-    """What a server logs, until it serves and has logged what is expected."""
+def log_at_start(directory, expected, *arguments: str, **environment: str) -> str:
+    """Start a server, wait until it serves and has logged the expected text, and return its log."""
     command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", *arguments]
     log = directory / "log"
     with log.open("w") as file:
@@ -333,15 +342,15 @@ def said_at_start(directory, expected, *arguments: str, **environment: str) -> s
     return log.read_text()
 
 
-def test_what_can_be_done_without_is_said_at_the_start(database, valkey, tmp_path):
+def test_a_server_that_the_app_works_without_is_reported_at_start(database, valkey, tmp_path):
     url = with_another_password(valkey)
     environment = {"CRUDSTACK_PG_DSN": database, "CRUDSTACK_REDIS_URL": url, "CRUDSTACK_DATA_DIR": str(tmp_path)}
     why = "invalid username-password pair"
-    logged = said_at_start(tmp_path, why, CRUDSTACK_STORAGE="redis-postgres", **environment)
+    logged = log_at_start(tmp_path, why, CRUDSTACK_STORAGE="redis-postgres", **environment)
     assert logged.count(why) == logged.count("\n") == 1
 
 
-def test_a_broker_that_cannot_be_reached_is_said_at_the_start(ministack_s3, tmp_path):
+def test_an_unreachable_broker_is_reported_at_start(ministack_s3, tmp_path):
     environment = {
         "CRUDSTACK_STORAGE": "mq-cached-s3",
         "CRUDSTACK_BUCKET": BUCKET,
@@ -351,25 +360,28 @@ def test_a_broker_that_cannot_be_reached_is_said_at_the_start(ministack_s3, tmp_
         "AWS_ACCESS_KEY_ID": ministack_s3.access_key_id,
         "AWS_SECRET_ACCESS_KEY": ministack_s3.secret_access_key,
     }
-    logged = said_at_start(tmp_path, "RabbitMQ", **environment)
+    logged = log_at_start(tmp_path, "RabbitMQ", **environment)
     assert logged.startswith("RabbitMQ cannot be used: ")
     assert (logged.count("\n"), "secret" in logged) == (1, False)
 
 
-def test_what_is_not_durable_is_said_once(tmp_path):
-    logged = said_at_start(tmp_path, "durable", CRUDSTACK_STORAGE="memory")
+def test_models_that_are_not_durable_are_reported_once(tmp_path):
+    logged = log_at_start(tmp_path, "durable", CRUDSTACK_STORAGE="memory")
     assert logged == "not durable, gone when the process ends: article, airport, user\n"
 
 
-def test_missing_keys_of_aws_are_called_so():
-    asked = "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 2ms - 403\n\nDebug source: ..."
+def test_missing_keys_of_aws_are_named():
+    asked = (
+        "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 2ms - 403\n\n"
+        "Debug source: ..."
+    )
     assert describe(ValueError(asked)).startswith(
         "no AWS credentials found: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     )
     assert describe(ValueError("another\nDebug source: ...")) == "another"
 
 
-def test_a_port_that_is_taken(serve, tmp_path):
+def test_a_port_in_use_is_refused(serve, tmp_path):
     server = serve("memory", tmp_path)
     done = crudstack("serve", "--port", server.url.rpartition(":")[2], CRUDSTACK_STORAGE="memory")
     assert (done.returncode, "Address already in use" in done.stderr) == (2, True)
@@ -381,7 +393,7 @@ def test_a_second_owner_is_refused(serve, tmp_path):
     assert (done.returncode, "in use by another process" in done.stderr) == (2, True)
 
 
-def test_help_names_every_option():
+def test_help_names_each_option():
     text = crudstack("serve", "--help").stdout
     for option in ("--host", "--port", "--storage", "--access-log"):
         assert option in text

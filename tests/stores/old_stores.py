@@ -149,6 +149,10 @@ def former(kind: str, servers: Servers, former_layout: WhenFormer) -> IStorageFa
             return PostgresS3StorageFactory(servers.postgres, **servers.s3, **more)
         case "factory-redis-postgres":
             return RedisPgStorageFactory(servers.redis_url, servers.postgres, **servers.s3, **more)
+        case "factory-redis-postgres-on-disk":
+            return RedisPgStorageFactory(
+                servers.redis_url, servers.postgres, servers.directory / "data", prefix=PREFIX, **more
+            )
         case "factory-cached-s3":
             return CachedS3StorageFactory(s3_endpoint=None, cache_dir=cache, **servers.s3, **more)
     return MQCachedS3StorageFactory(servers.s3_config, cache, servers.amqp_url, **more)
@@ -156,7 +160,13 @@ def former(kind: str, servers: Servers, former_layout: WhenFormer) -> IStorageFa
 
 OF_FACTORIES: dict[str, Callable[[Servers], IStorageFactory]] = {
     kind: functools.partial(former, kind, former_layout="open")
-    for kind in ("factory-postgres-s3", "factory-redis-postgres", "factory-cached-s3", "factory-mq-cached-s3")
+    for kind in (
+        "factory-postgres-s3",
+        "factory-redis-postgres",
+        "factory-redis-postgres-on-disk",
+        "factory-cached-s3",
+        "factory-mq-cached-s3",
+    )
 }
 
 

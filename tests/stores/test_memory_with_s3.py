@@ -169,4 +169,4 @@ def test_the_index_lies_beside_the_bodies_in_whichever_order_they_are_bound(obje
         store.bind(ModelSpec("item"))
     expected = prefix or "item/"
     assert stores[0].key == f"{expected}index.sqlite"
-    assert bodies.place == ("s3", objects, expected)
+    assert bodies.location_key == ("s3", objects, expected)

@@ -50,7 +50,10 @@ class HistoryRoutes:
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
         include_deleted = include_deleted_of(options)
         resource = await self._manager.get(
-            resource_id, revision=int(number), include_deleted=include_deleted, read_filter=read_filter_of(request.caller)
+            resource_id,
+            revision=int(number),
+            include_deleted=include_deleted,
+            read_filter=read_filter_of(request.caller),
         )
         return Response(200, b'{"meta":%b,"data":%b}' % (_encode(resource.info), resource.json))
 
@@ -64,7 +67,10 @@ class HistoryRoutes:
         for name in ("from", "to"):
             revision = parse_integer(name, options[name], 1, MAX_REVISION) if name in options else None
             found = await self._manager.get(
-                resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.caller)
+                resource_id,
+                revision=revision,
+                include_deleted=include_deleted,
+                read_filter=read_filter_of(request.caller),
             )
             bodies.append(found.json)
         old, new = bodies

@@ -49,7 +49,12 @@ async def refuse_former(
     """
     if await present.exists() or not await former.exists():
         return
-    if isinstance(former_bodies, BodySweeping) and await former_bodies.older_than(ANY_GENERATION, "", 1):
+    assert isinstance(former_bodies, BodySweeping), "stores of factories do"
+    try:
+        bodies = await former_bodies.older_than(ANY_GENERATION, "", 1)
+    finally:
+        await former_bodies.close()
+    if bodies:
         before, now = names
         raise ConfigError(
             f"{factory}: the store of the model {model!r} was written by an earlier release, with its metadata in"
