@@ -9,7 +9,7 @@ holds what only this machine knows: addresses with passwords, and directories.
 | CRUDSTACK_STORAGE | instead of it: a storage kind, or a pair as JSON: `{"meta": "memory", "resource": "disk"}` |
 | CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
 | CRUDSTACK_DATA_DIR | the directory of stores on disk; for stores on S3, of local copies and caches (none if not set) |
-| CRUDSTACK_CACHE_MB | MB of the cache on disk of all models, each 1024 * 1024 bytes; default: 1024 or a quarter of the disk |
+| CRUDSTACK_CACHE_MB | MB (1024 * 1024 bytes) of the cache on disk; default: a quarter of the disk, 1024 at most |
 | CRUDSTACK_BUCKET | the bucket of stores on S3 |
 | CRUDSTACK_PREFIX | the beginning of all keys on S3 and in Redis, and a part of the names of tables and exchanges |
 | CRUDSTACK_REGION | the region of the bucket |
@@ -55,7 +55,7 @@ Server = Literal["postgres", "cache", "broker"]
 
 
 class StoreTraits(NamedTuple):
-    """What one store of a pair needs, and whether it may hold the data of a stack on AWS."""
+    """The needs of one store of a pair, and whether it may hold the data of a stack on AWS."""
 
     uses_s3: bool = False
     """Whether the store keeps its data in the bucket."""

@@ -187,8 +187,8 @@ WRONG = [
             "CRUDSTACK_STORAGE_OVERRIDES": '{"user": {"meta": "redis", "resource": "s33"}}',
         },
         (
-            "CRUDSTACK_STORAGE_OVERRIDES.user.resource is 's33': expected one of cached-s3, disk, memory, mq-cached-s3, s3;"
-            " did you mean s3?"
+            "CRUDSTACK_STORAGE_OVERRIDES.user.resource is 's33': expected one of cached-s3, disk, memory, mq-cached-s3,"
+            " s3; did you mean s3?"
         ),
     ),
     (

@@ -6,7 +6,8 @@ counts the requests of SQLite to the disk. At the chosen request it kills the ch
 child opens the store and checks it.
 
 These two modes keep all that was written, as the operating system does if a process is killed. The mode `power` keeps
-only what was synced, as a machine does that loses its power: the check runs on copies of the files from their last sync.
+only what was synced, as a machine does that loses its power: the check runs on copies of the files that were made at
+their last sync.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ async def refuse_former(
     """
     if await present.exists() or not await former.exists():
         return
-    assert isinstance(former_bodies, BodySweeping), "stores of factories do"
+    assert isinstance(former_bodies, BodySweeping), "a factory builds no other ResourceStore beside S3 and PostgreSQL"
     try:
         bodies = await former_bodies.older_than(ANY_GENERATION, "", 1)
     finally:
