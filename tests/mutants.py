@@ -75,7 +75,13 @@ MUTANTS = [
         "< generation - 100:",
         STORES,
     ),
-    ("unique values are not unique", M + "backends/sqlite/tables.py", "raise taken(name, resource_id, other)", "pass", STORES),
+    (
+        "unique values are not unique",
+        M + "backends/sqlite/tables.py",
+        "raise taken(name, resource_id, *(str(row[0]) for row in others))",
+        "pass",
+        STORES,
+    ),
     (
         "a rival of a reservation is let in",
         M + "storage/unique_values.py",
@@ -155,8 +161,8 @@ MUTANTS = [
     (
         "a key is not remembered",
         M + "backends/sqlite/tables.py",
-        "        if once is not None:\n            purged = {",
-        "        if False:\n            purged = {",
+        "        if once is not None:\n            changed = [",
+        "        if False:\n            changed = [",
         STORES,
     ),
     (

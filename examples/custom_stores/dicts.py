@@ -30,6 +30,7 @@ from app.autocrud.resource_manager.basic import (
     RevisionInfo,
     Version,
 )
+from app.autocrud.resource_manager.contract.idempotency import results_to_keep
 from app.autocrud.resource_manager.contract.protocols import IndexMigration, MetaSweeping, RecordReplay
 from app.autocrud.resource_manager.contract.store_errors import (
     check_expectation,
@@ -175,11 +176,10 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
     def _remember(
         self, state: State, once: IdempotentCommit, changes: Sequence[Change], committed: Sequence[ResourceMeta]
     ) -> None:
-        purged = {change.meta.resource_id: at for at, change in enumerate(changes) if change.purge}
-        results: list[ResourceMeta | None] = []
-        for result in once.results:
-            at, meta = (result, committed[result]) if isinstance(result, int) else (-1, result)
-            results.append(None if meta is None or at <= purged.get(meta.resource_id, -2) else meta)
+        results = [
+            committed[result] if isinstance(result, int) else result
+            for result in results_to_keep(once, [(change.meta.resource_id, change.purge) for change in changes])
+        ]
         state.done = {key: kept for key, kept in state.done.items() if kept.time >= once.time - KEEP_KEYS_US}
         state.done[once.key] = Kept(once.request, once.time, results)
 

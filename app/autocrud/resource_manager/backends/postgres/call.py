@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from ...basic import Change, IdempotentCommit, IndexEntry, Reindex, Version
+from ...contract.idempotency import results_to_keep
 from ...contract.store_errors import generation_of
 
 
@@ -63,20 +64,15 @@ class Call:
         return state | self._index(entry.entry) | ({"share": True} if self._share else {})
 
     def _once(self, once: IdempotentCommit) -> dict[str, Any]:
-        """With the documents that its results are; of what is purged after it, nothing."""
-        purged = {change.meta.resource_id: at for at, change in enumerate(self.changes) if change.purge}
+        """Return the key with the documents of its results, and `{}` for each result that is not kept."""
+        changed = [(change.meta.resource_id, change.purge) for change in self.changes]
         results: list[dict[str, Any]] = []
-        for result in once.results:
-            at = result if isinstance(result, int) else -1
-            meta = self.changes[at].meta if isinstance(result, int) else result
-            if (
-                meta is None
-                or (isinstance(result, int) and self.changes[at].purge)
-                or at <= purged.get(meta.resource_id, -2)
-            ):
+        for result in results_to_keep(once, changed):
+            if result is None:
                 results.append({})
             elif isinstance(result, int):
-                results.append({"id": meta.resource_id, "doc": self._numbers[id(self.changes[at])]})
+                change = self.changes[result]
+                results.append({"id": change.meta.resource_id, "doc": self._numbers[id(change)]})
             else:
-                results.append({"id": meta.resource_id, "doc": self._doc(self._encode(meta))})
+                results.append({"id": result.resource_id, "doc": self._doc(self._encode(result))})
         return {"key": once.key, "request": once.request, "time": once.time, "results": results}

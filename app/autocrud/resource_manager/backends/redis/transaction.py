@@ -20,6 +20,7 @@ from ...basic import (
     RevisionInfo,
     Version,
 )
+from ...contract.idempotency import results_to_keep
 from ...contract.metadata_codec import encoder, info_of
 from ...contract.store_errors import generation_of, storable_id
 from ..log_records import Indexed, indexed
@@ -84,12 +85,10 @@ class Writer:
         """The arguments of COMMIT about a key. Of what was before a purge nothing is kept."""
         if once is None:
             return ["0"]
-        purged = {change.meta.resource_id: at for at, change in enumerate(changes) if change.purge}
         arguments: list[Any] = ["1", once.key, once.request, once.time, once.time - KEEP_KEYS_US, len(once.results)]
-        for result in once.results:
+        for result in results_to_keep(once, [(change.meta.resource_id, change.purge) for change in changes]):
             meta = changes[result].meta if isinstance(result, int) else result
-            gone = meta is not None and (result if isinstance(result, int) else -1) <= purged.get(meta.resource_id, -2)
-            arguments += ["", b""] if meta is None or gone else [digest(meta.resource_id), self._encode(meta)]
+            arguments += ["", b""] if meta is None else [digest(meta.resource_id), self._encode(meta)]
         return arguments
 
     def entries(self, entries: Sequence[Reindex], unique: Sequence[str], *, share: bool) -> list[Any]:

@@ -295,8 +295,8 @@ class LocalCopy:
                 once = IdempotentCommit(
                     key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results
                 )
-                purged = {one.resource_id: position for position, one in enumerate(ops) if one.kind == "purge"}
-                self.tables.remember(connection, once, [one.meta for one in ops], purged)
+                changed = [(one.resource_id, one.kind == "purge") for one in ops]
+                self.tables.remember(connection, once, [one.meta for one in ops], changed)
             else:
                 replay(self.tables, connection, op, schema.specs)
                 if op.kind == "purge":

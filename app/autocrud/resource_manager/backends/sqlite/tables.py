@@ -21,7 +21,7 @@ opened for another one; only a pass over all rows that found none outdated clear
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
 
 import apsw
@@ -46,6 +46,7 @@ from ...basic import (
     RevisionInfo,
     Version,
 )
+from ...contract.idempotency import results_to_keep
 from ...contract.metadata_codec import encoder, hit_of, info_of, meta_of
 from ...contract.store_errors import check_expectation, generation_of, missing, not_indexed, shared, storable_id, taken
 from ..query_sql import quoted
@@ -321,8 +322,8 @@ class ResourceTables:
             if change.index is not None and not change.purge:
                 self._check_unique(connection, change.meta.resource_id, unique)
         if once is not None:
-            purged = {change.meta.resource_id: at for at, change in enumerate(changes) if change.purge}
-            self.remember(connection, once, committed, purged)
+            changed = [(change.meta.resource_id, change.purge) for change in changes]
+            self.remember(connection, once, committed, changed)
         return committed
 
     def remember(
@@ -330,18 +331,20 @@ class ResourceTables:
         connection: apsw.Connection,
         once: IdempotentCommit,
         left: Sequence[ResourceMeta | None],
-        purged: Mapping[str, int],
+        changed: Sequence[tuple[str, bool]],
     ) -> None:
-        """Note that a key was used. `left`: the metadata after each change of its commit. `purged`: ids, and the numbers of the changes that
-        purged them; of what was before these nothing is kept."""
+        """Store the results of a commit under its Idempotency-Key.
+
+        left     the metadata after each change of the commit
+        changed  for each change the id of its resource, and whether it is a purge
+        """
         connection.execute("DELETE FROM done WHERE time < ?", (once.time - KEEP_KEYS_US,))
-        for at, result in enumerate(once.results):
+        for operation, result in enumerate(results_to_keep(once, changed)):
             meta = left[result] if isinstance(result, int) else result
-            at_change = result if isinstance(result, int) else -1
-            gone = meta is None or at_change <= purged.get(meta.resource_id, -2)
-            kept = (None, None) if meta is None or gone else (meta.resource_id, self._encode(meta))
+            kept = (None, None) if meta is None else (meta.resource_id, self._encode(meta))
             connection.execute(
-                "INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?)", (once.key, at, once.request, once.time, *kept)
+                "INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?)",
+                (once.key, operation, once.request, once.time, *kept),
             )
 
     def purge(self, connection: apsw.Connection, resource_id: str) -> None:
@@ -487,10 +490,10 @@ class ResourceTables:
     def _check_unique(self, connection: apsw.Connection, resource_id: str, unique: Collection[str]) -> None:
         for name in unique:
             col = sql.column(name)
-            other = connection.execute(
+            others = connection.execute(
                 f"SELECT o.id FROM resources o JOIN resources r ON o.is_deleted IN (0, 1) AND o.{col} = r.{col} AND o.rid <> r.rid"
                 " WHERE r.id = ?",
                 (resource_id,),
-            ).get
-            if other is not None:
-                raise taken(name, resource_id, other)
+            ).fetchall()
+            if others:  # several, if earlier programs let resources share the value
+                raise taken(name, resource_id, *(str(row[0]) for row in others))
