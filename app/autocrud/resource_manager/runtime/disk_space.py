@@ -139,5 +139,5 @@ def make_room(directory: Path, remove_more: Callable[[], None] | None = None) ->
 def _on_same_disk(one: Path, other: Path) -> bool:
     try:
         return one.stat().st_dev == other.stat().st_dev
-    except FileNotFoundError:  # a cache that has not been used is empty
+    except OSError:  # a cache that was never used has no directory; a cache whose directory is unusable is empty
         return False
