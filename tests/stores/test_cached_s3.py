@@ -377,7 +377,7 @@ class AgainstADict(RuleBasedStateMachine):
                 contextlib.closing(apsw.Connection(str(path))) as connection,
                 contextlib.suppress(apsw.Error),  # the file is new and has no table, or is damaged already
             ):
-                rows = connection.execute("SELECT key, body FROM entries WHERE size > ?", (at,)).fetchall()
+                rows = connection.execute("SELECT key, body FROM entries WHERE length(body) > ?", (at,)).fetchall()
                 for key, body in rows:
                     damaged = body[:at] if cut else body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
                     connection.execute("UPDATE entries SET body = ? WHERE key = ?", (damaged, key))
