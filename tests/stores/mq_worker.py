@@ -92,7 +92,7 @@ class Worker:
         return read
 
     async def state(self):
-        return {"fresh": self.bodies._bus.fresh(), "impairments": await self.manager.storage.degradations()}
+        return {"fresh": self.bodies._bus.is_fresh(), "impairments": await self.manager.storage.degradations()}
 
     async def write_all_the_time(self, rid: str):
         async def load():

@@ -23,17 +23,17 @@ import pytest
 from app.autocrud.errors import ConfigError, ResourceNotFound, StoreUnavailable
 from app.autocrud.resource_manager.backends.rabbitmq import consumer as listening
 from app.autocrud.resource_manager.backends.rabbitmq.connection import THREAD
-from app.autocrud.resource_manager.backends.rabbitmq.consumer import Listener, OutOfOrder
+from app.autocrud.resource_manager.backends.rabbitmq.consumer import Consumer, OutOfOrder
 from app.autocrud.resource_manager.backends.rabbitmq.invalidation import (
     EVERYTHING,
     MOST_UIDS,
     NOTHING,
     REFRESH,
-    Words,
-    read,
-    written,
+    Invalidation,
+    decode,
+    encode,
 )
-from app.autocrud.resource_manager.backends.rabbitmq.publisher import Speaker
+from app.autocrud.resource_manager.backends.rabbitmq.publisher import Publisher
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
@@ -164,7 +164,7 @@ def bodies_of(manager) -> MQCachedS3ResourceStore:
 async def fresh(*managers) -> None:
     for manager in managers:
         await manager.open()
-        await until(bodies_of(manager)._bus.fresh)
+        await until(bodies_of(manager)._bus.is_fresh)
 
 
 async def test_a_write_is_seen_without_a_look_at_s3(instance):
@@ -263,7 +263,7 @@ async def test_a_body_on_its_way_into_the_caches_does_not_survive_forgetting_eve
     disk.waits = asyncio.Event()
     reading = asyncio.create_task(bodies_of(manager).get_many([created.meta.uid]))
     await asked.wait()
-    await bodies_of(manager).forget_everything()
+    await bodies_of(manager).evict_all()
     disk.waits.set()
     assert len(await reading) == 1
     disk.waits = None
@@ -276,8 +276,8 @@ async def test_a_body_on_its_way_into_the_caches_does_not_survive_forgetting_eve
 async def test_it_may_be_used_again_and_leaves_no_thread_behind(instance):
     first, second = instance(), instance()
     await fresh(first, second)
-    (link,) = (link for link, _ in THREAD._links.values())
-    assert THREAD._links[hidden(instance.url)] == (link, 2)  # one connection
+    (connection,) = (connection for connection, _ in THREAD._connections.values())
+    assert THREAD._connections[hidden(instance.url)] == (connection, 2)  # one connection
     created = await first.create(Item(text="1"))
     assert await bodies_of(second).drain()
     await second.get(created.meta.resource_id)
@@ -335,10 +335,10 @@ async def test_what_cannot_be_done_is_tried_again_and_counts_only_then(instance)
 
     bodies_of(reader)._index.refresh = fails
     await writer.update("1", Item(text="2"))
-    await until(lambda: not bodies_of(reader)._bus.fresh())  # markers come back, and do not count
+    await until(lambda: not bodies_of(reader)._bus.is_fresh())  # markers come back, and do not count
     assert (await reader.get("1")).data.text == "2"
     failing.clear()
-    await until(bodies_of(reader)._bus.fresh)
+    await until(bodies_of(reader)._bus.is_fresh)
 
 
 async def test_markers_end_while_nobody_reads_and_begin_again(instance, monkeypatch):
@@ -346,9 +346,9 @@ async def test_markers_end_while_nobody_reads_and_begin_again(instance, monkeypa
     reader = instance()
     await fresh(reader)
     bus = bodies_of(reader)._bus
-    await until(lambda: bus._joined.seat.listener.resting)
-    assert not bus._joined.seat.listener.lease.age() < 0.05
-    await until(bus.fresh)
+    await until(lambda: bus._joined.session.consumer.is_idle)
+    assert not bus._joined.session.consumer.lease.age() < 0.05
+    await until(bus.is_fresh)
 
 
 # Without a broker
@@ -379,53 +379,53 @@ def test_names_that_a_broker_refuses(prefix):
 
 
 def test_more_uids_than_are_listed_are_everything():
-    many = Words(forget=frozenset(f"{at}" for at in range(MOST_UIDS)))
-    assert many.and_(Words(forget=frozenset(["0"]))) == many
-    assert many.and_(Words(forget=frozenset(["more"]))) == Words(clear=True)
-    assert REFRESH.and_(Words(clear=True)) == EVERYTHING
+    many = Invalidation(forget=frozenset(f"{at}" for at in range(MOST_UIDS)))
+    assert many.merged_with(Invalidation(forget=frozenset(["0"]))) == many
+    assert many.merged_with(Invalidation(forget=frozenset(["more"]))) == Invalidation(clear=True)
+    assert REFRESH.merged_with(Invalidation(clear=True)) == EVERYTHING
     assert not NOTHING
-    assert read(written("me", many)).words == many
-    assert (read(written("me", marker=7)).marker, read(written("me", marker=7)).words) == (7, NOTHING)
+    assert decode(encode("me", many)).invalidation == many
+    assert (decode(encode("me", marker=7)).marker, decode(encode("me", marker=7)).invalidation) == (7, NOTHING)
 
 
 async def test_a_message_that_was_left_out_is_noticed():
-    one = Listener("me", None)
+    one = Consumer("me", None)
     one.begin(NOTHING)
-    one.hear(1, written("other", REFRESH))
+    one.receive(1, encode("other", REFRESH))
     with pytest.raises(OutOfOrder):
-        one.hear(3, written("other", REFRESH))
+        one.receive(3, encode("other", REFRESH))
 
 
 async def test_a_marker_counts_when_all_before_it_is_done_and_as_of_when_it_was_sent():
     gate, done = asyncio.Event(), []
 
-    async def heed(words: Words) -> None:
+    async def handle(invalidation: Invalidation) -> None:
         await gate.wait()
-        done.append(words)
+        done.append(invalidation)
 
     async def publish(body: bytes) -> None:
         sent.put_nowait(body)
         await confirmed.wait()
 
-    one, sent, confirmed = Listener("me", heed), asyncio.Queue(), asyncio.Event()
+    one, sent, confirmed = Consumer("me", handle), asyncio.Queue(), asyncio.Event()
     one.begin(EVERYTHING)
     before = Moment.now()
-    tasks = [asyncio.create_task(one.mark(publish, lambda: None)), asyncio.create_task(one.do())]
+    tasks = [asyncio.create_task(one.send_markers(publish, lambda: None)), asyncio.create_task(one.handle_all())]
     marker = await sent.get()
     after = Moment.now()
     confirmed.set()
     await asyncio.sleep(0)
-    one.hear(1, written("other", Words(forget=frozenset("u"))))
-    one.hear(2, marker)
+    one.receive(1, encode("other", Invalidation(forget=frozenset("u"))))
+    one.receive(2, marker)
     await sent.get()  # the next one is sent, so the first one was heard
     assert one.lease is None
     gate.set()
     await until(lambda: one.lease is not None)
     assert done == [EVERYTHING]  # what is missed and what is heard, together
     assert before.running <= one.lease.running <= after.running
-    one.hear(3, written("me", marker=1))  # a marker that came back already
-    one.hear(4, written("me", REFRESH))  # one's own words
-    one.hear(5, written("other", REFRESH))
+    one.receive(3, encode("me", marker=1))  # a marker that came back already
+    one.receive(4, encode("me", REFRESH))  # one's own words
+    one.receive(5, encode("other", REFRESH))
     await until(lambda: done == [EVERYTHING, REFRESH])
     assert before.running <= one.lease.running <= after.running
     for task in tasks:
@@ -434,25 +434,27 @@ async def test_a_marker_counts_when_all_before_it_is_done_and_as_of_when_it_was_
 
 
 async def test_what_is_not_confirmed_is_said_again_and_whoever_waits_shares():
-    one, published, confirm = Speaker("me", Words(forget=frozenset("u"))), asyncio.Queue(), asyncio.Event()
+    one, published, confirm = Publisher("me", Invalidation(forget=frozenset("u"))), asyncio.Queue(), asyncio.Event()
 
     async def publish(body: bytes) -> None:
-        published.put_nowait(read(body).words)
+        published.put_nowait(decode(body).invalidation)
         await confirm.wait()
 
-    session = asyncio.create_task(one.speak(publish, lambda: None))
-    assert await published.get() == Words(forget=frozenset("u"))
-    waiting = [asyncio.create_task(one.say(words)) for words in (REFRESH, REFRESH, Words(forget=frozenset("v")))]
+    session = asyncio.create_task(one.run(publish, lambda: None))
+    assert await published.get() == Invalidation(forget=frozenset("u"))
+    waiting = [
+        asyncio.create_task(one.publish(each)) for each in (REFRESH, REFRESH, Invalidation(forget=frozenset("v")))
+    ]
     await asyncio.sleep(0)
     session.cancel()
     await asyncio.gather(session, return_exceptions=True)
-    everything = Words(forget=frozenset("uv"), refresh=True)
-    assert one.unsaid == everything
-    session = asyncio.create_task(one.speak(publish, lambda: None))
+    everything = Invalidation(forget=frozenset("uv"), refresh=True)
+    assert one.unpublished == everything
+    session = asyncio.create_task(one.run(publish, lambda: None))
     assert await published.get() == everything
     confirm.set()
     assert await asyncio.gather(*waiting) == [True] * 3
-    assert (one.unsaid, published.empty()) == (NOTHING, True)
+    assert (one.unpublished, published.empty()) == (NOTHING, True)
     session.cancel()
     await asyncio.gather(session, return_exceptions=True)
 
@@ -466,7 +468,7 @@ async def test_a_host_that_is_not_there(instance, caplog):
         await writer.update("1", Item(text="2"))
         assert (await reader.get("1")).data.text == "2"
         await until(reader.storage.degradations)
-        await until(lambda: bodies_of(writer)._bus._joined.seat._pause > 0.5)  # several attempts
+        await until(lambda: bodies_of(writer)._bus._joined.session._pause > 0.5)  # several attempts
     assert any("RabbitMQ cannot be reached" in one for one in await writer.storage.degradations())
     assert not await bodies_of(reader).drain(0.01)
     said = [one.getMessage() for one in caplog.records if one.name == "crudstack.amqp"]
@@ -567,7 +569,7 @@ async def test_a_writer_that_is_cut_off_says_later_what_it_could_not_say(instanc
         assert "late and may keep copies" in second
         assert await reader.storage.degradations() == []
         proxy.release()
-        await until(lambda: not bodies_of(writer)._bus.unsaid())
+        await until(lambda: not bodies_of(writer)._bus.unpublished())
         assert await bodies_of(reader).drain()
         assert (await reader.get("1")).data.text == "2"
         assert await cache.get_many([purged.meta.uid]) == {}
@@ -580,15 +582,15 @@ async def test_a_connection_that_is_silent_for_long_is_replaced_and_caches_clear
         manager = instance(proxy.amqp_url)
         created = await manager.create(Item(text="1"))
         await fresh(manager)
-        listener = bodies_of(manager)._bus._joined.seat.listener
+        consumer = bodies_of(manager)._bus._joined.session.consumer
         (cache,) = bodies_of(manager).caches
         cut = proxy._open.copy()
         proxy.hold()
-        await until(lambda: bodies_of(manager)._bus._joined.seat._down)
-        assert listener.lease.age() >= 1.0
+        await until(lambda: bodies_of(manager)._bus._joined.session._down)
+        assert consumer.lease.age() >= 1.0
         assert len(await cache.get_many([created.meta.uid])) == 1  # it is cleared once another connection works
         proxy.release()
-        await until(bodies_of(manager)._bus.fresh)
+        await until(bodies_of(manager)._bus.is_fresh)
         assert proxy._open - cut
         assert await cache.get_many([created.meta.uid]) == {}
 

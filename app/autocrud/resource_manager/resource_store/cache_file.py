@@ -54,7 +54,7 @@ UNDAMAGED = {
 }
 """SQLite's result codes that say nothing about the content of the file. All others mean damage."""
 EXPIRED_A_PUT = 2
-"""How many expired entries each put removes: more than it adds, so that expired entries become fewer without `maintain`."""
+"""How many expired entries each put removes. It is more than a put adds, so they become fewer without `maintain`."""
 VACUUMED_PAGES = 256
 """How many free pages are given back to the file system at a time."""
 FIRST_USE = 2**40
@@ -185,7 +185,10 @@ class CacheFile:
                 self._delete(_digest(key))
 
     def remove_expired(self, now: float, deadline: float) -> None:
-        """Remove expired entries, and give free pages back to the file system, until `time.monotonic()` is `deadline`."""
+        """Remove expired entries, and give free pages back to the file system.
+
+        Stops when `time.monotonic()` reaches `deadline`.
+        """
         removed = 1
         while removed and time.monotonic() < deadline:
             with self._transaction():
@@ -205,7 +208,7 @@ class CacheFile:
         return FIRST_USE if highest is None else highest
 
     def _make_room(self, size: int) -> bool:
-        """Remove least recently used entries until a body of `size` bytes fits. Return False if it does not fit then."""
+        """Remove least recently used entries until a body of `size` bytes fits. Return False if it never fits."""
         # An overflow page holds its size without 4 bytes; the table and an index may each need one more page.
         wanted = (ROW_BYTES + size) // (self._page_bytes - 4) + 3
         while self._pragma("page_count") - self._pragma("freelist_count") + wanted > self.max_bytes // self._page_bytes:

@@ -64,8 +64,8 @@ class CachedS3ResourceStore(S3ResourceStore):
     A body that is read from S3 gets the shorter of the two times, because its status is not known then. A body that is
     copied from one cache to another keeps its remaining time.
 
-    A uid names one body, in all stores. So several stores may share a cache, and the directory of a DiskCache may be one
-    that another store used before.
+    A uid names one body, in all stores. So several stores may share a cache, and the directory of a DiskCache may be
+    one that another store used before.
 
     A cached body is never out of date, because bodies do not change. But it may have been deleted or purged:
 

@@ -1,4 +1,4 @@
-"""Bodies on S3: one PUT a revision, one GET a read."""
+"""Bodies on S3. Each revision takes one PUT, and each read one GET."""
 
 from __future__ import annotations
 
@@ -22,15 +22,25 @@ UID = re.compile(r"(0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0
 
 
 class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
-    """Bodies at `{prefix}{uid}`, a prefix for each model; where none is given it is `{model}/`. Without keys the ambient credentials are
-    used; `object_store` takes the place of bucket and endpoint.
+    """Bodies at the keys `{prefix}{uid}` of a bucket.
 
-    Below a MemoryMetaStore there is an index beside the bodies too, at `{prefix}index.sqlite/`: an S3SqliteMetaStore whose copy on this machine
-    answers, and which looks for other instances' writes when the last look is older than `refresh_s`.
+    bucket                            the name of the bucket
+    prefix                            begins the keys, one for each model; `{model}/` if it is empty
+    endpoint_url, region_name         of the S3 server
+    access_key_id, secret_access_key  the ambient credentials are used without them
+    encoding                          of new bodies
+    object_store                      replaces the bucket and all arguments about the server
 
-    *What is another's may lie below the prefix*: an index, other models, a whole deployment. The sweep removes what no record of this model names, so
-    it must not take that for ours: ours is what follows the prefix as exactly a uid. A body of another store never does: both keys end with a
-    number, a slash and a UUID, so one prefix would be the other and digits, and none may end with a digit.
+    Raises ConfigError if the prefix ends with a digit.
+
+    Above a MemoryMetaStore the store also has an index beside the bodies, at `{prefix}index.sqlite/`. It is an
+    S3SqliteMetaStore whose copy on this machine answers, and which looks for the writes of other instances if the last
+    look is more than `refresh_s` seconds ago.
+
+    *Other data may lie below the prefix*: an index, other models, a whole deployment. The sweep removes bodies that no
+    record of this model names, so it must not take other data for such bodies. A body of this store is a key that is
+    exactly the prefix and a uid. A body of another store never is: both keys end with a number, a slash and a UUID, so
+    one prefix would have to be the other one and digits, and no prefix may end with a digit.
     """
 
     durable: ClassVar[bool] = True
@@ -51,8 +61,8 @@ class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
     ) -> None:
         if re.search(r"[0-9]\Z", prefix):
             raise ConfigError(
-                f"the prefix {prefix!r} ends with a digit, so bodies below it could be taken for those of a store with a shorter one, and be"
-                f" removed: end it with a slash, {prefix + '/'!r}"
+                f"the prefix {prefix!r} ends with a digit, so bodies below it could be taken for those of a store with"
+                f" a shorter one, and be removed: end it with a slash, {prefix + '/'!r}"
             )
         self.encoding = encoding
         self._bucket, self._given, self._prefix = bucket, prefix, prefix
@@ -89,7 +99,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
         return "s3", self._objects, self._prefix
 
     def _staleness(self) -> float:
-        """How old, in seconds, what the index says may be."""
+        """Return how many seconds old the index may be that answers a read."""
         return self.refresh_s
 
     @override
@@ -125,7 +135,8 @@ class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
 
     @override
     async def health(self) -> None:
-        # Nothing is there, but whoever may not look is told so. As `after`, because a folder is listed from its first object on.
+        # The listing is empty, but it fails without the permission to list. The key is given as `after`, not as part of
+        # the prefix, because a folder is listed from its first object on.
         async for _ in self._objects.list(self._prefix, self._prefix + "~"):
             break
 
@@ -134,7 +145,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
         found: list[str] = []
         async for listed in self._objects.list(self._prefix, self._prefix + after if after else ""):
             uid = listed.key.removeprefix(self._prefix)
-            if uid > ":":  # which follows the digits: ours are behind us, and whoever else lies here may have millions
+            if uid > ":":  # it follows the digits: no uid comes after it, but millions of other objects may
                 break
             ours = UID.fullmatch(uid)
             if ours is not None and int(ours[1]) < generation:

@@ -1,10 +1,10 @@
 """ResourceStores on this machine: in memory, and in one SQLite file.
 
     MemoryResourceStore()                    gone with the process
-    DiskResourceStore(rootdir="data/data")   `rootdir/bodies.sqlite`, shared safely by several processes; local disks only
+    DiskResourceStore(rootdir="data/data")   `rootdir/bodies.sqlite`, shared by processes; local disks only
 
-One file for all bodies, because a file for each costs two syncs at every create and a directory of a million entries, and because
-no id ever becomes a path.
+All bodies lie in one file. A file for each body would cost two syncs at every create, and make a directory of a million
+entries. No id becomes a path.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ SCAN_PAGE = 500
 
 
 class MemoryResourceStore(ResourceStore):
+    """Bodies in this process's memory."""
+
     verified: ClassVar[bool] = False
 
     def __init__(self, encoding: Encoding | None = None) -> None:
@@ -69,7 +71,7 @@ def _lost(uid: str) -> StoreDamaged:
 
 
 class DiskResourceStore(StagedResourceStore, BodySweeping, RecordKeeping):
-    """Bodies, and records for a MetaStore that is not durable, as rows of `bodies.sqlite`."""
+    """Bodies as rows of `rootdir/bodies.sqlite`. It also keeps the records for a MetaStore that is not durable."""
 
     durable: ClassVar[bool] = True
 
@@ -198,7 +200,7 @@ class DiskResourceStore(StagedResourceStore, BodySweeping, RecordKeeping):
 
     @override
     async def maintain(self, budget_s: float) -> None:
-        await self._db.checkpoint()  # whoever purged may have been stopped before he could
+        await self._db.checkpoint()  # the process that purged may have ended before its own checkpoint
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
@@ -224,7 +226,7 @@ def _first_bodies(connection: apsw.Connection, uids: Sequence[str], most: int) -
     for uid, body in rows:
         found[uid] = body
         size += len(body)
-        if size > most:  # they come in another order, so those that were read may not be the first
+        if size > most:  # SQLite returns them in any order, so these may not be the first ones
             break
     else:
         try:

@@ -1,7 +1,8 @@
 """The thread and the connections that all stores of the process share.
 
-Applications have event loops of their own, several perhaps, and ones that stand still between requests; a connection belongs to one loop. So
-everything that has to do with AMQP happens in one thread with one loop, which lives as long as a store uses it.
+A connection belongs to one event loop. An application may have several loops, and loops that are frozen between
+requests. So everything that has to do with AMQP runs in one thread with one loop. The thread lives as long as a store
+uses it.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from ....secret import AMQP, Secret, amqp_url
 log = logging.getLogger("crudstack.amqp")
 
 for _name in ("aiormq", "aio_pika"):
-    # They report each attempt to connect and each lost connection, with tracebacks. What matters of that is said here, once.
+    # They log each attempt to connect and each lost connection, with tracebacks. This module logs each state once.
     if (_theirs := logging.getLogger(_name)).level == logging.NOTSET:
         _theirs.setLevel(logging.CRITICAL)
 
 CONNECT_S = 5.0
 HEARTBEAT_S = 10
-"""Unless the URL names one. After three times as long without a sign of life the broker ends a connection, and its queues with it."""
+"""The heartbeat if the URL names none. If it gets none for three times as long, the broker closes a
+connection and removes its queues."""
 CLOSE_S = 2.0
 
 Address = Secret | Callable[[], str]
-"""A URL, or a function that makes one. It is called in a thread for each connection: for passwords that change."""
+"""A URL, or a function that returns one, for passwords that change. It is called in a thread for each connection."""
 
 
 def checked(address: str | Secret) -> URL:
-    """Return the URL for the driver. Raises ConfigError, which does not quote it, if it is none or is ambiguous."""
+    """Return the URL for the driver. Raises ConfigError, without the URL in its text, if it is wrong or ambiguous."""
     text = amqp_url(address).reveal()
     with contextlib.suppress(ValueError, TypeError):
         url = URL(text)
@@ -50,8 +52,8 @@ def checked(address: str | Secret) -> URL:
     raise ConfigError(f"amqp_url cannot be read: expected {AMQP.like}")
 
 
-class Link:
-    """The connection to one broker: made when somebody asks for it, made again when it was lost."""
+class RabbitConnection:
+    """The connection to one broker. It is opened when it is asked for, and again if it was lost."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -60,8 +62,8 @@ class Link:
         self._failed = False
         self._secret: Secret | None = None  # of the last attempt
 
-    async def connection(self) -> AbstractConnection:
-        """An open connection. Whoever asks at the same time shares the attempt, and its failure."""
+    async def open(self) -> AbstractConnection:
+        """Return an open connection. Calls at the same time share one attempt, and its failure."""
         attempt = self._attempt
         if attempt is not None and attempt.done() and not _is_open(attempt):
             attempt = None
@@ -80,11 +82,11 @@ class Link:
         except BaseException:
             await connection.close()  # or its destructor tries to
             raise
-        connection.url = url.with_user(None)  # the driver would keep the password; a lost connection is made anew here
+        connection.url = url.with_user(None)  # the driver must not keep the password; it never reconnects itself
         return connection
 
-    def drop(self, connection: AbstractConnection) -> None:
-        """Use another one from now on."""
+    def discard(self, connection: AbstractConnection) -> None:
+        """Close a connection. Later calls of `open` open another one."""
         attempt = self._attempt
         if attempt is not None and attempt.done() and _is_open(attempt) and attempt.result() is connection:
             self._attempt = None
@@ -92,19 +94,21 @@ class Link:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def fails(self, error: Exception) -> None:
-        """Said by whoever cannot use it; in the log once, until it works again."""
+    def report_failure(self, error: Exception) -> None:
+        """Log that the broker cannot be used, once until it can be used again."""
         if not self._failed:
             self._failed = True
-            words = str(error) if self._secret is None else self._secret.hide(str(error))
-            log.error("RabbitMQ cannot be used: %s: %s", type(error).__name__, words)
+            text = str(error) if self._secret is None else self._secret.hide(str(error))
+            log.error("RabbitMQ cannot be used: %s: %s", type(error).__name__, text)
 
-    def works(self) -> None:
+    def report_success(self) -> None:
+        """Log that the broker can be used again, if a failure was logged."""
         if self._failed:
             self._failed = False
             log.warning("RabbitMQ can be used again")
 
     async def close(self) -> None:
+        """Close the connection, and wait until discarded ones are closed."""
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.cancel()
@@ -120,40 +124,41 @@ def _is_open(attempt: asyncio.Task[AbstractConnection]) -> bool:
 
 
 async def _closed(connection: AbstractConnection) -> None:
-    with contextlib.suppress(Exception):  # what cannot be closed is closed already
+    with contextlib.suppress(Exception):  # then it is closed already
         async with asyncio.timeout(CLOSE_S):
             await connection.close()
 
 
 class Thread:
-    """The event loop, while somebody uses it."""
+    """The thread with its event loop, while a store uses it, and the connections by address."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the rest
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._links: dict[Address, tuple[Link, int]] = {}  # with how many use it
+        self._connections: dict[Address, tuple[RabbitConnection, int]] = {}  # with the number of stores that use it
 
-    def enter(self, address: Address) -> tuple[asyncio.AbstractEventLoop, Link]:
+    def acquire(self, address: Address) -> tuple[asyncio.AbstractEventLoop, RabbitConnection]:
+        """Return the event loop and the connection to an address. Start the thread if it does not run."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                # A daemon: whoever forgets to close is not kept from ending.
+                # A daemon thread does not keep a process alive that forgot to close its stores.
                 threading.Thread(target=_run, args=(self._loop,), name="crudstack-amqp", daemon=True).start()
-            link, users = self._links.get(address) or (Link(address), 0)
-            self._links[address] = link, users + 1
-            return self._loop, link
+            connection, users = self._connections.get(address) or (RabbitConnection(address), 0)
+            self._connections[address] = connection, users + 1
+            return self._loop, connection
 
-    async def exit(self, address: Address) -> None:
-        """In the loop. The last one closes the connection, the last of all ends the thread."""
+    async def release(self, address: Address) -> None:
+        """Close the connection if no other store uses it, and end the thread if no store is left. Runs in its loop."""
         with self._lock:
-            link, users = self._links.pop(address)
+            connection, users = self._connections.pop(address)
             if users > 1:
-                self._links[address] = link, users - 1
-            last = not self._links
+                self._connections[address] = connection, users - 1
+            last = not self._connections
             if last:
                 self._loop = None
         if users == 1:
-            await link.close()
+            await connection.close()
         if last:
             asyncio.get_running_loop().stop()
 

@@ -1,4 +1,4 @@
-"""What an instance hears, and how far that is done."""
+"""Receives the invalidations of other instances, and knows until when all of them were handled."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import time
 from collections.abc import Awaitable, Callable
 
 from ...runtime.moments import Moment
-from .invalidation import NOTHING, Words, read, written
+from .invalidation import NOTHING, Invalidation, decode, encode
 from .publisher import SILENCE_S
 
 log = logging.getLogger("crudstack.amqp")
 
 LEASE_S = 1.0
-"""How old the newest marker may be."""
+"""How old the lease may be: how long ago the newest marker was sent whose earlier messages were all handled."""
 MARKER_S = 0.3
-"""How often markers are sent while somebody reads."""
+"""How often a marker is sent while callers read."""
 IDLE_S = 10.0
-"""How long after the last read they end."""
+"""How long after the last read no more markers are sent."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 
 
@@ -26,78 +26,88 @@ class OutOfOrder(Exception):
     """The broker or the driver left a message out."""
 
 
-class Listener:
-    """`heed` does what was heard. `lease`, `used` and `resting` are read and written by other threads too."""
+class Consumer:
+    """The messages of one queue.
 
-    def __init__(self, name: str, heed: Callable[[Words], Awaitable[None]]) -> None:
-        self._name, self._heed = name, heed
-        self.lease: Moment | None = None  # when the marker was sent before which everything is done
-        self.used = time.monotonic()
-        self.resting = False
+    name    of the session; messages that it sent itself are not handled
+    handle  does what an invalidation demands. It is called again if it raises.
+
+    Other threads read and write `lease`, `last_read` and `is_idle` too. `lease` is the moment before which every
+    confirmed message was handled. `marker_sent` is when the marker was sent that has not come back yet.
+    """
+
+    def __init__(self, name: str, handle: Callable[[Invalidation], Awaitable[None]]) -> None:
+        self._name, self._handle = name, handle
+        self.lease: Moment | None = None
+        self.last_read = time.monotonic()
+        self.is_idle = False
         self.awake = asyncio.Event()
-        self.sent: Moment | None = None  # when the marker that is under way was sent
+        self.marker_sent: Moment | None = None
         self._number = 0
         self._returned = asyncio.Event()
         self._deliveries = 0
-        self._todo = NOTHING
+        self._unhandled = NOTHING
         self._news = asyncio.Event()
-        self._heard: Moment | None = None  # when the newest marker that came back was sent
+        self._marker_received: Moment | None = None  # when the newest marker that came back was sent
         self._drainers: list[tuple[Moment, asyncio.Future[None]]] = []
 
-    def begin(self, missed: Words) -> None:
-        """A queue is bound. `missed` is done as soon as something comes through it."""
-        self._deliveries, self._heard, self.sent = 0, None, None
-        self._todo = self._todo.and_(missed)
+    def begin(self, missed: Invalidation) -> None:
+        """Start with a queue that was just bound. `missed` is handled as soon as a message comes through the queue."""
+        self._deliveries, self._marker_received, self.marker_sent = 0, None, None
+        self._unhandled = self._unhandled.merged_with(missed)
 
-    def hear(self, delivery: int, body: bytes) -> None:
+    def receive(self, delivery: int, body: bytes) -> None:
+        """Take a message, number `delivery` of this queue, from 1. Raises OutOfOrder if a number was left out."""
         self._deliveries += 1
         if delivery != self._deliveries:
             raise OutOfOrder(f"message {delivery} came in the place of {self._deliveries}")
-        message = read(body)
+        message = decode(body)
         if message.sender != self._name:
-            self._todo = self._todo.and_(message.words)
-        elif message.marker == self._number and self.sent is not None:
-            self._heard, self.sent = self.sent, None
+            self._unhandled = self._unhandled.merged_with(message.invalidation)
+        elif message.marker == self._number and self.marker_sent is not None:
+            self._marker_received, self.marker_sent = self.marker_sent, None
             self._returned.set()
         self._news.set()
 
-    async def mark(self, publish: Callable[[bytes], Awaitable[object]], works: Callable[[], None]) -> None:
-        """Send markers, one after the other, while somebody reads. TimeoutError if one does not come back."""
+    async def send_markers(
+        self, send: Callable[[bytes], Awaitable[object]], report_success: Callable[[], None]
+    ) -> None:
+        """Send one marker after the other while callers read. Raises TimeoutError if one does not come back."""
         while True:
             self._number += 1
             self._returned.clear()
             self.awake.clear()
-            self.sent = Moment.now()  # before it is sent, not after
+            self.marker_sent = Moment.now()  # before it is sent, not after
             async with asyncio.timeout(SILENCE_S):
-                await publish(written(self._name, marker=self._number))
+                await send(encode(self._name, marker=self._number))
                 await self._returned.wait()
-            works()
+            report_success()
             try:
                 async with asyncio.timeout(MARKER_S):
                     await self.awake.wait()
             except TimeoutError:
-                await self._rest()
+                await self._idle()
 
-    async def _rest(self) -> None:
-        if time.monotonic() - self.used > IDLE_S:
-            self.resting = True
-            if time.monotonic() - self.used > IDLE_S:  # nobody came in between
+    async def _idle(self) -> None:
+        if time.monotonic() - self.last_read > IDLE_S:
+            self.is_idle = True
+            if time.monotonic() - self.last_read > IDLE_S:  # no read came in between
                 await self.awake.wait()
-            self.resting = False
+            self.is_idle = False
 
-    async def do(self) -> None:
-        """Do what was heard, one batch after the other."""
+    async def handle_all(self) -> None:
+        """Handle received invalidations in batches. A batch that fails is tried again, with what came since."""
         pause = 0.0
         while True:
             await self._news.wait()
             self._news.clear()
-            todo, heard = self._todo, self._heard
-            self._todo = NOTHING
+            batch, marker = self._unhandled, self._marker_received
+            self._unhandled = NOTHING
             try:
-                if todo:
-                    await self._heed(todo)
+                if batch:
+                    await self._handle(batch)
             except BaseException as error:
-                self._todo = todo.and_(self._todo)
+                self._unhandled = batch.merged_with(self._unhandled)
                 if not isinstance(error, Exception):
                     raise
                 if not pause:
@@ -107,12 +117,12 @@ class Listener:
                 self._news.set()
                 continue
             pause = 0.0
-            if heard is not None:
-                self.lease = heard
-                self._drained(heard)
+            if marker is not None:
+                self.lease = marker
+                self._release_drainers(marker)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Do all that was confirmed before this call; False if that took too long."""
+        """Wait until all that was confirmed before this call is handled. Return False after `timeout_s` seconds."""
         done = asyncio.get_running_loop().create_future()
         self._drainers.append((Moment.now(), done))
         self.awake.set()
@@ -123,11 +133,11 @@ class Listener:
             return False
         return True
 
-    def _drained(self, heard: Moment) -> None:
+    def _release_drainers(self, marker: Moment) -> None:
         waiting = [(since, done) for since, done in self._drainers if not done.done()]
         for since, done in waiting:
-            if since.running <= heard.running:
+            if since.running <= marker.running:
                 done.set_result(None)
         self._drainers = [(since, done) for since, done in waiting if not done.done()]
         if self._drainers:
-            self.awake.set()  # a marker was under way already: another one
+            self.awake.set()  # they came after the marker was sent, and need another one

@@ -1,4 +1,4 @@
-"""What instances tell each other: bodies to forget, an index to look at again, or everything."""
+"""The messages between instances: bodies to evict, an index that has changed, or everything."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ log = logging.getLogger("crudstack.amqp")
 
 VERSION = 1
 MOST_UIDS = 10_000
-"""How many are listed; where there are more, everything is forgotten instead."""
+"""How many uids a message lists. If there are more, it says that all bodies are to be evicted."""
 
 
-class Words(Struct, frozen=True):
-    """
-    forget   uids of bodies that are gone
-    refresh  whether the index has changed
-    clear    whether anything may be gone
+class Invalidation(Struct, frozen=True):
+    """The bodies and the index that readers can no longer rely on.
+
+    forget   uids of bodies that were deleted
+    refresh  True if the index has changed
+    clear    True if any body may have been deleted
     """
 
     forget: frozenset[str] = frozenset()
@@ -28,24 +29,30 @@ class Words(Struct, frozen=True):
     def __bool__(self) -> bool:
         return self.refresh or self.clear or bool(self.forget)
 
-    def and_(self, others: Words) -> Words:
-        """Both at once."""
-        forget = self.forget | others.forget
-        clear = self.clear or others.clear or len(forget) > MOST_UIDS
-        return Words(frozenset() if clear else forget, self.refresh or others.refresh, clear)
+    def merged_with(self, other: Invalidation) -> Invalidation:
+        """Return an invalidation that says what both say."""
+        forget = self.forget | other.forget
+        clear = self.clear or other.clear or len(forget) > MOST_UIDS
+        return Invalidation(frozenset() if clear else forget, self.refresh or other.refresh, clear)
 
 
-NOTHING = Words()
-REFRESH = Words(refresh=True)
-EVERYTHING = Words(refresh=True, clear=True)
+NOTHING = Invalidation()
+REFRESH = Invalidation(refresh=True)
+EVERYTHING = Invalidation(refresh=True, clear=True)
 
 
 class Message(Struct, frozen=True, omit_defaults=True):
-    """As it is sent. `marker` is for the queue of its sender alone."""
+    """An invalidation for all instances, or a marker for the queue of its sender.
+
+    version       VERSION
+    sender        the name of the session that sent it
+    invalidation  `words` on the wire
+    marker        the number of a marker; None if the message is an invalidation
+    """
 
     version: int
     sender: str
-    words: Words = NOTHING
+    invalidation: Invalidation = msgspec.field(default=NOTHING, name="words")
     marker: int | None = None
 
 
@@ -53,12 +60,16 @@ _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(Message)
 
 
-def written(sender: str, words: Words = NOTHING, marker: int | None = None) -> bytes:
-    return _encode(Message(VERSION, sender, words, marker))
+def encode(sender: str, invalidation: Invalidation = NOTHING, marker: int | None = None) -> bytes:
+    """Return the body of a message."""
+    return _encode(Message(VERSION, sender, invalidation, marker))
 
 
-def read(body: bytes) -> Message:
-    """A message; one that cannot be read may have meant anything."""
+def decode(body: bytes) -> Message:
+    """Return the message of a body.
+
+    A body that cannot be read may have meant anything, so the message for it invalidates everything.
+    """
     try:
         message = _decoder.decode(body)
     except msgspec.MsgspecError as error:  # UnicodeDecodeError is not one
