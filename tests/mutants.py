@@ -231,7 +231,7 @@ MUTANTS = [
     ),
     (
         "reads are not bounded",
-        M + "core.py",
+        M + "engine/reading.py",
         "if read_filter is not None and not",
         "if False and not",
         ACCESS,
@@ -369,7 +369,7 @@ MUTANTS = [
     ),
     (
         "history is read after the check alone",
-        M + "core.py",
+        M + "engine/reading.py",
         "return read_filter is None or await",
         "return True or await",
         ACCESS,

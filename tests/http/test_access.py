@@ -244,14 +244,14 @@ async def test_a_list_with_a_lost_body_shows_nothing_more():
             await api.put(f"/note/{rid}", json={"title": rid, "author": "alice"}, headers=headers)
         manager = crud.managers["note"]
         await manager.storage.resource_store.delete([(await manager.meta("lost")).uid])
-        readable = manager._readable
+        readable = manager._reads._readable
 
         async def meanwhile(hit, query):
             if hit.meta.resource_id == "n":
                 await api.patch("/note/n", json={"title": "SECRET", "author": "bob"}, headers=by("root"))
             return await readable(hit, query)
 
-        manager._readable = meanwhile
+        manager._reads._readable = meanwhile
         found = (await api.get("/note", headers=by("alice"))).json()["items"]
         assert [item["meta"]["resource_id"] for item in found] == ["kept"]
 

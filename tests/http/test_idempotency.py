@@ -105,7 +105,7 @@ async def test_in_flight(api, crud, monkeypatch):
 
     monkeypatch.setattr(manager.storage, "commit", slow)
     first = asyncio.create_task(api.post("/note", json={"title": "Sun"}, headers=key("k")))
-    while not manager._executor._in_flight:
+    while not manager._writes._in_flight:
         await asyncio.sleep(0)
     second = await api.post("/note", json={"title": "Sun"}, headers=key("k"))
     problem(second, 409, "idempotency-key-in-flight")

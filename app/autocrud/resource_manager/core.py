@@ -1,11 +1,13 @@
-"""ResourceManager: one model's resources and their revisions, from Python.
+"""ResourceManager: the resources of one model and their revisions, as a Python API.
 
     manager = crud.resource_manager(Article)
     created = await manager.create(Article(title="Sun", content="...", author="alice"), by="alice")
     await manager.update(created.meta.resource_id, Article(...), expect=created.version)
     page = await manager.search(Query(where=field("author").eq("alice"), sort=("-meta.created_time",)))
 
-The rules are in `operations`, what is stored how in `simple_storage`. Every method may raise what `errors` names.
+The HTTP API calls the same methods. Reads are in `engine.reading`. A write becomes an operation (`engine.operations`),
+which is planned by the rules of revisions (`engine.planning`), then committed and retried (`engine.writing`). The storage
+(`storage.simple_storage`) keeps the metadata in a MetaStore and the data in a ResourceStore.
 """
 
 from __future__ import annotations
@@ -23,25 +25,13 @@ from ..errors import (
     InvalidData,
     InvalidQuery,
     OutcomeUnknown,
-    ResourceDeleted,
     ResourceNotFound,
-    RevisionNotFound,
     StoreDamaged,
     StoreUnavailable,
 )
 from ..query import MAX_LIMIT, Filter, Query
-from .basic import (
-    Encoding,
-    Hit,
-    IStorage,
-    ModelSpec,
-    Page,
-    ResourceMeta,
-    RevisionInfo,
-    Status,
-)
+from .basic import Encoding, Hit, IStorage, ModelSpec, Page, ResourceMeta, RevisionInfo, Status
 from .contract.overrides import check_storage
-from .contract.store_errors import missing, storable_number
 from .engine.access_filter import AccessFilter
 from .engine.caller import Caller, IdempotencyKey
 from .engine.operations import (
@@ -59,13 +49,12 @@ from .engine.operations import (
     Switch,
     Update,
 )
-from .engine.page_reading import read_page
-from .engine.planning import deleted
+from .engine.reading import ReadExecutor
 from .engine.state import ResourceState, StateReader
-from .engine.writing import MAX_ATTEMPTS, WriteExecutor, contention
+from .engine.writing import WriteExecutor
 from .model.codec import Codec, CodecIndex, Document
 from .model.resource import Resource
-from .model.verification import ANYTHING, DamagedResources, Part, metadata_of, named
+from .model.verification import ANYTHING
 from .runtime.threads import shielded
 from .storage.simple_storage import SimpleStorage
 
@@ -74,13 +63,34 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.manager")
 
 MAX_BATCH = 100
-LOOKED_AT = 10
-"""How many damaged resources `degradations` reads again at each call."""
+"""Operations of one batch."""
 ANONYMOUS = "anonymous"
+"""The name that is stored if a method is called without `by`."""
 
 
 class ResourceManager(Generic[T]):
-    """Made by `AutoCRUD.add_model`; see there for the arguments."""
+    """Reads and writes the resources of one model. `AutoCRUD.add_model` makes it.
+
+    name            of the model, as in the URLs of the HTTP API
+    codec           decodes, validates and indexes the data
+    storage         keeps the resources, and belongs to this manager alone
+    encoding        of new bodies; None: the default of the storage
+    schema_version  stored with each new revision
+    retention       which superseded revisions are removed; None: none
+    clock           returns the time of a write
+
+    Arguments that several methods take:
+
+    by               who writes: a name, or a Caller with an Idempotency-Key or an access filter
+    expect           the version that the resource must have, or a set of them; if it has none of them, raises
+                     VersionConflict. None: any
+    read_filter      a resolved filter; a resource that it does not find raises ResourceNotFound. None: all are found
+    include_deleted  return a deleted resource too, instead of raising ResourceDeleted
+
+    Every method may raise StoreUnavailable, StoreDamaged and NotEnoughTime; a write may also raise OutcomeUnknown,
+    WriteContention, Forbidden (by the access filter), and KeyReused, KeyInFlight and AnswerGone (with a key). No method
+    blocks the event loop, and a manager may be used from several event loops at once.
+    """
 
     def __init__(
         self,
@@ -97,52 +107,34 @@ class ResourceManager(Generic[T]):
         self.schema_version, self.retention = schema_version, retention
         self._clock = clock
         self._opened = False
-        self._damaged = DamagedResources()
         self._expire_after = ""
-        self._erase_owed = False
-        self._reader = StateReader(storage, codec)
-        self._executor = WriteExecutor(
-            storage, codec, self._reader, schema_version=schema_version, retention=retention, clock=clock
+        self._remnants_left = False
+        self._states = StateReader(storage, codec)
+        self._reads = ReadExecutor(name, storage, codec, self._states)
+        self._writes = WriteExecutor(
+            storage, codec, self._states, schema_version=schema_version, retention=retention, clock=clock
         )
         check_storage(storage)
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
 
     async def open(self) -> None:
-        """Make the storage ready; done by the first use, or earlier so that errors show at start."""
+        """Open the storage, and build its index if needed. The first use does this; call it earlier to see errors early.
+
+        Raises ConfigError if the storage does not fit the model.
+        """
         if not self._opened:
             await self.storage.open(CodecIndex(self.codec))
             self._opened = True
 
-    # Reading
+    # Read one resource
 
     async def meta(
         self, resource_id: str, *, include_deleted: bool = False, read_filter: Filter | None = None
     ) -> ResourceMeta:
-        """The metadata. `read_filter`, a resolved filter: what it does not find is not there."""
-        try:
-            return await self._meta_of(resource_id, include_deleted, read_filter)
-        except StoreDamaged as error:
-            raise self._noted(error, resource_id, None) from None
-
-    async def _meta_of(self, resource_id: str, include_deleted: bool, read_filter: Filter | None) -> ResourceMeta:
+        """Return the metadata of a resource, without its data. Raises ResourceNotFound or ResourceDeleted."""
         if not self._opened:
             await self.open()
-        meta = await self.storage.get(resource_id)
-        for _ in range(MAX_ATTEMPTS):
-            try:
-                if not await self._reader.matches(read_filter, ResourceState(meta)):
-                    raise missing(resource_id)
-                break
-            except StoreDamaged:
-                # Somebody may have replaced a draft meanwhile; only if nobody did is the body lost.
-                before, meta = meta, await self.storage.get(resource_id)
-                if meta == before:
-                    raise
-        else:
-            raise contention()  # `read_filter` was never compared
-        if meta.is_deleted and not include_deleted:
-            raise deleted(resource_id)
-        return meta
+        return await self._reads.meta(resource_id, include_deleted=include_deleted, read_filter=read_filter)
 
     async def get(
         self,
@@ -152,63 +144,16 @@ class ResourceManager(Generic[T]):
         include_deleted: bool = False,
         read_filter: Filter | None = None,
     ) -> Resource[T]:
-        """The current revision, or the given one; `read_filter` as for `meta`. ResourceNotFound, RevisionNotFound, ResourceDeleted."""
-        try:
-            found = await self._get(resource_id, revision, include_deleted, read_filter)
-        except StoreDamaged as error:
-            raise self._noted(error, resource_id, revision) from None
-        if self._damaged:
-            self._damaged.forget(resource_id, revision)
-        return found
+        """Return a resource with its data: in its current revision, or in the revision of the given number.
 
-    async def _get(
-        self, resource_id: str, revision: int | None, include_deleted: bool, read_filter: Filter | None
-    ) -> Resource[T]:
+        Raises ResourceNotFound, ResourceDeleted, RevisionNotFound, or WriteContention if writes replaced the data at
+        each attempt to read it.
+        """
         if not self._opened:
             await self.open()
-        to_json = self._reader.verifier.read
-        for _ in range(MAX_ATTEMPTS):
-            try:
-                if revision is None:
-                    meta, body = await self.storage.get_with_body(resource_id)
-                    json = await to_json(meta, body)
-                    if read_filter is not None and not await self._reader.matches(
-                        read_filter, ResourceState(meta, json)
-                    ):
-                        raise missing(resource_id)
-                    if meta.is_deleted and not include_deleted:
-                        raise deleted(resource_id)
-                    return Resource(self.codec, meta, json)
-                meta = await self.meta(resource_id, include_deleted=include_deleted, read_filter=read_filter)
-                info = await self.storage.revision(resource_id, storable_number(revision))
-                body = await self.storage.body(info.uid)
-                if await self._is_still(meta, read_filter) and info.revision <= meta.total_revision_count:
-                    return Resource(self.codec, meta, await to_json(info, body), info)
-            except StoreDamaged:
-                # Somebody may have replaced a draft, or purged, between the two reads; only if nobody did is the body lost.
-                await self._still_lost(resource_id, revision)
-        raise contention()
-
-    async def _is_still(self, meta: ResourceMeta, read_filter: Filter | None) -> bool:
-        """Whether what was read after `meta` belongs to that state: rights to it are no rights to what came after."""
-        return read_filter is None or await self.storage.get(meta.resource_id) == meta
-
-    async def _still_lost(self, resource_id: str, revision: int | None) -> None:
-        """Raise StoreDamaged if the body is missing or damaged although its record has not changed in between.
-
-        A copy in a cache may be damaged while the body is not, so copies are dropped before.
-        """
-        for _ in range(2):
-            meta = await self.storage.get(resource_id)
-            info = meta if revision is None else await self.storage.revision(resource_id, storable_number(revision))
-            await self.storage.drop_copies([info.uid])
-            try:
-                self._reader.verifier.json(info, await self.storage.body(info.uid))
-            except StoreDamaged:
-                if await self.storage.get(resource_id) == meta:
-                    raise
-            else:
-                return
+        return await self._reads.get(
+            resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter
+        )
 
     async def revisions(
         self,
@@ -219,95 +164,52 @@ class ResourceManager(Generic[T]):
         include_deleted: bool = False,
         read_filter: Filter | None = None,
     ) -> Page[RevisionInfo]:
-        """History, newest first; `next` of a page is the `before` of the following one."""
+        """Return the records of the revisions of a resource, newest first, without their data.
+
+        before  return only revisions with smaller numbers; `next` of a page is the `before` of the following page
+        limit   number of records, from 1 to MAX_LIMIT
+
+        Raises InvalidQuery, ResourceNotFound, ResourceDeleted or WriteContention.
+        """
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit: expected 1 to {MAX_LIMIT}, got {limit}")
-        try:
-            for _ in range(MAX_ATTEMPTS):
-                meta = await self.meta(resource_id, include_deleted=include_deleted, read_filter=read_filter)
-                page = await self.storage.revisions(
-                    resource_id, before if before is None else storable_number(before), limit
-                )
-                if await self._is_still(meta, read_filter):
-                    return page
-        except StoreDamaged as error:
-            raise self._noted(error, resource_id, ANYTHING) from None
-        raise contention()
+        if not self._opened:
+            await self.open()
+        return await self._reads.revisions(
+            resource_id, before=before, limit=limit, include_deleted=include_deleted, read_filter=read_filter
+        )
 
-    def _noted(self, error: StoreDamaged, resource_id: str, part: Part) -> StoreDamaged:
-        """Return an error that names the resource, and remember it for /readyz. A damaged store is told by its health."""
-        error = named(error, resource_id)
-        if error.resource_id is not None:
-            self._damaged.note(resource_id, part)
-        return error
-
-    async def degradations(self) -> list[str]:
-        """Return a sentence for each thing that does not work as it should although requests are answered.
-
-        Resources that could not be read are read again, a few at each call, so that those that were repaired are not told.
-        """
-        for resource_id, part in self._damaged.some(LOOKED_AT):
-            try:
-                await self.get(resource_id, revision=None if part == ANYTHING else part, include_deleted=True)
-                if part == ANYTHING:
-                    await self.revisions(resource_id, limit=MAX_LIMIT, include_deleted=True)
-            except (ResourceNotFound, RevisionNotFound):
-                pass
-            except CrudError:
-                continue
-            self._damaged.forget(resource_id, part)
-        return [*await self.storage.degradations(), *self._damaged.degradations()]
+    # Query many resources
 
     async def search(self, query: Query | None = None) -> Page[Resource[T]]:
-        """What the query finds, with data."""
+        """Return the resources that a query finds, with their data. None finds all resources that are not deleted.
+
+        A resource that is damaged is left out and logged. Raises InvalidQuery.
+        """
         page = await self.search_json(query)
         return Page([Resource(self.codec, document, json) for document, json in page.items], page.next)
 
     async def search_json(self, query: Query | None = None) -> Page[tuple[bytes, bytes]]:
-        """What the query finds, each as the JSON of its metadata and of its data."""
-        if not self._opened:
-            await self.open()
-        resolved = (query or Query()).resolve(self.codec.fields)
-        try:
-            page, bodies = await read_page(self.storage, resolved)
-            return Page(self._reader.verifier.page(page.items, bodies), page.next)
-        except StoreDamaged:
-            # A draft was replaced in between, or a body is lost; one by one tells, and one that is lost must not hide all others.
-            page = await self.storage.search(resolved)
-            read = [await self._readable(hit, resolved) for hit in page.items]
-            return Page([found for found in read if found is not None], page.next)
-
-    async def _readable(self, hit: Hit, query: Query) -> tuple[bytes, bytes] | None:
-        """What was found, as it is now; None if that is nothing that the query finds, or cannot be read."""
-        try:
-            resource_id = metadata_of(hit).resource_id
-            found = await self.get(resource_id, include_deleted=query.include_deleted, read_filter=query.where)
-            return found.meta_json, found.json
-        except (ResourceNotFound, ResourceDeleted):
-            return None
-        except StoreDamaged as error:
-            if error.resource_id is None:
-                self._damaged.note_hit(hit)
-            log.error("%s: a resource is left out of a search: %s", self.name, error)
-            return None
+        """Return what `search` finds as JSON: the metadata and the data of each resource."""
+        return await self._reads.search_json(await self._resolved(query))
 
     async def find(self, query: Query | None = None) -> Page[Hit]:
-        """What the query finds, from the index alone."""
-        if not self._opened:
-            await self.open()
-        page = await self.storage.search((query or Query()).resolve(self.codec.fields))
-        broken = self._reader.verifier.broken(page.items)
-        for hit in broken:  # one that is damaged must not hide all others
-            self._damaged.note_hit(hit)
-            log.error("%s: metadata is damaged and left out of a search; its body is %s", self.name, hit.uid)
-        return Page([hit for hit in page.items if hit not in broken], page.next) if broken else page
+        """Return the metadata and the indexed fields of the resources that a query finds. Reads the index only.
+
+        A resource whose metadata is damaged is left out and logged. Raises InvalidQuery.
+        """
+        return await self._reads.find(await self._resolved(query))
 
     async def count(self, query: Query | None = None) -> int:
+        """Return how many resources a query finds, whatever its sort, limit and cursor. Raises InvalidQuery."""
+        return await self.storage.count(await self._resolved(query))
+
+    async def _resolved(self, query: Query | None) -> Query:
         if not self._opened:
             await self.open()
-        return await self.storage.count((query or Query()).resolve(self.codec.fields))
+        return (query or Query()).resolve(self.codec.fields)
 
-    # Writing
+    # Write
 
     async def create(
         self,
@@ -317,7 +219,13 @@ class ResourceManager(Generic[T]):
         status: Status = "stable",
         by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
-        """A new resource; VersionConflict if the chosen id is taken."""
+        """Create a resource with its first revision.
+
+        resource_id  chosen by the caller; None: a new UUID. Raises VersionConflict if a resource has it already.
+        status       "stable", or "draft" for data that `modify` may replace
+
+        Raises InvalidData, UniqueConflict or MetadataTooLarge.
+        """
         return await self._one(Create(data, resource_id, status), by)
 
     async def update(
@@ -329,11 +237,19 @@ class ResourceManager(Generic[T]):
         status: Status = "stable",
         by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
+        """Append a revision with this data and make it the current one. Unchanged data appends nothing.
+
+        Raises ResourceNotFound, ResourceDeleted, VersionConflict, InvalidData, UniqueConflict or MetadataTooLarge.
+        """
         return await self._one(Update(resource_id=resource_id, expect=expect, data=data, status=status), by)
 
     async def modify(
         self, resource_id: str, data: T | Document[T], *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
+        """Replace the data of the current revision, which must be a draft; otherwise raises RevisionIsStable.
+
+        Raises ResourceNotFound, ResourceDeleted, VersionConflict, InvalidData, UniqueConflict or MetadataTooLarge.
+        """
         return await self._one(Modify(resource_id=resource_id, expect=expect, data=data), by)
 
     async def patch(
@@ -349,7 +265,16 @@ class ResourceManager(Generic[T]):
         status: Status = "stable",
         by: str | Caller = ANONYMOUS,
     ) -> Resource[T]:
-        """Update or modify with what `apply` makes of the current data as a JSON tree. `size`, `work` and `max_bytes`: see Patch."""
+        """Apply a function to the current data, then `update` or `modify` with its result.
+
+        apply      takes the data as a tree of JSON and returns the new tree; it may change its argument
+        size       bytes of the patch, as far as known: what applying it costs
+        work       steps that it takes besides those on the data (`deadline.operations`); None: `size`
+        max_bytes  largest size of the new data as JSON, in bytes; data that was larger before may stay so
+        mode       "update" or "modify"
+
+        Raises what these methods raise, and DataTooLarge.
+        """
         patch = Patch(
             resource_id=resource_id,
             expect=expect,
@@ -365,47 +290,71 @@ class ResourceManager(Generic[T]):
     async def publish(
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
+        """Make the current revision stable. Has no effect if it is stable already.
+
+        Raises ResourceNotFound, ResourceDeleted or VersionConflict.
+        """
         return await self._one(Publish(resource_id=resource_id, expect=expect), by)
 
     async def switch(
         self, resource_id: str, revision: int, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
+        """Make the revision of this number the current one, without a new revision.
+
+        Raises ResourceNotFound, ResourceDeleted, RevisionNotFound, VersionConflict, UniqueConflict, or InvalidData if the
+        data of that revision no longer fits the model.
+        """
         return await self._one(Switch(resource_id=resource_id, expect=expect, revision=revision), by)
 
     async def delete(
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> ResourceMeta:
+        """Hide a resource, and return its metadata. `restore` shows it again; its unique values stay taken.
+
+        Raises ResourceNotFound, ResourceDeleted or VersionConflict.
+        """
         (state,) = await self._write([Delete(resource_id=resource_id, expect=expect)], by)
-        assert state is not None, "only what is purged leaves nothing"
+        assert state is not None, "only a purge leaves no state"
         return state.meta
 
     async def restore(
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
+        """Show a deleted resource again. Has no effect if it is not deleted.
+
+        Raises ResourceNotFound or VersionConflict.
+        """
         return await self._one(Restore(resource_id=resource_id, expect=expect), by)
 
     async def purge(
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> dt.datetime:
-        """Erase; the time by which the last trace is gone."""
-        _, erased_by = await self._write_and_erase([Purge(resource_id=resource_id, expect=expect)], by)
+        """Erase a resource with all its revisions, and return the time by which its last trace will be gone.
+
+        Runs to completion even if the caller is cancelled. Raises ResourceNotFound or VersionConflict. Raises
+        OutcomeUnknown if the resource is purged but its traces could not be removed; `maintain` removes them then.
+        """
+        _, erased_by = await self._write_and_purge_remnants([Purge(resource_id=resource_id, expect=expect)], by)
         return erased_by
 
-    async def _write_and_erase(
+    async def _write_and_purge_remnants(
         self, operations: Sequence[Operation], by: str | Caller
     ) -> tuple[Sequence[ResourceState | None], dt.datetime]:
-        async def write_and_erase() -> tuple[Sequence[ResourceState | None], dt.datetime]:
-            return await self._write(operations, by), await self._erase()
+        async def write_and_purge_remnants() -> tuple[Sequence[ResourceState | None], dt.datetime]:
+            return await self._write(operations, by), await self._purge_remnants()
 
-        # Goes on where the one who asked does not: asked again it would find nothing to erase.
-        return await shielded(asyncio.ensure_future(write_and_erase()))
+        # A retry after a cancelled request would find no resource, and so would not remove the remnants.
+        return await shielded(asyncio.ensure_future(write_and_purge_remnants()))
 
-    async def _erase(self) -> dt.datetime:
-        """Remove the traces of what was purged. The purge itself is done, whatever becomes of this."""
+    async def _purge_remnants(self) -> dt.datetime:
+        """Remove the traces of purged resources, and return the time by which the last one will be gone.
+
+        The purge itself is committed already. Raises OutcomeUnknown if the store cannot remove the traces now.
+        """
         try:
             return await self.storage.purge_remnants(self._clock())
         except StoreUnavailable as error:
-            self._erase_owed = True
+            self._remnants_left = True
             log.warning("%s: traces of what was purged stay until the next housekeeping: %s", self.name, error)
             raise OutcomeUnknown(
                 "it is purged, but its last traces could not be erased yet; housekeeping tries again"
@@ -414,60 +363,79 @@ class ResourceManager(Generic[T]):
     async def batch(
         self, operations: Sequence[Operation], *, by: str | Caller = ANONYMOUS
     ) -> list[Resource[T] | ResourceMeta | None]:
-        """All operations or none, each seeing the ones before it. What is deleted comes back as metadata, what is purged as None."""
+        """Commit all operations or none. Each operation sees the effects of those before it.
+
+        Returns for each operation the resource that it leaves: its metadata only if it is deleted, None if it is purged.
+        An error has the position of its operation in `operation`, if that is known. Raises InvalidData unless there are 1
+        to MAX_BATCH operations, and what the methods for single operations raise.
+        """
         if not 1 <= len(operations) <= MAX_BATCH:
             raise InvalidData(f"expected 1 to {MAX_BATCH} operations, got {len(operations)}")
         if any(isinstance(operation, Purge) for operation in operations):
-            states, _ = await self._write_and_erase(operations, by)
+            states, _ = await self._write_and_purge_remnants(operations, by)
         else:
             states = await self._write(operations, by)
-        left: list[Resource[T] | ResourceMeta | None] = []
+        results: list[Resource[T] | ResourceMeta | None] = []
         for operation, state in zip(operations, states, strict=True):
             if state is None or isinstance(operation, Purge):
-                left.append(None)
+                results.append(None)
             elif isinstance(operation, Delete):
-                left.append(state.meta)
+                results.append(state.meta)
             else:
-                left.append(await self._resource(state))
-        return left
+                results.append(await self._resource(state))
+        return results
 
     async def _write(self, operations: Sequence[Operation], by: str | Caller) -> Sequence[ResourceState | None]:
         if not self._opened:
             await self.open()
         try:
-            left = await self._executor.commit(operations, by)
+            states = await self._writes.commit(operations, by)
         except StoreDamaged as error:
             resource_id = operations[error.operation or 0].resource_id
-            raise error if resource_id is None else self._noted(error, resource_id, ANYTHING) from None
-        if self._damaged:
+            raise error if resource_id is None else self._reads.noted(error, resource_id, ANYTHING) from None
+        if self._reads.damaged:
             for operation in operations:
                 if isinstance(operation, Purge):
-                    self._damaged.forget_all(operation.resource_id)
-        return left
+                    self._reads.damaged.forget_all(operation.resource_id)
+        return states
 
     async def _one(self, operation: Operation, by: str | Caller) -> Resource[T]:
         (state,) = await self._write([operation], by)
-        assert state is not None, "only what is purged leaves nothing"
+        assert state is not None, "only a purge leaves no state"
         return await self._resource(state)
 
     async def _resource(self, state: ResourceState) -> Resource[T]:
-        return Resource(self.codec, state.meta, await self._reader.json(state))
+        return Resource(self.codec, state.meta, await self._states.json(state))
 
-    # Keeping house
+    # Maintain
 
     async def maintain(self, budget_s: float) -> None:
-        """Housekeeping: revisions whose days are over, orphaned bodies. Where the time ends, the next call goes on."""
+        """Remove expired revisions, orphaned bodies and traces of purged resources, for about `budget_s` seconds.
+
+        If the time is not enough, the next call continues where this one ended.
+        """
         await self.open()
         deadline = time.monotonic() + budget_s
-        if self._erase_owed:
+        if self._remnants_left:
             await self.storage.purge_remnants(self._clock())
-            self._erase_owed = False
+            self._remnants_left = False
         if self.retention is not None and self.retention.days is not None:
             await self._expire(deadline)
         await self.storage.maintain(max(0.0, deadline - time.monotonic()))
 
+    async def degradations(self) -> list[str]:
+        """Return a sentence for each problem that degrades the service although requests are answered.
+
+        Reads some of the damaged resources again, so that repaired ones are no longer reported.
+        """
+        if self._reads.damaged:
+            with contextlib.suppress(CrudError):
+                await self.open()
+        damaged = await self._reads.degradations()
+        return [*await self.storage.degradations(), *damaged]
+
     async def close(self) -> None:
-        """Give back what is open; the next use opens it again."""
+        """Close the storage. The next use opens it again."""
         self._opened = False
         await self.storage.close()
 
@@ -482,7 +450,7 @@ class ResourceManager(Generic[T]):
         self._expire_after = ""
 
     async def _expire_one(self, meta: ResourceMeta) -> None:
-        with contextlib.suppress(ResourceNotFound):  # purged meanwhile
+        with contextlib.suppress(ResourceNotFound):  # it was purged since the scan
             await self._write([Expire(resource_id=meta.resource_id)], "retention")
 
 
