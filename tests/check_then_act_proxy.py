@@ -1,4 +1,4 @@
-"""An HTTP proxy that turns the conditional PUTs of a good S3 server into check-then-act: it compares first, and writes some time later."""
+"""An HTTP proxy that makes a good S3 server faulty: a conditional PUT compares first and writes some time later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length",
 
 
 class CheckThenActProxy:
-    """Forwards to the server of a URL. While `delay` is not None, conditions of PUTs are compared here, `delay` seconds before the PUT on average."""
+    """Forwards requests to the server of a URL.
+
+    While `delay` is not None, it compares the conditions of PUTs itself, on average `delay` seconds before it sends the
+    PUT.
+    """
 
     def __init__(self, url: str, delay: float | None) -> None:
         self.delay = delay
@@ -62,7 +66,7 @@ class CheckThenActProxy:
                 match, none_match = headers.pop("if-match", None), headers.pop("if-none-match", None)
                 if match is not None or none_match is not None:
                     etag = self._etag(handler.path)
-                    time.sleep(random.uniform(0, 2 * self.delay))  # so that writers do not keep out of step
+                    time.sleep(random.uniform(0, 2 * self.delay))  # random, so that concurrent writers overlap
                     if (etag is not None) if match is None else (etag != match):
                         _answer(handler, 412, {}, b"")
                         return

@@ -1,4 +1,4 @@
-"""An S3 that answers as a test says: not at all, with half an answer, or with an error. It counts what it was asked."""
+"""An S3 server that answers as a test says: not at all, with half an answer, or with an error. It counts requests."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ class Request(NamedTuple):
 
 
 class SilentS3:
-    """One bucket in memory. `plan` says what becomes of a request: None (it is answered), SILENT, HALF or the code of an
-    error with its status, "403 RequestTimeTooSkewed"."""
+    """One bucket in memory.
+
+    `plan` returns the result of a request: None (it is answered), SILENT, HALF, or status and code of an error, such as
+    "403 RequestTimeTooSkewed".
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""`crudstack s3-check` against good servers, bad ones, and ones that may not be used."""
+"""`crudstack s3-check` on good servers, on faulty ones, and with missing permissions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PERMISSIONS = ("s3:PutObject", "s3:GetObject", "s3:DeleteObject", "s3:ListBucket
 
 
 class Proxy(CheckThenActProxy):
-    """Answers a request by itself if `answers` returns status and code of an S3 error; `pause` comes before each request."""
+    """Answers a request itself if `answers` returns status and code of an error. Waits `pause` before each one."""
 
     def __init__(self, url, delay=None):
         super().__init__(url, delay)
@@ -78,7 +78,7 @@ def check(url: str, store: str, *arguments: str, command=QUICK, **more: str) -> 
 
 
 def found(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]]:
-    """Return result and sentence by check, from the lines of a run."""
+    """Return the result and the sentence of each check, from the output of a run."""
     lines = [re.fullmatch(r"(ok|note|failed|not tested) +([\w: -]+?): (.*)", line) for line in done.stdout.splitlines()]
     return {line[2]: (line[1], line[3]) for line in lines if line is not None}
 
@@ -94,7 +94,7 @@ def left(url: str, bucket: str) -> list[str]:
     return [one["Key"] for one in [*client.list_objects_v2(Bucket=bucket).get("Contents", []), *uploads]]
 
 
-def test_a_good_store_is_fit_and_nothing_stays(ministack_s3, bucket):
+def test_a_good_storage_is_fit_and_no_object_stays(ministack_s3, bucket):
     done = check(ministack_s3.url, f"s3://{bucket}/team/app", command=COMMAND)
     results = found(done)
     assert (done.returncode, done.stderr) == (0, "")
@@ -129,7 +129,7 @@ UNFIT = {"versitygw-1.7.0": {"race"}, "rclone-1.75.2": {"conditions", "race"}, "
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_every_server_of_the_docs_is_judged_rightly(name, tmp_path, monkeypatch):
+def test_every_server_of_the_docs_has_the_documented_result(name, tmp_path, monkeypatch):
     with running(name, tmp_path) as server:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.s3.access_key_id)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.s3.secret_access_key)
@@ -142,11 +142,11 @@ def test_every_server_of_the_docs_is_judged_rightly(name, tmp_path, monkeypatch)
         )
     failed = {check for check, (result, _) in found(done).items() if result == "failed"}
     if name.startswith("rclone"):
-        failed.discard("clean-up")  # after a race of writers rclone now and then keeps an object that was deleted
+        failed.discard("clean-up")  # after a race of writers, rclone sometimes keeps a deleted object
     assert (done.returncode, failed) == (1 if name in UNFIT else 0, UNFIT.get(name, set()))
 
 
-@pytest.mark.parametrize(("key", "secret"), [(None, "wrong-secret"), ("nobody", "wrong-secret")])
+@pytest.mark.parametrize(("key", "secret"), [(None, "wrong-secret"), ("wrong-key", "wrong-secret")])
 def test_wrong_keys_are_named(seaweed_s3, key, secret):
     done = check(
         seaweed_s3.url,
@@ -242,7 +242,7 @@ def test_a_403_to_a_get_of_a_missing_object_is_a_missing_permission_to_list(mini
         (403, "RequestTimeTooSkewed", "clock"),
     ],
 )
-def test_an_answer_for_good_ends_the_check_with_its_reason(ministack_s3, status, code, named):
+def test_a_permanent_error_ends_the_check_with_its_reason(ministack_s3, status, code, named):
     with Proxy(ministack_s3.url) as proxy:
         proxy.answers = lambda *_: (status, code)
         done = check(proxy.url, "s3://some-bucket")
@@ -251,7 +251,7 @@ def test_an_answer_for_good_ends_the_check_with_its_reason(ministack_s3, status,
         assert {method for method, _ in proxy.requests} == {"GET"}
 
 
-def test_a_bucket_that_is_not_there_is_named(ministack_s3):
+def test_a_missing_bucket_is_named(ministack_s3):
     done = check(ministack_s3.url, "s3://no-such-bucket")
     assert (done.returncode, list(found(done))) == (1, ["bucket"])
     assert "NoSuchBucket" in done.stdout
@@ -264,7 +264,7 @@ def test_no_server_is_one_sentence():
 
 
 @pytest.mark.parametrize(("status", "body"), [(200, b"hello"), (403, b"<html>"), (404, b""), (501, b"<html>")])
-def test_a_web_server_that_is_no_s3_is_told(status, body):
+def test_a_web_server_that_is_not_s3_is_reported(status, body):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -321,7 +321,7 @@ def test_another_clock_is_noted(ministack_s3, bucket):
         assert 7190 <= seconds <= 7200
 
 
-def test_clock_skew_is_told_only_as_far_as_whole_seconds_prove_it():
+def test_clock_skew_is_reported_as_far_as_whole_seconds_prove_it():
     noon = datetime(2026, 11, 28, 12, tzinfo=UTC)
     date, at = format_datetime(noon, usegmt=True), noon.timestamp()
 
@@ -339,8 +339,8 @@ def test_percentiles_are_by_nearest_rank():
     assert Timings.of("GET", [0.007]).p99_ms == 7
 
 
-def test_a_listing_from_the_past_is_noted(ministack_s3, bucket):
-    """Listings of the five objects are those of half a second before."""
+def test_an_outdated_listing_is_noted(ministack_s3, bucket):
+    """Listings of the five objects are half a second old."""
     past: dict[str, list[tuple[float, object]]] = {}
 
     def old(method, path, answer):
@@ -367,7 +367,7 @@ def test_a_bucket_that_keeps_versions_is_noted(ministack_s3, bucket):
     assert left(ministack_s3.url, bucket) == []
 
 
-def test_a_person_sees_what_is_being_done_and_a_pipe_gets_sentences_only(ministack_s3, bucket):
+def test_progress_is_shown_on_a_terminal_only(ministack_s3, bucket):
     person, terminal = os.openpty()
     running = subprocess.Popen(
         [*QUICK, f"s3://{bucket}"],
@@ -388,8 +388,8 @@ def test_a_person_sees_what_is_being_done_and_a_pipe_gets_sentences_only(minista
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("last", ["conditions", "race", "listing", "latency"])
-def test_an_interrupted_check_deletes_what_it_wrote_and_what_is_still_on_its_way(ministack_s3, bucket, last, sent):
-    """`last`: the finding after which the signal comes. The proxy writes 20 ms after it compared, so PUTs are under way."""
+def test_an_interrupted_check_deletes_its_objects_and_those_under_way(ministack_s3, bucket, last, sent):
+    """The signal is sent after the result `last`. The proxy writes 20 ms after it compared, so PUTs are under way."""
     with Proxy(ministack_s3.url, None) as proxy:
         proxy.changed = lambda *given: (time.sleep(0.02), given[-1])[1]
         running = subprocess.Popen(
@@ -415,8 +415,8 @@ def test_an_interrupted_check_deletes_what_it_wrote_and_what_is_still_on_its_way
     assert left(ministack_s3.url, bucket) == []
 
 
-def test_a_put_that_is_held_up_when_the_check_is_interrupted_is_deleted_too(ministack_s3, bucket):
-    """The PUT takes effect a second after Ctrl-C; a check that did not wait would delete nothing of it."""
+def test_a_put_that_takes_effect_after_an_interrupt_is_deleted_too(ministack_s3, bucket):
+    """The PUT takes effect a second after Ctrl-C. If the check did not wait, its object would stay."""
     arrived, held = threading.Event(), []
 
     def hold(method, path):

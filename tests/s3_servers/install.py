@@ -1,13 +1,13 @@
-"""Get the S3 servers that the tests run against: built or fetched once into the user's cache, pinned by checksums.
+"""Build or download the S3 servers for the tests, once, into the cache of the user. All are pinned by checksums.
 
-`make s3-servers` calls this; `make test` only looks for what is there. Pins:
+`make s3-servers` calls this. `make test` only uses the servers that are installed. Pins:
 
     minio, versitygw   Go modules, `go/*/go.sum`
     localstack, rclone Python packages, `requirements/localstack.txt` and `requirements/rclone.txt`
     s3rver             npm packages, `npm/package-lock.json`
 
-They lie in `$XDG_CACHE_HOME/crudstack/s3-servers/NAME-PINS` (`~/.cache` by default), where PINS is a hash of what pins
-them: another version is another directory. ministack and SeaweedFS are among the packages of `make setup`.
+They lie in `$XDG_CACHE_HOME/crudstack/s3-servers/NAME-PINS` (`~/.cache` by default). PINS is a hash of the pinning
+file, so another version has another directory. ministack and SeaweedFS are among the packages of `make setup`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def go(package: str) -> Callable[[Server, Path], None]:
 
 def python(server: Server, directory: Path) -> None:
     """Install a lock file into an environment of its own."""
-    # Scripts of an environment that is moved do not run; its python does.
+    # The scripts of an environment do not run after it was moved, but its Python does.
     _run([sys.executable, "-m", "venv", "--without-pip", str(directory)])
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     command = [uv, "pip", "install", "--python", str(directory / "bin/python"), "--require-hashes"]
@@ -111,7 +111,7 @@ def install(server: Server) -> Path:
     start = time.monotonic()
     print(f"{server.name} {server.version}: getting it", file=sys.stderr, flush=True)
     server.directory.parent.mkdir(parents=True, exist_ok=True)
-    # Under its own name it is complete: what is interrupted leaves nothing there.
+    # The final name is given last, so a directory with this name is always complete.
     with tempfile.TemporaryDirectory(prefix=".making-", dir=server.directory.parent) as scratch:
         made = Path(scratch, "made")
         made.mkdir()

@@ -1,4 +1,4 @@
-"""S3 servers of other people, run on loopback with their data in a directory, killed and started again."""
+"""Run S3 servers of other projects on loopback, with their data in a directory, and kill and restart them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READY_S = 90
 
 
 class Start(NamedTuple):
-    """How a server is started: its command, and what its environment has besides."""
+    """The command that starts a server, and additional environment variables."""
 
     command: list[str]
     environment: Mapping[str, str] = MappingProxyType({})

@@ -1,4 +1,4 @@
-"""The lines of docs/local.md, run against each server that is there."""
+"""Run the lines of docs/local.md against each server that is installed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def serving(script: str, url: str, log: Path) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize("title", SERVERS)
-def test_make_run_on_a_server_as_the_page_says(title: str, tmp_path: Path, request: pytest.FixtureRequest):
+def test_make_run_works_as_documented(title: str, tmp_path: Path, request: pytest.FixtureRequest):
     directory = tmp_path / "s3"
     directory.mkdir()
     with contextlib.ExitStack() as stack:
@@ -89,8 +89,8 @@ def test_make_run_on_a_server_as_the_page_says(title: str, tmp_path: Path, reque
             assert client.get(f"{path}/data").raise_for_status().json()["title"] == title
 
 
-def test_make_run_after_localstack_forgot_everything(tmp_path: Path):
-    """It refuses, and prints the command that removes what remembers; then it starts with nothing."""
+def test_make_run_after_localstack_lost_its_data(tmp_path: Path):
+    """The server refuses, and prints the command that removes the copies. After that it starts with an empty store."""
     directory = tmp_path / "s3"
     directory.mkdir()
     with running("localstack-4.13.1", directory) as server:

@@ -1,4 +1,4 @@
-"""The S3 slice of the suite on servers of other people; those that are good, and those that must be refused."""
+"""The S3 part of the test suite on servers of other projects: good ones, and ones that must be refused."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def program(server: S3Server):
 
 @pytest.mark.parametrize("server", GOOD, indirect=True)
 def test_nothing_acknowledged_is_lost_while_the_server_fails(server: Running, serve, tmp_path: Path):
-    """Two programs write while their S3 server is stopped, goes on, is killed and starts again."""
+    """Two programs write while their S3 server is stopped, continued, killed and restarted."""
     create_bucket(BUCKET, server.s3)
     programs = [
         serve("s3-sqlite", tmp_path / str(at), s3=server.s3, prefix="fails", environment={"CRUDSTACK_BUCKET": BUCKET})

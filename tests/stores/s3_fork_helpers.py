@@ -37,7 +37,10 @@ def head_of(objects: MemoryObjectStore):
 
 
 class OldProgram(MemoryObjectStore):
-    """What a program does that does not know `past`: it keeps the value of the HEAD that it replaces, or writes none into a new store."""
+    """The objects as an older program writes them, which does not know `past` of HEAD.
+
+    It keeps the value of the HEAD that it replaces, and writes none into a new store.
+    """
 
     def __init__(self, objects: MemoryObjectStore) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ class OldProgram(MemoryObjectStore):
 
 
 async def forked(objects: MemoryObjectStore, loser: ResourceManager[Note], winner: ResourceManager[Note]) -> None:
-    """Let `winner` overwrite an acknowledged create of `loser`, as a storage does that compares first and writes afterwards."""
+    """Let `winner` overwrite an acknowledged create of `loser`, as if the storage compared first and wrote later."""
     await loser.create(Note("both"), resource_id="both")
     await winner.count()
     before = objects.objects[HEAD]
@@ -63,7 +66,7 @@ async def forked(objects: MemoryObjectStore, loser: ResourceManager[Note], winne
 
 
 async def later(manager: ResourceManager[Note], swaps: str) -> None:
-    """Swap after the fork. `log`: and remove the log of before."""
+    """Swap HEAD, `count` times. With `edits`, without records. With `log`, then replace the log by a snapshot."""
     count, _, how = swaps.partition(" ")
     for number in range(int(count)):
         if how == "edits":

@@ -30,7 +30,7 @@ FIELDS = ("text", IndexedField("code", unique=True))
 
 
 def instance(objects: MemoryObjectStore, local_dir: Path | None = None, fields=FIELDS) -> ResourceManager[Note]:
-    """The resource manager of one instance."""
+    """Return the resource manager of one instance."""
     factory = S3StorageFactory("double", object_store=objects, local_dir=local_dir, sync_interval=None)
     crud = AutoCRUD(storage_factory=factory)
     return crud.add_model(Note, indexed_fields=list(fields))
@@ -45,6 +45,6 @@ def head_of(objects: MemoryObjectStore):
 
 
 def once(fault: InjectedFault, op: str = "put_if", key: str = HEAD):
-    """A fault for the next such request alone."""
+    """Return a function that gives this fault to the next such request only."""
     left = [fault]
     return lambda call: left.pop() if left and call.op == op and call.key.startswith(key) else None

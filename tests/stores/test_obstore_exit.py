@@ -32,7 +32,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("end", [ANSWERED, ABANDONED])
 def test_a_short_script_ends_with_its_own_exit_code(ministack_s3, end):
-    """Without the wait at exit about one of ten runs ended with SIGABRT."""
+    """Without the wait at exit, about one of ten runs ended with SIGABRT."""
     command = [sys.executable, "-c", SCRIPT.format(end), BUCKET, ministack_s3.url]
     for _ in range(30):
         done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=60)
@@ -146,7 +146,7 @@ def test_a_loop_that_is_closed_in_another_way_is_forgotten():
 
 
 def test_an_error_that_python_printed_does_not_hold_a_request(caplog):
-    """That of an answer to a closed loop names the future in its frames."""
+    """The traceback of an answer to a closed loop refers to the future of the request."""
     loop = asyncio.new_event_loop()
     future = obstore_exit.tracked(loop.create_future())
 
@@ -163,7 +163,7 @@ def test_an_error_that_python_printed_does_not_hold_a_request(caplog):
     loop.close()
 
 
-def test_a_request_that_nobody_waits_for_does_not_keep_the_process_for_ever(monkeypatch, caplog):
+def test_an_abandoned_request_does_not_block_the_exit_of_the_process(monkeypatch, caplog):
     monkeypatch.setattr(obstore_exit, "LONGEST_WAIT_S", 0.01)
     loop = asyncio.new_event_loop()
     future = obstore_exit.tracked(loop.create_future())

@@ -1,4 +1,4 @@
-"""A field is indexed while a real S3 server has trouble with bodies: nothing disappears from a search."""
+"""A field is indexed while a real S3 server cannot return bodies: no resource disappears from a search."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def of(name: str) -> Query:
 
 
 @pytest.mark.parametrize("trouble", ["503", "cut", "silent"])
-async def test_nothing_disappears_where_bodies_cannot_be_read(ministack_s3: S3Server, tmp_path, trouble):
+async def test_no_resource_disappears_if_bodies_cannot_be_read(ministack_s3: S3Server, tmp_path, trouble):
     prefix = f"{tmp_path.name}/"
     former = program(ministack_s3.url, prefix, FORMER)
     for number in range(COUNT):
@@ -99,13 +99,13 @@ async def test_nothing_disappears_where_bodies_cannot_be_read(ministack_s3: S3Se
             await manager.storage.close()
 
 
-async def test_a_lost_body_keeps_no_model_from_opening(ministack_s3: S3Server, tmp_path):
+async def test_a_model_opens_although_a_body_is_lost(ministack_s3: S3Server, tmp_path):
     prefix = f"{tmp_path.name}/"
     former = program(ministack_s3.url, prefix, FORMER)
     for number in range(COUNT):
         await former.create(Note(f"text {number}", f"c{number}", number), resource_id=f"n{number}")
     await former.storage.resource_store.delete([(await former.get("n7")).meta.uid])
-    for _ in range(2):  # the second one reads what the first one found
+    for _ in range(2):  # the second instance reads the findings of the first one
         new = program(ministack_s3.url, prefix, [*FORMER, "number"])
         assert await new.count(of("number")) == COUNT - 1
         assert await new.count(of("text")) == COUNT

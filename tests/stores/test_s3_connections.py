@@ -1,4 +1,4 @@
-"""Connections to S3 that are dropped without a word, at any moment, and answers that refuse a clock or credentials."""
+"""Connections to S3 that are dropped silently, at any moment, and answers that refuse a time or credentials."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WAITS = {"swap": (0.5, 0.8, 1.2), "small": (0.5, 0.6, 0.8), "large": (0.6, 0.6, 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    """A tenth of the real ones; the tests count attempts, and measure no times."""
+    """Use a tenth of the real waiting times. The tests count attempts and measure no times."""
     monkeypatch.setattr(s3_clients, "WAITS_S", WAITS)
     monkeypatch.setattr(s3_clients, "RETRY_S", 0.2)
     monkeypatch.setattr(s3_clients, "RENEW_PAUSE_S", 0.01)
@@ -47,13 +47,13 @@ def store(server) -> S3ObjectStore:
 
 
 def first(count: int, what: str, method: str | None = None):
-    """A plan: the first requests (of a method) end so."""
+    """Return a plan for `SilentS3`: the first requests (of a method) end with these results."""
     left = [what] * count
     return lambda request: left.pop() if left and method in (None, request.method) else None
 
 
 def drop_open(server: SilentS3) -> list[Request]:
-    """Drop all connections that are open; returns the requests that are lost on them from now on."""
+    """Drop all open connections. Return a list of the requests that are lost on them from now on."""
     newest, lost = server.connections, []
 
     def plan(request: Request) -> str | None:
@@ -67,7 +67,7 @@ def drop_open(server: SilentS3) -> list[Request]:
 
 
 async def test_one_request_pays_for_all_connections_that_were_dropped(server, store):
-    """C1: each retry might have taken the next dead connection, and each request after it."""
+    """Invariant C1. Without it, each retry and each later request could use the next dead connection."""
     server.objects["k"] = b"body"
     await asyncio.gather(*(store.get("k") for _ in range(10)))
     assert server.connections > 3
@@ -105,8 +105,8 @@ REQUESTS = {
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", REQUESTS)
-async def test_what_had_no_answer_is_repeated_on_a_new_connection(server, store, name, count):
-    """Also on connections that were never used: the first ones of a process may be dropped as well."""
+async def test_a_request_without_an_answer_is_repeated_on_a_new_connection(server, store, name, count):
+    """This includes connections that were never used: the first ones of a process may be dropped too."""
     server.objects["k"] = b"body"
     expected = await REQUESTS[name](store)
     server.objects["k"] = b"body"
@@ -118,7 +118,7 @@ async def test_what_had_no_answer_is_repeated_on_a_new_connection(server, store,
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-async def test_after_all_attempts_it_is_unavailable(server, store, name):
+async def test_the_storage_is_unavailable_after_all_attempts(server, store, name):
     server.plan = lambda _: SILENT
     with pytest.raises(StoreUnavailable, match="nothing was changed"):
         await REQUESTS[name](store)
@@ -133,8 +133,8 @@ async def test_half_a_body_is_read_again(server, store, count):
     assert len(server.requests) == count + 1
 
 
-async def test_answers_are_no_failures(server, store):
-    """404, 304 and 412 are answers: nothing is repeated, and the connection is used on."""
+async def test_answers_without_an_object_are_not_repeated(server, store):
+    """404, 304 and 412 are answers: the request is not repeated, and the connection stays in use."""
     server.objects["k"] = b"body"
     etag = (await store.get("k")).etag
     assert await store.get("nothing") is None
@@ -144,14 +144,14 @@ async def test_answers_are_no_failures(server, store):
     assert server.connections == 2  # conditional PUTs have connections of their own
 
 
-async def test_errors_of_the_server_are_repeated_by_obstore_and_not_once_more(server, store):
+async def test_only_obstore_repeats_errors_of_the_server(server, store):
     server.plan = lambda _: "503 SlowDown"
     with pytest.raises(StoreUnavailable):
         await store.get("k")
     assert len(server.requests) <= s3_clients.RETRIES + 1
 
 
-async def test_a_refused_connection_is_not_repeated_once_more(monkeypatch):
+async def test_only_obstore_repeats_refused_connections(monkeypatch):
     attempts = []
     repeat = s3_clients.Clients.may_repeat
 
@@ -174,7 +174,7 @@ async def test_a_conditional_put_without_an_answer_is_unknown_and_sent_once(serv
     server.plan = first(1, SILENT)
     assert isinstance(await store.put_if("k", b"body", None), Unknown)
     assert len(server.requests) == 1
-    assert server.objects["k"] == b"body"  # it took place
+    assert server.objects["k"] == b"body"  # the PUT took effect
     assert await store.put_if("k", b"other", None) == NotStored()
     assert server.requests[1].connection != server.requests[0].connection
 
@@ -209,7 +209,7 @@ async def test_a_conditional_put_is_sent_again_once_only(server, store):
 
 
 @pytest.mark.parametrize("answer", ["403 AccessDenied", "403 SignatureDoesNotMatch", "500 InternalError", "400 Other"])
-async def test_no_other_answer_has_a_conditional_put_sent_again(server, store, answer):
+async def test_a_conditional_put_is_not_sent_again_after_any_other_answer(server, store, answer):
     server.plan = lambda _: answer
     assert isinstance(await store.put_if("k", b"body", None), Unknown)
     assert len(server.requests) == 1
@@ -220,7 +220,7 @@ async def test_no_other_answer_has_a_conditional_put_sent_again(server, store, a
 
 @pytest.mark.parametrize("answer", ["403 RequestTimeTooSkewed", "400 ExpiredToken", "403 RequestExpired"])
 @pytest.mark.parametrize("name", REQUESTS)
-async def test_a_refused_clock_or_token_is_tried_once_more(server, store, name, answer):
+async def test_a_request_with_a_refused_clock_or_token_is_repeated_once(server, store, name, answer):
     server.objects["k"] = b"body"
     expected = await REQUESTS[name](store)
     server.objects["k"] = b"body"
@@ -238,7 +238,7 @@ async def test_a_refused_clock_or_token_is_tried_once_more(server, store, name, 
 @pytest.mark.parametrize("answers", [(SILENT, "400 ExpiredToken"), ("400 ExpiredToken", SILENT)])
 @pytest.mark.parametrize("name", REQUESTS)
 async def test_a_dropped_connection_and_an_expired_token_come_together(server, store, name, answers):
-    """So it is after a long freeze."""
+    """Both happen after a long freeze."""
     server.objects["k"] = b"body"
     expected = await REQUESTS[name](store)
     server.objects["k"] = b"body"
@@ -249,7 +249,7 @@ async def test_a_dropped_connection_and_an_expired_token_come_together(server, s
     assert len(server.requests) == 3
 
 
-async def test_an_expired_token_has_the_provider_asked_again(server, monkeypatch):
+async def test_the_provider_is_called_again_after_an_expired_token(server, monkeypatch):
     calls = []
 
     class Provider:
@@ -277,7 +277,7 @@ async def test_an_expired_token_has_the_provider_asked_again(server, monkeypatch
     assert calls == ["call", "forget", "call"], "clients that are made later share what was fetched"
 
 
-async def test_new_connections_do_not_fetch_credentials_anew(server, monkeypatch):
+async def test_new_connections_do_not_fetch_new_credentials(server, monkeypatch):
     calls = []
 
     def provide():
@@ -298,7 +298,7 @@ async def test_new_connections_do_not_fetch_credentials_anew(server, monkeypatch
 
 @pytest.mark.parametrize(("running", "wall"), [(61.0, 0.0), (0.0, 61.0), (0.0, -61.0)])
 async def test_connections_that_were_idle_are_not_used(server, store, running, wall):
-    """By either clock: a machine that is frozen may stop the one, and be told the time by the other."""
+    """Either clock suffices: a freeze may stop the monotonic clock, and the wall clock is set after it."""
     server.objects["k"] = b"body"
     await store.get("k")
     lost = drop_open(server)
@@ -338,14 +338,14 @@ async def test_connections_in_use_are_kept(server, store):
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3, 4])
-async def test_a_list_goes_on_where_it_was_dropped(server, store, lost):
+async def test_a_list_continues_after_a_dropped_connection(server, store, lost):
     server.objects.update({f"p/{number:04}": b"" for number in range(3500)})
     server.plan = lambda _: SILENT if len(server.requests) == lost else None
     assert await listed(store, "p/") == [f"p/{number:04}" for number in range(3500)]
     assert len(server.requests) == 5
 
 
-async def test_a_download_goes_on_where_it_was_dropped(server, tmp_path, monkeypatch):
+async def test_a_download_continues_after_a_dropped_connection(server, tmp_path, monkeypatch):
     monkeypatch.setattr(s3_clients, "WAITS_S", WAITS | {"small": (2, 2, 2)})  # a busy machine hashes 40 MB first
     store = S3ObjectStore("b", server.url, "key", "secret", "us-east-1")
     server.objects["file"] = os.urandom(40 * 1024 * 1024)
@@ -359,7 +359,7 @@ async def test_a_download_goes_on_where_it_was_dropped(server, tmp_path, monkeyp
     assert {one.headers.get("if-match") for one in server.requests[1:]} == {(await store.get("file")).etag}
 
 
-async def test_a_download_of_what_is_replaced_meanwhile_is_no_mixture(server, store, tmp_path):
+async def test_a_download_never_mixes_two_versions_of_an_object(server, store, tmp_path):
     server.objects["file"] = os.urandom(20 * 1024 * 1024)
 
     def plan(_: Request) -> str | None:
@@ -389,7 +389,7 @@ class Note(Struct):
 
 
 async def test_connections_dropped_at_any_moment_lose_nothing_and_answer(ministack_s3, tmp_path, monkeypatch):
-    """Through a network that drops all connections again and again while several clients write."""
+    """The network drops all connections again and again while several clients write."""
     monkeypatch.setattr(s3_clients, "WAITS_S", WAITS | {"swap": (1, 1.5, 2), "small": (1, 1.5, 2)})
     rng = random.Random(18)
     with TcpProxy(ministack_s3.url) as proxy:
@@ -398,7 +398,7 @@ async def test_connections_dropped_at_any_moment_lose_nothing_and_answer(minista
         )
         factory = S3StorageFactory(BUCKET, prefix=f"{tmp_path.name}/", object_store=objects, sync_interval=None)
         manager = AutoCRUD(storage_factory=factory).add_model(Note, indexed_fields=["text"])
-        await manager.count()  # the first start races conditional writes, which takes no drops
+        await manager.count()  # the first start makes the race check, which does not tolerate drops
         ended = asyncio.Event()
         acknowledged: dict[str, set[str]] = {}
 
@@ -420,7 +420,7 @@ async def test_connections_dropped_at_any_moment_lose_nothing_and_answer(minista
 
         async def drops() -> None:
             for _ in range(6):
-                # A request outlasts two drops, and not three: it has three attempts within 4.5 s.
+                # A request survives two drops but not three, because it has three attempts within 4.5 s.
                 await asyncio.sleep(2.3 + rng.random() / 2)
                 proxy.swallow()
             await asyncio.sleep(0.5)

@@ -38,7 +38,7 @@ def endpoint():
 
 @pytest.fixture
 def environment(endpoint, monkeypatch):
-    """Make the environment of this process that of a function with SnapStart."""
+    """Give this process the environment of a Lambda function with SnapStart."""
     for name in OTHERS:
         monkeypatch.delenv(name)
     for name, value in endpoint.environment.items():
@@ -48,7 +48,7 @@ def environment(endpoint, monkeypatch):
 
 @pytest.fixture
 def bucket():
-    """A server that takes every request and keeps how it was signed: its URL, and pairs of access key and token."""
+    """Run a server that accepts every request. Yields its URL, and the access key and token of each request."""
     signed = []
 
     class S3(BaseHTTPRequestHandler):
@@ -73,7 +73,7 @@ def bucket():
     server.server_close()
 
 
-def test_obstore_is_left_alone_if_it_finds_credentials_itself(tmp_path):
+def test_there_is_no_provider_if_obstore_finds_credentials_itself(tmp_path):
     home = {"HOME": str(tmp_path)}
     uri = {FULL_URI: "http://127.0.0.1:1/", TOKEN: "x", **home}
     assert provider(home) is None
@@ -113,7 +113,7 @@ async def test_one_fetch_signs_many_requests_of_all_clients(endpoint, bucket, tm
     assert (len(signed), endpoint.asked) == (51, 1)
 
 
-async def test_given_keys_win(environment, endpoint, bucket):
+async def test_keys_that_are_given_are_used_before_the_environment(environment, endpoint, bucket):
     url, signed = bucket
     await S3ObjectStore("b", url, "given-key", "given-secret").get("x")
     environment.setenv("AWS_ACCESS_KEY_ID", "plain-key")
@@ -123,7 +123,7 @@ async def test_given_keys_win(environment, endpoint, bucket):
     assert endpoint.asked == 0
 
 
-def test_a_fetch_is_reused_for_a_moment_by_the_same_environment_only(endpoint):
+def test_a_fetch_is_reused_briefly_in_the_same_environment_only(endpoint):
     environment = dict(endpoint.environment)
     credentials = provider(environment)
     assert credentials()["access_key_id"] == credentials()["access_key_id"] == "the-key"
@@ -135,8 +135,8 @@ def test_a_fetch_is_reused_for_a_moment_by_the_same_environment_only(endpoint):
     assert endpoint.asked == 2
 
 
-async def test_another_identity_after_a_restore(environment, endpoint, bucket):
-    """The environment is read at each fetch, and what expired in the snapshot is not used."""
+async def test_a_restored_snapshot_uses_the_identity_of_its_environment(environment, endpoint, bucket):
+    """The environment is read at each fetch. Credentials that expired in the snapshot are not used."""
     url, signed = bucket
     endpoint.lives_s = 2
     store = S3ObjectStore("b", url)
@@ -197,7 +197,7 @@ def test_the_token_is_sent_in_plain_text_on_this_machine_only(host, local):
     ],
 )
 async def test_a_failure_is_one_sentence_without_a_secret(environment, endpoint, bucket, changed, reason, caplog):
-    """In the error of the provider, and in what the store logs and raises."""
+    """This holds for the error of the provider, and for the log and the error of the store."""
     with pytest.raises(StoreUnavailable, match=reason) as raised:
         fetch(*{**endpoint.environment, **changed}.values())
     assert raised.value.__cause__ is None
@@ -228,12 +228,12 @@ def test_another_answer_is_refused_and_not_quoted(endpoint, answer):
     assert "the-secret" not in str(raised.value)
 
 
-def test_no_token_is_no_header(endpoint):
+def test_without_a_token_no_authorization_header_is_sent(endpoint):
     endpoint.token = None
     assert fetch(endpoint.environment[FULL_URI], None)["access_key_id"] == "the-key"
 
 
-def test_an_endpoint_that_fails_for_a_moment_is_asked_again(endpoint):
+def test_an_endpoint_that_fails_briefly_is_asked_again(endpoint):
     endpoint.failures = ["closed", 500]
     assert fetch(*endpoint.environment.values())["access_key_id"] == "the-key"
     assert endpoint.asked == 3
@@ -245,7 +245,7 @@ def test_an_endpoint_that_fails_for_a_moment_is_asked_again(endpoint):
 
 @pytest.mark.usefixtures("environment")
 async def test_requests_that_wait_for_a_dead_endpoint_fail_together(endpoint, bucket):
-    """And the event loop goes on meanwhile. obstore alone would ask once for each request, one after the other."""
+    """The event loop continues meanwhile. obstore alone would ask once for each request, one after the other."""
     endpoint.delay_s = 60
     store, turns = S3ObjectStore("b", bucket[0]), []
 

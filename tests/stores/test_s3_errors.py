@@ -1,4 +1,4 @@
-"""What an S3 answers reaches the reader: status, code and message, without secrets."""
+"""Errors contain status, code and message of the S3 answer, and no secrets."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def answers():
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory):
-    """A CA of one's own, and a certificate of 127.0.0.1 that it signed."""
+    """Create a private CA, and a certificate for 127.0.0.1 that it signed."""
     directory = tmp_path_factory.mktemp("tls")
     openssl = shutil.which("openssl")
     assert openssl, "openssl is not installed"
@@ -91,7 +91,7 @@ def put(url: str) -> StoreUnavailable:
     return raised.value
 
 
-def test_status_code_and_message_of_an_answer_are_kept_and_nothing_else(answers):
+def test_only_status_code_and_message_of_an_answer_are_kept(answers):
     url = f"http://127.0.0.1:{answers(403)}"
     cause = put(url).__cause__
     assert describe(cause) == f'PUT {url}/b/k: 403 Forbidden, AccessDenied: User "reader" may not s3:PutObject'
@@ -111,7 +111,7 @@ async def test_a_store_says_that_its_key_may_not_write():
             return Unknown("403 Forbidden, AccessDenied")
 
     objects = ReadOnly()
-    for _ in range(2):  # a store that is new, and one that exists
+    for _ in range(2):  # a new store, and an existing one
         meta = S3SqliteMetaStore("b", "meta/a.sqlite", object_store=objects)
         meta.bind(ModelSpec("a"))
         with pytest.raises(ConfigError, match=r"may read but not write: .*403 Forbidden, AccessDenied to a PUT"):
@@ -131,8 +131,9 @@ def test_a_wrong_region_names_the_setting(answers):
 
 def test_a_connection_that_is_refused_says_so():
     error = ValueError(
-        "Generic S3 error: Error performing PUT http://a:b@127.0.0.1:1/b/k?X-Amz-Signature=s in 1.5ms - HTTP error: error"
-        ' sending request\n\nDebug source:\nOs { code: 111, kind: ConnectionRefused, message: "Connection refused" }'
+        "Generic S3 error: Error performing PUT http://a:b@127.0.0.1:1/b/k?X-Amz-Signature=s in 1.5ms - HTTP error:"
+        " error sending request\n\nDebug source:\nOs { code: 111, kind: ConnectionRefused, message:"
+        ' "Connection refused" }'
     )
     assert describe(error) == "PUT http://127.0.0.1:1/b/k: Connection refused"
     assert s3_answer(error) is None
@@ -166,7 +167,7 @@ def test_https_to_a_port_without_tls_says_so(answers, monkeypatch):
     assert "the server does not speak TLS" in describe(put(f"https://127.0.0.1:{answers(403)}").__cause__)
 
 
-def test_a_ca_bundle_that_is_none_is_one_sentence(tmp_path, monkeypatch):
+def test_an_invalid_ca_bundle_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"AWS_CA_BUNDLE names .*nothing', which cannot be read: No such file"):
         S3ObjectStore("b", "https://127.0.0.1:1")

@@ -35,7 +35,7 @@ def objects() -> MemoryObjectStore:
 
 
 @pytest.mark.parametrize("swaps", SWAPS)
-async def test_a_process_stops_whose_acknowledged_write_was_overwritten(objects, caplog, swaps):
+async def test_a_process_stops_if_its_acknowledged_write_was_overwritten(objects, caplog, swaps):
     loser, winner = instance(objects), instance(objects)
     await forked(objects, loser, winner)
     await later(winner, swaps)
@@ -46,7 +46,7 @@ async def test_a_process_stops_whose_acknowledged_write_was_overwritten(objects,
     for call in (loser.get("lost"), loser.count(), loser.create(Note("more")), loser.storage.health()):
         with pytest.raises(HistoryForked):
             await call
-    assert not objects.requests.keys() - {"put", "delete"}  # of the body of a write that is refused
+    assert not objects.requests.keys() - {"put", "delete"}  # only requests for the body of the rejected write
     named = [record.message for record in caplog.records if "lost transaction" in record.message]
     assert len(named) == 1
     assert txid.hex() in named[0]
@@ -57,7 +57,7 @@ async def test_a_process_stops_whose_acknowledged_write_was_overwritten(objects,
 
 
 @pytest.mark.parametrize("swaps", SWAPS)
-async def test_a_process_that_slept_is_no_fork(objects, swaps):
+async def test_a_process_that_was_idle_sees_no_fork(objects, swaps):
     sleeper, other = instance(objects), instance(objects)
     await sleeper.create(Note("both"), resource_id="both")
     await other.count()
@@ -79,7 +79,7 @@ async def test_a_higher_version_with_fewer_records_is_a_fork(objects):
         await loser.count()
 
 
-async def test_a_head_that_lands_late_is_a_fork_and_no_old_head(objects):
+async def test_a_head_that_arrives_late_is_a_fork_and_not_an_old_head(objects):
     """The loser swapped twice before the other HEAD of its first version arrived."""
     loser, winner = instance(objects), instance(objects)
     await loser.create(Note("both"))
@@ -96,7 +96,7 @@ async def test_a_head_that_lands_late_is_a_fork_and_no_old_head(objects):
 
 
 @pytest.mark.parametrize("writes", [1, 100])
-async def test_an_old_head_that_was_put_back_is_no_fork(objects, writes):
+async def test_an_old_head_that_was_put_back_is_not_a_fork(objects, writes):
     manager = instance(objects)
     await manager.create(Note("0"))
     old = objects.objects[HEAD]
@@ -111,8 +111,8 @@ async def test_an_old_head_that_was_put_back_is_no_fork(objects, writes):
 
 
 @pytest.mark.parametrize("swaps", ["1", "40"])
-async def test_writing_on_after_an_old_head_was_put_back_is_a_fork(objects, swaps):
-    """The version of the known HEAD is reached again, by other writes."""
+async def test_writes_after_an_old_head_was_put_back_are_a_fork(objects, swaps):
+    """Other writes reach the version of the known HEAD again."""
     stale, other = instance(objects), instance(objects)
     await stale.create(Note("0"))
     await other.count()
@@ -127,8 +127,8 @@ async def test_writing_on_after_an_old_head_was_put_back_is_a_fork(objects, swap
 # Histories without a fork
 
 
-async def test_equal_bytes_under_another_etag_are_no_fork(objects, tmp_path):
-    """A bucket that was copied, or encrypted anew, has other ETags."""
+async def test_equal_bytes_with_another_etag_are_not_a_fork(objects, tmp_path):
+    """A bucket that was copied or encrypted again has other ETags."""
     manager = instance(objects, tmp_path)
     await manager.create(Note("0"))
     objects.objects[HEAD] = Object(objects.objects[HEAD].body, '"copied"')
@@ -147,8 +147,8 @@ async def test_equal_bytes_under_another_etag_are_no_fork(objects, tmp_path):
     await restarted.storage.close()
 
 
-async def test_an_old_answer_is_no_fork(objects):
-    """Answers to requests may arrive in another order."""
+async def test_an_outdated_answer_is_not_a_fork(objects):
+    """Answers may arrive in another order than their requests were sent."""
     manager, other = instance(objects), instance(objects)
     await manager.create(Note("0"))
     old = objects.objects[HEAD]
@@ -159,8 +159,8 @@ async def test_an_old_answer_is_no_fork(objects):
 
 
 @pytest.mark.parametrize("swaps", SWAPS)
-async def test_programs_without_past_are_read_on(objects, swaps):
-    """A store of the program before, then both programs side by side."""
+async def test_a_store_may_be_shared_with_programs_that_do_not_write_past(objects, swaps):
+    """An older program creates the store, and then both programs use it at the same time."""
     old = OldProgram(objects)
     before, new = instance(old), instance(objects)
     await before.create(Note("0"))
@@ -176,7 +176,7 @@ async def test_programs_without_past_are_read_on(objects, swaps):
 
 
 @pytest.mark.parametrize("swaps", SWAPS)
-async def test_a_fork_by_a_program_without_past_is_noticed(objects, swaps):
+async def test_a_fork_by_a_program_that_does_not_write_past_is_noticed(objects, swaps):
     loser, winner = instance(objects), instance(OldProgram(objects))
     await forked(objects, loser, winner)
     await later(winner, swaps)
@@ -184,7 +184,7 @@ async def test_a_fork_by_a_program_without_past_is_noticed(objects, swaps):
         await loser.count()
 
 
-async def test_what_copies_do_not_remember_is_not_compared(objects, caplog, monkeypatch):
+async def test_forgotten_transaction_ids_are_not_compared(objects, caplog, monkeypatch):
     monkeypatch.setattr(local_copy, "REMEMBERED_TXIDS", 20)
     loser, winner = instance(objects), instance(objects)
     await forked(objects, loser, winner)

@@ -32,7 +32,7 @@ def objects() -> MemoryObjectStore:
 
 @pytest.fixture
 def full(monkeypatch) -> list[bool]:
-    """While it holds anything, no copy can be brought up."""
+    """Return a list. While it is not empty, no copy can be advanced."""
     held: list[bool] = []
     advance = local_copy.LocalCopy.advance
 
@@ -46,7 +46,7 @@ def full(monkeypatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("swaps", SWAPS)
-async def test_a_swap_that_the_copy_lacks_is_known(objects, full, swaps):
+async def test_a_process_knows_an_own_swap_that_its_copy_lacks(objects, full, swaps):
     loser, winner = instance(objects), instance(objects)
     await loser.create(Note("both"))
     await winner.count()
@@ -55,7 +55,7 @@ async def test_a_swap_that_the_copy_lacks_is_known(objects, full, swaps):
     await loser.create(Note("lost"))
     full.clear()
     objects.objects[HEAD] = before
-    with pytest.raises(HeadLost, match="old one"):  # its copy is at that HEAD still
+    with pytest.raises(HeadLost, match="old one"):  # the copy is still at that HEAD
         await loser.count()
     await winner.create(Note("kept"))
     await later(winner, swaps)
@@ -63,8 +63,8 @@ async def test_a_swap_that_the_copy_lacks_is_known(objects, full, swaps):
         await loser.count()
 
 
-async def test_a_swap_that_another_process_of_the_directory_knows_differently_is_not_acknowledged(objects, tmp_path):
-    """Both share a copy. It has the other HEAD of the version before this process hears of its own."""
+async def test_a_swap_is_not_acknowledged_if_the_shared_copy_has_another_head_of_its_version(objects, tmp_path):
+    """Two processes share a copy. It advances to the HEAD of the other one before this process gets its answer."""
     one, other = instance(objects, tmp_path), instance(objects, tmp_path)
     await one.create(Note("both"), resource_id="both")
     await other.count()
@@ -94,8 +94,8 @@ async def test_a_swap_that_another_process_of_the_directory_knows_differently_is
 
 
 @pytest.mark.parametrize("swaps", SWAPS)
-async def test_a_swap_that_the_shared_copy_lacks_is_known(objects, full, tmp_path, swaps):
-    """Another process of the directory brings the copy up to the other history. HEAD has not changed since."""
+async def test_a_process_knows_an_own_swap_that_the_shared_copy_lacks(objects, full, tmp_path, swaps):
+    """Another process advances the shared copy along the other history. HEAD has not changed since."""
     one, other = instance(objects, tmp_path), instance(objects, tmp_path)
     await one.create(Note("both"))
     await other.count()
@@ -113,8 +113,8 @@ async def test_a_swap_that_the_shared_copy_lacks_is_known(objects, full, tmp_pat
         await manager.storage.close()
 
 
-async def test_a_swap_that_the_shared_copy_lacks_is_compared_with_it_whatever_is_read(objects, full, tmp_path):
-    """An answer arrives that is older than both histories."""
+async def test_an_own_swap_is_compared_with_the_shared_copy_even_if_the_answer_is_outdated(objects, full, tmp_path):
+    """The answer is older than both histories."""
     one, other = instance(objects, tmp_path), instance(objects, tmp_path)
     await one.create(Note("both"))
     await other.count()
@@ -130,7 +130,7 @@ async def test_a_swap_that_the_shared_copy_lacks_is_compared_with_it_whatever_is
         await manager.storage.close()
 
 
-async def test_a_swap_that_another_process_brought_into_the_shared_copy_is_no_fork(objects, full, tmp_path):
+async def test_an_own_swap_that_another_process_applied_is_not_a_fork(objects, full, tmp_path):
     one, other = instance(objects, tmp_path), instance(objects, tmp_path)
     await one.create(Note("both"))
     await other.count()
@@ -145,7 +145,7 @@ async def test_a_swap_that_another_process_brought_into_the_shared_copy_is_no_fo
         await manager.storage.close()
 
 
-async def test_the_copy_has_an_own_swap_though_its_segment_cannot_be_read(objects, tmp_path):
+async def test_the_copy_applies_an_own_swap_whose_segment_cannot_be_read(objects, tmp_path):
     manager = instance(objects, tmp_path)
     await manager.create(Note("0"))
     objects.fault = lambda call: DROPPED if call.op == "get" and "/seg/" in call.key else None
@@ -157,7 +157,7 @@ async def test_the_copy_has_an_own_swap_though_its_segment_cannot_be_read(object
 
 
 async def test_a_copy_that_moved_to_another_history_is_not_advanced(objects, tmp_path, monkeypatch):
-    """Another process of the directory brings the copy to the other history, after HEAD was compared with it."""
+    """Another process advances the shared copy along the other history after HEAD was compared with it."""
     one, winner, loser = instance(objects, tmp_path), instance(objects), instance(objects)
     await one.create(Note("both"))
     await winner.count()
@@ -209,7 +209,7 @@ async def test_a_fork_survives_a_restart_in_the_data_directory(objects, tmp_path
 
 @pytest.mark.parametrize("swaps", SWAPS)
 async def test_a_fork_is_noticed_at_a_restart(objects, tmp_path, swaps):
-    """The process was killed before it noticed. Its copy knows."""
+    """The process was killed before it noticed the fork. Its copy still has the HEAD of its own history."""
     loser, winner = instance(objects, tmp_path), instance(objects)
     await forked(objects, loser, winner)
     await loser.storage.close()
@@ -243,7 +243,7 @@ async def test_a_fork_that_cannot_be_recorded_still_stops(objects, tmp_path, mon
     await loser.storage.close()
 
 
-async def test_a_fork_is_recorded_though_the_bucket_cannot_be_read(objects, tmp_path, caplog):
+async def test_a_fork_is_recorded_even_if_the_bucket_cannot_be_read(objects, tmp_path, caplog):
     loser, winner = instance(objects, tmp_path), instance(objects)
     await forked(objects, loser, winner)
     got = objects.objects[HEAD]

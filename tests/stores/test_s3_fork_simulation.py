@@ -1,8 +1,9 @@
-"""A storage that compares first and writes afterwards, on virtual time and from one seed: no acknowledged write is lost silently.
+"""Simulate a storage that compares first and writes afterwards: no acknowledged write is lost silently.
 
-The storage is correct while the store is made and raced, and becomes faulty later. Afterwards each acknowledged write is in the
-history that a fresh instance reads, or the process that acknowledged it has stopped (`history-forked`). The same simulation without
-the detection shows that it can find a write that is lost silently.
+The simulation runs in virtual time, and a seed determines it. The storage is correct during creation and the race
+check, and becomes faulty later. Afterwards each acknowledged write is in the history that a fresh instance reads, or
+the process that acknowledged it has stopped (`history-forked`). The same simulation without the detection shows that it
+can find a write that is lost silently.
 
 `SIMULATIONS=1000 pytest tests/stores/test_s3_fork_simulation.py` runs more seeds.
 """
@@ -27,7 +28,7 @@ PROCESSES = 3
 
 
 class Process:
-    """What acknowledges: an instance, with or without a data directory."""
+    """A process that acknowledges writes, with or without a data directory."""
 
     def __init__(self, world: ForkingWorld, directory: Path | None) -> None:
         self.directory, self.killed = directory, False
@@ -40,7 +41,10 @@ class Process:
         return self.manager.storage.meta_store._replica.unapplied_version
 
     async def refusal(self) -> type[CrudError] | None:
-        """Return the error with which it refuses to serve now. If it was killed: that of the next process of its data directory."""
+        """Return the error with which this process refuses to serve, or None.
+
+        If it was killed, asks a new process with the same data directory.
+        """
         manager = self._world.made_in(self.directory) if self.killed else self.manager
         try:
             await manager.count()
@@ -106,12 +110,12 @@ class ForkingWorld(World):
         reader, kept = self.made_in(None), set()
         try:
             await reader.count()
-        except StoreDamaged:  # housekeeping of one branch removed what the other needs: every process says so
+        except StoreDamaged:  # housekeeping of one history removed objects of the other
             return
         for rid in RESOURCES:
             with contextlib.suppress(ResourceNotFound):
                 for info in (await reader.revisions(rid, limit=200)).items:
-                    with contextlib.suppress(StoreDamaged):  # a body whose write was refused, and landed all the same
+                    with contextlib.suppress(StoreDamaged):  # a refused body that took effect all the same
                         body = await reader.storage.body(
                             info.uid
                         )  # mixed histories may have a record that no request finds
@@ -119,13 +123,13 @@ class ForkingWorld(World):
         for process in self.processes:
             lost = process.tokens - kept
             if not lost or (process.killed and (process.directory is None or process.unapplied_version)):
-                continue  # a process that is gone, and its copy too, or that was killed before its copy had its swap
+                continue  # the process and its copy are gone, or it was killed before its copy had its swap
             self.lost[await process.refusal()] += len(lost)
 
 
 def simulate(seed: int, root: Path, monkeypatch) -> Counter[type[CrudError] | None]:
     """Return how many acknowledged writes are lost, by the error of the process that acknowledged them."""
-    monkeypatch.setattr(head, "MAX_PAST", (1, 3, 32)[seed % 3])  # with few, records decide
+    monkeypatch.setattr(head, "MAX_PAST", (1, 3, 32)[seed % 3])  # if HEADs name few versions, records decide
 
     async def main() -> Counter[type[CrudError] | None]:
         world = ForkingWorld(seed, root)
@@ -147,14 +151,15 @@ def test_no_acknowledged_write_is_lost_silently(tmp_path, monkeypatch):
     total = 0
     for seed in SEEDS:
         lost = simulate(seed, tmp_path / str(seed), monkeypatch)
-        # A HEAD that lands later than the versions that HEADs name may look like an old one: head-lost, which is not silent.
+        # A HEAD that arrives more versions late than HEADs name may look like an old one. The error is then head-lost,
+        # which is not silent.
         assert lost.keys() <= {HistoryForked, HeadLost}, f"seed {seed}: {lost}"
         total += lost.total()
     assert total > len(SEEDS), "the storage hardly lost anything"
 
 
 def test_without_the_detection_writes_are_lost_silently(tmp_path, monkeypatch):
-    """The simulation can find what it looks for."""
+    """Shows that the simulation can find a silent loss."""
     monkeypatch.setattr(fork_detector, "same_history", lambda *_: True)
     monkeypatch.setattr(fork_detector, "has_fewer_records", lambda *_: False)
     monkeypatch.setattr(fork_detector, "contradicts", lambda *_: False)

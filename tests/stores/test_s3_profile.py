@@ -1,4 +1,4 @@
-"""Credentials and region of profiles in ~/.aws, through botocore's own chain."""
+"""Credentials and region of profiles in ~/.aws, through the credential chain of botocore."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.services import BUCKET
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty home directory, and no settings of AWS."""
+    """Use an empty home directory, and no settings of AWS."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -58,7 +58,7 @@ def test_keys_of_the_environment_come_before_a_profile_and_import_no_botocore(mo
     assert done.stdout == "False\n"
 
 
-def test_a_config_with_a_region_alone_leaves_obstore_alone(home):
+def test_a_config_with_only_a_region_has_no_provider(home):
     home.joinpath("config").write_text("[default]\nregion = eu-west-3\n[profile mine]\nregion = eu-west-1\n")
     assert provider() is None
     assert region() == "eu-west-3"
@@ -67,7 +67,7 @@ def test_a_config_with_a_region_alone_leaves_obstore_alone(home):
 
 
 def test_a_process_is_asked_again_when_its_credentials_are_about_to_end(home, monkeypatch):
-    """Credentials that end within botocore's ten minutes are renewed at each call."""
+    """Credentials that expire within ten minutes are renewed at each call, as botocore does."""
     script = home / "keys.py"
     count = home / "count"
     script.write_text(
@@ -90,9 +90,9 @@ def test_a_process_is_asked_again_when_its_credentials_are_about_to_end(home, mo
 
 @pytest.mark.usefixtures("home")
 def test_a_profile_that_is_not_there_is_one_sentence(monkeypatch):
-    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    monkeypatch.setenv("AWS_PROFILE", "unknown")
     with pytest.raises(
-        StoreUnavailable, match=r"the profile in use has no AWS credentials: .*nobody.* could not be found"
+        StoreUnavailable, match=r"the profile in use has no AWS credentials: .*unknown.* could not be found"
     ):
         provider()()
 
@@ -168,7 +168,7 @@ except StoreUnavailable as error:
 
 
 def ask(home, calls: int = 1) -> list:
-    """Call the provider in a process of its own: botocore looks up the directory of SSO tokens when it is imported."""
+    """Call the provider in a new process, because botocore reads the directory of SSO tokens when it is imported."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment |= {"HOME": str(home.parent), "AWS_PROFILE": "mine", "AWS_EC2_METADATA_DISABLED": "true"}
     done = subprocess.run(

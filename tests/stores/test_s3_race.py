@@ -32,7 +32,7 @@ class Note(Struct):
 
 
 class Counting(MemoryObjectStore):
-    """A double that counts the PUTs of races and has an endpoint."""
+    """A store in memory that counts the PUTs of races and has an endpoint."""
 
     def __init__(self, endpoint: str = "http://one:9000") -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def raced(objects: MemoryObjectStore) -> tuple[str, ...]:
 
 
 def process(objects: Counting, endpoint: str) -> Counting:
-    """Another client of the same bucket, as another process has one."""
+    """Return another client of the same bucket, like that of another process."""
     client = Counting(endpoint)
     client.objects = objects.objects
     return client
@@ -103,7 +103,7 @@ async def test_a_store_of_an_earlier_program_is_raced_at_its_first_start():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_check_then_act_is_refused(seed):
-    """The single conditions of the probe pass; the race does not."""
+    """The single conditional PUTs of the probe pass, but the race does not."""
 
     async def main():
         chance = random.Random(seed)
@@ -122,7 +122,7 @@ def test_check_then_act_is_refused(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_slow_and_unreliable_storage_is_never_refused(seed):
-    """Lost answers, false conflicts and PUTs that land late prove nothing, and are no reason to refuse a correct storage."""
+    """Lost answers, false conflicts and PUTs that take effect late are no reason to refuse a correct storage."""
 
     async def main():
         chance = random.Random(seed)
@@ -137,7 +137,7 @@ def test_a_slow_and_unreliable_storage_is_never_refused(seed):
             return InjectedFault(chance.choice(["unknown", "conflict"]), applied=chance.random() < 0.5, late=late)
 
         objects.fault = fault
-        # A third of all requests failing may keep every round from proving anything. Less must not keep the race from passing.
+        # If a third of all requests fail, perhaps no round has a result. With fewer failures the race must pass.
         with contextlib.suppress(*([StoreUnavailable] if trouble == 0.3 else [])):
             await race_conditional_writes(objects, f"{KEY}/")
             assert objects.raced >= PUTS
@@ -146,7 +146,7 @@ def test_a_slow_and_unreliable_storage_is_never_refused(seed):
 
 
 @pytest.mark.parametrize("answer", ["conflict", "unknown"])
-def test_a_race_that_proves_nothing_ends(answer):
+def test_a_race_without_a_result_ends(answer):
     async def main():
         objects = Counting()
         objects.fault = lambda call: (
@@ -168,7 +168,7 @@ async def test_a_winner_whose_content_was_replaced_is_refused(monkeypatch):
     async def writes_all(key, body, etag):
         outcome = await put_if(key, body, etag)
         if key.startswith(RACE) and isinstance(outcome, NotStored):
-            objects._store(key, body)  # it says that it did not
+            objects._store(key, body)  # although the answer says that nothing was stored
         return outcome
 
     monkeypatch.setattr(objects, "put_if", writes_all)
@@ -182,7 +182,7 @@ async def test_objects_of_a_killed_race_are_collected(monkeypatch):
     await manager.create(Note("0"))
     await objects.put(f"{RACE}killed", b"")
     await manager.maintain(10)
-    assert left(objects) == [f"{RACE}killed"]  # perhaps it still runs
+    assert left(objects) == [f"{RACE}killed"]  # that race may still run
     monkeypatch.setattr(housekeeping, "LEFTOVER_S", -60.0)
     await manager.maintain(10)
     assert left(objects) == []

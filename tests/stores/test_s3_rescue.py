@@ -1,4 +1,4 @@
-"""What a fork lost is written to a file, from where it can be sent again, and service is resumed."""
+"""Lost writes of a fork are written to a file, can be sent again, and service is resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lines_of(path) -> list[dict]:
 
 
 async def stopped(objects, directory, swaps: str = "1"):
-    """The API of a process that has stopped because of a fork, after changes of every kind were lost."""
+    """Return the API of a process that stopped because of a fork, after changes of every kind were lost."""
     crud, winner = api(objects, directory), instance(objects)
     loser = crud.managers["note"]
     for name in ("purged", "deleted"):
@@ -147,8 +147,8 @@ async def test_transactions_whose_log_is_gone_leave_the_local_copy(objects, tmp_
     assert await instance(objects, tmp_path / "data").count() == await winner.count()
 
 
-async def test_what_the_bucket_has_again_is_not_lost(objects, tmp_path):
-    """The storage let the other branch be overwritten, after this one was recorded as lost."""
+async def test_writes_that_the_bucket_holds_again_are_not_lost(objects, tmp_path):
+    """The storage overwrote the other history after this one was recorded as lost."""
     crud, winner = api(objects, tmp_path / "data"), instance(objects)
     loser = crud.managers["note"]
     await loser.create(Note("both"))

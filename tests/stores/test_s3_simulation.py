@@ -1,8 +1,13 @@
-"""Several instances, one bucket, and everything that can go wrong at once, on virtual time and from one seed.
+"""Simulate several instances on one bucket, with all kinds of failures at once.
 
-Each write carries a token of its own; some carry an Idempotency-Key too, and are asked for again elsewhere if nobody heard what became of them. Afterwards the history that a fresh instance reads must contain every token that was acknowledged
-exactly once, none that was refused, and each of the others at most once; revisions are dense; of the writers that named a version at most
-one succeeded; and a read that began after an acknowledgement saw it.
+The simulation runs in virtual time, and a seed determines it. Each write has its own token. Some writes also have an
+Idempotency-Key, and are repeated on another instance if the client got no answer. Afterwards, the history that a fresh
+instance reads must keep these rules:
+
+- Every acknowledged token is in it exactly once, no rejected token is in it, and every other token at most once.
+- Revisions have no gaps.
+- Of the writers that expected the same version, at most one succeeded.
+- A read that began after an acknowledgement saw that write.
 
 `SIMULATIONS=1000 pytest tests/stores/test_s3_simulation.py` runs more seeds.
 """
@@ -51,7 +56,7 @@ class Note(Struct):
 
 
 class SmallTails(IStorageFactory):
-    """Everything happens often: segments, merges, snapshots."""
+    """Builds stores with small tails, so that segments, merges and snapshots are frequent."""
 
     def __init__(self, objects: MemoryObjectStore, local_dir: Path | None, sync_interval: float | None = 0.3) -> None:
         self.objects, self.local_dir, self.sync_interval = objects, local_dir, sync_interval
@@ -81,7 +86,7 @@ class World:
         self.winners: Counter[tuple[str, int, str]] = Counter()
         self.newest: Counter[str] = Counter()  # the highest version of a resource that was acknowledged
         self.made = 0
-        self.again: list[tuple[str, Note]] = []  # writes under a key whose outcome nobody heard
+        self.again: list[tuple[str, Note]] = []  # writes with a key whose outcome no client knows
         self.heard_again = 0
         self.objects.fault = self.fault
 
@@ -99,7 +104,7 @@ class World:
         return crud.add_model(Note, indexed_fields=["token", IndexedField("name", unique=True)])
 
     async def instance(self, number: int) -> None:
-        """Some writers on one instance, which dies and comes back."""
+        """Run some writers on one instance, and kill and restart it."""
         for life in range(2):
             manager = self.manager()
             tasks = [
@@ -107,7 +112,7 @@ class World:
             ]
             reader = asyncio.create_task(self.reader(manager))
             doomed = self.random.random() < 0.4
-            if doomed and (number, life) != (0, 1):  # one is left that can finish opening
+            if doomed and (number, life) != (0, 1):  # one instance stays that can finish opening
                 await asyncio.sleep(self.random.uniform(0, 1.5))
                 await self.kill(manager, tasks)
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,14 +123,14 @@ class World:
                     raise task.exception()
 
     async def reader(self, manager) -> None:
-        """Brings the copy up at any moment, between any two steps of the committer."""
+        """Advance the copy at random moments, between any two steps of the committer."""
         while True:
             await asyncio.sleep(self.random.expovariate(1 / 0.02))
             with contextlib.suppress(CrudError):
                 await manager.count()
 
     async def kill(self, manager, tasks) -> None:
-        """Stop everything of an instance where it stands; what is under way to S3 may still arrive."""
+        """Stop an instance at once. Requests under way to S3 may still take effect."""
         store = manager.storage.meta_store
         loop_state = store._loop_state()
         for task in (loop_state.committer._running, loop_state._keeping, *tasks):
@@ -142,7 +147,11 @@ class World:
                 await self.step(manager, token)
                 if self.random.random() < 0.05:
                     await manager.maintain(10)
-            except (StoreDamaged, ConfigError, HistoryForked):  # HeadLost for one: nobody touches the bucket here
+            except (
+                StoreDamaged,
+                ConfigError,
+                HistoryForked,
+            ):  # must not occur: nothing else changes the bucket
                 raise
             except CrudError:
                 pass
@@ -161,7 +170,7 @@ class World:
         else:
             assert found.version >= known, f"{rid}: read version {found.version} after {known} was acknowledged"
         by = Caller("writer", key=IdempotencyKey(token, rid) if self.random.random() < 0.5 else None)
-        self.unknown.add(token)  # from here on, until the answer says otherwise
+        self.unknown.add(token)  # in doubt from here on, until the answer tells the outcome
         try:
             if found is None:
                 done = await manager.create(note, resource_id=rid, by=by)
@@ -188,7 +197,10 @@ class World:
         self.acknowledged[token] = rid, revision
 
     async def ask_again(self, manager) -> None:
-        """With the same key, as a client does that heard nothing. A refusal says nothing of the first time, which may still arrive."""
+        """Repeat a request with the same key, like a client that got no answer.
+
+        A rejection does not tell the outcome of the first request, which may still take effect.
+        """
         rid, note = self.again.pop(self.random.randrange(len(self.again)))
         by = Caller("writer", key=IdempotencyKey(note.token, rid))
         try:
@@ -203,7 +215,7 @@ class World:
 
     async def check(self) -> None:
         self.objects.fault = lambda _: None
-        await asyncio.sleep(100)  # what was late has arrived
+        await asyncio.sleep(100)  # all late requests have taken effect
         reader = self.manager()
         tokens: Counter[str] = Counter()
         places: dict[str, tuple[str, int]] = {}
@@ -232,11 +244,13 @@ class World:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_history_breaks_a_promise(seed, tmp_path, monkeypatch):
+def test_every_history_keeps_the_guarantees(seed, tmp_path, monkeypatch):
     monkeypatch.setattr(housekeeping, "LEAST_LOG", 20_000)
     monkeypatch.setattr(housekeeping, "ABANDONED", 8_000)
     monkeypatch.setattr(housekeeping, "FANOUT", 3)
-    monkeypatch.setattr(head, "MAX_PAST", (1, 3, 32)[seed % 3])  # with few, records decide whether history has forked
+    monkeypatch.setattr(
+        head, "MAX_PAST", (1, 3, 32)[seed % 3]
+    )  # if HEADs name few versions, records decide whether history has forked
 
     async def main() -> int:
         world = World(seed, tmp_path)

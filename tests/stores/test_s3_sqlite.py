@@ -37,7 +37,7 @@ def objects() -> MemoryObjectStore:
 # Requests
 
 
-async def test_requests_are_as_few_as_promised(objects):
+async def test_each_operation_sends_the_documented_requests(objects):
     manager = instance(objects)
     created = await manager.create(Note("first"))
     rid = created.meta.resource_id
@@ -51,18 +51,18 @@ async def test_requests_are_as_few_as_promised(objects):
     assert await cost(manager.create(Note("one"))) == {"put": 1, "put_if": 1}
     assert await cost(manager.update(rid, Note("two"))) == {"put": 1, "put_if": 1}
     assert await cost(manager.delete(rid)) == {"put_if": 1}
-    assert await cost(manager.restore(rid)) == {"put_if": 1, "get": 1}  # it answers with the data
+    assert await cost(manager.restore(rid)) == {"put_if": 1, "get": 1}  # its answer contains the data
     assert await cost(manager.get(rid)) == {"get_if": 1, "get": 1}
     assert await cost(manager.meta(rid)) == {"get_if": 1}
     assert await cost(manager.count()) == {"get_if": 1}
     assert await cost(manager.find()) == {"get_if": 1}
     assert await cost(manager.search()) == {"get_if": 1, "get": 2}
-    assert await cost(manager.get("nobody")) == {"get_if": 1}
-    assert await cost(manager.update("nobody", Note("x"))) == {"get_if": 1}
+    assert await cost(manager.get("missing")) == {"get_if": 1}
+    assert await cost(manager.update("missing", Note("x"))) == {"get_if": 1}
     assert await cost(manager.update(rid, Note("two"))) == {"get_if": 1}  # the same data
     other = instance(objects)
     await other.create(Note("elsewhere"))
-    assert await cost(manager.count()) == {"get_if": 1}  # its answer brings what is new
+    assert await cost(manager.count()) == {"get_if": 1}  # its answer contains the new records
 
 
 async def test_bytes_of_a_write_do_not_grow(objects):
@@ -103,7 +103,7 @@ async def test_writers_share_swaps(objects):
     ],
     ids=["500 or 503", "lost answer", "409 or 412", "412 for our own success", "late", "late after 409"],
 )
-def test_whatever_the_swap_answers_a_write_happens_once(objects, fault):
+def test_a_write_happens_once_after_every_answer_to_its_swap(objects, fault):
     async def main():
         objects.latency = lambda _: 0.02
         manager = instance(objects)
@@ -120,8 +120,8 @@ def test_whatever_the_swap_answers_a_write_happens_once(objects, fault):
     virtual_time.run(main())
 
 
-def test_a_rejection_waits_until_an_own_put_cannot_land_any_more(objects):
-    """A PUT of our own is under way and forgotten; what would be rejected by the HEAD that it named must not be, before it is dead."""
+def test_a_rejection_waits_until_an_own_put_can_no_longer_take_effect(objects):
+    """An own PUT without an answer may still replace HEAD. Until it cannot, that HEAD rejects no write."""
 
     async def main():
         objects.latency = lambda _: 0.02
@@ -143,8 +143,8 @@ def test_a_rejection_waits_until_an_own_put_cannot_land_any_more(objects):
 
 
 @pytest.mark.parametrize("key", [None, "k"])
-async def test_what_landed_late_is_not_refused_because_of_itself(objects, monkeypatch, key):
-    """A swap without an answer lands after the history was looked at, and a read brings the copy up before the next attempt."""
+async def test_a_write_that_took_effect_late_does_not_conflict_with_itself(objects, monkeypatch, key):
+    """A swap takes effect after the history was searched, and a read advances the copy before the next attempt."""
     manager = instance(objects)
     before = await manager.create(Note("one"), resource_id="a")
     committer = meta_store(manager)._loop_state().committer
@@ -174,7 +174,7 @@ async def test_what_landed_late_is_not_refused_because_of_itself(objects, monkey
     await manager.close()
 
 
-def test_no_answer_at_all_is_an_unknown_outcome_and_never_a_failure(objects):
+def test_a_write_without_any_answer_has_an_unknown_outcome(objects):
     async def main():
         manager = instance(objects)
         created = await manager.create(Note("0"))
@@ -187,7 +187,7 @@ def test_no_answer_at_all_is_an_unknown_outcome_and_never_a_failure(objects):
     virtual_time.run(main())
 
 
-def test_a_body_that_cannot_be_put_is_a_write_that_did_not_happen(objects):
+def test_a_write_whose_body_cannot_be_put_does_not_happen(objects):
     async def main():
         manager = instance(objects)
         await manager.create(Note("0"))
@@ -224,8 +224,8 @@ def test_an_instance_that_dies_around_the_swap_leaves_all_or_nothing(objects, fa
     virtual_time.run(main())
 
 
-async def test_a_zombie_that_slept_through_collection_loses(objects):
-    """It holds an old HEAD and an old copy; meanwhile everything was written over, compacted and removed."""
+async def test_a_process_that_was_frozen_during_collection_is_rejected(objects):
+    """It has an old HEAD and an old copy. Meanwhile all was overwritten, compacted and collected."""
     zombie, other = instance(objects), instance(objects)
     created = await zombie.create(Note("0"))
     rid = created.meta.resource_id
@@ -255,8 +255,8 @@ async def test_a_zombie_that_slept_through_collection_loses(objects):
     assert not [key for key in objects.objects if "/seg/" in key]
 
 
-def test_more_was_written_than_copies_remember(objects, monkeypatch):
-    """Whether an unanswered write happened cannot be told any more; it must not be guessed."""
+def test_the_outcome_is_unknown_after_more_writes_than_copies_remember(objects, monkeypatch):
+    """It is unknown whether the write without an answer was stored, and must not be guessed."""
     monkeypatch.setattr(local_copy, "REMEMBERED_TXIDS", 20)
     monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.committer.REMEMBERED_TXIDS", 20)
 
@@ -292,7 +292,7 @@ def test_more_was_written_than_copies_remember(objects, monkeypatch):
 
 
 async def test_no_two_heads_have_equal_bytes(objects):
-    """ETags are content hashes: of two writers that send the same bytes both would believe that theirs were stored."""
+    """ETags are content hashes. If two writers sent the same bytes, both would believe that their PUT succeeded."""
     manager = instance(objects)
     await manager.create(Note("0"))
     head = head_of(objects)

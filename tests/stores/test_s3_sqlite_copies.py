@@ -34,7 +34,7 @@ def copies(directory: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "zeros", "text", "missing"])
-async def test_a_torn_copy_is_made_again(objects, tmp_path, damage):
+async def test_a_damaged_copy_is_rebuilt(objects, tmp_path, damage):
     manager = instance(objects, tmp_path)
     for number in range(200):
         await manager.create(Note(f"note {number}"))
@@ -58,7 +58,7 @@ async def test_a_torn_copy_is_made_again(objects, tmp_path, damage):
     await again.storage.close()
 
 
-async def test_a_copy_torn_under_a_running_instance_is_made_again(objects, tmp_path):
+async def test_a_copy_that_is_damaged_while_in_use_is_rebuilt(objects, tmp_path):
     manager = instance(objects, tmp_path)
     for number in range(100):
         await manager.create(Note(f"note {number}"))
@@ -75,7 +75,7 @@ async def test_a_copy_torn_under_a_running_instance_is_made_again(objects, tmp_p
     await manager.storage.close()
 
 
-async def test_processes_whose_lock_is_held_use_copies_of_their_own(objects, tmp_path, monkeypatch):
+async def test_a_process_that_gets_no_lock_uses_a_private_copy(objects, tmp_path, monkeypatch):
     monkeypatch.setattr(local_copy, "LOCK_TIMEOUT_S", 0.05)
     first = instance(objects, tmp_path)
     await first.create(Note("0"))
@@ -83,7 +83,7 @@ async def test_processes_whose_lock_is_held_use_copies_of_their_own(objects, tmp
     with contextlib.closing(os.fdopen(os.open(path.parent / "lock", os.O_RDWR))) as lock:
         import fcntl
 
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that was stopped in the middle
+        fcntl.flock(lock, fcntl.LOCK_EX)  # like a process that was stopped while it held the lock
         second = instance(objects, tmp_path)
         await second.create(Note("1"))
         await first.create(Note("2"))
@@ -92,7 +92,7 @@ async def test_processes_whose_lock_is_held_use_copies_of_their_own(objects, tmp
     await second.storage.close()
 
 
-async def test_what_killed_processes_left_is_removed_after_a_day(objects, tmp_path):
+async def test_files_of_killed_processes_are_removed_after_a_day(objects, tmp_path):
     manager = instance(objects, tmp_path)
     await manager.create(Note("0"))
     (current,) = copies(tmp_path)
@@ -121,16 +121,16 @@ async def test_a_full_disk_loses_no_acknowledged_write(objects, tmp_path, monkey
         return advance(self, *args)
 
     monkeypatch.setattr(local_copy.LocalCopy, "advance", fails)
-    await manager.update(rid, Note("1"))  # it is in S3
+    await manager.update(rid, Note("1"))  # the write is in S3
     with pytest.raises(StoreUnavailable):
-        await manager.get(rid)  # and nothing older may be read
+        await manager.get(rid)  # and no older state may be read
     full = False
     assert (await manager.get(rid)).data.text == "1"
     assert (await instance(objects).get(rid)).data.text == "1"
     await manager.storage.close()
 
 
-def test_bounded_reads_check_no_more_often_than_they_must(objects):
+def test_bounded_reads_check_after_max_staleness_only(objects):
     async def main():
         factory = S3StorageFactory("double", object_store=objects, consistency="bounded", sync_interval=5.0)
         crud = AutoCRUD(storage_factory=factory)
@@ -165,7 +165,7 @@ async def test_local_reads_wait_for_an_own_write_that_the_copy_lacks(objects, mo
     assert (await manager.get(created.meta.resource_id)).data.text == "1"
 
 
-async def test_the_sweep_never_believes_an_old_copy(objects):
+async def test_the_sweep_never_uses_an_outdated_copy(objects):
     crud = AutoCRUD(storage_factory=S3StorageFactory("double", object_store=objects, consistency="local"))
     behind = crud.add_model(Note, indexed_fields=["text"])
     await behind.create(Note("0"))

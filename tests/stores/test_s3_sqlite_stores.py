@@ -34,7 +34,7 @@ def objects() -> MemoryObjectStore:
 # Removed or replaced objects
 
 
-async def test_a_removed_head_is_never_made_again(objects, tmp_path):
+async def test_a_removed_head_is_never_created_again(objects, tmp_path):
     manager = instance(objects, tmp_path)
     await manager.create(Note("0"))
     kept = objects.objects.pop(HEAD)
@@ -58,7 +58,7 @@ async def test_an_old_head_that_was_put_back_is_refused(objects):
         await manager.count()
 
 
-async def test_another_store_in_its_place_is_refused(objects):
+async def test_another_store_at_the_same_key_is_refused(objects):
     manager = instance(objects)
     await manager.create(Note("0"))
     for key in list(objects.objects):
@@ -68,7 +68,7 @@ async def test_another_store_in_its_place_is_refused(objects):
         await manager.count()
 
 
-async def test_a_missing_segment_is_damage_and_no_empty_answer(objects):
+async def test_a_missing_segment_is_reported_as_damage(objects):
     manager = instance(objects)
     for number in range(200):
         await manager.create(Note(f"note {number}"))
@@ -92,7 +92,7 @@ async def test_a_storage_that_ignores_conditions_is_refused(objects, condition):
         await instance(objects).create(Note("0"))
 
 
-async def test_many_births_at_once_are_one(objects):
+async def test_concurrent_creations_create_one_store(objects):
     managers = [instance(objects) for _ in range(8)]
     await asyncio.gather(*(manager.create(Note(str(at))) for at, manager in enumerate(managers)))
     assert [await manager.count() for manager in managers] == [8] * 8
@@ -101,7 +101,7 @@ async def test_many_births_at_once_are_one(objects):
 # Housekeeping
 
 
-async def test_snapshots_merges_and_collection_lose_nothing(objects, monkeypatch):
+async def test_housekeeping_loses_no_data(objects, monkeypatch):
     monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.housekeeping.LEAST_LOG", 20_000)
     manager = instance(objects)
     for number in range(400):
@@ -128,7 +128,7 @@ async def test_segments_are_merged(objects, monkeypatch):
     assert await instance(objects).count() == 700
 
 
-async def test_a_snapshot_that_is_not_what_was_uploaded_is_refused(objects):
+async def test_a_damaged_snapshot_is_refused(objects):
     manager = instance(objects)
     await manager.create(Note("0"))
     await meta_store(manager)._loop_state().housekeeping.snapshot(forget=True)
@@ -139,7 +139,7 @@ async def test_a_snapshot_that_is_not_what_was_uploaded_is_refused(objects):
         await instance(objects).count()
 
 
-async def test_a_snapshot_of_somebody_who_died_is_abandoned_and_collected(objects, monkeypatch):
+async def test_a_snapshot_of_a_killed_process_is_collected(objects, monkeypatch):
     monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.housekeeping.ABANDONED", 10_000)
     dying, other = instance(objects), instance(objects)
     await dying.create(Note("0"))
@@ -166,7 +166,7 @@ async def test_a_snapshot_of_somebody_who_died_is_abandoned_and_collected(object
 
 
 async def test_a_snapshot_that_was_abandoned_is_not_installed(objects, monkeypatch):
-    """Whoever made it slept so long that others gave it up and removed it."""
+    """The process that made it was frozen so long that others abandoned the snapshot and removed it."""
     monkeypatch.setattr("app.autocrud.resource_manager.backends.s3_sqlite.housekeeping.ABANDONED", 10_000)
     sleeper, other = instance(objects), instance(objects)
     await sleeper.create(Note("0"))
@@ -194,7 +194,7 @@ async def test_a_snapshot_that_was_abandoned_is_not_installed(objects, monkeypat
 
 @pytest.mark.parametrize("killed", [False, True])
 async def test_purge_leaves_no_trace(objects, tmp_path, killed):
-    """`killed`: after the commit; then the housekeeping of another instance does the rest, once."""
+    """With `killed`, the process is killed after the commit. Another instance then erases the data, once."""
     manager = instance(objects, tmp_path)
     kept = await manager.create(Note("kept"))
     created = await manager.create(Note("secret-text", "secret-code"))
@@ -238,12 +238,12 @@ async def test_an_export_is_a_plain_database_and_can_be_imported(objects, tmp_pa
     assert found.items[0].data.text == "note 3"
     with pytest.raises(UniqueConflict):
         await imported.create(Note("x", "code 3"))
-    await elsewhere.put(KEY, b"somebody still writes here")
+    await elsewhere.put(KEY, b"another program still writes here")
     with pytest.raises(ConfigError, match="earlier deployment"):
         await instance(elsewhere).count()
 
 
-async def test_what_is_no_export_is_not_imported(objects):
+async def test_a_file_that_is_not_an_export_is_not_imported(objects):
     await objects.put(KEY, b"something else")
     with pytest.raises(ConfigError, match="not a database that crudstack exported"):
         await instance(objects).count()
@@ -253,7 +253,7 @@ async def test_what_is_no_export_is_not_imported(objects):
 # Programs of other versions
 
 
-async def test_versions_with_other_fields_share_one_log(objects):
+async def test_programs_with_other_fields_share_one_log(objects):
     old, new = instance(objects, fields=("text",)), instance(objects, fields=("text", "code"))
     await old.create(Note("from old", "a"))
     await new.open()
@@ -268,7 +268,7 @@ async def test_versions_with_other_fields_share_one_log(objects):
     assert await again.count(Query(where=field("code").eq("c"))) == 0
 
 
-async def test_a_unique_field_binds_earlier_versions_too(objects):
+async def test_earlier_programs_enforce_a_new_unique_field(objects):
     old = instance(objects, fields=("text", "code"))
     await old.create(Note("0", "a"))
     new = instance(objects)
@@ -287,7 +287,7 @@ async def test_a_field_cannot_become_unique_over_duplicates(objects):
         await instance(objects).create(Note("2", "b"))
 
 
-async def test_keys_of_later_versions_are_kept(objects):
+async def test_keys_that_later_programs_wrote_are_kept(objects):
     manager = instance(objects)
     await manager.create(Note("0"))
     import msgspec
@@ -301,7 +301,7 @@ async def test_keys_of_later_versions_are_kept(objects):
         await manager.count()
 
 
-async def test_large_records_go_past_the_tail(objects):
+async def test_large_records_are_put_into_segments(objects):
     manager = instance(objects)
     await manager.create(Note("x" * 100_000))
     assert head_of(objects).tail == ()
