@@ -305,7 +305,7 @@ async def test_a_hook_that_answers_nonsense_lets_nobody_in(answer, caplog):
     make_crud(authenticate=lambda _: answer).apply(app)
     async with client_of(app) as api:
         problem(await api.get("/note"), 500, "internal-error")
-    assert "authenticate answered" in caplog.text
+    assert "authenticate returned" in caplog.text
     assert "authorize returned" in caplog.text
 
 

@@ -128,7 +128,7 @@ def test_a_row_is_a_list(items, steps):
             row[at % len(plain)] = plain[at % len(plain)] = number
         assert (row.plain(), list(row), len(row)) == (plain, plain, len(plain))
         assert [row[index] for index in range(len(plain))] == plain
-        assert all(0 < len(piece) <= 2 * json_patch.LONG for piece in row._pieces) or not plain
+        assert all(0 < len(piece) <= 2 * json_patch.LONG for piece in row._chunks) or not plain
 
 
 @settings(max_examples=1500, deadline=None)

@@ -1,13 +1,24 @@
-"""The HTTP API: routes, conditional requests, problem details, OpenAPI. Rooms:
+"""The HTTP API: routes, conditional requests, problem details and OpenAPI.
 
-messages    a request and a response, as thin as ASGI allows
-problems    errors as problem details (RFC 9457)
-conditions  ETags, If-Match, If-None-Match (RFC 9110)
-searching   a query string as a Query, cursors
-patching    JSON Merge Patch (RFC 7396) and JSON Patch (RFC 6902)
-batches     the operations of POST /{model}/batch
-routes      what each path and method of a model does
-service     healthz, readyz, and putting it all onto an app or a router
-openapi     the description of all that
-docs        a local page that shows it
+messages       a request and a response, as thin wrappers of ASGI
+problems       errors as problem details (RFC 9457)
+guard          authentication of requests
+conditions     ETags, If-Match and If-None-Match (RFC 9110)
+options        ids, the Idempotency-Key, and options in the query string
+searching      query strings as queries, and cursors
+patching       patches of a request: JSON Merge Patch (RFC 7396) and JSON Patch (RFC 6902)
+json_patch     applies a JSON Patch, with bounds on its cost
+json_diff      computes a JSON Patch from two documents
+batches        the operations of POST /{model}/batch
+answers        responses with resources, and pages that fit into a response
+model_context  what the routes of one model share: policy, access control, the target of a write
+collection     the routes of a model's collection
+resource       the routes of one resource
+history        the routes of revisions and differences
+routes         finds the route of a request to a model
+service        /healthz and /readyz; adds all routes to an application or a router
+openapi        the OpenAPI document
+openapi_parts  the parts of the OpenAPI document that all models share
+value_schemas  JSON Schemas of single values
+docs           a docs page with local assets
 """

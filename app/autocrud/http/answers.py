@@ -1,4 +1,4 @@
-"""What answers are made of: a resource, a page."""
+"""Responses with resources, and pages of resources."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ from .messages import Request, Response
 from .problems import ResponseTooLarge
 
 MAX_PAGE = 4 * 1024 * 1024
-"""Bytes after which a page ends early, everywhere: an answer of AWS Lambda ends at 6 MB, and base64 takes a third more."""
+"""The size of a page, in bytes, after which it ends early, on every server.
+
+A response of AWS Lambda is limited to 6 MB, and base64 adds a third.
+"""
 
 MAX_LINK = 4096
-"""Bytes of a Link header: a cursor carries the values that a list is sorted by, which may be long, and proxies refuse headers of 8 KB."""
+"""The largest Link header, in bytes.
+
+A cursor has the values of the sort fields, which may be long, and proxies refuse headers of 8 KB.
+"""
 
 _AROUND = len(b'{"meta":,"data":}')
 _encode = msgspec.json.Encoder().encode
 
 
 def how_many_fit(sizes: list[int]) -> int:
-    """How many items of so many bytes make a page of MAX_PAGE bytes; at least one."""
+    """Return how many items of these sizes, in bytes, fit into a page of MAX_PAGE bytes; at least one."""
     if sum(sizes) + len(sizes) <= MAX_PAGE:
         return len(sizes)
     total = 0
@@ -40,12 +46,15 @@ def how_many_fit(sizes: list[int]) -> int:
 
 
 def pairs_that_fit(found: Sequence[tuple[bytes, bytes]]) -> int:
-    """How many pairs of metadata and data do."""
+    """Return how many pairs of metadata and data fit into a page of MAX_PAGE bytes; at least one."""
     return how_many_fit([len(meta) + len(data) + _AROUND for meta, data in found])
 
 
 def how_many_in_time(found: Sequence[tuple[bytes, bytes]], parts: int) -> int:
-    """Return how many documents can be worked on in a part of the time that is left, at least one; all if there is no deadline."""
+    """Return how many documents can be processed in one of `parts` equal parts of the remaining time; at least one.
+
+    Returns all if the request has no deadline.
+    """
     deadline = DEADLINE.get()
     if deadline is None:
         return len(found)
@@ -58,16 +67,19 @@ def how_many_in_time(found: Sequence[tuple[bytes, bytes]], parts: int) -> int:
 
 
 def etag(meta: ResourceMeta) -> tuple[bytes, bytes]:
+    """Return the ETag header of a resource."""
     return b"etag", meta.etag.encode()
 
 
 def envelope(meta: bytes, data: bytes) -> bytes:
+    """Return the JSON object of encoded metadata and data."""
     return b'{"meta":%b,"data":%b}' % (meta, data)
 
 
 def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Response:
+    """Return the response for one resource. The ETag is that of the resource, also if an older revision is shown."""
     meta, info = resource.meta, resource.info
-    if info is not None:  # the metadata tells of the revision that is shown; the ETag stays the resource's
+    if info is not None:  # show the metadata of this revision; the ETag remains that of the resource
         meta = replace(
             meta,
             revision=info.revision,
@@ -82,19 +94,24 @@ def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple
 
 
 def projected(data: bytes, fields: list[str]) -> bytes:
+    """Return these fields of encoded data."""
     return canonical_json(project(msgspec.json.decode(data), fields))
 
 
 def without_data(meta: bytes, item: bytes) -> bytes:
-    """Return an item of a list in place of one that no answer can hold: its metadata, and the problem."""
+    """Return an item of a list without its data, for an item that is too large for any response.
+
+    The item has the metadata, and the problem as `error`.
+    """
     error = ResponseTooLarge(
-        f"this item has {len(item)} bytes, too many for one answer; ask for less of it by fields=, here or at the resource"
+        f"this item has {len(item)} bytes, too many for one response;"
+        " select fields of it with fields=, here or at the resource"
     )
     return b'{"meta":%b,"data":null,"error":%b}' % (meta, problems.response(error).body)
 
 
 async def all_projected(found: Sequence[tuple[bytes, bytes]], fields: list[str]) -> list[bytes]:
-    """Return the items of a list with these fields of their data."""
+    """Return the items of a list, with only these fields of their data."""
     size = min(sum(len(data) for _, data in found), MAX_READ)
 
     def work() -> list[bytes]:
@@ -104,7 +121,10 @@ async def all_projected(found: Sequence[tuple[bytes, bytes]], fields: list[str])
 
 
 def page_response(request: Request, items: list[bytes], cursor: str | None) -> Response:
-    """A page, and the link to the next one (RFC 8288) unless that would be too long."""
+    """Return the response for a page.
+
+    It has a link to the next page (RFC 8288), unless the link would exceed MAX_LINK bytes.
+    """
     body = b'{"items":[%b],"next_cursor":%b}' % (
         b",".join(items),
         b"null" if cursor is None else b'"%b"' % cursor.encode(),
@@ -118,13 +138,16 @@ def page_response(request: Request, items: list[bytes], cursor: str | None) -> R
 
 
 def batch_response(results: Sequence[Resource[Any] | ResourceMeta | None]) -> Response:
-    """What each operation left, in full or, where that would be more than a page, without the data."""
+    """Return the response for a batch, with the result of each operation.
+
+    If the results exceed a page, the response leaves out the data.
+    """
     shown, brief = [], []
     for result in results:
         if isinstance(result, Resource):
             shown.append(envelope(result.meta_json, result.json))
             brief.append(b'{"meta":%b}' % result.meta_json)
-        else:  # deleted, or purged, of which nothing is told
+        else:  # a deleted resource, or None for a purged one
             shown.append(b'{"meta":%b}' % _encode(result))
             brief.append(shown[-1])
     briefly = b'{"results":[%b]}' % b",".join(brief)

@@ -1,6 +1,9 @@
-"""The operations of `POST /{model}/batch`.
+r"""The operations of `POST /{model}/batch`.
 
-{"operations": [{"op": "create", "data": {...}}, {"op": "patch", "id": "7", "if_match": "\\"3-...\\"", "patch": {...}}]}
+{"operations": [
+    {"op": "create", "data": {...}},
+    {"op": "patch", "id": "7", "if_match": "\"3-...\"", "patch": {...}}
+]}
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ class _Operation(Struct, tag_field="op", forbid_unknown_fields=True, kw_only=Tru
 
 
 class CreateOperation(_Operation, tag="create"):
+    """Create a resource. The id is generated if none is given."""
+
     data: Raw
     id: str | None = None
     status: Status = "stable"
@@ -51,16 +56,20 @@ class _OnExisting(_Operation, forbid_unknown_fields=True, kw_only=True):
 
 
 class UpdateOperation(_OnExisting, tag="update"):
+    """Add a revision with this data."""
+
     data: Raw
     status: Status = "stable"
 
 
 class ModifyOperation(_OnExisting, tag="modify"):
+    """Replace the data of the current draft."""
+
     data: Raw
 
 
 class PatchOperation(_OnExisting, tag="patch"):
-    """`patch` is a merge patch if it is an object, a JSON Patch if it is a list."""
+    """Apply a patch: a merge patch if it is an object, a JSON Patch if it is a list."""
 
     patch: dict[str, Any] | list[dict[str, Any]]
     mode: Literal["update", "modify"] = "update"
@@ -68,23 +77,25 @@ class PatchOperation(_OnExisting, tag="patch"):
 
 
 class PublishOperation(_OnExisting, tag="publish"):
-    pass
+    """Make the current draft stable."""
 
 
 class SwitchOperation(_OnExisting, tag="switch"):
+    """Make an earlier revision the current one."""
+
     revision: int
 
 
 class DeleteOperation(_OnExisting, tag="delete"):
-    pass
+    """Delete a resource; it can be restored."""
 
 
 class RestoreOperation(_OnExisting, tag="restore"):
-    pass
+    """Restore a deleted resource."""
 
 
 class PurgeOperation(_OnExisting, tag="purge"):
-    pass
+    """Erase a resource and its history."""
 
 
 AnyOperation = (
@@ -101,6 +112,8 @@ AnyOperation = (
 
 
 class Batch(Struct, forbid_unknown_fields=True):
+    """The body of `POST /{model}/batch`."""
+
     operations: list[AnyOperation]
 
 
@@ -108,13 +121,16 @@ _decode = msgspec.json.Decoder(Batch).decode
 
 
 def parse(body: bytes, codec: Codec[Any], check_id: Any, max_body: int, *, require_if_match: bool) -> list[Operation]:
-    """The operations of a request body.
+    """Return the operations of a request body. Raises InvalidData, or PreconditionRequired, with the failing operation.
 
-    check_id          raises for ids that cannot be chosen over HTTP
-    max_body          bytes that patches may make of the data
-    require_if_match  whether all must say which state they mean to change
+    Args:
+        body: The request body.
+        codec: Parses the data of the model.
+        check_id: A function that raises InvalidData if clients may not choose this id.
+        max_body: The largest data that a patch may produce, in bytes.
+        require_if_match: Whether each operation on an existing resource must have `if_match`.
     """
-    parse_json(body)  # for keys that stand twice
+    parse_json(body)  # raises InvalidData for duplicate keys
     try:
         batch = _decode(body)
     except msgspec.ValidationError as error:
@@ -127,7 +143,7 @@ def parse(body: bytes, codec: Codec[Any], check_id: Any, max_body: int, *, requi
     if steps > MAX_OPERATIONS:
         detail = f"expected at most {MAX_OPERATIONS} operations of JSON Patch in a batch, got {steps}"
         raise InvalidData(detail, (Violation("/operations", detail),))
-    # How much of the body is which patch's is not known any more: an equal part of it each.
+    # The size of each patch in the body is not known after decoding: each counts as an equal part.
     size, work = len(body) // len(batch.operations), operations(body)
     return [
         _parsed(at, given, codec, check_id, size, work, max_body, require_if_match)
@@ -151,7 +167,7 @@ def _parsed(
                 check_id(given.id)
             return Create(_document(given.data, codec), given.id, given.status)
         if given.if_match is None and require_if_match:
-            raise PreconditionRequired("send the ETag of the state you mean to change as if_match")
+            raise PreconditionRequired("send the ETag of the state that you want to change as if_match")
         return _on_existing(given, codec, size, work, max_body)
     except CrudError as error:
         raise located(error, at) from None
@@ -195,7 +211,7 @@ def _document(data: Raw, codec: Codec[Any]) -> Document[Any]:
 
 
 def in_data(violations: Sequence[Violation]) -> tuple[Violation, ...]:
-    """Faults of a document, as faults of the operation that it is the data of."""
+    """Return violations with pointers into the data, as violations with pointers into the operation."""
     return tuple(Violation(f"/data{violation.pointer}", violation.detail) for violation in violations)
 
 
@@ -204,7 +220,7 @@ def _expect(etag: str | None) -> Version | None:
 
 
 def located(error: CrudError, at: int) -> CrudError:
-    """The same error, with pointers that start at the operation."""
+    """Return the same error, with pointers that start at the body of the batch."""
     violations: Sequence[Violation] = error.violations or (Violation("", error.detail),)
     error.violations = tuple(
         Violation(f"/operations/{at}{violation.pointer}", violation.detail) for violation in violations

@@ -40,6 +40,7 @@ class CollectionRoutes:
         self._parse_known = functools.lru_cache(maxsize=512)(self._parse_anew)
 
     async def create(self, request: Request) -> Response:
+        """Handle `POST /{model}`."""
         status = parse_status(request.options("status"))
         document = await self._context.document(request)
         created = await self._manager.create(document, status=status, by=request.caller)
@@ -53,6 +54,11 @@ class CollectionRoutes:
         return self._parse_known(raw) if len(raw) <= MAX_REMEMBERED else self._parse_anew(raw)
 
     async def list(self, request: Request) -> Response:
+        """Handle `GET /{model}`.
+
+        A page ends early if its items exceed the size of a response, or the time for them. Then the search is repeated
+        with a smaller limit, because the cursor must point behind the last item of the page.
+        """
         search = self._parse(request.scope["query_string"])
         search = search._replace(query=narrowed(search.query, request.caller))
         from_index = not search.data or (
@@ -79,7 +85,7 @@ class CollectionRoutes:
             else:
                 fitting = pairs_that_fit(found)
                 if fitting < len(found):
-                    query = replace(query, limit=fitting)  # large ones are not put together in vain
+                    query = replace(query, limit=fitting)  # do not build a page that is too large
                     continue
                 items = [b'{"meta":%b,"data":%b}' % pair for pair in found]
             fitting = how_many_fit([len(item) for item in items])
@@ -91,14 +97,16 @@ class CollectionRoutes:
                 if len(items) <= 1:
                     return page_response(request, [without_data(meta, items[0]) for meta, _ in found], cursor)
                 fitting = len(items) // 2
-            query = replace(query, limit=fitting)  # again, for the cursor that stands after the last one that fits
+            query = replace(query, limit=fitting)  # search again for the cursor behind the last item that fits
 
     async def count(self, request: Request) -> Response:
+        """Handle `GET /{model}/count`."""
         query = searching.parse_count(request.parameters(), self._manager.codec)
         count = await self._manager.count(narrowed(query.resolve(self._manager.codec.fields), request.caller))
         return Response(200, b'{"count":%d}' % count)
 
     async def batch(self, request: Request) -> Response:
+        """Handle `POST /{model}/batch`."""
         request.options()
         body, codec = await request.json(), self._manager.codec
         operations = await heavy(
@@ -114,8 +122,6 @@ class CollectionRoutes:
         except CrudError as error:
             if error.operation is None:
                 raise
-            error.violations = batches.in_data(
-                error.violations
-            )  # what planning finds wrong in a place, it finds in the data
+            error.violations = batches.in_data(error.violations)  # planning reports pointers into the data
             raise batches.located(error, error.operation) from None
         return batch_response(results)

@@ -1,4 +1,4 @@
-"""Conditional requests (RFC 9110, 13): ETags, If-Match, If-None-Match."""
+"""Conditional requests (RFC 9110, section 13): ETags, If-Match and If-None-Match."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ MAX_ETAGS = 100
 
 
 class InvalidCondition(InvalidQuery):
+    """A header with a condition or an Idempotency-Key is invalid."""
+
     type, title = "invalid-condition", "The condition cannot be understood"
 
 
 def etags(header: str) -> list[tuple[bool, str]]:
-    """The entity tags of a header as (weak, opaque). InvalidCondition if it is no list of them, or a long one."""
+    """Return the ETags of a header, as pairs of "is weak" and the text between the quotes.
+
+    Raises InvalidCondition if the header is not a list of ETags, or has more than MAX_ETAGS of them.
+    """
     tags: list[tuple[bool, str]] = []
     at = 0
     while True:
@@ -39,11 +44,14 @@ def etags(header: str) -> list[tuple[bool, str]]:
 
 
 def expected(request: Request, required: bool) -> list[Version] | None:
-    """The states that If-Match allows, None for any. Weak tags never match."""
+    """Return the states that If-Match allows, or None if it allows all states.
+
+    A weak ETag never matches. Raises PreconditionRequired if If-Match is required and missing.
+    """
     header = request.header(b"if-match")
     if header is None:
         if required:
-            raise PreconditionRequired("send the ETag of the state you mean to change as If-Match")
+            raise PreconditionRequired("send the ETag of the state that you want to change as If-Match")
         return None
     if header.strip() == "*":
         return None
@@ -51,13 +59,13 @@ def expected(request: Request, required: bool) -> list[Version] | None:
 
 
 def parse_version(etag: str) -> Version:
-    """One ETag out of a body."""
+    """Return the state that the ETag in a body names, or NO_STATE if no resource can have it."""
     ((weak, opaque),) = etags(etag) if etag.count('"') == 2 else [(True, "")]
     return NO_STATE if weak else Version.of_opaque_tag(opaque)
 
 
 def not_modified(request: Request, meta: ResourceMeta) -> bool:
-    """Whether If-None-Match says that the client has this state already."""
+    """Return whether If-None-Match says that the client already has this state."""
     header = request.header(b"if-none-match")
     if header is None:
         return False
@@ -65,12 +73,15 @@ def not_modified(request: Request, meta: ResourceMeta) -> bool:
 
 
 def creates(request: Request) -> bool:
-    """Whether a PUT says `If-None-Match: *`: make it, only if it is not there."""
+    """Return whether a PUT has `If-None-Match: *`, so that it creates the resource and never replaces one.
+
+    Raises InvalidCondition if If-None-Match has another value, or is sent together with If-Match.
+    """
     header = request.header(b"if-none-match")
     if header is None:
         return False
     if header.strip() != "*":
         raise InvalidCondition("a PUT takes only * as If-None-Match; use If-Match to name a state")
     if request.header(b"if-match") is not None:
-        raise InvalidCondition("If-Match and If-None-Match: * cannot both hold")
+        raise InvalidCondition("If-Match and If-None-Match: * cannot both hold; send one of them")
     return True

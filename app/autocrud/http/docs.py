@@ -1,6 +1,6 @@
-"""A page that shows the OpenAPI description, with all assets local: from a wheel, never from a CDN.
+"""A page that shows the OpenAPI document. All assets come from a wheel, none from a CDN.
 
-The wheel (fastapi-offline) belongs to the extra `local`; without it, on Lambda for one, there is no page.
+The wheel (fastapi-offline) belongs to the extra `local`. Without it, for example on AWS Lambda, there is no page.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ASSETS = {
 }
 
 PAGE_HEADERS = {
-    # Its script and style stand in its HTML, and its pictures in its style.
+    # The HTML has inline scripts and styles, and the styles have inline images.
     "content-security-policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
         " object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -25,11 +25,11 @@ PAGE_HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "referrer-policy": "no-referrer",
 }
-"""No other page frames the page of the docs, and it runs no scripts of others."""
+"""Headers of the docs page: other pages cannot frame it, and it runs no scripts of other origins."""
 
 
 def assets() -> Path | None:
-    """Where the files lie; the package is found, not imported."""
+    """Return the directory of the assets, or None if the wheel is not installed. The package is not imported."""
     spec = importlib.util.find_spec("fastapi_offline")
     if spec is None or spec.origin is None:
         return None
@@ -38,7 +38,7 @@ def assets() -> Path | None:
 
 
 def serve_docs_page(app: Any) -> None:
-    """Put a local page where FastAPI has pages that load from a CDN."""
+    """Replace the docs pages of FastAPI, which load assets from a CDN, with a page that has local assets."""
     own = {app.docs_url, app.redoc_url, app.swagger_ui_oauth2_redirect_url} - {None}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in own]
     directory = assets()

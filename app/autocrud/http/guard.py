@@ -1,4 +1,4 @@
-"""Who a request comes from. Asked once a request, and remembered in its scope."""
+"""Authentication of requests. A request is authenticated once; its scope keeps the principal."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from . import problems
 from .messages import Receive, Request, Scope, Send, route_path
 
 Authenticate = Callable[[Request], Principal | Awaitable[Principal]]
-"""Says who asks, or raises Unauthenticated. It sees the headers and the scope, not the body."""
+"""Returns the principal of a request, or raises Unauthenticated. It gets the headers and the scope, not the body."""
 
 PRINCIPAL = "crudstack.principal"
 
 
 async def principal(authenticate: Authenticate, scope: Scope, receive: Receive) -> Principal:
-    """Who asks; Unauthenticated."""
+    """Return the principal of a request, and keep it in the scope.
+
+    Raises Unauthenticated if the credentials are missing or invalid, or if the name of the principal is invalid. Raises
+    TypeError if `authenticate` returns anything but a Principal.
+    """
     found: Principal | None = scope.get(PRINCIPAL)
     if found is None:
         given = authenticate(Request(scope, receive, [], 0))
         found = await given if inspect.isawaitable(given) else given
         if not isinstance(found, Principal):
-            raise TypeError(f"authenticate answered {type(found).__name__}; expected a Principal")
+            raise TypeError(f"authenticate returned {type(found).__name__}; expected a Principal")
         if not found.name:
             raise Unauthenticated("the name of the caller is empty, expected at least one character")
         try:
@@ -37,16 +41,23 @@ async def principal(authenticate: Authenticate, scope: Scope, receive: Receive) 
 
 
 class Guard:
-    """An application that only those reach who are known; anybody reaches the `open` paths."""
+    """An ASGI middleware that requires authentication for the whole application.
+
+    Args:
+        app: The application.
+        authenticate: Returns the principal of a request, or raises Unauthenticated.
+        open: The paths that need no authentication.
+    """
 
     def __init__(self, app: Any, authenticate: Authenticate, open: tuple[str, ...] = ("/healthz",)) -> None:
         self._app, self._authenticate, self._open = app, authenticate, open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request to the application if it is authenticated, else answer 401. Closes WebSockets."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and route_path(scope) in self._open):
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":  # nothing here speaks WebSocket
+        if scope["type"] != "http":  # the application has no WebSockets
             await send({"type": "websocket.close", "code": 1008})
             return
         try:

@@ -23,6 +23,7 @@ class HistoryRoutes:
         self._context, self._manager = context, context.manager
 
     async def revisions(self, request: Request) -> Response:
+        """Handle `GET /{model}/{id}/revisions`."""
         options = request.options("limit", "cursor", "include_deleted")
         resource_id = known_id(request.rest[0])
         limit = parse_integer("limit", options["limit"], 1, 200) if "limit" in options else searching.DEFAULT_LIMIT
@@ -44,6 +45,7 @@ class HistoryRoutes:
         return page_response(request, [_encode(info) for info in page.items], cursor)
 
     async def get_revision(self, request: Request) -> Response:
+        """Handle `GET /{model}/{id}/revisions/{n}`."""
         options = request.options("include_deleted")
         resource_id, number = known_id(request.rest[0]), request.rest[2]
         if not (number.isascii() and number.isdigit() and len(number) < 11 and 1 <= int(number) <= MAX_REVISION):
@@ -58,6 +60,7 @@ class HistoryRoutes:
         return Response(200, b'{"meta":%b,"data":%b}' % (_encode(resource.info), resource.json))
 
     async def diff(self, request: Request) -> Response:
+        """Handle `GET /{model}/{id}/diff`."""
         options = request.options("from", "to", "include_deleted")
         resource_id = known_id(request.rest[0])
         if "from" not in options:

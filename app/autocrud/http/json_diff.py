@@ -1,8 +1,8 @@
-"""What leads from one JSON tree to another, as JSON Patch, in time that grows with their size and no faster.
+"""Computes the JSON Patch between two JSON documents, in time that is proportional to their size.
 
-Containers are compared by a fingerprint that is made once for each, from the inside out. In lists the items that both
-have once, in the same order, stay where they are (patience diff); what lies between them is compared item by item. A
-list of which most has changed is replaced as a whole. So a patch need not be the shortest, but it is always right.
+Each object and list gets a fingerprint, from the inside out, and is compared by it. In two lists, the items that occur
+once in both and in the same order stay in place (patience diff); the items between them are compared one by one. A list
+of which most has changed is replaced as a whole. So the patch may not be the shortest one, but it is always correct.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _decode = msgspec.json.decode
 
 
 def diff(old: bytes, new: bytes) -> list[dict[str, Any]]:
-    """Return the operations that make `new` of `old`, both JSON. Raises InvalidQuery for what is too large to be compared."""
+    """Return the operations that turn `old` into `new`; both are JSON texts.
+
+    Raises InvalidQuery if one of them is too large or too deep to be compared.
+    """
     for body in (old, new):
         if (found := misshapen(body)) is not None:
             raise InvalidQuery(
@@ -36,12 +39,12 @@ def diff(old: bytes, new: bytes) -> list[dict[str, Any]]:
 
 class _Comparison:
     def __init__(self) -> None:
-        self._prints: dict[int, bytes] = {}  # of containers, by identity: the trees outlive the comparison
+        self._prints: dict[int, bytes] = {}  # of objects and lists, by id(): the trees live longer than the comparison
         self._operations: list[dict[str, Any]] = []
 
     def run(self, old: Any, new: Any) -> list[dict[str, Any]]:
         self._compare(old, new, "")
-        if len(self._operations) > MAX_OPERATIONS:  # no patch of that many is taken
+        if len(self._operations) > MAX_OPERATIONS:  # a longer patch would be refused
             return [{"op": "replace", "path": "", "value": new}]
         return self._operations
 
@@ -54,7 +57,7 @@ class _Comparison:
             flat: Any
             if isinstance(value, dict):
                 flat = [(key, self._print(inner)) for key, inner in sorted(value.items())]
-                flat.append(None)  # what tells an object from a list
+                flat.append(None)  # distinguishes an object from a list of pairs
             else:
                 flat = [self._print(inner) for inner in value]
             found = self._prints[id(value)] = hashlib.sha256(msgspec.msgpack.encode(flat)).digest()
@@ -81,7 +84,7 @@ class _Comparison:
                 self._say("add", f"{path}/{escaped(key)}", value)
 
     def _compare_lists(self, old: list[Any], new: list[Any], path: str) -> None:
-        """Go through the new list; before each place, what stands there already is as in the new one."""
+        """Go through the new list. Before each position, the patched old list already equals the new one."""
         begun = len(self._operations)
         kept = _kept([self._print(item) for item in old], [self._print(item) for item in new])
         from_old = from_new = 0
@@ -107,7 +110,10 @@ FEW, MANY = 20, MAX_OPERATIONS // 2
 
 
 def _kept(old: Sequence[bytes], new: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Return places of equal items in both lists, rising in both: the common start and end, and what is unique between."""
+    """Return the positions of equal items in both lists, as pairs in ascending order.
+
+    These are the items of the common start and the common end, and items between that occur once in both lists.
+    """
     start = 0
     while start < min(len(old), len(new)) and old[start] == new[start]:
         start += 1
@@ -126,9 +132,9 @@ def _kept(old: Sequence[bytes], new: Sequence[bytes]) -> list[tuple[int, int]]:
 
 
 def _rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the longest part of pairs that rise in the first whose second rises too."""
-    ends: list[int] = []  # the least second that a rising part of each length ends with
-    last: list[int] = []  # the pair that it ends with
+    """Return the longest subsequence of the pairs in which the second numbers ascend too, as the first ones do."""
+    ends: list[int] = []  # for each length, the least second number that ends a subsequence of this length
+    last: list[int] = []  # the index of the pair with this number
     previous: list[int | None] = []
     for at, (_, second) in enumerate(pairs):
         length = bisect.bisect_left(ends, second)

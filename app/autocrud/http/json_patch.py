@@ -1,10 +1,10 @@
-"""JSON Patch (RFC 6902) within bounds: what a patch costs follows from its size and the document's, whatever it says.
+"""Applies JSON Patches (RFC 6902) with bounds: the sizes of the patch and the document limit the cost, for any patch.
 
-- P1 *Operations are counted before they are applied.* Each of them takes a walk down its pointer, and a step in a list
-  that does not depend on the list's length (see Row).
-- P2 *What is made is counted while it is made.* A `copy` may double the document, so the bytes that copies make are
-  counted, and the objects and lists in them. A `test` looks at no more than the patch itself holds.
-- P3 *A patch can be applied again.* Values of the patch are never part of the document, only copies of them are.
+- P1 *Operations are counted before they are applied.* Each operation walks along its pointer. The cost of a step in a
+  list does not depend on the length of the list (see ChunkedList).
+- P2 *The output is counted while it is produced.* A `copy` can double the document, so the bytes, objects and lists
+  that copies produce are counted. A `test` looks at no more values than the patch itself has.
+- P3 *A patch can be applied again.* The document gets copies of the values of the patch, never the values themselves.
 """
 
 from __future__ import annotations
@@ -20,75 +20,78 @@ from ..resource_manager.model.json_shape import MAX_CONTAINERS, MAX_DEPTH, conta
 from .problems import shortened
 
 MAX_OPERATIONS = 10_000
-"""Operations of the patches of one request."""
+"""The largest number of operations in the patches of one request."""
 MAX_MADE = 6 * 1024 * 1024
 """Bytes of JSON that the `copy` operations of one patch may make."""
 MAX_MADE_CONTAINERS = MAX_CONTAINERS
-"""Objects and lists that they may make: small ones take more memory than text."""
+"""Objects and lists that the copies of one patch may make: small ones take more memory than text."""
 MAX_QUOTED = 200
 """Characters of a value in an error."""
 LONG = 4_000
-"""Items of a list that are moved by one step of memory: shorter lists stay as they are."""
+"""The number of items up to which a list is not split: inserting into it moves little memory."""
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
 _ESCAPE = re.compile(r"~(?![01])")
 
 
 class ChunkedList:
-    """A long list of JSON in pieces: an item is put in front without moving all others.
+    """A long JSON list in chunks, so that inserting an item does not move all other items.
 
-    Adding or removing costs one walk over the pieces and one move of at most 2 * LONG items.
+    Inserting or removing an item walks over the chunks, and moves at most 2 * LONG items.
     """
 
-    __slots__ = ("_pieces", "_size")
+    __slots__ = ("_chunks", "_size")
 
     def __init__(self, items: list[Any]) -> None:
-        self._pieces = [items[at : at + LONG] for at in range(0, len(items), LONG)]
+        self._chunks = [items[at : at + LONG] for at in range(0, len(items), LONG)]
         self._size = len(items)
 
     def __len__(self) -> int:
         return self._size
 
     def __iter__(self) -> Iterator[Any]:
-        for piece in self._pieces:
-            yield from piece
+        for chunk in self._chunks:
+            yield from chunk
 
     def __getitem__(self, at: int) -> Any:
-        piece, rest = self._place(at)
-        return self._pieces[piece][rest]
+        chunk, rest = self._position(at)
+        return self._chunks[chunk][rest]
 
     def __setitem__(self, at: int, value: Any) -> None:
-        piece, rest = self._place(at)
-        self._pieces[piece][rest] = value
+        chunk, rest = self._position(at)
+        self._chunks[chunk][rest] = value
 
     def insert(self, at: int, value: Any) -> None:
-        if not self._pieces:
-            self._pieces.append([])
-        piece, rest = self._place(at)
-        items = self._pieces[piece]
+        """Insert a value before the index."""
+        if not self._chunks:
+            self._chunks.append([])
+        chunk, rest = self._position(at)
+        items = self._chunks[chunk]
         items.insert(rest, value)
         self._size += 1
         if len(items) > 2 * LONG:
-            self._pieces[piece : piece + 1] = [items[:LONG], items[LONG:]]
+            self._chunks[chunk : chunk + 1] = [items[:LONG], items[LONG:]]
 
     def pop(self, at: int) -> Any:
-        piece, rest = self._place(at)
-        value = self._pieces[piece].pop(rest)
+        """Remove the item at the index, and return it."""
+        chunk, rest = self._position(at)
+        value = self._chunks[chunk].pop(rest)
         self._size -= 1
-        if not self._pieces[piece]:
-            del self._pieces[piece]
+        if not self._chunks[chunk]:
+            del self._chunks[chunk]
         return value
 
     def plain(self) -> list[Any]:
-        return [item for piece in self._pieces for item in piece]
+        """Return the items as an ordinary list."""
+        return [item for chunk in self._chunks for item in chunk]
 
-    def _place(self, at: int) -> tuple[int, int]:
-        """Return the piece of an index, and the index in it; the place after the last item is in the last piece."""
-        for number, piece in enumerate(self._pieces):
-            if at < len(piece):
+    def _position(self, at: int) -> tuple[int, int]:
+        """Return the chunk of an index, and the index in it. The last chunk has the position after the last item."""
+        for number, chunk in enumerate(self._chunks):
+            if at < len(chunk):
                 return number, at
-            at -= len(piece)
-        return len(self._pieces) - 1, at + len(self._pieces[-1])
+            at -= len(chunk)
+        return len(self._chunks) - 1, at + len(self._chunks[-1])
 
 
 def _plain(value: Any) -> Any:
@@ -101,7 +104,7 @@ _decode = msgspec.json.decode
 
 
 class Operation(NamedTuple):
-    """`path` and `from_` are pointers, `tokens` and `from_tokens` their parts."""
+    """One operation. `path` and `from_` are pointers; `tokens` and `from_tokens` are their parts."""
 
     op: str
     path: str
@@ -112,13 +115,16 @@ class Operation(NamedTuple):
 
 
 def json_patch(given: Any) -> Callable[[Any], Any]:
-    """Return what applies a patch to a tree of JSON, which it may change. Raises InvalidData if it is no patch."""
+    """Return a function that applies a patch to a JSON tree, which the function may change.
+
+    Raises InvalidData if the patch is invalid. The function raises PatchConflict if the patch does not apply.
+    """
     operations = parse(given)
     return lambda target: _Application(target).run(operations)
 
 
 def parse(given: Any) -> list[Operation]:
-    """Return the operations of a patch. Raises InvalidData if it is none."""
+    """Return the operations of a patch. Raises InvalidData if it is invalid."""
     if not isinstance(given, list) or not all(isinstance(operation, dict) for operation in given):
         raise invalid("a JSON Patch is a list of operations")
     if len(given) > MAX_OPERATIONS:
@@ -146,8 +152,8 @@ def _pointer(at: int, given: dict[str, Any], name: str) -> list[str]:
     pointer = given.get(name)
     if not isinstance(pointer, str) or (pointer and not pointer.startswith("/")) or _ESCAPE.search(pointer):
         raise invalid(
-            f"operation {at} of the patch has the {name} {excerpt(pointer)}; expected a JSON Pointer like /tags/0, in which"
-            " ~ is written ~0, and / inside of a name ~1",
+            f"operation {at} of the patch has the {name} {excerpt(pointer)}; expected a JSON Pointer like /tags/0,"
+            " in which ~ is written ~0, and / inside of a name ~1",
             f"/{at}/{name}",
         )
     if (parts := pointer.count("/")) > MAX_DEPTH + 1:
@@ -160,11 +166,11 @@ def _pointer(at: int, given: dict[str, Any], name: str) -> list[str]:
 
 
 class _NoPlace(Exception):
-    """The pointer leads to nothing, or to nothing that can be changed."""
+    """A pointer names a location that does not exist or cannot be changed."""
 
 
 class _Application:
-    """One application of a patch to a tree. The tree is the only item of a list, so that it has a place as all else."""
+    """One application of a patch. The tree is the only item of a list, so that its root has a container too."""
 
     def __init__(self, target: Any) -> None:
         self._holder = [target]
@@ -188,7 +194,7 @@ class _Application:
         self._take(operation.tokens, operation.path)
 
     def _replace(self, operation: Operation) -> None:
-        container, key = self._place(operation.tokens, operation.path)
+        container, key = self._position(operation.tokens, operation.path)
         _found(container, key, operation.path)
         container[key] = _copied(operation.value)
 
@@ -196,17 +202,17 @@ class _Application:
         source, target = operation.from_tokens, operation.tokens
         if list(target[: len(source)]) == list(source):
             if len(target) == len(source):
-                _found(*self._place(source, operation.from_), operation.from_)
+                _found(*self._position(source, operation.from_), operation.from_)
                 return
             raise _NoPlace(f"{_shown(operation.from_)} cannot be moved into itself")
         self._put(target, operation.path, self._take(source, operation.from_))
 
     def _copy(self, operation: Operation) -> None:
-        encoded = _encode(_found(*self._place(operation.from_tokens, operation.from_), operation.from_))
+        encoded = _encode(_found(*self._position(operation.from_tokens, operation.from_), operation.from_))
         self._left -= len(encoded)
         if self._left < 0:
             raise invalid(f"the patch copies more than {MAX_MADE} bytes")
-        opened = encoded.count(b"[") + encoded.count(b"{")  # some of them in strings
+        opened = encoded.count(b"[") + encoded.count(b"{")  # brackets in strings are counted too
         self._containers_left -= opened if opened <= self._containers_left else containers(encoded)
         if self._containers_left < 0:
             raise invalid(f"the patch copies more than {MAX_MADE_CONTAINERS} objects and lists")
@@ -215,7 +221,7 @@ class _Application:
     def _test(self, operation: Operation) -> None:
         path = operation.path
         try:
-            found = _found(*self._place(operation.tokens, path), path)
+            found = _found(*self._position(operation.tokens, path), path)
         except _NoPlace:
             said = f"there is nothing at {_shown(path)}"
         else:
@@ -225,8 +231,8 @@ class _Application:
         said += f"; the test expects {excerpt(operation.value)}"
         raise PatchConflict(f"the patch does not apply: {said}", (Violation("", said),))
 
-    def _place(self, tokens: Sequence[str], path: str) -> tuple[Any, Any]:
-        """Return the container that a pointer ends in, and the key or index there, which may lead to nothing yet."""
+    def _position(self, tokens: Sequence[str], path: str) -> tuple[Any, Any]:
+        """Return the container that a pointer ends in, and the key or index, at which there may be no value yet."""
         container: Any = self._holder
         key: Any = 0
         for token in tokens:
@@ -235,7 +241,7 @@ class _Application:
         return container, key
 
     def _put(self, tokens: Sequence[str], path: str, value: Any) -> None:
-        container, key = self._place(tokens, path)
+        container, key = self._position(tokens, path)
         if container is self._holder or isinstance(container, dict):
             container[key] = value
         elif key > len(container):
@@ -244,18 +250,18 @@ class _Application:
             self._easily_moved(container, tokens, path).insert(key, value)
 
     def _take(self, tokens: Sequence[str], path: str) -> Any:
-        container, key = self._place(tokens, path)
+        container, key = self._position(tokens, path)
         if container is self._holder:
             raise _NoPlace("the whole data cannot be taken away")
         _found(container, key, path)
         return self._easily_moved(container, tokens, path).pop(key)
 
     def _easily_moved(self, container: Any, tokens: Sequence[str], path: str) -> Any:
-        """Return what holds the items of a container from here on: a Row in place of a long list."""
+        """Return a container for inserting and removing: a ChunkedList replaces a long list."""
         if not isinstance(container, list) or len(container) <= LONG:
             return container
         row = ChunkedList(container)
-        owner, key = self._place(tokens[:-1], path)
+        owner, key = self._position(tokens[:-1], path)
         owner[key] = row
         self._has_rows = True
         return row
@@ -265,7 +271,7 @@ OPERATIONS = ("add", "remove", "replace", "move", "copy", "test")
 
 
 def _key(container: Any, token: str, path: str) -> Any:
-    """Return a token as a key of this container. Raises _NoPlace if it can be none."""
+    """Return a token as a key of this container. Raises _NoPlace if it cannot be one."""
     if isinstance(container, dict):
         return token
     if not isinstance(container, list | ChunkedList):
@@ -291,7 +297,7 @@ def _copied(value: Any) -> Any:
 
 
 def _same(found: Any, expected: Any) -> bool:
-    """Whether two values are equal in JSON, where true is not 1. Looks at no more than `expected` holds."""
+    """Return whether two JSON values are equal; true is not 1. Looks at no more values than `expected` has."""
     if isinstance(expected, dict):
         return (
             isinstance(found, dict)
@@ -314,10 +320,11 @@ def _shown(text: str) -> str:
 
 
 def excerpt(value: Any) -> str:
-    """Return a value as JSON, cut off where it is long."""
+    """Return the JSON of a value, cut after MAX_QUOTED characters."""
     text = _encode(value)[: 4 * MAX_QUOTED].decode(errors="ignore")
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def invalid(detail: str, pointer: str = "") -> InvalidData:
+    """Return the error for an invalid patch."""
     return InvalidData(detail, (Violation(pointer, detail),))

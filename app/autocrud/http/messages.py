@@ -1,4 +1,4 @@
-"""A request and a response, as thin as ASGI allows: the hot routes spend no time in a framework's."""
+"""A request and a response, as thin wrappers of ASGI, so that frequent routes spend no time in a framework."""
 
 from __future__ import annotations
 
@@ -20,31 +20,38 @@ JSON = b"application/json"
 
 
 MAX_QUERY = 32 * 1024
-"""Bytes of a query string."""
+"""The largest query string, in bytes."""
 MAX_PARAMETERS = 1000
 _ANYBODY = Caller(ANONYMOUS.name)
 
 
 class BodyTooLarge(CrudError):
+    """The request body exceeds the limit."""
+
     type, title, status = "body-too-large", "The body is too large", 413
 
 
 class QueryTooLong(CrudError):
+    """The query string exceeds the limit."""
+
     type, title, status = "query-too-long", "The query string is too long", 414
 
 
 class UnsupportedMediaType(CrudError):
-    """The body's content type is none that this route takes; `accept` is the header that says which are."""
+    """The route does not accept the content type of the body. The response lists the accepted types."""
 
     type, title, status = "unsupported-media-type", "This content type is not taken here", 415
 
 
 class ClientGone(Exception):
-    """The client closed the connection while its body was read; nobody is there to be answered."""
+    """The client closed the connection while its body was read, so no response is sent."""
 
 
 class Response(NamedTuple):
-    """`brief` is what is said of a write whose full answer cannot be sent, because it would be too large."""
+    """A response.
+
+    `brief` is a shorter body for a write whose full response is too large to be sent.
+    """
 
     status: int
     body: bytes = b""
@@ -53,6 +60,7 @@ class Response(NamedTuple):
     brief: bytes | None = None
 
     async def send(self, send: Send, *, head: bool = False) -> None:
+        """Send the response. With `head`, only the headers are sent."""
         headers = [*self.headers]
         if self.status not in (204, 304):
             headers.append((b"content-type", self.content_type))
@@ -62,14 +70,18 @@ class Response(NamedTuple):
 
 
 def route_path(scope: Scope) -> str:
-    """Return the path that routes are compared with: `path` without the prefix in `root_path`, as Starlette does it."""
+    """Return the path that routes are compared with: `path` without the prefix in `root_path`, like Starlette."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 class Request:
-    """`rest` is what follows the model's path, split at slashes."""
+    """A request to a route.
+
+    `rest` is the part of the path after the model, split at slashes. `caller` is the caller on whose behalf the engine
+    works.
+    """
 
     __slots__ = ("_max_body", "_read", "_receive", "_weight", "caller", "rest", "scope")
 
@@ -78,29 +90,36 @@ class Request:
         self.caller = _ANYBODY
         self._receive, self._max_body = receive, max_body
         self._read: bytes | None = None
-        self._weight = 0  # of a large body whose turn it is
+        self._weight = 0  # the memory budget that a large body holds
 
     @property
     def receive(self) -> Receive:
+        """The ASGI function that receives the body."""
         return self._receive
 
     @property
     def path(self) -> str:
-        """Return the path as the client wrote it, with the prefix under which the API is reached: links are made of it."""
+        """The path as the client sent it, with the prefix of the API, so that it can be used in links."""
         raw: bytes | None = self.scope.get("raw_path")
         return raw.split(b"?")[0].decode("latin-1") if raw else str(self.scope["path"])
 
     def header(self, name: bytes) -> str | None:
-        """A header, by lower-case name; several of the same name are one list (RFC 9110, 5.3)."""
+        """Return a header by its lower-case name, or None.
+
+        Several headers of this name are joined to one list (RFC 9110, 5.3).
+        """
         values = [value for key, value in self.scope["headers"] if key == name]
         return b", ".join(values).decode("latin-1") if values else None
 
     def parameters(self) -> list[tuple[str, str]]:
-        """The query string, decoded."""
+        """Return the decoded parameters of the query string."""
         return parse_parameters(self.scope["query_string"])
 
     def options(self, *allowed: str) -> dict[str, str]:
-        """The query string where each parameter stands at most once and all are allowed."""
+        """Return the query string as a dictionary.
+
+        Raises InvalidQuery if a parameter is not in `allowed`, or is given twice.
+        """
         if not self.scope["query_string"]:
             return {}
         found: dict[str, str] = {}
@@ -113,14 +132,21 @@ class Request:
         return found
 
     async def body(self, *content_types: str) -> bytes:
-        """The whole body. UnsupportedMediaType unless it is of one of these types (none sent counts as JSON)."""
+        """Return the whole body. Waits until the client has sent it.
+
+        Raises UnsupportedMediaType if the body has another content type than these, or a Content-Encoding. A missing
+        content type counts as JSON. Raises BodyTooLarge if the body exceeds the limit.
+        """
         self.content_type(*content_types)
         if (coding := self.header(b"content-encoding")) is not None and coding.strip().lower() != "identity":
             raise UnsupportedMediaType(f"expected a body without Content-Encoding, got {coding[:60]!r}")
         return await self.raw_body()
 
     async def json(self, *content_types: str) -> bytes:
-        """The whole body, as `body` gives it. InvalidData if it holds more than a JSON text may."""
+        """Return the whole body, like `body`, and check its shape. A large body waits for its turn.
+
+        Raises InvalidData if the JSON text is nested too deeply or has too many objects, lists or values.
+        """
         found = await self.body(*content_types)
         if len(found) < HEAVY_BYTES:
             too_much = misshapen(found)
@@ -134,13 +160,13 @@ class Request:
         return found
 
     def release(self) -> None:
-        """Give back what the request was given; its answer is made."""
+        """Release the memory budget of a large body. Called when the response is made."""
         if self._weight:
             large_turns().leave(self._weight)
             self._weight = 0
 
     async def raw_body(self) -> bytes:
-        """The whole body, whatever its type."""
+        """Return the whole body, of any content type."""
         if self._read is None:
             self._read = await self._receive_all()
         return self._read
@@ -165,6 +191,10 @@ class Request:
         return b"".join(chunks)
 
     def content_type(self, *expected: str) -> str:
+        """Return the media type of the body, in lower case and without parameters.
+
+        The default for `expected` is JSON. Raises UnsupportedMediaType if the body has another type.
+        """
         given = self.header(b"content-type")
         if given == "application/json" and not expected:
             return given
@@ -176,7 +206,10 @@ class Request:
 
 
 def parse_parameters(raw: bytes) -> list[tuple[str, str]]:
-    """The parameters of a query string. QueryTooLong, or InvalidQuery if it is not UTF-8."""
+    """Return the decoded parameters of a query string.
+
+    Raises QueryTooLong, or InvalidQuery if there are too many parameters or the string is not percent-encoded UTF-8.
+    """
     if not raw:
         return []
     if len(raw) > MAX_QUERY:
@@ -190,22 +223,25 @@ def parse_parameters(raw: bytes) -> list[tuple[str, str]]:
 
 
 def bad_parameter(name: str, detail: str) -> InvalidQuery:
+    """Return the error for an invalid parameter of the query string."""
     return InvalidQuery(f"{name}: {detail}", (Violation(f"?{name}", detail),))
 
 
 def unknown_parameter(name: str, allowed: Iterable[str]) -> InvalidQuery:
+    """Return the error for an unknown parameter, which lists the allowed ones."""
     known = ", ".join(allowed)
     return bad_parameter(name, f"unknown parameter; expected {f'one of {known}' if known else 'none'}")
 
 
 def parse_integer(name: str, text: str, least: int, most: int) -> int:
-    """A whole number in a query string."""
+    """Return a whole number of the query string. Raises InvalidQuery if it is out of bounds."""
     if text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most:
         return int(text)
     raise bad_parameter(name, f"expected a whole number from {least} to {most}, got {text[:60]!r}")
 
 
 def parse_flag(name: str, text: str) -> bool:
+    """Return a bool of the query string. Raises InvalidQuery if it is not "true" or "false"."""
     if text in ("true", "false"):
         return text == "true"
     raise bad_parameter(name, f"expected true or false, got {text[:60]!r}")

@@ -59,12 +59,16 @@ class ModelContext:
         self.manager, self.policy = manager, policy
 
     async def authorize(self, request: Request, *actions: Action) -> None:
-        """Raise Forbidden unless the caller may do all of this to some resources; the access filter says to which."""
+        """Check that the caller may perform all of these actions, and restrict the caller to the allowed resources.
+
+        Raises Forbidden if the caller may not perform one of them on any resource. Raises ConfigError if `authorize`
+        returned a filter that is invalid for the model.
+        """
         if self.policy.authorize is None:
             return
         who = request.scope.get(PRINCIPAL, ANONYMOUS)
         found: dict[Action, Filter | None] = {}
-        # Who changes a resource sees it in the answer, so changing takes reading; creating does not.
+        # The response to a change shows the resource, so a change needs the permission to read. A creation does not.
         needed = actions if set(actions) == {"create"} else ("read", *actions)
         for action in dict.fromkeys(needed):
             answer = await decide(self.policy.authorize, who, action, self.manager.name)
@@ -79,17 +83,18 @@ class ModelContext:
             return Query(where=where).resolve(self.manager.codec.fields).where
         except CrudError as error:
             raise ConfigError(
-                f"authorize answered a filter that means nothing for {self.manager.name!r}: {error}"
+                f"authorize returned a filter that is invalid for {self.manager.name!r}: {error}"
             ) from None
 
     async def document(self, request: Request) -> Document[Any]:
+        """Return the parsed body of a request. Raises InvalidData if it is invalid for the model."""
         body = await request.json()
         if len(body) < HEAVY_BYTES:
             return self.manager.codec.parse(body)
         return await heavy(len(body), lambda: self.manager.codec.parse(body), body)
 
     def target(self, request: Request) -> tuple[str, Expected | None]:
-        """The resource that a write is about, and the states that it may be in."""
+        """Return the id of the resource that a write changes, and the states that If-Match allows."""
         resource_id = known_id(request.rest[0])
         states = conditions.expected(request, self.policy.require_if_match)
         if states is None:

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 description of the API, merged into what FastAPI says of the other routes."""
+"""The OpenAPI 3.1 document: the models, merged into the document that FastAPI makes for the other routes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,21 @@ from .value_schemas import REF, Schema, bound, example, value_schema
 
 
 class Description(NamedTuple):
+    """The models that the document describes.
+
+    Attributes:
+        managers: The resource managers, by model name.
+        prefix: The path under which the routes are mounted.
+        authenticated: Whether requests need a bearer token.
+    """
+
     managers: Mapping[str, ResourceManager[Any]]
     prefix: str
-    authenticated: bool  # whether callers must sign in
+    authenticated: bool
 
 
 def describe(description: Description, own: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's description with the models' paths and schemas in it."""
+    """Return the document of FastAPI, `own`, with the paths and schemas of the models added."""
     merged = copy.deepcopy(own)
     merged["openapi"] = "3.1.0"
     schemas = merged.setdefault("components", {}).setdefault("schemas", {})
@@ -70,14 +78,14 @@ def _healthz() -> Schema:
     answer = closed({"status": {"type": "string", "const": "ok"}})
     return {
         "operationId": "healthz",
-        "summary": "Is the process alive",
+        "summary": "Check that the process is alive",
         "tags": ["service"],
-        "responses": responses_of({200: json_content(answer, "it is")}, 400, 500),
+        "responses": responses_of({200: json_content(answer, "the process is alive")}, 400, 500),
     }
 
 
 def _signed_in(description: Description, operation: Schema) -> Schema:
-    """The operation, and what it takes to be let in."""
+    """Return the operation, with its security scheme and the errors 401 and 403 if callers must authenticate."""
     if not description.authenticated:
         return operation
     responses = responses_of({}, 401, 403) | operation["responses"]
@@ -96,11 +104,11 @@ def _readyz(description: Description) -> Schema:
     )
     operation = {
         "operationId": "readyz",
-        "summary": "Do the stores answer, and which would not survive a crash",
+        "summary": "Check that the stores answer, and list models that would not survive a crash",
         "tags": ["service"],
         "responses": {
-            **responses_of({200: json_content(answer, "they do")}, 400, 500),
-            "503": json_content(answer, "some do not"),
+            **responses_of({200: json_content(answer, "all stores answer")}, 400, 500),
+            "503": json_content(answer, "at least one store does not answer"),
         },
     }
     return _signed_in(description, operation)
@@ -148,7 +156,7 @@ class _Model:
         return close(self.components) | made | self._batch()
 
     def _batch(self) -> dict[str, Schema]:
-        """The operations of a batch, with this model's data in them."""
+        """Return the schemas of a batch, with the data of this model in them."""
         _, schemas = msgspec.json.schema_components([batches.Batch], ref_template=REF)
         text = json.dumps(schemas)
         for name in schemas:
@@ -189,7 +197,7 @@ class _Model:
         }
         switch = {"required": True, "content": {"application/json": {"schema": ref("SwitchBody")}}}
         batch = {"required": True, "content": {"application/json": {"schema": ref(f"{self.title}Batch")}}}
-        gone: dict[int, Schema] = {204: {"description": "deleted; restore brings it back", "headers": ETAG}}
+        gone: dict[int, Schema] = {204: {"description": "deleted; it can be restored", "headers": ETAG}}
         page = {
             200: json_content(
                 ref(f"{self.title}Page"),
@@ -216,7 +224,7 @@ class _Model:
                 "post": self._op(
                     "batch",
                     [KEY],
-                    {200: json_content(ref(f"{self.title}Results"), "all were done")},
+                    {200: json_content(ref(f"{self.title}Results"), "all operations were committed")},
                     *(415, *write),
                     body=batch,
                 )
@@ -320,7 +328,9 @@ class _Model:
 
     def _fields(self) -> Schema:
         names = sorted({*self.components[self.component]["properties"], *self.codec.fields})
-        return query_parameter("fields", array({"type": "string", "enum": names}), "only these of the data", **LIST)
+        return query_parameter(
+            "fields", array({"type": "string", "enum": names}), "return only these fields of the data", **LIST
+        )
 
     def _filters(self) -> list[Schema]:
         parameters = []
@@ -337,7 +347,7 @@ class _Model:
         return parameters
 
     def _bound_indexed_fields(self) -> None:
-        """Indexed values have bounds that the model does not know: 64 bits, no NUL."""
+        """Add the bounds of indexed values, which the model does not have: 64 bits, no NUL."""
         properties = self.components[self.component]["properties"]
         for name, kind in self.codec.fields.items():
             if name in properties:

@@ -16,28 +16,35 @@ from .value_schemas import REF, Schema
 
 CURSOR: Schema = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 ERRORS = {
-    400: "The query string or a condition means nothing here",
-    401: "Sign in first",
-    403: "This is not allowed",
+    400: "The query string or a condition is invalid",
+    401: "The request has no valid credentials",
+    403: "The caller may not do this",
     404: "There is no such resource, revision or route",
-    409: "The state, or a unique value of another resource, does not allow it",
+    409: "The state of the resource, or a unique value of another resource, conflicts with the request",
     410: "The resource is deleted",
     412: "The resource is not in the expected state",
-    413: "The body, or what is indexed of it, is too large",
-    415: "This content type is not taken here",
-    422: "The body does not fit",
+    413: "The body, or the indexed part of it, is too large",
+    415: "The content type is not accepted",
+    422: "The body is invalid for the model",
     428: "If-Match is required",
     500: "The server failed",
     503: "The store is unavailable, stored data is damaged, or the outcome is unknown",
 }
-ETAG = {"ETag": {"schema": {"type": "string"}, "description": "the resource's state, for If-Match and If-None-Match"}}
+ETAG = {
+    "ETag": {
+        "schema": {"type": "string"},
+        "description": "identifies the state of the resource, for If-Match and If-None-Match",
+    }
+}
 
 
 def ref(name: str) -> Schema:
+    """Return a reference to a schema."""
     return {"$ref": REF.format(name=name)}
 
 
 def closed(properties: Mapping[str, Schema], required: list[str] | None = None) -> Schema:
+    """Return the schema of an object without other properties. By default, all properties are required."""
     return {
         "type": "object",
         "properties": dict(properties),
@@ -47,8 +54,11 @@ def closed(properties: Mapping[str, Schema], required: list[str] | None = None) 
 
 
 def close(schemas: dict[str, Schema]) -> dict[str, Schema]:
-    """What msgspec does not say of its types: unknown fields are refused at every depth, sets take an element twice, and decimals
-    may be numbers."""
+    """Correct the schemas of msgspec, in place.
+
+    msgspec does not say that unknown fields are refused at every depth, that a set may repeat an element, and that a
+    decimal may be a number.
+    """
     for schema in schemas.values():
         if "properties" in schema:
             schema.setdefault("additionalProperties", False)
@@ -72,11 +82,13 @@ def _correct(schema: Any) -> None:
 def json_content(
     schema: Schema, description: str, headers: Schema | None = None, media: str = "application/json"
 ) -> Schema:
+    """Return a response with a body."""
     response: Schema = {"description": description, "content": {media: {"schema": schema}}}
     return response | ({"headers": headers} if headers else {})
 
 
 def responses_of(good: Mapping[int, Schema], *errors: int) -> Schema:
+    """Return the responses of an operation: the good ones, and a problem for each error status."""
     problem = {"application/problem+json": {"schema": ref("Problem")}}
     return {str(status): response for status, response in good.items()} | {
         str(status): {"description": ERRORS[status], "content": problem} for status in errors
@@ -84,15 +96,18 @@ def responses_of(good: Mapping[int, Schema], *errors: int) -> Schema:
 
 
 def query_parameter(name: str, schema: Schema, description: str = "", **more: Any) -> Schema:
+    """Return an optional parameter of the query string."""
     parameter = {"name": name, "in": "query", "required": False, "schema": schema, **more}
     return parameter | ({"description": description} if description else {})
 
 
 def header_parameter(name: str, description: str) -> Schema:
+    """Return an optional header."""
     return {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": description}
 
 
 def array(items: Schema, **more: Any) -> Schema:
+    """Return the schema of a list that is not empty."""
     return {"type": "array", "items": items, "minItems": 1, **more}
 
 
@@ -100,23 +115,23 @@ REVISION: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_REVISION}
 BOOL: Schema = {"type": "boolean", "default": False}
 INCLUDE_DELETED = query_parameter("include_deleted", BOOL, "show deleted resources too")
 FIND_DELETED = query_parameter(
-    "include_deleted", {"type": "boolean"}, "find deleted resources too; default: only if meta.is_deleted is asked for"
+    "include_deleted", {"type": "boolean"}, "find deleted resources too; default: only if a filter uses meta.is_deleted"
 )
 STATUS = query_parameter(
-    "status", {"type": "string", "enum": ["draft", "stable"], "default": "stable"}, "of the new revision"
+    "status", {"type": "string", "enum": ["draft", "stable"], "default": "stable"}, "the status of the new revision"
 )
 MODE = query_parameter(
     "mode", {"type": "string", "enum": ["update", "modify"], "default": "update"}, "modify: edit the draft in place"
 )
 IF_MATCH = header_parameter("If-Match", "the ETag of the state to change, or *")
 KEY = header_parameter(
-    "Idempotency-Key", "a name of this request, which then happens once: asking again gives the first answer"
+    "Idempotency-Key", "identifies the request, so that a repeated request changes nothing and gets the first response"
 )
 KEY["schema"] = {"type": "string", "pattern": f"^{KEY_PATTERN}$", "minLength": 1, "maxLength": 255}
 IF_NONE_MATCH = header_parameter("If-None-Match", "ETags of states that the client has")
-CREATE_ONLY = header_parameter("If-None-Match", "`*`: create under this id, only if nothing has it")
+CREATE_ONLY = header_parameter("If-None-Match", "`*`: create a resource with this id, unless it exists")
 LIMIT = query_parameter("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT})
-CURSOR_PARAMETER = query_parameter("cursor", {"type": "string"}, "the next_cursor of the page before")
+CURSOR_PARAMETER = query_parameter("cursor", {"type": "string"}, "the next_cursor of the previous page")
 LIST: Schema = {"style": "form", "explode": False}
 ID = {
     "name": "id",
@@ -127,6 +142,7 @@ ID = {
 
 
 def shared_schemas() -> dict[str, Schema]:
+    """Return the schemas that all models share."""
     _, schemas = msgspec.json.schema_components([ResourceMeta, RevisionInfo, SwitchBody], ref_template=REF)
     schemas["SwitchBody"]["properties"]["revision"] |= {"minimum": 1, "maximum": MAX_REVISION}
     schemas["Problem"] = closed(

@@ -1,4 +1,4 @@
-"""What a request says besides its data: ids, keys and options."""
+"""The parts of a request besides its data: ids, keys and options."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _key = re.compile(KEY_PATTERN)
 
 
 async def idempotency_key(request: Request, method: str) -> IdempotencyKey | None:
-    """The Idempotency-Key of a request, with all that makes it this request; conditions are none of it, for a client that asks again may
-    have read meanwhile."""
+    """Return the Idempotency-Key of a request, together with everything that identifies the request, or None.
+
+    Conditions do not identify it, because a client that repeats a request may have read the resource meanwhile. Raises
+    InvalidCondition if the key is invalid. Reads the body.
+    """
     given = request.header(b"idempotency-key")
     if given is None:
         return None
@@ -35,7 +38,7 @@ async def idempotency_key(request: Request, method: str) -> IdempotencyKey | Non
 
 
 def check_id(resource_id: str) -> None:
-    """InvalidData unless a client may choose this id."""
+    """Raise InvalidData unless a client may choose this id."""
     if _id.fullmatch(resource_id) is None or resource_id in RESERVED_IDS:
         detail = (
             f"expected 1 to 128 of A-Z a-z 0-9 . _ ~ -, no dot at the start, none of {', '.join(sorted(RESERVED_IDS))};"
@@ -45,7 +48,7 @@ def check_id(resource_id: str) -> None:
 
 
 def check_revision(number: int) -> None:
-    """InvalidData unless a body may name this revision."""
+    """Raise InvalidData unless a body may name this revision."""
     if not 1 <= number <= MAX_REVISION:
         shown = str(number) if abs(number) < 2**64 else "one of more than 64 bits"
         detail = f"expected a whole number from 1 to {MAX_REVISION}, got {shown}"
@@ -53,17 +56,19 @@ def check_revision(number: int) -> None:
 
 
 def known_id(resource_id: str) -> str:
-    """The id of a path, if a resource can have it at all."""
+    """Return the id of a path. Raises NoSuchRoute if no resource can have this id."""
     if _id.fullmatch(resource_id) is None:
         raise problems.NoSuchRoute(f"there is no resource {resource_id[:140]!r}")
     return resource_id
 
 
 def include_deleted_of(options: dict[str, str]) -> bool:
+    """Return the option `include_deleted`. The default is false."""
     return "include_deleted" in options and parse_flag("include_deleted", options["include_deleted"])
 
 
 def parse_status(options: dict[str, str]) -> Status:
+    """Return the option `status`. The default is "stable"."""
     status = options.get("status", "stable")
     if status in ("draft", "stable"):
         return cast("Status", status)
@@ -71,7 +76,7 @@ def parse_status(options: dict[str, str]) -> Status:
 
 
 def parse_mode(options: dict[str, str]) -> bool:
-    """Whether the current draft is to be modified in place."""
+    """Return whether the option `mode` is "modify": the current draft is edited in place."""
     mode = options.get("mode", "update")
     if mode not in ("update", "modify"):
         raise bad_parameter("mode", f"expected update or modify, got {mode[:60]!r}")

@@ -1,4 +1,4 @@
-"""The two patch formats as functions of JSON trees."""
+"""The patch of a request, in one of two formats, as a function of a JSON tree."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from .json_patch import MAX_MADE, MAX_OPERATIONS, invalid, json_patch
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
 LEAST_OPERATION = len('{"op":"add","path":"","value":1}')
-"""Bytes of the shortest operation that may do something."""
+"""The size of the shortest operation that can change something, in bytes."""
 STEP_WORK = 30
-"""Operations of one step of a JSON Patch in a list of a million items, which is in pieces (see `json_patch.ChunkedList`)."""
+"""Operations for one step of a JSON Patch in a list of a million items (see `json_patch.ChunkedList`)."""
 MAX_DOUBLINGS = 10
-"""After so many copies the work counts as large, whatever is copied."""
+"""The number of copies after which the work counts as large, however little they copy."""
 PATCH_TYPES = (MERGE_PATCH, "application/json", JSON_PATCH)
 
 
 class PatchFunction(NamedTuple):
-    """`apply` makes new data of a JSON tree, which it may change. `size`: about how many bytes it works on, the data's aside.
-    `work`: operations that it takes at most, those on the data aside."""
+    """A patch, and its cost.
+
+    Attributes:
+        apply: Returns the new data for a JSON tree, which it may change.
+        size: The approximate size of the work, in bytes, without the data.
+        work: The largest number of operations, without those on the data.
+    """
 
     apply: Callable[[Any], Any]
     size: int
@@ -30,17 +35,17 @@ class PatchFunction(NamedTuple):
 
 
 def patch_from_body(body: bytes, media: str) -> PatchFunction:
-    """The patch in a request body.
+    """Return the patch in a request body.
 
-    It is read each time it is applied, in the lane for heavy work: many that wait there take no more memory than their
-    bodies. InvalidData is raised then if it is none.
+    The body is parsed each time the patch is applied, among the heavy work. So many waiting patches take no more memory
+    than their bodies. `apply` raises InvalidData if the body is not a patch.
     """
 
     def apply(target: Any) -> Any:
         patch = parse_json(body)
         return (json_patch(patch) if media == JSON_PATCH else merge_patch(patch))(target)
 
-    # What is written in escapes is not looked for: it counts as many copies.
+    # A text with escapes is not searched for "copy": it counts as many copies.
     copies = 0 if media != JSON_PATCH else MAX_DOUBLINGS if b"\\u" in body else body.count(b'"copy"')
     work = operations(body)
     if media == JSON_PATCH:
@@ -50,30 +55,38 @@ def patch_from_body(body: bytes, media: str) -> PatchFunction:
 
 
 def json_patch_function(patch: Any, size: int, work: int) -> PatchFunction:
-    """Return a JSON Patch of about `size` bytes, on which `work` operations are done at most. Raises InvalidData if it is none."""
+    """Return a JSON Patch as a function.
+
+    `size` is the approximate size of the patch in bytes, `work` the largest number of operations on its text. Raises
+    InvalidData if the patch is invalid.
+    """
     apply = json_patch(patch)
     copies = sum(1 for operation in patch if operation["op"] == "copy")
     return PatchFunction(apply, _work(size, copies), work + work_of_json_patch(len(patch), copies))
 
 
 def work_of_json_patch(count: int, copies: int) -> int:
-    """Return how many operations so many steps of a JSON Patch take at most, beside those on its text and on the data."""
+    """Return the largest number of operations for the steps of a JSON Patch.
+
+    Those on its text and on the data are not included.
+    """
     return count * STEP_WORK + (MAX_MADE // STEP_BYTES + MOST_PARTS if copies else 0)
 
 
 def _work(size: int, copies: int) -> int:
-    """Each copy may double the data."""
+    """Return the size of the work in bytes. Each copy can double the data."""
     return size << min(copies, MAX_DOUBLINGS)
 
 
 def merge_patch(patch: Any) -> Callable[[Any], Any]:
+    """Return a JSON Merge Patch as a function. Raises InvalidData if the patch is not an object."""
     if not isinstance(patch, dict):
         raise invalid("a merge patch of a resource is a JSON object")
     return lambda target: _merge(target, patch)
 
 
 def _merge(target: Any, patch: Any) -> Any:
-    """RFC 7396, section 2."""
+    """Apply a merge patch as RFC 7396, section 2, says."""
     if not isinstance(patch, dict):
         return patch
     result = dict(target) if isinstance(target, dict) else {}

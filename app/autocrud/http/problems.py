@@ -1,4 +1,4 @@
-"""Errors as problem details (RFC 9457): stable types, every fault with its place, never a traceback."""
+"""Errors as problem details (RFC 9457): stable types, the location of each violation, and no traceback."""
 
 from __future__ import annotations
 
@@ -16,28 +16,36 @@ log = logging.getLogger("crudstack.http")
 CONTENT_TYPE = b"application/problem+json"
 MAX_TEXT, MAX_VIOLATIONS = 1000, 100
 ROUTE = "crudstack.route"
-"""Where in the scope the template of the path is noted, for logs."""
+"""The key of the scope under which the template of the path is kept, for logs."""
 _encode = msgspec.json.Encoder().encode
 
 
 class NoSuchRoute(CrudError):
+    """The path has no route."""
+
     type, title, status = "no-such-route", "Not found", 404
 
 
 class MethodNotAllowed(CrudError):
+    """The route does not have this method."""
+
     type, title, status = "method-not-allowed", "This method is not allowed here", 405
 
 
 class ResponseTooLarge(CrudError):
+    """The response is too large to be sent."""
+
     type, title, status = "response-too-large", "The answer is too large to be sent", 400
 
 
 class PreconditionRequired(CrudError):
+    """The write has no If-Match, which is required."""
+
     type, title, status = "precondition-required", "If-Match is required", 428
 
 
 def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Response:
-    """The answer that tells this error."""
+    """Return the response for an error, with Retry-After if the same request can succeed a second later."""
     problem: dict[str, Any] = {
         "type": f"urn:crudstack:{error.type}",
         "title": error.title,
@@ -58,11 +66,11 @@ def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) ->
 
 
 def shortened(text: str) -> str:
-    """What fits into a message: texts of clients and libraries may be as long as a body."""
+    """Return a text for a message, cut after MAX_TEXT characters: texts of clients and libraries may be very long."""
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:
-    """The answer to a defect of ours: the log gets all of it but the path, the client nothing."""
+    """Return the response for an unexpected exception. It is logged without the path, and not shown to the client."""
     log.error("%s %s failed", scope["method"], scope.get(ROUTE, "none"), exc_info=error)
     return response(CrudError("the server failed; its log says why"))

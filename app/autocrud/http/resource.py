@@ -47,6 +47,7 @@ class ResourceRoutes:
         self._policy = context.policy
 
     async def get(self, request: Request) -> Response:
+        """Handle `GET /{model}/{id}`."""
         options = request.options("revision", "fields", "include_deleted")
         resource, unchanged = await self._read(request, options)
         if unchanged is not None:
@@ -59,6 +60,7 @@ class ResourceRoutes:
         return resource_response(resource, 200)
 
     async def get_data(self, request: Request) -> Response:
+        """Handle `GET /{model}/{id}/data`."""
         options = request.options("revision", "fields", "include_deleted")
         resource, unchanged = await self._read(request, options)
         if unchanged is not None:
@@ -83,6 +85,7 @@ class ResourceRoutes:
         return resource, None
 
     async def put(self, request: Request) -> Response:
+        """Handle `PUT /{model}/{id}`: an update, or a creation with `If-None-Match: *`."""
         creates = conditions.creates(request)
         await self._context.authorize(request, "create" if creates else "update")
         options = request.options("status", "mode")
@@ -91,7 +94,9 @@ class ResourceRoutes:
         document = await self._context.document(request)
         if creates:
             if modify:
-                raise bad_parameter("mode", "what is not there cannot be modified")
+                raise bad_parameter(
+                    "mode", "modify edits an existing draft, and this request creates a resource: leave out mode"
+                )
             check_id(request.rest[0])
             created = await self._manager.create(
                 document, resource_id=request.rest[0], status=status, by=request.caller
@@ -105,6 +110,7 @@ class ResourceRoutes:
         return resource_response(changed, 200)
 
     async def patch(self, request: Request) -> Response:
+        """Handle `PATCH /{model}/{id}`."""
         options = request.options("status", "mode")
         mode: Literal["modify", "update"] = "modify" if parse_mode(options) else "update"
         status = parse_status(options)
@@ -126,17 +132,20 @@ class ResourceRoutes:
         return resource_response(changed, 200)
 
     async def delete(self, request: Request) -> Response:
+        """Handle `DELETE /{model}/{id}`."""
         request.options()
         resource_id, expect = self._context.target(request)
         meta = await self._manager.delete(resource_id, expect=expect, by=request.caller)
         return Response(204, b"", (etag(meta),))
 
     async def publish(self, request: Request) -> Response:
+        """Handle `POST /{model}/{id}/publish`."""
         request.options()
         resource_id, expect = self._context.target(request)
         return resource_response(await self._manager.publish(resource_id, expect=expect, by=request.caller), 200)
 
     async def switch(self, request: Request) -> Response:
+        """Handle `POST /{model}/{id}/switch`."""
         request.options()
         body = await request.body()
         if len(body) > MAX_SWITCH:
@@ -153,11 +162,13 @@ class ResourceRoutes:
         )
 
     async def restore(self, request: Request) -> Response:
+        """Handle `POST /{model}/{id}/restore`."""
         request.options()
         resource_id, expect = self._context.target(request)
         return resource_response(await self._manager.restore(resource_id, expect=expect, by=request.caller), 200)
 
     async def purge(self, request: Request) -> Response:
+        """Handle `POST /{model}/{id}/purge`."""
         request.options()
         resource_id, expect = self._context.target(request)
         erased_by = await self._manager.purge(resource_id, expect=expect, by=request.caller)

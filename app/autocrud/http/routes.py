@@ -55,6 +55,7 @@ class ModelRoutes:
         self._revision: Endpoints = {"GET": Endpoint("read", history.get_revision)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request to `/{model}` or a path below it."""
         rest = scope["path_params"].get("rest")
         request = Request(scope, receive, [] if rest is None else rest.split("/"), self._policy.max_body)
         method = scope["method"]
@@ -103,7 +104,7 @@ class ModelRoutes:
         )
 
     def _endpoints(self, rest: list[str]) -> tuple[str, Endpoints | None]:
-        """The template of a path below the model, and what is there."""
+        """Return the template of a path below the model, and its endpoints by method, or None if there is no route."""
         match rest:
             case []:
                 return "", self._collection
@@ -118,7 +119,10 @@ class ModelRoutes:
         return "", None
 
     def _sendable(self, response: Response, method: str) -> Response:
-        """The response, or what takes its place if it is too large to be sent, or to be made ready for that in time."""
+        """Return the response, or a shorter one if it is too large to be sent, or to be prepared in the remaining time.
+
+        Raises ResponseTooLarge or NotEnoughTime if the response to a read is too large.
+        """
         if len(response.body) >= HEAVY_BYTES and (method in ("GET", "HEAD") or response.brief is not None):
             try:
                 check_time(len(response.body) // STEP_BYTES)
@@ -128,8 +132,9 @@ class ModelRoutes:
                 response = response._replace(body=response.brief)
         if self._policy.fits(response.body):
             return response
-        if response.brief is not None and method not in ("GET", "HEAD"):  # what is written must be acknowledged
+        if response.brief is not None and method not in ("GET", "HEAD"):  # a committed write must be acknowledged
             return response._replace(body=response.brief)
         raise problems.ResponseTooLarge(
-            f"the answer has {len(response.body)} bytes, too many to be sent; ask for less of it, by fields= where there is that"
+            f"the answer has {len(response.body)} bytes, too many to be sent; "
+            " ask for less of it, for example by fields="
         )

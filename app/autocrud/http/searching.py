@@ -1,9 +1,10 @@
-"""A query string as a Query, and opaque cursors.
+"""Parses query strings to queries, and encodes cursors.
 
-    ?author=alice&views[gte]=10&tags[contains]=x&state[in]=a,b&meta.created_time[gte]=2026-01-01T00:00:00Z&sort=-views,author&limit=20
+    ?author=alice&views[gte]=10&tags[contains]=x&state[in]=a,b&meta.created_time[gte]=2026-01-01T00:00:00Z
+    &sort=-views,author&limit=20
 
-A comma or a backslash inside a value of `[in]` is written with a backslash before it. `[in]`, `[not_in]`, `sort` and `fields` may as
-well be repeated, as many clients send lists.
+A comma or a backslash inside a value of `[in]` is written with a backslash before it. `[in]`, `[not_in]`, `sort` and
+`fields` may also be repeated, because many clients send lists in this way.
 """
 
 from __future__ import annotations
@@ -52,15 +53,19 @@ _PARTS = re.compile(r"((?:[^\\,]|\\.)*)(?:,|$)", re.DOTALL)
 
 
 class Search(NamedTuple):
-    """What a list asks for. `fields`: only these of the data; `data`: whether any."""
+    """The parameters of a list.
+
+    `fields` are the fields of the data to return, or None for all. `data` is False if only metadata is returned.
+    """
 
     query: Query
     fields: list[str] | None
     data: bool
-    cursor_scope: bytes  # what a cursor of this list must have been made for
+    cursor_scope: bytes  # identifies the list, so that the cursor of another list is refused
 
 
 def parse_search(given: list[tuple[str, str]], codec: Codec[Any], model: str) -> Search:
+    """Return the search of a list. Raises InvalidQuery if a parameter is unknown or invalid."""
     parameters = _distinct(given)
     conditions = _conditions(parameters, codec, LIST_PARAMETERS)
     sort = _sort(parameters.get("sort"), codec)
@@ -69,7 +74,7 @@ def parse_search(given: list[tuple[str, str]], codec: Codec[Any], model: str) ->
     data = parse_flag("data", parameters["data"]) if "data" in parameters else True
     fields = parse_fields(parameters["fields"], codec) if "fields" in parameters else None
     if fields is not None and not data:
-        raise bad_parameter("fields", "data=false leaves nothing to choose fields of")
+        raise bad_parameter("fields", "data=false returns no data, so fields has no effect: leave out one of them")
     scope = _scope(model, sort, conditions, include_deleted)
     after = decode_cursor(parameters["cursor"], scope, len(sort) + 1) if "cursor" in parameters else None
     query = Query(where=_all(conditions), sort=sort, limit=limit, after=after, include_deleted=include_deleted)
@@ -77,20 +82,21 @@ def parse_search(given: list[tuple[str, str]], codec: Codec[Any], model: str) ->
 
 
 def parse_count(given: list[tuple[str, str]], codec: Codec[Any]) -> Query:
+    """Return the query of a count, not yet resolved. Raises InvalidQuery if a parameter is unknown or invalid."""
     parameters = _distinct(given)
     conditions = _conditions(parameters, codec, COUNT_PARAMETERS)
     return Query(where=_all(conditions), include_deleted=_include_deleted(parameters, conditions))
 
 
 def _include_deleted(parameters: dict[str, str], conditions: list[Compare]) -> bool:
-    """Unless it is said: who asks whether resources are deleted means deleted ones too."""
+    """Return whether deleted resources are found. By default, they are found if a filter uses `meta.is_deleted`."""
     if "include_deleted" in parameters:
         return parse_flag("include_deleted", parameters["include_deleted"])
     return any(condition.field == "meta.is_deleted" for condition in conditions)
 
 
 def parse_fields(text: str, codec: Codec[Any]) -> list[str]:
-    """The paths of `fields=a,b.c`; all must be there in the model."""
+    """Return the paths of `fields=a,b.c`. Raises InvalidQuery if the model does not have one of them."""
     paths = list(dict.fromkeys(text.split(",")))
     if len(paths) > MAX_FIELDS:
         raise bad_parameter("fields", f"expected at most {MAX_FIELDS} fields, got {len(paths)}")
@@ -148,7 +154,7 @@ def _value(op: str, text: str, parse: Callable[[str], Any]) -> Any:
 
 
 def split(text: str) -> list[str]:
-    """The values of a list with commas between; a backslash takes the next character as it is."""
+    """Return the values of a comma-separated list. A backslash makes the next character a part of the value."""
     parts, at = [], 0
     while True:
         match = _PARTS.match(text, at)
@@ -180,20 +186,25 @@ def _scope(*parts: Any) -> bytes:
 
 
 def revisions_scope(model: str, resource_id: str) -> bytes:
+    """Return the scope of cursors for a resource's revisions."""
     return _scope(model, "revisions", resource_id)
 
 
 def encode_cursor(cursor: Cursor, scope: bytes) -> str:
+    """Return a cursor as a text. `scope` identifies the list that the cursor belongs to."""
     return base64.urlsafe_b64encode(scope + msgspec.msgpack.encode(cursor)).decode().rstrip("=")
 
 
 def decode_cursor(text: str, scope: bytes, length: int) -> Cursor:
-    """What `encode_cursor` encoded; InvalidQuery for everything else, the cursor of another list too."""
+    """Return the cursor that `encode_cursor` encoded.
+
+    Raises InvalidQuery for any other text, and for the cursor of another list.
+    """
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         cursor = msgspec.msgpack.decode(raw[len(scope) :], type=list[Key | None])
     except (ValueError, msgspec.DecodeError):
-        raise invalid("cursor", "expected the next_cursor of an answer") from None
+        raise invalid("cursor", "expected the next_cursor of a response") from None
     if raw[: len(scope)] != scope or len(cursor) != length:
         raise invalid("cursor", "this cursor belongs to another model, filter or sort order")
     if any(isinstance(key, int) and not INT_MIN <= key <= INT_MAX for key in cursor):

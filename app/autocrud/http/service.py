@@ -1,4 +1,4 @@
-"""Everything that is not one model's: healthz, readyz, and putting it all onto an application or a router."""
+"""The routes /healthz and /readyz, and the functions that add all routes to an application."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .routes import ModelRoutes
 
 
 class _AnyPath(PathConvertor):
-    """The rest of a path, line breaks included: whatever stands there, the engine answers."""
+    """Matches the rest of a path, with any characters, also line breaks."""
 
     regex = "(?s:.*)"
 
@@ -38,12 +38,13 @@ Lifespan = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 
 class HealthCheck:
-    """One path with GET and HEAD."""
+    """The ASGI application of one path with GET and HEAD."""
 
     def __init__(self, answer: Callable[[], Any], authenticate: Authenticate | None = None) -> None:
         self._answer, self._authenticate = answer, authenticate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
         method = scope["method"]
         scope[problems.ROUTE] = route_path(scope)
         try:
@@ -63,7 +64,7 @@ class HealthCheck:
 
 
 def routes(managers: Managers, policy: Policy) -> list[BaseRoute]:
-    """The routes of all models. Two for each, whatever it offers: what follows is looked up, not tried one by one."""
+    """Return the routes of all models. Each model has two; paths below it are looked up in a dictionary."""
 
     async def healthz() -> Response:
         return Response(200, b'{"status":"ok"}')
@@ -86,7 +87,10 @@ def routes(managers: Managers, policy: Policy) -> list[BaseRoute]:
 
 
 async def ready(managers: Managers) -> Response:
-    """Whether each model's stores answer, what does not work as it should all the same, and which would not survive a crash."""
+    """Return the response of /readyz.
+
+    It tells for each model whether its stores answer, what is degraded, and whether its data would survive a crash.
+    """
 
     async def check(manager: ResourceManager[Any]) -> tuple[str, list[str]]:
         try:
@@ -118,7 +122,7 @@ async def ready(managers: Managers) -> Response:
 def mount(
     target: Any, made: list[BaseRoute], lifespan: Lifespan, managers: Managers, *, authenticated: bool = False
 ) -> None:
-    """Put the routes onto an application or a router, and the lifespan around what it has."""
+    """Add the routes to an application or a router, and run `lifespan` inside of its own lifespan."""
     router: Router = target.router if isinstance(target, Starlette) else target
     router.routes.extend(made)
     around = router.lifespan_context
@@ -134,13 +138,13 @@ def mount(
 
 
 def describe_application(app: Any, managers: Managers, prefix: str, *, authenticated: bool) -> None:
-    """Add the models to an application's OpenAPI, and give it a docs page whose assets are local."""
+    """Add the models to the OpenAPI document of an application, and replace its docs page with a local one."""
     generate = app.openapi
     merged: dict[int, dict[str, Any]] = {}
 
     def openapi() -> dict[str, Any]:
         own = generate()
-        if id(own) not in merged:  # FastAPI keeps its own until routes change
+        if id(own) not in merged:  # FastAPI caches its document until routes change
             merged.clear()
             merged[id(own)] = describe(Description(managers, prefix, authenticated), own)
         return merged[id(own)]

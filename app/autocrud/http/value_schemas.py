@@ -1,4 +1,4 @@
-"""JSON Schemas of single values: what kinds look like in a query string, the bounds of indexed fields, and examples."""
+"""JSON Schemas of single values: values in a query string, the bounds of indexed fields, and examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_NUL = r"^[^\u0000]*$"
 
 
 def value_schema(kind: FieldKind) -> Schema:
-    """What one value of a kind looks like in a query string."""
+    """Return the schema of one value of a kind in a query string."""
     type_ = kind.type
     if kind.is_list:
         type_ = next(arg for arg in typing.get_args(type_) if arg is not Ellipsis)
@@ -31,7 +31,7 @@ def value_schema(kind: FieldKind) -> Schema:
 
 
 def bound(schema: Schema, kind: FieldKind) -> None:
-    """Narrow a schema, in place, to what can be indexed: 64 bits, no NUL."""
+    """Add the bounds of indexed values to a schema, in place: 64 bits, no NUL."""
     for part in [schema, *schema.get("anyOf", [])]:
         if part.get("type") == "integer":
             part.setdefault("minimum", INT_MIN)
@@ -56,7 +56,7 @@ _EXAMPLES: dict[str, Any] = {
 
 
 def example(schema: Schema, components: Mapping[str, Schema]) -> Any:
-    """A value that the schema allows."""
+    """Return a value that the schema allows."""
     if "examples" in schema:
         return schema["examples"][0]
     if "default" in schema:
@@ -71,7 +71,7 @@ def example(schema: Schema, components: Mapping[str, Schema]) -> Any:
         inner = components[schema["$ref"].rpartition("/")[2]]
         if "properties" not in inner:
             return example(inner, components)
-        # only what is required: a model may contain itself
+        # only required properties, because a model may contain itself
         return {name: example(inner["properties"][name], components) for name in inner.get("required", [])}
     kind = schema.get("type")
     if kind in ("array", "object"):
