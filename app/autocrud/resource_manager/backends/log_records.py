@@ -10,7 +10,7 @@ from msgspec import Struct
 from ..basic import Change, IndexEntry, ResourceMeta, RevisionInfo
 
 
-class Indexed(Struct, frozen=True, array_like=True):
+class LoggedIndexEntry(Struct, frozen=True, array_like=True):
     """An index entry, and the number of the set of fields (in IndexSchema.specs) that it was made for."""
 
     spec: str
@@ -19,14 +19,14 @@ class Indexed(Struct, frozen=True, array_like=True):
     shown: bytes
 
 
-class Remembered(Struct, frozen=True, array_like=True):
+class LoggedResults(Struct, frozen=True, array_like=True):
     """What is remembered of an Idempotency-Key: see `IdempotentCommit`. Numbers of changes are those of the ops of its record."""
 
     request: str
     results: tuple[int | ResourceMeta | None, ...]
 
 
-class Op(Struct, frozen=True, omit_defaults=True, rename={"resource_id": "id"}):
+class LogOperation(Struct, frozen=True, omit_defaults=True, rename={"resource_id": "id"}):
     """What happened to one resource. Documents, not columns: every reader derives its own tables from it.
 
     put    its new metadata; `record` is what a revision's record has that the metadata does not say; `index` None: as it was
@@ -39,9 +39,9 @@ class Op(Struct, frozen=True, omit_defaults=True, rename={"resource_id": "id"}):
     resource_id: str
     meta: ResourceMeta | None = None
     record: dict[str, Any] | None = None
-    index: Indexed | None = None
+    index: LoggedIndexEntry | None = None
     drop: tuple[str, ...] = ()
-    once: Remembered | None = None
+    once: LoggedResults | None = None
 
 
 def _expected(meta: ResourceMeta) -> dict[str, Any]:
@@ -62,22 +62,22 @@ def _expected(meta: ResourceMeta) -> dict[str, Any]:
     }
 
 
-def op_of(change: Change, meta: ResourceMeta, spec: str) -> Op:
+def log_operation(change: Change, meta: ResourceMeta, spec: str) -> LogOperation:
     """The op of a change that left `meta`."""
     if change.purge:
-        return Op("purge", meta.resource_id)
+        return LogOperation("purge", meta.resource_id)
     record = None
     if change.record is not None:
         expected = _expected(meta)
         record = {name: value for name in expected if (value := getattr(change.record, name)) != expected[name]}
-    return Op("put", meta.resource_id, meta, record, indexed(change.index, spec), change.drop)
+    return LogOperation("put", meta.resource_id, meta, record, logged_index_entry(change.index, spec), change.drop)
 
 
-def indexed(entry: IndexEntry | None, spec: str) -> Indexed | None:
-    return None if entry is None else Indexed(spec, entry.keys, entry.missing, entry.shown)
+def logged_index_entry(entry: IndexEntry | None, spec: str) -> LoggedIndexEntry | None:
+    return None if entry is None else LoggedIndexEntry(spec, entry.keys, entry.missing, entry.shown)
 
 
-def record_of(op: Op) -> RevisionInfo | None:
+def revision_info_of(op: LogOperation) -> RevisionInfo | None:
     if op.record is None or op.meta is None:
         return None
     return msgspec.convert({**_expected(op.meta), **op.record}, RevisionInfo)

@@ -23,12 +23,12 @@ from ...basic import (
 from ...contract.idempotency import results_to_keep
 from ...contract.metadata_codec import encoder, info_of
 from ...contract.store_errors import generation_of, storable_id
-from ..log_records import Indexed, indexed
+from ..log_records import LoggedIndexEntry, logged_index_entry
 
 TXID = 16
 
 _pack = msgspec.msgpack.Encoder().encode
-decode_indexed = msgspec.msgpack.Decoder(Indexed).decode
+decode_indexed = msgspec.msgpack.Decoder(LoggedIndexEntry).decode
 
 
 def digest(resource_id: str) -> str:
@@ -105,4 +105,4 @@ class Writer:
             "" if key is None or isinstance(key, list) else token(name, key)
             for name, key in zip(unique, keys, strict=True)
         ]
-        return [_pack(indexed(entry, self.spec)), *tokens]
+        return [_pack(logged_index_entry(entry, self.spec)), *tokens]

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from ....errors import ConfigError, StoreDamaged
 from ...records import Findings
-from ..log_records import Op
+from ..log_records import LogOperation
 
 FORMAT = 1
 _NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
@@ -198,15 +198,15 @@ def version_in(name: str) -> int | None:
     return None if ours is None else int(ours[1] or ours[2])
 
 
-_op_list = msgspec.msgpack.Decoder(list[Op]).decode
+_op_list = msgspec.msgpack.Decoder(list[LogOperation]).decode
 
 
-def encode_ops(ops: Sequence[Op]) -> bytes:
+def encode_ops(ops: Sequence[LogOperation]) -> bytes:
     """Return the bytes of the operations of one record."""
     return _encode(ops)
 
 
-def decode_ops(ops: bytes) -> list[Op]:
+def decode_ops(ops: bytes) -> list[LogOperation]:
     """Return the operations of one record. Raises msgspec.MsgspecError if the bytes cannot be read."""
     return _op_list(ops)
 

@@ -31,7 +31,7 @@ from ....errors import CrudError, StoreUnavailable
 from ...basic import Change, IdempotentCommit, Reindex, ResourceMeta
 from ...contract.store_errors import not_indexed, not_kept, shared
 from ...runtime.files import lock_within
-from ..log_records import Op, Remembered, indexed, op_of
+from ..log_records import LoggedResults, LogOperation, log_operation, logged_index_entry
 from ..sqlite.database import empty_log, keep_plans
 from ..sqlite.replay import replay
 from ..sqlite.tables import ResourceTables
@@ -344,15 +344,17 @@ class LocalCopy:
         if request.entries:
             reindexed = set(self.tables.reindex(connection, request.entries, () if request.share else unique))
             ops = [
-                Op("index", entry.resource_id, index=indexed(entry.entry, spec))
+                LogOperation("index", entry.resource_id, index=logged_index_entry(entry.entry, spec))
                 for entry in request.entries
                 if entry.resource_id in reindexed
             ]
             return Attempt(encode_ops(ops) if ops else b"", [], None)
         metas = self.tables.commit(connection, request.changes, unique, request.once)
-        ops = [op_of(change, meta, spec) for change, meta in zip(request.changes, metas, strict=True)]
+        ops = [log_operation(change, meta, spec) for change, meta in zip(request.changes, metas, strict=True)]
         if request.once is not None:
-            ops.append(Op("once", request.once.key, once=Remembered(request.once.request, request.once.results)))
+            ops.append(
+                LogOperation("once", request.once.key, once=LoggedResults(request.once.request, request.once.results))
+            )
         return Attempt(encode_ops(ops), metas, None)
 
     def schema_with_unique_fields(self, *, force: bool) -> tuple[HeadState, IndexSchema | None]:

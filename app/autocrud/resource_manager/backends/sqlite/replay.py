@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import apsw
 
 from ...basic import Change, IndexEntry
-from ..log_records import Indexed, Op, record_of
+from ..log_records import LoggedIndexEntry, LogOperation, revision_info_of
 from .tables import ResourceTables
 
 Specs = Mapping[str, Mapping[str, str]]
 """The sets of indexed fields that index entries were made for, with their kinds, by what entries call them."""
 
 
-def replay(tables: ResourceTables, connection: apsw.Connection, op: Op, specs: Specs) -> None:
+def replay(tables: ResourceTables, connection: apsw.Connection, op: LogOperation, specs: Specs) -> None:
     """Do what an op about a resource tells. An index entry that lacks a bound field is marked as outdated."""
     entry, complete = (None, True) if op.index is None else entry_of(tables, op.index, specs)
     if op.kind == "purge":
@@ -22,13 +22,13 @@ def replay(tables: ResourceTables, connection: apsw.Connection, op: Op, specs: S
     elif op.kind == "index" and entry is not None:
         tables.put_index(connection, op.resource_id, entry)
     elif op.kind == "put" and op.meta is not None:
-        change = Change(meta=op.meta, record=record_of(op), index=entry, expect="any", drop=op.drop)
+        change = Change(meta=op.meta, record=revision_info_of(op), index=entry, expect="any", drop=op.drop)
         tables.apply_committed(connection, [change])
     if not complete:
         tables.mark_outdated(connection, op.resource_id)
 
 
-def entry_of(tables: ResourceTables, index: Indexed, specs: Specs) -> tuple[IndexEntry, bool]:
+def entry_of(tables: ResourceTables, index: LoggedIndexEntry, specs: Specs) -> tuple[IndexEntry, bool]:
     """The index entry for the bound fields, and whether it says something of each."""
     theirs, mine = specs.get(index.spec, {}), tables.kinds
     covered = {name for name, kind in mine.items() if theirs.get(name) == kind}
