@@ -189,7 +189,7 @@ async def test_a_client_that_is_stopped_in_a_transaction_keeps_no_lock(address, 
     holding, go = asyncio.Event(), asyncio.Event()
 
     async def hold(connection) -> None:
-        async with connection.alone(meta_store._schema.lock, 200):
+        async with connection.exclusive_transaction(meta_store._schema.lock, 200):
             holding.set()
             await go.wait()
 

@@ -32,7 +32,7 @@ from ...errors import (
 from ...query import Query
 from ...secret import Secret
 from ...values import datetime_key
-from ..backends.postgres.call import Call
+from ..backends.postgres.commit_arguments import CommitArguments
 from ..backends.postgres.migration import Migration
 from ..backends.postgres.pool import (
     MAX_SIZE,
@@ -56,7 +56,7 @@ from ..backends.postgres.schema import (
     STALE,
     UNKNOWN_UNIQUE,
     WRONG_ISOLATION,
-    Schema,
+    PostgresSchema,
     name_of,
 )
 from ..backends.query_sql import SqlBuilder
@@ -139,7 +139,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
     @override
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
-        self._schema = Schema(self._table, spec.fields)
+        self._schema = PostgresSchema(self._table, spec.fields)
         self._migration = Migration(spec, self._schema)
         self._sql = SqlBuilder(PostgresDialect(spec.fields), self._schema.names["main"])
         self._search = functools.lru_cache(maxsize=512)(self._sql.search)
@@ -296,7 +296,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         while True:
             decided = [await self._decided(change) for change in changes]
             try:
-                await self._call(Call(decided, once, self._spec_id or 0, self._encode))
+                await self._call(CommitArguments(decided, once, self._spec_id or 0, self._encode))
             except VersionConflict:
                 if any(change.expect == "any" for change in changes):
                     continue  # whatever is there now is meant
@@ -314,7 +314,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         meta = replace(change.meta, version=found.version + 1)
         return replace(change, expect=Version(found.version, found.nonce), meta=meta)
 
-    async def _call(self, call: Call) -> None:
+    async def _call(self, call: CommitArguments) -> None:
         """Commit; where the answer is lost, find out. (P4)"""
         clock = asyncio.get_running_loop().time
         began = clock()
@@ -336,7 +336,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                     if await self._happened(number):
                         return
                 elif cause.sqlstate == WRONG_ISOLATION:  # the session of a pooler; see `postgres.session`
-                    self._pool().isolate()
+                    self._pool().request_isolation()
                 elif cause.sqlstate in RETRIED:
                     log.info("PostgreSQL ended the transaction for another one; it is tried again")
                 else:
@@ -369,7 +369,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                     ) from error
                 await asyncio.sleep(0.2)
 
-    async def _raise(self, cause: psycopg.Error, call: Call) -> None:
+    async def _raise(self, cause: psycopg.Error, call: CommitArguments) -> None:
         """Raise what the function means by an error; return if it is none of its own."""
         state, detail = cause.sqlstate, cause.diag.message_detail or ""
         if state == CONFLICT:
@@ -400,7 +400,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         if self._spec_id is None:
             await self._open()
-        await self._call(Call([], None, self._spec_id or 0, self._encode, entries, share=share))
+        await self._call(CommitArguments([], None, self._spec_id or 0, self._encode, entries, share=share))
 
     @override
     async def findings(self) -> Findings:
@@ -419,11 +419,13 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         if self._spec_id is not None and self._migration.uniques >= set(self._spec.unique):
             return True
-        return await self._do(lambda connection: self._migration.adopt_uniques(connection, force=force), limited=False)
+        return await self._do(
+            lambda connection: self._migration.activate_unique_fields(connection, force=force), limited=False
+        )
 
     @override
     async def deactivate_unique_field(self, name: str) -> None:
-        await self._do(lambda connection: self._migration.give_up_unique(connection, name), limited=False)
+        await self._do(lambda connection: self._migration.deactivate_unique_field(connection, name), limited=False)
 
     @override
     async def advance_generation(self) -> int:

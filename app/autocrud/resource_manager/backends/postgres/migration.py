@@ -15,13 +15,13 @@ from ...contract.metadata_codec import meta_of
 from ...contract.store_errors import not_indexed, shared
 from . import pool
 from .pool import Connection
-from .schema import Schema, held
+from .schema import PostgresSchema, held
 
 
 class Migration:
     """`uniques`: the unique fields, as they were when somebody last looked. They become more, hardly ever less."""
 
-    def __init__(self, spec: ModelSpec, schema: Schema) -> None:
+    def __init__(self, spec: ModelSpec, schema: PostgresSchema) -> None:
         self._spec, self._schema = spec, schema
         self._kinds = {name: spec.fields[name].name for name in sorted(spec.fields)}
         self._fields = msgspec.json.encode(self._kinds).decode()
@@ -50,7 +50,7 @@ class Migration:
 
     async def make(self, connection: Connection) -> int:
         """Make or complete the schema. Several programs and versions may do it at once: they take turns."""
-        async with self._alone(connection):  # indexes of large tables take their time
+        async with self._exclusive_transaction(connection):  # indexes of large tables take their time
             for statement in self._schema.statements():
                 await connection.execute(statement.encode())
             self._check(await self._stored_uniques(connection))
@@ -88,19 +88,19 @@ class Migration:
         )
         return [meta_of(row[0]) for row in await cursor.fetchall()]
 
-    async def adopt_uniques(self, connection: Connection, *, force: bool) -> bool:
+    async def activate_unique_fields(self, connection: Connection, *, force: bool) -> bool:
         """As MetaStore.activate_unique_fields."""
-        async with self._alone(connection):
+        async with self._exclusive_transaction(connection):
             stored = await self._stored_uniques(connection)
             added = [name for name in self._spec.unique if name not in stored]
             if added and not force and await self.outdated(connection, 1):
                 return False
             for name in added:
-                await self._adopt(connection, name)
+                await self._activate(connection, name)
         self.uniques = {*stored, *added}
         return True
 
-    async def _adopt(self, connection: Connection, name: str) -> None:
+    async def _activate(self, connection: Connection, name: str) -> None:
         values = f"SELECT %s::text, {held('(keys ->> %s)')}, id FROM <main> WHERE (keys ->> %s) IS NOT NULL"
         count = values.count("%s")
         try:
@@ -110,9 +110,9 @@ class Migration:
             raise shared(self._spec.name, name) from None
         await connection.execute(self._filled("UPDATE <state> SET uniques = array_append(uniques, %s)"), (name,))
 
-    async def give_up_unique(self, connection: Connection, name: str) -> None:
+    async def deactivate_unique_field(self, connection: Connection, name: str) -> None:
         """As MetaStore.deactivate_unique_field."""
-        async with self._alone(connection):
+        async with self._exclusive_transaction(connection):
             cursor = await connection.execute(
                 self._filled(
                     "UPDATE <state> SET uniques = array_remove(uniques, %s)"
@@ -131,7 +131,7 @@ class Migration:
         return list(uniques)
 
     @contextlib.asynccontextmanager
-    async def _alone(self, connection: Connection) -> AsyncIterator[None]:
+    async def _exclusive_transaction(self, connection: Connection) -> AsyncIterator[None]:
         """A transaction that may take its time, while nobody commits."""
-        async with connection.alone(self._schema.lock, round(pool.IDLE_IN_TRANSACTION_S * 1000)):
+        async with connection.exclusive_transaction(self._schema.lock, round(pool.IDLE_IN_TRANSACTION_S * 1000)):
             yield

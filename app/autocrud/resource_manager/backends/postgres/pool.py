@@ -90,18 +90,18 @@ class Pool:
 
     def __init__(self, dsn: Secret, password: Password | None, max_size: int, prepare: bool | None = None) -> None:
         self._dsn, self._password, self._prepare = dsn, password, prepare
-        self._named = frozenset(conninfo_to_dict(dsn.reveal()))
+        self._settings_in_dsn = frozenset(conninfo_to_dict(dsn.reveal()))
         self._clock = asyncio.get_running_loop().time
         self._slots = asyncio.Semaphore(max_size)
         self._idle: deque[tuple[float, Connection]] = deque()  # and since when; the latest is the last one
-        self._made: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
-        self._left = 0.0  # whatever was made before is given up
+        self._created_at: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
+        self._retired_before = 0.0  # whatever was made before is given up
         self._failure: str | None = None  # why the last attempt to connect failed
-        self._isolating = False
+        self._explicit_isolation = False
 
-    def isolate(self) -> None:
+    def request_isolation(self) -> None:
         """Ask for READ COMMITTED in each transaction from now on: a connection of the server has another default."""
-        self._isolating = True
+        self._explicit_isolation = True
 
     async def run(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
         """Run something on a connection, within ANSWER_S if `limited`. `again`: once more where the connection turns out to be gone.
@@ -111,11 +111,11 @@ class Pool:
         try:
             began = self._clock()
             try:
-                return await self._once(work, limited)
+                return await self._run_once(work, limited)
             except psycopg.OperationalError as error:
                 if not again or not is_lost(error) or self._clock() - began > repeat_s():
                     raise
-                return await self._once(work, limited)
+                return await self._run_once(work, limited)
         except psycopg.Error as error:
             raise _translated(error) from error
 
@@ -125,25 +125,25 @@ class Pool:
             f"the database gave no answer within {seconds:g} s" if self._failure is None else UNREACHABLE
         )
 
-    async def _once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
-        await self._slot()
+    async def _run_once(self, work: Callable[[Connection], Awaitable[T]], limited: bool) -> T:
+        await self._acquire_slot()
         try:
-            connection = await self._alive() or await self._connect()
-            if self._isolating:
-                connection.isolate()
+            connection = await self._checked_connection() or await self._connect()
+            if self._explicit_isolation:
+                connection.request_isolation()
             try:
                 with _cut_after(ANSWER_S, connection) if limited else contextlib.nullcontext():
                     return await work(connection)
             except psycopg.OperationalError as error:
-                if is_lost(error) and self._made[connection] >= self._left:
-                    self.leave()  # those of its time probably are as it is
+                if is_lost(error) and self._created_at[connection] >= self._retired_before:
+                    self.retire()  # those of its time probably are as it is
                 raise
             finally:
                 self._give_back(connection)
         finally:
             self._slots.release()
 
-    async def _slot(self) -> None:
+    async def _acquire_slot(self) -> None:
         if not self._slots.locked():  # then it is there at once
             await self._slots.acquire()
             return
@@ -156,12 +156,12 @@ class Pool:
                 "the database has no connection to spare right now; nothing was changed, try again"
             ) from None
 
-    async def _alive(self) -> Connection | None:
+    async def _checked_connection(self) -> Connection | None:
         """Return an unused connection that was used a moment ago, or answers; None if there is none.
 
         One that does not answer is not alone: all of its time are given up, so one request waits for all of them.
         """
-        connection = self._unused()
+        connection = self._pop_idle()
         if connection is None or connection.used.age() <= CHECK_AFTER_S:
             return connection
         try:
@@ -169,8 +169,8 @@ class Pool:
                 await connection.check()
         except psycopg.Error as error:
             log.warning("PostgreSQL: an unused connection is gone: %s", type(error).__name__)
-            if self._made[connection] >= self._left:
-                self.leave()
+            if self._created_at[connection] >= self._retired_before:
+                self.retire()
             _close(connection)
             return None
         except BaseException:
@@ -178,7 +178,7 @@ class Pool:
             raise
         return connection
 
-    def _unused(self) -> Connection | None:
+    def _pop_idle(self) -> Connection | None:
         """Return an unused connection, if there is one. After a pause, as of a frozen Lambda, all are too old."""
         self._close_idle()
         return self._idle.pop()[1] if self._idle else None
@@ -189,22 +189,22 @@ class Pool:
 
     def _give_back(self, connection: Connection) -> None:
         idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
-        if not idle or connection.disposable or self._made[connection] < self._left:
+        if not idle or connection.disposable or self._created_at[connection] < self._retired_before:
             _close(connection)
             return
         connection.used = Moment.now()
         self._idle.append((self._clock(), connection))
         self._close_idle()
 
-    def leave(self) -> None:
+    def retire(self) -> None:
         """Use none of the present connections again."""
-        self._left = self._clock()
+        self._retired_before = self._clock()
         while self._idle:
             _close(self._idle.pop()[1])
 
     def abandon(self) -> None:
         """Close all connections without the event loop, which has ended."""
-        for connection in self._made:
+        for connection in self._created_at:
             _close(connection)
 
     async def _connect(self) -> Connection:
@@ -228,15 +228,15 @@ class Pool:
     async def _connected(self) -> Connection:
         given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack"}
         given["prepare_threshold"] = None  # until it is known whose the session is
-        given |= {name: value for name, value in PEER_GONE.items() if name not in self._named}
+        given |= {name: value for name, value in PEER_GONE.items() if name not in self._settings_in_dsn}
         if self._password is not None:
             given["password"] = await asyncio.to_thread(self._password)
         connection = await SessionlessConnection.connect(self._dsn.reveal(), **given)
-        self._made[connection] = self._clock()
+        self._created_at[connection] = self._clock()
         self._failure = None
         try:
             with _cut_after(WAIT_S, connection):
-                await connection.agree(server_settings(), prepare=self._prepare)
+                await connection.apply_settings(server_settings(), prepare=self._prepare)
         except BaseException:
             _close(connection)
             raise
@@ -323,7 +323,7 @@ def close_pool(dsn: Secret, password: Password | None) -> None:
         if not pools:
             _pools.pop(asyncio.get_running_loop(), None)
     if pool is not None:
-        pool.leave()
+        pool.retire()
 
 
 def is_lost(error: Exception) -> bool:

@@ -56,7 +56,7 @@ def held(value: str) -> str:
     return f"(CASE WHEN length({value}) > 500 THEN {digest} ELSE '=' || {value} END)"
 
 
-class Schema:
+class PostgresSchema:
     """The names and statements of one table."""
 
     def __init__(self, table: str, fields: Mapping[str, FieldKind]) -> None:

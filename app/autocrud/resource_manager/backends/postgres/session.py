@@ -18,7 +18,7 @@ Invariants:
        no connection of the pooler's;
     4. the pooler is RDS Proxy, where SET and SET LOCAL pin the server's connection to the client: the client stops
        waiting after `pool.ANSWER_S`, and the log says which ALTER ROLE is missing.
-- S3 *Explicit transactions are `alone` only.* They set both limits themselves; behind RDS Proxy their connection is
+- S3 *Explicit transactions are `exclusive_transaction` only.* They set both limits themselves; behind RDS Proxy their connection is
   closed afterwards, which ends the pinning.
 - S4 *Only a session of this client's own has prepared statements with names*, unless the caller asks for them. Without
   them a read costs twice the server's CPU time.
@@ -94,7 +94,7 @@ class SessionlessConnection(AsyncConnection[Any]):
     used: Moment
     """When it was last given back."""
 
-    async def agree(self, wanted: Mapping[str, str], *, prepare: bool | None) -> None:
+    async def apply_settings(self, wanted: Mapping[str, str], *, prepare: bool | None) -> None:
         """Compare the server's settings with `wanted`, a value by name, and arrange for those that differ.
 
         Sends one or two statements.
@@ -135,7 +135,7 @@ class SessionlessConnection(AsyncConnection[Any]):
         """Raise psycopg.Error if the server does not answer on this connection."""
         await super().execute("SELECT 1")
 
-    def isolate(self) -> None:
+    def request_isolation(self) -> None:
         """Ask for READ COMMITTED in each transaction from now on."""
         self.guard = self.guard._replace(isolation=True)
 
@@ -161,7 +161,7 @@ class SessionlessConnection(AsyncConnection[Any]):
         return cursor
 
     @contextlib.asynccontextmanager
-    async def alone(self, lock: int, idle_ms: int) -> AsyncIterator[None]:
+    async def exclusive_transaction(self, lock: int, idle_ms: int) -> AsyncIterator[None]:
         """Hold an advisory lock in an explicit transaction that may idle for `idle_ms`; statements may take any time."""
         self.disposable = self.disposable or self.pins
         async with self.transaction():

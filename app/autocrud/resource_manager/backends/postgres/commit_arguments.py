@@ -12,7 +12,7 @@ from ...contract.idempotency import results_to_keep
 from ...contract.store_errors import generation_of
 
 
-class Call:
+class CommitArguments:
     """The parameters of the function that commits."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Call:
         self._docs: list[bytes] = []
         self._numbers: dict[int, int] = {}
         described = [self._change(change) for change in changes] + [self._entry(entry) for entry in entries]
-        given = None if once is None else msgspec.json.encode(self._once(once)).decode()
+        given = None if once is None else msgspec.json.encode(self._run_once(once)).decode()
         self.parameters = (msgspec.json.encode(described).decode(), self._docs, given)
 
     def _doc(self, document: bytes) -> int:
@@ -63,7 +63,7 @@ class Call:
         state = {"id": entry.resource_id, "version": entry.expect.version, "nonce": entry.expect.nonce}
         return state | self._index(entry.entry) | ({"share": True} if self._share else {})
 
-    def _once(self, once: IdempotentCommit) -> dict[str, Any]:
+    def _run_once(self, once: IdempotentCommit) -> dict[str, Any]:
         """Return the key with the documents of its results, and `{}` for each result that is not kept."""
         changed = [(change.meta.resource_id, change.purge) for change in self.changes]
         results: list[dict[str, Any]] = []
