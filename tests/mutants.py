@@ -122,7 +122,7 @@ MUTANTS = [
     (
         "reads wait for the file lock",
         M + "backends/sqlite/database.py",
-        "        if self._file_lock is None:\n            await self.opened()\n        return",
+        "        if self._file_lock is None:\n            await self.open()\n        return",
         "        return",
         STOPPED,
     ),

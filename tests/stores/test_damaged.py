@@ -24,7 +24,7 @@ from msgspec import Struct
 from app.autocrud import AutoCRUD, IndexedField
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.backends.s3.object_store import Object
-from app.autocrud.resource_manager.backends.sqlite.findings import TABLE
+from app.autocrud.resource_manager.backends.sqlite.findings_table import TABLE
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore

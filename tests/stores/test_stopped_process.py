@@ -183,7 +183,7 @@ async def test_who_is_done_hears_it_though_another_write_waits(tmp_path):
     """Both in one turn of the committer: the first one needs one lock, the other one two."""
     one, other = (FileDatabase(tmp_path / f"{name}.sqlite", lambda _: None) for name in ("one", "other"))
     for each in (one, other):
-        await each.opened()
+        await each.open()
     work = lambda _: "done"  # noqa: E731
     with stopped(other.path):
         with one._file_lock.held():

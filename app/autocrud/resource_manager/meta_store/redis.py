@@ -292,7 +292,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
                 return False
         if await self._read(lambda tables, db: tables.stale(db)):
             copy = await self._mirror.current()
-            await copy.db.write(copy.tables.settled)
+            await copy.db.write(copy.tables.clear_stale_if_indexed)
         return True
 
     @override

@@ -18,7 +18,7 @@ from ...query import Query
 from ...values import Key
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase, MemoryDatabase
-from ..backends.sqlite.findings import keep_findings, read_findings
+from ..backends.sqlite.findings_table import keep_findings, read_findings
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     Change,
@@ -109,7 +109,7 @@ class _TablesMetaStore(MetaStore, IndexMigration, MetaSweeping):
     @override
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         tables = self._tables
-        return await self._db.read(tables.is_indexed) or await self._db.write(
+        return await self._db.read(tables.is_activated) or await self._db.write(
             lambda db: tables.activate_unique_fields(db, force)
         )
 
@@ -183,7 +183,7 @@ class DiskMetaStore(_TablesMetaStore, StagedMetaStore, FindingsKeeping):
 
     @override
     async def opened(self) -> None:
-        await self._db.opened()
+        await self._db.open()
 
     @override
     def get_now(self, resource_id: str) -> ResourceMeta:

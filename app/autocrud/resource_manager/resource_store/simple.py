@@ -110,7 +110,7 @@ class DiskResourceStore(StagedResourceStore, BodySweeping, RecordKeeping):
 
     @override
     async def opened(self) -> None:
-        await self._db.opened()
+        await self._db.open()
 
     @override
     def get_many_now(self, uids: Sequence[str]) -> list[bytes]:

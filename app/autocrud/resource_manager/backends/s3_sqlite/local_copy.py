@@ -296,7 +296,7 @@ class LocalCopy:
                     key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results
                 )
                 changed = [(one.resource_id, one.kind == "purge") for one in ops]
-                self.tables.remember(connection, once, [one.meta for one in ops], changed)
+                self.tables.keep_results(connection, once, [one.meta for one in ops], changed)
             else:
                 replay(self.tables, connection, op, schema.specs)
                 if op.kind == "purge":
@@ -385,7 +385,7 @@ class LocalCopy:
             with _read_transaction(db):
                 body: Any = db.execute("SELECT head FROM copy").get
                 schema = decode_head(body).schema
-                if name not in schema.unique or not self.tables.lacks(db, name):
+                if name not in schema.unique or not self.tables.lacks_field(db, name):
                     return _state(db), None
                 return _state(db), replace(schema, unique=tuple(one for one in schema.unique if one != name))
 
@@ -417,7 +417,7 @@ class LocalCopy:
     def mark_up_to_date(self) -> None:
         """Note that all index entries are up to date, if they are."""
         with self._writing() as connection:
-            self.tables.settled(connection)
+            self.tables.clear_stale_if_indexed(connection)
 
     def checkpoint(self) -> None:
         """Empty the write-ahead log, so that no trace of purged data stays in it."""

@@ -35,7 +35,7 @@ class Database(Protocol):
         """Return the path of the file."""
 
     @property
-    def committer(self) -> Committer:
+    def committer(self) -> FileCommitter:
         """Return the committer that writes to this database."""
 
     def writing(self) -> AbstractContextManager[apsw.Connection]:
@@ -46,11 +46,11 @@ class Database(Protocol):
 
 
 class Stage(NamedTuple):
-    """A write as a part of a larger one: `work` in a transaction of `database`; `alone`: under its lock, without one."""
+    """A write as a part of a larger one: `work` in a transaction of `database`; `without_transaction`: under its lock, without one."""
 
     database: Database
     work: Work[Any]
-    alone: bool = False
+    without_transaction: bool = False
 
 
 class _Job:
@@ -68,33 +68,33 @@ class _Job:
         self.results: list[Any] = []
         self.error: BaseException | None = None
 
-    def goes_on(self, number: int) -> bool:
+    def may_run(self, number: int) -> bool:
         """For the committer, under the lock of this stage: whether it is to be done. The last one takes the ticket."""
         return self.claim() if number == len(self.stages) - 1 else bool(self.ticket)
 
     def claim(self) -> bool:
         """For the committer: whether the job is its own."""
         if not self.claimed:
-            self.claimed = self._take()
+            self.claimed = self._take_ticket()
         return self.claimed
 
     @property
-    def over(self) -> bool:
+    def is_complete(self) -> bool:
         return self.error is not None or len(self.results) == len(self.stages)
 
-    def _take(self) -> bool:
+    def _take_ticket(self) -> bool:
         try:
             return self.ticket.pop()
         except IndexError:
             return False
 
-    def give_up(self) -> None:
-        if self._take() and not self.future.done():
+    def withdraw(self) -> None:
+        if self._take_ticket() and not self.future.done():
             self.future.set_exception(
                 WriteTimedOut(f"the database was busy for {WRITE_TIMEOUT_S:g} s; nothing was changed, try again")
             )
 
-    def settle(self) -> None:
+    def deliver(self) -> None:
         if self.future.done():  # the one who asked is gone
             return
         if self.error is None:
@@ -107,7 +107,7 @@ Run = Callable[[apsw.Connection, list[_Job], int], bool]
 """Run a stage of jobs. False: the connection must not be used again."""
 
 
-class Committer:
+class FileCommitter:
     """The one thread that writes to some databases. Writes that wait at the same time share their commits."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Committer:
                 thread.start()
                 self._thread = thread
             self._jobs.put(job)
-        timer = loop.call_later(WRITE_TIMEOUT_S, job.give_up)
+        timer = loop.call_later(WRITE_TIMEOUT_S, job.withdraw)
         try:
             return await job.future
         finally:
@@ -160,16 +160,21 @@ class Committer:
                 for job in jobs:
                     if job.error is None and number < len(job.stages):
                         stage = job.stages[number]
-                        groups.setdefault((stage.database, stage.alone), []).append(job)
-                for (database, alone), group in groups.items():
-                    self._commit(database, group, number, _do if alone else _transact)
-                    _finish([job for job in group if job.over and job.claim()])
+                        groups.setdefault((stage.database, stage.without_transaction), []).append(job)
+                for (database, without_transaction), group in groups.items():
+                    self._commit(
+                        database,
+                        group,
+                        number,
+                        _run_without_transaction if without_transaction else _run_in_transaction,
+                    )
+                    _report([job for job in group if job.is_complete and job.claim()])
 
     def _commit(self, database: Database, group: list[_Job], number: int, run: Run) -> None:
         try:
             with database.writing() as connection:
                 # Asked only now: while another process holds the lock, a write may still be given up.
-                if not run(connection, [job for job in group if job.goes_on(number)], number):
+                if not run(connection, [job for job in group if job.may_run(number)], number):
                     database.discard_writer()
         except BaseException as error:  # the thread must live, and nobody may wait for ever
             for job in group:
@@ -177,7 +182,7 @@ class Committer:
                     job.error = error
 
 
-def _do(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
+def _run_without_transaction(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
     """Run a stage of jobs, one after the other, without a transaction."""
     for job in jobs:
         try:
@@ -187,7 +192,7 @@ def _do(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
     return all(job.error is None for job in jobs)
 
 
-def _transact(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
+def _run_in_transaction(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
     """Run a stage of jobs in one transaction, each all or nothing."""
     if not jobs:
         return True
@@ -249,7 +254,7 @@ def _translated(error: apsw.Error, job: _Job, number: int) -> CrudError:
     return translated(error, job.stages[number].database.path.parent)
 
 
-def _finish(jobs: list[_Job]) -> None:
+def _report(jobs: list[_Job]) -> None:
     """Call back, then tell the ones who wait, with one wake-up for each event loop."""
     for job in jobs:
         if job.error is None and job.after is not None:
@@ -262,9 +267,9 @@ def _finish(jobs: list[_Job]) -> None:
         by_loop.setdefault(job.loop, []).append(job)
     for loop, settled in by_loop.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, and so is everyone who waited on it
-            loop.call_soon_threadsafe(_settle_here, settled)
+            loop.call_soon_threadsafe(_deliver_all, settled)
 
 
-def _settle_here(jobs: list[_Job]) -> None:
+def _deliver_all(jobs: list[_Job]) -> None:
     for job in jobs:
-        job.settle()
+        job.deliver()

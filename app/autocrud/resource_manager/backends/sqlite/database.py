@@ -41,7 +41,7 @@ from ...contract.store_errors import WriteTimedOut
 from ...runtime.disk_space import full, is_full
 from ...runtime.files import make_directory
 from ...runtime.threads import in_thread
-from .committer import Committer, Stage, Work
+from .committer import FileCommitter, Stage, Work
 from .errors import translated
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class MemoryDatabase:
             return self._transact(work)
 
     def _transact(self, work: Work[T]) -> T:
-        connection = self._opened()
+        connection = self._open_now()
         connection.execute("BEGIN")
         try:
             result = work(connection)
@@ -74,7 +74,7 @@ class MemoryDatabase:
         connection.execute("COMMIT")
         return result
 
-    def _opened(self) -> apsw.Connection:
+    def _open_now(self) -> apsw.Connection:
         if self._schema is not None:
             self._schema(self._connection)
             self._schema = None
@@ -84,13 +84,13 @@ class MemoryDatabase:
         """`quick` promises microseconds: then it runs here if nobody holds the lock."""
         if quick and self._lock.acquire(blocking=False):
             try:
-                return work(self._opened())
+                return work(self._open_now())
             finally:
                 self._lock.release()
 
         def locked() -> T:
             with self._lock:
-                return work(self._opened())
+                return work(self._open_now())
 
         return await in_thread(locked)
 
@@ -137,7 +137,7 @@ class FileDatabase:
 
     def __init__(self, path: Path, schema: Work[None]) -> None:
         self.path = path
-        self.committer = Committer()
+        self.committer = FileCommitter()
         self._schema = schema
         self._state = threading.Lock()  # guards the file lock
         self._file_lock: FileLock | None = None
@@ -146,13 +146,13 @@ class FileDatabase:
 
     async def read(self, work: Work[T], *, quick: bool = False) -> T:
         if self._file_lock is None:
-            await self.opened()
+            await self.open()
         return await in_thread(lambda: self.read_now(work))
 
-    async def opened(self) -> None:
+    async def open(self) -> None:
         """Open the file if it is not open, for `read_now` in a thread for reads."""
         if self._file_lock is None:
-            await self._alone(lambda _: None)
+            await self._write_without_transaction(lambda _: None)
 
     async def write(self, work: Work[T], after: Callable[[], None] | None = None) -> T:
         """Run `work` in a transaction, durable when this returns; see Committer.write."""
@@ -162,21 +162,21 @@ class FileDatabase:
 
     async def checkpoint(self) -> None:
         """Move the log into the file and empty it, so that what was deleted leaves no trace in it."""
-        await self._alone(empty_log)
+        await self._write_without_transaction(empty_log)
 
     async def close(self) -> None:
         """The last one to close moves the log into the file. Where another process keeps the lock it stays open."""
         try:
             if self._file_lock is not None:
-                await self._alone(self._close_connections)
+                await self._write_without_transaction(self._close_connections)
             closed = await asyncio.get_running_loop().run_in_executor(None, self._close)
         except WriteTimedOut:
             closed = False
         if not closed:
             log.warning("%s stays open: another process keeps its lock", self.path)
 
-    async def _alone(self, work: Work[object]) -> None:
-        await self.committer.write([Stage(self, work, alone=True)])
+    async def _write_without_transaction(self, work: Work[object]) -> None:
+        await self.committer.write([Stage(self, work, without_transaction=True)])
 
     # The rest runs in threads.
 
@@ -195,7 +195,7 @@ class FileDatabase:
     @contextlib.contextmanager
     def writing(self) -> Iterator[apsw.Connection]:
         """The writing connection, under the file lock. For committers alone."""
-        with self._opened().held():
+        with self._open_now().held():
             if self._writer is None:
                 self._writer = self._connect()
             yield self._writer
@@ -206,7 +206,7 @@ class FileDatabase:
             self._writer.close()
             self._writer = None
 
-    def _file(self) -> FileLock:
+    def _open_file_lock(self) -> FileLock:
         """The file lock; whoever asks first in this process makes the file and brings its schema up."""
         with self._state:
             if self._file_lock is None:
@@ -228,9 +228,9 @@ class FileDatabase:
                 self._file_lock = lock
             return self._file_lock
 
-    def _opened(self) -> FileLock:
+    def _open_now(self) -> FileLock:
         try:
-            return self._file()
+            return self._open_file_lock()
         except apsw.Error as error:
             raise translated(error, self.path.parent) from error
         except OSError as error:
@@ -240,7 +240,7 @@ class FileDatabase:
             raise StoreUnavailable("the data directory cannot be used") from error
 
     def _connect(self) -> apsw.Connection:
-        self._opened()
+        self._open_now()
         try:
             connection = apsw.Connection(str(self.path))
             _configure(connection)

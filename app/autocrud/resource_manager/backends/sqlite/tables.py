@@ -240,13 +240,13 @@ class ResourceTables:
     def stale(self, connection: apsw.Connection) -> bool:
         return bool(connection.execute("SELECT stale FROM state").get)
 
-    def is_indexed(self, connection: apsw.Connection) -> bool:
+    def is_activated(self, connection: apsw.Connection) -> bool:
         """Whether `activate_unique_fields` would do nothing."""
         return not self.stale(connection) and set(self.spec.unique) <= self.uniques(connection)
 
     def activate_unique_fields(self, connection: apsw.Connection, force: bool) -> bool:
         """As MetaStore.activate_unique_fields; in a transaction, so that nobody writes meanwhile."""
-        self.settled(connection)
+        self.clear_stale_if_indexed(connection)
         added = set(self.spec.unique) - self.uniques(connection)
         if added and not force and self.stale(connection):
             return False
@@ -257,10 +257,10 @@ class ResourceTables:
         return True
 
     def deactivate_unique_field(self, connection: apsw.Connection, name: str) -> None:
-        if self.lacks(connection, name):
+        if self.lacks_field(connection, name):
             connection.execute("DELETE FROM uniques WHERE field = ?", (name,))
 
-    def lacks(self, connection: apsw.Connection, name: str) -> bool:
+    def lacks_field(self, connection: apsw.Connection, name: str) -> bool:
         """Whether resources are not indexed by a field yet."""
         specs: list[Any] = connection.execute("SELECT id, fields FROM specs").fetchall()
         knowing = ", ".join(str(number) for number, fields in specs if name in msgspec.json.decode(fields))
@@ -270,7 +270,7 @@ class ResourceTables:
     def uniques(self, connection: apsw.Connection) -> set[str]:
         return {cast("str", row[0]) for row in connection.execute("SELECT field FROM uniques")}
 
-    def settled(self, connection: apsw.Connection) -> None:
+    def clear_stale_if_indexed(self, connection: apsw.Connection) -> None:
         """Note that all rows are indexed for the bound fields, if they are; in a transaction too."""
         connection.execute(
             f"UPDATE state SET stale = 0 WHERE spec = ? AND NOT EXISTS (SELECT 1 FROM resources WHERE {self._outdated})",
@@ -323,10 +323,10 @@ class ResourceTables:
                 self._check_unique(connection, change.meta.resource_id, unique)
         if once is not None:
             changed = [(change.meta.resource_id, change.purge) for change in changes]
-            self.remember(connection, once, committed, changed)
+            self.keep_results(connection, once, committed, changed)
         return committed
 
-    def remember(
+    def keep_results(
         self,
         connection: apsw.Connection,
         once: IdempotentCommit,
@@ -409,7 +409,7 @@ class ResourceTables:
         ).get
         check_expectation(change.expect, meta.resource_id, None if rid is None else Version(version, nonce))
         if not follow and change.record is not None and generation_of(change.record.uid) < generation - 1:
-            self._check_kept(connection, rid, change.record)
+            self._check_generation(connection, rid, change.record)
         if spec != self._spec_id and not stale:
             connection.execute("UPDATE state SET stale = 1")
         if change.purge:
@@ -434,7 +434,7 @@ class ResourceTables:
             self.put_record(connection, rid, change.record)
         return meta
 
-    def _check_kept(self, connection: apsw.Connection, rid: Any, record: RevisionInfo) -> None:
+    def _check_generation(self, connection: apsw.Connection, rid: Any, record: RevisionInfo) -> None:
         """Raise StaleGeneration for a body that a sweep may have removed: one that no record names yet. Publishing keeps an old body."""
         kept = connection.execute(
             "SELECT 1 FROM revisions WHERE rid = ? AND revision = ? AND uid = ?", (rid, record.revision, record.uid)
