@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from psycopg import AsyncConnection
 
 from app.autocrud.errors import StoreUnavailable
-from app.autocrud.resource_manager.backends.redis.transaction import digest
+from app.autocrud.resource_manager.backends.redis.script_arguments import digest
 from app.autocrud.resource_manager.basic import Change, Encoding, ModelSpec, ResourceMeta, RevisionInfo, Version
 from app.autocrud.resource_manager.contract.metadata_codec import encoder, meta_of
 from app.autocrud.resource_manager.engine.operations import new_nonce

@@ -196,7 +196,7 @@ def in_postgres(part: str, column: str) -> Callable[[Place, str, Callable], None
 
 
 def in_redis(place: Place, resource_id: str, way: Callable) -> None:
-    from app.autocrud.resource_manager.backends.redis.transaction import digest
+    from app.autocrud.resource_manager.backends.redis.script_arguments import digest
 
     with redis.Redis.from_url(place.redis) as client:
         key = f"{place.name}:res:{digest(resource_id)}"

@@ -33,8 +33,8 @@ from app.autocrud.errors import (
     VersionConflict,
 )
 from app.autocrud.resource_manager.backends.redis import lease
-from app.autocrud.resource_manager.backends.redis.client import Unanswered
-from app.autocrud.resource_manager.backends.redis.lease import Grant, Leases
+from app.autocrud.resource_manager.backends.redis.client import ReplyLost
+from app.autocrud.resource_manager.backends.redis.lease import Lease, Leases
 from app.autocrud.resource_manager.backends.redis.scripts import Script
 from app.autocrud.resource_manager.basic import (
     AlreadyCommitted,
@@ -105,7 +105,7 @@ class Server:
 
     def begin(self) -> None:
         """Another life."""
-        self.life = [f"{self.world.random.getrandbits(159) + 1:040x}" for _ in range(2)]
+        self.server_epoch = [f"{self.world.random.getrandbits(159) + 1:040x}" for _ in range(2)]
 
     def run(self, script: Script, key: str, *arguments):
         """Run it with a clock and a life of ours, which it finds among its keys."""
@@ -119,7 +119,7 @@ class Server:
             assert text.count("3600000") == 2
             text = self.world.texts[script.text] = self.data.register_script(self.world.mutate(text))
         now = 1_700_000_000 + self.world.now() + self.offset
-        return text([key, *self.life, int(now), int(now % 1 * 1e6)], arguments, client=self.data)
+        return text([key, *self.server_epoch, int(now), int(now % 1 * 1e6)], arguments, client=self.data)
 
     def copy(self) -> dict[bytes, bytes]:
         return {key: self.data.get(key) for key in self.data.keys("*")}
@@ -138,7 +138,7 @@ class Network:
     def __init__(self, world: World) -> None:
         self.world, self.server, self.cut = world, world.servers[0], False
 
-    async def ask(self, user, script, key, *arguments, limit_s):
+    async def run_within(self, user, script, key, *arguments, limit_s):
         world, server = self.world, self.server
         if self.cut:
             await asyncio.sleep(world.random.choice([0.0, limit_s]))
@@ -150,7 +150,7 @@ class Network:
             world.spawn(self._deliver(server, late, answer, script, key, arguments))
         if fate < 0.4:  # the connection ends, with the command or without
             await asyncio.sleep(world.random.expovariate(100))
-            raise Unanswered
+            raise ReplyLost
         try:
             async with asyncio.timeout(limit_s):
                 return await asyncio.shield(answer)
@@ -200,7 +200,7 @@ class SimulatedSlow(MemoryMetaStore):
         self.history: dict[str, list[ResourceMeta | None]] = {rid: [None] for rid in RESOURCES}
         self.keys: dict[str, CommitResult] = {}
         self.left: dict[str, dict[str, int]] = {}  # the versions that a key left
-        self.life, self.lease_s, self.since = None, 0.0, 0.0
+        self.server_epoch, self.lease_s, self.since = None, 0.0, 0.0
         self.stalled = 0.0
 
     async def pause(self) -> None:
@@ -224,16 +224,16 @@ class SimulatedSlow(MemoryMetaStore):
         return self._fence()
 
     def _fence(self) -> Fence:
-        return Fence(self.life, self.lease_s, self.world.now() - self.since if self.since < math.inf else -1)
+        return Fence(self.server_epoch, self.lease_s, self.world.now() - self.since if self.since < math.inf else -1)
 
-    async def adopt(self, life, lease_s, min_age_s):
+    async def adopt(self, server_epoch, lease_s, min_age_s):
         began = self.world.now()
         await asyncio.sleep(self.stalled or self.world.random.expovariate(50))  # it is seen later than it is changed
         aged = self.since <= began - min_age_s
-        if self.life is None or ((self.life != life or self.lease_s < lease_s) and aged):
+        if self.server_epoch is None or ((self.server_epoch != server_epoch or self.lease_s < lease_s) and aged):
             since = began if self.world.mutant == "an age that begins too early" else math.inf
-            self.since = -math.inf if self.life is None else since
-            self.life, self.lease_s = life, max(self.lease_s, lease_s)
+            self.since = -math.inf if self.server_epoch is None else since
+            self.server_epoch, self.lease_s = server_epoch, max(self.lease_s, lease_s)
         await self.pause()
         now = self.world.now()
         await self.pause()
@@ -444,41 +444,41 @@ def _change(rid: str, purge: bool) -> Change:
 
 
 class NeitherSettlesNorWaits(FastSlowMetaStore):
-    async def _settle(self, left, grant, *, wait=False):
+    async def _end_write(self, left, lease, *, wait=False):
         return None
 
 
 class DoesNotWait(FastSlowMetaStore):
-    async def _settle(self, left, grant, *, wait=False):
+    async def _end_write(self, left, lease, *, wait=False):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.7):
-                await super()._settle(left, grant)
+                await super()._end_write(left, lease)
 
 
 class StoresInAnyLife(FastSlowMetaStore):
-    def _in_use(self, life, fence):
+    def _in_use(self, server_epoch, fence):
         return True
 
 
 class StoresInNewLives(FastSlowMetaStore):
     """A writer stores in a life that is in use now, but was not when it committed."""
 
-    async def _settle(self, left, grant, *, wait=False):
+    async def _end_write(self, left, lease, *, wait=False):
         self._settling = True
-        await super()._settle(left, grant, wait=wait)
+        await super()._end_write(left, lease, wait=wait)
 
-    def _proven(self, life, fence):
+    def _proven(self, server_epoch, fence):
         settling, self._settling = self._settling, False
-        return self._in_use(life, fence) if settling else super()._proven(life, fence)
+        return self._in_use(server_epoch, fence) if settling else super()._proven(server_epoch, fence)
 
 
 class TrustsNewLives(FastSlowMetaStore):
-    def _proven(self, life, fence):
-        return fence.life == life
+    def _proven(self, server_epoch, fence):
+        return fence.server_epoch == server_epoch
 
 
 class TrustsAnyLife(FastSlowMetaStore):
-    def _proven(self, life, fence):
+    def _proven(self, server_epoch, fence):
         return True
 
 
@@ -488,7 +488,7 @@ class ConfirmsNothing(FastSlowMetaStore):
 
 
 class ForgetsWhatKeysLeft(FastSlowMetaStore):
-    async def _settle_done(self, done, resource_ids=()):
+    async def _end_write_of_key(self, done, resource_ids=()):
         return None
 
 
@@ -531,8 +531,8 @@ LUA_MUTANTS = {
 class TellsOneNonceTwice(Leases):
     """Every command of a process has the same nonce."""
 
-    async def _ask(self, script, arguments, *, again=True):
-        _, answer = await super()._ask(script, lambda _: arguments(b"n" * 12), again=again)
+    async def _send(self, script, arguments, *, retry=True):
+        _, answer = await super()._send(script, lambda _: arguments(b"n" * 12), retry=retry)
         return b"n" * 12, answer
 
 
@@ -541,18 +541,18 @@ class TrustsUnheardMarks(Leases):
 
     asked = b""
 
-    async def _ask(self, script, arguments, *, again=True):
+    async def _send(self, script, arguments, *, retry=True):
         def noted(nonce):
             self.asked = nonce
             return arguments(nonce)
 
-        return await super()._ask(script, noted, again=again)
+        return await super()._send(script, noted, retry=retry)
 
-    async def mark(self, resource_ids):
+    async def begin_write(self, resource_ids):
         try:
-            return await super().mark(resource_ids)
+            return await super().begin_write(resource_ids)
         except StoreUnavailable:
-            return Grant("".join(self._client.server.life) + "/" + self._place, self.asked)
+            return Lease("".join(self._client.server.server_epoch) + "/" + self._location, self.asked)
 
 
 LEASE_MUTANTS = {kind.__name__: kind for kind in (TellsOneNonceTwice, TrustsUnheardMarks)}
@@ -603,9 +603,9 @@ def _two(
     return world, slow, stores
 
 
-def _life(store) -> str:
+def _server_epoch(store) -> str:
     leases = store._leases
-    return "".join(leases._client.server.life) + "/" + leases._place
+    return "".join(leases._client.server.server_epoch) + "/" + leases._location
 
 
 async def _put(store, rid: str = "a") -> int:
@@ -632,7 +632,7 @@ def test_a_writer_stores_nothing_in_a_life_that_came_into_use_after_its_commit(v
         while slow.history["a"][-1].version != 2:
             await asyncio.sleep(0.01)
         acknowledged = await _put(first)
-        await slow.adopt(_life(second), 2.0, 0)
+        await slow.adopt(_server_epoch(second), 2.0, 0)
         settles.set()
         await asyncio.sleep(0.5)
         seen = (await second.get("a")).version
@@ -651,10 +651,10 @@ def test_the_age_of_a_life_begins_when_it_is_seen(valkey, mutant):
         await _put(first)
         await asyncio.sleep(10)
         slow.stalled = 5.0  # the database is slow to commit
-        adoption = asyncio.create_task(slow.adopt(_life(second), 2.0, 0))
+        adoption = asyncio.create_task(slow.adopt(_server_epoch(second), 2.0, 0))
         await asyncio.sleep(4.9)
         await first.get("a")
-        while slow.life != _life(second):
+        while slow.server_epoch != _server_epoch(second):
             await asyncio.sleep(0.01)
         slow.stalled = 0.0
         acknowledged = await _put(second)
@@ -704,7 +704,7 @@ def test_commands_that_arrive_when_all_is_over_store_nothing(valkey, mutant):
             held.append(command)
             raise StoreUnavailable("no answer")
 
-        first._leases._client.ask = hold
+        first._leases._client.run_within = hold
         await _put(first)
         acknowledged = await _put(second)
         for command in held:  # a mark, and what was to settle it
@@ -905,7 +905,7 @@ async def stores(postgres, tmp_path):
 def lives(request, monkeypatch) -> bool:
     """Whether documents of another life are told from those of this one."""
     if not request.param:
-        for name in ("READ", "FILL", "MARK", "SETTLE"):
+        for name in ("READ", "FILL", "BEGIN_WRITE", "END_WRITE"):
             text = getattr(lease, name).text.replace(*LUA_MUTANTS["another life counts"])
             script = Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
             monkeypatch.setattr(lease, name, script)
@@ -1010,14 +1010,14 @@ async def test_a_writer_who_gives_up_waiting_has_settled_all_the_same(servers, s
     with pytest.raises(asyncio.CancelledError):
         await writing
     settled = asyncio.Event()
-    settle = first._leases.settle
+    settle = first._leases.end_write
 
     async def told(*arguments):
-        life = await settle(*arguments)
+        server_epoch = await settle(*arguments)
         settled.set()
-        return life
+        return server_epoch
 
-    first._leases.settle = told
+    first._leases.end_write = told
     goes_on.set()
     await settled.wait()
     assert (await second.get("r")).version == 2
@@ -1126,7 +1126,7 @@ async def test_tables_of_an_older_program_are_completed(postgres, servers, tmp_p
     meta = await _write(old)
     store = stores(servers[0], 1.0)
     assert await store.get("r") == meta
-    assert (await store._fences.fence()).life is not None
+    assert (await store._fences.fence()).server_epoch is not None
     await old.close()
 
 

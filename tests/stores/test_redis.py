@@ -30,7 +30,7 @@ from app.autocrud.errors import (
 )
 from app.autocrud.query import Query, field
 from app.autocrud.resource_manager.backends.redis import client as redis_client
-from app.autocrud.resource_manager.backends.redis import mirror, scripts
+from app.autocrud.resource_manager.backends.redis import scripts, search_replica
 from app.autocrud.resource_manager.basic import KEEP_KEYS_US, Change, IndexedField, IStorage, ResourceMeta, Version
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager, SimpleStorage
 from app.autocrud.resource_manager.engine.operations import Create, Delete, Purge, Retention, Switch, Update
@@ -330,7 +330,7 @@ async def test_the_log_is_bounded_by_bytes_too(instance, server, monkeypatch):
 @pytest.fixture
 def paged(server, monkeypatch) -> Iterator[None]:
     """Copies are built from pages of a few resources: the server gives smaller sets than it is told as one."""
-    monkeypatch.setattr(mirror, "PAGE_SIZE", 3)
+    monkeypatch.setattr(search_replica, "PAGE_SIZE", 3)
     name = "set-max-listpack-entries"
     usual = server.config_get(name)
     if usual:  # before Redis 7.2 none is so small
@@ -375,7 +375,7 @@ async def as_one_that_is_built_now(instance, manager) -> bool:
 async def test_copies_are_right_whatever_happens_meanwhile(instance, monkeypatch, at_once):
     """Copies that follow, and copies that are built while others write, are the same as one that is built afterwards."""
     monkeypatch.setattr(meta_store_redis, "LOG_ENTRIES", 30)
-    monkeypatch.setattr(mirror, "AT_ONCE", at_once)
+    monkeypatch.setattr(search_replica, "AT_ONCE", at_once)
     managers = [instance(retention=Retention(last=3)) for _ in range(4)]
     for number in range(20):
         await managers[0].create(Note(f"{number}"), resource_id=f"{number}")
@@ -456,7 +456,7 @@ async def test_a_copy_is_built_although_more_is_written_meanwhile_than_the_log_k
 
 
 async def test_a_read_ends_however_much_is_written(instance, monkeypatch):
-    monkeypatch.setattr(mirror, "AT_ONCE", 2)
+    monkeypatch.setattr(search_replica, "AT_ONCE", 2)
     manager, other = instance(), instance()
     await manager.create(Note("0"), resource_id="r")
     assert await other.count() == 1
@@ -480,7 +480,7 @@ async def test_no_answer_tells_much_more_than_was_asked_for(instance):
     for _ in range(3):
         await manager.batch([Create(Note("1")) for _ in range(10)])
     for limit, batches in {1: 1, 21: 2, 1000: 3}.items():
-        start = mirror.Position((await store._look()).store, 0, b"")
+        start = search_replica.Position((await store._look()).store, 0, b"")
         _, _, seq, _, txids, told = await store._run(scripts.FOLLOW, *start, limit)
         assert (seq, len(txids), len(told)) == (3, batches, 10 * batches)
 
@@ -489,7 +489,7 @@ async def test_no_answer_tells_much_more_than_was_asked_for(instance):
 @pytest.mark.parametrize("building", [True, False])
 async def test_a_replica_takes_over_between_two_answers(instance, server, monkeypatch, building):
     """What was read ahead of the copy's position is of a history that is no more, although the position is of both."""
-    monkeypatch.setattr(mirror, "AT_ONCE", 1)
+    monkeypatch.setattr(search_replica, "AT_ONCE", 1)
     manager, other = instance(), instance()
     for number in range(20):
         await manager.create(Note(f"{number}"), resource_id=f"{number}")
@@ -536,7 +536,7 @@ async def test_no_answer_is_applied_to_a_copy_of_another_history(instance):
     await manager.create(Note("1"))
     copy = await meta_store(manager)._mirror.current()
     here, heads = copy.position, {1: b"another txid 123", 2: b"the last one 123"}
-    with pytest.raises(mirror.Apart):
+    with pytest.raises(search_replica.RebuildNeeded):
         await copy.advance([], here._replace(seq=2, head=heads[2]), heads, {})
     assert copy.position == here
 

@@ -74,7 +74,7 @@ from ..contract.store_errors import missing
 from ..runtime.threads import shielded
 
 if TYPE_CHECKING:
-    from ..backends.redis.lease import Grant, Leases
+    from ..backends.redis.lease import Lease, Leases
 
 log = logging.getLogger("crudstack.fast_slow")
 
@@ -94,7 +94,7 @@ class Fence(NamedTuple):
     store    what the slow store calls itself, drawn at its birth
     """
 
-    life: str | None
+    server_epoch: str | None
     lease_s: float
     age_s: float
     store: str = ""
@@ -110,7 +110,7 @@ class Slow(IndexMigration, FindingsKeeping, MetaSweeping, Protocol):
     async def fence(self) -> Fence:
         """The fence as it was at a moment after the call began."""
 
-    async def adopt(self, life: str, lease_s: float, min_age_s: float) -> Fence:
+    async def adopt(self, server_epoch: str, lease_s: float, min_age_s: float) -> Fence:
         """Make this the life in use, with leases of this length or more, unless it is or the one in use is younger than `min_age_s`. Then see to
         it that the age is known. The fence afterwards."""
 
@@ -181,9 +181,9 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         if found is None:
             return await self._slow.get(resource_id)
         fence, meta = await self._fences.get_fenced(resource_id)
-        if not self._in_use(found.life, self._seen(fence)):
+        if not self._in_use(found.server_epoch, self._seen(fence)):
             with contextlib.suppress(CrudError):
-                await self._adopt(found.life, fence)
+                await self._adopt(found.server_epoch, fence)
         elif meta is not None:
             with self._skipping():
                 await self._leases.fill(resource_id, found, self._sealed(meta))
@@ -191,9 +191,9 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             raise missing(resource_id)
         return meta
 
-    async def _look(self, resource_id: str) -> ResourceMeta | Grant | None:
+    async def _look(self, resource_id: str) -> ResourceMeta | Lease | None:
         """What the fast store has; a token to fill it in with, or None."""
-        found: bytes | Grant | None = None
+        found: bytes | Lease | None = None
         if time.monotonic() >= self._skip_until:
             with self._skipping():
                 found = await self._leases.read(resource_id)
@@ -218,7 +218,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         done = await self._slow.done(key, peek=peek)
         if done is not None:
-            await self._settle_done(done)
+            await self._end_write_of_key(done)
         return done
 
     @override
@@ -231,7 +231,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     @override
     async def confirm(self, resource_ids: Sequence[str]) -> None:
-        await self._settle(dict.fromkeys(resource_ids, b""), None)
+        await self._end_write(dict.fromkeys(resource_ids, b""), None)
 
     # Writing
 
@@ -251,76 +251,78 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
     async def _commit(self, changes: list[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
         await self._acquainted()
         resource_ids = list(dict.fromkeys(change.meta.resource_id for change in changes))
-        grant = None
+        lease = None
         if resource_ids and time.monotonic() >= self._skip_until:
             with self._skipping():
-                grant = await self._leases.mark(resource_ids)
+                lease = await self._leases.begin_write(resource_ids)
         try:
             committed = await self._slow.commit(changes, once)
         except OutcomeUnknown:
             raise  # it may still come: whoever read before it finds no token
         except AlreadyCommitted as before:
-            await self._settle_done(before.done, resource_ids)
+            await self._end_write_of_key(before.done, resource_ids)
             raise
         except CrudError:
-            if grant is not None:
+            if lease is not None:
                 with self._skipping():
-                    await self._leases.release(resource_ids, grant)
+                    await self._leases.cancel_write(resource_ids, lease)
             raise
         if changes:
             left = {
                 meta.resource_id: b"" if change.purge else self._sealed(meta)
                 for change, meta in zip(changes, committed, strict=True)
             }
-            await self._settle(left, grant)
+            await self._end_write(left, lease)
         return committed
 
-    async def _settle_done(self, done: CommitResult, resource_ids: Sequence[str] = ()) -> None:
+    async def _end_write_of_key(self, done: CommitResult, resource_ids: Sequence[str] = ()) -> None:
         """Settle what a key left (F9). Of a purge it does not tell which resource it was, so that is waited for."""
         left = [*resource_ids, *(meta.resource_id for meta in done.results if meta is not None)]
-        await self._settle(dict.fromkeys(left, b""), None, wait=None in done.results)
+        await self._end_write(dict.fromkeys(left, b""), None, wait=None in done.results)
 
-    async def _settle(self, left: Mapping[str, bytes], grant: Grant | None, *, wait: bool = False) -> None:
+    async def _end_write(self, left: Mapping[str, bytes], lease: Lease | None, *, wait: bool = False) -> None:
         """Return when nothing of before what was just committed can be read from any fast store. `left`: the documents, b"" for none."""
         began = time.monotonic()
         fence: Fence | None = None
-        life: str | None = None
+        server_epoch: str | None = None
         with contextlib.suppress(CrudError):
             fence = self._seen(await self._fences.fence())
         # Here the life has to be proven, for the fence was not read in the step that committed.
-        if grant is not None and not (self._in_use(grant.life, fence) and self._proven(grant.life, fence)):
-            grant = None
+        if lease is not None and not (
+            self._in_use(lease.server_epoch, fence) and self._proven(lease.server_epoch, fence)
+        ):
+            lease = None
         with self._skipping():
-            life = await self._leases.settle(left, grant)
+            server_epoch = await self._leases.end_write(left, lease)
             self._skip_until = float("-inf")
-        if life is not None and fence is not None:
-            if not self._proven(life, fence):
+        if server_epoch is not None and fence is not None:
+            if not self._proven(server_epoch, fence):
                 with contextlib.suppress(CrudError):
-                    fence = await self._adopt(life, fence)
-            if self._proven(life, fence) and not wait:
+                    fence = await self._adopt(server_epoch, fence)
+            if self._proven(server_epoch, fence) and not wait:
                 return
         await asyncio.sleep(began + _surely(self._longest_s) - time.monotonic())
 
-    def _in_use(self, life: str, fence: Fence | None) -> bool:
+    def _in_use(self, server_epoch: str, fence: Fence | None) -> bool:
         """Whether documents may be stored in this life (F6)."""
-        return fence is not None and fence.life == life and fence.lease_s >= self._lease_s
+        return fence is not None and fence.server_epoch == server_epoch and fence.lease_s >= self._lease_s
 
-    def _proven(self, life: str, fence: Fence | None) -> bool:
+    def _proven(self, server_epoch: str, fence: Fence | None) -> bool:
         """Whether nothing from before the fence was read can be found in any other life (F6)."""
-        return fence is not None and fence.life == life and fence.age_s >= _surely(self._longest_s)
+        return fence is not None and fence.server_epoch == server_epoch and fence.age_s >= _surely(self._longest_s)
 
     def _seen(self, fence: Fence) -> Fence:
         self._longest_s = max(self._longest_s, fence.lease_s)
         self._seal = fence.store.encode()
         return fence
 
-    async def _adopt(self, life: str, fence: Fence) -> Fence:
+    async def _adopt(self, server_epoch: str, fence: Fence) -> Fence:
         """The fence, once this life was adopted if there was a reason to."""
-        if (self._in_use(life, fence) and fence.age_s >= 0) or time.monotonic() < self._adopt_after:
+        if (self._in_use(server_epoch, fence) and fence.age_s >= 0) or time.monotonic() < self._adopt_after:
             return fence
         log.info("a fast store is taken into use that was not, or was restarted")
-        fence = self._seen(await self._fences.adopt(life, self._lease_s, 2 * _surely(self._longest_s)))
-        if fence.life != life:
+        fence = self._seen(await self._fences.adopt(server_epoch, self._lease_s, 2 * _surely(self._longest_s)))
+        if fence.server_epoch != server_epoch:
             self._adopt_after = time.monotonic() + self._longest_s / 2
         return fence
 
@@ -393,13 +395,13 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         slower = f"reads come from the slow store, and writes wait {_surely(self._longest_s):.1f} s"
         found = await self._slow.degradations()
         try:
-            life = await self._leases.life()
+            server_epoch = await self._leases.server_epoch()
         except CrudError:
             return [*found, f"Redis cannot be reached: {slower}"]
-        if life is None:
+        if server_epoch is None:
             return [*found, f"Redis does not tell scripts its run_id and master_replid (INFO): {slower}"]
-        fence = await self._adopt(life, self._seen(await self._fences.fence()))
-        if fence.life != life:
+        fence = await self._adopt(server_epoch, self._seen(await self._fences.fence()))
+        if fence.server_epoch != server_epoch:
             return [*found, f"other processes use another Redis, or did so a moment ago: {slower}"]
         return found
 

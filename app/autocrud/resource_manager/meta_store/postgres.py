@@ -454,7 +454,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         (fence,) = await self._rows(f"SELECT {FENCE} FROM <state>")
         return Fence(*fence)
 
-    async def adopt(self, life: str, lease_s: float, min_age_s: float) -> Fence:
+    async def adopt(self, server_epoch: str, lease_s: float, min_age_s: float) -> Fence:
         async def adopt(connection: Connection) -> None:
             await connection.execute(
                 self._filled(
@@ -463,7 +463,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                     " WHERE fast_life IS NULL OR ((fast_life <> %s OR fast_lease < %s)"
                     " AND fast_since <= clock_timestamp() - make_interval(secs => %s))"
                 ),
-                (life, lease_s, life, lease_s, min_age_s),
+                (server_epoch, lease_s, server_epoch, lease_s, min_age_s),
             )
             # Only now does everybody see it: a time that is taken before may be one at which others still read the former life.
             await connection.execute(

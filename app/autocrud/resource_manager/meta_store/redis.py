@@ -47,11 +47,11 @@ from ...errors import (
 from ...query import Query
 from ...secret import Secret
 from ..backends.redis import scripts
-from ..backends.redis.client import Password, Unanswered, client_of
+from ..backends.redis.client import Password, ReplyLost, client_of
 from ..backends.redis.lease import Leases
-from ..backends.redis.mirror import Mirror, damaged
+from ..backends.redis.script_arguments import TXID, ScriptArguments, decode_record, digest, unique_key, version_of
 from ..backends.redis.scripts import Script
-from ..backends.redis.transaction import TXID, Writer, decode_record, digest, token, version_of
+from ..backends.redis.search_replica import SearchReplica, damaged
 from ..basic import (
     AlreadyCommitted,
     Change,
@@ -128,8 +128,10 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     @override
     def bind(self, spec: ModelSpec) -> None:
         self._spec = spec
-        self._writer = Writer(spec, self._encoding or Encoding.json)
-        self._mirror = Mirror(spec, self._encoding, self._run, partial(self._call, "HGETALL", f"{self._prefix}specs"))
+        self._arguments = ScriptArguments(spec, self._encoding or Encoding.json)
+        self._replica = SearchReplica(
+            spec, self._encoding, self._run, partial(self._call, "HGETALL", f"{self._prefix}specs")
+        )
         self._known: Known | None = None
 
     @property
@@ -204,7 +206,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
 
     async def _read(self, work: Callable[..., T]) -> T:
         """Read the copy, as new as Redis is now."""
-        copy = await self._mirror.current()
+        copy = await self._replica.current()
         read: Callable[[apsw.Connection], T] = partial(work, copy.tables)
         return await copy.db.read(read)
 
@@ -228,7 +230,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
             exact = await self._exact(changes)
 
             def arguments(unique: list[str], exact: Sequence[Change] = exact) -> list[Any]:
-                return [*self._writer.once(once, exact), *self._writer.changes(exact, unique)]
+                return [*self._arguments.once(once, exact), *self._arguments.changes(exact, unique)]
 
             code, told = await self._transact(scripts.COMMIT, arguments)
             if code == b"ok":
@@ -266,7 +268,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     @override
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
         def arguments(unique: list[str]) -> list[Any]:
-            return self._writer.entries(entries, unique, share=share)
+            return self._arguments.entries(entries, unique, share=share)
 
         await self._transact(scripts.REINDEX, arguments, adopts=False)
 
@@ -291,7 +293,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
             if not await self._adopt(known, added):
                 return False
         if await self._read(lambda tables, db: tables.stale(db)):
-            copy = await self._mirror.current()
+            copy = await self._replica.current()
             await copy.db.write(copy.tables.clear_stale_if_indexed)
         return True
 
@@ -317,10 +319,10 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
             known = await self._ready(adopts)
             unique, txid, candidate = known.unique, os.urandom(TXID), os.urandom(8).hex()
             limits = (NOTES, LOG_ENTRIES, LOG_BYTES, known.text, len(unique))
-            frame = (known.store, candidate, txid, known.noted, *limits, self._writer.spec, self._writer.fields)
+            frame = (known.store, candidate, txid, known.noted, *limits, self._arguments.spec, self._arguments.fields)
             try:
                 code, *told = await self._client.run_once(self, script, self._meta_key, *frame, *arguments(unique))
-            except Unanswered:
+            except ReplyLost:
                 if await self._happened((known.store, candidate, txid, known.noted, NOTES), deadline):
                     return b"ok", []
                 if loop.time() > deadline:
@@ -388,7 +390,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
 
     async def _adopt(self, known: Known, added: Sequence[str]) -> bool:
         """Make fields unique, unless something is outdated or written meanwhile. ConfigError if resources share a value."""
-        copy = await self._mirror.current()
+        copy = await self._replica.current()
         position, outdated, duplicated, values = await in_thread(partial(copy.values, added))
         if outdated:
             return False
@@ -396,7 +398,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
             await self._call("HDEL", self._meta_key, "pause")
             raise shared(self._spec.name, duplicated[0])
         names = msgspec.json.encode(sorted([*known.unique, *added]))
-        held = [part for name, rid, value in values for part in (digest(rid), token(name, value))]
+        held = [part for name, rid, value in values for part in (digest(rid), unique_key(name, value))]
         code, *told = await self._run(
             scripts.ADOPT, position.store, position.seq, known.text, names, len(values), *held
         )
@@ -409,12 +411,12 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
         """Take what was purged out of this process's copy; other processes do so when they read next. In Redis it is gone with the purge itself
         (L3 in `backends.redis.scripts`), but for the SHA-256 of its id in the log; the server's own files keep traces until it writes them again."""
-        await self._mirror.current()
+        await self._replica.current()
         return now
 
     @override
     async def close(self) -> None:
-        self._mirror.drop()
+        self._replica.drop()
         await self._client.close(self)
 
 

@@ -38,11 +38,11 @@ CHECK_S = 2.0
 Password = Callable[[], str]
 
 
-class Unreachable(Exception):
+class ConnectionFailed(Exception):
     """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
 
 
-class Unanswered(Exception):
+class ReplyLost(Exception):
     """A command was sent, and its answer never came: it may have been done, or will be."""
 
 
@@ -87,12 +87,12 @@ class Client:
         loop_state = self._loop_states.get(loop)
         if loop_state is None:
             loop_state = self._loop_states.setdefault(
-                loop, _LoopState(self._connect, self.errors, self._slots, self._words)
+                loop, _LoopState(self._connect, self.errors, self._slots, self._without_password)
             )
         loop_state.users.add(user)
         return loop_state
 
-    def _words(self, error: Exception) -> str:
+    def _without_password(self, error: Exception) -> str:
         """Return what the driver or the server says, without the password: a server that has no AUTH repeats it."""
         return self._address.hide(str(error).partition(", with args beginning with")[0])
 
@@ -102,7 +102,7 @@ class Client:
         for last in (False, True):
             try:
                 return await self._send(loop_state, *command)
-            except Unanswered:
+            except ReplyLost:
                 if last:
                     raise StoreUnavailable("Redis does not answer; try again") from None
         raise AssertionError
@@ -122,7 +122,7 @@ class Client:
         except self.errors.NoScriptError:  # an answer: it did not run
             return await self._send(loop_state, "EVAL", script.text, 1, key, *arguments, limited=limited)
 
-    async def ask(self, user: object, script: Script, key: str, *arguments: Any, limit_s: float) -> Any:
+    async def run_within(self, user: object, script: Script, key: str, *arguments: Any, limit_s: float) -> Any:
         """As `run_once`, by whoever can do without the answer: StoreUnavailable too if it takes longer, and it may then be done later."""
         try:
             async with asyncio.timeout(limit_s):
@@ -162,7 +162,7 @@ class _LoopState:
 
     def __init__(self, connect: Any, errors: Any, slots: int, words: Callable[[Exception], str]) -> None:
         self.users: set[object] = set()
-        self._words, self._connect, self._failures = words, connect, (errors.RedisError, OSError)
+        self._without_password, self._connect, self._failures = words, connect, (errors.RedisError, OSError)
         self._answers = (errors.ResponseError, errors.BusyLoadingError)
         self._idle: list[tuple[Any, Moment]] = []  # connections, and when each was used last
         self._slots = asyncio.Semaphore(slots)
@@ -174,21 +174,21 @@ class _LoopState:
             self._guard = self._until_the_loop_ends()
             await anext(self._guard)
         async with self._slots:
-            connection = await self._alive() or self._connect()
+            connection = await self._checked_connection() or self._connect()
             try:
                 if not connection.is_connected:
                     await self._open(connection)
                 if limited:  # a second clock would be a tenth of what an answer takes
-                    return await self._ask(connection, command)
+                    return await self._exchange_on(connection, command)
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    return await self._ask(connection, command)
+                    return await self._exchange_on(connection, command)
             except self._answers:
                 raise
             except self._failures as error:
-                log.warning("Redis: %s: %s", type(error).__name__, self._words(error))
+                log.warning("Redis: %s: %s", type(error).__name__, self._without_password(error))
                 await connection.disconnect(nowait=True)
                 await self.close()  # what was cut was probably not cut alone
-                raise Unanswered from None
+                raise ReplyLost from None
             except BaseException:  # cancelled between the question and the answer
                 await connection.disconnect(nowait=True)
                 raise
@@ -196,7 +196,7 @@ class _LoopState:
                 if connection.is_connected:
                     self._idle.append((connection, Moment.now()))
 
-    async def _alive(self) -> Any:
+    async def _checked_connection(self) -> Any:
         """Return an unused connection that was used a moment ago, or answers; None if there is none.
 
         One that does not answer is not alone: all that are unused are closed, so one request waits for all of them.
@@ -208,7 +208,7 @@ class _LoopState:
             return connection
         try:
             async with asyncio.timeout(CHECK_S):
-                await self._ask(connection, ("PING",))
+                await self._exchange_on(connection, ("PING",))
         except self._failures as error:
             log.warning("Redis: an unused connection is gone: %s", type(error).__name__)
             await connection.disconnect(nowait=True)
@@ -219,7 +219,7 @@ class _LoopState:
             raise
         return connection
 
-    async def _ask(self, connection: Any, command: tuple[Any, ...]) -> Any:
+    async def _exchange_on(self, connection: Any, command: tuple[Any, ...]) -> Any:
         await connection.send_command(*command)
         return await connection.read_response()
 
@@ -228,9 +228,9 @@ class _LoopState:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await connection.connect()
         except self._failures as error:
-            log.error("Redis: %s: %s", type(error).__name__, self._words(error))
+            log.error("Redis: %s: %s", type(error).__name__, self._without_password(error))
             await connection.disconnect(nowait=True)
-            reason = Unreachable(self._words(error))
+            reason = ConnectionFailed(self._without_password(error))
         else:
             return
         raise StoreUnavailable("Redis cannot be reached; nothing was changed") from reason

@@ -24,21 +24,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ....errors import StoreUnavailable
-from .client import Client, Unanswered
+from .client import Client, ReplyLost
+from .script_arguments import digest
 from .scripts import Script
-from .transaction import digest
 
 log = logging.getLogger("crudstack.redis")
 
-LIMIT_S = 0.25
+REPLY_LIMIT_S = 0.25
 """How long a command may take, connecting included. Who asks has another place to read from."""
 NONCE = 12
 
 
-class Grant(NamedTuple):
+class Lease(NamedTuple):
     """A token that was granted to us by a life, for one resource or those of one commit."""
 
-    life: str
+    server_epoch: str
     nonce: bytes
 
 
@@ -100,7 +100,7 @@ store(hash, token, document)
 return 1
 """)
 
-MARK = _script("""
+BEGIN_WRITE = _script("""
 local nonce = ARGV[2]
 for at = 3, #ARGV do
   redis.call('DEL', F .. 'v:' .. ARGV[at], F .. 't:' .. ARGV[at])
@@ -109,7 +109,7 @@ end
 return life
 """)
 
-SETTLE = _script("""
+END_WRITE = _script("""
 local nonce = ARGV[2]
 for at = 3, #ARGV, 2 do
   local hash, document = ARGV[at], ARGV[at + 1]
@@ -120,7 +120,7 @@ end
 return life
 """)
 
-RELEASE = _script("""
+CANCEL_WRITE = _script("""
 local nonce = ARGV[2]
 for at = 3, #ARGV do
   if held(ARGV[at], nonce) then redis.call('DEL', F .. 't:' .. ARGV[at]) end
@@ -128,85 +128,85 @@ end
 return life
 """)
 
-LIFE = _script("return life")
+SERVER_EPOCH = _script("return life")
 
 
 class Leases:
     """The cache below one prefix. A life names the server process, the database and the prefix; None where the server does not tell.
 
-    Every method sends one command, and raises StoreUnavailable unless it was answered within LIMIT_S; it may then be done later.
+    Every method sends one command, and raises StoreUnavailable unless it was answered within REPLY_LIMIT_S; it may then be done later.
     """
 
     def __init__(self, client: Client, prefix: str, lease_s: float) -> None:
         # What stands in braces decides where a cluster keeps a key: all of these are in one place.
-        self._client, self._key, self._lease = client, f"{{{prefix or 'crudstack'}}}fast:", int(lease_s * 1000)
-        self._place = hashlib.sha256(f"{client.db}/{prefix}".encode()).hexdigest()[:16]
-        self._told = False
+        self._client, self._key, self._lease_ms = client, f"{{{prefix or 'crudstack'}}}fast:", int(lease_s * 1000)
+        self._location = hashlib.sha256(f"{client.db}/{prefix}".encode()).hexdigest()[:16]
+        self._warned = False
 
-    async def read(self, resource_id: str) -> bytes | Grant | None:
+    async def read(self, resource_id: str) -> bytes | Lease | None:
         """The document, a token to fill it in with, or None where somebody else has the token."""
         hash_ = digest(resource_id)
-        nonce, answer = await self._ask(READ, lambda nonce: (hash_, nonce))
+        nonce, answer = await self._send(READ, lambda nonce: (hash_, nonce))
         if type(answer) is bytes:
             return answer
-        life = self._life(answer[0])
-        return Grant(life, nonce) if life is not None and answer[1] else None
+        server_epoch = self._server_epoch(answer[0])
+        return Lease(server_epoch, nonce) if server_epoch is not None and answer[1] else None
 
-    async def fill(self, resource_id: str, grant: Grant, document: bytes) -> None:
+    async def fill(self, resource_id: str, lease: Lease, document: bytes) -> None:
         """Store what was read after the token was granted, if nobody wrote since."""
-        await self._ask(FILL, lambda _: (digest(resource_id), grant.nonce, document), again=False)
+        await self._send(FILL, lambda _: (digest(resource_id), lease.nonce, document), retry=False)
 
-    async def mark(self, resource_ids: Sequence[str]) -> Grant | None:
+    async def begin_write(self, resource_ids: Sequence[str]) -> Lease | None:
         """Remove the entries and take the tokens, before a commit."""
         hashes = [digest(resource_id) for resource_id in resource_ids]
-        nonce, answer = await self._ask(MARK, lambda nonce: (nonce, *hashes))
-        life = self._life(answer)
-        return None if life is None else Grant(life, nonce)
+        nonce, answer = await self._send(BEGIN_WRITE, lambda nonce: (nonce, *hashes))
+        server_epoch = self._server_epoch(answer)
+        return None if server_epoch is None else Lease(server_epoch, nonce)
 
-    async def settle(self, documents: Mapping[str, bytes], grant: Grant | None) -> str | None:
+    async def end_write(self, documents: Mapping[str, bytes], lease: Lease | None) -> str | None:
         """Remove entries and tokens after a commit, and store the documents for which the tokens are still there; an empty one is none. The life
         in which that was done."""
         parts = [part for rid, document in documents.items() for part in (digest(rid), document)]
         bare = [b"" if at % 2 else part for at, part in enumerate(parts)]
-        nonces = iter(() if grant is None else (grant.nonce,))
+        nonces = iter(() if lease is None else (lease.nonce,))
 
         def arguments(_: bytes) -> tuple[Any, ...]:
             # If the first one was not answered it may still come, and then must find no token; so the second one only removes.
             nonce = next(nonces, b"")
             return (nonce, *(parts if nonce else bare))
 
-        _, answer = await self._ask(SETTLE, arguments)
-        return self._life(answer)
+        _, answer = await self._send(END_WRITE, arguments)
+        return self._server_epoch(answer)
 
-    async def release(self, resource_ids: Sequence[str], grant: Grant) -> None:
+    async def cancel_write(self, resource_ids: Sequence[str], lease: Lease) -> None:
         """Give the tokens back."""
-        await self._ask(RELEASE, lambda _: (grant.nonce, *map(digest, resource_ids)), again=False)
+        await self._send(CANCEL_WRITE, lambda _: (lease.nonce, *map(digest, resource_ids)), retry=False)
 
-    async def life(self) -> str | None:
-        _, answer = await self._ask(LIFE, lambda _: ())
-        return self._life(answer)
+    async def server_epoch(self) -> str | None:
+        _, answer = await self._send(SERVER_EPOCH, lambda _: ())
+        return self._server_epoch(answer)
 
     async def close(self) -> None:
         await self._client.close(self)
 
-    def _life(self, answer: bytes) -> str | None:
-        if not answer and not self._told:
-            self._told = True
+    def _server_epoch(self, answer: bytes) -> str | None:
+        if not answer and not self._warned:
+            self._warned = True
             log.error("Redis does not tell scripts its run_id and master_replid (INFO), so nothing is read from it")
-        return f"{answer.decode()}/{self._place}" if answer else None
+        return f"{answer.decode()}/{self._location}" if answer else None
 
-    async def _ask(
-        self, script: Script, arguments: Callable[[bytes], tuple[Any, ...]], *, again: bool = True
+    async def _send(
+        self, script: Script, arguments: Callable[[bytes], tuple[Any, ...]], *, retry: bool = True
     ) -> tuple[bytes, Any]:
-        """The answer, and the nonce of the command that it answers. `again`: once more, as another command, where the connection turns out to
+        """The answer, and the nonce of the command that it answers. `retry`: once more, as another command, where the connection turns out to
         have been cut."""
-        for last in (False, True) if again else (True,):
+        for last in (False, True) if retry else (True,):
             nonce = os.urandom(NONCE)
             try:
-                return nonce, await self._client.ask(
-                    self, script, self._key, self._lease, *arguments(nonce), limit_s=LIMIT_S
+                return nonce, await self._client.run_within(
+                    self, script, self._key, self._lease_ms, *arguments(nonce), limit_s=REPLY_LIMIT_S
                 )
-            except Unanswered:
+            except ReplyLost:
                 if last:
                     break
         raise StoreUnavailable("Redis does not answer")

@@ -42,24 +42,24 @@ def decode_record(record: bytes) -> RevisionInfo:
     return info_of(rest[int(size) :])
 
 
-def state(version: Version) -> str:
+def version_text(version: Version) -> str:
     return f"{version.version} {version.nonce}"
 
 
 def version_of(text: bytes) -> Version | None:
-    """What `state` made; None for nothing."""
+    """What `version_text` made; None for nothing."""
     version, _, nonce = text.decode().partition(" ")
     return Version(int(version), nonce) if text else None
 
 
-def token(name: str, key: Key) -> str:
+def unique_key(name: str, key: Key) -> str:
     """A value of a unique field, as a field of the hash `unique`. Numbers that are equal have one token."""
     if isinstance(key, str):
         return f"{len(name)}:{name}s{key}"
     return f"{len(name)}:{name}n{int(key) if key == int(key) else key!r}"
 
 
-class Writer:
+class ScriptArguments:
     """What depends on the model and the encoding."""
 
     def __init__(self, spec: ModelSpec, encoding: Encoding) -> None:
@@ -73,8 +73,10 @@ class Writer:
         arguments: list[Any] = [len(changes)]
         for change in changes:
             meta, record, expect = change.meta, change.record, change.expect
-            arguments += [digest(meta.resource_id), "" if isinstance(expect, str) else state(expect)]
-            arguments += ["", b""] if change.purge else [state(Version(meta.version, meta.nonce)), self._encode(meta)]
+            arguments += [digest(meta.resource_id), "" if isinstance(expect, str) else version_text(expect)]
+            arguments += (
+                ["", b""] if change.purge else [version_text(Version(meta.version, meta.nonce)), self._encode(meta)]
+            )
             arguments.append("" if record is None else generation_of(record.uid))
             arguments += ["0"] if change.index is None else ["1", *self._index(change.index, unique)]
             arguments += ["0"] if record is None else ["1", record.revision, record.uid, self._encode(record)]
@@ -96,13 +98,13 @@ class Writer:
         arguments: list[Any] = ["1" if share else "0", len(entries)]
         for resource_id, expect, entry in entries:
             index, *tokens = self._index(entry, unique)
-            arguments += [digest(resource_id), state(expect), index, *tokens]
+            arguments += [digest(resource_id), version_text(expect), index, *tokens]
         return arguments
 
     def _index(self, entry: IndexEntry, unique: Sequence[str]) -> list[Any]:
         keys = [entry.keys.get(name) for name in unique]
         tokens = [
-            "" if key is None or isinstance(key, list) else token(name, key)
+            "" if key is None or isinstance(key, list) else unique_key(name, key)
             for name, key in zip(unique, keys, strict=True)
         ]
         return [_pack(logged_index_entry(entry, self.spec)), *tokens]

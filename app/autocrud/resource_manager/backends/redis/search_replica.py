@@ -39,8 +39,8 @@ from ..sqlite import sql
 from ..sqlite.database import MemoryDatabase
 from ..sqlite.replay import entry_of
 from ..sqlite.tables import ResourceTables
+from .script_arguments import decode_indexed, decode_record, digest
 from .scripts import FOLLOW, PAGE
-from .transaction import decode_indexed, decode_record, digest
 
 T = TypeVar("T")
 Work = Callable[[apsw.Connection], T]
@@ -63,10 +63,10 @@ class Position(NamedTuple):
     head: bytes
 
 
-UNBORN = Position(b"", 0, b"")
+EMPTY = Position(b"", 0, b"")
 
 
-class Apart(Exception):
+class RebuildNeeded(Exception):
     """The log does not lead on from where the copy is. `now`: where the store is."""
 
     def __init__(self, now: Position) -> None:
@@ -74,7 +74,7 @@ class Apart(Exception):
         self.now = now
 
 
-class Mirror:
+class SearchReplica:
     def __init__(
         self,
         spec: ModelSpec,
@@ -85,47 +85,49 @@ class Mirror:
         """`run` runs a script with arguments; `specs` reads the hash of that name."""
         self._spec, self._encoding, self._run, self._read_specs = spec, encoding, run, specs
         self._state = threading.Lock()  # guards the two below
-        self._copy = self._new(UNBORN)
+        self._copy = self._new(EMPTY)
         self._building: concurrent.futures.Future[None] | None = None
         self._builder: asyncio.Task[None] | None = None  # held, or it might be collected while it runs
         self._specs: dict[str, dict[str, str]] = {}  # never change, so they are read when an unknown one is met
-        self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = weakref.WeakKeyDictionary()
+        self._refreshes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _SharedRefresh] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def _new(self, position: Position) -> Copy:
-        return Copy(ResourceTables(self._spec, self._encoding, lazy=True), position)
+    def _new(self, position: Position) -> ReplicaTables:
+        return ReplicaTables(ResourceTables(self._spec, self._encoding, lazy=True), position)
 
     def drop(self) -> None:
         """Give back the memory; the next read builds a new copy."""
-        self._copy = self._new(UNBORN)
+        self._copy = self._new(EMPTY)
 
     async def read(self, work: Work[T]) -> T:
         """Read what is in the store now."""
         copy = await self.current()
         return await copy.db.read(work)
 
-    async def current(self) -> Copy:
+    async def current(self) -> ReplicaTables:
         """The copy, with everything in it that was committed before this was called."""
         loop = asyncio.get_running_loop()
-        turns = self._turns.get(loop)
-        if turns is None:
-            turns = self._turns.setdefault(loop, _Turns(self._follow))
-        return await turns.next()
+        refresh = self._refreshes.get(loop)
+        if refresh is None:
+            refresh = self._refreshes.setdefault(loop, _SharedRefresh(self._refreshed))
+        return await refresh.next()
 
-    async def _follow(self) -> Copy:
+    async def _refreshed(self) -> ReplicaTables:
         """The copy, brought up."""
         for _ in range(ATTEMPTS):
             copy = self._copy
             try:
-                await self._bring_up(copy)
+                await self._catch_up(copy)
                 return copy
-            except Apart as apart:
-                await self._rebuild(copy, apart.now)
+            except RebuildNeeded as needed:
+                await self._rebuild(copy, needed.now)
         raise StoreUnavailable("so much is written that reads cannot keep up; try again")
 
-    async def _bring_up(self, copy: Copy, seen: Position | None = None) -> None:
+    async def _catch_up(self, copy: ReplicaTables, seen: Position | None = None) -> None:
         """Apply what was written since. Apart. `seen`: where the store was when something was read that the copy has already."""
         asked = position = copy.position
-        heads, rows, limit = {position.seq: position.head}, list[Row](), AT_ONCE
+        heads, rows, limit = {position.seq: position.head}, list[RedisResource](), AT_ONCE
         met = [] if seen is None else [seen]
         while True:
             code, *told = await self._run(FOLLOW, *position, limit)
@@ -133,7 +135,7 @@ class Mirror:
                 raise damaged()
             now = Position(*told[:3])
             if code == b"apart":
-                raise Apart(now)
+                raise RebuildNeeded(now)
             if code == b"after":
                 txids, changed = told[3:]
                 heads |= enumerate(txids, position.seq + 1)
@@ -143,7 +145,7 @@ class Mirror:
             if position == now:
                 break
         if any(heads.get(one.seq) != one.head for one in met):
-            raise Apart(now)
+            raise RebuildNeeded(now)
         if position != asked:
             await self._learn({row.index.spec for row in rows if row.index is not None})
             await copy.advance(rows, position, heads, self._specs)
@@ -156,7 +158,7 @@ class Mirror:
 
     # Building
 
-    async def _rebuild(self, old: Copy, start: Position) -> None:
+    async def _rebuild(self, old: ReplicaTables, start: Position) -> None:
         """Replace the copy by one at the given position or later. Whoever comes meanwhile waits for the same, and then asks for itself."""
         with self._state:
             if self._copy is not old:
@@ -170,11 +172,11 @@ class Mirror:
         await shielded(asyncio.wrap_future(building))
 
     async def _build_and_tell(self, start: Position, building: concurrent.futures.Future[None]) -> None:
-        copy: Copy | None = None
+        copy: ReplicaTables | None = None
         failure: BaseException | None = None
         try:
             copy = await self._build(start)
-        except Apart:
+        except RebuildNeeded:
             pass  # whoever waits asks again, and begins again from there
         except asyncio.CancelledError:
             failure = StoreUnavailable("the copy was being built when its event loop ended; try again")
@@ -191,28 +193,28 @@ class Mirror:
             else:
                 building.set_exception(failure)
 
-    async def _build(self, start: Position) -> Copy:
+    async def _build(self, start: Position) -> ReplicaTables:
         log.info("%s: a copy is built, from transaction %d on", self._spec.name, start.seq)
         copy, cursor = self._new(start), b"0"
         while True:
             cursor, seq, head, rows = await self._run(PAGE, cursor, PAGE_SIZE)
-            page: list[Row] = await in_thread(partial(list, map(Row, rows)))
+            page: list[RedisResource] = await in_thread(partial(list, map(RedisResource, rows)))
             await self._learn({row.index.spec for row in page if row.index is not None})
             await in_thread(partial(copy.fill, page, self._specs))
-            await self._bring_up(copy, start._replace(seq=seq, head=head))
+            await self._catch_up(copy, start._replace(seq=seq, head=head))
             if cursor == b"0":
                 return copy
 
 
-class _Turns:
+class _SharedRefresh:
     """Questions of one event loop: one is under way, and those who come meanwhile share the next."""
 
-    def __init__(self, ask: Callable[[], Awaitable[Copy]]) -> None:
+    def __init__(self, ask: Callable[[], Awaitable[ReplicaTables]]) -> None:
         self._ask = ask
         self._one = asyncio.Lock()
-        self._next: asyncio.Task[Copy] | None = None
+        self._next: asyncio.Task[ReplicaTables] | None = None
 
-    async def next(self) -> Copy:
+    async def next(self) -> ReplicaTables:
         if self._next is None and not self._one.locked():
             async with self._one:
                 return await self._ask()
@@ -220,13 +222,13 @@ class _Turns:
             self._next = asyncio.create_task(self._run())
         return await shielded(self._next)
 
-    async def _run(self) -> Copy:
+    async def _run(self) -> ReplicaTables:
         async with self._one:
             self._next = None  # from here on the question is being sent
             return await self._ask()
 
 
-class Row:
+class RedisResource:
     """A resource as it stands in Redis, or as much of it as the log names: what is None is not there. `meta` None: there is no resource."""
 
     def __init__(self, flat: Sequence[Any], hash_: str = "", *, purged: bool = False) -> None:
@@ -241,12 +243,12 @@ class Row:
         self.dropped = [int(name[1:]) for name, value in records.items() if value is None]
 
 
-def _changed(told: Sequence[Any]) -> list[Row]:
+def _changed(told: Sequence[Any]) -> list[RedisResource]:
     """What FOLLOW told."""
-    return [Row(flat, hash_.decode(), purged=bool(purged)) for hash_, purged, *flat in told]
+    return [RedisResource(flat, hash_.decode(), purged=bool(purged)) for hash_, purged, *flat in told]
 
 
-class Copy:
+class ReplicaTables:
     """Tables in memory, and where in the history they are. They never go back."""
 
     def __init__(self, tables: ResourceTables, position: Position) -> None:
@@ -260,7 +262,11 @@ class Copy:
         self.tables.create(connection)
 
     async def advance(
-        self, rows: Sequence[Row], position: Position, heads: Mapping[int, bytes], specs: dict[str, dict[str, str]]
+        self,
+        rows: Sequence[RedisResource],
+        position: Position,
+        heads: Mapping[int, bytes],
+        specs: dict[str, dict[str, str]],
     ) -> None:
         """Apply what changed up to `position`, unless the copy is there already. `heads`: the txids of the transactions that led there. Apart, if
         the copy has gone on meanwhile, in another history."""
@@ -268,7 +274,7 @@ class Copy:
         def work(connection: apsw.Connection) -> None:
             here = self.position
             if heads.get(here.seq, here.head) != here.head:
-                raise Apart(position)
+                raise RebuildNeeded(position)
             if position.seq > here.seq:
                 for row in rows:
                     self._put(connection, row, specs)
@@ -279,7 +285,7 @@ class Copy:
         else:
             await in_thread(lambda: self.db.run(work))
 
-    def fill(self, rows: Sequence[Row], specs: dict[str, dict[str, str]]) -> None:
+    def fill(self, rows: Sequence[RedisResource], specs: dict[str, dict[str, str]]) -> None:
         def work(connection: apsw.Connection) -> None:
             for row in rows:
                 if row.meta is None:
@@ -289,7 +295,7 @@ class Copy:
 
         self.db.run(work)
 
-    def _put(self, connection: apsw.Connection, row: Row, specs: dict[str, dict[str, str]]) -> None:
+    def _put(self, connection: apsw.Connection, row: RedisResource, specs: dict[str, dict[str, str]]) -> None:
         if row.purged:
             # Made now, so that only those pay for it who purge.
             connection.execute("CREATE INDEX IF NOT EXISTS by_digest ON resources (digest(id))")
