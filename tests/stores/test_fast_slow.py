@@ -40,6 +40,7 @@ from app.autocrud.resource_manager.basic import (
     AlreadyCommitted,
     Change,
     CommitResult,
+    Findings,
     IdempotentCommit,
     IStorage,
     ResourceMeta,
@@ -202,6 +203,13 @@ class SimulatedSlow(MemoryMetaStore):
         self.left: dict[str, dict[str, int]] = {}  # the versions that a key left
         self.server_epoch, self.lease_s, self.since = None, 0.0, 0.0
         self.stalled = 0.0
+        self.kept = Findings()
+
+    async def findings(self):
+        return self.kept
+
+    async def keep_findings(self, findings):
+        self.kept = findings
 
     async def pause(self) -> None:
         slow = self.world.random.random() < self.world.trouble / 3
