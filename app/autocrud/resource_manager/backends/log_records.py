@@ -1,4 +1,4 @@
-"""What happened, as the records of S3-SQLite tell it. `sqlite.replay` does it again in a copy."""
+"""The operations in the log records of S3-SQLite. `sqlite.replay` applies them to a local copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ..basic import Change, IndexEntry, ResourceMeta, RevisionInfo
 
 
 class LoggedIndexEntry(Struct, frozen=True, array_like=True):
-    """An index entry, and the number of the set of fields (in IndexSchema.specs) that it was made for."""
+    """An index entry.
+
+    spec  the number of the set of indexed fields for which the entry was made, as `IndexSchema.specs` lists it
+    """
 
     spec: str
     keys: dict[str, Any]
@@ -20,19 +23,25 @@ class LoggedIndexEntry(Struct, frozen=True, array_like=True):
 
 
 class LoggedResults(Struct, frozen=True, array_like=True):
-    """What is remembered of an Idempotency-Key: see `IdempotentCommit`. Numbers of changes are those of the ops of its record."""
+    """The results that are kept for an Idempotency-Key: see `IdempotentCommit`.
+
+    A number in `results` is the position of an operation in the same log record.
+    """
 
     request: str
     results: tuple[int | ResourceMeta | None, ...]
 
 
 class LogOperation(Struct, frozen=True, omit_defaults=True, rename={"resource_id": "id"}):
-    """What happened to one resource. Documents, not columns: every reader derives its own tables from it.
+    """One operation on a resource. It contains documents, not columns: each reader derives its own tables from them.
 
-    put    its new metadata; `record` is what a revision's record has that the metadata does not say; `index` None: as it was
-    index  a new index entry for the state it is in
-    purge  it is gone
-    once   no resource: the record carries an Idempotency-Key, whose hash stands for the id
+    The `kind` is one of:
+
+    put    stores new metadata. `record` has the fields of the revision's record that differ from the metadata. If
+           `index` is None, the index entry stays as it was
+    index  stores a new index entry for the current state
+    purge  removes the resource
+    once   is about no resource: the log record belongs to an Idempotency-Key, and the hash of the key is the id
     """
 
     kind: str
@@ -45,7 +54,7 @@ class LogOperation(Struct, frozen=True, omit_defaults=True, rename={"resource_id
 
 
 def _expected(meta: ResourceMeta) -> dict[str, Any]:
-    """The record of a revision that was made by the change that left this metadata."""
+    """Return the fields of the revision record that the change to this metadata would make."""
     return {
         "uid": meta.uid,
         "resource_id": meta.resource_id,
@@ -63,7 +72,7 @@ def _expected(meta: ResourceMeta) -> dict[str, Any]:
 
 
 def log_operation(change: Change, meta: ResourceMeta, spec: str) -> LogOperation:
-    """The op of a change that left `meta`."""
+    """Return the operation for a change after which the metadata is `meta`. `spec` is the set of indexed fields."""
     if change.purge:
         return LogOperation("purge", meta.resource_id)
     record = None
@@ -74,10 +83,12 @@ def log_operation(change: Change, meta: ResourceMeta, spec: str) -> LogOperation
 
 
 def logged_index_entry(entry: IndexEntry | None, spec: str) -> LoggedIndexEntry | None:
+    """Return the index entry with the set of indexed fields for which it was made, or None if there is no entry."""
     return None if entry is None else LoggedIndexEntry(spec, entry.keys, entry.missing, entry.shown)
 
 
 def revision_info_of(op: LogOperation) -> RevisionInfo | None:
+    """Return the revision's record of an operation, or None if it has none."""
     if op.record is None or op.meta is None:
         return None
     return msgspec.convert({**_expected(op.meta), **op.record}, RevisionInfo)

@@ -1,4 +1,7 @@
-"""How writes to a FileDatabase share their commits, and how they are given up. W1 to W5 in `database` are what it keeps."""
+"""Group commit of the writes to a FileDatabase, and the withdrawal of writes that wait too long.
+
+It maintains the invariants W1 to W5 of `database`. docs/design/disk-commits.md explains them.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ T = TypeVar("T")
 Work = Callable[[apsw.Connection], T]
 
 MAX_GROUP = 500
-"""Writes that share one commit at most."""
+"""The largest number of writes that share one commit."""
 
 WRITE_TIMEOUT_S = 10.0
-"""How long a write waits for its turn before it is given up."""
+"""Seconds that a write waits for its turn before it is withdrawn."""
 
 
 class Database(Protocol):
-    """What the committer needs of a database file; `database.FileDatabase` is the one."""
+    """The part of `database.FileDatabase` that the committer uses."""
 
     @property
     def path(self) -> Path:
@@ -39,14 +42,17 @@ class Database(Protocol):
         """Return the committer that writes to this database."""
 
     def writing(self) -> AbstractContextManager[apsw.Connection]:
-        """Hold the file lock, and give the writing connection."""
+        """Hold the file lock, and return the writing connection."""
 
     def discard_writer(self) -> None:
-        """Close the writing connection: the next write opens another one."""
+        """Close the writing connection. The next write opens another one."""
 
 
 class Stage(NamedTuple):
-    """A write as a part of a larger one: `work` in a transaction of `database`; `without_transaction`: under its lock, without one."""
+    """One part of a write: runs `work` under the file lock of `database`, in a transaction.
+
+    without_transaction  whether to run `work` outside of a transaction, as a checkpoint needs it
+    """
 
     database: Database
     work: Work[Any]
@@ -54,7 +60,10 @@ class Stage(NamedTuple):
 
 
 class _Job:
-    """A write that waits for its turn: stages, each durable before the next begins. Whoever pops the ticket decides (W3)."""
+    """A write that waits for its turn: stages, each durable before the next begins.
+
+    The committer or the caller's timer takes the ticket, never both (W3).
+    """
 
     __slots__ = ("after", "claimed", "error", "future", "loop", "results", "stages", "ticket")
 
@@ -69,11 +78,14 @@ class _Job:
         self.error: BaseException | None = None
 
     def may_run(self, number: int) -> bool:
-        """For the committer, under the lock of this stage: whether it is to be done. The last one takes the ticket."""
+        """Return whether the committer must run this stage. The last stage takes the ticket.
+
+        The committer calls this under the lock of the stage.
+        """
         return self.claim() if number == len(self.stages) - 1 else bool(self.ticket)
 
     def claim(self) -> bool:
-        """For the committer: whether the job is its own."""
+        """Take the ticket for the committer, and return whether the committer has it."""
         if not self.claimed:
             self.claimed = self._take_ticket()
         return self.claimed
@@ -95,7 +107,7 @@ class _Job:
             )
 
     def deliver(self) -> None:
-        if self.future.done():  # the one who asked is gone
+        if self.future.done():  # the caller was cancelled
             return
         if self.error is None:
             self.future.set_result(self.results)
@@ -104,11 +116,11 @@ class _Job:
 
 
 Run = Callable[[apsw.Connection, list[_Job], int], bool]
-"""Run a stage of jobs. False: the connection must not be used again."""
+"""Runs a stage of jobs. Returns False if the connection must not be used again."""
 
 
 class FileCommitter:
-    """The one thread that writes to some databases. Writes that wait at the same time share their commits."""
+    """The thread that writes to a database. Writes that wait at the same time share a commit."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -116,10 +128,13 @@ class FileCommitter:
         self._state = threading.Lock()  # guards the two above
 
     async def write(self, stages: Sequence[Stage], after: Callable[[], None] | None = None) -> list[Any]:
-        """Do the stages in turn; what each returned. All are durable when this returns, and none is done twice.
+        """Run the stages in order, and return the result of each. All are durable on return, and none runs twice.
 
-        Where a stage fails, those before it stay done; where it is given up (WriteTimedOut), all but the last may be. `after` runs in the committer's
-        thread, before anyone is told. A write that is cancelled may still happen.
+        If a stage fails, the stages before it stay committed. `after` runs in the thread of the committer, before the
+        caller gets the result. A write whose caller is cancelled may still be carried out.
+
+        Raises WriteTimedOut if the write did not get its turn within WRITE_TIMEOUT_S. Then the last stage never runs,
+        but earlier stages may have run.
         """
         loop = asyncio.get_running_loop()
         job = _Job(stages, after, loop)
@@ -136,7 +151,10 @@ class FileCommitter:
             timer.cancel()
 
     def stop(self) -> bool:
-        """Do what waits, then end the thread; the next write starts another one. False: it stands still, and ends when it no longer does."""
+        """Run the waiting writes, then end the thread. The next write starts another one.
+
+        Blocks for WRITE_TIMEOUT_S at most. Returns False if the thread is blocked; it ends once it is unblocked.
+        """
         with self._state:
             thread, self._thread = self._thread, None
             jobs, self._jobs = self._jobs, queue.SimpleQueue()
@@ -173,10 +191,10 @@ class FileCommitter:
     def _commit(self, database: Database, group: list[_Job], number: int, run: Run) -> None:
         try:
             with database.writing() as connection:
-                # Asked only now: while another process holds the lock, a write may still be given up.
+                # Checked only now: while another process holds the lock, a write may still be withdrawn.
                 if not run(connection, [job for job in group if job.may_run(number)], number):
                     database.discard_writer()
-        except BaseException as error:  # the thread must live, and nobody may wait for ever
+        except BaseException as error:  # the thread must live, and no caller may wait for ever
             for job in group:
                 if job.claim() and job.error is None:
                     job.error = error
@@ -193,13 +211,13 @@ def _run_without_transaction(connection: apsw.Connection, jobs: list[_Job], numb
 
 
 def _run_in_transaction(connection: apsw.Connection, jobs: list[_Job], number: int) -> bool:
-    """Run a stage of jobs in one transaction, each all or nothing."""
+    """Run a stage of jobs in one transaction. Each job happens completely or not at all."""
     if not jobs:
         return True
     try:
         connection.execute("BEGIN IMMEDIATE")
         if not _attempt(connection, jobs, number, savepoints=False):
-            # A job failed half way. Savepoints take it back alone, but cost every job two statements, so only now.
+            # A job failed half way. Savepoints undo only that job, but cost two statements for each job, so only now.
             connection.execute("ROLLBACK")
             connection.execute("BEGIN IMMEDIATE")
             _attempt(connection, jobs, number, savepoints=True)
@@ -215,7 +233,7 @@ def _run_in_transaction(connection: apsw.Connection, jobs: list[_Job], number: i
     except apsw.Error as error:
         failure = _translated(error, done[0], number) if done else translated(error)
         if not isinstance(error, apsw.FullError | apsw.BusyError):
-            # The log may hold the commit although its sync failed; what a restart makes of it nobody knows.
+            # The log may contain the commit although its sync failed. The state after a restart cannot be known.
             failure = OutcomeUnknown("the disk failed during the commit; read before you try again")
         if connection.in_transaction:
             connection.execute("ROLLBACK")
@@ -226,7 +244,10 @@ def _run_in_transaction(connection: apsw.Connection, jobs: list[_Job], number: i
 
 
 def _attempt(connection: apsw.Connection, jobs: list[_Job], number: int, *, savepoints: bool) -> bool:
-    """Run the jobs, keeping their results or errors. False: one failed after it had changed something, without a savepoint."""
+    """Run the jobs, and keep their results or errors.
+
+    Returns False if a job without a savepoint failed after it changed something.
+    """
     for job in jobs:
         del job.results[number:]
         job.error = None
@@ -236,7 +257,7 @@ def _attempt(connection: apsw.Connection, jobs: list[_Job], number: int, *, save
         try:
             job.results.append(job.stages[number].work(connection))
         except apsw.FullError:
-            raise  # nobody's write would fit
+            raise  # no other write would fit either
         except BaseException as error:
             job.error = _translated(error, job, number) if isinstance(error, apsw.Error) else error
             if not connection.in_transaction:
@@ -255,18 +276,18 @@ def _translated(error: apsw.Error, job: _Job, number: int) -> CrudError:
 
 
 def _report(jobs: list[_Job]) -> None:
-    """Call back, then tell the ones who wait, with one wake-up for each event loop."""
+    """Run the callbacks, then deliver the results, with one wake-up for each event loop."""
     for job in jobs:
         if job.error is None and job.after is not None:
             try:
                 job.after()
-            except BaseException as error:  # the others are durable and must hear it
+            except BaseException as error:  # the other writes are durable, and their callers must get their results
                 job.error = error
     by_loop: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
     for job in jobs:
         by_loop.setdefault(job.loop, []).append(job)
     for loop, settled in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and so is everyone who waited on it
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no caller waits
             loop.call_soon_threadsafe(_deliver_all, settled)
 
 

@@ -1,25 +1,25 @@
-"""Two databases with one face: `await db.read(work)` and `await db.write(work)`, where `work` gets an apsw connection.
+"""Two databases with one interface: `await db.read(work)` and `await db.write(work)`. `work` gets an apsw connection.
 
-MemoryDatabase  one connection behind a lock. Short work runs at once where the lock is free; otherwise a thread waits for it.
-FileDatabase    a file that several processes may share, durable when `write` returns.
+MemoryDatabase  one connection behind a lock. If the lock is free, short work runs at once. Otherwise a thread waits.
+FileDatabase    a file that several processes may share. A write is durable when `write` returns.
 
-Invariants of FileDatabase:
+Invariants of FileDatabase; docs/design/disk-commits.md explains them:
 
-- W1 *Acknowledged is durable.* A write's future is settled only after COMMIT returned, in WAL mode with synchronous=FULL
-  (the log is synced before COMMIT returns). A crash before that leaves the file without the write, or with it, never with half.
-- W2 *One writer at a time.* Only a committer thread writes, and only while it holds the file lock, which every process takes;
-  so BEGIN IMMEDIATE never waits and `work` decides upon the newest state.
-- W3 *A write that was given up was not done, and none waits for longer than WRITE_TIMEOUT_S for other processes*, whatever these
-  stand still with. There is a ticket, which one side can take: whoever gives up, or the committer, under the lock of the last stage. So
-  whoever gives up knows that the last stage is not done, and never will be. What was done of those before it nobody may need: they
-  put bodies, which the last one names. And the committer, once it has the ticket, takes no other lock before it tells the outcome.
-- W4 *Order.* `after` callbacks run in the order of commits, before the writer is told. A stage of a write begins when those before it
-  are durable: it has come so far only with its ticket there, so none was left out.
-- W5 *Only committer threads wait for the file lock.* They are daemons, and nobody waits for them longer than W3 says: not a read that opens
-  the file, not a purge, not a close, not the end of the process.
+- W1 *An acknowledged write is durable.* Its future gets the result only after COMMIT returned, in WAL mode with
+  synchronous=FULL. A crash before that leaves the file with the whole write or without it.
+- W2 *One writer at a time.* Only a committer thread writes, and only while it holds the file lock. So BEGIN IMMEDIATE
+  never waits, and `work` sees the newest state.
+- W3 *A withdrawn write was not carried out, and no write waits longer than WRITE_TIMEOUT_S for other processes.* The
+  caller's timer or the committer takes the ticket of a write. The committer takes it under the lock of the last stage,
+  and then takes no other lock before it reports the outcome. Earlier stages store bodies, which only the last one
+  names.
+- W4 *The order is kept.* `after` callbacks run in the order of commits, before the caller gets its result. A stage
+  begins when the stages before it are durable.
+- W5 *Only committer threads wait for the file lock.* They are daemon threads, and no other part waits for them longer
+  than W3 allows.
 
-The file lock is two flocks: whoever wants the lock waits at the gate first, so a process that writes without pause cannot
-overtake one that waits (SQLite's own busy wait is unfair: 331 ms seen).
+The file lock is two flocks. A process waits at the gate first, so a process that writes without pause cannot overtake
+one that waits. SQLite's own busy wait is unfair: a wait of 331 ms was measured.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ log = logging.getLogger("crudstack.sqlite")
 
 
 class MemoryDatabase:
-    """A database in this process's memory, gone with it."""
+    """A database in the memory of this process. It is lost when the process ends."""
 
     def __init__(self, schema: Work[None]) -> None:
         self._lock = threading.Lock()
@@ -59,7 +59,7 @@ class MemoryDatabase:
         self._schema: Work[None] | None = schema
 
     def run(self, work: Work[T]) -> T:
-        """Write now, waiting for the lock; all or nothing."""
+        """Run `work` in a transaction, and return its result. Blocks until the lock is free."""
         with self._lock:
             return self._transact(work)
 
@@ -81,7 +81,10 @@ class MemoryDatabase:
         return self._connection
 
     async def read(self, work: Work[T], *, quick: bool = False) -> T:
-        """`quick` promises microseconds: then it runs here if nobody holds the lock."""
+        """Run `work`, and return its result.
+
+        quick  whether `work` takes microseconds only. Then it runs in the event loop if the lock is free.
+        """
         if quick and self._lock.acquire(blocking=False):
             try:
                 return work(self._open_now())
@@ -95,6 +98,7 @@ class MemoryDatabase:
         return await in_thread(locked)
 
     async def write(self, work: Work[T]) -> T:
+        """Run `work` in a transaction, and return its result. Runs in the event loop if the lock is free."""
         if self._lock.acquire(blocking=False):
             try:
                 return self._transact(work)
@@ -103,11 +107,11 @@ class MemoryDatabase:
         return await in_thread(lambda: self.run(work))
 
     async def close(self) -> None:
-        """Nothing to give back: closing must not lose what a later event loop wants to read."""
+        """Do nothing: a later event loop may still read the data."""
 
 
 class FileLock:
-    """A lock between processes (and threads of this one) that is granted in about the order it was asked for."""
+    """A lock between processes, and between the threads of this one, granted in about the order of the requests."""
 
     def __init__(self, path: Path) -> None:
         self._mutex = threading.Lock()
@@ -116,6 +120,7 @@ class FileLock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
+        """Hold the lock. Blocks until it is granted."""
         with self._mutex:
             fcntl.flock(self._gate, fcntl.LOCK_EX)
             try:
@@ -128,12 +133,13 @@ class FileLock:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def close(self) -> None:
+        """Close the files of the lock."""
         os.close(self._gate)
         os.close(self._lock)
 
 
 class FileDatabase:
-    """A SQLite file on a local disk. Opened at the first use; directories are made."""
+    """A SQLite file on a local disk. The first use opens it, and makes its directories."""
 
     def __init__(self, path: Path, schema: Work[None]) -> None:
         self.path = path
@@ -145,27 +151,38 @@ class FileDatabase:
         self._idle: list[apsw.Connection] = []
 
     async def read(self, work: Work[T], *, quick: bool = False) -> T:
+        """Run `work` in a thread, and return its result. `quick` has no effect: a read may wait for the disk.
+
+        Raises StoreUnavailable or StoreDamaged if SQLite reports an error.
+        """
         if self._file_lock is None:
             await self.open()
         return await in_thread(lambda: self.read_now(work))
 
     async def open(self) -> None:
-        """Open the file if it is not open, for `read_now` in a thread for reads."""
+        """Open the file if it is not open. Call this before `read_now` in a thread for reads."""
         if self._file_lock is None:
             await self._write_without_transaction(lambda _: None)
 
     async def write(self, work: Work[T], after: Callable[[], None] | None = None) -> T:
-        """Run `work` in a transaction, durable when this returns; see Committer.write."""
+        """Run `work` in a transaction, and return its result. The write is durable on return.
+
+        `after` runs in the thread of the committer, before the result is returned. Raises WriteTimedOut if the write
+        did not get its turn within WRITE_TIMEOUT_S.
+        """
         (result,) = await self.committer.write([Stage(self, work)], after)
         done: T = result
         return done
 
     async def checkpoint(self) -> None:
-        """Move the log into the file and empty it, so that what was deleted leaves no trace in it."""
+        """Move the log into the file and empty it, so that the log has no trace of deleted data."""
         await self._write_without_transaction(empty_log)
 
     async def close(self) -> None:
-        """The last one to close moves the log into the file. Where another process keeps the lock it stays open."""
+        """Close the connections. The last connection to a file moves the log into it.
+
+        The file stays open if another process holds the lock for too long.
+        """
         try:
             if self._file_lock is not None:
                 await self._write_without_transaction(self._close_connections)
@@ -181,6 +198,10 @@ class FileDatabase:
     # The rest runs in threads.
 
     def read_now(self, work: Work[T]) -> T:
+        """Run `work`, and return its result. Blocks.
+
+        Raises StoreUnavailable or StoreDamaged if SQLite reports an error.
+        """
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -194,20 +215,23 @@ class FileDatabase:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[apsw.Connection]:
-        """The writing connection, under the file lock. For committers alone."""
+        """Hold the file lock, and return the writing connection. Blocks. Only committers may call this."""
         with self._open_now().held():
             if self._writer is None:
                 self._writer = self._connect()
             yield self._writer
 
     def discard_writer(self) -> None:
-        """Close the writing connection, under the file lock: after a failed commit it may know less than the file."""
+        """Close the writing connection, because after a failed commit it may know less than the file.
+
+        The caller holds the file lock.
+        """
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     def _open_file_lock(self) -> FileLock:
-        """The file lock; whoever asks first in this process makes the file and brings its schema up."""
+        """Return the file lock. The first call in a process makes the file and completes its schema."""
         with self._state:
             if self._file_lock is None:
                 make_directory(self.path.parent)
@@ -264,7 +288,7 @@ class FileDatabase:
 
 
 def empty_log(connection: apsw.Connection) -> None:
-    """Move the write-ahead log into the file and empty it. Where somebody reads without pause, a later one does."""
+    """Move the write-ahead log into the file and empty it. If other processes read without pause, a later call does."""
     try:
         connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
     except apsw.BusyError as error:
@@ -272,8 +296,11 @@ def empty_log(connection: apsw.Connection) -> None:
 
 
 def keep_plans(connection: apsw.Connection) -> None:
-    """A statement is planned once. Otherwise SQLite plans those whose parameters it could look up in statistics again for each
-    execution, and we keep no statistics: four microseconds of a read's six."""
+    """Make SQLite plan each statement only once.
+
+    Otherwise it plans some statements again at each execution, to look up their parameters in statistics. There are no
+    statistics, and the planning takes four of the six microseconds of a read.
+    """
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
 
 
@@ -281,4 +308,4 @@ def _configure(connection: apsw.Connection) -> None:
     keep_plans(connection)
     connection.set_busy_timeout(5000)  # only recovery after a crash and the last close make a connection wait (W2)
     connection.pragma("synchronous", "full")
-    connection.pragma("secure_delete", "on")  # what is purged is overwritten, not only unlinked
+    connection.pragma("secure_delete", "on")  # purged data is overwritten, not only unlinked

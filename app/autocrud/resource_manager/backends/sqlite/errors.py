@@ -1,4 +1,4 @@
-"""What goes wrong in SQLite, in the words of the engine."""
+"""Translates errors of SQLite into errors of the engine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ log = logging.getLogger("crudstack.sqlite")
 
 
 def translated(error: apsw.Error, directory: Path | None = None) -> CrudError:
-    """A SQLite error in the words of the engine. The details, a path for one, go to the log and not to clients.
+    """Return the error of the engine for a SQLite error. Details such as a path go to the log, not to clients.
 
-    directory  of the database, which tells how full its disk is
+    directory  the directory of the database, to find out how full its disk is
     """
     if directory is not None and is_full(error, directory):
         return full(error, directory)

@@ -1,4 +1,4 @@
-"""The findings of a model in a SQLite database, one row in a table of its own; see reindexing."""
+"""The findings of a model in a SQLite database: one row in a table of its own. `storage.reindexing` writes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ TABLE = "CREATE TABLE IF NOT EXISTS findings (one INTEGER PRIMARY KEY CHECK (one
 
 
 def read_findings(connection: apsw.Connection) -> Findings:
-    """Return what was kept last; `Findings()` if nothing was. Raises StoreDamaged."""
+    """Return the findings that were kept last, or `Findings()` if there are none.
+
+    Raises StoreDamaged if they cannot be decoded.
+    """
     if connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'findings'").get is None:
         return Findings()
     doc: Any = connection.execute("SELECT doc FROM findings").get
@@ -30,7 +33,7 @@ def read_findings(connection: apsw.Connection) -> Findings:
 
 
 def keep_findings(connection: apsw.Connection, findings: Findings) -> None:
-    """Keep these in place of those before; in a transaction."""
+    """Replace the findings. The caller is in a transaction."""
     connection.execute(TABLE)
     doc = msgspec.json.encode(findings).decode()
     connection.execute("INSERT OR REPLACE INTO findings VALUES (1, ?)", (doc,))

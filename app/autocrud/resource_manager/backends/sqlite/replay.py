@@ -1,4 +1,4 @@
-"""Doing again, in the tables of a copy, what a log tells."""
+"""Applies the operations of a log to the tables of a replica."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..log_records import LoggedIndexEntry, LogOperation, revision_info_of
 from .tables import ResourceTables
 
 Specs = Mapping[str, Mapping[str, str]]
-"""The sets of indexed fields that index entries were made for, with their kinds, by what entries call them."""
+"""The sets of indexed fields for which index entries were made: field kinds by name, by the id that entries contain."""
 
 
 def replay(tables: ResourceTables, connection: apsw.Connection, op: LogOperation, specs: Specs) -> None:
-    """Do what an op about a resource tells. An index entry that lacks a bound field is marked as outdated."""
+    """Apply an operation on a resource. Marks its index entry as outdated if the entry lacks a bound field."""
     entry, complete = (None, True) if op.index is None else entry_of(tables, op.index, specs)
     if op.kind == "purge":
         tables.purge(connection, op.resource_id)
@@ -29,7 +29,7 @@ def replay(tables: ResourceTables, connection: apsw.Connection, op: LogOperation
 
 
 def entry_of(tables: ResourceTables, index: LoggedIndexEntry, specs: Specs) -> tuple[IndexEntry, bool]:
-    """The index entry for the bound fields, and whether it says something of each."""
+    """Return the index entry for the bound fields, and whether it covers all of them."""
     theirs, mine = specs.get(index.spec, {}), tables.kinds
     covered = {name for name, kind in mine.items() if theirs.get(name) == kind}
     keys = {name: key for name, key in index.keys.items() if name in covered}

@@ -1,21 +1,23 @@
 """The tables of a MetaStore in SQLite, and its contract as plain functions of a connection.
 
-Whoever calls decides about transactions: `commit` and `reindex` must run inside one. The same tables serve the memory and disk
-MetaStores and the records beside the bodies.
+The caller decides about transactions: `commit` and `reindex` must run inside one. MetaStores in memory and on disk,
+local copies, and the records beside the bodies all use these tables.
 
-    resources    a row each: its document, the columns that queries compare, and one column `f:{name}` for each indexed field
+    resources    a row for each resource: its document, the columns that queries compare, and a column `f:{name}` for
+                 each indexed field
     list_values  the elements of indexed lists
     revisions    the records
-    done         what the commits left that carried an Idempotency-Key: a row for each operation; `doc` is NULL once it was purged
-    specs        the sets of indexed fields, with their kinds, that rows were written under
+    done         the results of commits with an Idempotency-Key: a row for each operation. A purge sets `doc` to NULL
+    specs        the sets of indexed fields, with their kinds, under which rows were written
     uniques      the fields that every writer keeps unique
-    state        one row: `generation`; `live`, how many resources are not deleted; `spec`, the set that this database was last
-                 opened for; `stale`, whether rows may have been indexed for another one
+    state        one row: `generation`; `live`, the number of resources that are not deleted; `spec`, the set for
+                 which this database was last opened; `stale`, whether rows may have been indexed for another set
 
-A row is outdated if the set it was written under does not cover the bound fields.
+A row is outdated if the set under which it was written does not cover the bound fields.
 
-Invariant: if a row's spec is not `state.spec`, `stale` is 1. Opening for another spec sets it, and so does a commit by a process that was
-opened for another one; only a pass over all rows that found none outdated clears it.
+Invariant: if the spec of a row is not `state.spec`, `stale` is 1. Opening the database for another spec sets it. So
+does a commit by a process that opened it for another spec. Only a pass over all rows that finds none outdated clears
+it.
 """
 
 from __future__ import annotations
@@ -51,66 +53,16 @@ from ...contract.metadata_codec import encoder, hit_of, info_of, meta_of
 from ...contract.store_errors import check_expectation, generation_of, missing, not_indexed, shared, storable_id, taken
 from ..query_sql import quoted
 from . import sql
-
-META_COLUMNS = (
-    "id",
-    "version",
-    "nonce",
-    "revision",
-    "total_revision_count",
-    "schema_version",
-    "status",
-    "is_deleted",
-    "created_time",
-    "updated_time",
-    "created_by",
-    "updated_by",
-    "uid",
-    "encoding",
-    "doc",
-)
-TABLES = """
-CREATE TABLE IF NOT EXISTS resources (
-  rid INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, version INTEGER NOT NULL, nonce TEXT NOT NULL,
-  revision INTEGER NOT NULL, total_revision_count INTEGER NOT NULL, schema_version INTEGER NOT NULL,
-  status TEXT NOT NULL, is_deleted INTEGER NOT NULL, created_time INTEGER NOT NULL, updated_time INTEGER NOT NULL,
-  created_by TEXT NOT NULL, updated_by TEXT NOT NULL, uid TEXT NOT NULL, encoding TEXT NOT NULL, doc BLOB NOT NULL,
-  shown BLOB, missing TEXT, spec INTEGER);
-CREATE TABLE IF NOT EXISTS list_values (field TEXT, value, rid INTEGER, PRIMARY KEY (field, value, rid)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS list_values_by_rid ON list_values (rid);
-CREATE TABLE IF NOT EXISTS revisions (
-  rid INTEGER, revision INTEGER, uid TEXT NOT NULL, doc BLOB NOT NULL, PRIMARY KEY (rid, revision)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS done (
-  key TEXT, operation INTEGER, request TEXT NOT NULL, time INTEGER NOT NULL, id TEXT, doc BLOB, PRIMARY KEY (key, operation)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS done_by_time ON done (time);
-CREATE INDEX IF NOT EXISTS done_by_id ON done (id) WHERE id IS NOT NULL;
-CREATE TABLE IF NOT EXISTS specs (id INTEGER PRIMARY KEY, fields TEXT NOT NULL UNIQUE);
-CREATE TABLE IF NOT EXISTS uniques (field TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS state (
-  one INTEGER PRIMARY KEY CHECK (one = 1), format INTEGER, generation INTEGER, live INTEGER, spec INTEGER, stale INTEGER);
-INSERT OR IGNORE INTO state VALUES (1, 1, 0, 0, 0, 0);
-CREATE TRIGGER IF NOT EXISTS live_insert AFTER INSERT ON resources WHEN NOT NEW.is_deleted
-  BEGIN UPDATE state SET live = live + 1; END;
-CREATE TRIGGER IF NOT EXISTS live_delete AFTER DELETE ON resources WHEN NOT OLD.is_deleted
-  BEGIN UPDATE state SET live = live - 1; END;
-CREATE TRIGGER IF NOT EXISTS live_update AFTER UPDATE OF is_deleted ON resources WHEN OLD.is_deleted <> NEW.is_deleted
-  BEGIN UPDATE state SET live = live + OLD.is_deleted - NEW.is_deleted; END;
-"""
-INDEXES = {
-    "created_time": "CREATE INDEX IF NOT EXISTS by_created ON resources (is_deleted, created_time, id)",
-    "updated_time": "CREATE INDEX IF NOT EXISTS by_updated ON resources (is_deleted, updated_time, id)",
-    "uid = ?": "CREATE INDEX IF NOT EXISTS by_uid ON revisions (uid)",
-}
-"""What makes each index, by the text of a statement that it serves."""
-
-FORMAT = 1
+from .definitions import FORMAT, INDEXES, META_COLUMNS, TABLES
 
 
 class ResourceTables:
-    """The tables of one model. `create` must have run on the database before anything else.
+    """The tables of one model. Run `create` on the database before any other method.
 
-    `lazy`: an index is made by the first statement that it serves, so that writes pay only for those that somebody uses. For one
-    connection that nobody shares.
+    spec      the bound model: its name, indexed fields and unique fields
+    encoding  of the documents
+    lazy      whether the first statement that an index serves makes that index, so that writes maintain only indexes
+              that are used. The connection must not be shared then
     """
 
     def __init__(self, spec: ModelSpec, encoding: Encoding | None = None, *, lazy: bool = False) -> None:
@@ -128,11 +80,14 @@ class ResourceTables:
         self._update_index = f"UPDATE resources SET {', '.join(f'{name} = ?' for name in index_names)} WHERE rid = ?"
         self.kinds = {name: spec.fields[name].name for name in sorted(spec.fields)}
         self._spec_id = 0
-        self._covering = "0"  # the ids of the sets that cover the bound fields, for SQL
+        self._covering = "0"  # the ids of the sets that cover the bound fields, as a list in SQL
         self._unmade: dict[str, str] = {}
 
     def create(self, connection: apsw.Connection) -> None:
-        """Make or complete the schema. Several versions of the program may do this, one after the other."""
+        """Make or complete the schema. Several versions of the program may do this, one after the other.
+
+        Raises ConfigError if the database has another format.
+        """
         connection.execute(TABLES)
         found = connection.execute("SELECT format FROM state").get
         if found != FORMAT:
@@ -166,19 +121,21 @@ class ResourceTables:
     # Reading
 
     def _indexed(self, connection: apsw.Connection, statement: str) -> str:
-        """The statement, once the indexes are made that may serve it."""
+        """Make the indexes that may serve a statement, and return the statement."""
         if self._unmade:
             for served in [served for served in self._unmade if served in statement]:
                 connection.execute(self._unmade.pop(served))
         return statement
 
     def get(self, connection: apsw.Connection, resource_id: str) -> ResourceMeta:
+        """Return the metadata, of deleted resources too. Raises ResourceNotFound if there is none."""
         doc = connection.execute("SELECT doc FROM resources WHERE id = ?", (storable_id(resource_id),)).get
         if doc is None:
             raise missing(resource_id)
         return meta_of(doc, resource_id)
 
     def revision(self, connection: apsw.Connection, resource_id: str, revision: int) -> RevisionInfo:
+        """Return the record of a revision. Raises RevisionNotFound if there is none."""
         doc = connection.execute(
             "SELECT v.doc FROM revisions v JOIN resources r USING (rid) WHERE r.id = ? AND v.revision = ?",
             (storable_id(resource_id), revision),
@@ -190,6 +147,7 @@ class ResourceTables:
     def revisions(
         self, connection: apsw.Connection, resource_id: str, before: int | None, limit: int
     ) -> Page[RevisionInfo]:
+        """Return at most `limit` records below the number `before`, newest first."""
         rows = connection.execute(
             "SELECT v.doc FROM revisions v JOIN resources r USING (rid)"
             " WHERE r.id = ? AND v.revision < ? ORDER BY v.revision DESC LIMIT ?",
@@ -199,6 +157,7 @@ class ResourceTables:
         return Page(items, items[-1].revision if len(rows) > limit else None)
 
     def search(self, connection: apsw.Connection, query: Query) -> Page[Hit]:
+        """Return a page of the resources that match a resolved query."""
         statement, params = self._search(query)
         rows: list[Any] = connection.execute(self._indexed(connection, statement), params).fetchall()
         next_ = None
@@ -210,17 +169,19 @@ class ResourceTables:
         return Page([hit_of(*row[:4]) for row in rows], next_)
 
     def count(self, connection: apsw.Connection, query: Query) -> int:
+        """Return the number of resources that match a resolved query."""
         if query.where is None and not query.include_deleted:
             return int(connection.execute("SELECT live FROM state").get)
         statement, params = self._sql.count(query)
         return int(connection.execute(self._indexed(connection, statement), params).get)
 
     def scan(self, connection: apsw.Connection, after: str, limit: int) -> list[ResourceMeta]:
+        """Return at most `limit` metadata whose ids come after `after`, in the order of ids."""
         rows = connection.execute("SELECT doc, id FROM resources WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
         return [meta_of(*row) for row in rows.fetchall()]
 
     def records(self, connection: apsw.Connection, resource_id: str) -> list[RevisionInfo]:
-        """All records of a resource, oldest first."""
+        """Return all records of a resource, oldest first."""
         rows = connection.execute(
             "SELECT v.doc FROM revisions v JOIN resources r USING (rid) WHERE r.id = ? ORDER BY v.revision",
             (resource_id,),
@@ -228,24 +189,31 @@ class ResourceTables:
         return [info_of(row[0], resource_id) for row in rows.fetchall()]
 
     def unreferenced(self, connection: apsw.Connection, uids: Sequence[str]) -> list[str]:
+        """Return those uids that no record names."""
         statement = self._indexed(connection, "SELECT 1 FROM revisions WHERE uid = ?")
         return [uid for uid in uids if connection.execute(statement, (uid,)).get is None]
 
     def outdated(self, connection: apsw.Connection, limit: int) -> list[ResourceMeta]:
+        """Return the metadata of at most `limit` resources whose rows are outdated."""
         if not self.stale(connection):
             return []
         rows = connection.execute(f"SELECT doc, id FROM resources WHERE {self._outdated} LIMIT ?", (limit,))
         return [meta_of(*row) for row in rows.fetchall()]
 
     def stale(self, connection: apsw.Connection) -> bool:
+        """Return whether rows may be outdated."""
         return bool(connection.execute("SELECT stale FROM state").get)
 
     def is_activated(self, connection: apsw.Connection) -> bool:
-        """Whether `activate_unique_fields` would do nothing."""
+        """Return whether `activate_unique_fields` would do nothing."""
         return not self.stale(connection) and set(self.spec.unique) <= self.uniques(connection)
 
     def activate_unique_fields(self, connection: apsw.Connection, force: bool) -> bool:
-        """As MetaStore.activate_unique_fields; in a transaction, so that nobody writes meanwhile."""
+        """Make every writer keep the unique fields unique. The caller is in a transaction, so no other write runs.
+
+        Returns False, and changes nothing, if rows may be outdated and `force` is false. Raises ConfigError if two
+        resources share a value.
+        """
         self.clear_stale_if_indexed(connection)
         added = set(self.spec.unique) - self.uniques(connection)
         if added and not force and self.stale(connection):
@@ -257,23 +225,26 @@ class ResourceTables:
         return True
 
     def deactivate_unique_field(self, connection: apsw.Connection, name: str) -> None:
+        """Stop keeping a field unique, unless all resources are indexed by it."""
         if self.lacks_field(connection, name):
             connection.execute("DELETE FROM uniques WHERE field = ?", (name,))
 
     def lacks_field(self, connection: apsw.Connection, name: str) -> bool:
-        """Whether resources are not indexed by a field yet."""
+        """Return whether some resources are not indexed by a field yet."""
         specs: list[Any] = connection.execute("SELECT id, fields FROM specs").fetchall()
         knowing = ", ".join(str(number) for number, fields in specs if name in msgspec.json.decode(fields))
         found = connection.execute(f"SELECT 1 FROM resources WHERE spec IS NULL OR spec NOT IN ({knowing}) LIMIT 1").get
         return found is not None
 
     def uniques(self, connection: apsw.Connection) -> set[str]:
+        """Return the names of the fields that every writer keeps unique."""
         return {cast("str", row[0]) for row in connection.execute("SELECT field FROM uniques")}
 
     def clear_stale_if_indexed(self, connection: apsw.Connection) -> None:
-        """Note that all rows are indexed for the bound fields, if they are; in a transaction too."""
+        """Clear `stale` if all rows are indexed for the bound fields. The caller may be in a transaction."""
         connection.execute(
-            f"UPDATE state SET stale = 0 WHERE spec = ? AND NOT EXISTS (SELECT 1 FROM resources WHERE {self._outdated})",
+            "UPDATE state SET stale = 0 WHERE spec = ?"
+            f" AND NOT EXISTS (SELECT 1 FROM resources WHERE {self._outdated})",
             (self._spec_id,),
         )
 
@@ -282,15 +253,18 @@ class ResourceTables:
         return f"(spec IS NULL OR spec NOT IN ({self._covering}))"
 
     def done(self, connection: apsw.Connection, key: str) -> CommitResult | None:
+        """Return the result of the commit with this Idempotency-Key, or None if there was no such commit."""
         rows = connection.execute("SELECT request, doc FROM done WHERE key = ? ORDER BY operation", (key,)).fetchall()
         if not rows:
             return None
         return CommitResult(cast("str", rows[0][0]), [None if doc is None else meta_of(doc) for _, doc in rows])
 
     def generation(self, connection: apsw.Connection) -> int:
+        """Return the current generation of bodies."""
         return int(connection.execute("SELECT generation FROM state").get)
 
     def owner_of(self, connection: apsw.Connection, name: str, key: Key) -> str | None:
+        """Return the id of a resource that has this value of an indexed field, or None if there is none."""
         found: str | None = connection.execute(
             f"SELECT id FROM resources WHERE is_deleted IN (0, 1) AND {sql.column(name)} = ?", (key,)
         ).get
@@ -299,6 +273,7 @@ class ResourceTables:
     # Writing, inside the caller's transaction
 
     def advance_generation(self, connection: apsw.Connection) -> int:
+        """Begin the next generation of bodies, and return its number."""
         connection.execute("UPDATE state SET generation = generation + 1")
         return self.generation(connection)
 
@@ -309,7 +284,14 @@ class ResourceTables:
         unique: Collection[str] | None = None,
         once: IdempotentCommit | None = None,
     ) -> list[ResourceMeta]:
-        """`unique`: the fields to be kept unique, if not those of this database. ConfigError where this program does not index them."""
+        """Apply the changes, and return the metadata after each. The caller is in a transaction.
+
+        unique  the fields to keep unique, if not those of this database
+
+        Raises AlreadyCommitted if the Idempotency-Key was used, VersionConflict if an
+        expectation fails, StaleGeneration if a sweep may have removed a body, UniqueConflict if another resource has a
+        unique value, and ConfigError if this program does not index a unique field.
+        """
         if once is not None and (done := self.done(connection, once.key)) is not None:
             raise AlreadyCommitted(done)
         if unique is None:
@@ -348,7 +330,7 @@ class ResourceTables:
             )
 
     def purge(self, connection: apsw.Connection, resource_id: str) -> None:
-        """Remove what there is of a resource."""
+        """Remove all data of a resource."""
         rid = connection.execute("SELECT rid FROM resources WHERE id = ?", (resource_id,)).get
         if rid is not None:
             for table in ("list_values", "revisions", "resources"):
@@ -356,35 +338,41 @@ class ResourceTables:
             connection.execute("UPDATE done SET id = NULL, doc = NULL WHERE id = ?", (resource_id,))
 
     def put_index(self, connection: apsw.Connection, resource_id: str, entry: IndexEntry) -> None:
-        """Replace a resource's index entry."""
+        """Replace the index entry of a resource."""
         rid = connection.execute("SELECT rid FROM resources WHERE id = ?", (resource_id,)).get
         if rid is not None:
             connection.execute(self._update_index, (*self._index_row(entry), rid))
             self._write_lists(connection, cast("int", rid), entry)
 
     def set_generation(self, connection: apsw.Connection, generation: int) -> None:
+        """Set the generation of bodies to that of another store."""
         connection.execute("UPDATE state SET generation = ?1 WHERE generation <> ?1", (generation,))
 
     def mark_outdated(self, connection: apsw.Connection, resource_id: str) -> None:
-        """Note that a resource's index lacks bound fields."""
+        """Mark the index entry of a resource as one that lacks bound fields."""
         connection.execute("UPDATE resources SET spec = NULL WHERE id = ?", (resource_id,))
         connection.execute("UPDATE state SET stale = 1")
 
     def duplicated(self, connection: apsw.Connection, name: str) -> bool:
-        """Whether resources share a value of this field."""
+        """Return whether two resources share a value of this field."""
         col = sql.column(name)
         shared = f"SELECT 1 FROM resources WHERE {col} IS NOT NULL GROUP BY {col} HAVING count(*) > 1 LIMIT 1"
         return connection.execute(shared).get is not None
 
     def apply_committed(self, connection: apsw.Connection, changes: Sequence[Change]) -> None:
-        """Apply what was decided elsewhere, whatever is here."""
+        """Apply changes that another store has committed, whatever the present state is."""
         for change in changes:
             self._apply(connection, msgspec.structs.replace(change, expect="any"), follow=True)
 
     def reindex(
         self, connection: apsw.Connection, entries: Iterable[Reindex], unique: Collection[str] | None = None
     ) -> list[str]:
-        """The ids of those that were still in the expected state. `unique` as in `commit`."""
+        """Store new index entries for the resources that are still in the expected state, and return their ids.
+
+        unique  the fields to keep unique, if not those of this database
+
+        Raises UniqueConflict if another resource has one of the values.
+        """
         done = []
         if unique is None:
             unique = self.uniques(connection)
@@ -402,7 +390,7 @@ class ResourceTables:
 
     def _apply(self, connection: apsw.Connection, change: Change, *, follow: bool = False) -> ResourceMeta:
         meta = change.meta
-        # Everything is checked before anything is changed, so that a conflict leaves nothing to take back.
+        # All checks come before the first change, so that a conflict leaves nothing to undo.
         generation, spec, stale, rid, version, nonce = connection.execute(
             "SELECT generation, s.spec, stale, rid, r.version, r.nonce FROM state s LEFT JOIN resources r ON r.id = ?",
             (storable_id(meta.resource_id),),
@@ -435,7 +423,10 @@ class ResourceTables:
         return meta
 
     def _check_generation(self, connection: apsw.Connection, rid: Any, record: RevisionInfo) -> None:
-        """Raise StaleGeneration for a body that a sweep may have removed: one that no record names yet. Publishing keeps an old body."""
+        """Raise StaleGeneration if a sweep may have removed the body: no record names it yet.
+
+        Publishing a draft keeps an old body, which a record names already.
+        """
         kept = connection.execute(
             "SELECT 1 FROM revisions WHERE rid = ? AND revision = ? AND uid = ?", (rid, record.revision, record.uid)
         ).get
@@ -443,6 +434,7 @@ class ResourceTables:
             raise StaleGeneration(f"{record.uid} is of a generation that may be swept already")
 
     def put_record(self, connection: apsw.Connection, rid: int, record: RevisionInfo) -> None:
+        """Store the record of a revision. `rid` is the number of the row of its resource."""
         connection.execute(
             "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?)",
             (rid, record.revision, record.uid, self._encode(record)),
@@ -471,7 +463,7 @@ class ResourceTables:
     def _index_row(self, index: IndexEntry) -> tuple[Any, ...]:
         absent = "".join([f"\n{name}\n" for name in index.missing]) if index.missing else ""
         keys = index.keys
-        if self._lists:  # a list's column only says that it is there
+        if self._lists:  # the column of a list only says that the list exists
             keys = {name: 1 if isinstance(key, list) else key for name, key in keys.items()}
         return (index.shown, absent, self._spec_id, *map(keys.get, self.spec.fields))
 
@@ -491,8 +483,8 @@ class ResourceTables:
         for name in unique:
             col = sql.column(name)
             others = connection.execute(
-                f"SELECT o.id FROM resources o JOIN resources r ON o.is_deleted IN (0, 1) AND o.{col} = r.{col} AND o.rid <> r.rid"
-                " WHERE r.id = ?",
+                f"SELECT o.id FROM resources o JOIN resources r ON o.is_deleted IN (0, 1) AND o.{col} = r.{col}"
+                " AND o.rid <> r.rid WHERE r.id = ?",
                 (resource_id,),
             ).fetchall()
             if others:  # several, if earlier programs let resources share the value
