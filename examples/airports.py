@@ -79,7 +79,7 @@ def search(api: Api, console: Console) -> None:
 
 
 def edit(api: Api, console: Console) -> None:
-    """Rename one, each time only if nobody else has changed it meanwhile."""
+    """Rename an airport, only if no other client has changed it since it was read."""
     (found,) = api.find(iata="BOS")
     path = f"/airport/{found['meta']['resource_id']}"
     for name in ("Boston Logan", found["data"]["name"]):

@@ -1,12 +1,14 @@
-"""Stores of one's own, one for each layer, that keep every promise which ours keep. See docs/custom-stores.md.
+"""Examples of custom stores, one for each layer. They pass the tests of the built-in stores. See docs/custom-stores.md.
 
     FilesStorageFactory("data")    an IStorageFactory: a FileMetaStore and a FileResourceStore for each model
 
-    dicts.py    DictMetaStore: what a commit is, in as few lines as it takes
-    files.py    FileMetaStore: the same in a file, durable and shared by processes. FileResourceStore: a file for each body
-    caches.py   BytesCache: in memory, bounded by bytes
+    dicts.py    DictMetaStore: the shortest possible atomic commit
+    files.py    FileMetaStore: the same in a file, durable and shared by processes
+                FileResourceStore: one file for each body
+    caches.py   BytesCache: bounded by bytes, in memory
 
-They scan where a database has an index, and copy where it has a log: right for some thousands of resources.
+They scan all resources where a database has an index, and copy the state where it has a log. They are fast enough for
+some thousands of resources.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from app.autocrud.resource_manager.resource_store.cache import Cache, Entry
 
 
 class BytesCache(Cache):
-    """What was used last, as much as fits: `max_bytes` of keys and bodies."""
+    """A cache of the bodies that were used last: at most `max_bytes` of keys and bodies."""
 
     def __init__(self, max_bytes: int = 64 * 1024**2, *, clock: Callable[[], float] = time.time) -> None:
         if max_bytes < 1:

@@ -47,7 +47,13 @@ T = TypeVar("T")
 
 
 class Row(Struct, frozen=True):
-    """A resource: its metadata, its records by number, what it is found by, and the fields that this was made for, with their kinds."""
+    """A resource.
+
+    meta     its metadata
+    records  its records by number of revision
+    entry    its index entry
+    kinds    the indexed fields for which the entry was made, with the names of their kinds
+    """
 
     meta: ResourceMeta
     records: dict[int, RevisionInfo]
@@ -60,7 +66,7 @@ class Row(Struct, frozen=True):
 
 
 class Kept(Struct, frozen=True):
-    """What a commit left that carried an Idempotency-Key."""
+    """The results of a commit that carried an Idempotency-Key."""
 
     request: str
     time: int
@@ -72,7 +78,7 @@ class Kept(Struct, frozen=True):
 
 
 class State(Struct):
-    """Everything. One that readers can see never changes."""
+    """All data of a model. A state that readers can see never changes."""
 
     rows: dict[str, Row] = {}
     done: dict[str, Kept] = {}
@@ -84,11 +90,12 @@ class State(Struct):
 
 
 class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
-    """Metadata, records and index in this process's memory. Over a ResourceStore that keeps records it follows those, and is made from them
-    again at each start.
+    """Metadata, records and index in this process's memory.
 
-    Each commit decides upon a copy of the state and then puts the copy in its place: one step, before which nothing has happened and after
-    which everything has. Readers need no lock.
+    Above a ResourceStore that keeps records, it applies the records, and is filled from them at each start.
+
+    Each commit changes a copy of the state, and then replaces the state by the copy in one step. So a commit happens as
+    a whole or not at all, and readers need no lock.
     """
 
     authoritative: ClassVar[bool] = False
@@ -103,7 +110,7 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
         self._kinds = {name: kind.name for name, kind in spec.fields.items()}
         self._state = State()
 
-    # Where the state is: all that FileMetaStore does differently
+    # FileMetaStore overrides these three methods
 
     async def _now(self) -> State:
         return self._state
@@ -162,7 +169,7 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
         return meta
 
     def _check_unique(self, state: State) -> None:
-        """The fields that every program keeps unique, whether it declares them or not."""
+        """Raise UniqueConflict if two rows share a value of a field that every program keeps unique."""
         for name in state.unique:
             if name not in self._kinds:
                 raise not_indexed(self._spec.name, name)
@@ -214,7 +221,9 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
 
     @override
     async def search(self, query: Query) -> Page[Hit]:
-        return await asyncio.to_thread(self._page, await self._now(), query)  # a scan would hold up everybody else
+        return await asyncio.to_thread(
+            self._page, await self._now(), query
+        )  # in a thread, because a scan would delay all other requests
 
     @override
     async def count(self, query: Query) -> int:
@@ -222,7 +231,7 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
         return await asyncio.to_thread(lambda: sum(1 for _ in self._found(state, query)))
 
     def _found(self, state: State, query: Query) -> Iterator[tuple[Row, dict[str, Any]]]:
-        """What the query finds, with its keys by canonical name."""
+        """Yield each row that the query finds, with its keys by canonical name."""
         for row in state.rows.values():
             if row.meta.is_deleted and not query.include_deleted:
                 continue
@@ -272,7 +281,7 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
 
         return await asyncio.to_thread(work)
 
-    # Other indexed fields than yesterday
+    # Changes of the indexed fields
 
     @override
     async def outdated(self, limit: int) -> list[ResourceMeta]:
@@ -313,7 +322,7 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
 
         await self._write(work)
 
-    # Over a ResourceStore whose records are the truth
+    # Above a ResourceStore that keeps records
 
     @override
     def apply_committed(self, changes: Sequence[Change]) -> None:
@@ -326,13 +335,16 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
 
 
 def check_kept(row: Row | None, uid: str) -> None:
-    """Raise StaleGeneration for a body that a sweep may have removed: an old one that no record names. Publishing keeps the body that it has."""
+    """Raise StaleGeneration for an old body that no record names, because a sweep may have removed it.
+
+    Publishing a draft keeps its old body, which a record names.
+    """
     if row is None or all(record.uid != uid for record in row.records.values()):
         raise StaleGeneration(f"{uid} is of a generation that may be swept already")
 
 
 def place(sort: Sequence[Sort], cursor: Sequence[Key | None]) -> list[Any]:
-    """What sorts as the query says. `cursor`: the sort keys of a row, then its id."""
+    """Return a key that sorts rows as the query says. `cursor`: the sort keys of a row, then its id."""
     ranks = [(key is not None, key) for key in cursor]  # null comes first
     return [Descending(rank) if key.descending else rank for key, rank in zip(sort, ranks, strict=False)] + ranks[-1:]
 

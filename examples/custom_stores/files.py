@@ -1,4 +1,4 @@
-"""A MetaStore and a ResourceStore of plain files. Local disks only: network file systems keep neither locks nor promises.
+"""A MetaStore and a ResourceStore of plain files. Local disks only: network file systems do not keep locks reliably.
 
 FileMetaStore("data/article/meta")      everything in `state.json`, which each commit replaces
 FileResourceStore("data/article/data")  a file for each body
@@ -31,14 +31,14 @@ from .dicts import DictMetaStore, State
 T = TypeVar("T")
 
 ABANDONED_S = 3600.0
-"""After which a half-written file is removed. Whoever is slower than that finds its file gone, and has stored nothing."""
+"""Seconds after which a half-written file is removed. A writer that is slower fails, and has stored nothing."""
 
 
 class FileMetaStore(DictMetaStore):
-    """A DictMetaStore that is durable, and that several processes share: the state is a file, and a lock among processes stands for
-    the one among threads.
+    """A durable DictMetaStore that several processes can share. The state is a file, and the lock a `flock`.
 
-    A file that was replaced tells so by its identity, which no other file gets as long as we have it open: no clock and no size decides.
+    A reader recognizes a replaced file by its inode number. No other file gets the same number while the reader has the
+    file open. So no times and no sizes are compared.
     """
 
     authoritative: ClassVar[bool] = True
@@ -111,7 +111,10 @@ class FileMetaStore(DictMetaStore):
 
 
 class FileResourceStore(ResourceStore, BodySweeping):
-    """A uid becomes a name by its bytes in hex: nothing in it leads elsewhere, and unlike a hash the name gives back the uid, for the sweep."""
+    """Bodies in one file each. The name of a file is its uid in hex.
+
+    So no uid leads to another directory. Unlike a hash, the name gives back the uid, which the sweep needs.
+    """
 
     durable: ClassVar[bool] = True
 
@@ -168,21 +171,28 @@ def uid_of(name: str) -> str:
 
 
 class Directory:
-    """Files that are whole or not there, whatever happens to the process or the machine. Everything blocks: for threads."""
+    """Files that are complete or absent, even after a crash or a power failure.
+
+    All methods block: call them in threads.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self._made = False
 
     def make(self) -> Path:
-        """The path, once there is a directory."""
+        """Return the path, after the directory was made."""
         if not self._made:
             make_directory(self.path)
             self._made = True
         return self.path
 
     def put(self, name: str, content: bytes) -> None:
-        """Put a file in place of what has this name. StoreUnavailable: it was not. OutcomeUnknown: it was, and may not outlive a power cut."""
+        """Replace the file of this name.
+
+        Raises StoreUnavailable if the file was not replaced, and OutcomeUnknown if it was but may not survive a power
+        failure.
+        """
         with translated(StoreUnavailable):
             handle, temporary = tempfile.mkstemp(".tmp", dir=self.make())
             try:
@@ -208,7 +218,7 @@ class Directory:
             self.make().stat()
 
     def sweep(self) -> None:
-        """Remove what killed processes left half written."""
+        """Remove half-written files that killed processes left."""
         with translated(StoreUnavailable):
             for path in self.make().glob("*.tmp"):
                 with contextlib.suppress(FileNotFoundError):
@@ -217,7 +227,7 @@ class Directory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone among all threads of all processes; one that is killed holds no lock."""
+        """Exclude all other threads of all processes. The kernel releases the lock of a killed process."""
         with contextlib.ExitStack() as stack:
             with translated(StoreUnavailable):
                 file = stack.enter_context((self.make() / "lock").open("ab"))
@@ -226,7 +236,7 @@ class Directory:
 
 
 def make_directory(path: Path) -> None:
-    """Make it and those above it, so that a power cut does not take them back."""
+    """Make a directory and its parents, so that they survive a power failure."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -243,7 +253,7 @@ def sync(directory: Path) -> None:
 
 @contextlib.contextmanager
 def translated(into: type[StoreUnavailable | OutcomeUnknown]) -> Iterator[None]:
-    """An error of the disk in the words of the engine, without the path: clients read it."""
+    """Raise errors of the disk as errors of the engine, without the path, because clients see the text."""
     try:
         yield
     except OSError as error:

@@ -2,13 +2,13 @@
 
     ResourceManager -> IStorage (SimpleStorage) -> MetaStore + ResourceStore
 
-- A **MetaStore** decides. One atomic `commit` stores a resource's metadata, the record of a revision and the index entry.
-- A **ResourceStore** holds immutable bodies by uid. A body is put first and committed second. A body without a commit is
-  an invisible orphan, which `maintain` removes.
+- A **MetaStore** decides. One atomic `commit` stores metadata, the record of a revision and the index entry.
+- A **ResourceStore** holds immutable bodies by uid. A body is put first and committed second. A body without a commit
+  is an invisible orphan, which `maintain` removes.
 
 The abstract methods are the contract that every store fulfils. Abilities that only some stores have are protocols in
-`contract.protocols`: stale reads, unique fields that are activated later, records, sweeping, findings. The engine asks a
-store for them with `isinstance`, once, when the storage is composed.
+`contract.protocols`: stale reads, unique fields that are activated later, records, sweeping, findings. The engine asks
+a store for them with `isinstance`, once, when the storage is composed.
 
 All methods are `async` unless stated otherwise, and may be called from several event loops at once. A store whose data
 survive a crash sets `durable = True`. `app.autocrud.testing` has the tests that every store must pass.
@@ -65,7 +65,7 @@ class Store(ABC):  # noqa: B024 - the abstract methods differ between the two be
 
     @property
     def location_key(self) -> Hashable:
-        """Where a bound store keeps its data, or None if no other store can use the same location.
+        """Return where a bound store keeps its data, or None if no other store can use the same location.
 
         Two models with the same key are refused, because one would remove the data of the other.
         """
@@ -103,11 +103,14 @@ class MetaStore(Store):
     """
 
     authoritative: ClassVar[bool] = True
-    """False if the ResourceStore decides, provided that it has records or an index. Then this store keeps nothing itself."""
+    """False if the ResourceStore decides, provided that it has records or an index."""
 
     @abstractmethod
     async def get(self, resource_id: str) -> ResourceMeta:
-        """Return the metadata, of a deleted resource too. Raises ResourceNotFound if it was never created, or purged."""
+        """Return the metadata, of a deleted resource too.
+
+        Raises ResourceNotFound if the resource was never created, or was purged.
+        """
 
     @abstractmethod
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
@@ -206,31 +209,34 @@ class IStorage(ABC):
     @property
     @abstractmethod
     def durable(self) -> bool:
-        """Whether acknowledged writes survive a crash of the process."""
+        """Return whether acknowledged writes survive a crash of the process."""
 
     @property
     def remote(self) -> bool:
-        """Whether acknowledged writes survive the loss of this machine."""
+        """Return whether acknowledged writes survive the loss of this machine."""
         return False
 
     @property
     def location_keys(self) -> list[Hashable]:
-        """The `Store.location_key` of each store of this storage that has one."""
+        """Return the `Store.location_key` of each store of this storage that has one."""
         return []
 
     @property
     @abstractmethod
     def encoding(self) -> Encoding:
-        """The encoding of new bodies."""
+        """Return the encoding of new bodies."""
 
     @property
     def verified(self) -> bool:
-        """Whether readers compare bodies with their hash."""
+        """Return whether readers compare bodies with their hash."""
         return True
 
     @property
     def may_be_stale(self) -> bool:
-        """Whether `peek` may return an earlier state. Then an operation that fails because of it is planned again."""
+        """Return whether `peek` may return an earlier state.
+
+        Then an operation that fails because of such a state is planned again.
+        """
         return False
 
     @abstractmethod
@@ -271,7 +277,7 @@ class IStorage(ABC):
         """Return the metadata, of a deleted resource too. Raises ResourceNotFound."""
 
     async def peek(self, resource_id: str) -> ResourceMeta:
-        """Return the metadata like `get`, but perhaps of an earlier state. Only a basis for a change, never an answer."""
+        """Return the metadata like `get`, but perhaps of an earlier state: a basis for a change, never an answer."""
         return await self.get(resource_id)
 
     async def catch_up(self) -> None:

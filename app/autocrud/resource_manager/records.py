@@ -30,8 +30,8 @@ class ResourceMeta(Struct, frozen=True, kw_only=True):
     """A resource's metadata: its state after the last commit.
 
     `version` grows by one at every commit and `nonce` is random at every commit; together they are the ETag.
-    `revision` is the number of the current revision, `uid` the address of its body, and `status`, `data_hash` (SHA-256 of the
-    canonical JSON, hex) and `encoding` are that revision's. Revisions are numbered from 1 to `total_revision_count`;
+    `revision` is the number of the current revision, and `uid` is the address of its body. `status`, `data_hash`
+    (SHA-256 of the canonical JSON, hex) and `encoding` are those of that revision. Revisions are numbered from 1 to `total_revision_count`;
     retention may have removed some. Times are UTC.
     """
 
@@ -101,11 +101,11 @@ NO_STATE = Version(-1, "")
 
 
 Expect = Literal["absent", "any"] | Version
-"""What a change replaces: nothing, whatever is there (or nothing), or exactly one state."""
+"""The state that a change replaces: none, any, or exactly one. Only `apply_committed` gets changes with "any"."""
 
 
 class IndexEntry(Struct, frozen=True):
-    """What can be searched of a revision.
+    """The searchable values of a revision.
 
     keys     the indexed fields' keys (see `values`); a list of keys for a list, None for null or missing
     missing  the indexed fields that are not there at all
@@ -120,11 +120,11 @@ class IndexEntry(Struct, frozen=True):
 class Change(Struct, frozen=True, kw_only=True):
     """One resource's part of a commit.
 
-    meta    the new metadata; with `expect="any"` the store sets the version to the one after what it replaces
-    record  a revision's new or changed record, if it has one
-    index   what the current revision is found by; None leaves it as it is
-    expect  what the change replaces
-    drop    uids of revisions whose records go (retention, or a draft's former body)
+    meta    the new metadata
+    record  the new or changed record of a revision, if there is one
+    index   the new index entry of the current revision; None leaves the entry as it is
+    expect  the state that the change replaces
+    drop    uids of revisions whose records are removed (retention, or a draft's former body)
     purge   erase the resource and all its records
     """
 
@@ -149,7 +149,7 @@ class IndexedField:
 
 
 class ModelSpec(Struct, frozen=True):
-    """What a store learns of a model when it is bound."""
+    """The properties of a model that a store is given when it is bound."""
 
     name: str
     fields: Mapping[str, FieldKind] = {}
@@ -172,8 +172,10 @@ _encode_json = msgspec.json.Encoder().encode
 class Hit(NamedTuple):
     """A resource that was found.
 
-    `document` is its ResourceMeta as JSON, which most callers pass on as it is; `meta` decodes it. `uid` and `encoding` (the value of
-    an Encoding) lead to the body, `shown` is the indexed fields as JSON.
+    document  its ResourceMeta as JSON, which most callers pass on unchanged; `meta` decodes it
+    uid       the address of its body
+    encoding  the encoding of its body, the value of an Encoding
+    shown     its indexed fields as JSON
     """
 
     document: bytes
@@ -183,10 +185,12 @@ class Hit(NamedTuple):
 
     @classmethod
     def of(cls, meta: ResourceMeta, shown: bytes) -> Hit:
+        """Return the hit of a resource. `shown`: its indexed fields as JSON."""
         return cls(_encode_json(meta), meta.uid, meta.encoding, shown)
 
     @property
     def meta(self) -> ResourceMeta:
+        """Decode the metadata."""
         return _meta_decoder.decode(self.document)
 
 
@@ -199,7 +203,7 @@ class Reindex(NamedTuple):
 
 
 class Findings(Struct, frozen=True):
-    """What was found when a model was indexed, as its store keeps it; see `reindexing`.
+    """Findings of the indexing of a model, which its store keeps; see `storage.reindexing`.
 
     healed  the index entries that programs before this one had dropped were made again
     lost    ids of resources whose bodies are lost or damaged
@@ -221,11 +225,11 @@ class Write(NamedTuple):
 class IdempotentCommit(Struct, frozen=True, kw_only=True):
     """An Idempotency-Key as stores see it: a part of the commit, so that the commit happens once.
 
-    key      who asked and under which key (SHA-256, hex)
-    request  what was asked (SHA-256, hex)
+    key      the caller's name and the key (SHA-256, hex)
+    request  the request (SHA-256, hex)
     time     microseconds since 1970
-    results  what each operation left: the number of a change of this commit, the metadata where nothing was changed, or None where
-             nothing may be kept (a purge)
+    results  the result of each operation: the number of a change of this commit, the metadata if nothing was changed, or
+             None if nothing may be kept (a purge)
     """
 
     key: str
@@ -235,14 +239,18 @@ class IdempotentCommit(Struct, frozen=True, kw_only=True):
 
 
 class CommitResult(NamedTuple):
-    """A commit that a key was part of: what was asked, and what it left; None where that was purged since."""
+    """A commit that carried an Idempotency-Key.
+
+    request  the request (SHA-256, hex)
+    results  the metadata that each operation left; None if the resource was purged since
+    """
 
     request: str
     results: list[ResourceMeta | None]
 
 
 class AlreadyCommitted(CrudError):
-    """What a commit raises whose key was part of an earlier one; callers never see this."""
+    """An earlier commit carried the same Idempotency-Key. Raised by stores for the engine; callers never see it."""
 
     def __init__(self, done: CommitResult) -> None:
         super().__init__("this key was used before")
@@ -250,4 +258,4 @@ class AlreadyCommitted(CrudError):
 
 
 KEEP_KEYS_US = 24 * 3600 * 1_000_000
-"""How long a key is remembered at least, in the time of the commits that carry keys."""
+"""Microseconds for which a key is kept at least, by the times of the commits that carry keys."""

@@ -1,1 +1,10 @@
-"""What every store is held to, beside the ports in `basic`: limits, errors and the codec of metadata."""
+"""The parts of the contract of stores beside `basic`.
+
+protocols       abilities that only some stores have
+overrides       refusal of stores that define a method which would never be called
+staged_stores   stores on one disk whose writes share a committer
+idempotency     which results an Idempotency-Key keeps
+limits          how large the stored data of one resource may become
+store_errors    checks that every store makes, and their errors
+metadata_codec  how metadata and records are encoded
+"""

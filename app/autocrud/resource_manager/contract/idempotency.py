@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from ..basic import IdempotentCommit, ResourceMeta
 
 
-def results_to_keep(
-    once: IdempotentCommit, changed: Sequence[tuple[str, bool]]
-) -> list[int | ResourceMeta | None]:
+def results_to_keep(once: IdempotentCommit, changed: Sequence[tuple[str, bool]]) -> list[int | ResourceMeta | None]:
     """Return the results of `once`, with None in place of each one that the same commit purges.
 
     A store calls this in `commit`, and replaces each number by the metadata of that change. If a later commit purges a

@@ -1,13 +1,14 @@
 """How large the stored data of one resource may become: the same on every store, and checked when a write is planned.
 
-Stores check no sizes. Every store holds more than these limits allow, because resources that are larger exist: earlier programs
-wrote them, and a field may be declared indexed after its values were stored.
+Stores check no sizes. Every store can hold more than these limits allow, because larger resources exist: earlier
+programs wrote them, and a field may be declared indexed after its values were stored.
 
 - L1 *A write makes nothing too large.* A write that would leave more than a limit allows is refused, unless L2 applies.
-- L2 *A resource that is too large already can be changed elsewhere.* A list with more than MAX_ITEMS items may be replaced by one that
-  is no longer. If the indexed fields take more than MAX_INDEXED, each of them may be replaced by one that is no longer, or takes at
-  most SMALL. So repeated writes cannot make it grow further than by SMALL for each field.
-- L3 *Nothing else is refused for its size*: no read, delete, restore, publish, switch or purge, and no new index entry of stored data.
+- L2 *A resource that is already too large can still be changed.* A list with more than MAX_ITEMS items may be replaced
+  by one that is no longer. If the indexed fields take more than MAX_INDEXED, each of them may be replaced by one that is
+  no longer, or takes at most SMALL. So repeated writes make it grow by at most SMALL for each field.
+- L3 *Nothing else is refused for its size*: no read, delete, restore, publish, switch or purge, and no new index entry
+  of stored data.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...errors import MetadataTooLarge, Violation
 from ..records import IndexEntry
 
 MAX_ID = 1024
-"""Bytes in UTF-8 of the id of a new resource. An entry of a B-tree in PostgreSQL ends at 2.7 KB, and 1 KB of it is a text."""
+"""Bytes in UTF-8 of the id of a new resource. An entry of a B-tree in PostgreSQL has 2.7 KB, and 1 KB of it is a text."""
 MAX_NAME = 1024
 """Bytes in UTF-8 of the name of a caller, which is stored as created_by and updated_by."""
 MAX_INDEXED = 128 * 1024
@@ -29,9 +30,9 @@ MAX_INDEXED = 128 * 1024
 MAX_ITEMS = 10_000
 """Items of an indexed list."""
 SMALL = 1024
-"""Bytes that an indexed field may always take, as JSON, in a resource that takes more than MAX_INDEXED already."""
+"""Bytes of JSON that an indexed field may always take, in a resource that already exceeds MAX_INDEXED."""
 MAX_FIELDS = 500
-"""Indexed fields of a model. SQLite has 2,000 columns in a table; PostgreSQL was seen to fail with 1,000 indexes on one."""
+"""Indexed fields of a model. SQLite has 2,000 columns in a table. PostgreSQL failed with 1,000 indexes on a table."""
 MAX_SCHEMA_VERSION = 2**63 - 1
 
 _MISSING: Any = object()
@@ -40,8 +41,8 @@ _MISSING: Any = object()
 def may_exceed(json: bytes) -> bool:
     """Return False if data of this JSON is within the limits, at the cost of one comparison.
 
-    An item of a list takes at least two bytes of JSON, so a list of more than MAX_ITEMS takes more than twice as many; and
-    the indexed fields take no more than all of the data.
+    An item of a list takes at least two bytes of JSON, so a list with more than MAX_ITEMS items takes more than twice
+    as many bytes. The indexed fields take no more than all of the data.
     """
     return len(json) > 2 * MAX_ITEMS
 
@@ -62,7 +63,7 @@ def check_items(resource_id: str, items: Mapping[str, int], before: Mapping[str,
 
 
 def check_index(resource_id: str, entry: IndexEntry, before: IndexEntry | None) -> None:
-    """Raise MetadataTooLarge if the size of the entry breaks L1. `before`: the entry of the state that is replaced (L2)."""
+    """Raise MetadataTooLarge if the size of the entry breaks L1. `before`: the entry of the replaced state (L2)."""
     if len(entry.shown) <= MAX_INDEXED:
         return
     sizes = _sizes(entry)

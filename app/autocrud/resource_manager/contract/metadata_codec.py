@@ -1,4 +1,4 @@
-"""How metadata and records are stored: as JSON or MessagePack, each document telling by its first byte."""
+"""The encodings of stored metadata and records: JSON or MessagePack, told apart by the first byte."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ _info_json, _info_msgpack = msgspec.json.Decoder(RevisionInfo), msgspec.msgpack.
 
 
 def encoder(encoding: Encoding) -> Callable[[Any], bytes]:
+    """Return the function that encodes metadata or a record."""
     return _encoders[encoding]
 
 
 def is_json(doc: bytes) -> bool:
-    """No map of MessagePack starts with a brace."""
+    """Return whether a document is JSON: no map of MessagePack starts with a brace."""
     return doc[0] == BRACE
 
 
@@ -39,7 +40,10 @@ def meta_of(doc: Any, resource_id: object = None) -> ResourceMeta:
 
 
 def hit_of(doc: bytes, uid: str, encoding: str, shown: bytes) -> Hit:
-    """Return a hit with its metadata as JSON; as they are if they are damaged, so that one resource does not hide the others."""
+    """Return a hit with its metadata as JSON.
+
+    Damaged metadata are returned as they are stored, so that one damaged resource does not hide the others.
+    """
     try:
         return Hit.of(meta_of(doc), shown)
     except StoreDamaged:
@@ -47,7 +51,7 @@ def hit_of(doc: bytes, uid: str, encoding: str, shown: bytes) -> Hit:
 
 
 def info_of(doc: Any, resource_id: object = None) -> RevisionInfo:
-    """Return the record of a revision as it was stored. Raises StoreDamaged, which names the resource if its id is given."""
+    """Return a stored record of a revision. Raises StoreDamaged, which names the resource if its id is given."""
     try:
         return _info_json.decode(doc) if is_json(doc) else _info_msgpack.decode(doc)
     except UNDECODABLE:

@@ -87,17 +87,17 @@ class IndexMigration(Protocol):
         One atomic step. Return False, and change nothing, if a resource is outdated again. Raises ConfigError, and
         changes nothing, if resources share a value: an earlier program that wrote them must stay able to write.
 
-        With `force=True` outdated resources are allowed. Programs that do not index these fields can no longer write, so
-        their number stops growing. The caller indexes the rest, or calls `deactivate_unique_field`. Return False if
-        another process was faster.
+        With `force=True` outdated resources are allowed. Programs that do not index these fields can no longer write,
+        so the number of outdated resources stops growing. The caller indexes the rest, or calls
+        `deactivate_unique_field`. Return False if another process was faster.
         """
 
     @abstractmethod
     async def deactivate_unique_field(self, name: str) -> None:
         """Take back a forced activation, because two resources would share a value of this field.
 
-        Does so only if some resources are not indexed by the field yet, so it never was unique. Afterwards every program
-        can write that could before.
+        Does so only if some resources are not indexed by the field yet, so it never was unique. Afterwards every
+        program can write that could before.
         """
 
 

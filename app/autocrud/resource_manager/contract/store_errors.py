@@ -1,4 +1,4 @@
-"""What every store checks, said once."""
+"""Checks that every store makes, and the errors that they raise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WriteTimedOut(StoreUnavailable):
 
 
 def storable_id(resource_id: str) -> str:
-    """The id, if every store can hold it; ValueError for NUL and unpaired surrogates."""
+    """Return the id, if every store can hold it. Raises ValueError for NUL and unpaired surrogates."""
     if "\0" in resource_id:
         raise ValueError("an id cannot hold NUL characters")
     if not resource_id.isascii():
@@ -52,16 +52,17 @@ def check_name(name: str) -> None:
 
 
 def storable_number(revision: int) -> int:
-    """A revision number that fits into every store; larger ones simply do not exist."""
+    """Return the closest revision number that every store can hold. No revision has a larger number."""
     return min(max(revision, 0), 2**62)
 
 
 def missing(resource_id: str) -> ResourceNotFound:
+    """Return the error for an id without a resource."""
     return ResourceNotFound(f"there is no resource {resource_id!r}")
 
 
 def taken(name: str, *resource_ids: str) -> UniqueConflict:
-    """Return the error for a value of a unique field that two resources would have; their ids, if the store knows them."""
+    """Return the error for a unique value that two resources would have. `resource_ids`: theirs, if known."""
     detail = f"another resource has this {name!r}; deleted ones keep theirs until they are purged"
     conflict = UniqueConflict(detail, (Violation("/" + name.replace(".", "/"), detail),))
     conflict.field, conflict.resource_ids = name, frozenset(resource_ids)
@@ -69,20 +70,26 @@ def taken(name: str, *resource_ids: str) -> UniqueConflict:
 
 
 def shared(model: str, name: str) -> ConfigError:
+    """Return the error for a field that cannot become unique."""
     return ConfigError(
-        f"model {model!r}: {name} was declared unique, but stored resources share a value; change one of them with the earlier"
-        " program, or declare the field without unique=True"
+        f"model {model!r}: {name} was declared unique, but stored resources share a value; change one of them with the"
+        " earlier program, or declare the field without unique=True"
     )
 
 
 def not_indexed(model: str, name: str) -> ConfigError:
+    """Return the error for a unique field that this program does not index."""
     return ConfigError(
-        f"model {model!r}: {name} is unique in the store, but this program does not index it; index it, or stop the older program"
+        f"model {model!r}: {name} is unique in the store, but this program does not index it; index it, or stop the"
+        " older program"
     )
 
 
 def not_kept() -> StoreUnavailable:
-    """`MetaStore.activate_unique_fields` has seen to it, but since then the store was emptied or restored."""
+    """Return the error for unique fields that were activated, and are not active any more.
+
+    The store was emptied or restored since the program called `activate_unique_fields`.
+    """
     return StoreUnavailable(
         "unique fields are not kept unique here any more, was an old state restored? Start the program again"
     )
@@ -112,6 +119,7 @@ def check_expectation(expect: Expect, resource_id: str, found: Version | None) -
 
 
 def generation_of(uid: str) -> int:
+    """Return the generation in which a uid was made. Raises StoreDamaged if it is no uid."""
     generation, slash, _ = uid.partition("/")
     if not slash or not generation.isdigit():
         raise StoreDamaged(f"{uid!r} is no uid")

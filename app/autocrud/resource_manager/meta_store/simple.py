@@ -127,6 +127,8 @@ class _TablesMetaStore(MetaStore, IndexMigration, MetaSweeping):
 
 
 class MemoryMetaStore(_TablesMetaStore, RecordReplay):
+    """A MetaStore in the memory of this process. Not durable by itself: see SimpleStorage."""
+
     authoritative: ClassVar[bool] = False
 
     _db: MemoryDatabase
@@ -150,6 +152,8 @@ class MemoryMetaStore(_TablesMetaStore, RecordReplay):
 
 
 class DiskMetaStore(_TablesMetaStore, StagedMetaStore, FindingsKeeping):
+    """A MetaStore in `rootdir/index.sqlite`. Durable, and shared by the processes of one machine."""
+
     durable: ClassVar[bool] = True
 
     _db: FileDatabase
@@ -195,7 +199,7 @@ class DiskMetaStore(_TablesMetaStore, StagedMetaStore, FindingsKeeping):
 
     @override
     async def maintain(self, budget_s: float) -> None:
-        await self._db.checkpoint()  # whoever purged may have been stopped before he could
+        await self._db.checkpoint()  # the process that purged may have ended before its own checkpoint
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:

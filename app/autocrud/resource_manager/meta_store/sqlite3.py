@@ -55,23 +55,26 @@ MAX_EDITS = 50
 
 
 class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, MetaSweeping):
-    """
-    bucket, key        everything lies below `{key}/`; a plain database that `export` wrote to `key` itself is imported once. A function
-                       makes the key of the bound model
-    endpoint_url ...   of the storage; without keys the ambient credentials are used, session token included
+    """A MetaStore in a SQLite database whose durable form is a log and snapshots on S3.
+
+    bucket, key        all objects lie below `{key}/`. A plain database that `export` wrote to `key` itself is imported
+                       once. A function makes the key of the bound model
+    endpoint_url ...   of the S3 server. Without keys the ambient credentials are used, session token included
     encoding           of the documents in the local copy
-    auto_sync          True: durable before acknowledged; there is no other way
-    sync_interval      seconds after a write until merges and snapshots that became due are made, None: only in `maintain`; never about
-                       durability. And the default of max_staleness
-    enable_locking     True: the swap cannot be turned off
-    consistency        of reads. "strong": a read that starts after an acknowledgement sees it. "bounded": unless the last check was sent
-                       less than `max_staleness` seconds ago (a function is asked at each read). "local": what this instance knows
-    tail_bytes         of the newest records, which travel with each write
-    max_batch          transactions that share a swap at most
-    linger_ms          how long the first of a batch waits for others
-    snapshot_ratio     a snapshot is made when the log is larger than so many times the last one
-    local_dir          where the local copy lies, below a name made of bucket and key; processes may share it; for one endpoint only, and
-                       never a network file system. None: a temporary directory of this process
+    auto_sync          must be True: a write is durable before it is acknowledged
+    sync_interval      seconds from a write to the merges and snapshots that are due. None: only `maintain` makes them.
+                       It does not affect durability. It is the default of max_staleness
+    enable_locking     must be True: the conditional PUT of HEAD cannot be turned off
+    consistency        of reads. "strong": a read sees every write that was acknowledged before it began. "bounded": the
+                       same, unless the last check of HEAD was sent less than `max_staleness` seconds ago. "local": a
+                       read sees the writes that this instance knows
+    max_staleness      seconds, or a function that is called at each read
+    tail_bytes         how many bytes of the newest records each write contains
+    max_batch          how many transactions share one PUT of HEAD at most
+    linger_ms          milliseconds that the first transaction of a batch waits for others
+    snapshot_ratio     a snapshot is made when the log is larger than the last snapshot times this ratio
+    local_dir          the local copy lies below it, in a directory named after bucket and key. Processes may share it.
+                       For one endpoint only, and never on a network file system. None: a temporary directory
     export_key         where `export` writes
     object_store       instead of bucket and endpoint
     """
@@ -140,11 +143,12 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     @property
     def local_directory(self) -> Path | None:
-        """The directory of the local copy, where a fork is recorded; None for a temporary one."""
+        """Return the directory of the local copy, where a fork is recorded, or None if it is temporary."""
         return self._directory
 
     @property
     def object_store(self) -> ObjectStore:
+        """Return the client of the bucket."""
         return self._objects
 
     @property
@@ -161,7 +165,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             return None
 
     def _loop_state(self) -> _LoopState:
-        """What belongs to the event loop that asks."""
+        """Return the state of the running event loop."""
         loop = asyncio.get_running_loop()
         loop_state = self._loop_states.get(loop)
         if loop_state is None:
@@ -304,7 +308,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
                 return
 
     async def _replace_schema(self, state: HeadState, schema: IndexSchema) -> bool:
-        """False: somebody was faster, and what was looked at is no longer so."""
+        """Return False if HEAD has changed since `state`, so the schema was made for another state."""
 
         def edit(head: Head) -> Head | None:
             return head.next(schema=schema) if head.ver == state.ver else None
@@ -317,15 +321,18 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         await self._loop_state().committer.edit(lambda head: head.next(sweep=head.sweep + 1))
         return await self.generation()
 
-    # Keeping house
+    # Maintenance
 
     @override
     async def maintain(self, budget_s: float) -> None:
-        """Merges and snapshots that are due, then the removal of what nothing refers to; what does not fit is left to the next time."""
+        """Make the merges and snapshots that are due, then remove objects that nothing refers to.
+
+        Work that does not fit into `budget_s` seconds is left to the next call.
+        """
         await self._replica.open()
         loop_state, deadline = self._loop_state(), time.monotonic() + budget_s
         if await self._read(lambda db: db.execute("SELECT 1 FROM purges LIMIT 1").get):
-            await self._forget()  # whoever purged was stopped before he could
+            await self._forget()  # the process that purged was stopped before it did this
         else:
             await self._replica.blocking(lambda copy: copy.checkpoint())  # of what was purged elsewhere
         await loop_state.keep_house(deadline)
@@ -334,8 +341,10 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
-        """Make a snapshot without what was purged, and remove the log and the snapshots before it. A bucket with versions keeps them until
-        its own rules remove them."""
+        """Make a snapshot without the purged data, and remove the log and the snapshots before it.
+
+        A bucket with versioning keeps the removed objects until its own rules remove them.
+        """
         await self._replica.open()
         await self._forget()
         return now
@@ -347,7 +356,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         await self._replica.blocking(lambda copy: copy.checkpoint())
 
     async def head(self) -> Head:
-        """HEAD as this instance knows it, for whoever wants to look at it."""
+        """Return HEAD as this instance knows it."""
         await self._replica.open()
         return await self._replica.head()
 
@@ -377,7 +386,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
 
 class _LoopState:
-    """What a store has for each event loop."""
+    """The parts of a store that belong to one event loop."""
 
     def __init__(
         self,
@@ -402,7 +411,7 @@ class _LoopState:
         return committed
 
     async def _keep_house_later(self, seconds: float) -> None:
-        """Some time after a write. A task of this loop: frozen with it half way, it harms nobody."""
+        """Make merges and snapshots some time after a write. May be suspended with its loop at any point."""
         try:
             await asyncio.sleep(seconds)
             await self.keep_house(time.monotonic() + seconds)
