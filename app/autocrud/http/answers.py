@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from ..resource_manager.basic import MAX_READ, ResourceMeta
 from ..resource_manager.core import Resource
-from ..resource_manager.model.codec import canonical_json, project
+from ..resource_manager.model.codec import canonical_json
+from ..resource_manager.model.fields import project
 from ..resource_manager.runtime.deadline import DEADLINE, operations
 from ..resource_manager.runtime.threads import heavy
 from . import problems

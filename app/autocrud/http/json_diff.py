@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from ..errors import InvalidQuery
-from ..resource_manager.model.codec import escaped
 from ..resource_manager.model.json_shape import EXPECTED_SHAPE, misshapen
+from ..resource_manager.model.unknown_fields import escaped
 from .json_patch import MAX_OPERATIONS
 
 _encode = msgspec.json.Encoder(order="deterministic").encode

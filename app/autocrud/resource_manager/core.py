@@ -6,8 +6,8 @@
     page = await manager.search(Query(where=field("author").eq("alice"), sort=("-meta.created_time",)))
 
 The HTTP API calls the same methods. Reads are in `engine.reading`. A write becomes an operation (`engine.operations`),
-which is planned by the rules of revisions (`engine.planning`), then committed and retried (`engine.writing`). The storage
-(`storage.simple_storage`) keeps the metadata in a MetaStore and the data in a ResourceStore.
+which is planned by the rules of revisions (`engine.planning`), then committed and retried (`engine.writing`). The
+storage (`storage.simple_storage`) keeps the metadata in a MetaStore and the data in a ResourceStore.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ class ResourceManager(Generic[T]):
         storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
 
     async def open(self) -> None:
-        """Open the storage, and build its index if needed. The first use does this; call it earlier to see errors early.
+        """Open the storage, and build its index if needed.
+
+        The first use of the manager does this. Call it earlier to see errors at the start.
 
         Raises ConfigError if the storage does not fit the model.
         """
@@ -301,8 +303,8 @@ class ResourceManager(Generic[T]):
     ) -> Resource[T]:
         """Make the revision of this number the current one, without a new revision.
 
-        Raises ResourceNotFound, ResourceDeleted, RevisionNotFound, VersionConflict, UniqueConflict, or InvalidData if the
-        data of that revision no longer fits the model.
+        Raises ResourceNotFound, ResourceDeleted, RevisionNotFound, VersionConflict, UniqueConflict, or InvalidData if
+        the data of that revision no longer fits the model.
         """
         return await self._one(Switch(resource_id=resource_id, expect=expect, revision=revision), by)
 
@@ -365,9 +367,9 @@ class ResourceManager(Generic[T]):
     ) -> list[Resource[T] | ResourceMeta | None]:
         """Commit all operations or none. Each operation sees the effects of those before it.
 
-        Returns for each operation the resource that it leaves: its metadata only if it is deleted, None if it is purged.
-        An error has the position of its operation in `operation`, if that is known. Raises InvalidData unless there are 1
-        to MAX_BATCH operations, and what the methods for single operations raise.
+        Returns for each operation the resource that it leaves; for a Delete only its metadata, for a Purge None. Raises
+        InvalidData unless there are 1 to MAX_BATCH operations, and what the methods for single operations raise. The
+        attribute `operation` of an error is the position of its operation, if that is known.
         """
         if not 1 <= len(operations) <= MAX_BATCH:
             raise InvalidData(f"expected 1 to {MAX_BATCH} operations, got {len(operations)}")

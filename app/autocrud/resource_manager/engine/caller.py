@@ -36,7 +36,7 @@ class IdempotencyKey:
 
 
 class Caller(NamedTuple):
-    """Who calls a ResourceManager.
+    """The caller of a ResourceManager.
 
     name           stored in created_by and updated_by
     key            makes a write idempotent; None: a retry writes again

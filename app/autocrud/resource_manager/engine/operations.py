@@ -1,4 +1,7 @@
-"""What can be done to resources, as values. `planning` says what each of them makes of a resource."""
+"""The operations on resources, as values. `planning` has the rule of each.
+
+The methods of `ResourceManager` with the same names describe the operations; `ResourceManager.batch` takes several.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ T = TypeVar("T")
 
 
 class Retention(Struct, frozen=True):
-    """How long superseded revisions are kept: the `last` N, or those of the last `days`. The current one always stays."""
+    """A rule for superseded revisions. The current revision is always kept.
+
+    Give exactly one of these, a positive number:
+
+    last  keep this many of the newest revisions
+    days  keep the revisions that were created in the last days; may be a fraction
+    """
 
     last: int | None = None
     days: float | None = None
@@ -28,66 +37,78 @@ class Retention(Struct, frozen=True):
 
 
 class Create(Struct, Generic[T], frozen=True):
+    """Create a resource. Without an id it gets a new UUID."""
+
     data: T | Document[T]
     resource_id: str | None = None
     status: Status = "stable"
 
 
 Expected = Version | frozenset[Version]
+"""The version that a resource must have, or a set of versions of which it must have one."""
 
 
 class OnExisting(Struct, frozen=True, kw_only=True):
-    """An operation on a resource that exists; `expect` is the state it must be in, or those it may be in, if the caller says."""
+    """An operation on an existing resource. If `expect` is given, the resource must have that version."""
 
     resource_id: str
     expect: Expected | None = None
 
 
 class Update(OnExisting, Generic[T], frozen=True, kw_only=True):
+    """Append a revision with new data."""
+
     data: T | Document[T]
     status: Status = "stable"
 
 
 class Modify(OnExisting, Generic[T], frozen=True, kw_only=True):
+    """Replace the data of a draft."""
+
     data: T | Document[T]
 
 
 class Patch(OnExisting, frozen=True, kw_only=True):
-    """Apply a function of JSON trees to the current data, then update or modify. The function may change its argument."""
+    """Apply a function to the current data as a tree of JSON, then update or modify with its result.
+
+    The function may change its argument.
+    """
 
     apply: Callable[[Any], Any]
     size: int = 0
-    """Bytes of the patch, and of what it may make, as far as that is known: what applying it costs."""
+    """Bytes of the patch, and of the data that it may add, as far as known: what applying it costs."""
     work: int | None = None
-    """Operations that it takes beside those on the data (`deadline.operations`); None if nobody has counted: `size` then."""
+    """Steps that it takes besides those on the data (`deadline.operations`). None: not counted; `size` is used."""
     max_bytes: int | None = None
-    """Of the data in JSON that it may make: larger data is taken only if it was larger before."""
+    """Largest size of the new data as JSON, in bytes. Larger data is accepted only if it does not grow."""
     mode: Literal["update", "modify"] = "update"
     status: Status = "stable"
 
 
 class Publish(OnExisting, frozen=True, kw_only=True):
-    pass
+    """Make the current revision stable."""
 
 
 class Switch(OnExisting, frozen=True, kw_only=True):
+    """Make an existing revision the current one."""
+
     revision: int
 
 
 class Delete(OnExisting, frozen=True, kw_only=True):
-    pass
+    """Hide a resource."""
 
 
 class Restore(OnExisting, frozen=True, kw_only=True):
-    pass
+    """Show a deleted resource again."""
 
 
 class Purge(OnExisting, frozen=True, kw_only=True):
-    pass
+    """Erase a resource with all its revisions."""
 
 
 class Expire(OnExisting, frozen=True, kw_only=True):
-    """Remove the revisions whose time is over; on deleted resources too."""
+    """Remove the revisions that Retention no longer keeps, of a deleted resource too."""
 
 
 Operation = Create[Any] | Update[Any] | Modify[Any] | Patch | Publish | Switch | Delete | Restore | Purge | Expire
@@ -99,4 +120,4 @@ ACTIONS: dict[type[Any], Action] = {
     **dict.fromkeys((Delete, Restore), "delete"),
     Purge: "purge",
 }
-"""What an operation is a case of, for those who say what is allowed."""
+"""The action of access control that each operation needs."""

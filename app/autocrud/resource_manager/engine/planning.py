@@ -68,7 +68,7 @@ MAX_HELD = 48 * 1024 * 1024
 
 
 class Plan(Generic[T]):
-    """The writes of one attempt to commit a batch.
+    """Plans the operations of one attempt to commit a batch, and collects their `writes`.
 
     states         reads the data of the resources
     by, now        the caller's name and the time, which go into the metadata
@@ -104,7 +104,7 @@ class Plan(Generic[T]):
         """Plan one operation and return the state that it leaves.
 
         Raises Forbidden or ResourceNotFound if the access filter refuses it, the error of the rule that it breaks,
-        DataTooLarge if the operations leave more than MAX_HELD bytes, and NotEnoughTime if the request has no time left.
+        DataTooLarge if the operations leave more than MAX_HELD bytes, and NotEnoughTime at the deadline.
         """
         check_time()
         access_filter = self._access_filter
@@ -249,7 +249,8 @@ class Plan(Generic[T]):
         meta = state.meta
         if meta.status != "draft":
             raise RevisionIsStable(
-                f"revision {meta.revision} of resource {meta.resource_id!r} is stable and never changes; update it instead"
+                f"revision {meta.revision} of resource {meta.resource_id!r} is stable and never changes;"
+                " update it instead"
             )
         digest = document.hash
         if digest == meta.data_hash:
@@ -489,7 +490,8 @@ def _check_expected(expect: Expected, meta: ResourceMeta) -> None:
         check_expectation(expect, meta.resource_id, found)
     elif found not in expect:
         raise VersionConflict(
-            f"resource {meta.resource_id!r} is at version {meta.version}, none of those that were expected; read it again"
+            f"resource {meta.resource_id!r} is at version {meta.version}, none of those that were expected;"
+            " read it again"
         )
 
 

@@ -153,8 +153,8 @@ class ReadExecutor(Generic[T]):
             page, bodies = await self._read_page(query)
             return Page(self._states.verifier.page(page.items, bodies), page.next)
         except StoreDamaged:
-            # A draft was replaced since, or a body is damaged. Read the resources one by one, so that a damaged one does
-            # not hide the others (E3).
+            # A draft was replaced since, or a body is damaged. Read the resources one by one, so that a damaged one
+            # does not hide the others (E3).
             page = await self._storage.search(query)
             read = [await self._readable(hit, query) for hit in page.items]
             return Page([found for found in read if found is not None], page.next)

@@ -46,6 +46,6 @@ class StateReader:
     async def matches(self, where: Filter | None, state: ResourceState) -> bool:
         """Return whether a resolved filter finds a resource in this state. None finds every resource.
 
-        Reads the data only if the filter names a field of the data. Raises StoreDamaged if the data is missing or damaged.
+        Reads the data only if the filter names a field of the data. Raises StoreDamaged if it cannot be read.
         """
         return await matches(where, state.meta, lambda: self.json(state), self._codec)

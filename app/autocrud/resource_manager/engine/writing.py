@@ -215,7 +215,8 @@ class WriteExecutor(Generic[T]):
     async def _check_unused(self, key: HashedKey | None, *, peek: bool) -> None:
         """Raise AlreadyCommitted if the store reports a commit of this key.
 
-        The store may miss the latest commits, with `peek` more of them. The commit of this request checks the key again.
+        The store may miss the latest commits, with `peek` more of them. The commit of this request checks the key
+        again.
         """
         if key is not None and (done := await self._storage.done(key.key, peek=peek)) is not None:
             raise AlreadyCommitted(done)

@@ -1,1 +1,9 @@
-"""A model and its stored form: the codec, the shape of JSON texts, and the verification of bodies."""
+"""A model and its stored form.
+
+codec           decodes, validates, encodes and indexes the data of a model
+fields          the paths to indexed fields
+json_shape      the size and depth of a JSON text, before it is decoded
+resource        what a ResourceManager returns
+unknown_fields  fields of a body that the model does not have
+verification    compares stored bodies with their hash, and remembers damaged resources
+"""

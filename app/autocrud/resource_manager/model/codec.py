@@ -1,53 +1,57 @@
-"""From bytes to a model's data and back: strict decoding, canonical encoding, and what is indexed.
+"""The codec of a model: strict decoding, canonical encoding, and the index entry of data.
 
-A body from outside is decoded and validated once, encoded once in canonical form, and travels as bytes from there. Canonical JSON has
-the fields in the order of the model and the keys of dicts sorted; its SHA-256 is the `data_hash`, whatever the storage encoding.
+A body from a client is decoded, validated and encoded in canonical form once; from there on its bytes are passed on.
+Canonical JSON has the fields in the order of the model and the keys of dicts sorted. Its SHA-256 is the `data_hash`, in
+every encoding of the stored body.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
 import re
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, Union
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import UNSET
+from typing_extensions import override
 
 from ...errors import ConfigError, InvalidData, Violation
-from ...values import FieldKind, kind_of
-from ..basic import Encoding, IndexedField, IndexEntry
+from ...values import FieldKind
+from ..basic import Encoding, IndexedField, IndexEntry, IndexOf
 from ..contract.limits import MAX_FIELDS
+from .fields import MISSING, FieldPath, project, step_of
 from .json_shape import strings
+from .unknown_fields import UnknownFields, escaped
 
 T = TypeVar("T")
 
 
 MAX_VIOLATIONS = 100
-MISSING = UNSET  # what a path that leads nowhere yields; msgspec's own word for a field that is not there
 canonical_json = msgspec.json.Encoder(order="deterministic").encode
 _msgpack = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
 class Document(NamedTuple, Generic[T]):
-    """Valid data of a model, with its canonical JSON."""
+    """Valid data of a model, and its canonical JSON."""
 
     data: T
     json: bytes
 
     @property
     def hash(self) -> str:
+        """Return the SHA-256 of the canonical JSON, in hex."""
         return hashlib.sha256(self.json).hexdigest()
 
 
 class Codec(Generic[T]):
-    """Everything about one model's data. ConfigError if the model or an indexed field cannot be used."""
+    """Decodes, encodes and indexes the data of one model: a msgspec Struct, a dataclass or a TypedDict.
+
+    `fields` has the kind of each indexed field, and `unique` the names of the unique ones. Raises ConfigError if the
+    model or an indexed field cannot be used.
+    """
 
     def __init__(self, model: type[T], indexed_fields: Sequence[IndexedField | tuple[str, Any] | str] = ()) -> None:
         self.model = model
@@ -67,8 +71,8 @@ class Codec(Generic[T]):
             raise ConfigError(
                 f"{model.__name__} has {len(indexed_fields)} indexed fields, expected at most {MAX_FIELDS}: index fewer"
             )
-        self._unknown = _UnknownFields(info)
-        self._paths = [_Path(model, given) for given in map(_indexed_field, indexed_fields)]
+        self._unknown = UnknownFields(info)
+        self._paths = [FieldPath(model, given) for given in map(_indexed_field, indexed_fields)]
         self._lists = [path for path in self._paths if path.kind.is_list]
         self.fields: Mapping[str, FieldKind] = {path.name: path.kind for path in self._paths}
         self.unique = tuple(path.name for path in self._paths if path.unique)
@@ -77,11 +81,14 @@ class Codec(Generic[T]):
             raise ConfigError(f"{model.__name__} has a field that is indexed twice")
 
     def parse(self, body: bytes) -> Document[T]:
-        """JSON from outside. InvalidData for anything that is not exactly the model: unknown fields and duplicate keys too."""
+        """Decode and validate JSON from a client.
+
+        Raises InvalidData if the JSON does not fit the model, has unknown fields, or has a key twice in one object.
+        """
         try:
             data = self._json.decode(body)
             canonical = canonical_json(data)
-            if canonical != body and not self._unknown.surely_none(body):
+            if canonical != body and not self._unknown.has_none(body):
                 violations = tuple(itertools.islice(self._unknown.violations(_decode_strictly(body)), MAX_VIOLATIONS))
                 if violations:
                     raise InvalidData(f"the data has fields that {self.model.__name__} does not have", violations)
@@ -98,7 +105,10 @@ class Codec(Generic[T]):
         return Document(data, canonical)
 
     def accept(self, data: T | Document[T]) -> Document[T]:
-        """Data from Python, validated as if it came from outside (a Struct's constructor checks no types)."""
+        """Validate data from Python as if a client had sent it. A Struct's constructor checks no types.
+
+        A Document is valid already and is returned as it is. Raises InvalidData.
+        """
         if isinstance(data, Document):
             return data
         try:
@@ -108,7 +118,7 @@ class Codec(Generic[T]):
         return self.parse(canonical)
 
     def encode(self, document: Document[T], encoding: Encoding) -> bytes:
-        """The body to store."""
+        """Return the body to store. Raises InvalidData for integers outside 64 bits in MessagePack."""
         if encoding == Encoding.json:
             return document.json
         try:
@@ -118,32 +128,33 @@ class Codec(Generic[T]):
             raise InvalidData(detail, (Violation("", detail),)) from None
 
     def decode(self, body: bytes, encoding: str) -> T:
-        """A stored body."""
+        """Decode a stored body into the model."""
         return self._json.decode(body) if encoding == Encoding.json else self._msgpack.decode(body)
 
     def to_json(self, body: bytes, encoding: str) -> bytes:
-        """A stored body as JSON; free for bodies that are."""
+        """Return a stored body as JSON. A JSON body is returned as it is."""
         return body if encoding == Encoding.json else canonical_json(self._msgpack.decode(body))
 
     def has_path(self, path: str) -> bool:
-        """Whether `a.b` can be there in the JSON of the data."""
+        """Return whether the JSON of the data may have the path `a.b`."""
         owner: Any = self.model
         for part in path.split("."):
             if owner is Any:
                 return True
             try:
-                owner, step = _step(self.model, owner, part, path)
+                owner, step = step_of(self.model, owner, part, path)
             except ConfigError:
                 return False
-            if step[0] != part:  # a Python name that JSON does not know
+            if step[0] != part:  # a name in Python that differs from the name in JSON
                 return False
         return True
 
     def index(self, data: T, before: Any = MISSING) -> IndexEntry:
-        """Return what is indexed of the data. Raises InvalidData for a value that no store could compare.
+        """Return the index entry of data. Raises InvalidData if no store could compare a value.
 
-        `before`: the data that are replaced, as a tree of JSON. Such a value is left out if it is there too: the field was not
-        indexed when it was stored, and the resource must stay changeable elsewhere.
+        before  the data that is replaced, as a tree of JSON. If it has the same value, the value is left out of the
+                entry and nothing is raised: the field was not indexed when the value was stored, and the other fields
+                must stay changeable.
         """
         keys: dict[str, Any] = {}
         missing: list[str] = []
@@ -164,7 +175,7 @@ class Codec(Generic[T]):
                 missing.append(path.name)
             else:
                 path.show(shown, value)
-        if self._omits_defaults:  # then the data does not show them either
+        if self._omits_defaults:  # the JSON of the data has no defaults, so the entry must have none
             shown = project(msgspec.json.decode(canonical_json(data)), list(self.fields))
         return IndexEntry(keys, tuple(missing), canonical_json(shown))
 
@@ -174,19 +185,22 @@ class Codec(Generic[T]):
         return {name: len(value) for name, value in values.items() if value is not None and value is not MISSING}
 
     def items_kept(self, tree: Any) -> dict[str, int]:
-        """Return how many items each indexed list of a tree of JSON has, which need not fit the model."""
+        """Return how many items each indexed list of a tree of JSON has. The tree need not fit the model."""
         values = {path.name: path.read_loosely(tree) for path in self._lists}
         return {name: len(value) for name, value in values.items() if value is not None and value is not MISSING}
 
     def index_stored(self, json: bytes) -> IndexEntry:
-        """Return what can be indexed of stored data: all fields, if the data fit the model."""
+        """Return the index entry of stored data; of the fields that fit, if the data no longer fits the model."""
         try:
             return self.index(self._json.decode(json))
         except (msgspec.ValidationError, InvalidData):
             return self.index_kept(msgspec.json.decode(json))
 
     def index_kept(self, *trees: Any) -> IndexEntry:
-        """Return what can be indexed of trees of JSON that do not fit the model: each field from the first that has it."""
+        """Return the index entry of trees of JSON that may not fit the model.
+
+        Each field is taken from the first tree that has a value of its type.
+        """
         keys: dict[str, Any] = {}
         missing: list[str] = []
         shown: dict[str, Any] = {}
@@ -205,21 +219,23 @@ class Codec(Generic[T]):
         return IndexEntry(keys, tuple(missing), canonical_json(shown))
 
 
-class CodecIndex:
-    """The IndexOf of a codec."""
+class CodecIndex(IndexOf):
+    """Makes index entries of stored bodies with a codec."""
 
     def __init__(self, codec: Codec[Any]) -> None:
         self._codec = codec
 
+    @override
     def __call__(self, body: bytes, encoding: Encoding) -> IndexEntry:
         return self._codec.index(self._codec.decode(body, encoding))
 
+    @override
     def kept(self, body: bytes | None, encoding: Encoding, shown: bytes) -> IndexEntry:
         return self._codec.index_kept(_loosely_decoded(body, encoding), _loosely_decoded(shown, Encoding.json))
 
 
 def _loosely_decoded(body: bytes | None, encoding: Encoding) -> Any:
-    """Return what a body holds, whatever its model was; None if it cannot be read."""
+    """Return a body as a tree of JSON, without regard to the model; None if it cannot be decoded."""
     if body is None:
         return None
     try:
@@ -235,7 +251,7 @@ def _indexed_field(given: IndexedField | tuple[str, Any] | str) -> IndexedField:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON whose keys are all different."""
+    """Return an object of JSON. Raises InvalidData if a key is in it twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -249,16 +265,17 @@ _strict_json = json.JSONDecoder(object_pairs_hook=_distinct).decode
 
 
 def _decode_strictly(body: bytes) -> Any:
-    """Return a tree of JSON. Raises InvalidData if a key stands twice in one object, msgspec.DecodeError for what is no JSON.
+    """Return a tree of JSON.
 
-    Of keys that stand twice msgspec keeps one. So if the tree has all strings of the text, there was none.
+    Raises InvalidData if an object has a key twice, and msgspec.DecodeError if the text is not JSON. msgspec keeps one
+    of two equal keys. So if the tree has as many strings as the text, no key is in an object twice.
     """
     tree = msgspec.json.decode(body)  # no NaN, UTF-8 only
     return tree if strings(body) == strings(msgspec.json.encode(tree)) else _strict_json(body.decode())
 
 
 def parse_json(body: bytes) -> Any:
-    """JSON from outside that has no model: a patch, or an envelope. InvalidData."""
+    """Return the tree of JSON from a client that has no model, such as a patch. Raises InvalidData."""
     try:
         return _decode_strictly(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -272,17 +289,23 @@ def parse_json(body: bytes) -> Any:
 
 
 def _not_json(error: Exception, body: bytes) -> InvalidData:
-    """msgspec finds half of a surrogate pair at the end of a text to be truncated data, and names UTF-16 elsewhere."""
+    """Return the error for a body that is not JSON.
+
+    The message names an unpaired surrogate, which msgspec calls truncated data or an error of UTF-16.
+    """
     said = str(error)
     if "truncated" in said or "surrogate" in said:
         with contextlib.suppress(ValueError, RecursionError):
-            json.loads(body.decode())  # which takes it
+            json.loads(body.decode())  # accepts unpaired surrogates
             said = "it has an unpaired surrogate (one of \\ud800 to \\udfff by itself), which is no character"
     return InvalidData(f"the body is not JSON: {said}", (Violation("", said),))
 
 
 def invalid_data(error: msgspec.ValidationError) -> InvalidData:
-    """msgspec says "Expected `str`, got `int` - at `$.tags[0]`"; clients want a JSON Pointer."""
+    """Return the error of a validation, with the place as a JSON Pointer.
+
+    msgspec has the place at the end of its message: "Expected `str`, got `int` - at `$.tags[0]`".
+    """
     detail, _, place = str(error).partition(" - at `")
     return InvalidData(f"the data does not fit: {error}", (Violation(_pointer(place.rstrip("`")), detail),))
 
@@ -290,206 +313,3 @@ def invalid_data(error: msgspec.ValidationError) -> InvalidData:
 def _pointer(place: str) -> str:
     parts = re.findall(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]", place)
     return "".join(f"/{escaped(name) if name else ('*' if index == '...' else index)}" for name, index in parts)
-
-
-def escaped(key: str) -> str:
-    """A key as a token of a JSON Pointer."""
-    return key.replace("~", "~0").replace("/", "~1")
-
-
-_SCALARS = (
-    msgspec.inspect.StrType,
-    msgspec.inspect.IntType,
-    msgspec.inspect.FloatType,
-    msgspec.inspect.BoolType,
-    msgspec.inspect.DateTimeType,
-    msgspec.inspect.UUIDType,
-    msgspec.inspect.EnumType,
-)
-
-
-class _UnknownFields:
-    """Finds the fields of a JSON tree that a type does not have, at every depth.
-
-    msgspec refuses unknown fields only of Structs that say so themselves; a user should not have to.
-    """
-
-    def __init__(self, root: msgspec.inspect.Type) -> None:
-        self._root = root
-        self._fields: dict[type, tuple[dict[str, msgspec.inspect.Type], bool]] = {}
-        self._root_fields = self._fields_of(root)
-
-    def surely_none(self, body: bytes) -> bool:
-        """A quick look that suffices for most valid bodies: one object of scalars with known keys, each once.
-
-        Without backslashes each key has two quotes and each string two, so a key that stood twice would leave some over.
-        """
-        fields, flat = self._root_fields
-        if not flat or b"\\" in body:
-            return False
-        tree = msgspec.json.decode(body)
-        strings = [value for value in tree.values() if type(value) is str]
-        return tree.keys() <= fields.keys() and 2 * (len(tree) + len(strings)) == body.count(b'"')
-
-    def violations(self, tree: Any) -> Iterator[Violation]:
-        return self._walk(self._root, tree, "")
-
-    def _walk(self, node: msgspec.inspect.Type, value: Any, pointer: str) -> Iterator[Violation]:
-        i = msgspec.inspect
-        if isinstance(value, dict):
-            match node:
-                case i.StructType() | i.DataclassType() | i.TypedDictType():
-                    fields, _ = self._fields_of(node)
-                    for key, inner in value.items():
-                        at = f"{pointer}/{escaped(key)}"
-                        if key not in fields:
-                            yield Violation(at, f"unknown field; expected one of {', '.join(fields)}")
-                        elif isinstance(inner, dict | list):
-                            yield from self._walk(fields[key], inner, at)
-                case i.DictType(value_type=inner_type):
-                    for key, inner in value.items():
-                        if isinstance(inner, dict | list):
-                            yield from self._walk(inner_type, inner, f"{pointer}/{escaped(key)}")
-                case i.UnionType(types=members):
-                    yield from self._walk_union(members, value, pointer)
-        elif isinstance(value, list):
-            match node:
-                case i.ListType(item_type=item) | i.SetType(item_type=item) | i.FrozenSetType(item_type=item):
-                    yield from self._walk_items([item] * len(value), value, pointer)
-                case i.VarTupleType(item_type=item) | i.CollectionType(item_type=item):
-                    yield from self._walk_items([item] * len(value), value, pointer)
-                case i.TupleType(item_types=items):
-                    yield from self._walk_items(items, value, pointer)
-                case i.StructType(array_like=True) | i.NamedTupleType():
-                    items = tuple(field.type for field in node.fields)
-                    extra = 1 if isinstance(node, i.StructType) and node.tag_field is not None else 0
-                    if len(value) > len(items) + extra:
-                        yield Violation(pointer, f"expected at most {len(items) + extra} elements, got {len(value)}")
-                    yield from self._walk_items(items, value[extra:], pointer)
-                case i.UnionType(types=members):
-                    for member in members:
-                        if not isinstance(member, i.NoneType):
-                            yield from self._walk(member, value, pointer)
-
-    def _walk_items(
-        self, types_: Sequence[msgspec.inspect.Type], values: list[Any], pointer: str
-    ) -> Iterator[Violation]:
-        for at, (type_, inner) in enumerate(zip(types_, values, strict=False)):
-            if isinstance(inner, dict | list):
-                yield from self._walk(type_, inner, f"{pointer}/{at}")
-
-    def _walk_union(self, members: Sequence[Any], value: dict[str, Any], pointer: str) -> Iterator[Violation]:
-        """msgspec allows either one member that is an object or Structs that a tag tells apart."""
-        for member in members:
-            tag_field = getattr(member, "tag_field", None)
-            if tag_field is None or value.get(tag_field) == member.tag:
-                yield from self._walk(member, value, pointer)
-
-    def _fields_of(self, node: Any) -> tuple[dict[str, msgspec.inspect.Type], bool]:
-        """The fields by name in JSON, and whether none of them could hold an object."""
-        if node.cls not in self._fields:
-            fields = {field.encode_name: field.type for field in node.fields}
-            if getattr(node, "tag_field", None) is not None:
-                fields[node.tag_field] = msgspec.inspect.AnyType()
-            self._fields[node.cls] = fields, all(type(type_) in _SCALARS for type_ in fields.values())
-        return self._fields[node.cls]
-
-
-class _Path:
-    """How one indexed field is read from the data. Its name is the path as JSON shows it."""
-
-    def __init__(self, model: type, given: IndexedField) -> None:
-        self.unique = given.unique
-        owner: Any = model
-        self._steps: list[
-            tuple[str, str, bool]
-        ] = []  # key in JSON, attribute or key in Python, whether a dict is stepped into
-        self.omits_defaults = False
-        for part in given.name.split("."):
-            self.omits_defaults |= getattr(getattr(owner, "__struct_config__", None), "omit_defaults", False)
-            owner, step = _step(model, owner, part, given.name)
-            self._steps.append(step)
-        *self._parents, self._last = [step[0] for step in self._steps]
-        self.name = ".".join([*self._parents, self._last])
-        self._type = owner
-        try:
-            self.kind = kind_of(owner)
-            declared = self.kind if given.type is None else kind_of(given.type)
-        except ValueError as error:
-            raise ConfigError(f"{model.__name__}.{given.name} cannot be indexed: {error}") from None
-        if declared.name != self.kind.name:
-            raise ConfigError(
-                f"{model.__name__}.{given.name} is indexed as {declared.name}, but the model says {self.kind.name}"
-            )
-        if self.kind.is_list and self.unique:
-            raise ConfigError(f"{model.__name__}.{given.name} is a list, and lists cannot be unique")
-
-    def read(self, data: Any) -> Any:
-        for _, name, is_dict in self._steps:
-            if data is None:
-                return MISSING
-            data = data.get(name, MISSING) if is_dict else getattr(data, name, MISSING)
-            if data is MISSING:
-                return MISSING
-        return data
-
-    def read_loosely(self, tree: Any) -> Any:
-        """Return the value in a tree of JSON, if the path leads to one that has the field's type; MISSING if not."""
-        for name, _, _ in self._steps:
-            if not isinstance(tree, dict) or name not in tree:
-                return MISSING
-            tree = tree[name]
-        try:
-            return msgspec.convert(tree, self._type)
-        except (msgspec.ValidationError, ValueError, OverflowError):
-            return MISSING
-
-    def key(self, value: Any) -> Any:
-        if value is None or value is MISSING:
-            return None
-        if not self.kind.is_list:
-            return self.kind.key(value)
-        return [self.kind.key(element) for element in value if element is not None]
-
-    def show(self, into: dict[str, Any], value: Any) -> None:
-        for name in self._parents:
-            into = into.setdefault(name, {})
-        into[self._last] = value
-
-
-def _step(model: type, owner: Any, part: str, name: str) -> tuple[Any, tuple[str, str, bool]]:
-    """One step of a path: the type behind it and how to take it."""
-    origin = typing.get_origin(owner)
-    if origin is typing.Annotated:
-        return _step(model, typing.get_args(owner)[0], part, name)
-    if origin in (Union, types.UnionType):
-        rest = [arg for arg in typing.get_args(owner) if arg is not type(None) and arg is not msgspec.UnsetType]
-        if len(rest) == 1:
-            return _step(model, rest[0], part, name)
-    if origin is dict:
-        return typing.get_args(owner)[1], (part, part, True)
-    if isinstance(owner, type):
-        if issubclass(owner, msgspec.Struct) and not owner.__struct_config__.array_like:
-            for field in msgspec.structs.fields(owner):
-                if part in (field.encode_name, field.name):
-                    return field.type, (field.encode_name, field.name, False)
-        elif dataclasses.is_dataclass(owner) or typing.is_typeddict(owner):
-            hints = typing.get_type_hints(owner)
-            if part in hints:
-                return hints[part], (part, part, typing.is_typeddict(owner))
-    raise ConfigError(f"{model.__name__} has no field {name!r} that could be indexed")
-
-
-def project(tree: Any, paths: Sequence[str]) -> dict[str, Any]:
-    """Only these paths of a JSON object; those that lead nowhere are left out."""
-    result: dict[str, Any] = {}
-    for path in paths:
-        *parents, last = path.split(".")
-        source, into = tree, result
-        for name in parents:
-            source = source.get(name) if isinstance(source, dict) else None
-        if isinstance(source, dict) and last in source:
-            for name in parents:
-                into = into.setdefault(name, {})
-            into[last] = source[last]
-    return result

@@ -1,8 +1,10 @@
-"""How much a JSON text holds, found out before it is decoded.
+"""The shape of a JSON text: how many values it holds and how deep they are nested, found before it is decoded.
 
-A text of some megabytes can hold millions of objects, which take a hundred times its size in memory and seconds to walk
-over, or lie so deep in each other that one version of Python reads it and the next one does not. All steps here are
-linear, and none of them holds the interpreter lock for long: texts are counted by C, strings are left out one by one.
+A text of some megabytes can hold millions of objects. They would take a hundred times its size in memory, and seconds
+to walk over. A deeply nested text is decoded by one version of Python and refused by the next.
+
+All steps here take linear time, and none holds the interpreter lock for long: counting runs in C, and strings are
+removed one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ MAX_NAMES = 250_000
 MAX_VALUES = 1_000_000
 """Values of any kind."""
 MAX_DIGITS = 400
-"""Digits of a number in a text of HEAVY_BYTES: reading a long one takes quadratic work. The largest float has 309."""
+"""Digits of a number in a text of HEAVY_BYTES or more: decoding takes quadratic time. The largest float has 309."""
 EXPECTED_SHAPE = (
     f"expected at most {MAX_VALUES} values, {MAX_NAMES} names and {MAX_CONTAINERS} objects and lists, nested at most"
     f" {MAX_DEPTH} deep, and numbers of at most {MAX_DIGITS} digits"
@@ -35,7 +37,7 @@ _STEPS = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 
 
 class Shape(NamedTuple):
-    """How many there are in a JSON text. `values` may be one too many for each empty container."""
+    """The counts of a JSON text. `values` may be too large by one for each empty container."""
 
     values: int
     names: int
@@ -44,10 +46,13 @@ class Shape(NamedTuple):
 
 
 def misshapen(body: bytes) -> str | None:
-    """Return what a JSON text has too much of, as in "has 700000 names", or None. Texts that are no JSON may be anything."""
+    """Return which limit a JSON text exceeds, as in "has 700000 names", or None.
+
+    The result means nothing if the text is not JSON.
+    """
     if len(body) <= 2 * MAX_DEPTH:
         return None
-    # Upper bounds: strings hold brackets, colons and commas too.
+    # These are upper bounds, because strings may hold brackets, colons and commas too.
     opened = body.count(b"[") + body.count(b"{")
     may_be_long = len(body) >= HEAVY_BYTES and _has_long_number(body)
     few = opened <= MAX_DEPTH and body.count(b":") <= MAX_NAMES and opened + body.count(b",") < MAX_VALUES
@@ -77,7 +82,7 @@ def shape(body: bytes) -> Shape:
 
 
 def weight(body: bytes) -> int:
-    """Return about how many bytes a JSON text takes with its tree: too many where its strings hold brackets and commas."""
+    """Return about how many bytes a JSON text and its tree take in memory. Brackets and commas in strings count too."""
     return len(body) + 64 * (body.count(b"[") + body.count(b"{")) + 24 * body.count(b",")
 
 
@@ -87,12 +92,12 @@ def containers(body: bytes) -> int:
 
 
 def strings(body: bytes) -> int:
-    """Return how many strings a JSON text holds, names among them."""
+    """Return how many strings a JSON text holds, names included."""
     return _without_escapes(body).count(b'"') // 2
 
 
 def _outside_of_strings(plain: bytes) -> bytes:
-    """Return what a text without escapes has outside of its strings."""
+    """Return the parts of a text without escapes that are outside of its strings."""
     pieces, at = [], 0
     for match in _STRING.finditer(plain):
         pieces.append(plain[at : match.start()])

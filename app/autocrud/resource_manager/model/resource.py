@@ -1,4 +1,4 @@
-"""What a ResourceManager returns."""
+"""Resource: what a ResourceManager returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Resource(Generic[T]):
-    """A resource with its data, each as an object and as JSON. `info` is the record of the revision, where one was asked for."""
+    """A resource with its data, both as objects and as JSON. Objects are decoded at the first use.
+
+    meta  its metadata, or the JSON of it
+    json  its data as JSON
+    info  the record of the revision, if a revision was asked for by its number
+    """
 
     __slots__ = ("_codec", "_meta", "info", "json")
 
@@ -27,6 +32,7 @@ class Resource(Generic[T]):
 
     @property
     def meta(self) -> ResourceMeta:
+        """Return the metadata."""
         meta = self._meta
         if isinstance(meta, bytes):
             meta = self._meta = _decode_meta(meta)
@@ -34,12 +40,15 @@ class Resource(Generic[T]):
 
     @property
     def meta_json(self) -> bytes:
+        """Return the metadata as JSON."""
         return self._meta if isinstance(self._meta, bytes) else _encode(self._meta)
 
     @property
     def data(self) -> T:
+        """Return the data. Each call decodes it again."""
         return self._codec.decode(self.json, Encoding.json)
 
     @property
     def version(self) -> Version:
+        """Return the version and the nonce, for `expect` of a later write."""
         return Version(self.meta.version, self.meta.nonce)

@@ -1,15 +1,15 @@
-"""Stored data is compared with its hash when it is read, and resources whose data is damaged are remembered.
+"""Verification of stored data: bodies are compared with their hash when they are read, and damage is remembered.
 
-- V1 *No body is answered that is not what was stored.* JSON bodies are compared with the SHA-256 in the metadata
-  (`data_hash`). The hash of MessagePack bodies is that of their JSON at the time of the write, which a later model may
-  encode differently, so these are only decoded.
-- V2 *Bytes that were compared once are compared by equality from then on.* A uid names one body for ever, so a body
-  that equals the one that was compared is sound. This keeps lists as cheap as they were: equality costs a tenth of a
-  hash. What is kept is bounded by KEPT and LARGE.
-- V3 *A list contains whole documents only.* The metadata of a list is passed on without being decoded, so it is decoded
-  here the first time that it is seen.
+- V1 *A body is returned only if it is the one that was stored.* The SHA-256 of a JSON body is compared with the
+  `data_hash` of its metadata. The hash of a MessagePack body is that of its JSON at the time of the write. A later
+  model may encode that JSON differently, so a MessagePack body is only decoded.
+- V2 *Bytes that were verified once are verified by equality from then on.* A uid names one body for ever, so a body
+  that equals the verified one is sound. Equality costs a tenth of a hash, which keeps lists fast. KEPT and LARGE bound
+  the memory for it.
+- V3 *A list contains only whole documents.* The metadata of a list is returned without being decoded, so it is decoded
+  here when it is seen for the first time.
 
-A store in the memory of this process (`verified` is False) is not compared: nothing can damage it.
+Nothing is verified if the store is in the memory of this process (`verified` is False): nothing can damage it.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ from .codec import Codec
 KEPT = 2000
 """Bodies of a model that are kept for comparison."""
 LARGE = 4096
-"""Bytes of a body that is not kept: hashing it again is cheap compared with reading it."""
+"""A body of more bytes is not kept: hashing it again is cheap compared with reading it."""
 REMEMBERED = 100
 """Damaged resources of a model that are remembered."""
 NAMED = 5
+"""Names that one sentence of `degradations` lists."""
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError)
-REMEDY = "restore it from a backup, or write the resource anew or purge it"
+"""Errors that decoding damaged data may raise."""
+REMEDY = "restore it from a backup, or write the resource again or purge it"
 
 _raw = msgspec.json.Decoder(msgspec.Raw).decode
 _meta = msgspec.json.Decoder(ResourceMeta).decode
 
 
 class Verifier:
-    """Reads bodies of one model. `verified`: whether there is something to compare; False for stores in memory."""
+    """Verifies the bodies of one model. If not `verified`, only decodes them (stores in memory)."""
 
     def __init__(self, codec: Codec[Any], *, verified: bool) -> None:
         self._codec, self._verified = codec, verified
-        self._known: dict[str, tuple[str, bytes, bytes]] = {}  # by uid: hash, body, document of the last list
-        self._whole: dict[str, tuple[bytes, bytes]] = {}  # by uid: document and indexed fields of the last list
+        self._known: dict[str, tuple[str, bytes, bytes]] = {}  # by uid: hash, body, metadata JSON in the last list
+        self._whole: dict[
+            str, tuple[bytes, bytes]
+        ] = {}  # by uid: metadata and indexed fields as JSON, in the last list
 
     def json(self, meta: ResourceMeta | RevisionInfo, body: bytes) -> bytes:
         """Return a body as JSON. Raises StoreDamaged if it is not the one that was stored."""
@@ -58,13 +62,13 @@ class Verifier:
         return self._checked(meta, body, b"")
 
     async def read(self, meta: ResourceMeta | RevisionInfo, body: bytes) -> bytes:
-        """Return what `json` does. A large body is worked on where large work is: others are answered meanwhile."""
+        """Return a body as JSON, as `json` does. A large body is verified by `threads.heavy`."""
         if len(body) < HEAVY_BYTES or (not self._verified and meta.encoding == Encoding.json):
             return self.json(meta, body)
         return await heavy(len(body), lambda: self.json(meta, body), body)
 
     def page(self, hits: Sequence[Hit], bodies: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-        """Return the metadata and the data of a list, each as JSON. Raises StoreDamaged if something is damaged."""
+        """Return the metadata and the data of each hit as JSON. Raises StoreDamaged if one of the bodies is damaged."""
         if not self._verified:
             to_json = self._codec.to_json
             return [(hit.document, to_json(body, hit.encoding)) for hit, body in zip(hits, bodies, strict=True)]
@@ -114,7 +118,7 @@ class Verifier:
 
 
 def is_sound(meta: ResourceMeta | RevisionInfo, body: bytes) -> bool:
-    """Return whether a stored body has the hash of its metadata; True for MessagePack, see V1."""
+    """Return whether a stored body has the hash of its metadata. Always True for MessagePack (V1)."""
     return meta.encoding != Encoding.json or hashlib.sha256(body).hexdigest() == meta.data_hash
 
 
@@ -129,13 +133,14 @@ def metadata_of(hit: Hit) -> ResourceMeta:
 
 
 def damaged(resource_id: str, detail: str) -> StoreDamaged:
+    """Return the error for a damaged resource."""
     error = StoreDamaged(detail)
     error.resource_id = resource_id
     return error
 
 
 def named(error: StoreDamaged, resource_id: str) -> StoreDamaged:
-    """Return an error that names the resource that could not be read. One that concerns the whole store stays as it is."""
+    """Return an error that names the resource. Other errors than of one body are returned as they are."""
     if type(error) is not StoreDamaged or error.resource_id is not None:
         return error
     new = damaged(resource_id, f"resource {resource_id!r} cannot be read: {error.detail}")
@@ -145,36 +150,43 @@ def named(error: StoreDamaged, resource_id: str) -> StoreDamaged:
 
 ANYTHING: Final = 0
 Part = int | None
-"""What of a resource could not be read: a revision by its number, the current one (None), or ANYTHING of it."""
+"""The part of a resource that could not be read: a revision by its number, the current one (None), or ANYTHING."""
 
 
 class DamagedResources:
-    """The resources that this process could not read, until they are read well or are gone. Bounded."""
+    """The resources that this process could not read, up to REMEMBERED of them.
+
+    A resource is forgotten when it can be read again, or no longer exists.
+    """
 
     def __init__(self) -> None:
         self._parts: dict[tuple[str, Part], None] = {}
-        self._unnamed: dict[str, None] = {}  # what damaged metadata can be named by: uids of bodies
+        self._unnamed: dict[str, None] = {}  # uids of the bodies of hits whose metadata is damaged
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
     def note(self, resource_id: str, part: Part) -> None:
+        """Remember a part that could not be read."""
         if len(self._parts) < REMEMBERED:
             self._parts[resource_id, part] = None
 
     def note_hit(self, hit: Hit) -> None:
+        """Remember a hit whose metadata could not be decoded."""
         if len(self._unnamed) < REMEMBERED:
             self._unnamed[hit.uid] = None
 
     def forget(self, resource_id: str, part: Part) -> None:
+        """Forget a part, because it was read or is gone."""
         self._parts.pop((resource_id, part), None)
 
     def forget_all(self, resource_id: str) -> None:
+        """Forget all parts of a resource, because it was purged."""
         for key in [key for key in self._parts if key[0] == resource_id]:
             del self._parts[key]
 
     def some(self, count: int) -> list[tuple[str, Part]]:
-        """Return what was noted first, and put it at the end."""
+        """Return up to `count` parts, those first that were returned longest ago."""
         found = list(self._parts)[:count]
         for key in found:
             self._parts[key] = self._parts.pop(key)

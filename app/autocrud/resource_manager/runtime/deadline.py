@@ -1,15 +1,16 @@
-"""The time that a request has, if it ends without an answer: on AWS Lambda the process is ended or frozen then.
+"""The deadline of a request. On AWS Lambda the process is stopped or frozen when the time of a request is over.
 
-Running Python cannot be interrupted. A timer of the event loop fires late while another thread holds the interpreter
-lock, and one step of C over some megabytes of JSON may hold it for longer than the timer has. So work is not begun if
-it could take longer than the time that is left:
+Running Python code cannot be interrupted. A timer of the event loop fires late while another thread holds the
+interpreter lock, and a single step in C over some megabytes of JSON may hold it for longer than the time that is left.
+So work does not begin if it could take longer than that:
 
-- T1 *Work is bounded before it begins.* `operations` counts at most how many steps a JSON text takes, from its bytes.
-  The slowest work on JSON does more than OPERATIONS_PER_S of them on a whole CPU, and Lambda gives a share of one.
-- T2 *What is refused changed nothing.* A write is checked while it is planned and once before it is committed, never
-  after. So the answer is a failure for certain, and not an unknown outcome.
-- T3 *Work in pieces is checked at each piece*: the operations of a batch, the pages of a list, each attempt of a write.
-- T4 Without a deadline nothing is refused.
+- T1 *Work is bounded before it begins.* `operations` counts from the bytes of a JSON text how many steps it takes at
+  most. Even the slowest work on JSON does more than OPERATIONS_PER_S of them on a whole CPU. Lambda gives a share of
+  one.
+- T2 *A refused request has changed nothing.* A write is checked while it is planned and once before it is committed,
+  never after. So its error means that nothing was changed, and never that the outcome is unknown.
+- T3 *Work in pieces is checked at each piece*: the operations of a batch, the pages of a list, the attempts of a write.
+- T4 *Without a deadline nothing is refused.*
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from contextvars import ContextVar
 from ...errors import NotEnoughTime
 
 OPERATIONS_PER_S = 800_000
-"""Steps that the slowest work on JSON does in a second of one CPU at least. It was seen to do twice as many, and most
-work five times (`python -m benchmarks.json_work`). With 512 MB and 29 s all that the limits allow is within the
-time."""
+"""Steps that the slowest work on JSON does at least in a second of one CPU. Measured: twice as many for the slowest
+work, five times as many for most (`python -m benchmarks.json_work`). With 512 MB and 29 s a function has time for all
+that the limits allow."""
 STEP_BYTES = 16
-"""Bytes of text that count as one step: texts are copied, hashed and searched, and escapes in them are undone."""
+"""Bytes of text that count as one step: texts are copied, hashed, searched and unescaped."""
 MOST_PARTS = 1_650_000
-"""Steps of what stands between the texts, at most: `json_shape` lets no more in."""
+"""Upper bound of the steps for values, names and containers. `json_shape` refuses texts with more."""
 CONTAINER_STEPS = 4
-"""Steps of an object or list: they are made, walked over and hashed one by one."""
+"""Steps for an object or list, which is created, visited and hashed."""
 
 
 def operations(*texts: bytes) -> int:
@@ -38,15 +39,16 @@ def operations(*texts: bytes) -> int:
 
 
 def _parts(text: bytes) -> int:
-    """Return at most how many values and names there are; too many where strings hold brackets and commas."""
+    """Return an upper bound of the steps for values and names. Commas, colons and brackets in strings count too."""
     return text.count(b",") + text.count(b":") + CONTAINER_STEPS * (text.count(b"[") + text.count(b"{"))
 
 
 class Deadline:
-    """The end of the time that a request has.
+    """The time when a request must be answered.
 
-    seconds  until then
-    cpus     the share of a CPU that the process has, at most 1: one thread at a time runs Python
+    seconds  from now until then
+    cpus     CPUs of the process; more than 1 count as 1, because one thread at a time runs Python
+    clock    returns the present time in seconds
     """
 
     def __init__(self, seconds: float, cpus: float, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,11 +56,11 @@ class Deadline:
         self._rate = OPERATIONS_PER_S * min(1.0, cpus)
 
     def affordable(self) -> int:
-        """Return how many operations are certain to end in time."""
+        """Return how many steps are certain to end in time."""
         return max(0, int((self._at - self._clock()) * self._rate))
 
     def check(self, count: int) -> None:
-        """Raise NotEnoughTime unless so many operations are certain to end in time."""
+        """Raise NotEnoughTime unless `count` steps are certain to end in time."""
         left, needed = self._at - self._clock(), count / self._rate
         if left > 0 and needed <= left:
             return
@@ -79,7 +81,7 @@ DEADLINE: ContextVar[Deadline | None] = ContextVar("crudstack.deadline", default
 
 
 def check_time(count: int = 0) -> None:
-    """Raise NotEnoughTime unless so many operations are certain to end within the time that the request has."""
+    """Raise NotEnoughTime unless `count` steps are certain to end before the deadline of the request, if it has one."""
     deadline = DEADLINE.get()
     if deadline is not None:
         deadline.check(count)

@@ -1,12 +1,12 @@
-"""What happens if the disk of local copies and caches is full.
+"""Full disks: how they are recognized, and how caches make room for local copies.
 
 Invariants:
 
-- *A full disk is called one*: `DiskFull` names what is free and what there is; the log names the directory.
-- *A local copy goes before caches.* A cache does not fill the disk beyond `reserve`, and `make_room` empties caches. So
-  nobody fails for want of room that a cache of this process holds.
-- *A failure leaves nothing behind that is taken for whole*: files get their names, or are referred to, when they are
-  complete. So the same work succeeds as soon as there is room, without a restart.
+- *A full disk is reported as one*: `DiskFull` has the free and the total space; the log has the directory.
+- *Local copies take precedence over caches.* Caches leave `reserve` bytes of the disk free, and `make_room` empties the
+  caches of this process. So no request fails for space that such a cache takes.
+- *A failure leaves no incomplete file that is used as a complete one.* A file gets its name, or is referred to, when it
+  is complete. So the same work succeeds without a restart when there is space again.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ log = logging.getLogger("crudstack.disk")
 
 MB = 1024**2
 RESERVE = 256 * MB
-"""Bytes of the disk that caches leave to local copies, or a quarter of the disk if that is less."""
+"""Bytes of the disk that caches leave free for local copies; a quarter of the disk if that is less."""
 LITTLE = 64 * 1024
-"""Bytes that SQLite and a directory entry may need. If fewer are free, an unspecific error is one of a full disk."""
+"""If fewer bytes are free, an unspecific error of SQLite is taken for that of a full disk."""
 _FULL, _IOERR, _CANTOPEN = 13, 10, 14  # SQLite's result codes
 
 
 class Space(NamedTuple):
-    """Bytes of a file system: all, and those that this user may still write. `inodes`: whether files can be made."""
+    """The space of a file system.
+
+    total   its size in bytes
+    free    bytes that this user may still write
+    inodes  whether new files can be created
+    """
 
     total: int
     free: int
@@ -41,11 +46,11 @@ class Space(NamedTuple):
 
 
 class DiskFull(StoreUnavailable):
-    """There is no room on the disk of local copies and caches."""
+    """The disk of local copies and caches is full."""
 
 
 class Evictable(Protocol):
-    """A cache on a disk, in `cache_dir`."""
+    """A cache on a disk, in the directory `cache_dir`."""
 
     cache_dir: Path
 
@@ -57,7 +62,7 @@ _caches: weakref.WeakSet[Evictable] = weakref.WeakSet()
 
 
 def space(directory: Path) -> Space:
-    """Return the space of the file system that holds a directory. If it does not exist, its nearest parent counts.
+    """Return the space of the file system of a directory. If the directory does not exist, its nearest parent counts.
 
     Raises OSError.
     """
@@ -69,26 +74,27 @@ def space(directory: Path) -> Space:
                 raise
             directory = directory.parent
         else:
-            inodes = found.f_files == 0 or found.f_favail > 0  # some file systems count none
+            inodes = found.f_files == 0 or found.f_favail > 0  # 0: the file system has no fixed number of inodes
             return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize, inodes)
 
 
 def reserve(total: int) -> int:
+    """Return how many bytes of a disk of `total` bytes the caches leave free."""
     return min(RESERVE, total // 4)
 
 
 def cache_may_grow(directory: Path) -> bool:
-    """Return whether the disk of a directory has more room than caches leave to local copies. Raises OSError."""
+    """Return whether a cache in this directory leaves `reserve` bytes free. Raises OSError."""
     found = space(directory)
     return found.free > reserve(found.total)
 
 
 def is_full(error: BaseException, directory: Path) -> bool:
-    """Return whether an error of the system or of SQLite means that there is no room in a directory."""
+    """Return whether an error of the system or of SQLite means that the disk of a directory is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     code = getattr(error, "result", None)  # of apsw
-    if code in (_IOERR, _CANTOPEN):  # so SQLite calls some of them, a quota for one
+    if code in (_IOERR, _CANTOPEN):  # SQLite reports some full disks so, such as an exceeded quota
         try:
             found = space(directory)
         except OSError:
@@ -98,7 +104,7 @@ def is_full(error: BaseException, directory: Path) -> bool:
 
 
 def full(error: BaseException, directory: Path, needed: int = 0) -> DiskFull:
-    """Return the error for a full disk. `needed`: bytes that were to be written, if that is known."""
+    """Log that a disk is full, and return the error. `needed`: bytes that were to be written; 0 if unknown."""
     try:
         found = space(directory)
     except OSError:
@@ -116,13 +122,16 @@ def full(error: BaseException, directory: Path, needed: int = 0) -> DiskFull:
 
 
 def register(cache: Evictable) -> None:
-    """Have `make_room` empty a cache, for as long as the cache lives."""
+    """Let `make_room` empty a cache. The cache is forgotten when it is garbage-collected."""
     _caches.add(cache)
 
 
 def make_room(directory: Path, remove_more: Callable[[], None] | None = None) -> bool:
-    """Remove what processes left that are gone, and the entries of all caches of this process. Return whether that gave
-    the file system of `directory` more room. Blocks."""
+    """Make room on the disk of a directory, and return whether more of it is free then. Blocks. Raises OSError.
+
+    Removes directories of processes that have ended, calls `remove_more`, and empties the caches of this process on the
+    same disk.
+    """
     before = space(directory)
     remove_abandoned()
     if remove_more is not None:

@@ -1,4 +1,4 @@
-"""Packages that only some stores need."""
+"""Optional packages, which only some stores need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ...errors import ConfigError
 
 @contextlib.contextmanager
 def driver(*extras: str) -> Iterator[None]:
-    """Around the import of a store or its driver, which these extras bring. ConfigError where it is missing."""
+    """Name the extras to install if the import of an optional package fails.
+
+    The import is the body of the `with` statement.
+    Raises ConfigError if the package is missing.
+    """
     try:
         yield
     except ImportError as error:

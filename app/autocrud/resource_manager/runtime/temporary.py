@@ -1,19 +1,19 @@
-"""Directories that belong to one process, and the removal of those whose process is gone.
+"""Temporary directories that belong to one process, and the removal of those whose process has ended.
 
 A process that is killed cannot remove its directory. Lambda keeps /tmp when it ends a process, so the next process must
-remove what it finds. On other machines several processes share the directory for temporary files.
+remove such directories. On other machines several processes share the parent directory.
 
-Each directory is locked (flock of the directory itself) for as long as its process lives; the kernel releases the lock
-when the process ends, however it ends. Invariants:
+A process locks its directory (flock on the directory itself) for as long as it lives. The kernel releases the lock when
+the process ends, for whatever reason. Invariants:
 
-- P1 *Only the holder of its lock removes a directory, and only while its name still leads to the locked inode.*
-- P2 *A process uses a directory only after it has locked it, and has then found it at its name.* So a cleaner that
-  takes the lock between `mkdir` and the lock of the maker costs the maker a second attempt, and nothing else.
-- P3 *A cleaner waits for no lock, follows no symbolic link, and leaves what another user owns.* If two cleaners meet,
-  one leaves the directory to the other. If a cleaner is killed, the next one removes the rest.
+- P1 *Only the owner of the lock removes a directory, and only while its name still leads to the locked inode.*
+- P2 *A process uses a directory only after it has locked it, and has then found it under its name.* If a cleaner takes
+  the lock between `mkdir` and the lock of the creator, the creator makes another directory.
+- P3 *A cleaner waits for no lock, follows no symbolic link, and keeps directories of other users.* If two cleaners
+  meet, one of them skips the directory. If a cleaner is killed, the next one removes the rest.
 
-A child of `fork` shares the lock with its parent: the directory stays until both are gone. Other programs that a
-process starts do not.
+A child of `fork` shares the lock with its parent, so the directory stays until both have ended. Other programs that a
+process starts do not share it.
 """
 
 from __future__ import annotations
@@ -38,22 +38,25 @@ log = logging.getLogger("crudstack.temporary")
 PREFIX = "crudstack-process-"
 _NAME = re.compile(rf"{PREFIX}[0-9a-f]{{16}}")
 _OLD_NAME = re.compile(r"crudstack-[a-z0-9_]{8}")
-"""As earlier releases named them, which took no lock."""
+"""Names of the directories of earlier releases, which took no lock."""
 OLD_AFTER_S = 24 * 3600.0
+"""Seconds without a change after which such a directory may be removed."""
 _IN_USE_BYTE = 128
 """The byte of a -shm file on which each connection of SQLite holds a shared lock (UNIX_SHM_DMS in os_unix.c)."""
 _FOR_NOW = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
-"""Errors that do not say that directories cannot be locked."""
+"""Errors that may pass, and do not mean that the file system cannot lock directories."""
 ATTEMPTS = 20
+"""How often a directory is created if cleaners remove it at once."""
 
 _cleaned: set[str] = set()
 
 
 class ProcessDirectory:
-    """A new directory in that for temporary files. It is removed by `remove`, with this object, or at the end of the
-    process; by the next process that makes one if this one is killed.
+    """A new directory in the system's directory for temporary files. Its `path` is an attribute.
 
-    The first one that a process makes removes those of processes that are gone. Blocks. Raises OSError.
+    The directory is removed by `remove`, when this object is garbage-collected, or when the process ends. If the
+    process is killed, a later process removes it: the first ProcessDirectory of a process removes those of processes
+    that have ended. Blocks. Raises OSError.
     """
 
     def __init__(self) -> None:
@@ -65,6 +68,7 @@ class ProcessDirectory:
         self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
 
     def remove(self) -> None:
+        """Remove the directory. Blocks."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -82,13 +86,15 @@ def _make(parent: str) -> tuple[Path, int | None]:
         try:
             lock = _locked(path)
         except BlockingIOError:
-            continue  # a cleaner was faster, and removes it
+            continue  # a cleaner has locked the directory, and removes it
         except OSError as error:
             os.rmdir(path)  # noqa: PTH106
             if error.errno in _FOR_NOW:
                 raise
             log.warning(
-                "%s: directories cannot be locked here (%s); if this process is killed, its one stays", parent, error
+                "%s: directories cannot be locked here (%s); if this process is killed, its directory stays",
+                parent,
+                error,
             )
             return Path(tempfile.mkdtemp(prefix="crudstack-unlocked-")), None
         if lock is not None:
@@ -97,7 +103,7 @@ def _make(parent: str) -> tuple[Path, int | None]:
 
 
 def _locked(path: str) -> int | None:
-    """Lock a directory and return the descriptor, or None if the directory is not at its name any more.
+    """Lock a directory and return the descriptor, or None if the directory no longer has this name.
 
     Raises BlockingIOError if another process holds the lock.
     """
@@ -119,14 +125,14 @@ def _locked(path: str) -> int | None:
 
 
 def _remove(path: Path, lock: int | None, process: int) -> None:
-    if os.getpid() == process:  # a forked child shares the directory, and does not own it
+    if os.getpid() == process:  # a forked child must not remove the directory of its parent
         shutil.rmtree(path, ignore_errors=True)
     if lock is not None:
         os.close(lock)
 
 
 def remove_abandoned() -> None:
-    """Remove the directories of processes that are gone. Blocks for as long as the removal takes; raises nothing."""
+    """Remove the directories of processes that have ended. Blocks until they are removed; logs errors, raises none."""
     try:
         with os.scandir(tempfile.gettempdir()) as entries:
             paths = [
@@ -142,7 +148,7 @@ def remove_abandoned() -> None:
             if os.lstat(path).st_uid != os.geteuid():
                 continue
             lock = _locked(path)
-        except OSError:  # its process lives, or it cannot be opened
+        except OSError:  # its process is running, or it cannot be opened
             continue
         if lock is not None:
             shutil.rmtree(path, ignore_errors=True)
@@ -150,7 +156,7 @@ def remove_abandoned() -> None:
 
 
 def _is_old_and_unused(path: str) -> bool:
-    """Return whether an earlier release left this directory with a local copy that no process has open."""
+    """Return whether this is an old directory of an earlier release, with a local copy that no process has open."""
     try:
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():

@@ -1,6 +1,7 @@
-"""Where blocking reads run: a few threads for all stores of the process. What runs here waits for the disk, never for another read.
+"""Threads for blocking work: a few for reads of all stores, and one for heavy work on JSON.
 
-And how to wait for what goes on without whoever waits.
+A read in these threads waits for the disk, never for another read. `shielded` waits for work that runs to completion
+even if the caller is cancelled.
 """
 
 from __future__ import annotations
@@ -20,26 +21,27 @@ from .deadline import DEADLINE, operations
 T = TypeVar("T")
 
 HEAVY_BYTES = 64 * 1024
-"""JSON from here on is worked on in the lane for heavy work: some milliseconds at most stay on the event loop."""
+"""JSON of this many bytes or more is heavy: it is processed in one thread, because it would block the event loop."""
 MAX_WAITING = 64 * 1024 * 1024
-"""Bytes of JSON that may wait for that; one piece of work may be larger."""
+"""Bytes of JSON that may wait for that thread. A single piece of work may be larger."""
 AT_ONCE = 16 * 1024 * 1024
-"""Bytes that the bodies of HEAVY_BYTES and more that are worked on at once may take, as `json_shape.weight` has it."""
+"""Bytes of memory for the heavy bodies that are processed at the same time, by `json_shape.weight`."""
 READERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="crudstack-read")
 
 
 async def in_thread(work: Callable[[], T]) -> T:
+    """Run a blocking read in one of the READERS threads, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(READERS, work)
 
 
 class Turn(Protocol):
-    """The turn of a request, of which a server gives a few at once."""
+    """The permission of a server to process a request. A server gives a few at a time."""
 
     def leave(self) -> None:
-        """Let another request have it."""
+        """Give the turn to another request."""
 
     async def come_back(self) -> None:
-        """Wait for it again."""
+        """Wait until the server gives the turn again."""
 
 
 TURN: ContextVar[Turn | None] = ContextVar("crudstack.turn", default=None)
@@ -49,10 +51,10 @@ TURN: ContextVar[Turn | None] = ContextVar("crudstack.turn", default=None)
 class _Lane:
     """One thread for the heavy work of all requests.
 
-    It shares the interpreter lock with the event loop, which gets its turn every few milliseconds; with more threads it
-    would wait for all of them each time. All that runs here is bounded by the size of a body, so nobody's work waits for
-    ever, and none goes on after its request. A request that waits here has no turn elsewhere, so that small requests are
-    answered meanwhile; how many may wait is bounded by MAX_WAITING.
+    The thread shares the interpreter lock with the event loop, which gets it every few milliseconds. With more threads
+    the event loop would wait for each of them every time. The size of a body bounds each piece of work, so none waits
+    for ever, and none continues after its request. A request that waits here gives up its turn, so that the server
+    answers small requests meanwhile. MAX_WAITING bounds how many wait.
     """
 
     def __init__(self) -> None:
@@ -61,7 +63,7 @@ class _Lane:
         self._mutex = threading.Lock()
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
-        """Do the work after all that was here before. `size`: bytes of JSON that wait with it."""
+        """Run the work after all earlier work, and return its result. `size`: bytes of its JSON. Raises Overloaded."""
         self._enter(size)
         turn = TURN.get()
         if turn is not None:
@@ -79,8 +81,8 @@ class _Lane:
         with self._mutex:
             if self.waiting and self.waiting + size > MAX_WAITING:
                 raise Overloaded(
-                    f"found {self.waiting} bytes of JSON that wait to be worked on; expected at most {MAX_WAITING} with"
-                    " yours; try again"
+                    f"found {self.waiting} bytes of JSON that wait to be worked on; expected at most {MAX_WAITING}"
+                    " with yours; try again"
                 )
             self.waiting += size
 
@@ -89,11 +91,11 @@ LANE = _Lane()
 
 
 class LargeTurns:
-    """Turns of the requests of an event loop that have large bodies, from when the body is read to the answer.
+    """Limits how many requests of an event loop process a heavy body at the same time.
 
-    What is made of a body takes many times its size. So only as many requests have it at a time as take AT_ONCE, or one
-    that takes more; the others wait in order with the bytes of their bodies, of which there may be MAX_WAITING, and have no
-    turn elsewhere.
+    A request holds its share from the time when the body is read until the answer. The data made of a body takes many
+    times its size. So the requests that process one take AT_ONCE bytes together, or a single request takes more. The
+    others wait in order with the bytes of their bodies, at most MAX_WAITING, and give up their turns at the server.
     """
 
     def __init__(self) -> None:
@@ -102,14 +104,20 @@ class LargeTurns:
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
 
     async def take(self, size: int, weight: int) -> None:
-        """Wait for a turn with a body of `size` bytes that will take `weight`. Raises Overloaded if too much waits."""
+        """Wait until a body may be processed.
+
+        size    bytes of the body
+        weight  bytes of memory that it takes with its data
+
+        Raises Overloaded if more than MAX_WAITING bytes would wait.
+        """
         if not self._waiting and self._fits(weight):
             self.used += weight
             return
         if self.waiting_bytes + size > MAX_WAITING:
             raise Overloaded(
-                f"found {self.waiting_bytes} bytes of bodies that wait to be worked on; expected at most {MAX_WAITING} with"
-                " yours; try again"
+                f"found {self.waiting_bytes} bytes of bodies that wait to be worked on; expected at most {MAX_WAITING}"
+                " with yours; try again"
             )
         turn = TURN.get()
         if turn is not None:
@@ -123,17 +131,18 @@ class LargeTurns:
                 await turn.come_back()
         except BaseException:
             if mine.done() and not mine.cancelled():
-                self.leave(weight)  # it had come, and is not used
+                self.leave(weight)  # the share was given, but the request was cancelled
             raise
         finally:
             self.waiting_bytes -= size
 
     def leave(self, weight: int) -> None:
+        """Give back the share of a body of this weight, and let the next ones begin."""
         self.used -= weight
         while self._waiting and (self._waiting[0][0].done() or self._fits(self._waiting[0][1])):
-            waiting, its = self._waiting.popleft()
+            waiting, next_weight = self._waiting.popleft()
             if not waiting.done():
-                self.used += its
+                self.used += next_weight
                 waiting.set_result(None)
 
     def _fits(self, weight: int) -> bool:
@@ -144,16 +153,19 @@ _LARGE_TURNS: WeakKeyDictionary[asyncio.AbstractEventLoop, LargeTurns] = WeakKey
 
 
 def large_turns() -> LargeTurns:
-    """Return the turns of the running event loop."""
+    """Return the LargeTurns of the running event loop."""
     return _LARGE_TURNS.setdefault(asyncio.get_running_loop(), LargeTurns())
 
 
 async def heavy(size: int, work: Callable[[], T], *texts: bytes, more: int = 0) -> T:
-    """Do work on JSON of so many bytes: at once, or if it is large after what else is heavy, while others are answered.
+    """Run work on JSON, and return its result: at once if it is small, else in the thread for heavy work.
 
-    texts, more  the JSON, and operations beside those on it: what bounds the work if the request has a deadline
+    size   bytes of the JSON
+    texts  the JSON itself, which bounds the steps of the work; without it, `size` is the number of steps
+    more   steps besides those on the texts
 
-    Raises NotEnoughTime if the work might not end before that, when its turn has come.
+    Raises Overloaded if too much heavy work waits. Raises NotEnoughTime if the request has a deadline, and the work may
+    not end before it. This is checked when the work is about to begin.
     """
     if (deadline := DEADLINE.get()) is not None:
         count = (operations(*texts) if texts else size) + more
@@ -167,6 +179,9 @@ async def heavy(size: int, work: Callable[[], T], *texts: bytes, more: int = 0) 
 
 
 async def shielded(future: asyncio.Future[T]) -> T:
-    """Wait for something that goes on if this waiter is cancelled; its failure is then no news to anybody."""
+    """Return the result of a future that runs to completion even if the caller is cancelled.
+
+    If the caller is cancelled, an exception of the future is discarded without a log line.
+    """
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return await asyncio.shield(future)
