@@ -1,4 +1,4 @@
-"""The Pulumi program: read the config, register what it asks for, export what the app has to know."""
+"""The Pulumi program: it reads the config, registers the resources, and exports the outputs that the app needs."""
 
 import sys
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import NoReturn
 
 import pulumi
 
-# Pulumi runs this directory as a script, so the packages `app` and `infra` are not on the path by themselves. First, so
-# that another checkout that is installed here does not come before this one.
+# Pulumi runs this directory as a script, so the packages `app` and `infra` are not on the path. Inserted at the front,
+# because another checkout may be installed here.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SHOWN = 32
-"""The exit code that tells Pulumi's language host that the error was shown: with any other one it adds a line of its own."""
+"""The exit code after which Pulumi's language host adds no line of its own, because the error was shown."""
 
 
 def end(message: str) -> NoReturn:
-    """Show one error and end the program. The message is sent before this returns, not by a task in the background."""
+    """Show one error and end the program. Blocks until the message was sent."""
     pulumi.log.error(message)
     sys.exit(SHOWN)
 

@@ -28,7 +28,7 @@ from app.autocrud.errors import ConfigError
 from infra.ignored_files import Rules, repository_rules, rules_for
 
 CA_FILE = "rds-ca.pem"
-"""AWS's bundle of certificates: with it the app verifies the database's certificate, without it the app cannot."""
+"""AWS's bundle of certificates, without which the app cannot verify the database's certificate."""
 NOT_DEPLOYED = frozenset(
     {
         "autocrud/testing",
@@ -52,9 +52,9 @@ NOT_DEPLOYED = frozenset(
         "server/serve.py",
     }
 )
-"""Modules of the app for a person's own machine."""
+"""Modules of the app that no handler on Lambda imports."""
 UNNOTICED = frozenset({"__pycache__", ".git", ".gitattributes", ".gitignore", ".gitkeep", ".keep"})
-"""Names that never go in, and of which the report says nothing."""
+"""Names that are never in the zip, and that the report does not list."""
 
 IGNORED = "git ignores it"
 HIDDEN = "hidden"
@@ -79,7 +79,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     MODULES: ("node_modules",),
     KEY: ("*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.keystore"),
 }
-"""Names that never go in, in lower case, by the reason."""
+"""Names that are never in the zip, in lower case, by the reason."""
 
 BLOCK = 1024 * 1024
 DATABASES = (
@@ -88,18 +88,18 @@ DATABASES = (
     *(b"\x18\xe2\x2d\x00", b"\x00\x2d\xe2\x18"),  # its index, in either byte order
     b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7",  # the rollback journal
 )
-"""How the files of an SQLite database begin."""
+"""The first bytes of the files of an SQLite database."""
 PRIVATE = "PRIVATE" + " KEY"
-"""In two parts, so that this file could be published."""
+"""In two parts, so that this file passes its own check."""
 KEYS = tuple(PRIVATE.encode(encoding) for encoding in ("ascii", "utf-16-le", "utf-16-be"))
-"""PEM's words, also as PowerShell writes them."""
+"""The words of PEM, also in the encodings of PowerShell."""
 
 
 class LeftOut(NamedTuple):
-    """A file, or a directory with all that is in it, that does not go into the zip."""
+    """A file or directory that is not in the zip."""
 
     path: str
-    """Relative to the app; with a slash at its end if it is a directory."""
+    """Relative to the app. The path of a directory ends with a slash."""
     reason: str
 
 
@@ -124,11 +124,11 @@ class _Directory(NamedTuple):
     base: str
     """The directory that the paths of `rules` are relative to, with a slash at its end, or empty."""
     ignored: bool
-    """Only files that are tracked, or brought back, are wanted from here."""
+    """Whether git ignores it: then only its tracked files, and files of `package-include`, are in the zip."""
 
 
 def select(app: Path) -> Selection:
-    """Choose the files of the app. Raises ConfigError with one sentence if one of them cannot be published as it is."""
+    """Choose the files of the app. Raises ConfigError if one of them cannot be published."""
     include = _Include(app)
     files: list[str] = []
     left_out: list[LeftOut] = []
@@ -166,10 +166,10 @@ def select(app: Path) -> Selection:
 
 
 def copy(app: Path, selection: Selection, target: Path) -> Selection:
-    """Copy the chosen files, and return those that were copied: without databases, and without data that hold a key.
+    """Copy the chosen files, and return those that were copied. Databases and data with a private key are left out.
 
-    The bytes that are checked are those that are copied, so a file that changes meanwhile is published as it was seen.
-    Raises ConfigError if a module holds a key, and if a file cannot be read.
+    A file may change meanwhile: the copied bytes are checked, and not the file. Raises ConfigError if a module holds a
+    key, or if a file cannot be read.
     """
     files: list[str] = []
     left_out = list(selection.left_out)
@@ -191,7 +191,7 @@ def copy(app: Path, selection: Selection, target: Path) -> Selection:
 
 
 def _entries(app: Path, directory: str) -> list[_Entry]:
-    """Return what is in a directory, sorted. Nothing in it is opened, and no link is followed."""
+    """Return the sorted entries of a directory. Opens no file and follows no link."""
     try:
         with os.scandir(app / directory) as found:
             names = sorted(entry.name for entry in found)
@@ -200,7 +200,7 @@ def _entries(app: Path, directory: str) -> list[_Entry]:
             path = f"{directory}/{name}" if directory else name
             try:
                 status = (app / path).lstat()
-            except FileNotFoundError:  # an editor's file of a moment
+            except FileNotFoundError:  # a short-lived file of an editor
                 continue
             entries.append(_Entry(path, stat.S_ISDIR(status.st_mode), status))
     except FileNotFoundError:
@@ -213,7 +213,7 @@ def _entries(app: Path, directory: str) -> list[_Entry]:
 
 
 def _not_never(app: Path, entries: Iterable[_Entry], left_out: list[LeftOut], include: _Include) -> Iterator[_Entry]:
-    """Yield the entries that no rule of this module leaves out by their names."""
+    """Yield the entries whose names are allowed in the zip. Adds the others to `left_out`."""
     for entry in entries:
         name = entry.path.rpartition("/")[2]
         is_for_types = not entry.is_directory and (name == "py.typed" or name.endswith(".pyi"))
@@ -227,7 +227,7 @@ def _not_never(app: Path, entries: Iterable[_Entry], left_out: list[LeftOut], in
 
 
 def _never(path: Path) -> str | None:
-    """Return why a name never goes in."""
+    """Return the reason why a name is never in the zip; None if it may be."""
     name = path.name.lower()
     if name.startswith("."):
         return HIDDEN
@@ -241,7 +241,7 @@ def _ignored(directory: _Directory, entries: Sequence[_Entry]) -> list[bool]:
 
 
 def _check_publishable(app: Path, entry: _Entry, *, included: bool) -> None:
-    """Raise ConfigError if this is no file, or has a name that a zip cannot carry."""
+    """Raise ConfigError if this is no regular file, or if its name is not UTF-8, as names in a zip must be."""
     found = shown(app / entry.path)
     kinds: dict[Callable[[int], bool], str] = {
         stat.S_ISLNK: "a symbolic link",
@@ -262,12 +262,12 @@ def _check_publishable(app: Path, entry: _Entry, *, included: bool) -> None:
 
 
 def _copy(source: Path, target: Path) -> str | None:
-    """Copy a file in blocks. Return why it must not be published; then the copy is of no use."""
+    """Copy a file in blocks. Return the reason why the copy must not be published; None if it may be."""
     tail, is_first, database = b"", True, None
     longest = max(map(len, KEYS))
     found = None
     try:
-        # Neither a link nor a pipe that has taken the file's place meanwhile is opened.
+        # The flags refuse a link or a pipe that has replaced the file meanwhile.
         with (
             os.fdopen(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file,
             target.open("wb") as copied,
@@ -278,7 +278,7 @@ def _copy(source: Path, target: Path) -> str | None:
                 if is_first and block.startswith(DATABASES):
                     database = DATABASE
                 is_first = False
-                # A key may lie over the end of a block.
+                # A key may begin in one block and end in the next.
                 if any(key in tail + block for key in KEYS):
                     found = KEY
                 tail = block[-longest:]
@@ -286,7 +286,7 @@ def _copy(source: Path, target: Path) -> str | None:
     except OSError as error:
         raise ConfigError(f"{shown(source)} cannot be read: {error.strerror}") from None
     if is_first and source.suffix.lower() == ".db":
-        return DATABASE  # a database that has no table yet
+        return DATABASE  # an empty file: a database without tables
     return found or database
 
 
@@ -317,18 +317,18 @@ class _Include:
         self._unmatched = set(self._patterns)
 
     def matches(self, path: str) -> bool:
-        """Return whether a file of the app is brought back."""
+        """Return whether a pattern matches a file of the app."""
         found = [each for each, spec in self._specs.items() if spec.match_file(f"{self._app.name}/{path}")]
         self._unmatched.difference_update(found)
         return bool(found)
 
     def may_match_below(self, directory: str) -> bool:
-        """Return whether a directory that git ignores must be looked into."""
+        """Return whether files below an ignored directory may match a pattern."""
         parts = [self._app.name, *directory.split("/")]
         return any(_may_match_below(pattern, parts) for pattern in self._patterns)
 
     def check_all_matched(self) -> None:
-        """Raise ConfigError if a pattern is of no use: what was to be brought back is not there."""
+        """Raise ConfigError if a pattern has matched no file, because a file that the app needs is missing then."""
         if self._unmatched:
             raise ConfigError(
                 f"package-include in {self._file} names {min(self._unmatched)!r}, and no file of {self._app} matches:"
@@ -358,7 +358,7 @@ class _Include:
 
 
 def _may_match_below(pattern: str, parts: Sequence[str]) -> bool:
-    """Return whether files below this directory may match. Says yes if in doubt."""
+    """Return whether files below this directory may match. If that is not certain, return True."""
     wanted = pattern.strip("/").split("/")
     if len(wanted) == 1 and not pattern.startswith("/"):
         return True
@@ -377,11 +377,11 @@ def shown(path: Path | str) -> str:
 
 
 LISTED = 5
-"""Files of one directory that are named; of more, their number is said."""
+"""The largest number of files of one directory that are named. Of more files only the number is printed."""
 
 
 def listed(left_out: Sequence[LeftOut]) -> str:
-    """Return in one line what was left out and why, many files of one directory as their number."""
+    """Return one line about the files that were left out and why. Many files of one directory are only counted."""
     by_reason: dict[str, dict[str, list[str]]] = {}
     for each in left_out:
         folder = re.sub(r"[^/]*/?$", "", each.path)

@@ -1,7 +1,7 @@
 """The zip that Lambda runs: the wheels of requirements/app*.txt for its machine, the app, and bytecode for both.
 
-The same inputs give the same contents on every machine, which `Artifact.contents` says, so an unchanged app is no change
-to deploy. `python -m infra.artifact` builds the zip, and says what is large in it, and what was left out.
+The same inputs give the same contents on every machine. `Artifact.contents` is a hash of them, so an unchanged app is
+not deployed again. `python -m infra.artifact` builds the zip, and lists its largest parts and the files left out.
 
 >>> artifact = build(Path("dist/lambda.zip"))
 >>> print(report(artifact))
@@ -34,30 +34,30 @@ __all__ = ["LAMBDA", "ROOT", "Artifact", "Target", "build", "contents", "host", 
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 2
-"""Part of the cache's key: raise it when what this file calls (uv, the compiler) makes something else from the same inputs."""
+"""Part of the cache's key. Raise it if uv or the compiler make something else from the same inputs."""
 
 MACHINES = {"aarch64": 183, "x86_64": 62}
-"""`e_machine` of the ELF header by what a platform's name starts with."""
+"""`e_machine` of the ELF header, by the first part of a platform's name."""
 
 MAX_ZIPPED = 50 * 1024 * 1024 - 16 * 1024
-"""Bytes of a zip that Lambda takes directly: 50 MB, of which the rest of the request needs some."""
+"""Bytes of a zip that Lambda accepts in a request: 50 MB, less 16 KB for the rest of the request."""
 MAX_UNPACKED = 262_144_000
-"""Bytes that Lambda unpacks, 250 MB."""
+"""Unpacked bytes that Lambda allows: 250 MB."""
 NAMED = 5
-"""Parts that an error names, the largest first."""
+"""Number of parts that an error names, the largest first."""
 
 
 class Artifact(NamedTuple):
-    """A zip and what is in it; sizes in bytes."""
+    """A zip, and facts about its contents. Sizes are in bytes."""
 
     path: Path
     sha256: str
     size: int
     unpacked: int
     parts: dict[str, int]
-    """The zipped contents by top-level name: {"obstore": 5110407, "app": ...}. The zip's own headers are not among them."""
+    """The zipped sizes by top-level name, without the zip's own headers: {"obstore": 5110407, "app": ...}."""
     contents: str = ""
-    """See contents()."""
+    """A hash, see contents()."""
     python: str = ""
     """The release that compiled the modules, "3.13.0"."""
     left_out: tuple[LeftOut, ...] = ()
@@ -72,12 +72,15 @@ def build(
     app: Path = ROOT / "app",
     cache: Path = ROOT / ".local/artifacts",
 ) -> Artifact:
-    """Write the zip to `out`. ConfigError if something is missing or does not fit; then `out` is as it was.
+    """Write the zip to `out`, and return a description of it. Blocks while uv and the compiler run.
 
-    requirements: files of locked wheels, what all storages need and a file for each driver.
-    app: the package `app`; its parent is the project, with `.gitignore` and pyproject.toml.
+    Raises ConfigError if an input is missing, cannot run on the target, or is too large; `out` is unchanged then.
 
-    The wheels are kept below `cache` and made again only when something that they depend on has changed.
+    out             the path of the zip
+    target          the machine and the Python that run the zip
+    requirements    files of locked wheels: one for all storages, and one for each driver
+    app             the package `app`; its parent is the project, with `.gitignore` and pyproject.toml
+    cache           the directory of the zipped wheels, which are made again only if one of their inputs has changed
     """
     if target.platform is not None and _architecture(target) not in MACHINES:
         raise ConfigError(f"the platform is {target.platform!r}, expected one that starts with {' or '.join(MACHINES)}")
@@ -88,7 +91,7 @@ def build(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".artifact-", dir=out.parent) as name:
         scratch, written = Path(name, "scratch"), Path(name, "zip")
-        # A copy, because somebody may be editing: source and bytecode in the zip must be of the same state.
+        # From a copy, because a file may be edited meanwhile: the bytecode in the zip must belong to its source.
         selection = app_files.copy(app, selection, scratch / "app")
         files = [f"app/{path}" for path in selection.files]
         failed = compile_modules(scratch, files, target, python.path)
@@ -103,7 +106,7 @@ def build(
 
 
 def report(artifact: Artifact) -> str:
-    """What is in the zip, the largest first, in zipped bytes, and what is not in it."""
+    """Return a list of the zip's parts in zipped bytes, the largest first, and of the files that were left out."""
     rows = sorted(artifact.parts.items(), key=lambda part: (-part[1], part[0]))
     rows.append(("(headers of the zip)", artifact.size - sum(artifact.parts.values())))
     lines = [f"{size:>12,}  {name}" for name, size in rows]
@@ -119,14 +122,14 @@ def left_out(artifact: Artifact) -> str:
 
 BYTECODE = re.compile(r"(?:(.*)/)?__pycache__/([^/]+)\.cpython-\d+\.pyc")
 PYC_HEADER = 16
-"""Bytes before the bytecode itself: its format, how its source is recognized, and the hash of the source."""
+"""Bytes before the bytecode itself: its format, how Python recognizes its source, and the hash of the source."""
 
 
 def contents(path: Path) -> str:
-    """Return a hash of what a zip holds: names, permissions and bytes of the files, however they are compressed.
+    """Return a hash of the files in a zip: of their names, permissions and bytes, independent of the compression.
 
-    Of the bytecode of a module that is in the zip, the header alone counts: other patch releases of the same Python
-    compile the same source to other bytes, which mean the same.
+    Of a module's bytecode only the header is hashed if the module is in the zip: other patch releases of the same
+    Python compile the same source to other bytes with the same meaning.
     """
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
@@ -146,7 +149,7 @@ def contents(path: Path) -> str:
 
 
 def _wheels(target: Target, python: Interpreter, requirements: Sequence[Path], cache: Path) -> Path:
-    """A zip of the installed wheels without what is not needed, with bytecode. Most of the time goes into it, so it is kept."""
+    """Return a zip of the wheels with bytecode, without unneeded files. It is cached, because it is slow."""
     try:
         wanted = [path.read_bytes() for path in requirements]
     except OSError as error:
@@ -158,12 +161,12 @@ def _wheels(target: Target, python: Interpreter, requirements: Sequence[Path], c
     if kept.exists():
         return kept
     cache.mkdir(parents=True, exist_ok=True)
-    # Under its name it is complete: a build that is killed leaves none, and two at once write the same.
+    # A zip gets its name when it is complete. A killed build leaves none, and two builds at once write the same zip.
     with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as name:
         installed, tree, written = Path(name, "installed"), Path(name, "tree"), Path(name, "zip")
         install(installed, target, python.path, requirements)
         files = keep_needed(installed, tree, python.path)
-        compile_modules(tree, files, target, python.path)  # what fails is no module: packages may hold templates
+        compile_modules(tree, files, target, python.path)  # packages may hold templates, which do not compile
         _add(written, tree)
         _described(written, target)
         written.replace(kept)
@@ -171,7 +174,7 @@ def _wheels(target: Target, python: Interpreter, requirements: Sequence[Path], c
 
 
 def _add(path: Path, tree: Path) -> None:
-    """Add the files below `tree` to a zip, in which nothing tells when, where or by whom it was made."""
+    """Add the files below `tree` to a zip, with fixed times, owners and permissions."""
     with zipfile.ZipFile(path, "a") as archive:
         there = set(archive.namelist())
         for file in sorted(found for found in tree.rglob("*") if found.is_file()):
@@ -180,11 +183,11 @@ def _add(path: Path, tree: Path) -> None:
                 raise ConfigError(f"{name} is in the app and in a wheel: rename one of them")
             content = file.read_bytes()
             info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            info.create_system = 3  # Unix: the permissions count
+            info.create_system = 3  # Unix, so that the permissions are read
             is_program = _is_native(name, content) or file.stat().st_mode & 0o100
             info.external_attr = (0o100755 if is_program else 0o100644) << 16
             archive.writestr(info, content, zipfile.ZIP_DEFLATED, 9)
-        archive.filelist.sort(key=lambda info: info.filename)  # the order of the directory that closes the zip
+        archive.filelist.sort(key=lambda info: info.filename)  # the order of the central directory, which ends the zip
 
 
 def _sizes(path: Path) -> dict[str, int]:
@@ -201,7 +204,7 @@ def _part(name: str) -> str:
 
 
 def _check_unpacked(packages: Mapping[str, int], app: Path, selection: app_files.Selection) -> None:
-    """Raise ConfigError, before anything is written, if the zip cannot but be too large."""
+    """Raise ConfigError, before anything is written, if the zip would have too many unpacked bytes."""
     if sum(packages.values()) + selection.size <= MAX_UNPACKED:
         return
     sizes = dict(packages)
@@ -233,7 +236,7 @@ def _refuse(found: int, limit: int, how: str, sizes: Mapping[str, int]) -> None:
 
 
 def _described(path: Path, target: Target) -> Artifact:
-    """What is in a zip. ConfigError if Lambda could not load it."""
+    """Return the description of a zip. Raises ConfigError if the target cannot load one of its libraries."""
     parts: dict[str, int] = {}
     unpacked = 0
     with zipfile.ZipFile(path) as archive:
@@ -257,7 +260,10 @@ def _is_native(name: str, head: bytes) -> bool:
 
 
 def _verify(name: str, head: bytes, target: Target) -> None:
-    """ConfigError if this is a library that the target cannot load, by its ELF header (20 bytes) and the tag in its name."""
+    """Raise ConfigError if this is a library that the target cannot load.
+
+    head    the first 20 bytes of the file, with the ELF header
+    """
     if target.platform is None or not _is_native(name, head):
         return
     architecture = _architecture(target)
@@ -267,7 +273,7 @@ def _verify(name: str, head: bytes, target: Target) -> None:
     if machine != MACHINES[architecture]:
         found = next((known for known, number in MACHINES.items() if number == machine), f"ELF machine {machine}")
         raise ConfigError(f"{name} is for {found}, expected {architecture}: it does not fit Lambda")
-    # A library without a tag is not imported but linked to, like those of `*.libs`.
+    # A library without a tag in its name is linked to and not imported, as in `*.libs`.
     tag = re.search(r"\.(cpython-[^.]+|abi\d[^.]*|pypy[^.]+)\.so$", name)
     expected = f"cpython-{target.python.replace('.', '')}-{architecture}-linux-gnu"
     if tag is not None and tag[1] not in (expected, "abi3"):
@@ -275,7 +281,7 @@ def _verify(name: str, head: bytes, target: Target) -> None:
 
 
 def main() -> None:
-    """Build the zip and say what is in it; one sentence on stderr and exit status 2 if that is not possible."""
+    """Build the zip and print a report. If that fails, print one sentence on stderr and exit with status 2."""
     parser = argparse.ArgumentParser(prog="python -m infra.artifact", description="Build the zip that Lambda runs.")
     parser.add_argument("--host", action="store_true", help="for this machine and this Python instead of Lambda's")
     parser.add_argument("--out", type=Path, help="default: dist/lambda.zip, or dist/lambda-host.zip with --host")

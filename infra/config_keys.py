@@ -1,8 +1,8 @@
-"""Refuse keys of a stack's config that the program would ignore, and keys that were set as secrets and hold none.
+"""Refuse keys of a stack's config that the program would ignore, and keys that were set as secrets.
 
-A key of Pulumi's config is NAMESPACE:NAME, and the project's own keys begin with its name in Pulumi.yaml. Pulumi hands
-every key to the program and checks no namespace. So after the project got another name, `crudstack:stage: prod` would
-be ignored, and the stack would be an unprotected one. The program and `make deploy` both call `check_keys`.
+A key of Pulumi's config is NAMESPACE:NAME, and the project's own keys begin with its name in Pulumi.yaml. Pulumi passes
+every key to the program and checks no namespace. So after the project was renamed, `crudstack:stage: prod` would be
+ignored, and the stack would not be protected. The program and `make deploy` both call `check_keys`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DeployedStage = Callable[[], str | None]
 
 
 class Keys(Struct, frozen=True, kw_only=True):
-    """The config of a stack, and what its keys are judged by."""
+    """The config of a stack, and the names that its keys are compared with."""
 
     project: str
     """The name in Pulumi.yaml."""
@@ -52,7 +52,7 @@ class Keys(Struct, frozen=True, kw_only=True):
         return {key.removeprefix(start): value for key, value in self.values.items() if key.startswith(start)}
 
     def command(self, *words: str) -> str:
-        """Return a command of `pulumi config` for this stack, to be pasted into a shell."""
+        """Return a `pulumi config` command for this stack, quoted for a shell."""
         return " ".join(["pulumi config", words[0], "--stack", shlex.quote(self.stack), *words[1:]])
 
 
@@ -73,7 +73,7 @@ def project_file_keys(file: Path) -> frozenset[str]:
 def check_keys(keys: Keys, deployed_stage: DeployedStage) -> None:
     """Raise ConfigError if a key would be ignored, if one of the project's keys is a secret, or if its name is `TAKEN`.
 
-    The sentence names the keys and the command that corrects them. It never holds the value of a secret.
+    The error names the keys and the command that corrects them. It never holds the value of a secret.
     """
     if keys.project in TAKEN:
         raise ConfigError(
@@ -89,8 +89,9 @@ def check_keys(keys: Keys, deployed_stage: DeployedStage) -> None:
 def _is_leftover(keys: Keys, key: str) -> bool:
     """Return whether a key was meant for this project, but begins with another name.
 
-    Every key of the project's first name was. A key of another namespace was if it has the name of a setting, unless
-    the namespace is a provider's: `auth0:domain` and `pulumi:tags` are legal.
+    Every key that begins with the project's first name was meant for it. A key of another namespace was meant for it if
+    it has the name of a setting, unless the namespace belongs to a provider: `auth0:domain` and `pulumi:tags` are
+    legal.
     """
     namespace, _, name = key.rpartition(":")
     if namespace == keys.project:
@@ -108,7 +109,7 @@ def _leftover(keys: Keys, leftovers: list[str], deployed_stage: DeployedStage) -
     found = f"{_list(leftovers)} {'is' if len(leftovers) == 1 else 'are'} set, but"
     reads = f"the `name` in Pulumi.yaml is {keys.project}, so the program reads keys like {keys.project}:stage only"
     if in_file := [key for key in leftovers if key in keys.in_project_file]:
-        # The file has each setting already, so a key that is renamed there would be there twice.
+        # The file declares every setting, so a renamed key would be in it twice.
         settings = [name for key in in_file if (name := key.rpartition(":")[2]) in StackConfig.__struct_fields__]
         set_there = f"set the `default` of {_list(settings)} there instead, and " if settings else ""
         return f"{found} {reads}: in Pulumi.yaml, {set_there}remove {_list(in_file)}"
@@ -168,11 +169,14 @@ def _secret(keys: Keys, names: list[str]) -> str:
 
 
 def _set(keys: Keys, old: str, new: str) -> str:
-    """Return the command that sets a key to the value of another one, as plain text. It reads a secret by itself."""
+    """Return the command that sets a key to the value of another one, as plain text.
+
+    If the value is a secret, the command reads it, so that the error does not hold it.
+    """
     value = keys.values[old]
     if value.secret or value.text is None:
         # If `config get` fails, the JSON is not valid and nothing is set. `config set` would set an empty value, and
-        # the next command would remove the old key. `config set` would also make a text of an object.
+        # the next command would remove the old key. `config set` would also turn an object into text.
         get = keys.command("get", shlex.quote(old))
         plain = f'{get} --json | sed \'s/"secret": true/"secret": false/\''
         return keys.command("set-all", "--json", f'"{{\\"{new}\\": $({plain})}}"')

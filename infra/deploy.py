@@ -1,9 +1,9 @@
-"""`make deploy STAGE=dev`: creates or updates a stack on AWS, and asks before anything is billed.
+"""The command `make deploy STAGE=dev`: it creates or updates a stack on AWS, and asks before anything is billed.
 
     python -m infra.deploy --stage dev [--stack NAME] [--yes]
 
-Each step is a function that does one thing, or raises ConfigError with one sentence that says what is missing and what
-to do. Every step can be repeated, so the command is run again once that is done.
+`deploy` lists the steps. Each step is a function that does one thing, or raises ConfigError with one sentence that says
+what is missing and what to do. Every step can be repeated, so its user does that and runs the command again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ cli = App(
 
 
 class Aws(NamedTuple):
-    """Where the stack is, and as whom."""
+    """The account and region of the stack, and a session with the credentials for them."""
 
     session: Any
     """A boto3.Session."""
@@ -71,7 +71,7 @@ def deploy(*, stage: str, stack: str | None = None, yes: Annotated[bool, Paramet
     stack
         The name of the stack in Pulumi; that of the stage if none is given.
     yes
-        Ask nothing: log in locally if there is no login, and make the changes.
+        Ask no questions: log in locally if there is no login, and make the changes.
     """
     name = stack or stage
     check_place()
@@ -128,7 +128,8 @@ def check_pulumi() -> None:
         installed = Path(os.environ.get("PULUMI_HOME") or Path.home() / ".pulumi", "bin")
         if (installed / "pulumi").exists():
             raise ConfigError(
-                f'pulumi is in {installed}, which is not on PATH: open a new shell, or `export PATH="{installed}:$PATH"`'
+                f"pulumi is in {installed}, which is not on PATH: open a new shell, or"
+                f' `export PATH="{installed}:$PATH"`'
             )
         raise ConfigError(f"pulumi is not on PATH: install it by {INSTALL}, and open a new shell")
     found = pulumi_cli.ask("version").strip().removeprefix("v")
@@ -140,19 +141,19 @@ def check_pulumi() -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if found is None:
-        raise ConfigError(f"`pulumi version` is {version!r}, expected a version like 3.276.0: install pulumi anew")
+        raise ConfigError(f"`pulumi version` is {version!r}, expected a version like 3.276.0: install pulumi again")
     return tuple(map(int, found.groups()))
 
 
 def check_python() -> None:
-    """Raise ConfigError if there is no Python of Lambda's version, which compiles the zip. uv gets it if it can."""
+    """Raise ConfigError if there is no Python of Lambda's version, which compiles the zip, and uv cannot install it."""
     from infra import artifact
 
     artifact.interpreter(artifact.LAMBDA.python)
 
 
 def stack_file(stack: str) -> dict[str, Any]:
-    """Return what Pulumi.STACK.yaml holds, {} if there is none. Raises ConfigError if it cannot be read."""
+    """Return the content of Pulumi.STACK.yaml, {} if there is no such file. Raises ConfigError if it cannot be read."""
     file = _file_of(stack)
     try:
         content = yaml.safe_load(file.read_text()) or {}
@@ -170,14 +171,14 @@ def _file_of(stack: str) -> Path:
 
 
 def _stored(stored: Mapping[str, Any], key: str) -> str | None:
-    """Return a text of the stack's config, before `pulumi` can be asked: of the stack's file, else of Pulumi.yaml."""
+    """Return a value of the stack's file, else of Pulumi.yaml. Needs no `pulumi`. Values other than text are None."""
     project = yaml.safe_load(Path("Pulumi.yaml").read_text())
     value = {**_plain(project), **(stored.get("config") or {})}.get(key)
     return value if isinstance(value, str) else None
 
 
 def _plain(project: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that Pulumi.yaml gives to all stacks; those of the project's own keys are only defaults."""
+    """Return the values that Pulumi.yaml gives to all stacks, without the defaults of the project's own keys."""
     found = {}
     for key, value in (project.get("config") or {}).items():
         if ":" in key:
@@ -186,14 +187,18 @@ def _plain(project: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def log_in(*, yes: bool) -> str:
-    """Return the URL of the backend that Pulumi is logged in to, after a login if there was none. Raises ConfigError."""
+    """Return the URL of the backend that Pulumi is logged in to. Logs in, after a question, if there is no login.
+
+    Raises ConfigError if there is no login afterwards, or if the backend cannot be reached.
+    """
     done = pulumi_cli.run("whoami", "--json")
     if done.returncode == NOT_LOGGED_IN:
         if os.environ.get("PULUMI_BACKEND_URL"):
             raise ConfigError("pulumi is not logged in to the backend of PULUMI_BACKEND_URL: run `pulumi login` first")
         if not yes and not asked("Pulumi is not logged in. Keep the state of stacks on this machine, below ~/.pulumi?"):
             raise ConfigError(
-                "pulumi is not logged in: run `pulumi login s3://BUCKET`, or `pulumi login` for Pulumi Cloud, and then this"
+                "pulumi is not logged in: run `pulumi login s3://BUCKET`, or `pulumi login` for Pulumi Cloud, and then"
+                " this"
             )
         pulumi_cli.ask("login", "--local")
         print("Logged in. The state of stacks is on this machine, below ~/.pulumi: keep it, updates need it.")
@@ -206,7 +211,7 @@ def log_in(*, yes: bool) -> str:
 def check_passphrase(stack: str, stored: Mapping[str, Any], backend: str) -> None:
     """Raise ConfigError if the stack's secrets need a passphrase and the environment has none.
 
-    A question would not do: every later `pulumi preview`, `up` or `destroy` needs the variable as well.
+    The passphrase is not asked for, because every later `pulumi preview`, `up` or `destroy` needs the variable too.
     """
     by_service = backend.startswith(("https://", "http://")) and "encryptionsalt" not in stored
     if by_service or stored.get("secretsprovider") not in (None, "passphrase"):
@@ -252,7 +257,10 @@ def choose_region(stored: Mapping[str, Any], *, yes: bool) -> str:
 
 
 def check_credentials(stored: Mapping[str, Any], region: str) -> Aws:
-    """Ask AWS who the credentials belong to. Raises ConfigError if there are none, or if AWS refuses them."""
+    """Return the account that the credentials belong to. Asks AWS.
+
+    Raises ConfigError if there are no credentials, if AWS refuses them, or if AWS cannot be reached.
+    """
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError
@@ -285,7 +293,7 @@ def _no_credentials(error: Exception) -> str:
 
 
 def select_stack(stack: str) -> bool:
-    """Select the stack, and create it if it does not exist. Return whether AWS has nothing of it yet."""
+    """Select the stack, and create it if it does not exist. Return whether it has no resources yet."""
     done = pulumi_cli.run("stack", "select", stack)
     if done.returncode == NO_SUCH_STACK:
         done = pulumi_cli.run("stack", "init", stack)
@@ -304,9 +312,10 @@ def select_stack(stack: str) -> bool:
 
 
 def configure(stack: str, stage: str, stored: Mapping[str, Any], region: str, *, is_new: bool) -> StackConfig:
-    """Set stage and region where the stack has none, and return the config, checked. Raises ConfigError.
+    """Set the stage and the region if the stack has none. Return the config, which was checked.
 
-    The stage of a stack that exists is never changed: every resource would be replaced, and the old data deleted.
+    The stage of a stack that exists is never changed, because every resource would be replaced and the old data
+    deleted. Raises ConfigError if the stack has another stage, or if the config is wrong.
     """
     from infra.config import read
     from infra.config_keys import Keys, check_keys, project_file_keys
@@ -347,9 +356,9 @@ def deployed_function(stack: str) -> str | None:
 
 
 def check_quota(aws: Aws, config: StackConfig, function: str | None) -> None:
-    """Raise ConfigError if the account cannot reserve the concurrent executions that a database's function gets.
+    """Raise ConfigError if the account has too few concurrent executions for the reservation of the function.
 
-    function    the stack's present function, whose own reservation counts as free
+    function    the function that the stack has, whose reservation counts as free; None if there is none
     """
     from botocore.exceptions import ClientError
 
@@ -366,14 +375,14 @@ def check_quota(aws: Aws, config: StackConfig, function: str | None) -> None:
     free = limits["UnreservedConcurrentExecutions"] + answer.get("ReservedConcurrentExecutions", 0)
     if free - wanted < UNRESERVED:
         raise ConfigError(
-            f"the account has {free} unreserved concurrent executions of Lambda, expected {wanted + UNRESERVED}: request"
-            " a higher quota (`aws service-quotas request-service-quota-increase --service-code lambda --quota-code"
-            " L-B99A9384 --desired-value 1000`), or set postgres.proxy, which needs no reservation"
+            f"the account has {free} unreserved concurrent executions of Lambda, expected {wanted + UNRESERVED}:"
+            " request a higher quota (`aws service-quotas request-service-quota-increase --service-code lambda"
+            " --quota-code L-B99A9384 --desired-value 1000`), or set postgres.proxy, which needs no reservation"
         )
 
 
 def preview(stack: str) -> None:
-    """Show what an update would change. Raises ConfigError if that fails."""
+    """Show the changes that an update would make. Raises ConfigError if that fails."""
     if pulumi_cli.watch("preview", stack=stack) != 0:
         raise ConfigError("`pulumi preview` failed, as it says above; nothing was changed")
 
@@ -396,14 +405,17 @@ def cost(config: StackConfig) -> str:
 
 
 def confirm(aws: Aws, *, yes: bool) -> None:
-    """Ask whether to go on. Raises ConfigError if not."""
+    """Ask whether to make the changes. Raises ConfigError if the answer is no."""
     question = f"Make these changes in the account {aws.account}, {aws.region}? AWS bills for them from then on."
     if not yes and not asked(question, usual=False):
         raise ConfigError("declined: nothing was changed on AWS")
 
 
 def asked(question: str, *, usual: bool = True) -> bool:
-    """Ask a question. `usual`: the answer that Enter gives. The end of the input is a no."""
+    """Ask a question, and return whether the answer is yes. The end of the input means no.
+
+    usual    the answer that Enter gives
+    """
     try:
         answer = input(f"{question} [{'Y/n' if usual else 'y/N'}] ").strip().lower()
     except EOFError:
@@ -413,7 +425,7 @@ def asked(question: str, *, usual: bool = True) -> bool:
 
 
 def update(stack: str, stage: str) -> None:
-    """Make the changes that the preview has shown. Raises ConfigError if that fails."""
+    """Run the update. Raises ConfigError if it fails."""
     if pulumi_cli.watch("up", "--yes", "--skip-preview", stack=stack) != 0:
         again = f"make deploy STAGE={stage}" + (f" STACK={stack}" if stack != stage else "")
         raise ConfigError(
@@ -422,7 +434,7 @@ def update(stack: str, stage: str) -> None:
 
 
 def address(outputs: StackOutputs, stack: str) -> str:
-    """Return the URL, and a command that asks it."""
+    """Return the URL of the API, and a command that sends it a request."""
     header = ""
     if isinstance(outputs.auth, TokenAuth):
         header = f' -H "Authorization: Bearer $(.venv/bin/crudstack token show --stack {stack})"'
@@ -435,9 +447,9 @@ def address(outputs: StackOutputs, stack: str) -> str:
 
 
 def check_reservation(aws: Aws, config: StackConfig, outputs: StackOutputs) -> None:
-    """Raise ConfigError if the function lacks its reservation.
+    """Raise ConfigError if the function has no reservation, although the config asks for one.
 
-    If AWS refused it once, the state has it all the same, and a later update that succeeds does not ask for it again.
+    After AWS has refused a reservation, the state lists it all the same. A later update does not ask for it again.
     """
     from botocore.exceptions import ClientError
 
@@ -457,7 +469,7 @@ def check_reservation(aws: Aws, config: StackConfig, outputs: StackOutputs) -> N
 
 
 def main() -> int:
-    """Run the command. Return 0, or after one sentence on stderr 2; 130 after Ctrl-C."""
+    """Run the command. Return 0, or 2 after one sentence on stderr, or 130 after Ctrl-C."""
     try:
         cli(exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -471,7 +483,7 @@ def main() -> int:
 
 
 def _ended(code: int, why: str) -> int:
-    sys.stdout.flush()  # what was done comes before why it ended, in a log too
+    sys.stdout.flush()  # so that in a log the steps come before the reason
     print(f"deploy: {why}".strip(), file=sys.stderr)
     return code
 

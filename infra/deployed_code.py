@@ -1,13 +1,14 @@
-"""Leave the code of a function as it is if the new zip holds what runs already.
+"""Keep the code of a function if it runs the contents of the new zip already.
 
 Pulumi compares zips by the hash of their bytes. Another zlib compresses the same files to other bytes, and another
-patch release of Python compiles the same modules to other bytecode, so two machines would deploy in turn what has not
-changed. Therefore each function records the hash of the contents, `artifact.contents`, as its `source_code_hash`. AWS's
-provider only stores that. If the state says that a function has these contents, its `code` is ignored.
+patch release of Python compiles the same modules to other bytecode, so two machines would deploy unchanged code in
+turn. Therefore each function records the hash of the contents, `artifact.contents`, as its `source_code_hash`. AWS's
+provider stores this hash and does not use it. If the state says that a function has these contents, its `code` is
+ignored.
 
-Invariant: a function is named by `running` only if an update that uploaded these contents has succeeded. The state gets
-the inputs of a resource when its update ends; inputs and outputs that differ, errors of the provider, and operations
-that were interrupted, are an update that may not have ended.
+Invariant: `running` names a function only if an update that uploaded these contents has succeeded. The state gets the
+inputs of a resource at the end of its update. If inputs and outputs differ, if the provider reported errors, or if an
+operation was interrupted, the update may not have ended.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from infra.artifact import Artifact
 
 PROGRAM = Path(__file__).resolve().parent
-"""The directory of the program, to which the engine and the provider take paths as relative."""
+"""The directory of the program. The engine and the provider resolve relative paths from it."""
 FUNCTION = "aws:lambda/function:Function"
 
 
@@ -29,7 +30,7 @@ class Package(NamedTuple):
     path: str
     """Relative to the program, so that a later update finds the zip of another machine's state in its own checkout."""
     contents: str | None = None
-    """The hash of what is in it; None: unknown, then functions are updated if the bytes of the zip differ."""
+    """The hash of the contents; None if it is not known: then functions are updated if the bytes of the zip differ."""
     running: frozenset[str] = frozenset()
     """The functions that have these contents already, by their names in the program."""
 
@@ -39,7 +40,10 @@ class Package(NamedTuple):
 
 
 def package_of(artifact: Artifact, state: Any) -> Package:
-    """Return what the program registers. `state`: an exported one, or None if it is not known."""
+    """Return the package of a built zip.
+
+    state    the exported state of the stack, or None if it is not known
+    """
     path = Path(os.path.relpath(artifact.path.resolve(), PROGRAM)).as_posix()
     if not artifact.contents:
         return Package(path)
@@ -49,7 +53,7 @@ def package_of(artifact: Artifact, state: Any) -> Package:
 def running(state: Any, contents: str) -> frozenset[str]:
     """Return the names of the functions that have these contents and whose recorded zip exists on this machine.
 
-    The provider reads the recorded zip at each update of a function, whatever is updated.
+    The provider reads the recorded zip at each update of a function, also if only other arguments change.
     """
     deployment = (state or {}).get("deployment") or {}
     interrupted = {each["resource"]["urn"] for each in deployment.get("pending_operations") or []}

@@ -1,12 +1,12 @@
-"""Tell which files git ignores: by git itself in a checkout, and by the `.gitignore` files elsewhere.
+"""The files that git ignores. In a checkout git itself is asked; elsewhere the `.gitignore` files are read.
 
 >>> rules = rules_for(Path("app"))
 >>> rules.ignored([("models.py", False), ("credentials.json", False), ("data", True)])
 [False, True, False]
 
-Git's own answer counts in a checkout: `.gitignore`, `.git/info/exclude` and the user's `core.excludesFile` are obeyed,
-and a file that is tracked is not ignored. Without git, or outside of a checkout, the `.gitignore` files and
-`.git/info/exclude` are read here. Every other failure of git is a ConfigError, so that no failure publishes a file.
+In a checkout git applies `.gitignore`, `.git/info/exclude` and the user's `core.excludesFile`, and a tracked file is
+not ignored. Without git, or outside of a checkout, this module reads the `.gitignore` files and `.git/info/exclude`.
+Every other failure of git is a ConfigError, so that no failure publishes a file.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from pathspec import GitIgnoreSpec
 from app.autocrud.errors import ConfigError
 
 LIMIT_S = 60
-"""For one command of git. It takes some milliseconds."""
+"""Seconds after which a command of git is given up. It takes some milliseconds."""
 KEPT = frozenset({"GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM", "GIT_CONFIG_SYSTEM"})
-"""Variables that say where the user's settings are. All other `GIT_*`, which hooks set, may name another one."""
+"""Variables that name the user's settings. All other `GIT_*`, which hooks set, may name another repository."""
 
 
 class Rules(Protocol):
-    """What is ignored below a directory. Paths are relative to it, with slashes; non-UTF-8 bytes are surrogates."""
+    """The files that git ignores below a directory.
+
+    Paths are relative to it, with slashes. Bytes that are not UTF-8 are surrogates.
+    """
 
     def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
-        """Return for each entry, a path and whether it is a directory, whether git ignores it.
+        """Return for each entry whether git ignores it. An entry is a path, and whether it is a directory.
 
-        A directory that a pattern matches counts as ignored although files in it are tracked: see `tracks`.
+        A directory that a pattern matches counts as ignored, also if files in it are tracked: see `tracks`.
         """
         ...
 
@@ -44,7 +47,7 @@ class Rules(Protocol):
         ...
 
     def is_repository(self, path: str) -> bool:
-        """Return whether a directory is a repository of its own, of which `repository_rules` are the rules."""
+        """Return whether a directory is a repository of its own, to which `repository_rules` apply."""
         ...
 
 
@@ -60,7 +63,7 @@ def rules_for(directory: Path) -> Rules:
         rules = GitRules(directory)
         project = directory.parent
         if top not in (directory, project) and not rules.tracks(""):
-            # A repository around the project that ignores the project, such as one of a home directory, does not count.
+            # A repository that contains the project and ignores it, such as one of a home directory, is not asked.
             relative = project.relative_to(top).as_posix()
             if GitRules(top).ignored([(relative, True)]) == [True]:
                 return FileRules(project, directory)
@@ -72,8 +75,9 @@ def rules_for(directory: Path) -> Rules:
 def repository_rules(directory: Path, outer: Rules, path: str) -> Rules:
     """Return the rules for a repository within the project, such as a submodule. Raises ConfigError if git fails.
 
-    outer    the rules of the repository around it
-    path     what the directory is called there
+    directory    the directory of the inner repository
+    outer        the rules of the repository that contains it
+    path         the path of the directory in the outer repository
     """
     inner: Rules = FileRules(directory, directory)
     if os.path.lexists(directory / ".git") and shutil.which("git") is not None:
@@ -83,11 +87,11 @@ def repository_rules(directory: Path, outer: Rules, path: str) -> Rules:
 
 
 class _NotARepositoryError(Exception):
-    """Git finds no repository, although there is a `.git`: its repository was not copied with it, for example."""
+    """Git finds no repository, although there is a `.git`: for example, the repository was not copied with it."""
 
 
 class GitRules:
-    """The answers of git. Obeys everything that git obeys."""
+    """Rules that ask git, so they include everything that git takes into account."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -99,9 +103,9 @@ class GitRules:
         """Return which entries git ignores, in one call of git."""
         if not entries:
             return []
-        # Without --no-index git would take names for patterns, and `key[1].json` for tracked if `key1.json` is. The
-        # answers are matched by their order, because git may write a name in another Unicode normalization than the
-        # directory.
+        # Without --no-index git would read names as patterns, and treat `key[1].json` as tracked if `key1.json` is. The
+        # answers are matched by their order, because git may print a name in another Unicode normalization than the
+        # directory has.
         asked = b"".join(os.fsencode(f"./{path}") + b"\0" for path, _ in entries)
         said = _git(self._directory, "check-ignore", "--no-index", "--stdin", "-z", "-v", "-n", input=asked)
         answers = said.split(b"\0")[:-1]
@@ -126,16 +130,17 @@ class GitRules:
 
 
 class InnerRules:
-    """The rules of a repository within another one, such as a submodule: a pattern of either ignores a file.
+    """The rules of a repository within another one, such as a submodule.
 
-    Files that the inner repository tracks are not ignored: `tracks` tells them.
+    A file is ignored if either repository has a pattern for it.
+    `tracks` returns True for the files that the inner repository tracks, so they are not ignored.
     """
 
     def __init__(self, inner: Rules, outer: Rules, path: str) -> None:
         self._inner, self._outer, self._path = inner, outer, path
 
     def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
-        """Return which entries either repository ignores."""
+        """Return for each entry whether either repository ignores it."""
         of_outer = self._outer.ignored([(f"{self._path}/{path}", is_directory) for path, is_directory in entries])
         return [inner or outer for inner, outer in zip(self._inner.ignored(entries), of_outer, strict=True)]
 
@@ -151,11 +156,11 @@ class InnerRules:
 class FileRules:
     """The rules of `.gitignore` files and of `.git/info/exclude`, read without git.
 
-    top          the uppermost directory whose `.gitignore` counts
-    directory    to which paths are relative; `top`, or below it
+    top          the uppermost directory whose `.gitignore` is read
+    directory    the directory that paths are relative to: `top`, or one below it
 
-    A tracked file that a pattern matches counts as ignored: without git nothing says that it is tracked. `?` matches a
-    character, and not a byte as in git; `a/**/` matches `a` too. Each leaves out more than git, never less.
+    A tracked file that a pattern matches counts as ignored, because only git knows that it is tracked. `?` matches a
+    character, and not a byte as in git; `a/**/` matches `a` too. Each of these ignores more than git, never less.
     """
 
     def __init__(self, top: Path, directory: Path) -> None:
@@ -167,11 +172,11 @@ class FileRules:
         self._all = any(self._matched(path, is_directory=True) for path in above)
 
     def ignored(self, entries: Sequence[tuple[str, bool]]) -> list[bool]:
-        """Return which entries the patterns match. Their parent directories were asked for before."""
+        """Return for each entry whether the patterns match it. Callers have asked for its parent directories before."""
         return [self._all or self._matched(self._directory / path, is_directory=is_dir) for path, is_dir in entries]
 
     def tracks(self, path: str) -> bool:
-        """Return False: see above."""
+        """Return False, because only git knows which files are tracked."""
         return False
 
     def is_repository(self, path: str) -> bool:
@@ -179,7 +184,7 @@ class FileRules:
         return os.path.lexists(self._directory / path / ".git")
 
     def _matched(self, path: Path, *, is_directory: bool) -> bool:
-        """Return whether the pattern that counts, the last one of the nearest file, excludes this path."""
+        """Return whether the deciding pattern, the last one of the nearest file, excludes this path."""
         for parent in path.parents:
             if parent not in self._specs:
                 self._specs[parent] = _spec(parent / ".gitignore")
@@ -191,13 +196,14 @@ class FileRules:
 
 
 def _check(spec: GitIgnoreSpec, path: Path, parent: Path, *, is_directory: bool) -> bool | None:
-    """Return whether the last pattern of a file that matches this path, and not only a parent of it, excludes it.
+    """Return whether the last pattern that matches this path excludes it; None if no pattern matches it.
 
-    GitIgnoreSpec.check_file answers for a whole path at once, and weighs patterns for directories otherwise than git.
+    A pattern that matches only a parent of the path does not count. GitIgnoreSpec.check_file is not used: it decides
+    about a whole path at once, and ranks patterns for directories in another order than git.
     """
     relative = path.relative_to(parent).as_posix()
     for pattern in reversed(list(spec.patterns)):
-        # A comment has neither.
+        # A comment has no such attributes.
         if pattern.include is None or pattern.regex is None:
             continue
         has_parent = PARENT in pattern.regex.groupindex
@@ -215,7 +221,7 @@ PARENT = "ps_d"
 
 
 def _spec(file: Path) -> GitIgnoreSpec:
-    """Read a file of patterns as git does, which drops a byte order mark and the end of lines of Windows."""
+    """Read a file of patterns like git, which ignores a byte order mark and the line ends of Windows."""
     # `.git/info/exclude` may be a link.
     if file.name == ".gitignore" and file.is_symlink():
         raise ConfigError(f"{file} is a symbolic link, which git does not follow: put the file itself in its place")
@@ -233,8 +239,8 @@ def _spec(file: Path) -> GitIgnoreSpec:
 def _git(directory: Path, *arguments: str, input: bytes = b"") -> bytes:
     """Return what git prints about a checkout. Raises ConfigError if it fails.
 
-    A checkout of another owner, as a container has it, is asked too: these commands only read, start no program of the
-    checkout, and the code of the checkout is what runs here already.
+    A checkout of another owner, as in a container, is allowed: these commands only read and start no program of the
+    checkout, and the code of the checkout runs here already.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in KEPT}
     command = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", *arguments]
@@ -251,7 +257,7 @@ def _git(directory: Path, *arguments: str, input: bytes = b"") -> bytes:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"git cannot say what it ignores in {directory}: {error}") from None
     said = done.stderr.decode(errors="replace").strip().splitlines()
-    # Git only warns about such a file, and goes on without its patterns.
+    # Git only warns about such a file, and continues without its patterns.
     if unread := [line for line in said if "unable to access" in line]:
         raise ConfigError(
             f"git cannot read all of what it ignores in {directory}, so nothing is published: {unread[0]}; make that"

@@ -1,8 +1,8 @@
 """Refuse an update that would delete protected resources, before it changes anything.
 
 The engine would refuse too, but only after it has created, updated and deleted everything else. Therefore `check` reads
-from the stack's state what is protected, and compares it with what the config still asks for. `test_protected.py` keeps the comparison
-in step with the program.
+the protected resources from the stack's state, and compares them with the resources that the config asks for.
+`tests/infra/test_protected.py` checks that this comparison agrees with the program.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from app.autocrud.errors import ConfigError
 from infra.config import StackConfig
 
 EXPORT_S = 60
-"""How long reading the state may take. From a file it takes 0.2 seconds."""
+"""Seconds after which reading the state is given up. Reading it from a file takes 0.2 seconds."""
 DATABASE = {
     "Instance": "instance",
     "ParameterGroup": "instance",
@@ -32,11 +32,11 @@ DATABASE = {
     "SubnetGroup": None,
     "SecurityGroup": None,
 }
-"""What a database consists of, by type; the value is the one `postgres.mode` that has it."""
+"""The types of a database's resources. The value is the `postgres.mode` that has the type; None: both have it."""
 
 
 DATA_BUCKET = re.compile(r"crudstack-(.+)-data")
-"""The name of the bucket that every stack has; the group is the stage."""
+"""The name of the bucket of a stack. The group is the stage."""
 
 
 class Protected(NamedTuple):
@@ -48,22 +48,21 @@ class Protected(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """What a config has that the protected resources do not allow."""
+    """A value of the config with which an update would delete a protected resource."""
 
     key: str
     found: str
     lost: str
-    """What an update would remove, in a few words."""
+    """The resource that an update would remove, in a few words."""
     expected: str
 
 
 def check(config: StackConfig, root: Path) -> Any:
     """Raise ConfigError if an update of the running program's stack would delete protected resources.
 
-    Returns the state of the stack, None if it cannot be read.
-
-    The sentence names the key, and the command that unprotects exactly these resources. After that command the update
-    goes on. If the state cannot be read, a warning says why, and the engine's own refusal remains.
+    The error names the key, and the command that unprotects exactly these resources. After that command the update is
+    possible. Returns the state of the stack. If the state cannot be read, returns None after a warning that says why;
+    the engine then refuses such an update itself.
 
     root    the directory of Pulumi.yaml
     """
@@ -96,7 +95,7 @@ def deployed_stage(root: Path) -> str | None:
 
 
 def stage_of(state: Any) -> str | None:
-    """Return the stage in the names of the resources of an exported state; None if it has none of them."""
+    """Return the stage in the name of the bucket in an exported state; None if there is no such bucket."""
     for each in (state.get("deployment") or {}).get("resources") or []:
         name = each["urn"].rpartition("::")[2]
         if each["type"] == "aws:s3/bucket:Bucket" and (found := DATA_BUCKET.fullmatch(name)):
@@ -127,7 +126,7 @@ def export(stack: str, root: Path) -> Any:
 
 
 def protected(state: Any) -> list[Protected]:
-    """Return what is protected in an exported state, without replaced resources that only wait to be deleted."""
+    """Return the protected resources of an exported state, without replaced ones that are yet to be deleted."""
     resources = (state.get("deployment") or {}).get("resources") or []
     return [
         Protected(each["urn"], each["type"], each["urn"].rpartition("::")[2])
@@ -139,7 +138,7 @@ def protected(state: Any) -> list[Protected]:
 def refuse(config: StackConfig, found: Iterable[Protected], stack: str, project: str) -> None:
     """Raise ConfigError if the program no longer registers one of these resources.
 
-    The names of the stack and the project are for the sentence.
+    The error contains the names of the stack and the project.
     """
     by_refusal: dict[Refusal, list[str]] = {}
     for resource in found:
@@ -155,7 +154,10 @@ def refuse(config: StackConfig, found: Iterable[Protected], stack: str, project:
 
 
 def refusal_of(config: StackConfig, resource: Protected) -> Refusal | None:
-    """Return why the program would not register a resource; None if it would, or if the resource is not its own."""
+    """Return the value with which the program would not register a resource.
+
+    Returns None if it would register the resource, or if the resource is none of the program.
+    """
     if not resource.name.startswith("crudstack-") or not resource.type.startswith("aws:"):
         return None
     prefix, type_ = f"crudstack-{config.stage}-", resource.type.rpartition(":")[2]
@@ -196,7 +198,7 @@ def _token(config: StackConfig, name: str) -> Refusal | None:
     if config.auth != "token":
         return Refusal("auth", _shown(config.auth), "the API token", "token")
     generation = name.removeprefix("token-")
-    # The program keeps the one before, too, so that a rotation deletes nothing that is protected.
+    # The program also registers the generation before, so that a rotation deletes no protected resource.
     if not generation.isdecimal() or int(generation) in (config.token_generation, config.token_generation - 1):
         return None
     lost = f"the API token of generation {generation}"
@@ -209,7 +211,7 @@ def _shown(value: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return the last line of what went wrong."""
+    """Return the last line of an error."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = [line.strip() for line in error.stderr.splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {error.returncode}"

@@ -15,14 +15,14 @@ from typing import NamedTuple
 from app.autocrud.errors import ConfigError
 
 TASK = "/var/task"
-"""Where Lambda unpacks the zip."""
+"""The directory that Lambda unpacks the zip into."""
 
 
 class Target(NamedTuple):
-    """What the wheels are for."""
+    """The machine and the Python that run the zip."""
 
     platform: str | None
-    """As uv's --python-platform names it; None is this machine."""
+    """A name of uv's --python-platform; None is this machine."""
     python: str
     """Major and minor version, "3.13"."""
 
@@ -31,9 +31,9 @@ LAMBDA = Target("aarch64-manylinux_2_28", "3.13")
 
 
 def host(python: str | None = None) -> Target:
-    """Return a target for this machine, to try out here what Lambda would run.
+    """Return a target for this machine, to run the zip here.
 
-    python  its version, or None for that of this process
+    python    the version of Python, such as "3.13"; None: the version of this process
     """
     return Target(None, python or f"{sys.version_info.major}.{sys.version_info.minor}")
 
@@ -43,11 +43,11 @@ class Interpreter(NamedTuple):
 
     path: Path
     release: str
-    """Its exact version, "3.13.0", which decides about the bytecode."""
+    """Its exact version, such as "3.13.0", on which the bytecode depends."""
 
 
 def interpreter(version: str) -> Path:
-    """Return a CPython of this minor version: this one, one on PATH, pyenv's, or uv's, which installs it if it can.
+    """Return a CPython of this minor version: this one, one on PATH, one of pyenv, or one that uv has or installs.
 
     Raises ConfigError if there is none.
     """
@@ -67,21 +67,21 @@ def find_interpreter(version: str) -> Interpreter:
 
 
 def _candidates(version: str) -> Iterator[Path]:
-    """Programs that may be this Python, the cheapest to ask first."""
+    """Yield programs that may be this Python, the fastest to find first."""
     yield Path(sys.executable)
     for directory in os.get_exec_path():
         yield Path(directory or ".") / f"python{version}"
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     versions = (pyenv / "versions").glob(f"{version}.*/bin/python")
     yield from sorted(versions, key=lambda path: [int(number) for number in re.findall(r"\d+", path.parts[-3])])[::-1]
-    # Only its own: others are on PATH, and a shim there that does not work (pyenv's) makes uv give up.
+    # Only Pythons that uv manages: a shim on PATH that does not work, such as pyenv's, would make uv fail.
     yield from _said_by_uv("python", "find", "--managed-python", version)
     _said_by_uv("python", "install", version)
     yield from _said_by_uv("python", "find", "--managed-python", version)
 
 
 def _said_by_uv(*arguments: str) -> list[Path]:
-    """The path that uv prints; none if it fails, or is not here."""
+    """Return the paths that uv prints; none if it fails or is not installed."""
     try:
         done = uv(*arguments)
     except ConfigError:
@@ -90,11 +90,15 @@ def _said_by_uv(*arguments: str) -> list[Path]:
 
 
 def _probe(python: Path) -> Interpreter | None:
-    """Where this program really is and its exact version, if it runs and is a released CPython with the usual ABI.
+    """Return the real path and the exact version of a program if it is a released CPython with the usual ABI.
 
-    Programs on PATH may be shims that fail, or that depend on the directory they are called in.
+    Returns None if it is another Python or does not run: programs on PATH may be shims that fail, or that depend on the
+    working directory.
     """
-    ask = "import json, sys; print(json.dumps([sys.implementation.name + sys.abiflags, sys.executable, list(sys.version_info)]))"
+    ask = (
+        "import json, sys;"
+        " print(json.dumps([sys.implementation.name + sys.abiflags, sys.executable, list(sys.version_info)]))"
+    )
     try:
         done = subprocess.run([python, "-I", "-S", "-c", ask], capture_output=True, text=True, check=False, timeout=60)
         kind, executable, (major, minor, micro, level, _) = json.loads(done.stdout)
@@ -105,18 +109,19 @@ def _probe(python: Path) -> Interpreter | None:
 
 
 def uv(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run uv, and return what it said. Raises ConfigError if it is not here."""
+    """Run uv, and return its result. Blocks until it ends. Raises ConfigError if uv is not installed."""
     program = Path(shutil.which("uv") or Path(sys.executable).with_name("uv"))
     if not program.exists():
-        raise ConfigError(f"uv is neither on PATH nor at {program}: `make setup` installs it")
+        raise ConfigError(f"uv is not on PATH and not at {program}: `make setup` installs it")
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
-# Bytecode says how its source is recognized. By time, as usual, all of it would count as stale, because the zip's times
-# are fixed, and every cold start would compile everything again. By an unchecked hash the source is not even looked at.
+# The header of bytecode says how Python recognizes the source. By the time of the source, as usual, all bytecode would
+# be stale, because the times in the zip are fixed, and every cold start would compile all modules again. With an
+# unchecked hash Python does not read the source.
 #
-# It reports what it cannot compile as a list of strings.
+# The program prints the files that it cannot compile as a list of strings.
 COMPILER = """
 import json, py_compile, sys
 failed = []
@@ -131,9 +136,9 @@ print(json.dumps(failed))
 
 
 def compile_modules(tree: Path, paths: Sequence[str], target: Target, python: Path) -> list[str]:
-    """Put bytecode beside the modules among these files below `tree`, as if it lay where Lambda unpacks it.
+    """Write the bytecode of the modules among these files below `tree`, with the paths that they have on Lambda.
 
-    Returns what could not be compiled.
+    Returns a line for each file that could not be compiled. Raises ConfigError if the compiler itself fails.
     """
     suffix = f".cpython-{target.python.replace('.', '')}.pyc"
     jobs = []
@@ -142,7 +147,7 @@ def compile_modules(tree: Path, paths: Sequence[str], target: Target, python: Pa
             source = tree / path
             compiled = source.parent / "__pycache__" / (source.stem + suffix)
             jobs.append((str(source), str(compiled), f"{TASK}/{path}"))
-    # Isolated as by -I, but for the hash seed, which -I would not let through.
+    # The same isolation as -I, which would ignore the hash seed.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [python, "-s", "-P", "-S", "-W", "ignore", "-c", COMPILER],

@@ -1,7 +1,7 @@
-"""What a storage kind needs, wired: the whole of a stack on one page.
+"""All resources of a stack on one page.
 
 requests -> HttpApi or FunctionUrl -> ApiFunction -> DataBucket
-                                                  -> Postgres, Cache, Broker in a Network, where a kind needs them
+                                                  -> Postgres, Cache, Broker in a Network, if a storage needs them
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ def build(
     state: Any = None,
     transforms: Mapping[str, Transform] | None = None,
 ) -> dict[str, Any]:
-    """Register what the config asks for. The fields of app.settings.StackOutputs, of which some are Outputs.
+    """Register the resources that the config asks for. Return the fields of app.settings.StackOutputs.
 
-    Raises ConfigError before anything is registered.
+    Some fields are Outputs. Raises ConfigError, before anything is registered, if the zip cannot be built or the region
+    has too few zones.
 
-    zip         of the app; None: it is built, with the drivers that the kinds need
-    state       of the stack, exported: functions that run the contents of the built zip already keep their code, and
-                subnets their zone
-    transforms  changes to a component's resources by its class, see Transform
+    zip           the zip of the app; None: it is built, with the drivers that the storages need
+    state         the exported state of the stack. A function that runs the contents of the built zip keeps its code,
+                  and a subnet keeps its zone
+    transforms    changes to the resources of components, by the class name of the component, see Transform
     """
     context = StackContext(
         name=f"crudstack-{config.stage}",
@@ -127,12 +128,12 @@ def build(
         email=config.alarm_email,
         budget_usd=config.budget_usd,
     )
-    # These two the function itself cannot be told: they are made from it.
+    # The function cannot have these two in its environment, because they are made from the function.
     return {**outputs, "api_url": url, "function_name": function.name}
 
 
 def package(config: StackConfig) -> Artifact:
-    """Build the zip of the app with the drivers that the kinds need. Files that were left out are named in the log."""
+    """Build the zip of the app with the drivers that the storages need. The log names the files that were left out."""
     requirements = [artifact.ROOT / "requirements/app.txt"]
     requirements += [artifact.ROOT / f"requirements/app-{extra}.txt" for extra in sorted(config.extras)]
     name = "-".join(["lambda", *sorted(config.extras)])

@@ -1,8 +1,8 @@
-"""Install the locked wheels, and drop what Lambda does not need of them.
+"""Install the locked wheels, and remove the files that Lambda does not need.
 
-Every package keeps its modules, its data, `METADATA`, `entry_points.txt` and licences, so `importlib.metadata` knows
-its version, and finds plugins, as on any machine. More is dropped only of the packages and versions of `TRIED`, which
-the tests run without it. A package of another version, or of the user's own, keeps everything.
+Every package keeps its modules, its data, `METADATA`, `entry_points.txt` and licences. So `importlib.metadata` knows
+its version and finds plugins, as on any machine. More files are removed only from the packages and versions in `TRIED`,
+which the tests run without these files. A package of another version, or one that the user added, keeps everything.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from infra.pythons import Target, uv
 
 ADVICE = {
     "wheels": "`make lock` takes newer versions, which may have a wheel",
-    "Hash mismatch": "`make lock` writes the hashes anew",
+    "Hash mismatch": "`make lock` writes new hashes",
     "Failed to fetch": "Check the network",
 }
-"""What to do if uv says these words."""
+"""The advice for an error of uv that contains these words."""
 
 
 class Tried(NamedTuple):
@@ -87,13 +87,13 @@ TRIED = {
 OF_THIS_INSTALLATION = frozenset({"INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_cache.json"})
 """Files of a `.dist-info` that differ between machines and installers."""
 METADATA = re.compile(r"METADATA$|entry_points\.txt$|LICEN[CS]E|COPYING|NOTICE|AUTHORS", re.IGNORECASE)
-"""What stays of the `.dist-info` of a package that was tried."""
+"""The files that are kept from the `.dist-info` of a package in `TRIED`."""
 ELF = b"\x7fELF\x02\x01"
-"""How a library for 64 bits, little-endian, begins."""
+"""The first bytes of a 64-bit, little-endian library."""
 
 
 def install(directory: Path, target: Target, python: Path, requirements: Sequence[Path]) -> None:
-    """Install locked wheels into a directory. Raises ConfigError if one cannot be had."""
+    """Install locked wheels into a directory. Raises ConfigError if uv cannot install one of them."""
     cross = ("--python-platform", target.platform, "--python-version", target.python) if target.platform else ()
     done = uv(
         *("pip", "install", "--quiet", "--python", python, *cross, "--only-binary", ":all:"),
@@ -108,7 +108,7 @@ def install(directory: Path, target: Target, python: Path, requirements: Sequenc
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what uv said in one line, and what to do about it if that is known."""
+    """Return the error of uv in one line, with advice if there is any for it."""
     lines = [re.sub(r"^[^\w`]*((error|cause): )?", "", line) for line in done.stderr.splitlines()]
     said = "; ".join(line.rstrip(" .") for line in lines if line) or f"it ended with {done.returncode}"
     advice = next((advice for words, advice in ADVICE.items() if words in said), None)
@@ -116,7 +116,7 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def keep_needed(installed: Path, tree: Path, python: Path) -> list[str]:
-    """Move what Lambda needs of the installed packages to `tree`. Returns the files, sorted, with slashes."""
+    """Move the files that Lambda needs from the installed packages to `tree`. Return their sorted paths."""
     moved = []
     for info in sorted(installed.glob("*.dist-info")):
         name, version = _name_and_version(info)
@@ -133,7 +133,7 @@ def keep_needed(installed: Path, tree: Path, python: Path) -> list[str]:
                     _drop_sections(tree / path)
                 moved.append(path)
         if tried is None:
-            # The files that are in the zip, sorted and without hashes, so that it is the same whatever installed them.
+            # The files in the zip, sorted and without hashes, so that RECORD does not depend on the installer.
             record = f"{info.name}/RECORD"
             (tree / info.name).mkdir(parents=True, exist_ok=True)
             lines = [f"{_quoted(path)},,\n" for path in sorted({*kept, record})]
@@ -168,7 +168,7 @@ def _quoted(path: str) -> str:
 
 
 def _is_needed(installed: Path, path: str, tried: Tried | None, python: Path) -> bool:
-    """Return whether a file of a wheel is used at run time, or must be passed on with it."""
+    """Return whether a file of a wheel is used at run time, or its licence requires it in the zip."""
     top, *below = path.split("/")
     if top.endswith(".dist-info"):
         if tried is not None:
@@ -182,7 +182,7 @@ def _is_needed(installed: Path, path: str, tried: Tried | None, python: Path) ->
 
 
 def _starts(script: Path, python: Path) -> bool:
-    """Return whether this script starts the Python that the packages were installed with, which is not on Lambda."""
+    """Return whether a script starts the Python that installed the packages. Lambda does not have this Python."""
     with script.open("rb") as file:
         head = file.read(1024)
     return head.startswith(b"#!") and any(
@@ -201,9 +201,9 @@ def _drop_sections(path: Path) -> None:
 
 
 def without_sections(content: bytes) -> bytes:
-    """Return a library without the sections behind its segments, which only linkers and debuggers read.
+    """Return a library without the sections after its segments, which only linkers and debuggers read.
 
-    Other files are returned as they are. (`strip` for another architecture than this machine's is rarely installed.)
+    Returns other files unchanged. `strip` is not used, because the one for another architecture is rarely installed.
     """
     if content[:6] != ELF:
         return content
@@ -212,6 +212,6 @@ def without_sections(content: bytes) -> bytes:
         return content
     ends = (struct.unpack_from("<QQQQ", content, headers + at * size + 8) for at in range(count))
     stripped = bytearray(content[: max(offset + length for offset, _, _, length in ends)])
-    struct.pack_into("<Q", stripped, 40, 0)  # where the sections are described,
-    struct.pack_into("<HHH", stripped, 58, 0, 0, 0)  # and how many there are: none
+    struct.pack_into("<Q", stripped, 40, 0)  # the offset of the section headers,
+    struct.pack_into("<HHH", stripped, 58, 0, 0, 0)  # and their number: none
     return bytes(stripped)

@@ -1,4 +1,4 @@
-"""The availability zones of the two subnets, asked for before anything is registered."""
+"""The availability zones of the two subnets. AWS is asked for them before anything is registered."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import pulumi_aws as aws
 from app.autocrud.errors import ConfigError
 
 ZONES = 2
-"""RDS and Lambda want subnets in two zones."""
+"""RDS and Lambda need subnets in two zones."""
 INCOMPLETE_ZONES = ["use1-az3", "usw1-az2", "cac1-az3", "apne1-az3"]
-"""Availability zones that are short of Lambda, RDS Proxy or Amazon MQ."""
+"""The ids of availability zones that lack Lambda, RDS Proxy or Amazon MQ."""
+INCOMPLETE = "short of Lambda, RDS Proxy or Amazon MQ"
 
 
 def subnet_zones(name: str, state: Any) -> list[str | None]:
     """Return the zone for each subnet. Blocks until AWS answers.
 
-    A subnet that exists stays in its zone: Pulumi ignores the answer, so zones may go away later. For a new one AWS
-    would choose any zone if none were given, perhaps twice the same. Raises ConfigError if there are too few.
+    A subnet that exists stays in its zone, because Pulumi ignores the answer for it. So a zone may disappear later. For
+    a new subnet without a zone AWS would choose one, perhaps the same for both. Raises ConfigError if there are too few
+    zones.
 
-    name     what the names of the stack's resources begin with
-    state    of the stack, exported; None if there is none
+    name     the prefix of the names of the stack's resources
+    state    the exported state of the stack; None if there is none
     """
     found = _ask(
         state="available",
@@ -47,20 +49,20 @@ def _ask(**arguments: Any) -> aws.GetAvailabilityZonesResult:
     """Ask AWS for zones. Raises ConfigError if the provider cannot."""
     try:
         return aws.get_availability_zones(**arguments)
-    except Exception as error:  # the SDK raises no narrower one for what a provider says
+    except Exception as error:  # the SDK raises plain exceptions for errors of a provider
         raise ConfigError(f"AWS does not tell the availability zones: {' '.join(str(error).split())}") from None
 
 
 def _too_few(region: str, names: Sequence[str]) -> str:
     every = _ask(all_availability_zones=True, filters=[{"name": "zone-type", "values": ["availability-zone"]}])
     left_out = [
-        f"{name} ({'short of Lambda, RDS Proxy or Amazon MQ' if id in INCOMPLETE_ZONES else 'not open to this account'})"
+        f"{name} ({INCOMPLETE if id in INCOMPLETE_ZONES else 'not open to this account'})"
         for name, id in zip(every.names, every.zone_ids, strict=True)
         if name not in names
     ]
     shown = f"{len(names)} usable availability zone{'' if len(names) == 1 else 's'}"
     return (
         f"the region {region} shows {shown}{f' ({names[0]})' if names else ''}, expected {ZONES} for the subnets of a"
-        f" database, cache or broker; left out: {', '.join(left_out) or 'none'}. Set another region by `pulumi config set"
-        " aws:region NAME`, or a storage that needs no network, such as s3-sqlite or cached-s3"
+        f" database, cache or broker; left out: {', '.join(left_out) or 'none'}. Set another region by `pulumi config"
+        " set aws:region NAME`, or a storage that needs no network, such as s3-sqlite or cached-s3"
     )

@@ -1,4 +1,18 @@
-"""What stacks are made of: a component to a file, each a handful of AWS resources with their relations."""
+"""The components of a stack. Each module has one component: a few AWS resources that belong together.
+
+broker           RabbitMQ on Amazon MQ
+bucket           the bucket that holds the data
+cache            Valkey on ElastiCache
+function         functions on Lambda, with their roles and logs
+http_api         the entry points of requests: an HTTP API or a function URL
+network          a private network for database, cache and broker
+observability    alarms and a budget
+postgres         PostgreSQL on RDS
+token            the API token
+
+The class name of a component is part of its type in Pulumi, `crudstack:aws:{class}`, and so of the URNs of its
+resources. If a class is renamed, Pulumi replaces the resources, with their data.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +23,8 @@ import pulumi
 from pulumi import ResourceOptions, ResourceTransformationArgs, ResourceTransformationResult
 
 Transform = Callable[[ResourceTransformationArgs], ResourceTransformationResult | None]
-"""Changes arguments and options of a component's resources before they are registered: the way out where a component has no argument.
+"""Changes the arguments and options of a component's resources before they are registered, if the component has no
+argument for it.
 
 >>> def larger(resource):
 ...     if resource.type_ == "aws:rds/instance:Instance":
@@ -18,19 +33,20 @@ Transform = Callable[[ResourceTransformationArgs], ResourceTransformationResult 
 
 
 class StackContext(NamedTuple):
-    """What all components of a stack have in common."""
+    """The settings that all components of a stack share."""
 
     name: str
-    """What the names of its resources begin with, "crudstack-dev"; at most 26 characters. Pulumi appends random ones."""
+    """The prefix of the names of all resources, such as "crudstack-dev", of at most 26 characters. Pulumi appends
+    random characters to the names."""
     is_protected: bool
-    """Whether data outlives mistakes. If not, `pulumi destroy` leaves nothing behind."""
+    """Whether the data is protected from deletion by mistake. If not, `pulumi destroy` deletes everything."""
     tags: Mapping[str, str]
     transforms: Mapping[str, Transform] = {}
-    """By the class of the component: {"Postgres": larger}."""
+    """By the class name of the component, such as {"Postgres": larger}."""
 
 
 class Component(pulumi.ComponentResource):
-    """A ComponentResource of type crudstack:aws:{class}, whose resources are tagged and transformed as the stack says."""
+    """A ComponentResource of type crudstack:aws:{class}. Its resources have the tags and transforms of the stack."""
 
     def __init__(self, context: StackContext, name: str, opts: ResourceOptions | None = None) -> None:
         self.context = context
@@ -38,24 +54,30 @@ class Component(pulumi.ComponentResource):
         transforms = [_tagging(context.tags)]
         if kind in context.transforms:
             transforms.append(context.transforms[kind])
-        # Not `transforms`: those need an engine that calls back.
+        # `transformations` and not `transforms`, which need an engine that calls the program back.
         own = ResourceOptions(transformations=transforms)
         super().__init__(f"crudstack:aws:{kind}", name, None, ResourceOptions.merge(opts, own))
 
     def resource_name(self, suffix: str) -> str:
-        """The name of one of its resources."""
+        """Return the name of a resource of the component in the program."""
         return f"{self.context.name}-{suffix}"
 
     def child_options(self, **options: Any) -> ResourceOptions:
-        """Options of one of its resources."""
+        """Return the options of a resource of the component."""
         return ResourceOptions(parent=self, **options)
 
     def protected_options(self, **options: Any) -> ResourceOptions:
-        """Options of a resource that data, the URL or the token cannot do without: Pulumi refuses to delete it."""
+        """Return the options of a resource that data, the URL or the token depend on.
+
+        In a protected stack Pulumi refuses to delete it.
+        """
         return self.child_options(protect=self.context.is_protected, **options)
 
     def data_options(self, **options: Any) -> ResourceOptions:
-        """Options of a resource that holds data: kept, and if Pulumi must forget it, it stays on AWS."""
+        """Return the options of a resource that holds data.
+
+        In a protected stack Pulumi refuses to delete it, and it stays on AWS if it is removed from the state.
+        """
         return self.protected_options(retain_on_delete=self.context.is_protected, **options)
 
 

@@ -1,4 +1,7 @@
-"""The broker: RabbitMQ on Amazon MQ, reached over TLS from inside the network only. The app reads its password from Secrets Manager."""
+"""The broker: RabbitMQ on Amazon MQ, which accepts TLS connections from inside the network only.
+
+The app reads the password from Secrets Manager.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,22 @@ USER = "crudstack"
 
 
 class Broker(Component):
-    """One instance, or a cluster of three, that carries the invalidations of caches.
+    """One instance or a cluster of three, which carries the invalidations of caches.
 
-    Amazon MQ takes the user of RabbitMQ when the broker is made, and neither tells nor changes its password later. So
-    the secret comes first, and the broker gets the password that the secret's version holds:
+    Amazon MQ sets the user and password of RabbitMQ when it creates the broker. It cannot show or change the password
+    later. So the program creates the secret first, and the broker gets the password of the secret's version:
 
-    - Each run draws a password, and only the run that makes the version uses it; later runs ignore what they draw.
-    - A run that is cut off leaves a version and no broker. The next run makes the broker from that version.
+    - Each run generates a password. Only the run that creates the version uses it.
+    - A run that is interrupted leaves a version without a broker. The next run creates the broker from that version.
     - A broker that is replaced gets the same password.
-    - If the version is made anew, because the secret was deleted, its password is another one. The broker's trigger is
-      a hash of the password, so the broker is replaced too. If that fails, the next run tries it again.
-    - A refresh changes nothing. The provider reads no users of RabbitMQ and may empty `users` in the state, but it
-      ignores every change of them on a broker that exists. `users` is not among the ignored changes: a replacement
+    - If the secret was deleted, the next run creates a version with another password. The replacement trigger of the
+      broker is a hash of the password, so the broker is replaced too. If that fails, the next run tries it again.
+    - A refresh changes nothing. The provider does not read the users of RabbitMQ and may empty `users` in the state,
+      but it ignores every change of them on a broker that exists. `users` is not in `ignore_changes`: a replacement
       after a refresh would otherwise take the empty list from the state.
 
-    A change of the RabbitMQ version replaces the broker, because Amazon MQ cannot upgrade one from 3.13 to 4.2. A broker
-    holds nothing that lasts.
+    A change of the RabbitMQ version replaces the broker, because Amazon MQ cannot upgrade one from 3.13 to 4.2. No data
+    is lost, because a broker holds none for long.
 
     Outputs: `endpoint`, `secret_arn`, `name`.
     """
@@ -49,14 +52,14 @@ class Broker(Component):
             recovery_window_in_days=30 if context.is_protected else 0,
             opts=self.child_options(),
         )
-        drawn = json.dumps({"username": USER, "password": secrets.token_urlsafe(32)})
+        generated = json.dumps({"username": USER, "password": secrets.token_urlsafe(32)})
         version = aws.secretsmanager.SecretVersion(
             self.resource_name("broker"),
             secret_id=secret.id,
-            secret_string=Output.secret(drawn),
+            secret_string=Output.secret(generated),
             opts=self.child_options(ignore_changes=["secret_string"]),
         )
-        # An Output of a secret is a secret, and so is all that comes from it.
+        # An Output made from a secret is a secret too.
         password = version.secret_string.apply(_password)
         single = settings.mode == "single"
         broker = aws.mq.Broker(
@@ -73,7 +76,7 @@ class Broker(Component):
             auto_minor_version_upgrade=True,
             apply_immediately=not context.is_protected,
             opts=self.child_options(
-                # In camelCase: of all options this one alone is not translated.
+                # In camelCase, because the SDK does not translate the names in this option.
                 replace_on_changes=["engineVersion"],
                 replacement_trigger=password.apply(lambda known: hashlib.sha256(known.encode()).hexdigest()),
             ),
@@ -82,12 +85,12 @@ class Broker(Component):
         self.endpoint: Output[str] = first(endpoints, lambda endpoint: endpoint)
         self.name = broker.broker_name
         self.secret_arn = version.secret_arn
-        # Two, one in each subnet, about 16 USD a month: the only way from inside the network to Secrets Manager.
+        # The only way from inside the network to Secrets Manager: one endpoint in each subnet, 16 USD a month for both.
         self._secrets = network.interface_endpoint(self, "secretsmanager")
         self.register_outputs({"endpoint": self.endpoint, "secret_arn": self.secret_arn, "name": self.name})
 
     def grant(self) -> Grant:
-        """What reads the password and connects."""
+        """Return a grant to read the password and connect to the broker."""
         return Grant(
             statements=(Statement("ReadBrokerSecret", ("secretsmanager:GetSecretValue",), (self.secret_arn,)),),
             outputs={"broker": {"endpoint": self.endpoint, "secret_arn": self.secret_arn}},
@@ -95,8 +98,8 @@ class Broker(Component):
         )
 
 
-def _password(held: str | None) -> str:
-    if not held:
+def _password(secret: str | None) -> str:
+    if not secret:
         raise pulumi.RunError("the secret of the broker holds no text in the state: expected user and password as JSON")
-    password: str = json.loads(held)["password"]
+    password: str = json.loads(secret)["password"]
     return password

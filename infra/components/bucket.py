@@ -1,4 +1,4 @@
-"""The bucket that holds the data: private, encrypted, versioned, reached by TLS only."""
+"""The bucket that holds the data: private, encrypted and versioned. It accepts requests over TLS only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ WRITE = (*READ, "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
 
 
 class DataBucket(Component):
-    """Outputs: `bucket`, its name, `arn` and `region`.
+    """The bucket, its policy and its rules for old versions.
 
-    keep_days   that deleted and overwritten objects can be brought back
-    keep_newest versions of one object that are kept so long at most: the head of an S3-SQLite log is rewritten at every commit
+    keep_days      days that deleted and overwritten objects can be restored
+    keep_newest    the largest number of old versions of one object that are kept for these days: HEAD of an S3-SQLite
+                   log is overwritten at every commit
+
+    Outputs: `bucket`, which is its name, `arn` and `region`.
     """
 
     def __init__(self, context: StackContext, *, keep_days: int = 30, keep_newest: int = 100) -> None:
@@ -25,7 +28,7 @@ class DataBucket(Component):
             self.resource_name("data"), force_destroy=not context.is_protected, opts=self.data_options()
         )
         self.bucket, self.arn, self.region = bucket.bucket, bucket.arn, bucket.region
-        # What guards the data stays with them where they stay.
+        # The resources that protect the data are protected like the bucket itself.
         aws.s3.BucketOwnershipControls(
             self.resource_name("data"),
             bucket=bucket.bucket,
@@ -70,7 +73,7 @@ class DataBucket(Component):
                     "expiration": {"expired_object_delete_marker": True},
                     "noncurrent_version_expiration": {"noncurrent_days": keep_days},
                 },
-                # One rule with both would keep the newest ones for ever.
+                # Two rules, because one rule with both limits would keep the newest versions for ever.
                 {
                     "id": "newest",
                     "status": "Enabled",
@@ -78,7 +81,7 @@ class DataBucket(Component):
                     "noncurrent_version_expiration": {"noncurrent_days": 1, "newer_noncurrent_versions": keep_newest},
                 },
             ],
-            # S3 takes a rule about old versions only where there are versions.
+            # S3 accepts a rule about old versions only if versioning is on.
             opts=self.data_options(depends_on=[versioning]),
         )
         aws.s3.BucketPolicy(
@@ -99,15 +102,17 @@ class DataBucket(Component):
                     ],
                 }
             ),
-            # S3 refuses two changes of a bucket at once now and then.
+            # S3 sometimes refuses two changes of a bucket at once.
             opts=self.data_options(depends_on=[closed]),
         )
         self.register_outputs({"bucket": self.bucket, "arn": self.arn, "region": self.region})
 
     def grant(self, access: str, prefix: str = "") -> Grant:
-        """What reads, or reads and writes, the objects whose keys begin with `prefix`, and lists those.
+        """Return a grant to list and read the objects whose keys begin with `prefix`, or also to write them.
 
-        access: "read" or "write". ValueError for anything else, and for a prefix with wildcards.
+        Raises ValueError if `access` is another word, or if the prefix has a wildcard.
+
+        access    "read", or "write" for both
         """
         if access not in ("read", "write"):
             raise ValueError(f"access is {access!r}, expected read or write")

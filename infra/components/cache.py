@@ -1,4 +1,7 @@
-"""The cache: Valkey on ElastiCache, encrypted on the way and at rest, reached from inside the network only, by a user that has no password."""
+"""The cache: Valkey on ElastiCache, encrypted in transit and at rest. It can be reached from inside the network only.
+
+The app's user has no password. It signs in with tokens of IAM.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ VERSION = "8"
 
 
 def node_count(*, is_protected: bool) -> int:
-    """Return how many nodes a replication group has."""
+    """Return the number of nodes of a replication group."""
     return 2 if is_protected else 1
 
 
 class Cache(Component):
-    """A serverless cache, or a replication group of nodes: one, in prod two in different zones.
+    """A serverless cache, or a replication group: one node, or in a protected stack two nodes in different zones.
 
-    user    what the app's user is called: unique in the account and its region, at most 40 characters, small letters, digits and hyphens
+    user    the name of the app's user, unique in the account and its region: at most 40 lower-case letters, digits and
+            hyphens
 
     Outputs: `host`, `name`.
     """
@@ -32,7 +36,7 @@ class Cache(Component):
         self.serverless = settings.mode == "serverless"
         self.nodes = 0 if self.serverless else node_count(is_protected=context.is_protected)
         self._group = network.security_group(self, "cache", "who may reach the cache")
-        # It signs in with tokens of IAM, for which id and name must be equal.
+        # The id and the name of a user that signs in with tokens of IAM must be equal.
         self._user = aws.elasticache.User(
             self.resource_name("app"),
             engine="valkey",
@@ -42,7 +46,7 @@ class Cache(Component):
             authentication_mode={"type": "iam"},
             opts=self.child_options(),
         )
-        # Valkey, unlike Redis, needs no user called default in it.
+        # Unlike Redis, Valkey needs no user with the name default in the group.
         users = aws.elasticache.UserGroup(
             self.resource_name("users"),
             engine="valkey",
@@ -57,7 +61,7 @@ class Cache(Component):
         self.register_outputs({"host": self.host, "name": self.name})
 
     def grant(self) -> Grant:
-        """What signs in as the app's user."""
+        """Return a grant to sign in as the app's user."""
         return Grant(
             statements=(Statement("SignInToCache", ("elasticache:Connect",), (self.arn, self._user.arn)),),
             outputs={
@@ -113,8 +117,8 @@ class Cache(Component):
             user_group_ids=[users.user_group_id],
             auto_minor_version_upgrade=True,
             apply_immediately=not is_protected,
-            # AWS upgrades within the major version by itself. A refresh then finds 8.1, and the 8.0 above would be a
-            # downgrade, which replaces the group.
+            # AWS upgrades within the major version automatically. A refresh then reads 8.1, and the 8.0 above would be
+            # a downgrade, which replaces the group.
             opts=self.child_options(ignore_changes=["engine_version"]),
         )
         self.host = group.primary_endpoint_address

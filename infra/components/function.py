@@ -1,4 +1,4 @@
-"""Functions on Lambda: the zip that artifact.py builds, under a role that may do what its links say and nothing else."""
+"""Functions on Lambda. They run the zip that artifact.py builds. Their roles have the permissions of their grants."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from infra.deployed_code import Package
 from infra.grants import Grant, Statement, policy, trust
 
 TRACING = Statement("Trace", ("xray:PutTraceSegments", "xray:PutTelemetryRecords"), ("*",))
-"""X-Ray knows no single resources."""
+"""X-Ray has no permissions for single resources."""
 
 
 class Function(Component):
-    """A function of Python 3.13 on arm64, with JSON logs in a group of its own, traced by X-Ray.
+    """A function for Python 3.13 on arm64, with JSON logs in its own log group, traced by X-Ray.
 
-    name          part of the names of its resources
-    zip           the zip of the app
-    handler       "app.handler.handler"
-    links         what it may do; `network` only if one of them has a door
-    environment   beside it nothing is set
-    concurrency   instances at most, taken from those of the account; None: as many as there are
-    log_days      that its logs are kept
-    has_url       whether clients know a URL that is the function's own, and goes with it
+    name            part of the names of its resources
+    zip             the zip of the app
+    handler         the handler in the zip, such as "app.handler.handler"
+    grants          the permissions, addresses and ports that the function gets
+    network         the network that the function runs in; required if a grant has a port
+    environment     all variables of the function
+    memory_mb       memory in MB
+    ephemeral_mb    size of /tmp in MB
+    timeout_s       seconds after which Lambda ends an invocation
+    concurrency     the largest number of instances, reserved from the account's quota; None: only the quota limits it
+    snap_start      whether instances start from a snapshot
+    log_days        days that the logs are kept
+    has_url         whether the function has its own URL, which clients know and which is lost with the function
 
     Outputs: `name`, `arn`.
     """
@@ -70,8 +75,8 @@ class Function(Component):
         granted: list[pulumi.Resource] = [allowed]
         group = None
         if network is not None:
-            # By itself, and gone after the security group: Lambda takes its interfaces away with the function's own permissions, some
-            # minutes after the function has gone, or has left the network.
+            # A policy of its own, which is deleted after the security group: Lambda removes its network interfaces with
+            # the permissions of the function, some minutes after the function was deleted or has left the network.
             inside = aws.iam.RolePolicy(
                 self.resource_name(f"{name}-network"),
                 role=role.name,
@@ -100,7 +105,7 @@ class Function(Component):
             if network and group
             else None,
             publish=True,
-            # Lambda tries the role when it makes the function.
+            # Lambda checks the role when it creates the function.
             opts=options(depends_on=granted, ignore_changes=zip.ignored(self.resource_name(name))),
         )
         self.function, self.name, self.arn = function, function.name, function.arn
@@ -109,7 +114,7 @@ class Function(Component):
     def _group(
         self, name: str, grants: Sequence[Grant], network: Network, inside: pulumi.Resource
     ) -> aws.ec2.SecurityGroup:
-        """Its security group."""
+        """Create the security group of the function, which may reach the ports of the grants and S3."""
         group = network.security_group(self, name, "the function", depends_on=[inside])
         if any("bucket" in grant.outputs for grant in grants):
             network.allow_s3(self, name, group.id)
@@ -118,14 +123,14 @@ class Function(Component):
         return group
 
     def invoke_grant(self) -> Grant:
-        """What calls it."""
+        """Return a grant to invoke the function."""
         return Grant(statements=(Statement("Invoke", ("lambda:InvokeFunction",), (self.arn,)),))
 
 
 class ApiFunction(Function):
-    """The function that answers requests, under an alias that moves to each new version, and does the housekeeping every hour.
+    """The function that answers requests and does the housekeeping every hour. An alias names its newest version.
 
-    Arguments as Function. Outputs: also `alias`.
+    It has the arguments of Function. Outputs: `name`, `arn` and `alias`.
     """
 
     def __init__(self, context: StackContext, name: str, **arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""What requests come in by: an HTTP API, or the URL of the function itself. Both call the function's alias."""
+"""The entry points of requests: an HTTP API, or the URL of the function itself. Both call the function's alias."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ LOGGED = {
     "error": "$context.error.message",
     "integration_error": "$context.integrationErrorMessage",
 }
-"""One line a request, without path, query and addresses, as in the app's own log."""
+"""The fields of the access log. Path, query and addresses are left out, as in the app's own log."""
 
 
 def cors(origins: Sequence[str]) -> Any:
-    """What pages of these origins may send and see."""
+    """Return the CORS configuration for pages of these origins; None if there are no origins."""
     if not origins:
         return None
     return {
         "allow_origins": list(origins),
         "allow_methods": ["*"],
-        # Listed even for everybody: browsers take no "*" for Authorization.
+        # Listed even if all origins may call: "*" does not include Authorization in browsers.
         "allow_headers": ["authorization", "content-type", "idempotency-key", "if-match", "if-none-match"],
         "expose_headers": list(EXPOSED_HEADERS),
         "max_age": 3600,
@@ -45,12 +45,15 @@ def cors(origins: Sequence[str]) -> Any:
 
 
 class HttpApi(Component):
-    """An HTTP API with one route for everything.
+    """An HTTP API with one route for all requests.
 
-    origins          of pages that may call it
-    jwt              whose tokens are verified before the function is called; None: the app looks after that itself
-    domain           a name of one's own; the API then answers to no other
-    per_second       requests that are let in, the others get 429; `burst` is how many at once
+    origins       origins whose pages may call it
+    jwt           the issuer and audiences of the tokens that are verified before the function is called; if it is None,
+                  the app checks the requests itself
+    domain        a custom domain name; the API then accepts requests to this name only
+    per_second    requests per second that are accepted; others are answered with 429
+    burst         requests that are accepted at once
+    log_days      days that the access log is kept
 
     Outputs: `url`.
     """
@@ -108,7 +111,8 @@ class HttpApi(Component):
                 opts=self.child_options(),
             )
             if origins:
-                # Browsers ask first, without a token. Where a route of its own lets that through, the API answers by itself.
+                # Browsers send a preflight request without a token. With a route that needs none, the API answers it
+                # itself.
                 aws.apigatewayv2.Route(
                     self.resource_name("preflight"),
                     api_id=api.id,
@@ -125,8 +129,8 @@ class HttpApi(Component):
             opts=self.protected_options(),
             **verified,
         )
-        # API Gateway writes each group into one policy of the region, which is full after some 40, and never takes one
-        # out. For all groups with this prefix it writes one line.
+        # API Gateway adds each log group to one policy of the region, which is full after about 40 groups, and never
+        # removes one. For all groups with this prefix it adds a single line.
         logs = aws.cloudwatch.LogGroup(
             self.resource_name("access"),
             name_prefix=f"/aws/vendedlogs/{context.name}-access-",
@@ -212,7 +216,9 @@ class HttpApi(Component):
 
 
 class FunctionUrl(Component):
-    """The function's own URL. AWS lets everybody call it, and the app looks at the token.
+    """The function's own URL. AWS accepts all requests, and the app checks the token.
+
+    origins    origins whose pages may call it
 
     Outputs: `url`.
     """
@@ -227,7 +233,7 @@ class FunctionUrl(Component):
             cors=cors(origins),
             opts=self.protected_options(),
         )
-        # Both are needed; the second is for calls that come by the URL only.
+        # Both permissions are needed. The second allows calls through the URL only.
         aws.lambda_.Permission(
             self.resource_name("url"),
             action="lambda:InvokeFunctionUrl",

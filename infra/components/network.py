@@ -1,4 +1,4 @@
-"""The network of the stacks that have a database, a cache or a broker: closed to the internet in both directions."""
+"""The private network of stacks with a database, cache or broker: no connections to or from the internet."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ INTERFACES = (
     "ec2:AssignPrivateIpAddresses",
     "ec2:UnassignPrivateIpAddresses",
 )
-"""What Lambda does with a function's role to put it into the network. These actions know no single resources."""
+"""Actions that Lambda needs in the role of a function to run it in the network. They cannot be limited to resources."""
 
 
 class Network(Component):
-    """Two private subnets, a free way to S3 that stays inside AWS, and nothing else: no NAT, no internet gateway.
+    """Two private subnets and a gateway endpoint for S3, which is free. There is no NAT and no internet gateway.
 
+    region        the region of the stack
     zones         the availability zone of each subnet, see infra/zones.py
-    holds_data    whether a database is in it, which cannot be without its VPC and subnets
+    holds_data    whether a database is in it; then VPC and subnets are protected like the database
 
-    Outputs: `vpc_id`, `subnet_ids`, `s3_prefixes`, the id of the list of S3's addresses.
+    Outputs: `vpc_id`, `subnet_ids`, and `s3_prefixes`, which is the id of the list of S3's addresses.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Network(Component):
         self._region = region
         self.vpc_id = vpc.id
         self.cidr_block = vpc.cidr_block
-        # Whoever forgets to name a group is in this one: nothing in, nothing out.
+        # A resource without a security group is in this one, which allows no connection.
         aws.ec2.DefaultSecurityGroup(
             self.resource_name("default"), vpc_id=vpc.id, ingress=[], egress=[], opts=self.child_options()
         )
@@ -60,7 +61,7 @@ class Network(Component):
                 availability_zone=zone,
                 map_public_ip_on_launch=False,
                 tags={"Name": self.resource_name(f"private-{index}")},
-                # The zones of an account may become more; what is in a subnet must not move for that.
+                # A subnet stays in its zone, also if the account gets more zones.
                 opts=options(ignore_changes=["availability_zone"]),
             )
             aws.ec2.RouteTableAssociation(
@@ -82,7 +83,7 @@ class Network(Component):
         self.register_outputs({"vpc_id": self.vpc_id, "subnet_ids": self.subnet_ids, "s3_prefixes": self.s3_prefixes})
 
     def grant(self) -> Grant:
-        """What a function in the network needs to be there."""
+        """Return a grant for a function to run in the network."""
         return Grant(statements=(Statement("BeInTheNetwork", INTERFACES, ("*",)),))
 
     def security_group(
@@ -94,7 +95,10 @@ class Network(Component):
         depends_on: Sequence[Resource] = (),
         holds_data: bool = False,
     ) -> aws.ec2.SecurityGroup:
-        """A security group of another component, with no rules yet."""
+        """Create a security group without rules, as a resource of `component`.
+
+        holds_data    whether it is the group of a database, which is protected
+        """
         options = component.protected_options if holds_data else component.child_options
         return aws.ec2.SecurityGroup(
             component.resource_name(name),
@@ -105,9 +109,9 @@ class Network(Component):
         )
 
     def allow_port(self, component: Component, who: str, security_group: Input[str], access: PortAccess) -> None:
-        """Let the members of a security group through a door: out of theirs and into that of the door, as resources of `component`.
+        """Allow the members of a security group to connect to a port. The rules are resources of `component`.
 
-        who: what they are called in names, "api" for one.
+        who    the name of the members in the names of the rules, such as "api"
         """
         aws.vpc.SecurityGroupEgressRule(
             component.resource_name(f"{who}-to-{access.name}"),
@@ -131,7 +135,10 @@ class Network(Component):
         )
 
     def allow_s3(self, component: Component, who: str, security_group: Input[str]) -> None:
-        """Let the members of a security group reach S3, which is no door but a list of addresses."""
+        """Allow the members of a security group to connect to S3, which has a list of addresses and no security group.
+
+        who    the name of the members in the name of the rule, such as "api"
+        """
         aws.vpc.SecurityGroupEgressRule(
             component.resource_name(f"{who}-to-s3"),
             security_group_id=security_group,
@@ -144,9 +151,11 @@ class Network(Component):
         )
 
     def interface_endpoint(self, component: Component, service: str) -> PortAccess:
-        """A way to an AWS service from inside the network, which costs by the hour: for each subnet about 0.011 USD.
+        """Create an endpoint of an AWS service in the network, and return the access to it.
 
-        service: "secretsmanager", for one.
+        It costs about 0.011 USD an hour in each subnet.
+
+        service    the name of the service, such as "secretsmanager"
         """
         security_group = self.security_group(component, service, f"who may reach {service}")
         aws.ec2.VpcEndpoint(

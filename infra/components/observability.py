@@ -1,4 +1,4 @@
-"""What tells a person that something is wrong, or expensive."""
+"""Alarms for errors and overload, and a budget."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from infra.components.postgres import Postgres
 class Observability(Component):
     """Alarms that go to a topic, and a budget.
 
-    email         who is written to; None: nobody, the alarms show in CloudWatch only
-    budget_usd    a month, of the whole account; None: no budget
-    timeout_s     of the function: an alarm goes off when one request of a hundred takes 80 % of it
-    connections   of the database at most
+    email          the address that gets messages; if it is None, CloudWatch alone shows the alarms
+    budget_usd     the budget of the whole account in USD a month; None: no budget
+    timeout_s      the time limit of the function: an alarm goes off if one request of a hundred takes 80 % of it
+    connections    the largest number of connections of the database
 
     Outputs: `topic_arn`.
     """
@@ -104,7 +104,7 @@ class Observability(Component):
                 "cache-throttled", "AWS/ElastiCache", "ThrottledCmds", of, "Sum", 0, "the cache is at its limit"
             )
         else:
-            # The metric is told of each node and not of the group. Any node may become the primary one.
+            # The metric exists for each node and not for the group. Any node may become the primary one.
             for number in range(1, cache.nodes + 1):
                 of = {"CacheClusterId": Output.format("{0}-00{1}", cache.name, number)}
                 self._alarm(
@@ -129,7 +129,10 @@ class Observability(Component):
         *,
         below: bool = False,
     ) -> None:
-        """An alarm for five minutes above `threshold`, or below it. statistic: as CloudWatch calls it, or a percentile, "p99"."""
+        """Create an alarm that goes off after five minutes above `threshold`, or below it.
+
+        statistic    a name of CloudWatch, such as "Sum", or a percentile, such as "p99"
+        """
         percentile = statistic.startswith("p")
         aws.cloudwatch.MetricAlarm(
             self.resource_name(name),

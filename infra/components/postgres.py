@@ -1,8 +1,9 @@
-"""The database: PostgreSQL on RDS, reached over TLS from inside the network only, by a user that has no password.
+"""The database: PostgreSQL on RDS, which accepts TLS connections from inside the network only.
 
-Its master password is made, kept and renewed by RDS in Secrets Manager; nothing here ever sees it. The app's user signs in with tokens that its
-role signs, and must be made inside the database first. Nothing outside of the network reaches the database, and nothing inside reaches Secrets
-Manager, so two functions do that together, when the database is made and whenever the event below or BOOTSTRAP_VERSION changes:
+RDS creates, stores and renews the password of the master user in Secrets Manager; the program never reads it. The app's
+user has no password. It signs in with tokens of IAM, and must be created in the database first. Only functions in the
+network reach the database, and only functions outside of it reach Secrets Manager. So two functions create the user
+together, when the database is created and whenever the event below or BOOTSTRAP_VERSION changes:
 
     `app.bootstrap.outside`   not in the network. Gets the event
 
@@ -13,10 +14,11 @@ Manager, so two functions do that together, when the database is made and whenev
 
         {"host": ..., "port": ..., "database": ..., "user": ..., "username": the master user, "password": its password}
 
-    `app.bootstrap.inside`    in the network. Connects with that (TLS), makes the user unless it is there, and gives it what it needs: LOGIN,
-      rds_iam, all rights in the database and its schema `public`, and the settings of its sessions. Doing it again changes nothing.
+    `app.bootstrap.inside`    in the network. Connects over TLS as the master user, creates the user if there is none,
+      and grants it LOGIN, rds_iam, and all rights in the database and its schema `public`. It also sets the defaults of
+      the user's sessions. It can be repeated.
 
-Both answer {"user": ...}, and fail with an error that holds no password: the answer of `outside` is kept in the state of the stack.
+Both answer {"user": ...}. Their errors hold no password, because the answer of `outside` is stored in the state.
 """
 
 from __future__ import annotations
@@ -35,17 +37,17 @@ from infra.grants import Grant, PortAccess, Statement, first, policy, trust
 
 VERSION = "17"
 BOOTSTRAP_VERSION = "2"
-"""Raise it if `app.bootstrap.inside` does more than before: then the next update runs it again in databases that exist."""
+"""Raise it if `app.bootstrap.inside` does more than before: the next update then runs it in databases that exist."""
 PORT = 5432
 DATABASE = "crudstack"
 MASTER = "crudstack_master"
 APP = "crudstack_app"
 BACKUP_DAYS = {True: 14, False: 1}
-"""By whether data is kept; RDS without any backups could not be restored to a moment."""
+"""Days that backups are kept, by whether the stack is protected. Without backups RDS has no point-in-time restore."""
 
 
 class _Database(NamedTuple):
-    """What an instance and a cluster have in common."""
+    """The attributes of an instance or a cluster that the other resources need."""
 
     resource: Resource
     host: Output[str]
@@ -56,10 +58,11 @@ class _Database(NamedTuple):
 
 
 class Postgres(Component):
-    """An instance, or a cluster of Aurora Serverless v2, encrypted and backed up; in front of it a proxy if asked for.
+    """An encrypted instance or cluster of Aurora Serverless v2 with backups, and a proxy if `settings` has one.
 
-    settings    class, size and the like
-    zip         of the two functions that make the app's user
+    settings    the class and size of the database, and whether it has a proxy
+    zip         the zip of the two functions that create the app's user
+    log_days    days that the logs of these functions are kept
 
     Outputs: `host`, `identifier`.
     """
@@ -86,8 +89,8 @@ class Postgres(Component):
         self.register_outputs({"host": self.host, "identifier": self.identifier})
 
     def grant(self) -> Grant:
-        """Return the policy and the outputs with which the function signs in as the app's user."""
-        # The same region and account, written as IAM wants it: arn:aws:rds-db:REGION:ACCOUNT:dbuser:ID/USER
+        """Return a grant to sign in as the app's user."""
+        # IAM knows a database user by arn:aws:rds-db:REGION:ACCOUNT:dbuser:ID/USER.
         here = self._database.arn.apply(lambda arn: (arn or "").rsplit(":", 2)[0].replace(":rds:", ":rds-db:"))
         user = Output.format("{0}:dbuser:{1}/{2}", here, self._resource_id, APP)
         return Grant(
@@ -200,7 +203,7 @@ class Postgres(Component):
         )
 
     def _create_app_user(self, network: Network, zip: Package, log_days: int) -> None:
-        """Make the app's user. See above."""
+        """Create the app's user in the database, by the two functions that the module's docstring describes."""
         inside = Function(
             self.context,
             "bootstrap-inside",
@@ -238,11 +241,11 @@ class Postgres(Component):
             triggers={"version": BOOTSTRAP_VERSION},
             opts=self.child_options(depends_on=[self._database.resource, inside]),
         )
-        # Whoever wants to know the user's name waits until there is one.
+        # The name depends on the invocation, so the app gets it only after the user was created.
         self._user = done.id.apply(lambda _: APP)
 
     def _proxy(self, network: Network) -> None:
-        """A proxy that signs in to the database as the app does to it: by IAM on both sides, without a secret."""
+        """Create a proxy. The app signs in to the proxy, and the proxy to the database, with tokens of IAM."""
         group = network.security_group(self, "proxy", "who may reach the proxy")
         network.allow_port(self, "proxy", group.id, self._port_access)
         role = aws.iam.Role(
@@ -280,5 +283,5 @@ class Postgres(Component):
             opts=self.child_options(depends_on=[self._database.resource]),
         )
         self.host, self._port_access = proxy.endpoint, PortAccess("postgres", group.id, PORT)
-        # arn:...:db-proxy:prx-0123 ends with what IAM knows it by.
+        # IAM knows the proxy by the last part of its ARN, as in arn:...:db-proxy:prx-0123.
         self._resource_id = proxy.arn.apply(lambda arn: (arn or "").rpartition(":")[2])

@@ -1,4 +1,4 @@
-"""The API token: in Secrets Manager, and nowhere else. The app knows its SHA-256."""
+"""The API token, which is stored in Secrets Manager. The app has its SHA-256 only."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ LABEL = "sha256-"
 
 
 class ApiToken(Component):
-    """A token that is made once and stays the same.
+    """A token that stays the same until its generation is raised.
 
-    Each run draws a token, and only the run that makes the secret's version uses it. The app's SHA-256 must be of the
-    token in that version, even if a run is cut off. So the SHA-256 is written in the same request as the token: as a
-    label of the version, beside AWSCURRENT. Later runs ignore what they draw, and read the label from the state.
+    Each run generates a token. Only the run that creates the version of the secret uses it. The app's SHA-256 must
+    belong to the token of that version, even if a run is interrupted. So one request writes both: the SHA-256 is a
+    label of the version, beside AWSCURRENT. Later runs ignore the token that they generate, and read the label from the
+    state.
 
-    The token is an ordinary argument, which the state holds encrypted and a refresh reads again from AWS. A write-only
+    The token is an ordinary argument, which the state holds encrypted and a refresh reads from AWS. A write-only
     argument would be null after a refresh, and the next update would fail.
 
-    name          of the secret: unique in the account and its region
-    generation    a version of the secret each: raising it replaces the token. In prod, where the current version is
-                  protected, it is raised by one at a time: the version before stays until the next rotation
+    name          the name of the secret, unique in the account and its region
+    generation    each generation is a version of the secret, so raising it replaces the token. In a protected stack it
+                  is raised by one at a time, because the version before stays until the next rotation
 
-    Outputs: `sha256`, hexadecimal; unknown while the version is only planned, because the update draws another token.
+    Outputs: `sha256`, hexadecimal. A preview that plans the version does not know it, because the update generates
+    another token.
     """
 
     def __init__(self, context: StackContext, *, name: Input[str], generation: int) -> None:
@@ -44,8 +46,8 @@ class ApiToken(Component):
         version = self._secret_version(secret, generation)
         if context.is_protected and generation > 1:
             self._secret_version(secret, generation - 1, after=version)
-        # A preview draws another token than the update. It does not know the id of a version that is only planned, so it
-        # shows no SHA-256 for it.
+        # A preview generates another token than the update. It does not know the id of a version that is only planned,
+        # so with the id in `all` it shows no SHA-256.
         labels = Output.all(version.version_id, version.version_stages)
         self.sha256: Output[str] = labels.apply(lambda known: _labelled(known[1]))
         self.register_outputs({"sha256": self.sha256})
@@ -53,10 +55,13 @@ class ApiToken(Component):
     def _secret_version(
         self, secret: aws.secretsmanager.Secret, generation: int, *, after: Resource | None = None
     ) -> aws.secretsmanager.SecretVersion:
-        """Register a generation. `after`: the current one, if this is the one before.
+        """Register a generation of the token.
 
-        The generation before is registered without protection, so that the next rotation can delete it. If it has to be
-        made anew, for instance after an aborted `destroy`, it comes after the current one and does not take AWSCURRENT.
+        The generation before the current one is registered without protection, so that the next rotation can delete it.
+        If it has to be created again, for instance after an aborted `destroy`, it is created after the current one and
+        does not get the label AWSCURRENT.
+
+        after    the version of the current generation, if this is the generation before it
         """
         token = secrets.token_urlsafe(32)
         label = LABEL + hashlib.sha256(token.encode()).hexdigest()

@@ -287,7 +287,7 @@ ZEROS = f"sha256:{'0' * 64}"
 @pytest.mark.parametrize(
     ("requirement", "environment", "reason", "advice"),
     [
-        ("LOCKED", {}, f"Hash mismatch for .*{ZEROS}", "`make lock` writes the hashes anew"),
+        ("LOCKED", {}, f"Hash mismatch for .*{ZEROS}", "`make lock` writes new hashes"),
         ("docopt==0.6.2", {}, "docopt==0.6.2 has no usable wheels", "`make lock` takes newer versions, .*"),
         ("msgspec==99.0", {}, "there is no version of msgspec==99.0", None),
         ("LOCKED", {"UV_INDEX_URL": "http://127.0.0.1:9/", "UV_NO_CACHE": "1"}, "Failed to fetch", "Check the network"),
