@@ -1,7 +1,8 @@
-"""From a resolved Query to SQL: one builder, so that a query means the same in every SQL store; a `Dialect` says how its database spells it.
+"""Translates a resolved Query to SQL. One builder makes a query mean the same in every SQL store.
 
-Names go into quoted identifiers, values only into parameters. SQL's own logic is the three-valued one that Query promises;
-where a form was chosen so that an index serves it, a comment says why it means the same.
+A `Dialect` has the syntax of one database. Names become quoted identifiers, and values become parameters only. SQL has
+the three-valued logic that Query promises. If a form was chosen so that an index serves it, a comment says why it means
+the same.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ ORDER_OPS = {"eq": "=", "ne": "<>", "lt": "<", "lte": "<=", "gt": ">", "gte": ">
 
 
 class Statement(NamedTuple):
+    """A statement, and its parameters in order."""
+
     sql: str
     params: Params
 
 
 class Dialect(ABC):
-    """How one database spells what all of them mean. Parameters are positional and stand in the order of `params`."""
+    """The SQL of one database. Parameters are positional, in the order in which methods add them to `params`.
+
+    fields  the kinds of the indexed fields
+    """
 
     mark: ClassVar[str]
     true: ClassVar[str]
@@ -35,54 +41,62 @@ class Dialect(ABC):
 
     @abstractmethod
     def column(self, name: str) -> str:
-        """The key of a canonical name: NULL for null and missing."""
+        """Return the expression for the key of a canonical name. It is NULL for null and missing fields."""
 
     def value(self, name: str) -> str:
-        """A parameter that is compared with the column."""
+        """Return the expression for a parameter that is compared with the column."""
         return self.mark
 
     def compare(self, name: str, op: str, value: Key, params: Params) -> str:
-        """`op` is one of SQL's comparisons."""
+        """Return a comparison. `op` is an operator of SQL."""
         params.append(value)
         return f"{self.column(name)} {op} {self.value(name)}"
 
     def one_of(self, name: str, values: Sequence[Key], params: Params) -> str:
+        """Return the condition that the key is one of these values."""
         params.extend(values)
         return f"{self.column(name)} IN ({', '.join([self.value(name)] * len(values))})"
 
     @abstractmethod
     def same(self, name: str, value: Key | None, params: Params) -> str:
-        """Equality in which null equals null."""
+        """Return a test for equality in which null equals null."""
 
     @abstractmethod
     def exists(self, name: str, params: Params) -> str:
-        """Whether an indexed field is there, null included."""
+        """Return the condition that an indexed field exists. It may be null."""
 
     @abstractmethod
-    def ends_with(self, name: str, text: str, params: Params) -> str: ...
+    def ends_with(self, name: str, text: str, params: Params) -> str:
+        """Return the condition that a text ends with this text."""
 
     @abstractmethod
-    def contains(self, name: str, text: str, params: Params) -> str: ...
+    def contains(self, name: str, text: str, params: Params) -> str:
+        """Return the condition that a text contains this text."""
 
     @abstractmethod
     def has_element(self, name: str, value: Key, params: Params, *, positive: bool) -> str:
-        """Whether a list has an element. `positive`: unknown may as well be false."""
+        """Return the condition that a list has an element. If `positive`, it may be false instead of unknown."""
 
     @abstractmethod
     def alive(self, *, deleted_too: bool) -> str:
-        """The condition on is_deleted that every query starts with, in a form that keeps the indexes useful."""
+        """Return the condition on is_deleted with which every query begins, in a form that indexes serve."""
 
     @abstractmethod
     def order(self, name: str, *, descending: bool) -> str:
-        """Null first ascending, last descending."""
+        """Return the ORDER BY term: nulls come first if ascending, and last if descending."""
 
 
 class SqlBuilder:
+    """Builds statements for one table in one dialect."""
+
     def __init__(self, dialect: Dialect, table: str) -> None:
         self._dialect, self._table = dialect, table
 
     def search(self, query: Query) -> Statement:
-        """Rows of (doc, uid, encoding, shown, sort keys..., id), one more than the limit so that the end shows."""
+        """Return a statement for rows of (doc, uid, encoding, shown, sort keys..., id).
+
+        It finds one row more than the limit, if there is one. So the caller sees whether a next page exists.
+        """
         sort = cast("tuple[Sort, ...]", query.sort)
         dialect = self._dialect
         columns = [dialect.column(key.field) for key in sort] + ["id"]
@@ -100,10 +114,11 @@ class SqlBuilder:
         )
 
     def from_ids(self, where: str) -> str:
-        """The condition of a search for everything in the order of ids."""
+        """Return the condition for a search of all resources in the order of ids."""
         return where
 
     def count(self, query: Query) -> Statement:
+        """Return a statement for the number of matching rows."""
         where, params = self._where(query)
         return Statement(f"SELECT count(*) FROM {self._table} WHERE {where}", params)
 
@@ -115,7 +130,7 @@ class SqlBuilder:
         return where, params
 
     def _filter(self, where: Filter, params: Params, positive: bool) -> str:
-        """`positive`: no NOT around it, so unknown may as well be false."""
+        """Return the condition of a filter. `positive`: no NOT is around it, so it may be false instead of unknown."""
         match where:
             case And(of):
                 parts = [self._filter(part, params, positive) for part in of]
@@ -153,13 +168,17 @@ class SqlBuilder:
         return dialect.contains(name, value, params)
 
     def _starts_with(self, name: str, value: str, params: Params) -> str:
-        """As a range, which an index serves."""
+        """Return the condition as a range, because an index serves ranges."""
         end = prefix_end(value)
         first = self._dialect.compare(name, ">=", value, params)
         return first if end is None else f"{first} AND {self._dialect.compare(name, '<', end, params)}"
 
     def _after(self, sort: tuple[Sort, ...], after: tuple[Key | None, ...], params: Params) -> str:
-        """The rows behind a cursor: for some i, equal in the keys before i and behind in key i. Null sorts below everything."""
+        """Return the condition for the rows after a cursor.
+
+        For some i, a row is equal in the keys before i and comes after the cursor in key i. Null sorts below all
+        values.
+        """
         dialect = self._dialect
         alternatives: list[str] = []
         keys = list(zip([*sort, Sort("meta.resource_id")], after, strict=True))
@@ -183,11 +202,12 @@ class SqlBuilder:
 
 
 def quoted(identifier: str) -> str:
+    """Return a quoted identifier."""
     return '"' + identifier.replace('"', '""') + '"'
 
 
 def prefix_end(prefix: str) -> str | None:
-    """The smallest string above all that start with `prefix`, by code point; None where there is none."""
+    """Return the smallest string, by code point, above all that start with `prefix`, or None if there is none."""
     while prefix:
         last = ord(prefix[-1])
         if last < 0x10FFFF:

@@ -1,4 +1,4 @@
-"""What the function that commits is given: changes as JSON, documents as bytes beside it."""
+"""The arguments of the stored function that commits: changes as JSON, and documents as bytes beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from ...contract.store_errors import generation_of
 
 
 class CommitArguments:
-    """The parameters of the function that commits."""
+    """The parameters of the stored function that commits, for one commit or for new index entries.
+
+    changes  the changes of the commit. None may expect "any"
+    once     the Idempotency-Key of the commit and its results, or None
+    spec     the number of the set of indexed fields
+    encode   encodes metadata and records
+    entries  new index entries
+    share    whether an entry may have a unique value that another resource owns
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a program needs in the tables of a model that another one made: functions, columns, indexes, unique fields."""
+"""Completes the tables that another version of the program made: functions, columns, indexes, unique fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from .schema import PostgresSchema, held
 
 
 class Migration:
-    """`uniques`: the unique fields, as they were when somebody last looked. They become more, hardly ever less."""
+    """The schema changes of one model.
+
+    `uniques` are the unique fields as they were last read. Fields are added, and removed only in rare cases.
+    """
 
     def __init__(self, spec: ModelSpec, schema: PostgresSchema) -> None:
         self._spec, self._schema = spec, schema
@@ -31,17 +34,24 @@ class Migration:
         return self._schema.filled(statement)
 
     async def ready(self, connection: Connection) -> int | None:
-        """The number of the bound fields, if all that they need is there: then nothing has to be made, nor anybody locked out."""
+        """Return the number of the set of bound fields if no schema change is needed, else None. Takes no lock.
+
+        Raises ConfigError if this program does not index a unique field.
+        """
         try:
             cursor = await connection.execute(
                 self._filled(
                     "SELECT (SELECT id FROM <specs> WHERE fields = %s::jsonb), uniques,"
-                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)), fast_store FROM <state>"
+                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)), fast_store"
+                    " FROM <state>"
                 ),
                 (self._fields, self._schema.function.strip('"')),
             )
             row = await cursor.fetchone()
-        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):  # none, or an older program's
+        except (
+            psycopg.errors.UndefinedTable,
+            psycopg.errors.UndefinedColumn,
+        ):  # no tables, or those of an older version
             return None
         if row is None or row[0] is None or not row[2]:
             return None
@@ -49,7 +59,11 @@ class Migration:
         return int(row[0])
 
     async def make(self, connection: Connection) -> int:
-        """Make or complete the schema. Several programs and versions may do it at once: they take turns."""
+        """Make or complete the schema, and return the number of the set of bound fields.
+
+        Programs of several versions may call this at the same time: a lock makes them take turns. Raises ConfigError if
+        this program does not index a unique field.
+        """
         async with self._exclusive_transaction(connection):  # indexes of large tables take their time
             for statement in self._schema.statements():
                 await connection.execute(statement.encode())
@@ -74,13 +88,14 @@ class Migration:
                 raise not_indexed(self._spec.name, name)
 
     async def outdated(self, connection: Connection, limit: int) -> list[ResourceMeta]:
+        """Return the metadata of at most `limit` resources that are not indexed for the bound fields."""
         cursor = await connection.execute(self._filled("SELECT id, fields::text FROM <specs>"))
         lacking = [
             number
             for number, text in await cursor.fetchall()
             if not self._kinds.items() <= msgspec.json.decode(text).items()
         ]
-        # Both of them, so that the index is used, which is this one to keep counts cheap.
+        # Both values of is_deleted, so that PostgreSQL uses the index that begins with it.
         cursor = await connection.execute(
             self._filled("SELECT doc FROM <main> WHERE is_deleted IN (FALSE, TRUE) AND spec = ANY(%s::int[]) LIMIT %s"),
             (lacking, limit),
@@ -89,7 +104,10 @@ class Migration:
         return [meta_of(row[0]) for row in await cursor.fetchall()]
 
     async def activate_unique_fields(self, connection: Connection, *, force: bool) -> bool:
-        """As MetaStore.activate_unique_fields."""
+        """Make every writer keep the unique fields unique. Blocks commits meanwhile.
+
+        Returns False if rows are outdated and `force` is false. Raises ConfigError if two resources share a value.
+        """
         async with self._exclusive_transaction(connection):
             stored = await self._stored_uniques(connection)
             added = [name for name in self._spec.unique if name not in stored]
@@ -111,7 +129,7 @@ class Migration:
         await connection.execute(self._filled("UPDATE <state> SET uniques = array_append(uniques, %s)"), (name,))
 
     async def deactivate_unique_field(self, connection: Connection, name: str) -> None:
-        """As MetaStore.deactivate_unique_field."""
+        """Stop keeping a field unique, unless all resources are indexed by it. Blocks commits meanwhile."""
         async with self._exclusive_transaction(connection):
             cursor = await connection.execute(
                 self._filled(
@@ -132,6 +150,6 @@ class Migration:
 
     @contextlib.asynccontextmanager
     async def _exclusive_transaction(self, connection: Connection) -> AsyncIterator[None]:
-        """A transaction that may take its time, while nobody commits."""
+        """Hold the lock of the schema in a transaction that may take long. Commits wait until it ends."""
         async with connection.exclusive_transaction(self._schema.lock, round(pool.IDLE_IN_TRANSACTION_S * 1000)):
             yield

@@ -1,6 +1,7 @@
-"""Connections to PostgreSQL: one pool for each address and event loop, shared by all models; and what failures mean.
+"""Connections to PostgreSQL, and the translation of their failures.
 
-Nothing of the server's words reaches a client: they go to the log.
+There is one pool for each address and event loop, and all models share it. Messages of the server go to the log, never
+to a client.
 """
 
 from __future__ import annotations
@@ -30,38 +31,41 @@ log = logging.getLogger("crudstack.postgres")
 T = TypeVar("T")
 Connection = SessionlessConnection
 Password = Callable[[], str]
-"""Makes a password when a connection is made: one that expires, like a sign-in token of IAM."""
+"""Returns the password for a new connection, if passwords expire, like authentication tokens of IAM."""
 
 MAX_SIZE = 10
 WAIT_S = 5.0
-"""How long a request waits for a free connection, and how long for a new one."""
+"""Seconds that a request waits for a free connection, and seconds that it waits for a new one."""
 FIRST_PAUSE_S = 0.05
 MAX_IDLE_S = 300.0
 """How long a connection may be unused before it is closed; shorter than `idle_session_timeout` of app.bootstrap."""
 STATEMENT_S = 10.0
-"""How long the server works at a statement, including its wait for locks. Then it ends it, and nothing of it stays."""
+"""Seconds after which the server cancels a statement and undoes it. They include the time that it waits for locks."""
 ANSWER_S = 12.0
-"""How long an answer is waited for. Then the connection counts as lost: something between us and the server swallows what is sent."""
+"""Seconds to wait for a reply. Then the connection counts as lost, because the network drops its messages."""
 CHECK_AFTER_S = 2.0
-"""How long a connection may be unused before it is asked whether it is there. A network may have dropped it without a word."""
+"""Seconds after which an idle connection is checked before it is used: a network may have dropped it silently."""
 CHECK_S = 2.0
-"""How long the answer to that is waited for. That of a statement is waited for longer, because a statement may take long."""
+"""Seconds to wait for the reply to that check. A statement may take longer, so its limit is longer."""
 IDLE_IN_TRANSACTION_S = 10.0
 
 TOOK_TOO_LONG = "57014"
-"""SQLSTATE of what STATEMENT_S ended."""
+"""SQLSTATE of a statement that the server cancelled after STATEMENT_S."""
 TOO_LARGE = "54000"
-"""SQLSTATE of an index entry of more than 2.7 KB: that of a long id, which earlier programs took, and a text beside it."""
+"""SQLSTATE of an index entry above 2.7 KB: a long id, which earlier versions accepted, and an indexed text."""
 
 PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 5_000}
-"""After how many seconds (the last one: milliseconds) a connection counts as lost whose other end acknowledges nothing."""
+"""Settings of TCP: a connection is lost if its other end acknowledges nothing for some 25 s, or 5 s (in milliseconds)
+while data are on the way."""
 
 UNREACHABLE = "the database cannot be reached right now; nothing was changed, try again"
 
 
 def repeat_s() -> float:
-    """Return for how many seconds after its begin a request whose connection was lost is repeated: an answer and a check
-    may have been waited for in vain."""
+    """Return for how many seconds after its start a request is repeated if its connection was lost.
+
+    By then it may have waited in vain for one reply and one check.
+    """
     return ANSWER_S + CHECK_S
 
 
@@ -78,14 +82,14 @@ def server_settings() -> dict[str, str]:
 
 
 class Unreachable(Exception):
-    """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
+    """The reason why no connection could be made, as the server says it. For logs and operators, not for clients."""
 
 
 class Pool:
     """The connections of one event loop to one address.
 
-    Not psycopg's own pool, because whoever is cancelled there may take a connection with him for good (3.3), and it keeps an event loop
-    from ending. Here a connection is taken and given back without waiting for anything.
+    This is not psycopg's own pool, for two reasons. There a cancelled caller may lose a connection for good (3.3), and
+    the pool keeps an event loop from ending. Here a connection is taken and returned without waiting.
     """
 
     def __init__(self, dsn: Secret, password: Password | None, max_size: int, prepare: bool | None = None) -> None:
@@ -104,9 +108,13 @@ class Pool:
         self._explicit_isolation = True
 
     async def run(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
-        """Run something on a connection, within ANSWER_S if `limited`. `again`: once more where the connection turns out to be gone.
+        """Run `work` on a connection, and return its result.
 
-        CrudError, with what psycopg raised as its cause: what was asked was surely not done, unless `is_lost` says so of the cause.
+        again    whether to run it once more if the connection turns out to be lost
+        limited  whether to stop after ANSWER_S
+
+        Raises CrudError, with the error of psycopg as its cause. The work was not done, unless `is_lost` is true of the
+        cause.
         """
         try:
             began = self._clock()
@@ -120,7 +128,7 @@ class Pool:
             raise _translated(error) from error
 
     def silent_for(self, seconds: float) -> StoreUnavailable:
-        """What to say of a database that did not answer for so long."""
+        """Return the error for a database that did not answer for so long."""
         return StoreUnavailable(
             f"the database gave no answer within {seconds:g} s" if self._failure is None else UNREACHABLE
         )
@@ -136,7 +144,7 @@ class Pool:
                     return await work(connection)
             except psycopg.OperationalError as error:
                 if is_lost(error) and self._created_at[connection] >= self._retired_before:
-                    self.retire()  # those of its time probably are as it is
+                    self.retire()  # connections of the same age are probably lost too
                 raise
             finally:
                 self._give_back(connection)
@@ -157,9 +165,10 @@ class Pool:
             ) from None
 
     async def _checked_connection(self) -> Connection | None:
-        """Return an unused connection that was used a moment ago, or answers; None if there is none.
+        """Return an idle connection that works, or None if there is none.
 
-        One that does not answer is not alone: all of its time are given up, so one request waits for all of them.
+        A connection that was used a moment ago is not checked. If one does not answer, all connections of its age are
+        retired, because they have probably failed too. So only one request waits.
         """
         connection = self._pop_idle()
         if connection is None or connection.used.age() <= CHECK_AFTER_S:
@@ -197,7 +206,7 @@ class Pool:
         self._close_idle()
 
     def retire(self) -> None:
-        """Use none of the present connections again."""
+        """Retire all open connections: idle ones are closed now, the others when they are returned."""
         self._retired_before = self._clock()
         while self._idle:
             _close(self._idle.pop()[1])
@@ -208,7 +217,7 @@ class Pool:
             _close(connection)
 
     async def _connect(self) -> Connection:
-        """A new connection; a server that is being restarted is waited for."""
+        """Return a new connection. Waits for WAIT_S if the server is being restarted. Raises StoreUnavailable."""
         end, pause = self._clock() + WAIT_S, FIRST_PAUSE_S
         while True:
             try:
@@ -256,8 +265,8 @@ def _translated(error: psycopg.Error) -> CrudError:
         )
     if state == TOO_LARGE:
         return MetadataTooLarge(
-            "an index of the database cannot hold the id of this resource together with one of its indexed texts: shorten"
-            " the text; nothing was changed"
+            "an index of the database cannot hold the id of this resource together with one of its indexed texts:"
+            " shorten the text; nothing was changed"
         )
     if state == TOOK_TOO_LONG:
         return StoreUnavailable(f"the database took longer than {STATEMENT_S:g} s; nothing was changed")
@@ -270,7 +279,7 @@ def _close(connection: Connection) -> None:
 
 @contextlib.contextmanager
 def _cut_after(seconds: float, connection: Connection) -> Iterator[None]:
-    """Whoever still waits for an answer then hears that the connection is lost."""
+    """Shut the connection down after some seconds. A caller that still waits then gets an error."""
     timer = asyncio.get_running_loop().call_later(seconds, _cut, connection)
     try:
         yield
@@ -279,7 +288,8 @@ def _cut_after(seconds: float, connection: Connection) -> Iterator[None]:
 
 
 def _cut(connection: Connection) -> None:
-    # Cancelling psycopg would wait for the server. Closing would free the number of a socket that the event loop still looks at.
+    # Cancelling psycopg would wait for the server. Closing would free the number of a socket that the event loop still
+    # watches.
     with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.shutdown(socket.SHUT_RDWR)
 
@@ -308,7 +318,9 @@ def pool_of(dsn: Secret, password: Password | None, max_size: int, prepare: bool
     pool = _pools.get(loop, {}).get((dsn, password))
     if pool is None:
         with _mutex:
-            for ended in [loop for loop in _pools if loop.is_closed()]:  # without `close`: nobody can use them any more
+            for ended in [
+                loop for loop in _pools if loop.is_closed()
+            ]:  # without `close`; no caller can use them any more
                 for abandoned in _pools.pop(ended).values():
                     abandoned.abandon()
             pool = _pools.setdefault(loop, {})[dsn, password] = Pool(dsn, password, max_size, prepare)
@@ -316,7 +328,7 @@ def pool_of(dsn: Secret, password: Password | None, max_size: int, prepare: bool
 
 
 def close_pool(dsn: Secret, password: Password | None) -> None:
-    """Give back the connections of this event loop; those that are used now follow when they are given back."""
+    """Close the connections of this event loop. Those in use are closed when they are returned."""
     with _mutex:
         pools = _pools.get(asyncio.get_running_loop(), {})
         pool = pools.pop((dsn, password), None)
@@ -327,7 +339,7 @@ def close_pool(dsn: Secret, password: Password | None) -> None:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether the connection is gone, and with it perhaps an answer."""
+    """Return whether the connection is lost, perhaps together with a reply."""
     state = getattr(error, "sqlstate", None)
     return isinstance(error, psycopg.OperationalError) and (
         state is None or (state[:2] in ("08", "57") and state != TOOK_TOO_LONG)

@@ -1,8 +1,8 @@
 """The SQL dialect of PostgreSQL, for queries on the tables of `schema`.
 
-The keys of indexed fields are in one JSONB column, and each field has an index on an expression of that column. An entry
-of a B-tree may have 2.7 KB at most, so the index of a text contains only its beginning. Each condition on the whole text
-implies a condition on the beginning. Adding that condition lets PostgreSQL use the index.
+The keys of indexed fields are in one JSONB column, and each field has an index on an expression of that column. An
+entry of a B-tree may have 2.7 KB at most, so the index of a text contains only its beginning. Each condition on the
+whole text implies a condition on the beginning. Adding that condition lets PostgreSQL use the index.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class PostgresDialect(Dialect):
             return key
         if kind.key_type is str:
             return f'((keys ->> {literal(name)}) COLLATE "C")'
-        # Another version of the program may index this field as another kind. Its rows have no number here, and must not
-        # make the index fail.
+        # Another version of the program may index this field as another kind. Its rows have no number here, and must
+        # not make the index fail.
         number = f"{key}::double precision"
         if kind.key_type is int:
             number = f"CASE WHEN {key}::numeric BETWEEN {INT_MIN} AND {INT_MAX} THEN {key}::bigint END"

@@ -1,27 +1,32 @@
-"""The tables of one model in PostgreSQL, and the function that commits.
+"""The tables of one model in PostgreSQL, and the stored function that commits.
 
-    {t}            a row a resource: its document, the columns that queries compare, the keys of its indexed fields
-    {t}:revisions  the records
-    {t}:unique     the values of unique fields, and who holds them
-    {t}:shared-values  the values that a resource has beside the one that holds them; only where an index entry was lost and came back
-    {t}:done       what the commits left that carried an Idempotency-Key
-    {t}:recent     the transactions of the last day, and those that were given up on (see below)
-    {t}:specs      the sets of indexed fields, with their kinds, that rows were written under
-    {t}:state      one row: generation, unique fields, findings (see `reindexing`), and the life of the cache before it that is in use
-                   (see `meta_store.fast_slow`)
+    {t}                a row for each resource: its document, the columns that queries compare, the keys of its indexed
+                       fields
+    {t}:revisions      the records
+    {t}:unique         the values of unique fields, and the ids of the resources that own them
+    {t}:shared-values  values that a resource has although another one owns them. It is used only if an index entry was
+                       lost and restored
+    {t}:done           the results of commits with an Idempotency-Key
+    {t}:recent         the calls of the last day, and the calls that were refused after their reply was lost (P4)
+    {t}:specs          the sets of indexed fields, with their kinds, under which rows were written
+    {t}:state          one row: generation, unique fields, findings (see `storage.reindexing`), and the server epoch of
+                       the cache that is in use (see `meta_store.fast_slow`)
 
-A commit is one call of one function, hence one round trip and one transaction. What it keeps:
+A commit is one call of the function, thus one round trip and one transaction. Invariants:
 
-- P1 *Decided where it happens.* An expectation is part of the UPDATE or INSERT that changes the row, whose lock holds until the commit. A conflict
-  raises, so nothing of a batch stays. Rows of a batch are locked in the order of their ids, after the unique values (P2), so that commits wait
-  for each other and never in a circle; where they do all the same, PostgreSQL ends one, which is tried again.
-- P2 *Unique values are unique at the end of the commit*, by a constraint that is checked then: a batch may swap them. Who wants a value takes a lock on
-  it first, in order, because two that inserted the same would wait for each other at their ends. Which fields are unique stands in the state,
-  so versions of the program that do not know a field cannot break it: they refuse. A field gets there when all rows are indexed by it.
-- P3 *No body that a sweep may have removed is committed.* Commits hold a lock that advancing the generation waits for, in memory, not in a row.
-- P4 *A lost answer is resolved, not guessed.* Each call brings a number that it inserts into `recent`. Whoever lost the answer inserts the same number: if
-  that fails, the call has happened; if it succeeds, the call never will, for its own insertion fails then. While the call is still running the
-  insertion waits for it.
+- P1 *An expectation is checked by the statement that changes the row.* It is part of the UPDATE or INSERT, and the row
+  stays locked until the commit. A conflict raises an error, so nothing of a batch stays. A batch locks its rows in the
+  order of their ids, after the unique values (P2), so commits do not deadlock. If they do all the same, PostgreSQL ends
+  one of them, and it is retried.
+- P2 *Unique values are unique at the end of the commit.* A deferred constraint checks this, so a batch may swap values.
+  A commit first locks its values, in order, because two commits that insert the same value would deadlock at their
+  ends. The list of unique fields is in the state. A version of the program that does not know a unique field refuses to
+  commit. A field is added to the list when all rows are indexed by it.
+- P3 *No body that a sweep may have removed is committed.* Commits hold a shared advisory lock, and advancing the
+  generation waits for it.
+- P4 *The outcome of a lost reply is found out.* Each call inserts its number into `recent`. A client that lost the
+  reply inserts the same number. If this fails, the call has happened. If it succeeds, the call never will happen,
+  because its own insertion fails. While the call is running, the insertion waits for it.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ PARTS = ("revisions", "unique", "shared-values", "done", "recent", "specs", "sta
 
 
 def name_of(table: str, part: str = "") -> str:
-    """An identifier, shortened by hash to the 63 bytes that PostgreSQL keeps."""
+    """Return an identifier. A hash shortens it to the 63 bytes that PostgreSQL keeps."""
     whole = f"{table}:{part}" if part else table
     if len(whole.encode()) <= 63:
         return whole
@@ -51,7 +56,10 @@ def name_of(table: str, part: str = "") -> str:
 
 
 def held(value: str) -> str:
-    """A unique value as it stands in the table: long ones by their hash, for an index takes no more than 2.7 KB."""
+    """Return the SQL of a unique value in the table.
+
+    A long value is replaced by its hash, because an index entry has 2.7 KB at most.
+    """
     digest = f"'sha256:' || encode(sha256(convert_to({value}, 'UTF8')), 'hex')"
     return f"(CASE WHEN length({value}) > 500 THEN {digest} ELSE '=' || {value} END)"
 
@@ -66,16 +74,20 @@ class PostgresSchema:
         self.function = quoted(name_of(table, f"commit-{hashlib.sha256(_FUNCTION.encode()).hexdigest()[:8]}"))
 
     def filled(self, text: str) -> str:
-        """A statement with the names of this table in it: `<main>` is a table, `<main-state>` an index of it."""
+        """Return a statement with the names of this model: `<main>` is a table, `<main-state>` an index of it."""
         known = self.names | {"function": self.function, "lock": str(self.lock), "held": held("value_")}
         return re.sub(r"<([a-z-]+)>", lambda found: known.get(found[1]) or quoted(name_of(self.table, found[1])), text)
 
     def statements(self) -> list[str]:
-        """What makes or completes the schema; run under the lock, in one transaction, by any number of programs and versions."""
+        """Return the statements that make or complete the schema.
+
+        Run them under the lock, in one transaction. Programs of several versions may do so.
+        """
         made = [part for part in self.filled(_TABLES).split(";\n") if part.strip()]
         return [*made, self.filled(_FUNCTION), *self.indexes()]
 
     def indexes(self) -> list[str]:
+        """Return the statements that make the indexes of the bound fields."""
         dialect, main = PostgresDialect(self.fields), self.names["main"]
         made = []
         for name, kind in self.fields.items():
@@ -95,12 +107,14 @@ CREATE TABLE IF NOT EXISTS <main> (
   total_revision_count bigint NOT NULL, schema_version bigint NOT NULL, status text COLLATE "C" NOT NULL,
   is_deleted boolean NOT NULL, created_time timestamptz NOT NULL, updated_time timestamptz NOT NULL,
   created_by text COLLATE "C" NOT NULL, updated_by text COLLATE "C" NOT NULL, uid text NOT NULL, encoding text NOT NULL,
-  doc bytea NOT NULL, shown bytea, keys jsonb NOT NULL DEFAULT '{}', absent text[] NOT NULL DEFAULT '{}', spec int NOT NULL DEFAULT 0);
+  doc bytea NOT NULL, shown bytea, keys jsonb NOT NULL DEFAULT '{}', absent text[] NOT NULL DEFAULT '{}', spec int \
+NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS <main-created> ON <main> (is_deleted, created_time NULLS FIRST, id);
 CREATE INDEX IF NOT EXISTS <main-updated> ON <main> (is_deleted, updated_time NULLS FIRST, id);
 CREATE INDEX IF NOT EXISTS <main-state> ON <main> (is_deleted, spec);
 CREATE TABLE IF NOT EXISTS <revisions> (
-  id text COLLATE "C" NOT NULL, revision bigint NOT NULL, uid text NOT NULL, doc bytea NOT NULL, PRIMARY KEY (id, revision));
+  id text COLLATE "C" NOT NULL, revision bigint NOT NULL, uid text NOT NULL, doc bytea NOT NULL, PRIMARY KEY (id, \
+revision));
 CREATE INDEX IF NOT EXISTS <revisions-uid> ON <revisions> (uid);
 CREATE TABLE IF NOT EXISTS <unique> (
   field text NOT NULL, value text COLLATE "C" NOT NULL, id text COLLATE "C" NOT NULL,
@@ -110,7 +124,8 @@ CREATE TABLE IF NOT EXISTS <shared-values> (
   id text COLLATE "C" NOT NULL, field text NOT NULL, value text COLLATE "C" NOT NULL, PRIMARY KEY (id, field));
 CREATE INDEX IF NOT EXISTS <shared-values-by-value> ON <shared-values> (field, value);
 CREATE TABLE IF NOT EXISTS <done> (
-  key text NOT NULL, operation int NOT NULL, request text NOT NULL, time bigint NOT NULL, id text COLLATE "C", doc bytea,
+  key text NOT NULL, operation int NOT NULL, request text NOT NULL, time bigint NOT NULL, id text COLLATE "C", doc \
+bytea,
   CONSTRAINT <done-pkey> PRIMARY KEY (key, operation));
 CREATE INDEX IF NOT EXISTS <done-time> ON <done> (time);
 CREATE INDEX IF NOT EXISTS <done-id> ON <done> (id) WHERE id IS NOT NULL;
@@ -127,8 +142,10 @@ INSERT INTO <state> (one, format, generation, uniques, findings) VALUES (1, 1, 0
 ON CONFLICT DO NOTHING;
 """
 
+# The name of the function contains a hash of this text. A change, even of a comment, gives every database another one.
 _FUNCTION = """
-CREATE OR REPLACE FUNCTION <function>(call_ uuid, changes jsonb, docs bytea[], once jsonb) RETURNS void LANGUAGE plpgsql AS $body$
+CREATE OR REPLACE FUNCTION <function>(call_ uuid, changes jsonb, docs bytea[], once jsonb) RETURNS void LANGUAGE \
+plpgsql AS $body$
 DECLARE
   c jsonb; m jsonb; field_ text; value_ text; generation_ bigint; uniques_ text[]; expected boolean;
 BEGIN
@@ -156,7 +173,8 @@ BEGIN
   FOR c IN SELECT x FROM jsonb_array_elements(changes) x LOOP
     m := c->'meta';
     IF (c->>'generation')::bigint < generation_ - 1 THEN
-      IF NOT EXISTS (SELECT 1 FROM <revisions> WHERE id = c->>'id' AND revision = (c->>'record')::bigint AND uid = c->>'uid') THEN
+      IF NOT EXISTS (SELECT 1 FROM <revisions> WHERE id = c->>'id' AND revision = (c->>'record')::bigint AND uid = \
+c->>'uid') THEN
         RAISE EXCEPTION 'stale' USING ERRCODE = 'CS002';
       END IF;
     END IF;
@@ -168,7 +186,8 @@ BEGIN
       DELETE FROM <shared-values> WHERE id = c->>'id';
       UPDATE <done> SET id = NULL, doc = NULL WHERE id = c->>'id';
     ELSIF m IS NULL THEN  -- an index entry for exactly this state
-      UPDATE <main> SET keys = c->'keys', absent = ARRAY(SELECT jsonb_array_elements_text(c->'absent')), spec = (c->>'spec')::int,
+      UPDATE <main> SET keys = c->'keys', absent = ARRAY(SELECT jsonb_array_elements_text(c->'absent')), spec = \
+(c->>'spec')::int,
         shown = docs[(c->>'shown')::int]
       WHERE id = c->>'id' AND version = (c->>'version')::bigint AND nonce = c->>'nonce';
       IF NOT FOUND THEN CONTINUE; END IF;
@@ -176,7 +195,8 @@ BEGIN
     ELSIF c ? 'version' THEN
       UPDATE <main> SET version = (m->>'version')::bigint, nonce = m->>'nonce', revision = (m->>'revision')::bigint,
         total_revision_count = (m->>'total_revision_count')::bigint, schema_version = (m->>'schema_version')::bigint,
-        status = m->>'status', is_deleted = (m->>'is_deleted')::boolean, created_time = (m->>'created_time')::timestamptz,
+        status = m->>'status', is_deleted = (m->>'is_deleted')::boolean, created_time = \
+(m->>'created_time')::timestamptz,
         updated_time = (m->>'updated_time')::timestamptz, created_by = m->>'created_by', updated_by = m->>'updated_by',
         uid = m->>'uid', encoding = m->>'encoding', doc = docs[(c->>'doc')::int],
         keys = coalesce(c->'keys', keys), spec = coalesce((c->>'spec')::int, spec),
@@ -187,7 +207,8 @@ BEGIN
     ELSE
       INSERT INTO <main> VALUES (c->>'id', (m->>'version')::bigint, m->>'nonce', (m->>'revision')::bigint,
         (m->>'total_revision_count')::bigint, (m->>'schema_version')::bigint, m->>'status', (m->>'is_deleted')::boolean,
-        (m->>'created_time')::timestamptz, (m->>'updated_time')::timestamptz, m->>'created_by', m->>'updated_by', m->>'uid',
+        (m->>'created_time')::timestamptz, (m->>'updated_time')::timestamptz, m->>'created_by', m->>'updated_by', \
+m->>'uid',
         m->>'encoding', docs[(c->>'doc')::int], docs[(c->>'shown')::int], coalesce(c->'keys', '{}'),
         coalesce(ARRAY(SELECT jsonb_array_elements_text(c->'absent')), '{}'), coalesce((c->>'spec')::int, 0))
       ON CONFLICT (id) DO NOTHING;
@@ -232,7 +253,8 @@ BEGIN
   END IF;
   IF once IS NOT NULL THEN
     DELETE FROM <done> WHERE time < (once->>'time')::bigint - 86400000000;
-    INSERT INTO <done> SELECT once->>'key', x.at - 1, once->>'request', (once->>'time')::bigint, x.result->>'id', docs[(x.result->>'doc')::int]
+    INSERT INTO <done> SELECT once->>'key', x.at - 1, once->>'request', (once->>'time')::bigint, x.result->>'id', \
+docs[(x.result->>'doc')::int]
     FROM jsonb_array_elements(once->'results') WITH ORDINALITY AS x(result, at);
   END IF;
 END

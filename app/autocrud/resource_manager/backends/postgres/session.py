@@ -18,8 +18,8 @@ Invariants:
        no connection of the pooler's;
     4. the pooler is RDS Proxy, where SET and SET LOCAL pin the server's connection to the client: the client stops
        waiting after `pool.ANSWER_S`, and the log says which ALTER ROLE is missing.
-- S3 *Explicit transactions are `exclusive_transaction` only.* They set both limits themselves; behind RDS Proxy their connection is
-  closed afterwards, which ends the pinning.
+- S3 *Explicit transactions are `exclusive_transaction` only.* They set both limits themselves; behind RDS Proxy their
+  connection is closed afterwards, which ends the pinning.
 - S4 *Only a session of this client's own has prepared statements with names*, unless the caller asks for them. Without
   them a read costs twice the server's CPU time.
 
@@ -53,12 +53,13 @@ PREPARE_AFTER = 5
 
 
 class Guard(NamedTuple):
-    """What a statement needs in front of it, on connections whose server does not have the settings."""
+    """The settings that are sent with each statement, because the server does not have them."""
 
     isolation: bool = False
     statement_ms: int | None = None
 
     def prefix(self) -> str:
+        """Return the SQL that goes in front of a statement, or an empty text."""
         isolation = f"SET TRANSACTION ISOLATION LEVEL {ISOLATION.upper()}; " if self.isolation else ""
         return isolation + ("" if self.statement_ms is None else f"SET LOCAL statement_timeout = {self.statement_ms}; ")
 
@@ -162,7 +163,7 @@ class SessionlessConnection(AsyncConnection[Any]):
 
     @contextlib.asynccontextmanager
     async def exclusive_transaction(self, lock: int, idle_ms: int) -> AsyncIterator[None]:
-        """Hold an advisory lock in an explicit transaction that may idle for `idle_ms`; statements may take any time."""
+        """Hold an advisory lock in an explicit transaction. It may idle for `idle_ms`; statements may take any time."""
         self.disposable = self.disposable or self.pins
         async with self.transaction():
             await super().execute(

@@ -1,7 +1,8 @@
-"""RedisMetaStore: the truth in Redis, searches from a copy in this process.
+"""RedisMetaStore: metadata in Redis, and searches on a replica in the memory of this process.
 
-scripts      the keys, and what happens in one atomic step inside Redis
-client       connections; what is repeated and what never is
-transaction  how changes become the arguments of a script, and documents come back
-mirror       the copy in memory that searches read, kept up with the log
+scripts           the keys, and the Lua scripts: each is one atomic step inside Redis
+client            connections, and the rules about repeated commands
+script_arguments  encodes changes as arguments of a script, and decodes documents
+search_replica    the replica in memory that searches read. The log in Redis keeps it current
+lease             a cache in Redis for a store that is elsewhere (FastSlowMetaStore)
 """

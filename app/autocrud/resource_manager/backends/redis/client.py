@@ -3,8 +3,8 @@
     client = client_of("rediss://:secret@cache.example.com:6380/0")
     await client.call(store, "HGET", "article:meta", "seq")
 
-The driver's own retries are never used: it would send a commit twice. What may be repeated is repeated here, once, so a connection that was cut
-while nobody used it costs nobody a request.
+The driver's own retries are never used, because they would send a commit twice. This module repeats a command once, if
+the command may run twice. So no request fails because its connection was cut while it was idle.
 """
 
 from __future__ import annotations
@@ -26,28 +26,32 @@ from .scripts import Script
 log = logging.getLogger("crudstack.redis")
 
 MAX_CONNECTIONS = 16
-"""Of a pool, if the URL names no `max_connections`. Commands that find all in use wait for their turn."""
+"""Connections of a pool, if the URL has no `max_connections`. If all are in use, commands wait for their turn."""
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 CHECK_AFTER_S = 2.0
-"""How long a connection may be unused before it is asked whether it is there. A network may have dropped it without a word."""
+"""Seconds after which an idle connection is checked before it is used: a network may have dropped it silently."""
 CHECK_S = 2.0
-"""How long the answer to that is waited for. That of a command is waited for longer, because a script may take long."""
+"""Seconds to wait for the reply to that check. The limit for a command is longer, because a script may take long."""
 
 
 Password = Callable[[], str]
 
 
 class ConnectionFailed(Exception):
-    """Why no connection could be made, in the server's or the system's words: for logs and whoever starts the program."""
+    """The reason why no connection could be made, as the server says it. For logs and operators, not for clients."""
 
 
 class ReplyLost(Exception):
-    """A command was sent, and its answer never came: it may have been done, or will be."""
+    """A command was sent, and its reply was lost. It may have run, or may run later."""
 
 
 class Client:
-    """`user` is the store that asks: connections are closed when the last one closes, or the event loop ends."""
+    """The connections of this process to one URL: a pool for each event loop.
+
+    Each method takes the store that calls it (`user`). Connections are closed when the last store closes, or when the
+    event loop ends.
+    """
 
     def __init__(self, url: str | Secret, password: Password | None = None) -> None:
         with drivers.driver("redis"):
@@ -60,7 +64,7 @@ class Client:
         connect = None
         try:
             given: dict[str, Any] = dict(driver.parse_url(address.reveal()))
-            # Whatever the URL asks for: answers are bytes, as every server since Redis 6 sends them.
+            # These override the URL: replies are bytes, in the protocol of every server since Redis 6.
             given |= {"protocol": 2, "decode_responses": False}
             self._slots = int(given.pop("max_connections", MAX_CONNECTIONS))
             self.db = int(given.get("db") or 0)
@@ -97,7 +101,7 @@ class Client:
         return self._address.hide(str(error).partition(", with args beginning with")[0])
 
     async def call(self, user: object, *command: Any) -> Any:
-        """A command that may be done twice. StoreUnavailable."""
+        """Run a command that may run twice, and return its reply. Raises StoreUnavailable."""
         loop_state = self._loop_state(user)
         for last in (False, True):
             try:
@@ -108,28 +112,37 @@ class Client:
         raise AssertionError
 
     async def run(self, user: object, script: Script, key: str, *arguments: Any) -> Any:
-        """A script that may be run twice. StoreUnavailable."""
+        """Run a script that may run twice, and return its reply. Raises StoreUnavailable."""
         try:
             return await self.call(user, "EVALSHA", script.sha, 1, key, *arguments)
         except self.errors.NoScriptError:
             return await self.call(user, "EVAL", script.text, 1, key, *arguments)
 
     async def run_once(self, user: object, script: Script, key: str, *arguments: Any, limited: bool = False) -> Any:
-        """A script that is sent at most once. StoreUnavailable: it surely did not run; Unanswered. `limited`: the caller stops waiting by itself."""
+        """Send a script at most once, and return its reply.
+
+        limited  whether the caller limits the waiting time itself
+
+        Raises StoreUnavailable if the script did not run, and ReplyLost if it may have run.
+        """
         loop_state = self._loop_state(user)
         try:
             return await self._send(loop_state, "EVALSHA", script.sha, 1, key, *arguments, limited=limited)
-        except self.errors.NoScriptError:  # an answer: it did not run
+        except self.errors.NoScriptError:  # a reply: the script did not run
             return await self._send(loop_state, "EVAL", script.text, 1, key, *arguments, limited=limited)
 
     async def run_within(self, user: object, script: Script, key: str, *arguments: Any, limit_s: float) -> Any:
-        """As `run_once`, by whoever can do without the answer: StoreUnavailable too if it takes longer, and it may then be done later."""
+        """Send a script at most once, and wait for its reply for `limit_s` seconds.
+
+        Raises StoreUnavailable if there is no reply in time; the script may then run later. Raises ReplyLost if the
+        connection was cut.
+        """
         try:
             async with asyncio.timeout(limit_s):
                 return await self.run_once(user, script, key, *arguments, limited=True)
         except TimeoutError:
             log.warning("Redis: no answer within %g s", limit_s)
-            await self._loop_state(user).close()  # the other connections may lead to the same silence
+            await self._loop_state(user).close()  # the other connections may be silent too
             raise StoreUnavailable("Redis does not answer") from None
 
     async def _send(self, loop_state: _LoopState, *command: Any, limited: bool = False) -> Any:
@@ -169,7 +182,10 @@ class _LoopState:
         self._guard: AsyncIterator[None] | None = None
 
     async def exchange(self, command: tuple[Any, ...], limited: bool) -> Any:
-        """Send a command and read its answer. StoreUnavailable: it was not sent."""
+        """Send a command, and return its reply.
+
+        Raises StoreUnavailable if it was not sent, and ReplyLost if the connection failed after that.
+        """
         if self._guard is None:
             self._guard = self._until_the_loop_ends()
             await anext(self._guard)
@@ -187,9 +203,9 @@ class _LoopState:
             except self._failures as error:
                 log.warning("Redis: %s: %s", type(error).__name__, self._without_password(error))
                 await connection.disconnect(nowait=True)
-                await self.close()  # what was cut was probably not cut alone
+                await self.close()  # the other connections were probably cut too
                 raise ReplyLost from None
-            except BaseException:  # cancelled between the question and the answer
+            except BaseException:  # cancelled between the command and its reply
                 await connection.disconnect(nowait=True)
                 raise
             finally:
@@ -197,9 +213,10 @@ class _LoopState:
                     self._idle.append((connection, Moment.now()))
 
     async def _checked_connection(self) -> Any:
-        """Return an unused connection that was used a moment ago, or answers; None if there is none.
+        """Return an idle connection that works, or None if there is none.
 
-        One that does not answer is not alone: all that are unused are closed, so one request waits for all of them.
+        A connection that was used a moment ago is not checked. If one does not answer, all idle connections are closed,
+        because the others have probably failed too. So only one request waits.
         """
         if not self._idle:
             return None
@@ -236,8 +253,11 @@ class _LoopState:
         raise StoreUnavailable("Redis cannot be reached; nothing was changed") from reason
 
     async def _until_the_loop_ends(self) -> AsyncIterator[None]:
-        """An event loop that is shut down closes its asynchronous generators: the one moment to close the connections of loops in which
-        nobody called `close`."""
+        """Close the connections when the event loop shuts down.
+
+        An event loop that shuts down closes its asynchronous generators. No other hook closes the connections of loops
+        in which `close` was not called.
+        """
         try:
             yield
         finally:
@@ -251,7 +271,7 @@ class _LoopState:
 
 
 class _Credentials:
-    """What the driver asks whenever it connects; it knows the type by these two methods."""
+    """Gives the driver user and password for each new connection. The driver requires these two methods."""
 
     def __init__(self, user: str | None, password: Password) -> None:
         self._user, self._password = user, password

@@ -1,18 +1,20 @@
-"""Documents in Redis that end by themselves: a cache for truths that are kept elsewhere. What it is good for is argued in `meta_store.fast_slow`.
+"""A cache in Redis for documents of another store: FastSlowMetaStore. docs/design/fast-slow.md explains the protocol.
 
-    {prefix}fast:v:HASH   an entry: when it ends, the life, a document
-    {prefix}fast:t:HASH   a token: when it ends, the life, a nonce
+    {prefix}fast:v:HASH   an entry: its expiry time, the server epoch, a document
+    {prefix}fast:t:HASH   a lease: its expiry time, the server epoch, a nonce
 
-The braces stand in the keys.
+The braces are part of the keys. The Lua scripts call a lease `token`, a server epoch `life`, and the lease time
+`lease`.
 
-- R1 *A life is one process with one history*: `run_id`, which every server process draws at its start, and `master_replid`, which is drawn anew
-  when a replica becomes a primary. Both are asked of the server by each script, so no connection, proxy or replica can mix them up. What names
-  another life counts for nothing: it came from a dump, or was replicated.
-- R2 *An entry ends with the token that it was stored upon*, and a token ends a lease after it was granted, by the clock of this one life. It says
-  so itself, besides its expiry: a key that somebody puts back without one ends all the same, and one that ends later than a lease from now,
-  because the clock was set back, counts for nothing.
-- R3 *A nonce is drawn for one command*, which is sent once. So a command that arrives late cannot bring a token back to life.
-- R4 *Evicting, flushing or losing any of these keys is harmless*: a missing entry is a miss, and nothing is stored upon a missing token.
+- R1 *A server epoch is one process with one history.* It consists of `run_id`, which is new in each server process, and
+  `master_replid`, which is new when a replica becomes a primary. Each script asks the server for both. Entries and
+  leases of another epoch are ignored: they come from a dump, or were replicated.
+- R2 *An entry expires with the lease under which it was stored. A lease expires `lease_s` after it was granted*, by the
+  clock of its server. Both contain their expiry time, so a key that is restored without one expires all the same. An
+  expiry time that is too far in the future is ignored, because the clock was set back.
+- R3 *A nonce is drawn for one command, which is sent once.* A command that arrives late cannot bring a lease back.
+- R4 *Evicting, flushing or losing any of these keys is harmless.* A missing entry is a cache miss. Nothing is stored
+  under a missing lease.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from .scripts import Script
 log = logging.getLogger("crudstack.redis")
 
 REPLY_LIMIT_S = 0.25
-"""How long a command may take, connecting included. Who asks has another place to read from."""
+"""Seconds that a command may take, with connecting. The caller can read from the slow store instead."""
 NONCE = 12
 
 
 class Lease(NamedTuple):
-    """A token that was granted to us by a life, for one resource or those of one commit."""
+    """The right to store entries in a server epoch, for one resource or for the resources of one commit."""
 
     server_epoch: str
     nonce: bytes
@@ -49,7 +51,7 @@ def _script(body: str) -> Script:
 
 _COMMON = """
 local F, lease = KEYS[1], tonumber(ARGV[1])
-local function told(answer, name)  -- 40 hexadecimal digits; what comes before them is found as it is, for patterns are slow
+local function told(answer, name)  -- 40 hexadecimal digits; a plain search for the name, because patterns are slow
   local _, colon = string.find(answer, '\\n' .. name .. ':', 1, true)
   return colon and string.match(answer, '^%x+', colon + 1) or ''
 end
@@ -89,7 +91,7 @@ if left(entry) then return string.sub(entry, 94) end
 if left(redis.call('GET', F .. 't:' .. hash)) then return {life, 0} end
 return {life, grant(hash, nonce) and 1 or 0}
 """)
-"""The document of an entry; otherwise the life, and whether a token was granted."""
+"""Returns the document of an entry. Without one, returns the server epoch and whether a lease was granted."""
 
 FILL = _script("""
 local hash, nonce, document = ARGV[2], ARGV[3], ARGV[4]
@@ -132,19 +134,23 @@ SERVER_EPOCH = _script("return life")
 
 
 class Leases:
-    """The cache below one prefix. A life names the server process, the database and the prefix; None where the server does not tell.
+    """The cache below one prefix.
 
-    Every method sends one command, and raises StoreUnavailable unless it was answered within REPLY_LIMIT_S; it may then be done later.
+    A server epoch names the server process, its history, the database and the prefix. It is None if the server hides
+    its `run_id` or `master_replid` from scripts.
+
+    Each method sends a command, and raises StoreUnavailable if there is no reply within REPLY_LIMIT_S. The command may
+    then run later.
     """
 
     def __init__(self, client: Client, prefix: str, lease_s: float) -> None:
-        # What stands in braces decides where a cluster keeps a key: all of these are in one place.
+        # A cluster places a key by its part in braces, so all these keys are on one server.
         self._client, self._key, self._lease_ms = client, f"{{{prefix or 'crudstack'}}}fast:", int(lease_s * 1000)
         self._location = hashlib.sha256(f"{client.db}/{prefix}".encode()).hexdigest()[:16]
         self._warned = False
 
     async def read(self, resource_id: str) -> bytes | Lease | None:
-        """The document, a token to fill it in with, or None where somebody else has the token."""
+        """Return the cached document, or a lease to store it under, or None if another client has the lease."""
         hash_ = digest(resource_id)
         nonce, answer = await self._send(READ, lambda nonce: (hash_, nonce))
         if type(answer) is bytes:
@@ -153,25 +159,29 @@ class Leases:
         return Lease(server_epoch, nonce) if server_epoch is not None and answer[1] else None
 
     async def fill(self, resource_id: str, lease: Lease, document: bytes) -> None:
-        """Store what was read after the token was granted, if nobody wrote since."""
+        """Store a document that was read after the lease was granted, unless a write removed the lease since."""
         await self._send(FILL, lambda _: (digest(resource_id), lease.nonce, document), retry=False)
 
     async def begin_write(self, resource_ids: Sequence[str]) -> Lease | None:
-        """Remove the entries and take the tokens, before a commit."""
+        """Remove the entries and take the leases, before a commit. Returns None if no lease was granted."""
         hashes = [digest(resource_id) for resource_id in resource_ids]
         nonce, answer = await self._send(BEGIN_WRITE, lambda nonce: (nonce, *hashes))
         server_epoch = self._server_epoch(answer)
         return None if server_epoch is None else Lease(server_epoch, nonce)
 
     async def end_write(self, documents: Mapping[str, bytes], lease: Lease | None) -> str | None:
-        """Remove entries and tokens after a commit, and store the documents for which the tokens are still there; an empty one is none. The life
-        in which that was done."""
+        """Remove entries and leases after a commit, and return the server epoch in which this happened.
+
+        documents  the documents to store by resource id, b"" for none
+        lease      a document is stored only if this lease of its resource still exists; None stores nothing
+        """
         parts = [part for rid, document in documents.items() for part in (digest(rid), document)]
         bare = [b"" if at % 2 else part for at, part in enumerate(parts)]
         nonces = iter(() if lease is None else (lease.nonce,))
 
         def arguments(_: bytes) -> tuple[Any, ...]:
-            # If the first one was not answered it may still come, and then must find no token; so the second one only removes.
+            # If the reply to the first command was lost, it may still arrive, and must then find no lease. So the
+            # second command only removes.
             nonce = next(nonces, b"")
             return (nonce, *(parts if nonce else bare))
 
@@ -179,14 +189,16 @@ class Leases:
         return self._server_epoch(answer)
 
     async def cancel_write(self, resource_ids: Sequence[str], lease: Lease) -> None:
-        """Give the tokens back."""
+        """Give the leases back after a commit that was rejected."""
         await self._send(CANCEL_WRITE, lambda _: (lease.nonce, *map(digest, resource_ids)), retry=False)
 
     async def server_epoch(self) -> str | None:
+        """Return the epoch of the server that answers."""
         _, answer = await self._send(SERVER_EPOCH, lambda _: ())
         return self._server_epoch(answer)
 
     async def close(self) -> None:
+        """Close the connections of this event loop, unless another store uses them."""
         await self._client.close(self)
 
     def _server_epoch(self, answer: bytes) -> str | None:
@@ -198,8 +210,10 @@ class Leases:
     async def _send(
         self, script: Script, arguments: Callable[[bytes], tuple[Any, ...]], *, retry: bool = True
     ) -> tuple[bytes, Any]:
-        """The answer, and the nonce of the command that it answers. `retry`: once more, as another command, where the connection turns out to
-        have been cut."""
+        """Send a script with a new nonce, and return the nonce and the reply.
+
+        retry  whether to send it once more, with another nonce, if the connection was cut
+        """
         for last in (False, True) if retry else (True,):
             nonce = os.urandom(NONCE)
             try:

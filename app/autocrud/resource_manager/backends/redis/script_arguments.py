@@ -1,4 +1,4 @@
-"""How changes become the arguments of a script, and how documents come back."""
+"""Encodes changes as arguments of a script, and decodes the documents that Redis returns."""
 
 from __future__ import annotations
 
@@ -32,35 +32,36 @@ decode_indexed = msgspec.msgpack.Decoder(LoggedIndexEntry).decode
 
 
 def digest(resource_id: str) -> str:
-    """What stands for an id in keys."""
+    """Return the SHA-256 of an id, in hex, which stands for the id in keys."""
     return hashlib.sha256(storable_id(resource_id).encode()).hexdigest()
 
 
 def decode_record(record: bytes) -> RevisionInfo:
-    """Return the record of a revision from the form in which Redis has it: the length of its uid, ":", the uid, the record."""
+    """Return the record of a revision. Redis has it after the length of its uid, ":" and the uid."""
     size, _, rest = record.partition(b":")
     return info_of(rest[int(size) :])
 
 
 def version_text(version: Version) -> str:
+    """Return a version and its nonce as Redis stores them."""
     return f"{version.version} {version.nonce}"
 
 
 def version_of(text: bytes) -> Version | None:
-    """What `version_text` made; None for nothing."""
+    """Return the version that `version_text` encoded, or None if the text is empty."""
     version, _, nonce = text.decode().partition(" ")
     return Version(int(version), nonce) if text else None
 
 
 def unique_key(name: str, key: Key) -> str:
-    """A value of a unique field, as a field of the hash `unique`. Numbers that are equal have one token."""
+    """Return the field of the hash `unique` for a value of a unique field. Equal numbers have the same."""
     if isinstance(key, str):
         return f"{len(name)}:{name}s{key}"
     return f"{len(name)}:{name}n{int(key) if key == int(key) else key!r}"
 
 
 class ScriptArguments:
-    """What depends on the model and the encoding."""
+    """Makes the arguments of the scripts for one model and encoding."""
 
     def __init__(self, spec: ModelSpec, encoding: Encoding) -> None:
         kinds = {name: spec.fields[name].name for name in sorted(spec.fields)}
@@ -69,7 +70,7 @@ class ScriptArguments:
         self._encode = encoder(encoding)
 
     def changes(self, changes: Sequence[Change], unique: Sequence[str]) -> list[Any]:
-        """The arguments of COMMIT about changes. No change expects "any"."""
+        """Return the arguments of COMMIT about the changes. No change may expect "any"."""
         arguments: list[Any] = [len(changes)]
         for change in changes:
             meta, record, expect = change.meta, change.record, change.expect
@@ -84,7 +85,7 @@ class ScriptArguments:
         return arguments
 
     def once(self, once: IdempotentCommit | None, changes: Sequence[Change]) -> list[Any]:
-        """The arguments of COMMIT about a key. Of what was before a purge nothing is kept."""
+        """Return the arguments of COMMIT about an Idempotency-Key. Results from before a purge are not kept."""
         if once is None:
             return ["0"]
         arguments: list[Any] = ["1", once.key, once.request, once.time, once.time - KEEP_KEYS_US, len(once.results)]
@@ -94,7 +95,7 @@ class ScriptArguments:
         return arguments
 
     def entries(self, entries: Sequence[Reindex], unique: Sequence[str], *, share: bool) -> list[Any]:
-        """The arguments of REINDEX."""
+        """Return the arguments of REINDEX."""
         arguments: list[Any] = ["1" if share else "0", len(entries)]
         for resource_id, expect, entry in entries:
             index, *tokens = self._index(entry, unique)

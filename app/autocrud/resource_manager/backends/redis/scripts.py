@@ -1,32 +1,38 @@
-"""What runs inside Redis: each script is one atomic step. Lua 5.1; for Redis from 6.2 on and Valkey.
+"""The Lua scripts of RedisMetaStore: each is one atomic step inside Redis. Lua 5.1, Redis 6.2 or later, Valkey.
 
-Keys below a prefix. An id never becomes a key: `{hash}` is its SHA-256 in hex, so no id, however long or hostile, meets another key; and as no
-name here ends with another one, stores with different prefixes never meet either.
+These are the keys below a prefix. An id never becomes a key: `{hash}` is its SHA-256 in hex, so no id, however long or
+hostile, collides with another key. No name here ends with another one, so stores with different prefixes do not
+collide.
 
-    meta         hash: `store`, an id drawn at birth; `seq`, how many transactions there were, and `head`, the txid of the last one; `tx`, counts
-                 what `tx` (below) took up; `generation`; `unique`, a JSON list of names; `bytes` of the log; `pause`, until when (Unix time) nobody commits;
-                 `findings`, see `reindexing`
-    ids          set of the hashes of all ids
-    res:{hash}   hash, a resource: `s` its version and nonce, `d` its document, `i` its index entry, `q` its unique values (a list in
-                 MessagePack), `r{number}` a revision's record behind its uid, `n{uid}` that revision's number, `t` the highest number that ever
-                 was, `k{operation}:{key}` the places in `done` that tell of it
-    specs        hash: the sets of indexed fields that index entries name
-    unique       hash: a value of a unique field -> the hash that holds it
-    shared       hash: such a value -> the other hashes that have it, in MessagePack; only where an index entry was lost and came back
-    done         hash: `h:{key}` -> time, number of operations, request; `{operation}:{key}` -> hash and document that it left
-    keytimes     sorted set: the keys in `done` by their time
-    tx           sorted set: `+{txid}` of what was done and `-{txid}` of what was refused, the newest by `meta.tx`
-    log          list: the newest transactions; the last one is number `meta.seq`. Each is its txid (16 bytes) and a line for each change: the hash, then "-"
-                 for a purge, or the numbers of the revisions whose records it wrote or removed
+    meta        hash: `store`, the random id of the store; `seq`, the number of transactions; `head`, the txid of the
+                last one; `tx`, the number of entries that `tx` (below) ever had; `generation`; `unique`, a JSON list of
+                names; `bytes` of the log; `pause`, the Unix time until which no commit is accepted; `findings`, which
+                `storage.reindexing` writes
+    ids         set: the hashes of all ids
+    res:{hash}  hash: a resource. `s` is its version and nonce, `d` its document, `i` its index entry, `q` its unique
+                values (a list in MessagePack), `r{number}` the record of a revision after its uid, `n{uid}` the number
+                of that revision, `t` the highest number ever used, `k{operation}:{key}` the fields of `done` that
+                contain its document
+    specs       hash: the sets of indexed fields that index entries name
+    unique      hash: a value of a unique field -> the hash of the resource that owns it
+    shared      hash: such a value -> the hashes of other resources that have it too, in MessagePack. It is used only
+                if an index entry was lost and restored
+    done        hash: `h:{key}` -> time, number of operations, request; `{operation}:{key}` -> hash and document of a
+                result
+    keytimes    sorted set: the keys in `done` by their time
+    tx          sorted set: `+{txid}` of committed and `-{txid}` of refused transactions, the newest ones, by `meta.tx`
+    log         list: the newest transactions; the last one has the number `meta.seq`. Each contains its txid (16 bytes)
+                and a line for each change: the hash, then "-" for a purge, or the numbers of the revisions whose
+                records were written or removed
 
 Invariants:
 
-- L1 *All or nothing.* A script looks at every key that it will write, of the right type or not, before it writes the first one; so nothing can
-  fail half way. Redis checks for memory, a read-only replica and a full disk before a script's first write only, and of these checks the one
-  for memory only at commands that need some; so one of those comes first.
-- L2 *Number, log and rows change together*; the numbers in the log have no gaps.
-- L3 *The log says what changed, not how*: whoever follows it reads, in the step that reads the log, what is there now. So once a purge has
-  removed the resource, no copy of its contents is left, and the log need not be touched: copies follow it over purges as over all else.
+- L1 *A script writes everything or nothing.* Before its first write, it reads each key that it will write, which
+  fails if the key has the wrong type. Redis checks for a read-only replica, a full disk and free memory only before
+  the first write of a script, and for memory only at commands that need some. So the first write is such a command.
+- L2 *Number, log and resources change together.* The numbers in the log have no gaps.
+- L3 *The log names what changed, not how.* A replica reads the log and the present data in one step. So after a purge
+  no copy of the contents remains in the log, and replicas follow the log over purges like over other changes.
 """
 
 from __future__ import annotations
@@ -36,6 +42,8 @@ from typing import NamedTuple
 
 
 class Script(NamedTuple):
+    """A Lua script and its SHA-1, by which Redis finds a script that it has already loaded."""
+
     text: str
     sha: str
 
@@ -69,7 +77,7 @@ local function note(sign, txid, candidate, cap)
 end
 """
 
-# What is remembered of a key: its header and what each operation left.
+# Reads the results that are kept for an Idempotency-Key: a header, and the document after each operation.
 _DONE = """
 local function done(key)
   local header = redis.call('HGET', DONE, 'h:' .. key)
@@ -83,7 +91,7 @@ local function done(key)
 end
 """
 
-# The frame of every transaction: whether it may still happen (see `meta_store.redis`), unique values, the log.
+# The part that all transactions share: whether it may still happen (see `meta_store.redis`), unique values, the log.
 _WRITE = """
 local expected, candidate, txid, since, cap = arg(), arg(), arg(), num(), num()
 local max_entries, max_bytes, minded, width = num(), num(), arg(), num()
@@ -106,7 +114,8 @@ local function sharers(token)
   return packed and cmsgpack.unpack(packed) or {}
 end
 local function share_among(token, hashes)
-  if #hashes > 0 then redis.call('HSET', SHARED, token, cmsgpack.pack(hashes)) else redis.call('HDEL', SHARED, token) end
+  if #hashes > 0 then redis.call('HSET', SHARED, token, cmsgpack.pack(hashes))
+  else redis.call('HDEL', SHARED, token) end
 end
 -- The number of a unique field whose value two resources would have. `final`: what those in `order` end with.
 local function clash(order, final)
@@ -155,7 +164,8 @@ local function take(order, final, share)
         else redis.call('HSET', UNIQUE, token, hash) end
       end
     end
-    if #list > 0 then redis.call('HSET', res(hash), 'q', cmsgpack.pack(list)) else redis.call('HDEL', res(hash), 'q') end
+    if #list > 0 then redis.call('HSET', res(hash), 'q', cmsgpack.pack(list))
+    else redis.call('HDEL', res(hash), 'q') end
   end
 end
 local function append(lines)
@@ -258,7 +268,8 @@ for i, c in ipairs(changes) do
         redis.call('HDEL', r, 'n' .. string.sub(old, start, start + size - 1))
       end
       redis.call('HSET', r, 'r' .. c.revision, #c.uid .. ':' .. c.uid .. c.record, 'n' .. c.uid, c.revision)
-      if tonumber(c.revision) > tonumber(redis.call('HGET', r, 't') or 0) then redis.call('HSET', r, 't', c.revision) end
+      local top = tonumber(redis.call('HGET', r, 't') or 0)
+      if tonumber(c.revision) > top then redis.call('HSET', r, 't', c.revision) end
       line = line .. ' ' .. c.revision
     end
   end
@@ -292,7 +303,7 @@ note('+', txid, candidate, cap)
 return say('ok')
 """,
 )
-"""A commit. `transaction.Writer` makes what it takes: `once`, then `changes`."""
+"""Commits changes. `ScriptArguments.once` and then `ScriptArguments.changes` make its arguments."""
 
 REINDEX = _script(
     _COMMON,
@@ -321,7 +332,7 @@ end
 return say('ok')
 """,
 )
-"""New index entries for those resources that are still in the state which they were made for."""
+"""Stores new index entries for the resources that are still in the state for which the entries were made."""
 
 LOOK = _script(
     _COMMON,
@@ -337,7 +348,7 @@ note('-', txid, candidate, cap)
 return say('refused')
 """,
 )
-"""Where the store is. With a txid: whether that transaction happened; if not, it is refused from now on."""
+"""Returns the state of the store, and whether the transaction of a txid happened. If not, it is refused from now on."""
 
 ADOPT = _script(
     _COMMON,
@@ -360,7 +371,7 @@ unique = names
 return say('ok')
 """,
 )
-"""More unique fields, with the values that resources have of them, if nothing was written since these were looked at."""
+"""Adds unique fields with their values, unless something was written since the values were read."""
 
 PAUSE = _script(
     _COMMON,
@@ -369,7 +380,7 @@ redis.call('HSET', META, 'pause', tonumber(redis.call('TIME')[1]) + num())
 return say('ok')
 """,
 )
-"""Nobody commits for some seconds, so that ADOPT comes to its turn."""
+"""Refuses commits for some seconds, so that ADOPT finds the values unchanged."""
 
 DONE = _script(_COMMON, _DONE, "return done(arg())")
 
@@ -402,7 +413,7 @@ end
 return found
 """,
 )
-"""The newest records below a number, each behind its uid."""
+"""Returns the newest records below a number, each after its uid."""
 
 FOLLOW = _script(
     _COMMON,
@@ -450,9 +461,12 @@ end
 return {'after', store, seq, head, txids, rows}
 """,
 )
-"""Where the store is, and what the first transactions after a position changed, as it is now: their txids, and for each resource its hash, whether
-it was purged, its document, index entry and those records that were written or removed. More than `limit` changes and records are not told at once,
-but for those of one transaction. Or that the log does not lead on from there: the txid of the position shows whether it is the same history."""
+"""Returns the position of the store, and what the first transactions after a given position changed, as it is now.
+
+The reply has the txids, and for each resource its hash, whether it was purged, its document, its index entry, and the
+records that were written or removed. It has at most `limit` changes and records, or those of one transaction. If the
+log does not continue from the position, the reply says so. The txid of the position shows whether the history is the same.
+"""
 
 PAGE = _script(
     _COMMON,
@@ -462,4 +476,4 @@ for i, hash in ipairs(page[2]) do rows[i] = redis.call('HGETALL', res(hash)) end
 return {page[1], seq, head, rows}
 """,
 )
-"""The cursor of the next page, where the store is, and some resources with all that there is of them."""
+"""Returns the cursor of the next page, the position of the store, and some resources with all their data."""

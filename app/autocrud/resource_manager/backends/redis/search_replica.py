@@ -1,20 +1,23 @@
-"""The copy in this process's memory that searches read: the tables of every other store in SQLite, kept up with the log in Redis.
+"""The replica in the memory of this process that searches read: SQLite tables that follow the log in Redis.
 
 Invariants:
 
-- R1 *A read sees what was acknowledged before it began.* First Redis is asked, in one round trip that begins after the read did, for the log
-  after the copy's position. Nobody shares a question that was already under way; those who come meanwhile share the next one.
-- R2 *What is in the copy is as it was at its position or later*: each document, index entry and record by itself. For whatever changed since is
-  named in the log after the position, and set to what Redis has now. If a purge is named, all that the copy had of the resource goes first: what
-  there is now was written after the last purge, so it is named too. So a copy may be built page by page while others write: it starts at the
-  position from before the first page.
-- R3 *A read sees one state*, that of the position. Answers are kept until one leaves nothing to come, and then applied in one step, never over a
-  copy that is further already. Whatever changed again after an answer told it is told again by a later one.
-- R4 *A position is a history.* It carries the txid of its last transaction. A store that was flushed, or a replica that had not yet received
-  everything when it took over, does not know this txid at this number, and the copy is built anew. What was read when the store was further than
-  the position is of the same history if that transaction is met on the way.
-- R5 *Copies keep up.* Each answer may tell more than the one before, so one leaves nothing to come, however much is written. A copy that is being
-  built follows after each page; so it loses the log only if more is written during one page than the log keeps.
+- R1 *A read sees each commit that was acknowledged before the read began.* The read first asks Redis for the log after
+  the position of the replica, in one round trip. No read shares a request that was already sent. Reads that begin while
+  a request is running share the next one.
+- R2 *Each document, index entry and record is as it was at the position or later.* The log after the position names
+  each later change, and the replica then stores what Redis has now. If the log names a purge, the replica first removes
+  everything it has of the resource: the present data were written after the last purge, so the log names them too. So a
+  replica can be built page by page while others write. It starts at the position from before the first page.
+- R3 *A read sees one state*, that of the position. Replies are collected until one is the last, and then applied in one
+  step, but never to a replica that is already newer. A change that happens after a reply is in a later reply.
+- R4 *A position identifies a history.* It contains the txid of its last transaction. A store that was flushed does not
+  have this txid at this number, and neither has a Redis replica that took over before it received everything. Then the
+  replica is rebuilt. A page that was read when the store was newer than the position belongs to the same history if the
+  log leads to that transaction.
+- R5 *A replica catches up.* Each reply may contain more than the one before, so a last one comes however much is
+  written. While a replica is built, it catches up after each page. So it falls out of the log only if more is written
+  during one page than the log keeps.
 """
 
 from __future__ import annotations
@@ -49,14 +52,14 @@ log = logging.getLogger("crudstack.redis")
 
 PAGE_SIZE = 200
 AT_ONCE = 500
-"""So many changes and records the first answer tells, and so many more each of the next: some 5 ms of the server's time."""
+"""Changes and records in the first reply, and how many more each later reply may have. They take 5 ms of the server."""
 SHORT = 16
-"""So many resources are brought up at once where the copy is free; more of them in a thread."""
+"""The largest number of resources that are updated in the event loop. More are updated in a thread."""
 ATTEMPTS = 8
 
 
 class Position(NamedTuple):
-    """Where a copy is: the store's id, the number and the txid of the last transaction."""
+    """The position of a replica in a history: the id of the store, and number and txid of the last transaction."""
 
     store: bytes
     seq: int
@@ -67,7 +70,7 @@ EMPTY = Position(b"", 0, b"")
 
 
 class RebuildNeeded(Exception):
-    """The log does not lead on from where the copy is. `now`: where the store is."""
+    """The log does not continue from the position of the replica. `now` is the position of the store."""
 
     def __init__(self, now: Position) -> None:
         super().__init__()
@@ -75,6 +78,12 @@ class RebuildNeeded(Exception):
 
 
 class SearchReplica:
+    """The tables that searches read, and the reads of the log that keep them current.
+
+    run    runs a script with arguments
+    specs  reads the hash `specs`, the sets of indexed fields
+    """
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -82,13 +91,13 @@ class SearchReplica:
         run: Callable[..., Awaitable[Any]],
         specs: Callable[[], Awaitable[Sequence[bytes]]],
     ) -> None:
-        """`run` runs a script with arguments; `specs` reads the hash of that name."""
+
         self._spec, self._encoding, self._run, self._read_specs = spec, encoding, run, specs
         self._state = threading.Lock()  # guards the two below
         self._copy = self._new(EMPTY)
         self._building: concurrent.futures.Future[None] | None = None
-        self._builder: asyncio.Task[None] | None = None  # held, or it might be collected while it runs
-        self._specs: dict[str, dict[str, str]] = {}  # never change, so they are read when an unknown one is met
+        self._builder: asyncio.Task[None] | None = None  # a reference, or it might be collected while it runs
+        self._specs: dict[str, dict[str, str]] = {}  # they never change, so only an unknown one is read
         self._refreshes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _SharedRefresh] = (
             weakref.WeakKeyDictionary()
         )
@@ -97,16 +106,16 @@ class SearchReplica:
         return ReplicaTables(ResourceTables(self._spec, self._encoding, lazy=True), position)
 
     def drop(self) -> None:
-        """Give back the memory; the next read builds a new copy."""
+        """Free the memory. The next read builds new tables."""
         self._copy = self._new(EMPTY)
 
     async def read(self, work: Work[T]) -> T:
-        """Read what is in the store now."""
+        """Run `work` on the tables, with every commit that was acknowledged before this call, and return its result."""
         copy = await self.current()
         return await copy.db.read(work)
 
     async def current(self) -> ReplicaTables:
-        """The copy, with everything in it that was committed before this was called."""
+        """Return the tables, with every commit that was acknowledged before this call. Raises StoreUnavailable."""
         loop = asyncio.get_running_loop()
         refresh = self._refreshes.get(loop)
         if refresh is None:
@@ -114,7 +123,7 @@ class SearchReplica:
         return await refresh.next()
 
     async def _refreshed(self) -> ReplicaTables:
-        """The copy, brought up."""
+        """Return the tables after they caught up with the log."""
         for _ in range(ATTEMPTS):
             copy = self._copy
             try:
@@ -125,7 +134,12 @@ class SearchReplica:
         raise StoreUnavailable("so much is written that reads cannot keep up; try again")
 
     async def _catch_up(self, copy: ReplicaTables, seen: Position | None = None) -> None:
-        """Apply what was written since. Apart. `seen`: where the store was when something was read that the copy has already."""
+        """Apply all later transactions.
+
+        seen  the position of the store when a page was read that the tables already contain
+
+        Raises RebuildNeeded if the log does not continue from the position.
+        """
         asked = position = copy.position
         heads, rows, limit = {position.seq: position.head}, list[RedisResource](), AT_ONCE
         met = [] if seen is None else [seen]
@@ -159,7 +173,7 @@ class SearchReplica:
     # Building
 
     async def _rebuild(self, old: ReplicaTables, start: Position) -> None:
-        """Replace the copy by one at the given position or later. Whoever comes meanwhile waits for the same, and then asks for itself."""
+        """Replace the tables by new ones at the given position or later. Concurrent callers share the result."""
         with self._state:
             if self._copy is not old:
                 return
@@ -167,7 +181,7 @@ class SearchReplica:
             if building is None:
                 building = self._building = concurrent.futures.Future()
         if mine:
-            # A task of its own: whoever asked first may be cancelled, while others wait for the same.
+            # A task of its own, because the first caller may be cancelled while others wait for the result.
             self._builder = asyncio.get_running_loop().create_task(self._build_and_tell(start, building))
         await shielded(asyncio.wrap_future(building))
 
@@ -177,7 +191,7 @@ class SearchReplica:
         try:
             copy = await self._build(start)
         except RebuildNeeded:
-            pass  # whoever waits asks again, and begins again from there
+            pass  # the callers check again, and start another build from the new position
         except asyncio.CancelledError:
             failure = StoreUnavailable("the copy was being built when its event loop ended; try again")
             raise
@@ -207,7 +221,7 @@ class SearchReplica:
 
 
 class _SharedRefresh:
-    """Questions of one event loop: one is under way, and those who come meanwhile share the next."""
+    """The requests of one event loop: one runs, and callers that come meanwhile share the next."""
 
     def __init__(self, ask: Callable[[], Awaitable[ReplicaTables]]) -> None:
         self._ask = ask
@@ -224,15 +238,22 @@ class _SharedRefresh:
 
     async def _run(self) -> ReplicaTables:
         async with self._one:
-            self._next = None  # from here on the question is being sent
+            self._next = None  # from here on the request is being sent, so later callers need another one
             return await self._ask()
 
 
 class RedisResource:
-    """A resource as it stands in Redis, or as much of it as the log names: what is None is not there. `meta` None: there is no resource."""
+    """A resource in Redis, or the parts of it that the log names.
+
+    flat    names and values of the parts, in turn. A value is None if the part does not exist
+    hash_   the hash of the resource's id
+    purged  whether a purge removed the earlier parts
+
+    `meta` is None if the resource does not exist.
+    """
 
     def __init__(self, flat: Sequence[Any], hash_: str = "", *, purged: bool = False) -> None:
-        """`hash_`: of its id. `purged`: what was known of it is of an earlier life."""
+
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
         document, index = fields.get(b"d"), fields.get(b"i")
         self.hash, self.purged = hash_, purged or document is None
@@ -244,12 +265,12 @@ class RedisResource:
 
 
 def _changed(told: Sequence[Any]) -> list[RedisResource]:
-    """What FOLLOW told."""
+    """Return the resources in a reply of FOLLOW."""
     return [RedisResource(flat, hash_.decode(), purged=bool(purged)) for hash_, purged, *flat in told]
 
 
 class ReplicaTables:
-    """Tables in memory, and where in the history they are. They never go back."""
+    """Tables in memory, and their position in the history. They never go back to an earlier position."""
 
     def __init__(self, tables: ResourceTables, position: Position) -> None:
         self.tables, self.position = tables, position
@@ -268,8 +289,12 @@ class ReplicaTables:
         heads: Mapping[int, bytes],
         specs: dict[str, dict[str, str]],
     ) -> None:
-        """Apply what changed up to `position`, unless the copy is there already. `heads`: the txids of the transactions that led there. Apart, if
-        the copy has gone on meanwhile, in another history."""
+        """Apply the changes up to `position`, unless the tables are already there.
+
+        heads  the txids of the transactions up to `position`, by number
+
+        Raises RebuildNeeded if another call has advanced the tables in another history.
+        """
 
         def work(connection: apsw.Connection) -> None:
             here = self.position
@@ -286,10 +311,12 @@ class ReplicaTables:
             await in_thread(lambda: self.db.run(work))
 
     def fill(self, rows: Sequence[RedisResource], specs: dict[str, dict[str, str]]) -> None:
+        """Store a page of resources while the tables are built. Blocks."""
+
         def work(connection: apsw.Connection) -> None:
             for row in rows:
                 if row.meta is None:
-                    log.error("%s: a resource is gone from Redis, and nobody purged it", self.tables.spec.name)
+                    log.error("%s: a resource is gone from Redis without a purge", self.tables.spec.name)
                 else:
                     self._put(connection, row, specs)
 
@@ -297,7 +324,7 @@ class ReplicaTables:
 
     def _put(self, connection: apsw.Connection, row: RedisResource, specs: dict[str, dict[str, str]]) -> None:
         if row.purged:
-            # Made now, so that only those pay for it who purge.
+            # Made only now, so that stores without purges do not pay for it.
             connection.execute("CREATE INDEX IF NOT EXISTS by_digest ON resources (digest(id))")
             known: Any = connection.execute("SELECT id FROM resources WHERE digest(id) = ?", (row.hash,)).get
             if known is not None:
@@ -315,7 +342,11 @@ class ReplicaTables:
             self.tables.mark_outdated(connection, row.meta.resource_id)
 
     def values(self, names: Sequence[str]) -> tuple[Position, bool, list[str], list[tuple[str, str, Any]]]:
-        """Where the copy is; whether something is outdated; which of these fields resources share a value of; (name, id, value) for each value."""
+        """Return the values of these fields, for their activation as unique fields. Blocks.
+
+        Returns the position; whether a row is outdated; those fields of which two resources share a value; and
+        (name, id, value) for each value.
+        """
 
         def work(connection: apsw.Connection) -> tuple[Position, bool, list[str], list[tuple[str, str, Any]]]:
             found: list[tuple[str, str, Any]] = []
@@ -332,6 +363,7 @@ class ReplicaTables:
 
 
 def damaged() -> StoreDamaged:
+    """Return the error for a store of which Redis lost a part."""
     return StoreDamaged(
         "a part of the store is missing from Redis (did it evict keys? `maxmemory-policy` must be `noeviction`);"
         " restore it, or remove the rest"
