@@ -465,7 +465,8 @@ return {'after', store, seq, head, txids, rows}
 
 The reply has the txids, and for each resource its hash, whether it was purged, its document, its index entry, and the
 records that were written or removed. It has at most `limit` changes and records, or those of one transaction. If the
-log does not continue from the position, the reply says so. The txid of the position shows whether the history is the same.
+log does not continue from the position, the reply says so. The txid of the position shows whether the history is the
+same.
 """
 
 PAGE = _script(
