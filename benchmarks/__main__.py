@@ -78,9 +78,9 @@ def _header() -> str:
         f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, Python {platform.python_version()}, {', '.join(versions)},"
         " specstar 0.12.3, PocketBase 0.40. "
         f"{os.cpu_count()} cores of {model.partition(':')[2].strip()}; the server has one, wrk the other.\n\n"
-        "Everyone stores JSON and holds the same 10,000 articles; all peers of a table ran in turn in one run. Figures are the median CPU"
-        " microseconds of the server for a request, and requests a second; the columns with a slash say how many times as much the"
-        " peer needs. Made by `make bench`.\n"
+        "All peers store JSON and hold the same 10,000 articles; the peers of a table took turns in one run. Figures\n"
+        "are the median CPU microseconds of the server for a request, and requests per second. The columns with a\n"
+        "slash are ratios: the peer's CPU time by ours. Written by `make bench`.\n"
     )
 
 
@@ -149,7 +149,7 @@ class SecondWriter:
         self.written += 1
 
     def check(self) -> None:
-        """What was written a moment ago must be in the answers now."""
+        """Check that responses contain the newest writes."""
         with self._lock:
             self.write()
             got = httpx.get(f"{self.ours.url}/article/{self.last}")
@@ -222,7 +222,10 @@ def cold_starts(progress: Progress, rounds: int) -> list[str]:
                         cpu[f"{models} models"][name].cpu.append(took[0])
                         wall[f"{models} models"][name].cpu.append(took[1])
     first, names = "crudstack s3-sqlite", list(peers)
-    note = "of a fresh process: start of Python, import, app, first request. S3 is ministack on this machine, with the stores in it already."
+    note = (
+        "of a fresh process: start of Python, import, app, first request. S3 is ministack on this machine; the stores"
+        " exist already."
+    )
     return [
         report.markdown("Cold start, CPU", f"CPU milliseconds {note}", cpu, first, names),
         report.raw("Cold start, CPU", cpu),
@@ -232,7 +235,7 @@ def cold_starts(progress: Progress, rounds: int) -> list[str]:
 
 
 def on_lambda(progress: Progress) -> list[str]:
-    """What the handler adds to the app, and what is in the zip."""
+    """Measure what the handler adds to the app, and list the contents of the zip."""
     task = progress.add_task("lambda", total=2)
     warm = msgspec.json.decode(
         _output([sys.executable, "-m", "benchmarks.scripts.lambda_warm"]), type=dict[str, tuple[float, float]]
@@ -242,10 +245,14 @@ def on_lambda(progress: Progress) -> list[str]:
         name: {"handler": Cell([handler], []), "bare ASGI app": Cell([bare], [])}
         for name, (bare, handler) in warm.items()
     }
-    note = "CPU microseconds of a warm call, on a storage in memory: the app alone, and from an event to an answer (Mangum, checks, the line of the log)."
+    note = (
+        "CPU microseconds of a warm call, on a storage in memory: the app alone, and from an event to a response"
+        " (Mangum, checks, the log line)."
+    )
     with tempfile.TemporaryDirectory() as directory:
         built = artifact.build(Path(directory) / "lambda.zip")
-        size = f"## The zip\n\nFor Lambda (arm64, Python 3.13), in bytes.\n\n```\n{_without_path(artifact.report(built))}\n```\n"
+        contents = _without_path(artifact.report(built))
+        size = f"## The zip\n\nFor Lambda (arm64, Python 3.13), in bytes.\n\n```\n{contents}\n```\n"
     progress.advance(task)
     return [
         report.markdown("Warm on Lambda", note, table, "handler", ["handler", "bare ASGI app"]),

@@ -54,10 +54,13 @@ def got(path: str, **headers: str) -> Callable[[httpx.Client], None]:
 
 
 def fifty(method: str, path: str, body: bytes, content_type: str) -> Callable[[httpx.Client], None]:
-    """The same fifty times at once, each on a connection of its own. Sockets: fifty clients would need the cores themselves."""
+    """Send one request on each of fifty connections at once, with sockets: fifty clients would need the cores."""
 
     def run(client: httpx.Client) -> None:
-        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         with contextlib.ExitStack() as stack:
             address = (client.base_url.host, client.base_url.port)
             sockets = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(50)]

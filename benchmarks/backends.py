@@ -1,4 +1,4 @@
-"""Every kind of storage on real servers: beside the raw clients, and beside specstar's equivalents. `--parts backends`."""
+"""Every storage kind on real servers, compared with raw clients and with specstar's equivalents: `--parts backends`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def sections(progress: Progress, rounds: int, specstar: Path) -> list[str]:
 
 
 def expected(count: int) -> dict[str, Any]:
-    """What every peer must find among so many articles."""
+    """Return what every peer must find among so many articles."""
     highest = sorted((int(str(article(number)["views"])) for number in range(count)), reverse=True)
     return {
         "get": "Title 0",
@@ -85,7 +85,7 @@ def expected(count: int) -> dict[str, Any]:
 
 
 def storage_of(kind: str) -> str:
-    """What CRUDSTACK_STORAGE calls a kind, or a pair that is written with a plus."""
+    """Return the value of CRUDSTACK_STORAGE for a kind, or for a pair that is written with a plus."""
     meta, pair, resource = kind.partition(" + ")
     return json.dumps({"meta": meta, "resource": resource}) if pair else kind
 
@@ -127,9 +127,9 @@ class _Parts:
                     figures.add(row, peer, sample, expected=True)
                 self.progress.advance(task)
         note = (
-            "After the slash: what the raw client does for the same answer. Two statements: the row of the resource and the"
-            f" record of the revision, in tables with the same columns and indexes. PostgreSQL: {self.servers.settings}. Targets: create and"
-            " update 1.3 x, Redis hit 1.5 x, body in memory 2 x."
+            "After the slash: the operation of the raw client with the same result. Two statements: the row of the"
+            " resource and the record of the revision, in tables with the same columns and indexes. PostgreSQL:"
+            f" {self.servers.settings}. Targets: create and update 1.3 x, Redis hit 1.5 x, body in memory 2 x."
         )
         return self._tables("Limits", note, figures, "raw client", ["raw client", "crudstack"])
 
@@ -169,18 +169,21 @@ class _Parts:
         broker = (
             "There is no RabbitMQ on this machine, so what needs one is missing."
             if self.servers.amqp is None
-            else "That of memory + mq-cached-s3 is told by RabbitMQ, and behind by 1 s at most. specstar was not measured with RabbitMQ:"
-            " beside that pair stands its cached-s3."
+            else "RabbitMQ informs the copy of memory + mq-cached-s3, which is behind by 1 s at most. specstar was not"
+            " measured with RabbitMQ; the table compares this pair with its cached-s3."
         )
         return (
-            "10,000 articles, through each one's ResourceManager, one call after the other, data decoded; the servers have the other core."
-            f" `get` reads the same {HOT} again and again. S3 is ministack with its data in memory; PostgreSQL: {self.servers.settings};"
-            " redis-postgres has its bodies on disk. What an answered write survives: crudstack a crash of machine and servers, but for memory; of specstar, memory-disk forgets its metadata with the process, disk and"
-            " the bodies of redis-postgres are written, not synced, and the metadata of redis-postgres lies in Redis alone for up to a second"
-            " before it is copied to PostgreSQL. specstar's s3-sqlite and cached-s3 upload the whole database at every write, and read a copy of it"
-            " that looks for other writers' changes once a second at most. What is called strong here looks at every read and misses none: those"
-            " rows compare unlike things. The like of specstar's cached-s3 is memory + cached-s3, whose index lies on S3 as well, and whose copy"
-            f" of it looks once in 5 s at most. {broker}"
+            "10,000 articles, with each engine's ResourceManager, one call at a time, data decoded; the servers have"
+            f" the other core. `get` reads the same {HOT} articles again and again. S3 is ministack with its data in"
+            f" memory. PostgreSQL: {self.servers.settings}. redis-postgres has its bodies on disk.\n\n"
+            "Durability differs. An acknowledged write of crudstack survives a crash of machine and servers, except for"
+            " memory. specstar's memory-disk loses its metadata with the process; its disk and the bodies of its"
+            " redis-postgres are written but not synced; the metadata of its redis-postgres is in Redis only for up to"
+            " a second before it is copied to PostgreSQL. specstar's s3-sqlite and cached-s3 upload the whole database"
+            " at every write, and read a copy that looks for other writers' changes once a second at most. Our rows called"
+            " strong look at every read and miss no change, so those rows compare unlike things. The equivalent of"
+            " specstar's cached-s3 is memory + cached-s3: its index is on S3 as well, and its copy looks once in 5 s at"
+            f" most. {broker}"
         )
 
     def searches(self) -> list[str]:
@@ -207,8 +210,8 @@ class _Parts:
                 figures.add(row, peer, sample | {"server": spent}, expected=truth[row])
                 self.progress.advance(task)
         note = (
-            "The same rows through each one's own schema, VACUUM ANALYZE for both; metadata only, decoded. specstar has its SortIndex on views."
-            f" PostgreSQL: {self.servers.settings}."
+            "The same rows in each engine's schema, VACUUM ANALYZE for both; metadata only, decoded. specstar has its"
+            f" SortIndex on views. PostgreSQL: {self.servers.settings}."
         )
         return self._tables("Search at 100,000 rows, PostgreSQL", note, figures, "crudstack", peers)
 

@@ -1,4 +1,7 @@
-"""What others notice while one client attacks `crudstack serve`, and what its limits cost: the same application on uvicorn alone beside it."""
+"""The effect on other clients while one client attacks `crudstack serve`, and the cost of its limits.
+
+The comparison is the same application on plain uvicorn.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +136,7 @@ def sections(progress: Progress, rounds: int, port: int) -> list[str]:
         [
             "## Under attack",
             "",
-            f"The longest /healthz and create of another client in {SECONDS} s of an attack, and by how much the memory grew.",
+            f"The longest /healthz and create of another client in {SECONDS} s of an attack, and the growth of memory.",
             "",
             f"| | {' | '.join(peer.name for peer in peers)} |",
             f"| --- {'| --- ' * len(peers)}|",

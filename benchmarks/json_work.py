@@ -66,7 +66,7 @@ def text_of(name: str, size: int) -> bytes:
 
 
 def patch_of(text: bytes, media: str) -> Callable[[], Any]:
-    """What a patch that sends this text does to data that are this text already."""
+    """Return the work of a patch with this text on data that equal it."""
     body = text if media == patching.MERGE_PATCH else b'[{"op":"add","path":"/x","value":%b}]' % text
     given = patching.patch_from_body(body, media)
 

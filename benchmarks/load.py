@@ -1,7 +1,7 @@
 """wrk against a server: requests a second, and the CPU time of the server for each.
 
-The server is pinned to one core and wrk to another. CPU time is what /proc says of the server's process (user and system, all threads), so
-it stays the same where the machine is busy otherwise.
+The server is pinned to one core and wrk to another. CPU time is what /proc says of the server's process (user and
+system, all threads), so it stays the same where the machine is busy otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _numbers = itertools.count(1_000_000, 10_000_000)
 
 
 class Requests(NamedTuple):
-    """What wrk sends in turn: a method, paths and a body in which %d becomes a fresh number."""
+    """The requests of wrk: a method, paths, and a body in which %d is replaced by a new number."""
 
     method: str
     paths: list[str]
@@ -55,8 +55,10 @@ def cpu_ticks(pid: int) -> int:
 
 
 SLOW = 20
-"""Under so many requests a second a run takes longer and asks one thing at a time: CPU time is counted in hundredths of a second, and
-what is not finished at the end is not counted at all."""
+"""Requests per second below which a run takes longer and sends one request at a time.
+
+The reason is that CPU time is counted in hundredths of a second, and unfinished requests are not counted at all.
+"""
 
 
 def measure(url: str, pid: int, requests: Requests, seconds: int) -> Sample:

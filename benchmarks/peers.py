@@ -42,11 +42,12 @@ class Peer(ABC):
 
     @abstractmethod
     def command(self) -> list[str]:
-        """What starts the server."""
+        """Return the command that starts the server."""
 
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        self.process = subprocess.Popen(self.command(), cwd=ROOT, env=environment, preexec_fn=on_first_core)  # noqa: PLW1509
+        command = self.command()
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=on_first_core)  # noqa: PLW1509
         for _ in range(300):
             try:
                 httpx.get(self.url)
@@ -74,7 +75,7 @@ class Peer(ABC):
 
     @abstractmethod
     def requests(self) -> dict[str, Requests]:
-        """What each row sends."""
+        """Return the requests of each row."""
 
     def of_rest(self, lists: Mapping[str, str], method: str = "PUT") -> dict[str, Requests]:
         """The rows of an API at /article, given the paths of its lists."""

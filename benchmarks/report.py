@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """One peer in one row: CPU microseconds (or milliseconds) of every round, and requests a second where there are any."""
+    """One peer in one row: CPU microseconds (or milliseconds) of every round, and requests per second, if measured."""
 
     cpu: list[float]
     per_second: list[float]
@@ -59,7 +59,7 @@ def markdown(title: str, note: str, table: Table, ours: str, peers: Sequence[str
 
 
 def raw(title: str, table: Table) -> str:
-    """Every round of every cell, for whoever wants to see how steady it was."""
+    """Return every round of every cell, which shows the variation."""
     lines = [
         f"### {title}",
         "",

@@ -1,6 +1,7 @@
-"""S3-SQLite on a storage whose latency is injected, so that the machine does not matter: round trips, requests and bytes.
+"""S3-SQLite with injected latency of the storage, so that the machine does not matter: round trips, requests, bytes.
 
-"20/10 ms": a PUT takes 20 ms and a GET 10 ms on average, with exponential jitter on top of a fixed half. A round trip is that of a PUT.
+"20/10 ms": a PUT takes 20 ms and a GET 10 ms on average, with exponential jitter on top of a fixed half. A round trip
+is that of a PUT.
 """
 
 from __future__ import annotations
@@ -94,7 +95,10 @@ def beside_specstar(progress: Progress, specstar: Path) -> str:
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found[name] = json.loads(said.splitlines()[-1])
     rows = [[row, *(_speed(found[name][row]) for name in scripts)] for row in found["crudstack"]]
-    note = "200 creates on ministack: creates a second, and CPU of the process for each. specstar uploads its whole database at every write."
+    note = (
+        "200 creates on ministack: creates per second, and CPU of the process for each. specstar uploads its whole"
+        " database at every write."
+    )
     return table("S3-SQLite: beside specstar", note, ["", *scripts], rows)
 
 
@@ -206,7 +210,7 @@ async def grid(progress: Progress, seconds: float) -> str:
 
 
 async def growth(progress: Progress, sizes: list[int]) -> str:
-    """What a write uploads, and what a cold start takes, by the size of the database."""
+    """Measure the upload of a write and the time of a cold start, by the size of the database."""
     objects = MemoryObjectStore()
     manager = instance(objects)
     count, rows = 0, []
@@ -256,7 +260,7 @@ async def growth(progress: Progress, sizes: list[int]) -> str:
 
 
 def _copy_seconds(directory: Path, size: int) -> float:
-    """What it takes to write and read a file of that size: nobody starts faster."""
+    """Return the seconds to write and read a file of this size, which no start can be faster than."""
     began = time.perf_counter()
     path = directory / "plain"
     path.write_bytes(bytes(size))

@@ -1,4 +1,4 @@
-"""Real servers for the benchmarks: those of the tests, on loopback, in temporary directories, stopped by their pid. They have the last core."""
+"""Real servers for the benchmarks: those of the tests, on loopback, in temporary directories, on the last core."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEMORY = Path("/dev/shm")  # noqa: S108 - the system's own place for what need n
 
 
 class Servers(NamedTuple):
-    """Where they are; `amqp` is None where no RabbitMQ can be had."""
+    """The addresses of the servers; `amqp` is None if there is no RabbitMQ."""
 
     postgres: str
     redis: str
@@ -32,13 +32,13 @@ class Servers(NamedTuple):
     settings: str
 
     def database(self, name: str) -> str:
-        """A new database. specstar needs one for each model: its indexes have the same names in all tables, and exist once."""
+        """Create a database. specstar needs one per model, because its indexes have the same names in all tables."""
         with psycopg.connect(self.postgres, autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{name}"'.encode())
         return f"{self.postgres.rpartition('/')[0]}/{name}"
 
     def environment(self, database: str, directory: Path) -> dict[str, str]:
-        """What the app, and our scripts for specstar, read of them. Keys in Redis and S3 begin with the name of the database."""
+        """Return variables of the app and of our scripts. Keys in Redis and S3 begin with the database's name."""
         found = {
             "CRUDSTACK_PG_DSN": self.database(database),
             "CRUDSTACK_REDIS_URL": self.redis,
@@ -54,7 +54,8 @@ class Servers(NamedTuple):
 @contextlib.contextmanager
 def running() -> Iterator[Servers]:
     cores = os.sched_getaffinity(0)
-    # What a bucket holds lies in memory: it is a hundred thousand files, and no S3 is as slow as a disk that is asked to remove them.
+    # What a bucket holds lies in memory: it is a hundred thousand files, and no S3 is as slow as a disk that is asked
+    # to remove them.
     in_memory = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
     with in_memory as bucket, tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         root = Path(directory)
@@ -87,7 +88,7 @@ def _shown(connection: psycopg.Connection, name: str) -> str:
 
 def _rabbitmq(stack: contextlib.ExitStack, directory: Path) -> str | None:
     try:
-        import app.autocrud.resource_manager.resource_store.mq_cached_s3  # noqa: F401 - whether there is something to measure
+        import app.autocrud.resource_manager.resource_store.mq_cached_s3  # noqa: F401 - is the driver installed?
         from tests.rabbitmq import Missing, RabbitMQ
     except ImportError:
         return None

@@ -1,4 +1,7 @@
-"""Processes that stay, each a peer that has loaded its data, and rows that all of them are asked for in turn. Their side is `scripts.asking`."""
+"""Long-lived processes, one for each peer with its loaded data, that are asked for each row in turn.
+
+`scripts.asking` is the other side.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ class Worker:
 
 
 class Figures(NamedTuple):
-    """Of every row and peer: microseconds of wall time, of CPU time of the client, of time in the server where that is known."""
+    """Microseconds of wall time, of CPU time of the client, and of time in the server if known, by row and peer."""
 
     wall: dict[str, dict[str, Cell]]
     cpu: dict[str, dict[str, Cell]]

@@ -1,7 +1,7 @@
-"""How a process is asked for one row after the other, so that all peers can take turns while each keeps what it has loaded.
+"""The protocol that asks a process for one row at a time, so that peers take turns and keep their loaded data.
 
-A line of JSON comes in, `{"row": "get", "seconds": 0.2}`, and one goes out, `{"crudstack": {"wall": 71.2, "cpu": 44.0, "calls": 210, ...}}`.
-Imports nothing of anyone: specstar's Python runs it too.
+A line of JSON comes in, `{"row": "get", "seconds": 0.2}`, and one goes out, `{"crudstack": {"wall": 71.2, "cpu": 44.0,
+"calls": 210, ...}}`. Imports nothing of anyone: specstar's Python runs it too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GROUP_S = 1e-4
 
 
 class Row(NamedTuple):
-    """What is timed, for a number that counts up; and something that tells whether it works. Both may be async."""
+    """The timed function, for a number that counts up; and something that tells whether it works. Both may be async."""
 
     call: Callable[[int], Any]
     check: Callable[[], Any]
@@ -58,7 +58,7 @@ async def measured(call: Callable[[int], Any], seconds: float) -> dict[str, Any]
 
 
 async def serve(answer: Callable[[str, float], Awaitable[Mapping[str, Any]]]) -> None:
-    """Answer until nobody asks. What a store does in the background goes on meanwhile."""
+    """Serve requests until the input ends. Background work of a store continues in the meantime."""
     print('"ready"', flush=True)
     while line := await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline):
         asked = json.loads(line)

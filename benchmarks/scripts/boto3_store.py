@@ -1,4 +1,4 @@
-"""The port to S3 on boto3, as an app without obstore would have it: what it costs is the question, so only what a cold start and a read need."""
+"""The port to S3 on boto3, to measure its cost. It implements only what a cold start and a read need."""
 
 from __future__ import annotations
 

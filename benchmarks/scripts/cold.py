@@ -1,8 +1,10 @@
-"""One cold start: `cold.py WHO KIND MODELS PLACE BEGAN`. Imports, makes an app with so many models, answers one request through ASGI.
+"""One cold start: `cold.py WHO KIND MODELS PLACE BEGAN`. Creates an app with MODELS models and answers one request.
 
-Prints the milliseconds of CPU of the process so far and those that have passed since BEGAN (seconds since 1970), start of Python included.
+Prints the milliseconds of CPU of the process so far and those that have passed since BEGAN (seconds since 1970), start
+of Python included.
 
-WHO    crudstack, handler (the Lambda entry point, and an event), boto3 (crudstack whose port to S3 is boto3), specstar, fastapi (only the import)
+WHO    crudstack, handler (the Lambda entry point, and an event), boto3 (crudstack with boto3 as its port to S3),
+       specstar, fastapi (only the import)
 PLACE  a directory, or the URL of an S3 with the bucket `bench`
 """
 

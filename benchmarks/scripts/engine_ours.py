@@ -16,7 +16,8 @@ from benchmarks.scripts.ours import Article, crud
 async def main() -> None:
     made = crud(sys.argv[1], sys.argv[2])
     manager = made.resource_manager(Article)
-    ids = [(await manager.create(Article(**article(number)))).meta.resource_id for number in range(COUNT)]  # type: ignore[arg-type]
+    articles = [Article(**article(number)) for number in range(COUNT)]  # type: ignore[arg-type]
+    ids = [(await manager.create(each)).meta.resource_id for each in articles]
     fresh = iter(range(COUNT, 10 * COUNT))
 
     async def create(_: int) -> object:

@@ -1,7 +1,7 @@
 """The floor: the same answers, byte for byte, without an engine. `python -m benchmarks.scripts.floor DATABASE PORT`.
 
-Starlette, msgspec and sqlite3; one table, one thread hop a request. What it leaves out is what an engine is for: revisions,
-conditions, validation of queries, any other model.
+Starlette, msgspec and sqlite3; one table, one thread hop a request. What it leaves out is what an engine is for:
+revisions, conditions, validation of queries, any other model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Our engine without HTTP on any kind, wired from the environment as the app is. `python -m benchmarks.scripts.kinds_ours`, then see `asking`."""
+"""Our engine without HTTP on any kind, with the settings of the environment: `python -m benchmarks.scripts.kinds_ours`.
+
+`asking` describes the protocol.
+"""
 
 from __future__ import annotations
 

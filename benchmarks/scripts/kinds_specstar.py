@@ -1,6 +1,9 @@
-"""specstar's engine on its equivalents of our kinds, run by the Python of its own environment. `kinds_specstar.py SHARED`, then see `asking`.
+"""specstar's engine on its equivalents of our kinds: `kinds_specstar.py SHARED`, with the Python of its environment.
 
-SHARED is a directory for the metadata of the bodies that lie on S3: three writes each take minutes, so they are made once, by the first that needs them.
+`asking` describes the protocol.
+
+SHARED is a directory for the metadata of the bodies that lie on S3: three writes each take minutes, so they are made
+once, by the first that needs them.
 """
 
 from __future__ import annotations

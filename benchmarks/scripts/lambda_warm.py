@@ -1,4 +1,4 @@
-"""What the Lambda handler adds to the ASGI app: CPU microseconds of warm calls, bare and through the handler, on a storage without latency.
+"""The cost of the Lambda handler: CPU microseconds of warm calls, with and without it, on a storage without latency.
 
 Prints JSON: row -> [bare, through the handler].
 """

@@ -1,6 +1,9 @@
-"""Stores beside the raw client that each stands on, in one process. `python -m benchmarks.scripts.limits DIRECTORY`, then see `asking`.
+"""Stores compared with their raw clients, in one process: `python -m benchmarks.scripts.limits DIRECTORY`.
 
-A row has two sides that take turns many times: what a person would write by hand to get the same from the same server, and the store.
+`asking` describes the protocol.
+
+A row has two sides that take turns many times: what a person would write by hand to get the same from the same server,
+and the store.
 """
 
 from __future__ import annotations

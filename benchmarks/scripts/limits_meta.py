@@ -92,16 +92,19 @@ class Updates:
 
 INSERT = """INSERT INTO raw VALUES
   (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s::jsonb, %s::text[], 1)"""
-UPDATE = """UPDATE raw SET version = %s, nonce = %s, revision = %s, total_revision_count = %s, updated_time = %s, updated_by = %s,
-  uid = %s, doc = %s, shown = %s, keys = %s::jsonb WHERE id = %s AND version = %s AND nonce = %s"""
+UPDATE = """UPDATE raw SET version = %s, nonce = %s, revision = %s, total_revision_count = %s, updated_time = %s,
+  updated_by = %s, uid = %s, doc = %s, shown = %s, keys = %s::jsonb WHERE id = %s AND version = %s AND nonce = %s"""
 RECORD = 'INSERT INTO "raw:revisions" VALUES (%s, %s, %s, %s)'
-AFTER = 'WITH written AS ({} RETURNING 1) INSERT INTO "raw:revisions" SELECT %s::text, %s::bigint, %s::text, %s::bytea FROM written'
+AFTER = (
+    "WITH written AS ({} RETURNING 1)"
+    ' INSERT INTO "raw:revisions" SELECT %s::text, %s::bigint, %s::text, %s::bytea FROM written'
+)
 COUNTS = """SELECT (SELECT count(*) FROM raw) = (SELECT count(*) FROM ours)
   AND (SELECT count(*) FROM "raw:revisions") = (SELECT count(*) FROM "ours:revisions")"""
 
 
 def statement(change: Change) -> tuple[str, tuple[object, ...]]:
-    """What the row of the resource needs, in a table that our schema made: the same columns and indexes."""
+    """Return the statement and parameters for the row of a resource, in a table with our columns and indexes."""
     meta, index = change.meta, change.index
     assert index is not None
     doc, keys = _encode(meta), msgspec.json.encode(index.keys).decode()
@@ -237,7 +240,7 @@ async def _redis(stack: contextlib.AsyncExitStack) -> dict[str, Pair]:
         await client.set("limits:raw", encoder(Encoding.msgpack)(new.meta))
 
     async def hits() -> bool:
-        """Whether Redis still has it, answered every time, and answers the same."""
+        """Return whether Redis answered every time, with the same document."""
         read = await both._leases.read(rid)
         seal = both._seal or b""  # what says whose document it is
         same = isinstance(read, bytes) and meta_of(read[len(seal) :]) == meta_of(await client.get("limits:raw"))

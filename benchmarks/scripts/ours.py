@@ -1,4 +1,4 @@
-"""Our server: `python -m benchmarks.scripts.ours KIND DIRECTORY PORT [uvicorn]`, as `crudstack serve` runs it or on uvicorn as it is."""
+"""Our server: `python -m benchmarks.scripts.ours KIND DIRECTORY PORT [uvicorn]`, with limits or on plain uvicorn."""
 
 from __future__ import annotations
 

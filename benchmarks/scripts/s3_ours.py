@@ -1,4 +1,7 @@
-"""Creates on a real S3, one after the other and eight at once: `s3_ours.py URL BUCKET`. Prints JSON of creates a second and CPU us each."""
+"""Creates on a real S3, one at a time and eight at once: `s3_ours.py URL BUCKET`.
+
+Prints creates per second and CPU microseconds of each as JSON.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Searches in our PostgresMetaStore at 100,000 rows. `python -m benchmarks.scripts.search_ours COUNT`, then see `asking`.
+"""Searches in our PostgresMetaStore with 100,000 rows: `python -m benchmarks.scripts.search_ours COUNT`.
+
+`asking` describes the protocol.
 
 What is found is metadata, decoded; the bodies stay in memory and are not read.
 """

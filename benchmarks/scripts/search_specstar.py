@@ -1,4 +1,7 @@
-"""The same in specstar's PostgresMetaStore, run by the Python of its own environment. `search_specstar.py COUNT`, then see `asking`."""
+"""Searches in specstar's PostgresMetaStore: `search_specstar.py COUNT`, with the Python of its environment.
+
+`asking` describes the protocol.
+"""
 
 from __future__ import annotations
 
