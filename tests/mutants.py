@@ -484,8 +484,8 @@ MUTANTS = [
     (
         "collection takes what lies deeper",
         P + "head.py",
-        "ours = _NAME.fullmatch(name)",
-        'ours = re.search(r"()([0-9]+)-", name)',
+        "match = _NAME.fullmatch(name)",
+        'match = re.search(r"()([0-9]+)-", name)',
         NEIGHBOURS,
     ),
     ("another HEAD of a known version is taken", P + "fork_detector.py", "if False in answers or", "if", FORK),

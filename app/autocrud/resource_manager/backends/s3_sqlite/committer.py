@@ -193,7 +193,7 @@ class S3Committer:
             for one in waiting
         ):
             return False  # the copy advanced after the transactions in doubt were looked for, so look again first
-        accepted = [(one, made) for one, made in zip(waiting, trial.attempts, strict=True) if made.ops]
+        accepted = [(one, attempt) for one, attempt in zip(waiting, trial.attempts, strict=True) if attempt.ops]
         base, etag = trial.head, trial.state.etag
         if not accepted and self._unresolved_etag != etag:
             found = await self._objects.get_if_changed(self._replica.head_key, etag)
@@ -204,10 +204,10 @@ class S3Committer:
             return False
         seq, time = base.seq, base.tail[-1].time if base.tail else 0
         records: list[LogRecord] = []
-        for transaction, made in accepted:
+        for transaction, attempt in accepted:
             seq, time = seq + 1, max(time, transaction.time)
-            records.append(LogRecord(seq, transaction.txid, time, made.ops))
-            transaction.metas_by_seq[seq] = made.metas
+            records.append(LogRecord(seq, transaction.txid, time, attempt.ops))
+            transaction.metas_by_seq[seq] = attempt.metas
         head = await self._next_head(base, trial, records)
         # From here on these transactions may be committed, until the outcome says otherwise.
         for transaction, _ in accepted:
@@ -318,8 +318,8 @@ class S3Committer:
 
 
 def _answer(waiting: Sequence[Transaction], trial: Trial) -> None:
-    for transaction, made in zip(waiting, trial.attempts, strict=True):
-        transaction.answer(made.metas if made.error is None else made.error)
+    for transaction, attempt in zip(waiting, trial.attempts, strict=True):
+        transaction.answer(attempt.metas if attempt.error is None else attempt.error)
 
 
 def _answer_all(waiting: Sequence[Transaction], error: CrudError) -> None:

@@ -106,19 +106,19 @@ async def find_lost(
     with contextlib.suppress(CrudError):
         now = await objects.get(head_key)
         found = found if now is None else decode_head(now.body)
-    ours, theirs = _History(), _History()
+    local_history, bucket_history = _History(), _History()
     for head in known_heads:
         if head.store == found.store:
-            ours.add(head, found.segs)
-    theirs.add(found)
-    await ours.read(objects)
-    known = dict(ours.records)
+            local_history.add(head, found.segs)
+    bucket_history.add(found)
+    await local_history.read(objects)
+    known = dict(local_history.records)
     for record in more:
         if record.ops or record.txid not in known:
             known[record.txid] = record
     first = min((record.seq for record in known.values()), default=0)
-    await theirs.read(objects, first)
-    there = txids_of(theirs.records.values())
+    await bucket_history.read(objects, first)
+    there = txids_of(bucket_history.records.values())
     if found.snap is not None and found.first_logged > first:
         there = await _snapshot_txids(objects, found.snap.key) | there
     txids = set(there.values())
@@ -128,7 +128,9 @@ async def find_lost(
         return record.txid not in txids and (record.seq > found.seq or record.seq in there)
 
     records = sorted(filter(is_lost, known.values()), key=lambda record: record.seq)
-    return LostRecords(records, ours.incomplete or theirs.incomplete or any(not record.ops for record in records))
+    return LostRecords(
+        records, local_history.incomplete or bucket_history.incomplete or any(not record.ops for record in records)
+    )
 
 
 def records_of_ids(txids: Mapping[int, bytes]) -> list[LogRecord]:

@@ -194,8 +194,8 @@ def version_in(name: str) -> int | None:
 
     `name` is the part of the key after the prefix of the store.
     """
-    ours = _NAME.fullmatch(name)
-    return None if ours is None else int(ours[1] or ours[2])
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1] or match[2])
 
 
 _op_list = msgspec.msgpack.Decoder(list[LogOperation]).decode

@@ -325,10 +325,10 @@ class LocalCopy:
             if not body:
                 raise _no_head()
             head = decode_head(body)
-            adopts = not all(request.entries for request in requests)
-            if adopts and self._added(head.schema) and self.tables.outdated(connection, 1):
+            with_unique = not all(request.entries for request in requests)
+            if with_unique and self._added(head.schema) and self.tables.outdated(connection, 1):
                 raise not_kept()
-            schema, spec = self._schema(connection, head.schema, adopts=adopts)
+            schema, spec = self._schema(connection, head.schema, with_unique=with_unique)
             attempts = []
             for request in requests:
                 connection.execute("SAVEPOINT attempt")
@@ -369,7 +369,7 @@ class LocalCopy:
                 if not force and self.tables.outdated(db, 1):
                     return _state(db), None
                 body: Any = db.execute("SELECT head FROM copy").get
-                schema, _ = self._schema(db, decode_head(body).schema, adopts=True)
+                schema, _ = self._schema(db, decode_head(body).schema, with_unique=True)
                 return _state(db), schema
 
         return self.read(look)
@@ -391,18 +391,20 @@ class LocalCopy:
 
         return self.read(look)
 
-    def _schema(self, connection: apsw.Connection, schema: IndexSchema, *, adopts: bool) -> tuple[IndexSchema, str]:
+    def _schema(
+        self, connection: apsw.Connection, schema: IndexSchema, *, with_unique: bool
+    ) -> tuple[IndexSchema, str]:
         """Return the schema with the indexed fields of this program, and the number of their set.
 
-        With `adopts`, its unique fields are added too. Every writer enforces every unique field of the schema. Raises
-        ConfigError if this program cannot.
+        With `with_unique`, its unique fields are added too. Every writer enforces every unique field of the schema.
+        Raises ConfigError if this program cannot.
         """
         kinds, specs = self.tables.kinds, dict(schema.specs)
         spec = next((number for number, fields in specs.items() if fields == kinds), None)
         if spec is None:
             spec = str(len(specs) + 1)
             specs[spec] = kinds
-        added = self._added(schema) if adopts else []
+        added = self._added(schema) if with_unique else []
         for name in added:
             if self.tables.duplicated(connection, name):
                 raise shared(self.tables.spec.name, name)

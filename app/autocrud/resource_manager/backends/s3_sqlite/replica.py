@@ -180,7 +180,7 @@ class Replica:
 
     # Advancing
 
-    async def advance_to(self, got: Object, known: HeadState = NO_HEAD, own: Sequence[LogRecord] = ()) -> bool:
+    async def advance_to(self, got: Object, known: HeadState = NO_HEAD, own_records: Sequence[LogRecord] = ()) -> bool:
         """Bring the copy up to a HEAD that was read. Return False if HEAD must be read again.
 
         If the disk is full, frees space and tries again.
@@ -188,12 +188,12 @@ class Replica:
         Args:
             got: The object HEAD.
             known: The newest HEAD that was known when the request was sent. An older answer raises HeadLost.
-            own: The newest records up to this HEAD, if a swap of this process stored it. They are not read from S3, so
-                a failure of S3 cannot hide an acknowledged commit from this copy.
+            own_records: The newest records up to this HEAD, if a swap of this process stored it. They are not read from
+                S3, so a failure of S3 cannot hide an acknowledged commit from this copy.
         """
-        return await self._current.directory.retry_with_space(partial(self._advance_to, got, known, own))
+        return await self._current.directory.retry_with_space(partial(self._advance_to, got, known, own_records))
 
-    async def _advance_to(self, got: Object, known: HeadState, own: Sequence[LogRecord]) -> bool:
+    async def _advance_to(self, got: Object, known: HeadState, own_records: Sequence[LogRecord]) -> bool:
         head = decode_head(got.body)
         compared = await self._compare(head)
         self._check_lineage(head, known)
@@ -211,8 +211,8 @@ class Replica:
             try:
                 # If the transaction ids must decide, the newest known record is read too.
                 after = state.seq if compared.decided else max(state.seq - 1, 0)
-                if own and own[0].seq == after + 1:
-                    records: list[LogRecord] | None = list(own)
+                if own_records and own_records[0].seq == after + 1:
+                    records: list[LogRecord] | None = list(own_records)
                 else:
                     records = await self._log.records_after(head, after)
                 if records is not None and not compared.decided and contradicts(compared.txids, txids_of(records)):
@@ -241,7 +241,7 @@ class Replica:
         """
         self._forks.heads.add(head, records[-1] if records else None)
         self._newest_seen = _newer(self._newest_seen, HeadState(head.store, head.seq, head.ver, got.etag))
-        await self.advance_to(got, own=records)
+        await self.advance_to(got, own_records=records)
 
     async def _compare(self, head: Head) -> Comparison:
         """Compare a HEAD that was read with those that this process knows. Raises HistoryForked."""
