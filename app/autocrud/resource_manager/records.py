@@ -31,8 +31,8 @@ class ResourceMeta(Struct, frozen=True, kw_only=True):
 
     `version` grows by one at every commit and `nonce` is random at every commit; together they are the ETag.
     `revision` is the number of the current revision, and `uid` is the address of its body. `status`, `data_hash`
-    (SHA-256 of the canonical JSON, hex) and `encoding` are those of that revision. Revisions are numbered from 1 to `total_revision_count`;
-    retention may have removed some. Times are UTC.
+    (SHA-256 of the canonical JSON, hex) and `encoding` are those of that revision. Revisions are numbered from 1 to
+    `total_revision_count`; retention may have removed some. Times are UTC.
     """
 
     resource_id: str
@@ -228,8 +228,8 @@ class IdempotentCommit(Struct, frozen=True, kw_only=True):
     key      the caller's name and the key (SHA-256, hex)
     request  the request (SHA-256, hex)
     time     microseconds since 1970
-    results  the result of each operation: the number of a change of this commit, the metadata if nothing was changed, or
-             None if nothing may be kept (a purge)
+    results  the result of each operation: the number of a change of this commit, the metadata if nothing was changed,
+             or None if nothing may be kept (a purge)
     """
 
     key: str

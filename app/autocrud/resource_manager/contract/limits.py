@@ -5,8 +5,8 @@ programs wrote them, and a field may be declared indexed after its values were s
 
 - L1 *A write makes nothing too large.* A write that would leave more than a limit allows is refused, unless L2 applies.
 - L2 *A resource that is already too large can still be changed.* A list with more than MAX_ITEMS items may be replaced
-  by one that is no longer. If the indexed fields take more than MAX_INDEXED, each of them may be replaced by one that is
-  no longer, or takes at most SMALL. So repeated writes make it grow by at most SMALL for each field.
+  by one that is no longer. If the indexed fields take more than MAX_INDEXED, each of them may be replaced by one that
+  is no longer, or takes at most SMALL. So repeated writes make it grow by at most SMALL for each field.
 - L3 *Nothing else is refused for its size*: no read, delete, restore, publish, switch or purge, and no new index entry
   of stored data.
 """
@@ -22,7 +22,7 @@ from ...errors import MetadataTooLarge, Violation
 from ..records import IndexEntry
 
 MAX_ID = 1024
-"""Bytes in UTF-8 of the id of a new resource. An entry of a B-tree in PostgreSQL has 2.7 KB, and 1 KB of it is a text."""
+"""Bytes in UTF-8 of the id of a new resource. A B-tree entry in PostgreSQL has 2.7 KB at most, and a text 1 KB of it."""
 MAX_NAME = 1024
 """Bytes in UTF-8 of the name of a caller, which is stored as created_by and updated_by."""
 MAX_INDEXED = 128 * 1024

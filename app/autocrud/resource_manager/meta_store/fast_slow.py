@@ -1,41 +1,22 @@
-"""FastSlowMetaStore: a truth that is shared, and before it a faster store that may lose, forget or invent anything.
+"""FastSlowMetaStore: a read-through cache in front of a durable store, for `get`.
 
-    FastSlowMetaStore(RedisMetaStore(redis_url, prefix="article:"), PostgresMetaStore(pg_dsn, table_name="meta_article"))
+    fast_store = RedisMetaStore(redis_url, prefix="article:")
+    FastSlowMetaStore(fast_store, PostgresMetaStore(pg_dsn, table_name="meta_article"))
 
-`get` is answered by the fast store where that can; all else is the slow one's. A commit is the slow store's commit. Fast that is down, paused, flushed,
-cut off from one process or from all, restored from an old dump, or failed over to a replica that lags, behind whose back the old primary goes on
-answering: reads and writes get slower, and nothing else. **A `get` that begins after a commit was acknowledged sees it, or a later one**; what was
-deleted or purged does not come back.
+A `get` that begins after a commit was acknowledged returns the state of this commit or a later one, even if the cache
+loses entries or returns old ones. If the cache fails, reads and writes become slower, and nothing else changes.
+`docs/design/fast-slow.md` explains the protocol, and why each failure is safe. Invariants (L is the lease time):
 
-Reading: a *hit* is a document in the fast store. Otherwise the fast store grants a *token* for the resource, unless somebody has it; then the slow
-store is read, and what it says is stored upon the token (*filled in*). Writing: remove the documents and take the tokens, commit, then *settle*:
-remove documents and tokens again, and store what was committed if the token of before the commit was still there. Invariants; L is the lease:
-
-- F1 *A document ends with its token, and a token L after it was granted*, by the clock of the server that granted it (see `backends.redis.lease`).
-- F2 *A document is stored only upon the token that was granted before it was read or committed*, and no other command came between that removes
-  tokens. So a document that can be hit was the truth at a time that is less than L ago.
-- F3 *Nothing from before a commit is found on the server that settled it*: settling comes after the commit, and removes documents and tokens; what
-  is stored afterwards was read upon a later token. This needs no mark to have arrived before the commit, and no flush, eviction or rival undoes it.
-- F4 *Nothing from before a commit is found anywhere L after it*, by F2. So a writer that cannot settle waits before it acknowledges.
-- F5 *Late commands are harmless*, whatever held them up. A late fill or settle finds its token gone, or no commit was acknowledged since it was
-  granted (each one has removed it, F3, or waited for its end, F4). A late mark removes, and takes a token upon which nobody stores: a writer that did
-  not hear of its token settles without it. A nonce is sent once, so no token comes back.
-- F6 *One life at a time is filled in.* A life is one server process with one history; the slow store knows which one is in use. Documents and the
-  life in use are read from it in one step, and stored only in that life. A writer need not wait (F4) if after its commit the life in which it settled
-  was in use, and had been for L: whoever read the slow store before the commit, and stores it elsewhere, read that another life was in use, hence
-  more than L ago, and by F2 that has ended. What a writer stores is held to the same proof: it committed while its life was in use already, or else
-  its token has ended.
-- F7 *The age of a life counts from when everybody sees it*: it is noted by a second step, when the adoption is committed. Who finds
-  another life than the one in use has it adopted, at most once in 2 L: two servers that are both in use make writers wait, and no more.
-- F8 *Leases of different lengths mix*: the slow store remembers the longest that was ever used, which is the L of all who wait.
-- F9 *What a key left is acknowledged as a commit is*, and so is what a write found to be so already: the one who committed may have been stopped
-  before it could settle, or is still waiting.
-- F10 *Two slow stores may share a fast one*, by mistake and under one prefix: a document says of which store it is, and another's is a miss.
-
-Assumed: the clocks of Redis and PostgreSQL, which may be wrong, are not set back or forth by much while they run (a Redis that is set back by more
-than L only misses, by less than L it may keep a document for as long), and *all* who write go through this class: a program that writes to the slow store
-alone is seen up to L later. Not promised, as docs/storage.md tells users: before a commit is acknowledged, one read may
-see it and a later one the older state.
+- F1 *An entry expires with its lease, and a lease expires L after it was granted.*
+- F2 *An entry is stored only under the lease that was granted before its document was read or committed.*
+- F3 *After END_WRITE, its server has no entry from before the commit.*
+- F4 *L after a commit, no server has an entry from before it.*
+- F5 *Late commands are harmless.*
+- F6 *Entries are stored in one server epoch at a time.*
+- F7 *The age of an epoch counts from the moment at which every process sees it.*
+- F8 *Leases of different lengths can be mixed.* Writers wait for the longest one that was ever used.
+- F9 *A repeated request with an Idempotency-Key, or one that changes nothing, is acknowledged like a commit.*
+- F10 *Two slow stores may share a fast store by mistake.* An entry of another slow store is a cache miss.
 """
 
 from __future__ import annotations
@@ -79,19 +60,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("crudstack.fast_slow")
 
 SKIP_S = 1.0
-"""How long reads go around a fast store that did not answer."""
+"""Seconds for which reads bypass a fast store that did not answer."""
 LONGEST_LEASE_S = 60.0
 
 _encode = encoder(Encoding.msgpack)
 
 
 class Fence(NamedTuple):
-    """Which life of a fast store is in use.
+    """The server epoch of the fast store that is in use, as the slow store knows it.
 
-    life     None if there never was one
-    lease_s  the longest lease that was ever used
-    age_s    for how long everybody has seen this life at least; infinite if there was none before it, negative if that is not known yet
-    store    what the slow store calls itself, drawn at its birth
+    server_epoch  None if there never was one
+    lease_s       the longest lease time that was ever used, in seconds
+    age_s         for how many seconds at least every process has seen this epoch. Infinite if it is the first one,
+                  negative if the age is not known yet
+    store         the id of the slow store, which it drew when it was made
     """
 
     server_epoch: str | None
@@ -102,31 +84,37 @@ class Fence(NamedTuple):
 
 @runtime_checkable
 class Slow(IndexMigration, FindingsKeeping, MetaSweeping, Protocol):
-    """What a slow store must do besides. Every process sees the same."""
+    """The abilities that a slow store needs. All processes see the same state of it."""
 
     async def get_fenced(self, resource_id: str) -> tuple[Fence, ResourceMeta | None]:
-        """The fence and the metadata (None if it is not there), both as they were at one moment after the call began."""
+        """Return the fence and the metadata (None if there are none), read in one step after the call began."""
 
     async def fence(self) -> Fence:
-        """The fence as it was at a moment after the call began."""
+        """Return the fence, read after the call began."""
 
     async def adopt(self, server_epoch: str, lease_s: float, min_age_s: float) -> Fence:
-        """Make this the life in use, with leases of this length or more, unless it is or the one in use is younger than `min_age_s`. Then see to
-        it that the age is known. The fence afterwards."""
+        """Make this the epoch in use, with leases of at least this length, and return the new fence.
+
+        Does nothing if it is in use already, or if the epoch in use is younger than `min_age_s` seconds. In any case a
+        second step notes the age, if it is not known yet.
+        """
 
 
 @runtime_checkable
 class Fast(Protocol):
-    """What a fast store must do: all processes share it."""
+    """The ability that a fast store needs. All processes share it."""
 
-    def leases(self, lease_s: float) -> Leases: ...
+    def leases(self, lease_s: float) -> Leases:
+        """Return the cache of this store, with leases of this many seconds."""
 
 
 class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, MetaSweeping):
-    """
-    fast_store  a RedisMetaStore, of which only the cache is used; any `maxmemory-policy` will do, and nothing need be kept on its disk
+    """A durable MetaStore with a cache for `get` in front.
+
+    fast_store  a RedisMetaStore, of which only the cache is used. It needs no persistence, and any `maxmemory-policy`
+                works
     slow_store  a PostgresMetaStore
-    lease_s     how long a write waits where the fast store cannot be asked, and how long a document may be read from it without another look
+    lease_s     seconds that a write waits if the fast store does not answer, and for which a cached entry is valid
     """
 
     may_be_stale: ClassVar[bool] = False
@@ -138,14 +126,17 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             )
         if not isinstance(slow_store, Slow):
             raise ConfigError(
-                f"{type(slow_store).__name__} cannot be a slow_store: it does not keep which fast store is in use, as a PostgresMetaStore does"
+                f"{type(slow_store).__name__} cannot be a slow_store: it does not keep which fast store is in use, as a"
+                " PostgresMetaStore does"
             )
         if not 0 < lease_s <= LONGEST_LEASE_S:
             raise ConfigError(f"lease_s is {lease_s!r}; expected seconds, more than 0 and at most {LONGEST_LEASE_S:g}")
         self._fast, self._slow, self._fences = fast_store, slow_store, slow_store
         self._lease_s, self._leases = lease_s, fast_store.leases(lease_s)
-        self._longest_s = lease_s  # of the leases that we know of
-        self._seal: bytes | None = None  # what our documents begin with; None until the fence was read
+        self._longest_s = lease_s  # the longest lease time that this process knows
+        self._seal: bytes | None = (
+            None  # the id of the slow store, with which its entries begin; None until the fence was read
+        )
         self._skip_until = self._adopt_after = float("-inf")
 
     @property
@@ -192,7 +183,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         return meta
 
     async def _look(self, resource_id: str) -> ResourceMeta | Lease | None:
-        """What the fast store has; a token to fill it in with, or None."""
+        """Return the cached metadata, or a lease under which they may be cached, or None."""
         found: bytes | Lease | None = None
         if time.monotonic() >= self._skip_until:
             with self._skipping():
@@ -203,12 +194,12 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             return None
         try:
             return meta_of(found[len(self._seal) :])
-        except StoreDamaged:  # a copy; or one of a program that knows other metadata
+        except StoreDamaged:  # damaged, or written by a program with other metadata
             return None
 
     @contextlib.contextmanager
     def _skipping(self) -> Iterator[None]:
-        """What the fast store does not do is not done."""
+        """Suppress errors of the fast store, and bypass it for a while."""
         try:
             yield
         except CrudError:
@@ -237,11 +228,11 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
-        # Goes on where the one who asked does not: what was committed is settled.
+        # Runs to completion even if the caller is cancelled, so that END_WRITE follows each commit.
         return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
 
     async def _acquainted(self) -> None:
-        """Know the slow store, and with it the longest lease, before anything is read from the fast one or has to be waited for."""
+        """Read the fence before the first use of the fast store, for the id of the slow store and the lease time."""
         if self._seal is None:
             self._seen(await self._fences.fence())
 
@@ -258,7 +249,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         try:
             committed = await self._slow.commit(changes, once)
         except OutcomeUnknown:
-            raise  # it may still come: whoever read before it finds no token
+            raise  # the commit may still happen; readers from before it find no lease
         except AlreadyCommitted as before:
             await self._end_write_of_key(before.done, resource_ids)
             raise
@@ -276,18 +267,18 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         return committed
 
     async def _end_write_of_key(self, done: CommitResult, resource_ids: Sequence[str] = ()) -> None:
-        """Settle what a key left (F9). Of a purge it does not tell which resource it was, so that is waited for."""
+        """End the write of an earlier commit (F9). Waits if it purged any, because results do not name them."""
         left = [*resource_ids, *(meta.resource_id for meta in done.results if meta is not None)]
         await self._end_write(dict.fromkeys(left, b""), None, wait=None in done.results)
 
     async def _end_write(self, left: Mapping[str, bytes], lease: Lease | None, *, wait: bool = False) -> None:
-        """Return when nothing of before what was just committed can be read from any fast store. `left`: the documents, b"" for none."""
+        """Return when no fast store has an entry from before the commit. `left`: new documents by id, b"" for none."""
         began = time.monotonic()
         fence: Fence | None = None
         server_epoch: str | None = None
         with contextlib.suppress(CrudError):
             fence = self._seen(await self._fences.fence())
-        # Here the life has to be proven, for the fence was not read in the step that committed.
+        # The epoch must be proven here, because the fence was not read in the step that committed.
         if lease is not None and not (
             self._in_use(lease.server_epoch, fence) and self._proven(lease.server_epoch, fence)
         ):
@@ -304,11 +295,11 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         await asyncio.sleep(began + _surely(self._longest_s) - time.monotonic())
 
     def _in_use(self, server_epoch: str, fence: Fence | None) -> bool:
-        """Whether documents may be stored in this life (F6)."""
+        """Return whether entries may be stored in this epoch (F6)."""
         return fence is not None and fence.server_epoch == server_epoch and fence.lease_s >= self._lease_s
 
     def _proven(self, server_epoch: str, fence: Fence | None) -> bool:
-        """Whether nothing from before the fence was read can be found in any other life (F6)."""
+        """Return whether no other epoch has an entry from before the fence was read (F6)."""
         return fence is not None and fence.server_epoch == server_epoch and fence.age_s >= _surely(self._longest_s)
 
     def _seen(self, fence: Fence) -> Fence:
@@ -317,7 +308,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         return fence
 
     async def _adopt(self, server_epoch: str, fence: Fence) -> Fence:
-        """The fence, once this life was adopted if there was a reason to."""
+        """Adopt this epoch if it is not in use, or its age is not known. Return the fence afterwards."""
         if (self._in_use(server_epoch, fence) and fence.age_s >= 0) or time.monotonic() < self._adopt_after:
             return fence
         log.info("a fast store is taken into use that was not, or was restarted")
@@ -326,7 +317,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             self._adopt_after = time.monotonic() + self._longest_s / 2
         return fence
 
-    # All that is the slow store's
+    # Methods of the slow store
 
     @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:
@@ -384,7 +375,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
     async def advance_generation(self) -> int:
         return await self._slow.advance_generation()
 
-    # Keeping house
+    # Maintenance
 
     @override
     async def health(self) -> None:
@@ -411,7 +402,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
-        """What was purged left the fast store when that was acknowledged."""
+        """Ask the slow store. The fast store has no purged data since the purge was acknowledged (F3, F4)."""
         return await self._slow.purge_remnants(now)
 
     @override
@@ -422,5 +413,5 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
 
 def _surely(lease_s: float) -> float:
-    """So long that by another clock a lease has passed, which may run slower by a few per cent."""
+    """Return the seconds after which a lease has expired on every server, whose clock may run a few per cent slower."""
     return lease_s * 1.05 + 0.1

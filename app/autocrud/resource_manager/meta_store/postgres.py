@@ -98,17 +98,19 @@ RETRIED = ("40001", "40P01")
 
 
 class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
-    """
-    pg_dsn      of the database; TLS as libpq does it: `?sslmode=verify-full&sslrootcert=...`
-    encoding    of the documents
-    table_name  what the names of its tables begin with; any text that does not end as the name of one of them, like `:unique`
-    password    makes the password of each new connection, where it expires
-    max_size    connections of this process to the database, for all models
-    prepare     whether to prepare frequent statements under names, which are state of the session. None: only if no pooler is in between.
-                True fails behind PgBouncer in transaction mode, unless its `max_prepared_statements` is set (1.21 and later)
+    """A MetaStore in tables of a PostgreSQL database. Durable, and shared by any number of processes.
 
-    What is purged no statement finds any more. Nothing short of VACUUM FULL would make PostgreSQL write over it in its files at once, and
-    that locks everybody out: it does so as it uses the space again.
+    pg_dsn      of the database. TLS as in libpq: `?sslmode=verify-full&sslrootcert=...`
+    encoding    of the documents
+    table_name  the prefix of the names of its tables. It must not end like the name of one of them, like `:unique`
+    password    makes the password of each new connection, if passwords expire
+    max_size    how many connections to the database this process has at most, for all models together
+    prepare     whether frequent statements are prepared under names, which are state of the session. None: only if
+                there is no pooler in between. True fails behind PgBouncer in transaction mode, unless its
+                `max_prepared_statements` is set (1.21 and later)
+
+    No statement finds purged data. PostgreSQL overwrites them in its files when it uses the space again. Only VACUUM
+    FULL would do so at once, but it locks the tables for all clients.
     """
 
     durable: ClassVar[bool] = True
@@ -287,7 +289,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
 
     @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
-        # Goes on where the one who asked does not: a commit is never given up half way.
+        # Runs to completion even if the caller is cancelled, so that the outcome is always found out.
         return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
 
     async def _commit(self, changes: list[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
@@ -348,7 +350,10 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                 return
 
     async def _happened(self, number: Any) -> bool:
-        """Whether a call whose answer was lost was committed. If not, it never will be. OutcomeUnknown."""
+        """Return whether a call was committed whose answer was lost. If not, it never will be.
+
+        Raises OutcomeUnknown if the database does not answer for RESOLVE_S seconds.
+        """
 
         async def refuse(connection: Connection) -> bool:
             await connection.execute(
@@ -380,7 +385,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
             except ResourceNotFound:
                 found = None
             check_expectation(change.expect, detail, found)
-            raise VersionConflict(f"resource {detail!r} was changed by somebody else") from None
+            raise VersionConflict(f"resource {detail!r} was changed by another writer") from None
         if state == STALE:
             raise StaleGeneration("a body is of a generation that may be swept already") from None
         if state == UNKNOWN_UNIQUE:
@@ -465,7 +470,8 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                 ),
                 (server_epoch, lease_s, server_epoch, lease_s, min_age_s),
             )
-            # Only now does everybody see it: a time that is taken before may be one at which others still read the former life.
+            # A second transaction, because all processes see the epoch only now. At an earlier time, some could
+            # still read the former epoch.
             await connection.execute(
                 self._filled("UPDATE <state> SET fast_since = clock_timestamp() WHERE fast_since = 'infinity'")
             )
@@ -473,7 +479,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         await self._do(adopt)
         return await self.fence()
 
-    # Keeping house
+    # Maintenance
 
     @override
     async def maintain(self, budget_s: float) -> None:

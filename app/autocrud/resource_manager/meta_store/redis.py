@@ -1,26 +1,29 @@
-"""RedisMetaStore: the truth in Redis (6.2 or later) or Valkey, without server modules.
+"""RedisMetaStore: a MetaStore in Redis (6.2 or later) or Valkey, without server modules.
 
     RedisMetaStore("rediss://:secret@cache.example.com:6380/0", prefix="article:")
 
-A prefix belongs to one model. A commit is one script; `get`, `revision` and `done` read Redis; searches read a copy in this process's memory that
-every read brings up to the newest transaction in one round trip (see `backends.redis`). The server must keep what it is given: `maxmemory-policy`
-must be `noeviction`, and whether anything survives its end is for `appendonly` and `appendfsync` to say, which a client cannot know; so this
-store never calls itself durable. One server holds all keys: no Redis Cluster. A primary that was replaced and still answers answers from the past:
-the failover must cut its connections, as Sentinel does.
+A prefix belongs to one model. A commit is one script. `get`, `revision` and `done` read Redis. Searches read a copy in
+the memory of this process, which every read updates to the newest transaction in one round trip (see `backends.redis`).
 
-What is acknowledged happened exactly once. Invariants, within one history of the server (a replica that takes over behind its primary forgets what
-Redis had acknowledged, and begins another one):
+The server must keep its data, so `maxmemory-policy` must be `noeviction`. Whether data survive the end of the server
+depends on `appendonly` and `appendfsync`, which a client cannot know; so this store is never `durable`. One server has
+all keys: Redis Cluster is not supported. A primary that was replaced but still answers returns old data: the failover
+must cut its connections, as Sentinel does.
 
-- T1 *A commit is sent at most once* under its txid, which is drawn for it alone. The script notes the txid in the step that commits.
-- T2 *No answer before the outcome is known.* Where an answer was lost, the txid is looked up over another connection. If it is not there, the same
-  step notes it as refused, and a commit that is refused changes nothing, whenever it arrives: what waits in a dead connection, in a proxy or in a
-  network that comes back finds the refusal. So exactly one of "done" and "never" is true from then on.
-- T3 *Notes are forgotten only when they cannot matter.* A commit says how many notes there were when it was sent (`since`). It is refused, and a
-  look-up finds nothing out, once as many as are kept came after that; so neither its own note nor its refusal can have been forgotten while it
-  could still happen.
-- T4 *A commit is for one life of a store.* It names the store's id, which is drawn at birth; in a store that was flushed since, it changes nothing.
-  A look-up that finds another id cannot tell what became of it: OutcomeUnknown.
-- T5 *A rejection is as true as a success*: a script that answers anything but "ok" has written nothing.
+Each acknowledged commit happened exactly once. The invariants hold within one history of the server. A replica that
+takes over while it lags begins another history, without commits that Redis had acknowledged.
+
+- T1 *A commit is sent at most once* under its txid, which is drawn for this commit. The script notes the txid in the
+  step that commits.
+- T2 *No answer before the outcome is known.* If an answer was lost, the txid is looked up over another connection. If
+  it is not noted, the same step notes it as refused, and a refused commit changes nothing, whenever it arrives: after a
+  delay in a dead connection, in a proxy or in the network. So from then on it is either committed, or never will be.
+- T3 *A note is forgotten only when it no longer matters.* A commit carries the number of notes at the time when it was
+  sent (`since`). Once as many notes as are kept have been added, the commit is refused, and a look-up gives no result.
+  So as long as a commit can still happen, its note and its refusal are kept.
+- T4 *A commit is for one store.* It carries the id of the store, which is drawn when the store is made. If the store
+  was flushed since, the commit changes nothing. If a look-up finds another id, it raises OutcomeUnknown.
+- T5 *A rejection is as reliable as a success*: a script that does not answer "ok" has written nothing.
 """
 
 from __future__ import annotations
@@ -85,12 +88,18 @@ COMMIT_TIMEOUT_S = 25.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 ATTEMPTS = 16
 PAUSE_S = 5
-"""How long commits wait, at most, for a program that has a field become unique."""
+"""Seconds for which commits wait at most while another program makes a field unique."""
 HIGHEST = 2**53
 
 
 class Known(NamedTuple):
-    """What a store said of itself: its id, how many txids it has noted, and its unique fields (`text`: as it stores them)."""
+    """The last known state of the store.
+
+    store       its id
+    noted       how many txids it has noted
+    text        its active unique fields, as it stores them
+    generation  the generation of new bodies
+    """
 
     store: bytes
     noted: int
@@ -103,11 +112,12 @@ class Known(NamedTuple):
 
 
 class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
-    """
-    redis_url  redis://, rediss:// (TLS) or unix://, with user and password; what the driver's URLs may say may be said
+    """A MetaStore in Redis or Valkey.
+
+    redis_url  redis://, rediss:// (TLS) or unix://, with user and password, and the options of the driver
     prefix     of all keys, one for each model
     encoding   of the documents
-    password   makes the password of each new connection, where it expires
+    password   makes the password of each new connection, if passwords expire
     """
 
     remote: ClassVar[bool] = True
@@ -146,7 +156,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         return await self._client.run(self, script, self._meta_key, *arguments)
 
     def leases(self, lease_s: float) -> Leases:
-        """A cache below this prefix, for a store that keeps the truth elsewhere (see `fast_slow`). What is in this store it does not touch."""
+        """Return a cache below this prefix, for `fast_slow`. It does not touch the data of this store."""
         return Leases(self._client, self._prefix, lease_s)
 
     def _key(self, resource_id: str) -> str:
@@ -288,7 +298,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         known = await self._look()
         if added := self._added(known):
-            if force:  # which values are held must be known before anybody minds them
+            if force:  # the owners of all values must be known before writers check them
                 await self._run(scripts.PAUSE, PAUSE_S)
             if not await self._adopt(known, added):
                 return False
@@ -309,9 +319,10 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     async def _transact(
         self, script: Script, arguments: Callable[[list[str]], list[Any]], *, adopts: bool = True
     ) -> tuple[bytes, list[Any]]:
-        """Run a writing script exactly once, whatever happens on the way: its code, and what it told besides. UniqueConflict.
+        """Run a writing script exactly once, even if answers are lost. Return its code and its further answers.
 
-        `arguments`: for the unique fields that the store minds. `adopts`: it must mind those of this program.
+        Raises UniqueConflict. `arguments` makes the arguments for the active unique fields. `adopts`: the unique fields
+        of this program must be active.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + COMMIT_TIMEOUT_S
@@ -338,11 +349,11 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
                 continue
             if code not in (b"store", b"old", b"unique"):
                 return code, told[4:]
-            # It was decided upon what is no longer so; now that is known.
+            # The state of the store that this process knew was old. `_learn` has updated it.
         raise StoreUnavailable("Redis did not take this; nothing was changed, try again")
 
     async def _happened(self, transaction: tuple[Any, ...], deadline: float) -> bool:
-        """Whether a transaction whose answer was lost happened; if not, it never will. OutcomeUnknown."""
+        """Return whether a transaction happened whose answer was lost. If not, it never will. Raises OutcomeUnknown."""
         loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_S
         while True:
             try:
@@ -370,8 +381,11 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         return known
 
     async def _ready(self, adopts: bool) -> Known:
-        """What is known of the store, once it minds the unique fields of this program: `activate_unique_fields` has seen to that, but it may have been
-        emptied or restored since. ConfigError if this program does not index a field that must be unique."""
+        """Return the known state of the store, after the unique fields of this program are active.
+
+        They are active since `activate_unique_fields`, unless the store was emptied or restored. Raises ConfigError if
+        this program does not index a field that must be unique.
+        """
         known = self._known or await self._look()
         for _ in range(ATTEMPTS):
             unique = known.unique
@@ -389,7 +403,10 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         return [name for name in self._spec.unique if name not in known.unique]
 
     async def _adopt(self, known: Known, added: Sequence[str]) -> bool:
-        """Make fields unique, unless something is outdated or written meanwhile. ConfigError if resources share a value."""
+        """Make fields unique. Return False if a resource is outdated, or was written meanwhile.
+
+        Raises ConfigError if resources share a value.
+        """
         copy = await self._replica.current()
         position, outdated, duplicated, values = await in_thread(partial(copy.values, added))
         if outdated:
@@ -405,12 +422,15 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         self._learn(told)
         return bool(code == b"ok")
 
-    # Keeping house
+    # Maintenance
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
-        """Take what was purged out of this process's copy; other processes do so when they read next. In Redis it is gone with the purge itself
-        (L3 in `backends.redis.scripts`), but for the SHA-256 of its id in the log; the server's own files keep traces until it writes them again."""
+        """Remove purged data from the copy of this process. Other processes do so at their next read.
+
+        The purge itself removes the data from Redis (L3 in `backends.redis.scripts`), except the SHA-256 of the id in
+        the log. The files of the server keep traces until the server writes them again.
+        """
         await self._replica.current()
         return now
 
