@@ -32,7 +32,7 @@ FORK = [
     "tests/stores/test_s3_fork_simulation.py",
 ]
 RESCUE = ["tests/stores/test_s3_rescue.py"]
-MQ = ["tests/stores/test_mq_cached_s3.py"]
+MQ = [f"tests/stores/test_mq_{part}.py" for part in ("cached_s3", "failures", "processes")]
 NEIGHBOURS = ["tests/stores/test_neighbours.py"]
 STOPPED = ["tests/stores/test_stopped_process.py"]
 ACCESS = ["tests/http/test_access.py"]

@@ -1,10 +1,11 @@
-"""A RabbitMQ server for the tests: a plain process on free loopback ports, in a temporary directory, stopped by its pid.
+"""A RabbitMQ server for the tests: a process on free loopback ports, in a temporary directory, stopped by its pid.
 
-A rabbitmq-server that is installed is used. Otherwise the packages of this Debian or Ubuntu are fetched by apt-get, whose state and cache lie
-below `.local/rabbitmq` too, and unpacked there: once, without root, and without a change to the system. `python -m tests.rabbitmq` does that ahead.
+An installed rabbitmq-server is used. Without one, apt-get fetches the packages of this Debian or Ubuntu, and they are
+unpacked below `.local/rabbitmq`, where the state and the cache of apt-get lie too. That happens once, without root, and
+changes nothing in the system. `python -m tests.rabbitmq` does it in advance.
 
-`TEST_AMQP_URL` names another server to be used instead. The address of the one in use is in `TEST_RABBITMQ`, where processes that a test starts
-find it.
+`TEST_AMQP_URL` names another server to use. `TEST_RABBITMQ` has the address of the server in use, for processes that a
+test starts.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from tests.debian import Missing, libraries, unpacked
 
 START_TIMEOUT_S = 90.0
 INSTALLED = "/usr/lib/rabbitmq/bin/rabbitmq-server"
-"""Where packages put what the command starts for whoever is not the user rabbitmq."""
+"""The script that the command of the packages starts. Users other than rabbitmq need it."""
 NEEDED = ("rabbitmq-server", "erlang-", "libssl", "libsctp", "libtinfo")
-"""Of all that the server depends on: what is not part of every system that runs Python."""
+"""The packages that the server depends on and that a system with Python may lack."""
 
 
 # The programs
 
 
 class Programs(NamedTuple):
-    """How the server and its port mapper are started."""
+    """The commands that start the server and its port mapper."""
 
     server: Sequence[str]
     epmd: str
@@ -58,7 +59,10 @@ def programs() -> Programs:
 
 
 def _unpacked(root: Path) -> Programs:
-    """What the shell scripts would do. They know only the place that the packages are meant for, and paths without spaces."""
+    """Return the programs of the unpacked packages, and the environment that their shell scripts would set.
+
+    The scripts themselves only work in the directory that the packages are meant for, and with paths without spaces.
+    """
     erlang, (home,) = root / "usr/lib/erlang", (root / "usr/lib/rabbitmq/lib").glob("rabbitmq_server-*")
     (binaries,) = (path.parent for path in erlang.glob("erts-*/bin/erlexec"))
     environment = {
@@ -83,7 +87,7 @@ def _unpacked(root: Path) -> Programs:
 
 
 class RabbitMQ:
-    """A server that can be stopped and started again on its port; it keeps nothing. `url` has a password in it.
+    """A server that can be stopped and started again on its port, without data of before. `url` contains a password.
 
     With `certificates` (ca.pem, server.pem, server.key in that directory) there is `tls_url` too.
     """
@@ -99,7 +103,7 @@ class RabbitMQ:
         self._epmd: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it answers."""
         self.launch()
         self.wait()
 
@@ -128,7 +132,7 @@ class RabbitMQ:
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self._directory / "enabled_plugins"),
         }
         with (self._directory / "output").open("w") as output:
-            if self._epmd is None:  # else Erlang starts one, which nobody stops
+            if self._epmd is None:  # without one, Erlang starts its own, which no test stops
                 command = [self._programs.epmd, "-address", "127.0.0.1", "-port", str(self._epmd_port)]
                 self._epmd = subprocess.Popen(
                     command,
@@ -154,7 +158,7 @@ class RabbitMQ:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - as app.dev.local_s3 does
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
             )
 
     def _settings(self) -> str:
@@ -187,7 +191,7 @@ class RabbitMQ:
         return "".join(file.read_text(errors="replace")[-2000:] for file in files if file.exists())
 
     def kill(self, with_: int = signal.SIGKILL) -> None:
-        """End it without a goodbye."""
+        """Kill the server."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -200,7 +204,7 @@ class RabbitMQ:
             process.wait()
 
     def stop(self) -> None:
-        """End it and all that belongs to it."""
+        """Kill the server and its port mapper."""
         self.kill()
         if self._epmd is not None:
             self._epmd.kill()
@@ -213,7 +217,7 @@ class RabbitMQ:
 
 
 def _die_with_parent() -> None:
-    """Where the thread that starts it ends, nobody else stops it (prctl PR_SET_PDEATHSIG, SIGKILL)."""
+    """Have the kernel kill this process when the thread that started it ends (prctl PR_SET_PDEATHSIG, SIGKILL)."""
     ctypes.CDLL(None).prctl(1, 9)
 
 
@@ -235,7 +239,7 @@ def _until_it_listens(port: int, process: subprocess.Popen[bytes], log) -> None:
 
 @contextlib.contextmanager
 def running(directory: Path, certificates: Path | None = None) -> Iterator[RabbitMQ]:
-    """A server of one's own. The test fails where there is none."""
+    """Run a server for one test or module. The test fails if no server can be started."""
     try:
         server = RabbitMQ(directory, certificates)
     except Missing as error:
@@ -264,7 +268,7 @@ def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def main() -> None:
-    """Fetch what is needed and see whether it starts."""
+    """Fetch the packages if they are missing, and check that the server starts."""
     with tempfile.TemporaryDirectory(prefix="crudstack-rabbitmq-") as directory:
         try:
             server = RabbitMQ(Path(directory))

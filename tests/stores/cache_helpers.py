@@ -40,7 +40,7 @@ async def valid_entries(cache: Cache) -> int:
 
 
 class BoundedConformance(CacheConformance):
-    """What our caches promise beyond the contract: they keep the entries that were used last, and keep them when closed."""
+    """Promises of our caches beyond the contract: they keep the entries that were used last, also while closed."""
 
     @abstractmethod
     def small(self, root: Path, clock: CacheClock) -> Cache:

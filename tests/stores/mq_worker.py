@@ -1,4 +1,6 @@
-"""One of several instances of a MQCachedS3ResourceStore below a MemoryMetaStore. Run by test_mq_cached_s3, which tells it line by line what to do.
+"""One of several instances of an MQCachedS3ResourceStore below a MemoryMetaStore.
+
+test_mq_processes runs it, and sends it one command a line.
 
 Times are CLOCK_MONOTONIC, which all processes of a machine share.
 """
@@ -24,7 +26,7 @@ from tests.services import BUCKET, given
 
 
 class Counting(S3ObjectStore):
-    """Notes the keys that are read."""
+    """An S3ObjectStore that records the keys that are read."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -83,11 +85,11 @@ class Worker:
         return time.monotonic()
 
     async def cached(self, uids: list[str]):
-        """How many of these each cache has."""
+        """Return how many of these uids each cache has."""
         return [len(await cache.get_many(uids)) for cache in self.bodies.caches]
 
     async def read_keys(self):
-        """What was read from S3 since this was asked last."""
+        """Return the keys that were read from S3 since the last call."""
         read, self.bodies._objects.read = self.bodies._objects.read, []
         return read
 
@@ -113,7 +115,7 @@ class Worker:
         self.loads.append(asyncio.create_task(load()))
 
     async def end(self):
-        """What was written and when it was acknowledged, or what was read and when the reading began."""
+        """Return each write with the time of its acknowledgement, or each read with the time when it began."""
         for load in self.loads:
             load.cancel()
         await asyncio.gather(*self.loads, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""A MemoryMetaStore over S3: the index lies beside the bodies, and other instances' writes appear within `refresh_s`."""
+"""A MemoryMetaStore over S3. The index lies beside the bodies; writes of other instances appear within `refresh_s`."""
 
 from __future__ import annotations
 
@@ -49,19 +49,21 @@ async def test_reads_ask_s3_for_bodies_alone_until_the_index_is_old(objects):
     assert (await eager.get("1")).data == Item(text="2")
     await eager.update("1", Item(text="3"))
     again = manage(Factory(objects, 3600))
-    assert (await again.get("1")).data == Item(text="3")  # whoever starts looks first
+    assert (await again.get("1")).data == Item(text="3")  # a new instance looks at the index first
     for manager in (eager, again):
         await manager.close()
 
 
-async def test_a_change_upon_an_old_state_is_refused_and_unique_values_hold(objects):
+async def test_a_change_to_an_old_version_is_retried_and_unique_values_hold(objects):
     one, other = manage(Factory(objects, 3600)), manage(Factory(objects, 3600))
     await one.create(Item(text="1", code="a"), resource_id="1")
     await other.open()
     with pytest.raises(UniqueConflict):
         await other.create(Item(code="a"))
     assert (await other.update("1", Item(text="2"))).meta.version == 2
-    assert (await one.update("1", Item(text="3"))).meta.version == 3  # built upon 1, refused, and built again upon 2
+    assert (
+        await one.update("1", Item(text="3"))
+    ).meta.version == 3  # built on version 1, rejected, and built again on version 2
     for manager in (one, other):
         await manager.close()
 
@@ -89,7 +91,7 @@ async def test_without_a_prefix_each_model_has_one_of_its_own(objects):
 
 @pytest.mark.parametrize("where", ["bodies", "index", "disk", "disk bodies", "postgres", "redis"])
 def test_models_cannot_keep_their_data_in_one_place(objects, tmp_path, where):
-    """Each would take the other's bodies for orphans."""
+    """Each store would take the bodies of the other one for orphans."""
 
     class Shared(IStorageFactory):
         def build(self, model_name: str) -> SimpleStorage:
@@ -119,7 +121,7 @@ def test_models_cannot_keep_their_data_in_one_place(objects, tmp_path, where):
 
 
 async def test_whoever_finds_that_a_key_was_used_tells_the_others(objects):
-    """The one that committed may have ended before it could."""
+    """The instance that committed may have ended before it did that."""
     manager = manage(Factory(objects, 3600))
     told = []
 
