@@ -1,4 +1,4 @@
-"""The planted defects can still be planted; whether the suite finds them is `make mutants`."""
+"""Each planted defect still has the text that it replaces. `make mutants` checks that the suite finds them."""
 
 from __future__ import annotations
 
