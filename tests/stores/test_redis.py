@@ -251,21 +251,21 @@ async def test_connections_that_were_dropped_while_unused_cost_no_request(instan
     with TcpProxy(f"http://{parts.hostname}:{parts.port}") as network:
         manager = instance(url=valkey.replace(f":{parts.port}", f":{urlsplit(network.url).port}"))
         created = await asyncio.gather(*(manager.create(Note(f"{number}")) for number in range(10)))
-        room = meta_store(manager)._client._room(meta_store(manager))
-        assert len(room._idle) > 3
+        loop_state = meta_store(manager)._client._loop_state(meta_store(manager))
+        assert len(loop_state._idle) > 3
         monkeypatch.setattr(redis_client, "CHECK_S", 0.3)
         checked = []
-        alive = type(room)._ask
+        alive = type(loop_state)._exchange_on
 
         async def counted(self, connection, command):
             checked.extend(command[:1] if command == ("PING",) else ())
             return await alive(self, connection, command)
 
-        monkeypatch.setattr(type(room), "_ask", counted)
+        monkeypatch.setattr(type(loop_state), "_exchange_on", counted)
         await manager.count()
         assert checked == []  # they were used a moment ago
         age = redis_client.CHECK_AFTER_S + 1
-        room._idle = [(one, Moment(used.running - age, used.wall)) for one, used in room._idle]
+        loop_state._idle = [(one, Moment(used.running - age, used.wall)) for one, used in loop_state._idle]
         assert network.swallow() > 3
         async with asyncio.timeout(redis_client.ANSWER_TIMEOUT_S - 3):  # an answer would be waited for longer
             rid = created[0].meta.resource_id
@@ -342,7 +342,7 @@ def paged(server, monkeypatch) -> Iterator[None]:
 
 def scripts_run(manager, after: scripts.Script | None = None, do=None) -> list[scripts.Script]:
     """Which scripts its copy runs from now on; after one of them something is done."""
-    copy_of, ran = meta_store(manager)._mirror, []
+    copy_of, ran = meta_store(manager)._replica, []
     run = copy_of._run
 
     async def counted(script, *arguments):
@@ -367,7 +367,7 @@ def rows(db):
 
 
 async def as_one_that_is_built_now(instance, manager) -> bool:
-    return await meta_store(manager)._mirror.read(rows) == await meta_store(instance())._mirror.read(rows)
+    return await meta_store(manager)._replica.read(rows) == await meta_store(instance())._replica.read(rows)
 
 
 @pytest.mark.usefixtures("paged")
@@ -394,7 +394,7 @@ async def test_copies_are_right_whatever_happens_meanwhile(instance, monkeypatch
 
     async def read(manager) -> None:
         if rng.random() < 0.3:
-            meta_store(manager)._mirror.drop()
+            meta_store(manager)._replica.drop()
         assert await manager.count() == 20
 
     for number in range(40):
@@ -402,10 +402,10 @@ async def test_copies_are_right_whatever_happens_meanwhile(instance, monkeypatch
             *(write(manager, number) for manager in managers), *(read(manager) for manager in managers)
         )
 
-    expected = await meta_store(instance())._mirror.read(rows)
+    expected = await meta_store(instance())._replica.read(rows)
     assert len(expected[0]) == 20
     for manager in managers:
-        assert await meta_store(manager)._mirror.read(rows) == expected
+        assert await meta_store(manager)._replica.read(rows) == expected
         for rid, revision, *_ in expected[1]:
             assert (await manager.get(rid, revision=revision)).info.revision == revision
 
@@ -514,7 +514,7 @@ async def test_a_replica_takes_over_between_two_answers(instance, server, monkey
             server.restore(name, 0, dump)
 
     taken_over: list[bool] = []
-    ran = meta_store(other)._mirror._run
+    ran = meta_store(other)._replica._run
 
     async def run(script, *arguments):
         if script is (scripts.PAGE if building else scripts.FOLLOW):
@@ -524,7 +524,7 @@ async def test_a_replica_takes_over_between_two_answers(instance, server, monkey
             return answer
         return await ran(script, *arguments)
 
-    meta_store(other)._mirror._run = run
+    meta_store(other)._replica._run = run
     assert await other.count(Query(where=field("text").eq("lost"))) == 0
     assert taken_over
     assert await as_one_that_is_built_now(instance, other)
@@ -534,7 +534,7 @@ async def test_no_answer_is_applied_to_a_copy_of_another_history(instance):
     """The answer came from a replica that took over, and another event loop had brought the copy up before that."""
     manager = instance()
     await manager.create(Note("1"))
-    copy = await meta_store(manager)._mirror.current()
+    copy = await meta_store(manager)._replica.current()
     here, heads = copy.position, {1: b"another txid 123", 2: b"the last one 123"}
     with pytest.raises(search_replica.RebuildNeeded):
         await copy.advance([], here._replace(seq=2, head=heads[2]), heads, {})
@@ -566,7 +566,7 @@ async def test_a_late_answer_takes_no_copy_back(instance):
     manager = instance()
     await manager.create(Note("1", "a"), resource_id="r")
     follower = meta_store(instance())
-    copy = await follower._mirror.current()
+    copy = await follower._replica.current()
     run, asked, go_on = follower._run, asyncio.Event(), asyncio.Event()
 
     async def slow(*arguments):
@@ -576,13 +576,13 @@ async def test_a_late_answer_takes_no_copy_back(instance):
         return answer
 
     await manager.update("r", Note("2", "b"))
-    follower._mirror._run = slow
-    late = asyncio.create_task(follower._mirror._follow())
+    follower._replica._run = slow
+    late = asyncio.create_task(follower._replica._refreshed())
     await asked.wait()
-    follower._mirror._run = run
+    follower._replica._run = run
     await manager.update("r", Note("3", "c"))
     await manager.create(Note("4"))
-    assert await follower._mirror.current() is copy
+    assert await follower._replica.current() is copy
     go_on.set()
     assert await late is copy
     assert copy.position.seq == 4
@@ -629,7 +629,7 @@ async def test_purge_leaves_no_trace(instance, server):
     )
     assert await other.count() == await manager.count() == 7
     await manager.purge("secret id")
-    own = meta_store(manager)._mirror._copy.db._connection.serialize("main")
+    own = meta_store(manager)._replica._copy.db._connection.serialize("main")
     assert b"kept 5" in own
     assert b"secret" not in own
     for name in server.keys("*"):
