@@ -138,7 +138,7 @@ class Worker:
     async def write_shared(self) -> None:
         while not self.stopped:
             at = self.random.randrange(RESOURCES)
-            with contextlib.suppress(CrudError):  # somebody was faster
+            with contextlib.suppress(CrudError):  # another writer was faster
                 before = await self.store.get(f"shared-{at}")
                 (meta,) = await self.store.commit([change_of(f"shared-{at}", before)])
                 self.register.raise_to(at, meta.version)

@@ -27,7 +27,7 @@ from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests import pgbouncer as pooler
 from tests.conformance import SharedConformance
 from tests.pgbouncer import PgBouncer
-from tests.stores.test_postgres import Note, manager_of
+from tests.stores.postgres_helpers import Note, manager_of
 from tests.tcp_proxy import TcpProxy
 
 

@@ -88,7 +88,7 @@ def stopped(path: Path, script: str = HOLD) -> Iterator[None]:
 
 
 async def told(write) -> CrudError:
-    """What a write is told, no later than it is promised."""
+    """Return the error of a write, and check that it comes within the limit."""
     began = time.monotonic()
     with pytest.raises((StoreUnavailable, OutcomeUnknown)) as raised:
         await asyncio.wait_for(write, 10 * LIMIT_S)
@@ -111,8 +111,8 @@ async def test_writes_are_given_up_in_time_and_were_not_done(manager, tmp_path, 
         ]
         for error in await asyncio.gather(*map(told, writes)):
             assert "nothing was changed" in str(error)
-        await told(manager.update("a", Item(text="3")))  # whoever comes later waits no longer
-        assert (await manager.get("a")).data.text == "1"  # reads wait for nobody
+        await told(manager.update("a", Item(text="3")))  # later writes wait no longer
+        assert (await manager.get("a")).data.text == "1"  # reads do not wait
         assert (await manager.search(Query())).items
     for rid in ("a", "b"):
         assert (await manager.update(rid, Item(text="4"))).meta.version == 2
