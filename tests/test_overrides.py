@@ -122,3 +122,12 @@ def test_records_need_a_meta_store_that_applies_them(tmp_path):
     storage = SimpleStorage(meta_store, DiskResourceStore(tmp_path))
     with pytest.raises(ConfigError, match="cannot apply the records of DiskResourceStore: define `apply_committed`"):
         storage.bind(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("Once", "IdempotentCommit"), ("Done", "CommitResult"), ("DoneBefore", "AlreadyCommitted")]
+)
+def test_the_import_of_a_former_class_name_tells_the_new_name(old, new):
+    with pytest.raises(ImportError, match=f"^`{old}` is called `{new}` now: rename it"):
+        exec(f"from app.autocrud.resource_manager.basic import {old}")  # noqa: S102 - an import statement
+    exec(f"from app.autocrud.resource_manager.basic import {new}")  # noqa: S102 - an import statement

@@ -19,7 +19,7 @@ from __future__ import annotations
 import datetime as dt
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Hashable, Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..query import Cursor, Query
 from .records import (
@@ -395,3 +395,16 @@ __all__ = [
     "Version",
     "Write",
 ]
+
+_RENAMED = {"Once": "IdempotentCommit", "Done": "CommitResult", "DoneBefore": "AlreadyCommitted"}
+
+
+if not TYPE_CHECKING:  # type checkers would believe that the module has every name
+
+    def __getattr__(name: str) -> object:
+        """Name the new name of a renamed class. Raises ImportError for one, and AttributeError for all other names."""
+        if name in _RENAMED:
+            raise ImportError(
+                f"`{name}` is called `{_RENAMED[name]}` now: rename it where you import it from {__name__}"
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

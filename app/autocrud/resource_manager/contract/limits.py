@@ -22,7 +22,7 @@ from ...errors import MetadataTooLarge, Violation
 from ..records import IndexEntry
 
 MAX_ID = 1024
-"""Bytes in UTF-8 of the id of a new resource. A B-tree entry in PostgreSQL has 2.7 KB at most, and a text 1 KB of it."""
+"""Bytes in UTF-8 of the id of a new resource. A B-tree entry of PostgreSQL has at most 2.7 KB, a text in it 1 KB."""
 MAX_NAME = 1024
 """Bytes in UTF-8 of the name of a caller, which is stored as created_by and updated_by."""
 MAX_INDEXED = 128 * 1024
