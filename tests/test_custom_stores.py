@@ -199,7 +199,11 @@ def change(meta, **more):
 
 
 class PowerCut:
-    """What a machine finds that lost its power: the names as they were when their directory was synced, each with what was synced of its file."""
+    """The files that a machine finds after a power failure.
+
+    These are the names as they were at the last sync of their directory, each with the content of the last sync of its
+    file.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.contents: dict[int, bytes] = {}

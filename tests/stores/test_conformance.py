@@ -114,7 +114,7 @@ class TestS3Sqlite(SharedConformance):
 
 @pytest.mark.usefixtures("ministack_s3")
 class TestS3SqliteWithOneCopyForAll(SharedConformance):
-    """Processes that share a directory, and with it the local copy: no matter of the server, so it is not in the slice."""
+    """Processes share a directory, thus the local copy. This does not depend on the server: it is not in the slice."""
 
     def make(self, root: Path) -> IStorageFactory:
         return S3StorageFactory(BUCKET, *given("TEST_MINISTACK"), prefix=f"{root.name}/", local_dir=root)
