@@ -1,4 +1,4 @@
-"""Pages of other origins change nothing and read nothing, where nobody signs in."""
+"""Pages of other origins cannot change or read data if callers need no credentials."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def put_sun(one: httpx.AsyncClient) -> None:
     ],
     ids=str,
 )
-async def test_a_foreign_page_changes_nothing(page):
+async def test_a_foreign_page_cannot_change_data(page):
     async with client() as one:
         await put_sun(one)
         for method, path, body in WRITES:
@@ -70,7 +70,7 @@ async def test_a_foreign_page_changes_nothing(page):
     ],
     ids=str,
 )
-async def test_programs_and_pages_that_may_call_do(page):
+async def test_programs_and_allowed_pages_can_change_data(page):
     async with client(CRUDSTACK_CORS="https://app.example.org, https://other.example.org") as one:
         answer = await one.post("/article", json=ARTICLE, headers=page)
         assert answer.status_code == 201
@@ -82,7 +82,7 @@ async def test_programs_and_pages_that_may_call_do(page):
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example"]
 )
-async def test_another_host_name_on_loopback_reads_nothing(host):
+async def test_a_foreign_host_name_on_loopback_is_refused(host):
     async with client() as one:
         await put_sun(one)
         for method, path in (("GET", "/article"), ("GET", "/article/sun"), ("POST", "/article"), ("GET", "/healthz")):
@@ -94,19 +94,19 @@ async def test_another_host_name_on_loopback_reads_nothing(host):
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.2:1", "[::1]:8000", "api.test:9"]
 )
-async def test_names_of_loopback_and_those_of_the_setting_are_served(host):
+async def test_names_of_loopback_and_configured_names_are_served(host):
     async with client(CRUDSTACK_HOSTS="api.test") as one:
         assert (await one.get("/article", headers={"host": host})).status_code == 200
 
 
-async def test_beyond_loopback_host_names_are_asked_for_once_some_are_named():
+async def test_on_other_addresses_hosts_are_checked_only_if_configured():
     for named, status in (("", 200), ("api.example.org", 421)):
         async with client(loopback=False, CRUDSTACK_AUTH="none", CRUDSTACK_HOSTS=named) as one:
             assert (await one.get("/article", headers={"host": "evil.example"})).status_code == status
             assert (await one.get("/article", headers={"host": "api.example.org:8000"})).status_code == 200
 
 
-async def test_a_host_that_was_let_in_once_lets_in_no_other():
+async def test_an_accepted_host_does_not_admit_another_one():
     async with client() as one:
         for host, status in [
             ("localhost:8000", 200),
@@ -120,7 +120,7 @@ async def test_a_host_that_was_let_in_once_lets_in_no_other():
             )
 
 
-async def test_beyond_loopback_the_origin_is_compared_with_the_host():
+async def test_on_other_addresses_the_origin_is_compared_with_the_host():
     async with client(loopback=False, base="http://api.example.org", CRUDSTACK_AUTH="none") as one:
         assert (await one.get("/article")).status_code == 200
         for origin, status in (
@@ -134,7 +134,7 @@ async def test_beyond_loopback_the_origin_is_compared_with_the_host():
             assert answer.status_code == status, origin
 
 
-async def test_a_body_of_a_page_says_what_it_is():
+async def test_a_body_of_a_page_needs_a_content_type():
     async with client() as one:
         body = b'{"title": "Sun", "content": "", "author": "a"}'
         answer = await one.post("/article", content=body, headers={"origin": "http://localhost:5173"})
@@ -145,7 +145,7 @@ async def test_a_body_of_a_page_says_what_it_is():
         assert answer.status_code in (200, 202)
 
 
-async def test_a_question_of_a_browser_is_answered_without_signing_in():
+async def test_a_preflight_request_needs_no_credentials():
     token = "a-long-token-of-a-test-0123456789abcdef"  # noqa: S105 - of this test
     auth = f'{{"mode": "token", "token_sha256": "{hashlib.sha256(token.encode()).hexdigest()}"}}'
     async with client(CRUDSTACK_AUTH=auth, CRUDSTACK_CORS="https://app.example.org") as one:
@@ -168,11 +168,11 @@ async def test_a_question_of_a_browser_is_answered_without_signing_in():
 @pytest.mark.parametrize(
     "given", ["app.example.org", "https://app.example.org/path", "ftp://x", "https://*.example.org"]
 )
-def test_an_origin_that_is_none_is_refused(given):
+def test_an_invalid_origin_is_refused(given):
     with pytest.raises(ConfigError, match=r"CRUDSTACK_CORS has .* expected origins like"):
         load({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_CORS": given})
 
 
-def test_a_host_that_is_none_is_refused():
+def test_an_invalid_host_is_refused():
     with pytest.raises(ConfigError, match=r"CRUDSTACK_HOSTS has .* expected host names like"):
         load({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_HOSTS": "https://api.test"})

@@ -1,4 +1,4 @@
-"""What answers tell browsers and caches, on every kind of route."""
+"""The headers of responses for browsers and caches, on every kind of route."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def api():
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_data_is_never_a_page(api, method, path):
+async def test_data_is_never_served_as_a_page(api, method, path):
     answer = await api.request(
         method, path, json={} if method in ("POST", "PATCH") else None, headers={"accept": "text/html"}
     )
@@ -67,7 +67,7 @@ async def test_data_is_never_a_page(api, method, path):
     assert answer.headers["cache-control"] == "private, no-cache"
 
 
-async def test_the_page_of_the_docs_is_framed_by_nobody_and_runs_no_other_scripts(api):
+async def test_the_docs_page_cannot_be_framed_and_runs_no_foreign_scripts(api):
     answer = await api.get("/docs")
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
     assert policy["frame-ancestors"] == policy["object-src"] == policy["base-uri"] == "'none'"
@@ -78,8 +78,8 @@ async def test_the_page_of_the_docs_is_framed_by_nobody_and_runs_no_other_script
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_answers_depend_on_no_header_that_caches_leave_out(api, method, path):
-    """Nor do they repeat one. Two resources that are made have ids of their own, so creating is left out."""
+async def test_responses_do_not_depend_on_headers_that_caches_ignore(api, method, path):
+    """Responses do not repeat such a header either. Creation is left out, because each new resource has another id."""
     if (method, path) == ("POST", "/article"):
         return
     plain = await api.request(method, path)
@@ -93,13 +93,13 @@ async def test_answers_depend_on_no_header_that_caches_leave_out(api, method, pa
 
 
 @pytest.mark.parametrize("path", ["/article/", "/docs/", "/healthz/", "//evil.example/", "/openapi.json/"])
-async def test_nothing_redirects_to_the_name_that_a_client_wrote(api, path):
+async def test_no_response_redirects_to_the_host_of_the_request(api, path):
     answer = await api.get(path, headers={"host": "evil.example"})
     assert "location" not in answer.headers
     assert answer.status_code < 300 or answer.status_code >= 400
 
 
-async def test_what_depends_on_the_origin_says_so():
+async def test_a_response_that_depends_on_the_origin_has_vary():
     app = create_app(load({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_CORS": "https://app.example.org"}), loopback=True)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE) as client:
         for origin in ("https://app.example.org", "http://localhost:5173", "https://evil.example"):
@@ -114,6 +114,6 @@ async def test_what_depends_on_the_origin_says_so():
 @pytest.mark.parametrize(
     "content_type", ["text/plain", "text/html", "application/x-www-form-urlencoded", "image/png", ""]
 )
-async def test_a_body_is_json_only_if_it_is_called_that(api, content_type):
+async def test_a_body_is_parsed_as_json_only_with_that_content_type(api, content_type):
     answer = await api.post("/article", content=b"{}", headers={"content-type": content_type})
     assert (answer.status_code, answer.json()["type"]) == (415, "urn:crudstack:unsupported-media-type")

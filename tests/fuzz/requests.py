@@ -1,11 +1,11 @@
-"""Requests as bytes: right ones, wrong ones, and what no program would send. The same number makes the same request."""
+"""Requests as bytes: valid, invalid, and malformed ones. A number always gives the same request."""
 
 from __future__ import annotations
 
 import random
 import re
 
-IDS = ("sun", "moon", "BOS", "a.b", "-", "~", "A" * 128, "A" * 129, "batch", "count", "nobody")
+IDS = ("sun", "moon", "BOS", "a.b", "-", "~", "A" * 128, "A" * 129, "batch", "count", "unknown")
 EVIL = (
     *(
         "",
@@ -172,7 +172,7 @@ RIGHT = (
     ),
     *(("POST", "/article/sun/switch", b'{"revision": 1}'), ("POST", "/article/moon/restore", b"")),
 )
-"""Requests that are answered with what they ask for, unless something is added to them."""
+"""Requests that succeed unless they are changed."""
 ORDINARY = (
     "If-Match",
     "If-None-Match",
@@ -183,11 +183,11 @@ ORDINARY = (
     "Sec-Fetch-Site",
     "X-Many",
 )
-"""Headers that leave a request what it is."""
+"""Headers that do not change the meaning of a request."""
 
 
 def request(number: int) -> bytes:
-    """Return the request of this number, or several in one piece."""
+    """Return the request of this number, or several requests in one text."""
     chance = random.Random(number)
     count = chance.choice((1, 1, 1, 1, 1, 1, 2, 3))
     made = b"".join(_one(chance, is_last=at == count - 1) for at in range(count))
@@ -213,7 +213,7 @@ def _one(chance: random.Random, *, is_last: bool) -> bytes:
         name = chance.choice(list(HEADERS) if chance.random() < 0.2 else ORDINARY)
         lines.append(f"{name}: {_value(chance, name)}")
     if is_last and chance.random() < 0.9:
-        lines.append("Connection: close")  # so that nobody waits for more
+        lines.append("Connection: close")  # so that the server does not wait for more
     if chance.random() < 0.02:
         lines += ["X-Many: " + "v" * chance.choice((1, 100))] * chance.choice((60, 500, 3000))
     if chance.random() < 0.02:
@@ -297,7 +297,7 @@ def _damaged(chance: random.Random, sent: bytes) -> bytes:
 
 
 def smaller(sent: bytes) -> list[bytes]:
-    """Return what may take the place of a request that showed a fault: the same with a piece less, the largest first."""
+    """Return smaller variants of a request that failed: each lacks one part, the largest part first."""
     lines = re.split(rb"(?<=\n)", sent)
     without = [b"".join(lines[:at] + lines[at + 1 :]) for at in range(len(lines))]
     size = max(1, len(sent) // 2)

@@ -1,4 +1,4 @@
-"""Whatever bytes come in: an answer in HTTP or a closed connection, no defect, nothing lost, nobody else waits in vain.
+"""For any bytes, the server answers in HTTP or closes the connection. No error, no lost data, no other client waits.
 
 `make fuzz` runs this for longer. A failure names the number of its request, and the smallest part of it that fails too.
 """
@@ -22,21 +22,21 @@ from .requests import request, smaller
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
 SEED = int(os.environ.get("FUZZ_SEED", "17"))
 QUIET_S = 0.15
-"""How long nothing comes from a server that waits for more of a request."""
+"""Seconds of silence after which the server counts as waiting for the rest of a request."""
 HANGS_S = 20.0
 ARTICLE = {"title": "Sun", "content": "It shines.", "author": "alice"}
 KEPT = {"username": "keep", "email": "keep@example.org"}
 STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
 REFUSED = frozenset({501, 503, 505})
-"""Statuses from 500 on that are no defect: methods and versions that there are not, and too much at once."""
+"""Statuses from 500 on that are no error of the server: unknown methods and versions, and overload."""
 
 
 class Fault(Exception):
-    """An answer that no request may get."""
+    """A response that no request may get."""
 
 
 def answers(url: str, sent: bytes) -> list[int]:
-    """Send bytes on a connection of their own; return the statuses of all that is answered. Raises Fault."""
+    """Send bytes on a new connection, and return the statuses of all responses. Raises Fault."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=HANGS_S) as connection:
         received = b""
@@ -98,7 +98,7 @@ def fails(url: str, sent: bytes) -> str | None:
 
 
 def smallest(url: str, sent: bytes) -> bytes:
-    """Return the smallest part of a request that is found to fail too, after some tries."""
+    """Return the smallest part of a request that still fails; tries a limited number of parts."""
     tries = 600
     while True:
         for candidate in smaller(sent):
@@ -113,7 +113,7 @@ def smallest(url: str, sent: bytes) -> bytes:
 
 
 def restore(client: httpx.Client) -> None:
-    """Let there be what requests name, whatever they did to it."""
+    """Create the resources that requests name, if earlier requests removed them."""
     for name in ("sun", "moon"):
         answer = client.put(f"/article/{name}", json=ARTICLE, headers={"if-none-match": "*"})
         if answer.status_code == 412:  # there is one, deleted perhaps
@@ -130,7 +130,7 @@ def resident_mb(pid: int) -> float:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_no_bytes_harm_the_server(serve, tmp_path, capfd):
+def test_any_bytes_leave_the_server_healthy(serve, tmp_path, capfd):
     server = serve("memory", tmp_path)
     seeds = random.Random(SEED)
     statuses: dict[int, int] = {}

@@ -17,7 +17,7 @@ class Inner(Struct):
 
 class Note(Struct):
     title: str
-    author: str = "nobody"
+    author: str = "unknown"
     views: int = 0
     tags: list[str] = []
     slug: str | None = None

@@ -1,4 +1,4 @@
-"""An application with a model of every field type, and one resource to hit."""
+"""An application with a model of all field types, and one resource."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who asks, and what they may do: hooks, the table of permissions, what is not there for somebody."""
+"""Authentication and permissions: the hooks, the table of permissions, and resources that a caller may not read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = {"alice": ["writer"], "bob": ["writer"], "eve": [], "root": ["admin"]}
 
 
 def sign_in(request) -> Principal:
-    """Whoever names themselves in a header is believed: a test."""
+    """Return the principal that a header names, without any check: for tests only."""
     name = request.header(b"x-name")
     if name is None:
         raise Unauthenticated("send x-name")
@@ -65,7 +65,7 @@ def asked(name: str | None, how: dict) -> dict:
     return {**how, "headers": {**how.get("headers", {}), **({} if name is None else by(name))}}
 
 
-async def test_nobody_gets_in_without_a_name():
+async def test_a_request_without_a_name_is_401():
     async with api_of() as api:
         for method, path, how in [
             *EVERYTHING,
@@ -79,7 +79,7 @@ async def test_nobody_gets_in_without_a_name():
         assert (await api.get("/note/count", headers=by("alice"))).json() == {"count": 0}
 
 
-async def test_who_did_it_stands_in_the_metadata():
+async def test_the_metadata_names_the_caller():
     async with api_of() as api:
         created = await api.post("/note", json={"title": "Sun"}, headers=by("alice"))
         changed = await api.patch(created.headers["location"], json={"views": 1}, headers=by("bob"))
@@ -88,8 +88,8 @@ async def test_who_did_it_stands_in_the_metadata():
 
 
 @pytest.mark.parametrize("allowed", ["read", "create", "update", "delete", "purge"])
-async def test_each_action_is_allowed_by_itself(allowed):
-    """Who changes a resource sees it in the answer, so that changing takes reading; creating does not."""
+async def test_each_action_has_its_own_permission(allowed):
+    """A change requires the permission to read, because the response shows the resource. A creation does not."""
     actions = {
         "POST /note": "create",
         "POST /note/batch": "create",
@@ -117,10 +117,10 @@ OWN = Permissions(
 )
 
 
-async def test_what_is_not_yours_is_not_there():
+async def test_a_resource_of_another_caller_is_answered_like_one_that_does_not_exist():
     async with api_of(OWN) as api:
         mine = (await api.post("/note", json={"title": "mine"}, headers=by("alice"))).headers
-        await api.post("/note", json={"title": "his"}, headers=by("bob"))
+        await api.post("/note", json={"title": "theirs"}, headers=by("bob"))
         path = mine["location"]
         missing = path[:-4] + "0000"
         for method, url, how in EVERYTHING:
@@ -133,10 +133,10 @@ async def test_what_is_not_yours_is_not_there():
                 assert theirs.status_code == nothing.status_code, (method, url)
                 assert theirs.text.replace(path[6:], missing[6:]) == nothing.text
                 assert theirs.status_code in ((403,) if "purge" in url else (404,))
-        for name, titles in {"alice": ["mine"], "bob": ["his"], "eve": [], "root": ["mine", "his"]}.items():
+        for name, titles in {"alice": ["mine"], "bob": ["theirs"], "eve": [], "root": ["mine", "theirs"]}.items():
             found = (await api.get("/note", headers=by(name))).json()["items"]
             assert [item["data"]["title"] for item in found] == titles
-            for parameters in ("data=false", "fields=title", "fields=tags,slug", "title[in]=mine,his"):
+            for parameters in ("data=false", "fields=title", "fields=tags,slug", "title[in]=mine,theirs"):
                 assert len((await api.get(f"/note?{parameters}", headers=by(name))).json()["items"]) == len(titles)
             assert (await api.get("/note/count", headers=by(name))).json() == {"count": len(titles)}
             assert (await api.get("/note/count?title=mine", headers=by(name))).json() == {
@@ -150,7 +150,7 @@ async def test_what_is_not_yours_is_not_there():
         problem(await api.get(path, headers=by("alice")), 410, "deleted")
 
 
-async def test_a_batch_is_allowed_operation_by_operation():
+async def test_each_operation_of_a_batch_needs_permission():
     async with api_of(OWN) as api:
         mine = (await api.post("/note", json={"title": "mine"}, headers=by("alice"))).json()["meta"]["resource_id"]
         for operations, status in (
@@ -163,7 +163,7 @@ async def test_a_batch_is_allowed_operation_by_operation():
         assert (await api.get("/note/count", headers=by("bob"))).json() == {"count": 0}
 
 
-async def test_nothing_may_be_moved_out_of_what_is_allowed():
+async def test_a_write_cannot_move_a_resource_out_of_the_allowed_ones():
     def authorize(principal, action, model):  # noqa: ARG001
         return True if action == "read" else field("author").eq(principal.name)
 
@@ -177,8 +177,8 @@ async def test_nothing_may_be_moved_out_of_what_is_allowed():
         assert (await api.get(path, headers=by("bob"))).json()["data"]["author"] == "alice"
 
 
-async def test_rights_are_decided_by_the_state_that_is_replaced():
-    """Between looking and writing somebody gives the resource away: the write is planned anew, and refused."""
+async def test_permissions_are_checked_against_the_state_that_is_replaced():
+    """Between the read and the commit, another caller gets the resource: the write is planned again, and refused."""
 
     def authorize(principal, action, model):  # noqa: ARG001
         return field("author").eq(principal.name) if action == "update" and principal.name != "root" else True
@@ -209,8 +209,8 @@ def of_author(principal, action, model):  # noqa: ARG001
 
 
 @pytest.mark.parametrize("url", ["?revision=1", "/revisions", "/revisions/1", "/diff?from=1"])
-async def test_rights_to_one_state_are_no_rights_to_the_next(url):
-    """Between the check and the reading of history somebody purges the resource, and another makes it anew."""
+async def test_permission_for_one_state_is_no_permission_for_the_next(url):
+    """Between the check and the read of history, one caller purges the resource, and another creates it again."""
     crud = make_crud(authenticate=sign_in, authorize=of_author)
     app = FastAPI()
     crud.apply(app)
@@ -234,7 +234,7 @@ async def test_rights_to_one_state_are_no_rights_to_the_next(url):
         assert fired
 
 
-async def test_a_list_with_a_lost_body_shows_nothing_more():
+async def test_a_list_with_a_lost_body_shows_only_allowed_resources():
     crud = make_crud(authenticate=sign_in, authorize=of_author)
     app = FastAPI()
     crud.apply(app)
@@ -256,7 +256,7 @@ async def test_a_list_with_a_lost_body_shows_nothing_more():
         assert [item["meta"]["resource_id"] for item in found] == ["kept"]
 
 
-async def test_a_key_shows_nothing_that_went_out_of_sight():
+async def test_a_repeated_key_shows_no_resource_that_the_caller_may_no_longer_read():
     async with api_of(of_author) as api:
         headers = by("alice", **{"if-none-match": "*"})
         await api.put("/note/n", json={"title": "x", "author": "alice"}, headers=headers)
@@ -269,7 +269,7 @@ async def test_a_key_shows_nothing_that_went_out_of_sight():
         problem(await api.patch("/note/n", json={"views": 1}, headers=again), 404, "not-found")
 
 
-async def test_every_write_is_bound_by_what_it_leaves():
+async def test_every_write_is_checked_against_the_state_that_it_leaves():
     def drafts(principal, action, model):  # noqa: ARG001
         return field("meta.status").eq("draft") if action == "update" else True
 
@@ -296,7 +296,7 @@ async def test_a_hook_may_be_async():
 
 
 @pytest.mark.parametrize("answer", [None, 1, "yes", [True]])
-async def test_a_hook_that_answers_nonsense_lets_nobody_in(answer, caplog):
+async def test_a_hook_with_an_invalid_result_refuses_the_request(answer, caplog):
     async with api_of(lambda *_: answer) as api:
         problem(await api.get("/note", headers=by("alice")), 500, "internal-error")
     async with api_of(lambda *_: field("titel").eq("x")) as api:
@@ -310,14 +310,14 @@ async def test_a_hook_that_answers_nonsense_lets_nobody_in(answer, caplog):
 
 
 @pytest.mark.parametrize("name", ["", "x" * 1025, "é" * 513, "a\0b", "\ud800"])
-async def test_names_that_cannot_be_stored(name):
+async def test_a_principal_with_an_invalid_name_is_401(name):
     app = FastAPI()
     make_crud(authenticate=lambda _: Principal(name=name)).apply(app)
     async with client_of(app) as api:
         problem(await api.get("/note"), 401, "unauthenticated")
 
 
-def test_a_table_names_only_what_there_is():
+def test_a_table_with_an_unknown_action_or_model_is_refused():
     with pytest.raises(ConfigError, match="raed"):
         Permissions({"note": {"raed": anyone}})
     crud = make_crud(authenticate=sign_in, authorize=Permissions({"nota": {"read": anyone}}))
@@ -325,7 +325,7 @@ def test_a_table_names_only_what_there_is():
         crud.apply(FastAPI())
 
 
-def test_the_rows_of_a_table():
+def test_the_row_of_a_model_replaces_the_row_of_all_models():
     table = Permissions({"note": {"read": anyone, "*": role("admin")}, "*": {"read": [own, role("admin")]}})
     eve, root = Principal(name="eve"), Principal(name="root", roles=frozenset({"admin"}))
     assert table(eve, "read", "note") is True
@@ -345,8 +345,8 @@ PATHS = st.lists(
 ).map("/".join)
 
 
-def test_no_path_method_or_header_leads_around_the_guard():
-    """The application as it is deployed, and every request that hypothesis makes up."""
+def test_no_path_method_or_header_bypasses_the_guard():
+    """The deployed application gets requests that hypothesis generates."""
     crud = AutoCRUD(authenticate=sign_in)
     crud.add_model(Note, indexed_fields=["title"])
     app = FastAPI()
@@ -412,7 +412,7 @@ async def test_a_websocket_is_closed():
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-async def test_the_description_says_it():
+async def test_the_openapi_document_names_the_security_scheme():
     app = FastAPI()
     make_crud(authenticate=sign_in).apply(app)
     described = app.openapi()

@@ -1,4 +1,4 @@
-"""A client that a tool generates from our description does the tour: the description is right and enough."""
+"""A client that is generated from the OpenAPI document uses the whole API: the document is correct and complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG = "package_name_override: generated_client\npost_hooks: []\n"
 
 
 def description(url: str) -> dict:
-    """Ours, without JSON Patch: the generator writes isinstance(body, list[...]) for it, which Python refuses."""
+    """Return the document without JSON Patch: its isinstance(body, list[...]) is refused by Python."""
     document = httpx.get(f"{url}/openapi.json").json()
     for item in document["paths"].values():
         if "patch" in item:
@@ -41,7 +41,7 @@ def api(name: str, tag: str = "article"):
     return importlib.import_module(f"generated_client.api.{tag}.{name}")
 
 
-def test_the_tour(generated):
+def test_the_generated_client_uses_the_whole_api(generated):
     models = importlib.import_module("generated_client.models")
     client_module = importlib.import_module("generated_client")
     with client_module.Client(base_url=generated.url) as client:

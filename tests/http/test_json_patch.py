@@ -1,4 +1,4 @@
-"""JSON Patch and the differences of revisions: the same as another implementation, and back to the same data."""
+"""JSON Patch gives the same results as another implementation, and a computed patch gives the new document."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ PATCHES = st.lists(OPERATIONS, min_size=1, max_size=6)
 
 @pytest.fixture(autouse=True)
 def short_rows(monkeypatch):
-    """All lists of more than two items count as long, so that examples stay small."""
+    """Treat lists of more than two items as long, so that examples stay small."""
     monkeypatch.setattr(json_patch, "LONG", 2)
 
 
 def of_jsonpatch(target, operations):
-    """What the other implementation makes of it; None if it refuses."""
+    """Return the result of the other implementation, or None if it refuses the patch."""
     try:
         return jsonpatch.JsonPatch(operations).apply(copy.deepcopy(target))
     except (
@@ -66,7 +66,7 @@ def of_ours(target, operations):
 
 
 def differs_by_design(operations) -> bool:
-    """What RFC 6902 says, and the other implementation does not keep to."""
+    """Return whether a patch uses rules of RFC 6902 that the other implementation does not follow."""
     return any(
         (operation["op"] in ("remove", "move") and operation.get("from", operation["path"]) == "")  # the whole data
         or (operation["op"] == "move" and operation["path"].startswith(operation["from"] + "/"))  # into itself
@@ -79,7 +79,7 @@ def differs_by_design(operations) -> bool:
 
 @settings(max_examples=1500, deadline=None)
 @given(OBJECTS, PATCHES)
-def test_patches_make_what_another_implementation_makes(target, operations):
+def test_a_patch_gives_the_same_result_as_another_implementation(target, operations):
     ours = of_ours(target, operations)
     if differs_by_design(operations):
         return
@@ -102,7 +102,7 @@ def test_a_patch_can_be_applied_again(target, operations):
     assert json.dumps(apply(copy.deepcopy(target))) == said
 
 
-def test_what_a_patch_adds_is_not_the_patch_itself():
+def test_a_patch_adds_copies_of_its_values():
     value: list = []
     for operation in ({"op": "add", "path": "/a", "value": value}, {"op": "replace", "path": "/b", "value": value}):
         at = operation["path"]
@@ -116,7 +116,7 @@ def test_what_a_patch_adds_is_not_the_patch_itself():
     st.lists(st.integers(), max_size=12),
     st.lists(st.tuples(st.sampled_from(["insert", "pop", "set"]), st.integers(0, 40)), max_size=60),
 )
-def test_a_row_is_a_list(items, steps):
+def test_a_chunked_list_behaves_like_a_list(items, steps):
     row, plain = ChunkedList(list(items)), list(items)
     for number, (step, at) in enumerate(steps):
         if step == "insert":
@@ -133,14 +133,14 @@ def test_a_row_is_a_list(items, steps):
 
 @settings(max_examples=1500, deadline=None)
 @given(OBJECTS, OBJECTS)
-def test_the_difference_leads_from_one_to_the_other(old, new):
+def test_the_computed_patch_turns_one_document_into_the_other(old, new):
     check_difference(old, new)
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.integers(0, 30), max_size=40), st.data())
-def test_the_difference_of_lists(old, data):
-    """Moved, repeated, removed and new items, and objects of which one field changes."""
+def test_the_computed_patch_of_lists(old, data):
+    """Items are moved, repeated, removed and added, and one field of an object changes."""
     new = data.draw(st.permutations(old)) if data.draw(st.booleans()) else list(old)
     for _ in range(data.draw(st.integers(0, 5))):
         at = data.draw(st.integers(0, len(new)))
@@ -156,7 +156,7 @@ def check_difference(old, new) -> None:
     assert bool(operations) is (json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True))
 
 
-def test_what_did_not_change_is_not_told():
+def test_the_computed_patch_leaves_out_unchanged_values():
     old = {"list": [{"id": number, "text": "t" * 50} for number in range(1000)], "other": {"a": 1}}
     new = copy.deepcopy(old)
     new["list"][500]["text"] = "u"
@@ -189,7 +189,7 @@ def test_true_is_not_one():
         ({"op": "copy", "path": "/a"}, "the from null"),
     ],
 )
-def test_what_is_no_patch_is_told(operation, says):
+def test_an_invalid_patch_is_refused_with_the_reason(operation, says):
     with pytest.raises(InvalidData) as caught:
         json_patch.json_patch([operation])
     assert says in caught.value.detail
@@ -208,7 +208,7 @@ def test_what_is_no_patch_is_told(operation, says):
         ({"op": "add", "path": "/a/0/x", "value": 0}, "there is nothing at '/a/0/x'"),
     ],
 )
-def test_what_does_not_apply_is_told(operation, says):
+def test_a_patch_that_does_not_apply_is_refused_with_the_reason(operation, says):
     with pytest.raises(PatchConflict) as caught:
         json_patch.json_patch([operation])({"a": ["x"]})
     assert says in caught.value.detail

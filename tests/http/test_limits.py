@@ -1,4 +1,4 @@
-"""Limits of stored data over HTTP: the answer names the limit, what was found, and the field."""
+"""Limits of stored data over HTTP: the response names the limit, the found value, and the field."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_text_at_the_limit(api: httpx.AsyncClient):
     assert (await api.get("/note/count")).json() == {"count": 2}
 
 
-async def test_what_is_not_indexed_may_be_longer(api: httpx.AsyncClient):
+async def test_a_text_that_is_not_indexed_may_be_longer(api: httpx.AsyncClient):
     assert (await api.post("/note", json={"content": "x" * 1_000_000})).status_code == 201
 
 

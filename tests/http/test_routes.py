@@ -18,7 +18,7 @@ async def test_create(api):
     assert answer.headers["location"] == f"/note/{rid}"
     assert answer.headers["etag"] == f'"1-{body["meta"]["nonce"]}"'
     assert body["meta"]["status"] == "draft"
-    assert body["data"] == {"title": "Sun", "author": "nobody", "views": 0, "tags": [], "slug": None, "inner": None}
+    assert body["data"] == {"title": "Sun", "author": "unknown", "views": 0, "tags": [], "slug": None, "inner": None}
     canonical = json.dumps(body["data"], separators=(",", ":")).encode()
     assert body["meta"]["data_hash"] == hashlib.sha256(canonical).hexdigest()
 

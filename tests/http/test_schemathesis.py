@@ -1,4 +1,4 @@
-"""Schemathesis reads the OpenAPI description and tries to prove it, or us, wrong: all checks, over a hundred examples an operation."""
+"""Schemathesis compares the API with its OpenAPI document, with over a hundred examples for each operation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from app.models import Article
 from .everything import EXAMPLE, KNOWN, make
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
-"""Of each operation: the same ones each time, unless `make fuzz` says how many."""
+"""Examples for each operation. They are the same in each run, unless `make fuzz` sets the number."""
 LISTS = tuple(f"[{op}]" for op in SET_OPS)
 
 # What else than 2xx a request may be answered that its schema allows, and why no schema can say it.
@@ -30,7 +30,7 @@ STATE = "412: the ETag may be another one's"
 MISSING = "404: nothing has this id or number"
 GONE = "410: the resource may be deleted"
 KIND = "409: a unique value, a stable revision or a patch that does not apply"
-DATA = "422: what msgspec knows and JSON Schema does not, times without zone in an index and patches that make invalid data"
+DATA = "422: rules of msgspec that JSON Schema lacks, times without zone in an index, patches that make invalid data"
 INTEGER = "422: to JSON Schema 1.0 is an integer, to msgspec it is not"
 MODE = "400: mode=modify takes no status"
 EXPECTED = {
@@ -91,7 +91,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=configurati
 
 @schema.hook
 def map_path_parameters(context, path_parameters):  # noqa: ARG001 - the signature of a hook
-    """Half of the ids that are made up become one that is there; those that no resource can have are to be refused."""
+    """Replace half of the generated ids by an existing one. Ids that no resource can have must be refused."""
     made_up = (path_parameters or {}).get("id")
     if isinstance(made_up, str) and len(made_up) % 2 and re.fullmatch(ID_PATTERN, made_up):
         path_parameters["id"] = KNOWN
@@ -99,19 +99,19 @@ def map_path_parameters(context, path_parameters):  # noqa: ARG001 - the signatu
 
 
 def _survives(query) -> bool:
-    """A query string has no types: what was to be no list arrives as a list of one, and is right again."""
+    """Accept a value that was generated to be no list: a query string has no types, so it arrives as a list of one."""
     return all(isinstance(value, list) for name, value in (query or {}).items() if name.endswith(LISTS))
 
 
 def _own_key(headers) -> None:
-    """Each request that carries a key has one of its own: what a key does twice is no matter of the description."""
+    """Give each request a key of its own: the document does not describe repeated keys."""
     key = (headers or {}).get("Idempotency-Key")
     if isinstance(key, str) and re.fullmatch(KEY_PATTERN, key):
         headers["Idempotency-Key"] = f"{key[:200]}-{next(numbers)}"
 
 
 async def _ensure_known() -> None:
-    """Whatever the last request did, there is a resource with two revisions, the current one a draft."""
+    """Make sure that a resource with two revisions exists, and that the current revision is a draft."""
     for model, data in (("every-type", EXAMPLE), ("article", Article("title", "content", "author"))):
         manager = crud.managers[model]
         try:
@@ -121,14 +121,14 @@ async def _ensure_known() -> None:
 
 
 @schema.parametrize()
-def test_the_description_holds(case):
+def test_the_api_matches_the_openapi_document(case):
     asyncio.run(_ensure_known())
     _own_key(case.headers)
     if _survives(case.query):
         case.call_and_validate()
 
 
-def test_every_operation_has_its_expectations():
+def test_every_operation_is_covered():
     described = {operation["operationId"] for item in app.openapi()["paths"].values() for operation in item.values()}
     assert {_verb(name) for name in described} == set(EXPECTED)
 
