@@ -225,7 +225,7 @@ SEVERAL = {"&&", "|", ";"}
 def commands() -> list[list[str]]:
     """All of the page, those within others included."""
     blocks = re.findall(r"```sh\n(.*?)```", DEPLOY, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
     lines += re.findall(r"`((?:pulumi|aws|make|\.venv/bin/\w+) [^`]+)`", DEPLOY)
     found = []
     for line in lines:
