@@ -1,4 +1,4 @@
-"""Limits of stored data by themselves: what writes may do to a resource that is too large already, and what cannot be served."""
+"""Limits of stored data: writes to a resource that is too large already, and models that cannot be served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""An event loop whose clock jumps to the next timer, and whose threads run at once: hours of waiting cost none, and one seed gives one history."""
+"""An event loop with virtual time: its clock jumps to the next timer, and work for threads runs at once.
+
+So a test of hours takes seconds, and one seed always gives the same history.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one request may cost: each limit has an error that names it, and what is within the limits grows no faster than it.
+"""The work that one request may cause. Each limit has an error that names it, and work grows no faster than a request.
 
 Work is counted in calls of functions, of Python and of C, so that no test depends on the machine.
 """
@@ -17,10 +17,9 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import Struct
 
 from app.autocrud import AutoCRUD
-from app.autocrud.errors import InvalidData, Overloaded
+from app.autocrud.errors import InvalidData
 from app.autocrud.http import json_patch, patching
 from app.autocrud.http.conditions import MAX_ETAGS, InvalidCondition, etags
 from app.autocrud.http.json_diff import diff
@@ -37,6 +36,7 @@ from app.autocrud.resource_manager.storage_factory import (
     MemoryStorageFactory,
 )
 
+from .bag import Bag, bag_client
 from .conftest import client_of
 
 PATCH = {"content-type": "application/json-patch+json"}
@@ -44,7 +44,7 @@ ETAG = '"1-0123456789abcdef"'
 
 
 def calls(work) -> int:
-    """How many functions are called while this is done."""
+    """Return how many functions are called by this work."""
     count = 0
 
     def counted(_frame, event, _arg):
@@ -64,7 +64,7 @@ def front(count: int) -> list[dict]:
 
 
 def grows_like_its_size(work_of) -> bool:
-    """Whether twice as much is at most a little more than twice the work."""
+    """Return whether a request of twice the size causes at most a little more than twice the work."""
     return calls(work_of(2)) < 2.6 * calls(work_of(1))
 
 
@@ -80,7 +80,7 @@ def test_adding_in_front_costs_the_same_at_each_length(monkeypatch):
     monkeypatch.setattr(
         json_patch.ChunkedList,
         "insert",
-        lambda row, at, value: (insert(row, at, value), moved.append(max(map(len, row._pieces)))),
+        lambda row, at, value: (insert(row, at, value), moved.append(max(map(len, row._chunks)))),
     )
     result = json_patch.json_patch(front(4000))({"x": []})
     assert result == {"x": list(range(3999, -1, -1))}
@@ -119,19 +119,9 @@ def test_etags_are_read_once():
     assert one == [(False, "1-0123456789abcdef"), (True, "x")]
 
 
-class Bag(Struct):
-    author: str = ""
-    x: list = []
-
-
 @pytest.fixture
 async def api():
-    crud = AutoCRUD()
-    crud.add_model(Bag, indexed_fields=["author"])
-    app = FastAPI()
-    crud.apply(app)
-    async with client_of(app) as client:
-        assert (await client.put("/bag/b", json={"x": [1]}, headers={"if-none-match": "*"})).status_code == 201
+    async with bag_client() as client:
         yield client
 
 
@@ -399,47 +389,6 @@ def test_names_that_stand_twice_are_found(pairs):
         codec.parse_json(body)
 
 
-class Slot:
-    """A turn that a server gave."""
-
-    def __init__(self) -> None:
-        self.held, self.left = True, 0
-
-    def leave(self) -> None:
-        self.held, self.left = False, self.left + 1
-
-    async def come_back(self) -> None:
-        self.held = True
-
-
-async def test_who_waits_for_the_lane_has_no_turn_meanwhile():
-    slot = Slot()
-    token = threads.TURN.set(slot)
-    try:
-        assert await threads.heavy(10, lambda: slot.held)
-        assert slot.left == 0
-        assert await threads.heavy(threads.HEAVY_BYTES, lambda: slot.held) is False
-        assert (slot.held, slot.left) == (True, 1)
-    finally:
-        threads.TURN.reset(token)
-
-
-async def test_what_waits_for_the_lane_is_bounded(api, monkeypatch):
-    monkeypatch.setattr(threads, "MAX_WAITING", 1_000_000)
-    go = threading.Event()
-    first = asyncio.create_task(threads.heavy(2_000_000, lambda: go.wait(30)))  # alone it may be larger
-    await asyncio.sleep(0)
-    large = json.dumps({"x": ["y" * 100] * 2000}).encode()
-    refused = await api.post("/bag", content=large, headers={"content-type": "application/json"})
-    assert (refused.status_code, refused.json()["type"]) == (503, "urn:crudstack:overloaded")
-    assert refused.headers["retry-after"] == "1"
-    assert (await api.post("/bag", json={"x": [1]})).status_code == 201  # small ones go on
-    go.set()
-    assert await first
-    assert threads.LANE.waiting == 0
-    assert (await api.post("/bag", content=large, headers={"content-type": "application/json"})).status_code == 201
-
-
 async def test_a_batch_holds_and_tells_a_bounded_amount(api):
     """Each operation on a large resource has it in memory, and would have it in the answer."""
     data = {"x": ["y" * 3_000_000]}
@@ -452,74 +401,6 @@ async def test_a_batch_holds_and_tells_a_bounded_amount(api):
     refused = await api.post("/bag/batch", json={"operations": [publish] * 20})
     assert (refused.status_code, refused.json()["type"]) == (413, "urn:crudstack:data-too-large")
     assert refused.json()["errors"][0]["pointer"].startswith("/operations/16")
-
-
-async def test_few_large_bodies_are_worked_on_at_once(api, monkeypatch):
-    """What is made of a body takes many times its size, so most of them wait as what they are."""
-    large = json.dumps({"x": ["y" * 100] * 2000}).encode()
-    monkeypatch.setattr(threads, "AT_ONCE", 3 * json_shape.weight(large))
-    turns = threads.large_turns()
-    used, waiting = 0, 0
-    parse = codec.Codec.parse
-
-    def noting(self, body):
-        nonlocal used, waiting
-        used, waiting = max(used, turns.used), max(waiting, turns.waiting_bytes)
-        return parse(self, body)
-
-    monkeypatch.setattr(codec.Codec, "parse", noting)
-    headers = {"content-type": "application/json"}
-    answers = await asyncio.gather(*(api.post("/bag", content=large, headers=headers) for _ in range(12)))
-    assert {answer.status_code for answer in answers} == {201}
-    assert used == threads.AT_ONCE
-    assert 0 < waiting <= 9 * len(large)
-    wrong = await asyncio.gather(*(api.patch("/bag/b", content=large[:-1], headers=headers) for _ in range(12)))
-    assert {answer.status_code for answer in wrong} == {422}
-    assert (turns.used, turns.waiting_bytes, len(turns._waiting)) == (0, 0, 0)
-
-
-async def test_a_turn_for_a_large_body_is_given_back_by_whoever_does_not_wait_for_it(monkeypatch):
-    monkeypatch.setattr(threads, "AT_ONCE", 10)
-    turns = threads.LargeTurns()
-    await turns.take(1, 10)
-    slot = Slot()
-    token = threads.TURN.set(slot)
-    waiting = [asyncio.create_task(turns.take(100, 10)) for _ in range(3)]
-    threads.TURN.reset(token)
-    await asyncio.sleep(0)
-    assert (slot.held, turns.waiting_bytes) == (False, 300)
-    waiting[0].cancel()
-    turns.leave(10)  # it is for the first, which does not want it any more in the same moment
-    await asyncio.wait(waiting[:2])
-    assert waiting[0].cancelled()
-    assert waiting[1].result() is None
-    waiting[2].cancel()
-    await asyncio.wait(waiting)
-    turns.leave(10)
-    assert (turns.used, turns.waiting_bytes) == (0, 0)
-
-
-async def test_large_bodies_that_wait_are_bounded_and_in_order(monkeypatch):
-    monkeypatch.setattr(threads, "MAX_WAITING", 250)
-    monkeypatch.setattr(threads, "AT_ONCE", 10)
-    turns = threads.LargeTurns()
-    await turns.take(1000, 50)  # alone it may take more
-    order = []
-
-    async def one(name, weight):
-        await turns.take(100, weight)
-        order.append(name)
-
-    waiting = [asyncio.create_task(one(*given)) for given in (("a", 10), ("b", 1))]
-    await asyncio.sleep(0)
-    with pytest.raises(Overloaded, match="found 200 bytes of bodies that wait"):
-        await turns.take(100, 1)
-    turns.leave(50)
-    await asyncio.sleep(0)
-    assert (order, turns.used) == (["a"], 10)  # there is no room for both, and no overtaking
-    turns.leave(10)
-    await asyncio.wait(waiting)
-    assert (order, turns.used) == (["a", "b"], 1)
 
 
 @pytest.mark.parametrize("factory", [lambda _: MemoryStorageFactory(), DiskStorageFactory, MemoryDiskStorageFactory])

@@ -1,4 +1,4 @@
-"""Requests whose time ends: work that might not end within it is refused before it begins, and then nothing was changed.
+"""Deadlines of requests: work that might not end in time is refused before it begins, and nothing is changed.
 
 Nothing here measures time. Deadlines have clocks of their own, and work is counted in calls of functions.
 """

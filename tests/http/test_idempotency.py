@@ -76,7 +76,7 @@ async def test_a_key_belongs_to_one_request(api, method, url, how):
 
 
 async def test_conditions_are_no_part_of_the_request(api, note):
-    """Who asks again may have read the resource meanwhile."""
+    """The client may have read the resource before it retries, and so send another condition."""
     path, etag = note
     first = await api.patch(path, json={"views": 2}, headers=key("k", **{"if-match": etag}))
     again = await api.patch(path, json={"views": 2}, headers=key("k", **{"if-match": first.headers["etag"]}))

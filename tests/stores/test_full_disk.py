@@ -1,4 +1,4 @@
-"""Full disks, on file systems of a few megabytes: what is said, what is evicted, what is left, and that it works again."""
+"""Full disks, on file systems of a few megabytes: errors, eviction, remaining files, and recovery."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def made_with_snapshot(objects: MemoryObjectStore) -> None:
 
 @pytest.mark.parametrize("leave", [0, 100_000, 1_500_000, 3_300_000])
 async def test_a_download_that_does_not_fit_leaves_nothing(objects, disk, leave):
-    """`leave`: so much that the directory, the file, half of the snapshot, or the snapshot without its index entries fits."""
+    """`leave`: bytes for the directory, the file, half of the snapshot, or the snapshot without its index entries."""
     await made_with_snapshot(objects)
     filler = fill(disk, leave)
     manager = instance(objects)

@@ -162,7 +162,7 @@ def test_a_removal_that_was_stopped_half_way_is_finished(tmp, monkeypatch):
 
 
 def test_a_cleaner_between_mkdir_and_the_lock_costs_another_attempt(tmp, monkeypatch):
-    """P2: nobody uses a directory that a cleaner has removed, or is removing."""
+    """P2: no process uses a directory that a cleaner has removed, or is removing."""
     locked, attempts = temporary._locked, []
 
     def late(path):
