@@ -10,7 +10,7 @@ from uuid_utils import uuid4, uuid7
 
 from app.autocrud import AutoCRUD
 from app.autocrud.errors import ConfigError
-from app.autocrud.resource_manager.backends.postgres.schema import PARTS, Schema
+from app.autocrud.resource_manager.backends.postgres.schema import PARTS, PostgresSchema
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.backends.s3.object_store import REQUESTS
 from app.autocrud.resource_manager.backends.s3_sqlite import housekeeping
@@ -206,4 +206,4 @@ def test_a_table_name_of_another_store_is_refused(part):
 
 
 def test_parts_names_all_tables():
-    assert set(Schema("a", {}).names.values()) == {'"a"', *(f'"a:{part}"' for part in PARTS)}
+    assert set(PostgresSchema("a", {}).names.values()) == {'"a"', *(f'"a:{part}"' for part in PARTS)}
