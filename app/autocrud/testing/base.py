@@ -70,7 +70,7 @@ class Conformance:
         yield manager
         await manager.close()
 
-    def test_it_says_whether_it_is_durable(self, root: Path) -> None:
+    def test_the_storage_declares_its_durability(self, root: Path) -> None:
         assert manage(self.make(root)).storage.durable is self.durable
 
     async def test_health(self, manager: ResourceManager[Item]) -> None:

@@ -1,4 +1,4 @@
-"""Every promise that a Cache makes, as tests. See `tests.conformance` for how to run it on yours."""
+"""The promises of a Cache, as tests. The package docstring explains how to run them on your own cache."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ MB = 1024**2
 
 
 class CacheClock:
-    """Seconds since 1970; a test is ahead of them when it says so."""
+    """A clock in seconds since 1970. Tests set `ahead` to move it."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
 
     def __call__(self) -> float:
+        """Return the time."""
         return time.time() + self.ahead
 
 
 class CacheConformance:
+    """The promises of a Cache. A subclass returns the cache under test from `make`."""
+
     @abstractmethod
     def make(self, root: Path, clock: CacheClock) -> Cache:
-        """The cache under test, with room for 10 MB in 100 entries; its time is the clock's."""
+        """Return the cache under test, with room for 10 MB in 100 entries, and with this clock."""
 
     @pytest.fixture
     def clock(self) -> CacheClock:
+        """Return the clock of the cache."""
         return CacheClock()
 
     @pytest.fixture
     async def cache(self, tmp_path: Path, clock: CacheClock) -> AsyncIterator[Cache]:
+        """Give an empty cache, and close it afterwards."""
         cache = self.make(tmp_path / "cache", clock)
         yield cache
         await cache.close()
@@ -80,7 +85,7 @@ class CacheConformance:
             await cache.put("a", body, 60)
             assert await cache.get("a") == body
 
-    async def test_many_at_once_say_what_is_there(self, cache: Cache) -> None:
+    async def test_get_many_returns_the_present_entries(self, cache: Cache) -> None:
         await cache.put_many({"a": Entry(b"1", 60), "b": Entry(b"2", 60)})
         found = await cache.get_many(["b", "c", "a"])
         assert {key: entry.body for key, entry in found.items()} == {"a": b"1", "b": b"2"}
@@ -90,7 +95,7 @@ class CacheConformance:
         await cache.delete([])
         assert (cache.hits, cache.misses) == (2, 1)
 
-    async def test_an_entry_ends_when_its_time_is_over(self, cache: Cache, clock: CacheClock) -> None:
+    async def test_an_entry_expires_after_its_time_to_live(self, cache: Cache, clock: CacheClock) -> None:
         await cache.put_many({"short": Entry(b"1", 60), "long": Entry(b"2", 600)})
         clock.ahead += 59
         found = await cache.get_many(["short", "long"])
@@ -108,7 +113,7 @@ class CacheConformance:
         assert await cache.get("a") == b"1"
 
     @pytest.mark.parametrize("ttl_s", [0, -1])
-    async def test_what_has_no_time_is_not_kept(self, cache: Cache, ttl_s: float) -> None:
+    async def test_an_entry_without_time_to_live_is_not_kept(self, cache: Cache, ttl_s: float) -> None:
         await cache.put("a", b"1", 60)
         await cache.put("a", b"2", ttl_s)
         assert await cache.get("a") is None
@@ -122,7 +127,7 @@ class CacheConformance:
         await cache.put("a", b"1", 60)
         assert await cache.get("a") == b"1"
 
-    async def test_after_close_it_may_be_used_again(self, cache: Cache) -> None:
+    async def test_a_closed_cache_can_be_used_again(self, cache: Cache) -> None:
         await cache.put("a", b"1", 60)
         await cache.close()
         await cache.close()
@@ -139,7 +144,7 @@ class CacheConformance:
         assert (cache.hits, cache.misses) == (200, 0)
 
     async def test_many_event_loops(self, cache: Cache) -> None:
-        """Loops that come and go, closing it too, never see what was not put."""
+        """Short-lived event loops that also close the cache never read a body that was not put."""
         wrong: list[bytes | BaseException | None] = []
         barrier = threading.Barrier(4)
 

@@ -34,7 +34,7 @@ class HostileInputConformance(Conformance):
             "\ufeff",
         ],
     )
-    async def test_ids_are_only_names(self, manager: ResourceManager[Item], rid: str) -> None:
+    async def test_an_id_is_never_a_path_or_a_command(self, manager: ResourceManager[Item], rid: str) -> None:
         created = await manager.create(Item(text="1"), resource_id=rid)
         assert created.meta.resource_id == rid
         await manager.update(rid, Item(text="2"))
@@ -49,7 +49,7 @@ class HostileInputConformance(Conformance):
         assert (await manager.get("id")).data.text == "lower"
 
     @pytest.mark.parametrize("rid", ["\0", "a\0b", "\ud800", "a\udfff"])
-    async def test_ids_that_are_no_text_are_value_errors(self, manager: ResourceManager[Item], rid: str) -> None:
+    async def test_ids_that_are_not_text_are_refused(self, manager: ResourceManager[Item], rid: str) -> None:
         with pytest.raises(ValueError):  # noqa: PT011 - the contract says no more
             await manager.create(Item(), resource_id=rid)
         with pytest.raises((ValueError, ResourceNotFound)):

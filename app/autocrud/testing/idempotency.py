@@ -74,7 +74,7 @@ class IdempotencyConformance(Conformance):
         assert other.meta.resource_id != first.meta.resource_id
         assert await manager.count() == 2
 
-    async def test_what_changed_nothing_is_remembered_too(self, manager: ResourceManager[Item]) -> None:
+    async def test_a_write_without_a_change_is_remembered(self, manager: ResourceManager[Item]) -> None:
         created = await manager.create(Item(text="1"))
         rid = created.meta.resource_id
         assert (await manager.update(rid, Item(text="1"), by=keyed("k"))).meta == created.meta
@@ -82,7 +82,7 @@ class IdempotencyConformance(Conformance):
         assert (await manager.update(rid, Item(text="1"), by=keyed("k"))).meta == created.meta
         assert (await manager.get(rid)).meta == newer.meta
 
-    async def test_what_was_refused_may_be_asked_again(self, manager: ResourceManager[Item]) -> None:
+    async def test_a_refused_request_may_be_repeated(self, manager: ResourceManager[Item]) -> None:
         with pytest.raises(ResourceNotFound):
             await manager.update("r", Item(text="1"), by=keyed("k"))
         await manager.create(Item(), resource_id="r")
@@ -110,7 +110,7 @@ class IdempotencyConformance(Conformance):
         with pytest.raises(AnswerGone):
             await manager.batch(purging, by=keyed("purging"))
 
-    async def test_what_is_purged_is_forgotten_but_not_done_again(self, manager: ResourceManager[Item]) -> None:
+    async def test_a_purge_removes_remembered_results_and_is_not_repeated(self, manager: ResourceManager[Item]) -> None:
         await manager.create(Item(text="1"), resource_id="r", by=keyed("create"))
         await manager.purge("r", by=keyed("purge"))
         with pytest.raises(AnswerGone):
@@ -119,7 +119,7 @@ class IdempotencyConformance(Conformance):
         await manager.purge("r", by=keyed("purge"))
         assert (await manager.get("r")).meta == again.meta
 
-    async def test_an_answer_whose_draft_was_modified_since(self, manager: ResourceManager[Item]) -> None:
+    async def test_a_repeated_request_after_its_draft_was_modified(self, manager: ResourceManager[Item]) -> None:
         draft = await manager.create(Item(text="1"), status="draft", by=keyed("create"))
         rid = draft.meta.resource_id
         patched = await manager.patch(rid, lambda tree: tree | {"text": "2"}, mode="modify", by=keyed("patch"))
@@ -138,7 +138,7 @@ class IdempotencyConformance(Conformance):
         await manager.create(Item(), by=keyed("k"))
         assert await manager.count() == 2
 
-    async def test_of_tasks_with_one_key_one_writes(self, manager: ResourceManager[Item]) -> None:
+    async def test_one_of_several_tasks_writes_under_a_key(self, manager: ResourceManager[Item]) -> None:
         for round_ in range(ROUNDS):
             answers = await asyncio.gather(
                 *(manager.create(Item(number=round_), by=keyed(f"{round_}")) for _ in range(8)), return_exceptions=True
@@ -148,8 +148,8 @@ class IdempotencyConformance(Conformance):
             assert {one.meta.etag for one in answers if isinstance(one, Resource)} == {told.meta.etag}
         assert await manager.count() == ROUNDS
 
-    def test_of_event_loops_with_one_key_one_writes(self, root: Path) -> None:
-        """The keys that are in flight are known to one process; so here two managers meet in the store."""
+    def test_one_of_several_event_loops_writes_under_a_key(self, root: Path) -> None:
+        """A manager knows only its own keys in flight, so two managers race in the store."""
         managers = [manage(self.make(root)), manage(self.make(root))] if self.shares else [manage(self.make(root))] * 2
         etags: list[list[str]] = [[], []]
         barrier = threading.Barrier(2, timeout=60)

@@ -1,4 +1,4 @@
-"""The limits of stored data, which are the same on every storage; see `app.autocrud.resource_manager.contract.limits`."""
+"""The limits of stored data, which are the same on every storage; `contract.limits` lists them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .base import state_of
 from .model import Inner, Item, manage, storage_of
 
 UNITS = ["a", "é", "漢", "\U0010ffff", '"', "\x01"]
-"""Characters of one to four bytes in UTF-8, and such that JSON escapes."""
+"""Characters of one to four bytes in UTF-8, and characters that JSON escapes."""
 units = st.sampled_from(UNITS)
 offsets = st.sampled_from([-1, 0, 1])
 edges = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -72,13 +72,16 @@ async def plant(manager: ResourceManager[Item], item: Item, **how: str) -> str:
 
 
 async def ids(manager: ResourceManager[Item], query: Query) -> list[str]:
+    """Return the ids of a page of a query."""
     return [hit.meta.resource_id for hit in (await manager.find(query)).items]
 
 
 class LimitsConformance:
+    """Values at and above the limits, and resources that were too large before there were limits."""
+
     @abstractmethod
     def make(self, root: Path) -> IStorageFactory:
-        """The factory under test."""
+        """Return the factory under test."""
 
     def test_indexed_fields_at_the_limit(self) -> None:
         @edges
@@ -168,7 +171,7 @@ class LimitsConformance:
             await manager.create(Item(), by=Caller(name))
         assert await manager.count() == 0
 
-    async def test_what_is_too_large_already_can_be_changed_elsewhere(self, manager: ResourceManager[Item]) -> None:
+    async def test_other_fields_of_a_too_large_resource_can_be_changed(self, manager: ResourceManager[Item]) -> None:
         long, many = "x" * 200_000, list(range(12_000))
         large = Item(text=long, numbers=many, number=1)
         await plant(manager, large, resource_id="r")
@@ -193,7 +196,7 @@ class LimitsConformance:
             assert [violation.pointer for violation in refused.value.violations] == [pointer]
         assert (await manager.get("r")).meta == before.meta
 
-    async def test_what_is_too_large_already_takes_every_other_operation(self, manager: ResourceManager[Item]) -> None:
+    async def test_a_too_large_resource_takes_every_other_operation(self, manager: ResourceManager[Item]) -> None:
         long = "x" * 200_000
         await plant(manager, Item(text=long), resource_id="r", status="draft")
         await manager.modify("r", Item(text=long, note="1"))
@@ -219,7 +222,7 @@ class LimitsConformance:
         await manager.purge("r")
         assert await manager.count(Query(include_deleted=True)) == 0
 
-    async def test_a_long_id_that_exists_stays(self, manager: ResourceManager[Item]) -> None:
+    async def test_a_stored_resource_with_a_too_long_id_stays_usable(self, manager: ResourceManager[Item]) -> None:
         resource_id = "x" * (MAX_ID + 500)
         await plant(manager, Item(text="1"), resource_id=resource_id)
         await manager.update(resource_id, Item(text="2"))
@@ -229,8 +232,8 @@ class LimitsConformance:
         assert await ids(manager, Query(where=field("text").eq("2"))) == [resource_id]
         await manager.purge(resource_id)
 
-    async def test_any_number_of_revisions_may_go_at_once(self, manager: ResourceManager[Item]) -> None:
-        """Retention that is declared late drops all of them in one commit."""
+    async def test_one_commit_may_drop_any_number_of_revisions(self, manager: ResourceManager[Item]) -> None:
+        """A retention that is declared later drops all old revisions in one commit."""
         created = await manager.create(Item(text="1"))
         meta = replace(created.meta, version=2, nonce="ab" * 8)
         gone = tuple(f"0/{number:036}" for number in range(10_000))
@@ -249,7 +252,7 @@ class LimitsConformance:
             left = await manager.batch(same, by=Caller(by, key=IdempotencyKey("k")))
             assert [state_of(one).version for one in left] == [1] * 100
 
-    async def test_as_many_indexed_fields_as_may_be(self, root: Path) -> None:
+    async def test_the_maximal_number_of_indexed_fields(self, root: Path) -> None:
         names = [f"f{number}" for number in range(MAX_FIELDS)]
         wide: Any = defstruct("Wide", [(name, str, "") for name in names])
         manager = manage(self.make(root), model=wide, indexed=names, name="wide")
@@ -259,9 +262,11 @@ class LimitsConformance:
 
 
 class DurableLimitsConformance:
+    """Fields with large values that are indexed after the data was stored."""
+
     @abstractmethod
     def make(self, root: Path) -> IStorageFactory:
-        """The factory under test."""
+        """Return the factory under test."""
 
     async def test_a_field_of_any_size_can_be_indexed_later(self, root: Path) -> None:
         plain = manage(self.make(root), indexed=["number"])

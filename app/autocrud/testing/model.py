@@ -23,20 +23,28 @@ from ..resource_manager.storage_factory import IStorageFactory
 
 
 class Color(enum.Enum):
+    """An enum of texts."""
+
     red = "red"
     green = "green"
 
 
 class Level(enum.IntEnum):
+    """An enum of integers."""
+
     low = 1
     high = 2
 
 
 class Inner(Struct):
+    """Nested data."""
+
     code: str | None = None
 
 
 class Item(Struct, kw_only=True):
+    """The data of the tests, with a field of each kind."""
+
     text: str = ""
     number: int | None = None
     real: float | None = None
@@ -57,7 +65,7 @@ class Item(Struct, kw_only=True):
 
 
 class Stricter(Struct, kw_only=True):
-    """What Item's data do not fit: they have a number where a text is required, and lack a field."""
+    """A later version of Item that stored data does not fit: one type differs, and a required field is new."""
 
     text: str
     number: int | None = None
@@ -86,12 +94,13 @@ INDEXED: list[IndexedField | tuple[str, Any] | str] = [
 
 
 class Clock:
-    """Time that tests move."""
+    """A clock that tests set. Each call advances it by one microsecond."""
 
     def __init__(self) -> None:
         self.now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
     def __call__(self) -> dt.datetime:
+        """Advance the clock, and return its time."""
         self.now += dt.timedelta(microseconds=1)
         return self.now
 
@@ -124,7 +133,7 @@ def storage_of(manager: ResourceManager[Any]) -> SimpleStorage:
 
 
 class Failing:
-    """Lets one read of a body fail. at: which one, from 0."""
+    """Makes one read of a body fail: the read number `at`, from 0."""
 
     def __init__(self, store: ResourceStore, *, at: int, error: Exception) -> None:
         self._store, self._at, self._error, self._reads = store, at, error, itertools.count()
@@ -137,11 +146,16 @@ class Failing:
         return await self._get(uid)
 
     def heal(self) -> None:
+        """Remove the failure."""
         del self._store.get
 
 
 class FailingCall:
-    """Lets one request of a start fail. at: which one, from 0. done: the store has done it all the same."""
+    """Makes one request of a start fail.
+
+    at    the number of the request, from 0
+    done  whether the store executes the request before it fails
+    """
 
     def __init__(self, storage: SimpleStorage, *, at: int, done: bool, error: Exception) -> None:
         self._at, self._done, self._error, self._calls = at, done, error, itertools.count()
@@ -174,6 +188,7 @@ class FailingCall:
         return called
 
     def heal(self) -> None:
+        """Remove the failure."""
         for store, name in self._patched:
             delattr(store, name)
 

@@ -23,7 +23,7 @@ from .model import INDEXED, Clock, Item, manage
 class NewFieldConformance(Conformance):
     """Fields that are indexed, or declared unique, after data was stored."""
 
-    async def test_a_field_that_is_indexed_later_finds_what_was_there(self, root: Path) -> None:
+    async def test_a_field_that_is_indexed_later_finds_stored_resources(self, root: Path) -> None:
         plain = manage(self.make(root), indexed=["text"])
         await plain.create(Item(text="a", number=1, tags=["x"], code="c"))
         await plain.create(Item(text="b", number=2))
@@ -39,8 +39,8 @@ class NewFieldConformance(Conformance):
     @pytest.mark.parametrize(
         ("later", "value"), [(float, 1.5), (str, "abc"), (dt.datetime, dt.datetime(2026, 1, 1, tzinfo=dt.UTC))]
     )
-    async def test_a_field_may_be_indexed_as_something_else(self, root: Path, later: Any, value: Any) -> None:
-        """And back again, as long as there are rows of both kinds."""
+    async def test_an_indexed_field_may_change_its_type(self, root: Path, later: Any, value: Any) -> None:
+        """It may also change back while there are rows of both types."""
         for type_, one in ((int, 5), (later, value), (int, 7)):
             struct = defstruct("Item", [("value", type_)])
             manager = ResourceManager(
@@ -58,7 +58,7 @@ class NewFieldConformance(Conformance):
             await manager.close()
 
     @pytest.mark.parametrize("earlier", [["text"], ["text", "code"]])
-    async def test_a_field_that_becomes_unique_must_be(self, root: Path, earlier: list[str]) -> None:
+    async def test_a_field_with_equal_values_cannot_become_unique(self, root: Path, earlier: list[str]) -> None:
         plain = manage(self.make(root), indexed=earlier)
         await plain.create(Item(code="c"), resource_id="a")
         await plain.create(Item(code="c"), resource_id="b")

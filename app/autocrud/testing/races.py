@@ -21,7 +21,7 @@ from .model import Item, manage
 class RaceConformance(Conformance):
     """Of concurrent writers that expect the same state, one succeeds."""
 
-    async def test_of_tasks_that_expect_one_state_one_wins(self, manager: ResourceManager[Item]) -> None:
+    async def test_one_of_several_tasks_wins_a_race(self, manager: ResourceManager[Item]) -> None:
         created = await manager.create(Item())
         await self._race(
             manager, created.meta.resource_id, ROUNDS, lambda call: asyncio.gather(*(call(at) for at in range(8)))
@@ -47,7 +47,7 @@ class RaceConformance(Conformance):
             assert sum(await run(attempt)) == 1
         assert (await manager.get(rid)).meta.revision == rounds + 1
 
-    def test_of_event_loops_in_threads_one_wins(self, root: Path) -> None:
+    def test_one_of_several_event_loops_wins_a_race(self, root: Path) -> None:
         manager = manage(self.make(root))
         rid = asyncio.run(manager.create(Item())).meta.resource_id
         for round_ in range(ROUNDS):
@@ -87,7 +87,7 @@ class RaceConformance(Conformance):
         numbers = [(await manager.get(rid, revision=revision)).data.number for revision in range(2, 202)]
         assert set(numbers) == set(range(200))
 
-    async def test_of_tasks_that_want_one_unique_value_one_gets_it(self, manager: ResourceManager[Item]) -> None:
+    async def test_one_of_several_tasks_gets_a_unique_value(self, manager: ResourceManager[Item]) -> None:
         for round_ in range(ROUNDS):
             results = await asyncio.gather(
                 *(manager.create(Item(code=f"{round_}")) for _ in range(8)), return_exceptions=True
@@ -95,7 +95,7 @@ class RaceConformance(Conformance):
             assert sum(not isinstance(result, UniqueConflict) for result in results) == 1
         assert await manager.count() == ROUNDS
 
-    async def test_of_tasks_that_want_one_id_one_gets_it(self, manager: ResourceManager[Item]) -> None:
+    async def test_one_of_several_tasks_creates_an_id(self, manager: ResourceManager[Item]) -> None:
         results = await asyncio.gather(
             *(manager.create(Item(number=at), resource_id="id") for at in range(8)), return_exceptions=True
         )

@@ -1,4 +1,4 @@
-"""What a query means, in plain Python: no index, no SQL, three-valued logic spelled out."""
+"""The meaning of queries in plain Python, without index and SQL, with three-valued logic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = UNSET
 
 
 def value_of(meta: Any, data: Any, name: str) -> Any:
-    """The plain value of a field, None for null, MISSING for missing."""
+    """Return the plain value of a field: None if it is null, MISSING if it is missing."""
     if name.startswith("meta."):
         return getattr(meta, name.removeprefix("meta."))
     for part in name.split("."):
@@ -26,6 +26,7 @@ def value_of(meta: Any, data: Any, name: str) -> Any:
 
 
 def plain(value: Any) -> Any:
+    """Return a value, or the values in a tuple, with enums replaced by their values."""
     if isinstance(value, enum.Enum):
         return value.value
     return tuple(plain(part) for part in value) if isinstance(value, tuple) else value
@@ -45,7 +46,7 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def truth(where: Filter, meta: Any, data: Any) -> bool | None:
-    """True, False, or None for unknown."""
+    """Return whether a filter is true for a resource; None means unknown."""
     match where:
         case And(of):
             parts = [truth(part, meta, data) for part in of]
@@ -72,7 +73,7 @@ def truth(where: Filter, meta: Any, data: Any) -> bool | None:
 
 
 def answer(query: Query, rows: list[tuple[Any, Any]]) -> list[str]:
-    """The ids that the query finds, in order, its limit and cursor aside."""
+    """Return all ids that a query finds, in order, without regard to its limit and cursor."""
     found = [
         (meta, data)
         for meta, data in rows
@@ -84,6 +85,7 @@ def answer(query: Query, rows: list[tuple[Any, Any]]) -> list[str]:
 
 
 def order(query: Query, left: tuple[Any, Any], right: tuple[Any, Any]) -> int:
+    """Return -1 if the left resource is before the right one in the order of a query, and 1 if it is after it."""
     for key in [key if isinstance(key, Sort) else Sort.of(key) for key in query.sort]:
         a, b = value_of(*left, key.field), value_of(*right, key.field)
         a, b = (None if a is MISSING else a), (None if b is MISSING else b)

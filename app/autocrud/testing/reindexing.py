@@ -23,10 +23,10 @@ class ReindexingConformance(Conformance):
     """Indexes are completed and healed, and damaged bodies are named."""
 
     keeps_index: ClassVar[bool] = True
-    """False: the index is made of the bodies at each start, so a lost body leaves nothing to be found by."""
+    """Whether index entries survive a restart. If not, the index is made from the bodies at each start."""
 
-    async def test_a_body_that_cannot_be_read_now_removes_nothing(self, root: Path) -> None:
-        """R1: whichever read fails while a field is indexed later, opening fails, and the next try finds everything."""
+    async def test_a_failed_read_of_a_body_removes_no_index_entry(self, root: Path) -> None:
+        """R1: if any read fails while a field is added to the index, opening fails, and the next try finds everything."""
         plain = manage(self.make(root), indexed=["text", "code"])
         for number in range(6):
             await plain.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
@@ -53,8 +53,8 @@ class ReindexingConformance(Conformance):
                 assert await manager.storage.degradations() == []
                 await manager.close()
 
-    async def test_a_body_that_is_lost_keeps_its_resource_in_the_index(self, root: Path) -> None:
-        """R2 and R3: it keeps what it was found by, holds its unique value, and is named; the model opens."""
+    async def test_a_resource_with_a_lost_body_stays_in_the_index(self, root: Path) -> None:
+        """R2 and R3: it keeps its index entry and its unique value, and is reported; the model opens."""
         plain = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
         for number in range(3):
             await plain.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
@@ -74,8 +74,8 @@ class ReindexingConformance(Conformance):
         assert told.endswith(": r1")
         await manager.close()
 
-    async def test_a_body_that_is_lost_is_damage_that_is_named_until_it_is_purged(self, root: Path) -> None:
-        """Others are read as before, and the resource can be written anew."""
+    async def test_a_lost_body_is_reported_until_its_resource_is_purged(self, root: Path) -> None:
+        """Other resources are read as before, and the damaged one can be replaced."""
         manager = manage(self.make(root), indexed=INDEXED)
         for number in range(3):
             await manager.create(Item(text=f"{number}"), resource_id=f"r{number}")
@@ -88,16 +88,16 @@ class ReindexingConformance(Conformance):
         assert (await manager.get("r2")).data.text == "2"
         (told,) = await manager.degradations()
         assert told.endswith(": r1")
-        await manager.update("r1", Item(text="anew"))
-        assert (await manager.get("r1")).data.text == "anew"
+        await manager.update("r1", Item(text="again"))
+        assert (await manager.get("r1")).data.text == "again"
         with pytest.raises(StoreDamaged, match="'r1'"):
             await manager.get("r1", revision=1)
         await manager.purge("r1")
         assert await manager.degradations() == []
         await manager.close()
 
-    async def test_what_an_earlier_program_dropped_from_the_index_comes_back_once(self, root: Path) -> None:
-        """R4. It left empty entries that counted as made, and gave a unique value of one out again."""
+    async def test_index_entries_that_an_earlier_program_dropped_are_restored(self, root: Path) -> None:
+        """R4: it left empty entries that counted as complete, and gave a unique value to a second resource."""
         manager = manage(self.make(root), indexed=INDEXED)
         for number in range(5):
             await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
@@ -148,8 +148,8 @@ class ReindexingConformance(Conformance):
         await manager.close()
 
     @pytest.mark.parametrize("done", [False, True], ids=["not-done", "done"])
-    async def test_whichever_request_fails_nothing_disappears(self, root: Path, done: bool) -> None:
-        """R1 and R4: a start that heals and indexes a field more is cut off at each of its requests; the last one ends well."""
+    async def test_a_failure_of_any_request_at_start_loses_no_entry(self, root: Path, done: bool) -> None:
+        """R1 and R4: a start that heals and indexes a field fails at each of its requests in turn; the last succeeds."""
         manager = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
         for number in range(3):
             await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
@@ -175,7 +175,7 @@ class ReindexingConformance(Conformance):
         await manager.close()
 
     async def test_healing_beside_a_field_that_is_indexed_later(self, root: Path) -> None:
-        """R4: the entries are outdated as well, so they are made before those that are empty are looked for."""
+        """R4: the empty entries are outdated as well, so they are made before empty entries are searched for."""
         manager = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
         for number in range(3):
             await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
@@ -194,7 +194,7 @@ class ReindexingConformance(Conformance):
             await manager.create(Item(code="c1"))
         await manager.close()
 
-    async def test_an_entry_of_lists_alone_comes_back(self, root: Path) -> None:
+    async def test_a_dropped_entry_with_only_lists_is_restored(self, root: Path) -> None:
         manager = manage(self.make(root), indexed=["tags"])
         await manager.create(Item(tags=["a"]))
         await manager.create(Item())
@@ -204,8 +204,8 @@ class ReindexingConformance(Conformance):
         assert await manager.count(Query(where=field("tags").contains("a"))) == 1
         await manager.close()
 
-    async def test_data_that_do_not_fit_the_model_are_indexed_as_far_as_they_do(self, root: Path) -> None:
-        """R2: a field that can be read is indexed, one that cannot keeps the value of the old entry."""
+    async def test_data_that_does_not_fit_the_model_is_indexed_as_far_as_possible(self, root: Path) -> None:
+        """R2: readable fields are indexed; for the others the value of the old entry is kept."""
         plain = manage(self.make(root), indexed=["text"])
         await plain.create(Item(text="x", number=7, code="c"), resource_id="r")
         await plain.close()

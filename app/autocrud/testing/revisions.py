@@ -48,7 +48,7 @@ class RevisionConformance(Conformance):
             await manager.create(Item(text="other"), resource_id="mine")
         assert (await manager.get("mine")).data == Item()
 
-    async def test_what_is_not_there(self, manager: ResourceManager[Item]) -> None:
+    async def test_missing_resources_and_revisions(self, manager: ResourceManager[Item]) -> None:
         with pytest.raises(ResourceNotFound):
             await manager.get("nothing")
         with pytest.raises(ResourceNotFound):
@@ -176,7 +176,9 @@ class RevisionConformance(Conformance):
                 break
         assert seen == [7, 6, 5, 4, 3, 2, 1]
 
-    async def test_a_list_goes_on_after_an_item_that_no_answer_holds(self, manager: ResourceManager[Item]) -> None:
+    async def test_a_list_continues_after_an_item_that_is_too_large_for_a_response(
+        self, manager: ResourceManager[Item]
+    ) -> None:
         for number in range(12):
             note = "x" * (30_000 if number in (0, 5, 6, 11) else 3_000)
             await manager.create(Item(number=number, note=note), resource_id=f"r{number:02}")
@@ -221,7 +223,7 @@ class RevisionConformance(Conformance):
             await manager.storage.bodies([created.meta.uid])
         await manager.close()
 
-    async def test_retention_of_days_spares_the_current_revision(self, root: Path, clock: Clock) -> None:
+    async def test_retention_by_days_keeps_the_current_revision(self, root: Path, clock: Clock) -> None:
         manager = manage(self.make(root), retention=Retention(days=1), clock=clock)
         created = await manager.create(Item(number=1))
         rid = created.meta.resource_id

@@ -31,12 +31,12 @@ from .suite import DurableConformance
 
 
 class SharedConformance(DurableConformance):
-    """For storages that several processes may use at once. `make` is called in other processes too: no state of the test in it."""
+    """For storages that several processes may use at once. `make` also runs in other processes."""
 
     shares: ClassVar[bool] = True
 
     async def test_writers_of_several_instances_to_one_resource_all_succeed(self, root: Path) -> None:
-        """Without an expectation no writer is told that others were faster, however many there are."""
+        """Writers without an expectation never get a conflict, even if there are many."""
         instances = [manage(self.make(root)) for _ in range(3)]
         rid = (await instances[0].create(Item())).meta.resource_id
         writes = [(at, number) for number in range(10) for at in range(len(instances))]
@@ -45,8 +45,8 @@ class SharedConformance(DurableConformance):
             assert (await instance.get(rid)).meta.version == len(writes) + 1
             await instance.close()
 
-    async def test_what_another_instance_did_under_the_key_meanwhile_is_the_answer(self, root: Path) -> None:
-        """It looked for the key, the other one committed, and now the change is no longer possible."""
+    async def test_a_concurrent_commit_under_the_same_key_is_the_response(self, root: Path) -> None:
+        """One instance looks for the key, the other one commits under it, and the change is no longer possible."""
         here, there = manage(self.make(root)), manage(self.make(root))
         changes: tuple[Callable[[ResourceManager[Item], ResourceMeta, Caller], Coroutine[Any, Any, Any]], ...] = (
             lambda manager, meta, by: manager.update(meta.resource_id, Item(text="2"), expect=version_of(meta), by=by),
@@ -81,10 +81,8 @@ class SharedConformance(DurableConformance):
             await manager.close()
 
     @pytest.mark.parametrize("earlier", [["text"], ["text", "code"]])
-    async def test_what_becomes_unique_is_so_for_programs_that_run_already(
-        self, root: Path, earlier: list[str]
-    ) -> None:
-        """And they go on writing while the index is completed."""
+    async def test_a_new_unique_field_binds_running_programs(self, root: Path, earlier: list[str]) -> None:
+        """The running programs continue to write while the index is completed."""
         old, new = manage(self.make(root), indexed=earlier), manage(self.make(root))
         await old.create(Item(code="c"), resource_id="a")
         await old.create(Item(code="d"), resource_id="b")
@@ -107,7 +105,7 @@ class SharedConformance(DurableConformance):
         for manager in (old, new):
             await manager.close()
 
-    async def test_a_write_is_answered_although_it_is_purged_at_once(self, root: Path) -> None:
+    async def test_a_write_is_answered_even_if_another_instance_purges_it_at_once(self, root: Path) -> None:
         here, there = manage(self.make(root)), manage(self.make(root))
         commit = here.storage.commit
 
@@ -129,7 +127,7 @@ class SharedConformance(DurableConformance):
         for manager in (here, there):
             await manager.close()
 
-    async def test_what_an_older_program_writes_later_is_indexed_by_housekeeping(self, root: Path) -> None:
+    async def test_maintenance_indexes_the_writes_of_older_programs(self, root: Path) -> None:
         old, new = manage(self.make(root), indexed=["text"]), manage(self.make(root), indexed=["text", "number"])
         await old.open()
         await new.open()
@@ -139,8 +137,8 @@ class SharedConformance(DurableConformance):
         for manager in (old, new):
             await manager.close()
 
-    async def test_what_cannot_become_unique_locks_nobody_out(self, root: Path) -> None:
-        """Although the earlier program wrote it at the last moment, when it was kept out already."""
+    async def test_a_refused_unique_field_does_not_lock_out_earlier_programs(self, root: Path) -> None:
+        """The earlier program writes an equal value at the last moment, when it is locked out already."""
         old, new = manage(self.make(root), indexed=["text"]), manage(self.make(root))
         await old.create(Item(code="c"), resource_id="a")
         await old.create(Item(), resource_id="b")
@@ -166,7 +164,7 @@ class SharedConformance(DurableConformance):
         for manager in (old, new, again):
             await manager.close()
 
-    def test_of_processes_that_expect_one_state_one_wins(self, root: Path) -> None:
+    def test_one_of_several_processes_wins_a_race(self, root: Path) -> None:
         processes = 4
         rid = asyncio.run(self._prepare(root))
         context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Data and queries for hypothesis: few values, so that they meet, and hostile ones among them."""
+"""Data and queries for hypothesis: few values, so that equal ones are frequent, and hostile ones among them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ SAMPLES: dict[str, list[Any]] = {
     "numbers": [[], *([number] for number in INTEGERS), INTEGERS],
     "maybe": [UNSET, None, *TEXTS],
 }
-"""Everything that each field may hold, for the test that tries it all."""
+"""All values of each field, for the test that tries every operator with every value."""
 
 items = st.builds(
     Item,
@@ -149,6 +149,7 @@ META_VALUES = {
 
 @st.composite
 def comparisons(draw: st.DrawFn) -> Filter:
+    """Draw a comparison of a field with a value of its kind."""
     name = draw(st.sampled_from([*FIELDS, *(f"meta.{name}" for name in META_FIELDS)]))
     bare = name.removeprefix("meta.")
     kind, values = (META_FIELDS[bare], META_VALUES[bare]) if bare != name else (FIELDS[name], VALUES[FIELDS[name].name])

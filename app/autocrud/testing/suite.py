@@ -1,4 +1,4 @@
-"""The suites, by what a storage promises."""
+"""The suites for storages, one for each set of promises."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StorageConformance(
 
 
 class DurableConformance(ReindexingConformance, NewFieldConformance, DurableLimitsConformance, StorageConformance):
-    """For storages that keep what they acknowledged."""
+    """For storages that keep acknowledged data after the process ends."""
 
     durable: ClassVar[bool] = True
 
@@ -90,11 +90,11 @@ class DurableConformance(ReindexingConformance, NewFieldConformance, DurableLimi
 
 
 class OwnedConformance(DurableConformance):
-    """For storages that one process owns."""
+    """For durable storages that one process at a time uses."""
 
     keeps_index: ClassVar[bool] = False
 
-    async def test_an_owner_that_comes_back_sees_what_another_one_did(self, root: Path) -> None:
+    async def test_a_former_owner_sees_the_writes_of_another_one(self, root: Path) -> None:
         first, second = manage(self.make(root)), manage(self.make(root))
         for rid in ("kept", "purged"):
             await first.create(Item(text=rid), resource_id=rid)

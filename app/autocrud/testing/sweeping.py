@@ -32,7 +32,7 @@ from .model import Item, storage_of
 class SweepConformance(Conformance):
     """Maintenance removes bodies that nothing refers to, and no others."""
 
-    async def test_maintenance_loses_nothing_that_is_referred_to(self, manager: ResourceManager[Item]) -> None:
+    async def test_maintenance_keeps_bodies_of_all_revisions(self, manager: ResourceManager[Item]) -> None:
         created = await manager.create(Item(text="1"))
         rid = created.meta.resource_id
         for number in range(5):
@@ -42,8 +42,8 @@ class SweepConformance(Conformance):
             await manager.get(rid, revision=revision)
         assert await manager.count() == 1
 
-    async def test_a_commit_whose_body_was_put_before_a_sweep_is_not_lost(self, manager: ResourceManager[Item]) -> None:
-        """Whatever is swept between putting a body and committing it: the body is there, or it is put again under another uid."""
+    async def test_a_sweep_between_put_and_commit_loses_no_body(self, manager: ResourceManager[Item]) -> None:
+        """If a sweep runs between put and commit of a body, the body stays, or is put again under another uid."""
         await manager.open()
         storage = storage_of(manager)
         commits_here = storage.meta_store.authoritative  # else body and record are one step
@@ -66,7 +66,7 @@ class SweepConformance(Conformance):
         page = await manager.search(Query(sort=(Sort("text"),)))
         assert [found.data.text for found in page.items] == ["1"]
 
-    async def test_nothing_is_kept_of_what_a_batch_made_and_purged(self, manager: ResourceManager[Item]) -> None:
+    async def test_a_resource_that_its_own_batch_purges_leaves_nothing(self, manager: ResourceManager[Item]) -> None:
         caller = keyed("k")
         batch: list[Operation] = [Create(Item(text="secret"), "x"), Purge(resource_id="x")]
         await manager.batch(batch, by=caller)
@@ -75,8 +75,8 @@ class SweepConformance(Conformance):
         with pytest.raises(ResourceNotFound):
             await manager.get("x")
 
-    async def test_sweeps_in_between_change_no_batch(self, manager: ResourceManager[Item]) -> None:
-        """A generation that was advanced elsewhere: bodies are put again, wherever the batch names them."""
+    async def test_batches_survive_sweeps_of_other_processes(self, manager: ResourceManager[Item]) -> None:
+        """If another process advances the generation, bodies are put again, everywhere the batch names them."""
         batches: list[list[Operation]] = [
             [Create(Item(number=1), "a", "draft"), Publish(resource_id="a")],
             [Create(Item(number=2), "b"), Delete(resource_id="b"), Restore(resource_id="b")],
@@ -96,8 +96,8 @@ class SweepConformance(Conformance):
             assert (await manager.get(rid)).data.number == number
         assert (await manager.get("c", revision=2)).data.number == 3
 
-    async def test_what_is_old_is_no_orphan(self, manager: ResourceManager[Item]) -> None:
-        """Bodies that records name are never swept, so they may be published, deleted and restored however old they are."""
+    async def test_bodies_of_old_generations_are_not_orphans(self, manager: ResourceManager[Item]) -> None:
+        """Bodies that records name are never swept, so resources of any age can be published, deleted and restored."""
         await manager.create(Item(number=1), resource_id="a", status="draft")
         for _ in range(3):
             await self._swept_elsewhere(manager)
