@@ -25,13 +25,13 @@ BATCH = 100
 
 
 class Api:
-    """Just enough of a client: the standard library will do."""
+    """A minimal HTTP client with the standard library."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[Any, str | None]:
-        """The answer as JSON, and its ETag."""
+        """Send a request. Return the response as JSON, and its ETag."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url + path, data, {"content-type": "application/json", **headers}, method=method)
         with urlopen(request) as answer:
@@ -39,11 +39,12 @@ class Api:
             return (json.loads(text) if text else None), answer.headers.get("etag")
 
     def find(self, **query: Any) -> list[Any]:
+        """Return the items of one page of a search."""
         return list(self.call("GET", "/airport?" + urlencode(query))[0]["items"])
 
 
 def airports() -> list[dict[str, Any]]:
-    """The airports of the vega-datasets wheel; the package is found, not imported (it would want pandas)."""
+    """Return the airports of the package vega-datasets, without importing it, because it needs pandas."""
     spec = importlib.util.find_spec("vega_datasets")
     if spec is None or spec.origin is None:
         sys.exit("the airports are in a package that is not installed: run `make setup`")
@@ -55,7 +56,7 @@ def airports() -> list[dict[str, Any]]:
 
 
 def load(api: Api, console: Console) -> None:
-    """Batches of a hundred; airports that are there already are left alone."""
+    """Create missing airports in batches of a hundred."""
     rows = airports()
     with Progress(console=console) as progress:
         task = progress.add_task("loading airports", total=len(rows))
@@ -70,6 +71,7 @@ def load(api: Api, console: Console) -> None:
 
 
 def search(api: Api, console: Console) -> None:
+    """Count all airports, and show the northernmost ones."""
     count = api.call("GET", "/airport/count")[0]["count"]
     table = Table("IATA", "name", "city", "state", "latitude", title=f"The northernmost of {count:,} airports")
     for item in api.find(**{"latitude[gte]": 60, "sort": "-latitude", "limit": 5}):
@@ -97,6 +99,7 @@ def edit(api: Api, console: Console) -> None:
 
 
 def main() -> None:
+    """Run the example against a server."""
     parser = argparse.ArgumentParser(description="Load, search and edit airports over HTTP.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where `make run` serves (%(default)s)")
     api, console = Api(parser.parse_args().url), Console()

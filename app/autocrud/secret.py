@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, overload
 from urllib.parse import quote, unquote
 
+from typing_extensions import override
+
 from .errors import ConfigError
 
 HIDDEN = "***"
@@ -55,12 +57,15 @@ class Secret:
                 text = text.replace(part, HIDDEN)
         return text
 
+    @override
     def __repr__(self) -> str:
         return self.shown
 
+    @override
     def __eq__(self, other: object) -> bool:
         return self.reveal() == other.reveal() if isinstance(other, Secret) else NotImplemented
 
+    @override
     def __hash__(self) -> int:
         return hash(self.reveal())
 

@@ -34,7 +34,8 @@ async def _nothing() -> None:
 
 
 class Pair(NamedTuple):
-    """
+    """A row: our store and the raw client.
+
     same    whether both sides have done the same, and what the row says
     calls   of each side, in all turns together
     each    in groups of so many, where reading a clock would be seen

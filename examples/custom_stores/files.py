@@ -163,10 +163,12 @@ SUFFIX = ".body"
 
 
 def name_of(uid: str) -> str:
+    """Return the name of the file of a body."""
     return uid.encode().hex() + SUFFIX
 
 
 def uid_of(name: str) -> str:
+    """Return the uid of the body in a file."""
     return bytes.fromhex(name.removesuffix(SUFFIX)).decode()
 
 
@@ -244,6 +246,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync(directory: Path) -> None:
+    """Sync a directory, so that the names of its files survive a power failure."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

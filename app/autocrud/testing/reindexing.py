@@ -26,7 +26,7 @@ class ReindexingConformance(Conformance):
     """Whether index entries survive a restart. If not, the index is made from the bodies at each start."""
 
     async def test_a_failed_read_of_a_body_removes_no_index_entry(self, root: Path) -> None:
-        """R1: if any read fails while a field is added to the index, opening fails, and the next try finds everything."""
+        """R1: if a read fails while a field is added to the index, opening fails; the next try finds everything."""
         plain = manage(self.make(root), indexed=["text", "code"])
         for number in range(6):
             await plain.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")
@@ -149,7 +149,7 @@ class ReindexingConformance(Conformance):
 
     @pytest.mark.parametrize("done", [False, True], ids=["not-done", "done"])
     async def test_a_failure_of_any_request_at_start_loses_no_entry(self, root: Path, done: bool) -> None:
-        """R1 and R4: a start that heals and indexes a field fails at each of its requests in turn; the last succeeds."""
+        """R1 and R4: a start that heals and indexes a field fails at each request in turn; the last start succeeds."""
         manager = manage(self.make(root), indexed=["text", IndexedField("code", unique=True)])
         for number in range(3):
             await manager.create(Item(text="x", code=f"c{number}", number=number), resource_id=f"r{number}")

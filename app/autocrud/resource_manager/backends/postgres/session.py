@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 from psycopg import AsyncClientCursor, AsyncConnection, AsyncCursor, IsolationLevel
 from psycopg.adapt import Dumper
 from psycopg.pq import TransactionStatus
+from typing_extensions import override
 
 from ...runtime.moments import Moment
 
@@ -67,9 +68,11 @@ class Guard(NamedTuple):
 class _NumberDumper(Dumper):
     """Writes integers in parentheses: -9223372036854775808::bigint negates what is out of range."""
 
+    @override
     def dump(self, obj: int) -> bytes:
         return b"%d" % obj
 
+    @override
     def quote(self, obj: int) -> bytes:
         return b"(%d)" % obj
 
@@ -140,6 +143,7 @@ class SessionlessConnection(AsyncConnection[Any]):
         """Ask for READ COMMITTED in each transaction from now on."""
         self.guard = self.guard._replace(isolation=True)
 
+    @override
     async def execute(
         self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool = False
     ) -> AsyncCursor[Any]:
