@@ -17,7 +17,7 @@ import pytest
 from app.server import overload
 from app.server.overload import Gate, Overload
 from tests.conftest import Server
-from tests.test_server_limits import HANGS_S, MB, back_to, files, next_answer, resident
+from tests.raw_connections import HANGS_S, MB, back_to, files, next_answer, resident
 
 SCOPE = {"type": "http", "path": "/article", "method": "POST", "headers": []}
 BODY = b'{"title":"t","content":"c","author":"wave"}'
