@@ -182,8 +182,8 @@ class _Parts:
             " a second before it is copied to PostgreSQL. specstar's s3-sqlite and cached-s3 upload the whole database"
             " at every write, and read a copy that looks for other writers' changes once a second at most. Our rows"
             " called strong look at every read and miss no change, so those rows compare unlike things."
-            " The equivalent of specstar's cached-s3 is memory + cached-s3: its index is on S3 as well, and its copy looks once in 5 s at"
-            f" most. {broker}"
+            " The equivalent of specstar's cached-s3 is memory + cached-s3: its index is on S3 as well, and its copy"
+            f" looks once in 5 s at most. {broker}"
         )
 
     def searches(self) -> list[str]:
