@@ -1,4 +1,4 @@
-"""What a request's line says of caches. (Its other parts: test_lambda_runtime.)"""
+"""The fields of a request's log line that describe caches. tests/aws_lambda/test_requests.py checks the rest."""
 
 from __future__ import annotations
 
