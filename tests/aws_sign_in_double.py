@@ -1,4 +1,4 @@
-"""A double of AWS's SSO portal, its token service and STS: what botocore asks when a profile signs in by them."""
+"""A stand-in for AWS's SSO portal, token service and STS, which botocore calls for a profile's credentials."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
 ASSUMED = """<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleResult><AssumedRoleUser>
-<AssumedRoleId>id:{session}</AssumedRoleId><Arn>{arn}</Arn></AssumedRoleUser><Credentials><AccessKeyId>{key}</AccessKeyId>
+<AssumedRoleId>id:{session}</AssumedRoleId><Arn>{arn}</Arn></AssumedRoleUser><Credentials>
+<AccessKeyId>{key}</AccessKeyId>
 <SecretAccessKey>{secret}</SecretAccessKey><SessionToken>{token}</SessionToken><Expiration>{ends}</Expiration>
 </Credentials></AssumeRoleResult></AssumeRoleResponse>"""
 DENIED = """<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type>Sender</Type>
@@ -18,7 +19,10 @@ DENIED = """<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Er
 
 
 class SignInDouble:
-    """`asked` has what was asked: a name of the operation and what identifies the caller. Each answer has keys of its own."""
+    """Answers on a loopback port. `asked` lists each request: the operation, and the identity of the caller.
+
+    Each answer has different keys.
+    """
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []

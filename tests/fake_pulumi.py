@@ -1,7 +1,7 @@
-"""A program called `pulumi` for the tests of what people type: it answers, refuses and writes files as the real CLI does.
+"""A stand-in for the program `pulumi`: it answers, refuses and writes files as the real CLI does.
 
-What it answers was compared with pulumi 3.276.0: exit codes, the lines on stderr, and the salt in Pulumi.STACK.yaml.
-It makes nothing. Its state is in the directory of the program, so a test can look at it and change it.
+Its exit codes, its lines on stderr and the salt in Pulumi.STACK.yaml were compared with those of pulumi 3.276.0.
+It creates no resources. Its state is in the directory of the program, so a test can look at it and change it.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ match words:
 
 
 class FakePulumi:
-    """The directory of such a program, to be put on PATH."""
+    """A directory with the program, for PATH."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -192,7 +192,7 @@ class FakePulumi:
         (self.directory / "state.json").write_text(json.dumps(new))
 
     def will_output(self, outputs: dict[str, Any]) -> None:
-        """Set the outputs that the next `up` leaves."""
+        """Set the outputs of the stack after the next `up`."""
         (self.directory / "outputs.json").write_text(json.dumps(outputs))
 
     def fails(self, operation: str) -> None:
@@ -203,9 +203,9 @@ class FakePulumi:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def asked(self) -> list[str]:
-        """The commands so far, without --non-interactive."""
+        """Return the commands so far, without --non-interactive."""
         return [" ".join(each["arguments"]) for each in self._asked()]
 
     def environments(self) -> list[dict[str, str]]:
-        """The environment of each command so far."""
+        """Return the environment of each command so far."""
         return [each["environment"] for each in self._asked()]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def cache(*parts: str) -> Path:
-    """Return a place in the user's cache, whether or not something is there."""
+    """Return a path in the user's cache. It may not exist yet."""
     directory = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(directory, "crudstack", *parts)
 
@@ -20,19 +20,19 @@ def cache(*parts: str) -> Path:
 def build(label: str, command: str, module: Path, target: Path, *, linked: str = "", instead: str = "") -> Path:
     """Build a command and return its path. Raises SystemExit with one sentence if that fails.
 
-    label    what messages call it, "minio 2026-02-12"
+    label    its name in messages, "minio 2026-02-12"
     command  the import path of its package
     module   the directory whose go.mod and go.sum pin it, with all its modules and their checksums
-    target   the file to make
+    target   the file to write
     linked   more flags for the linker
-    instead  what else a person may install, where Go is missing: ", or pulumi itself"
+    instead  an alternative for a user without Go, for the message: ", or pulumi itself"
     """
     if shutil.which("go") is None:
         raise SystemExit(
             f"{label} is not in {target.parent} and cannot be built, because there is no `go` on PATH: install"
             f" Go{instead}, and try again"
         )
-    # Neither a workspace nor flags of the user change what is built.
+    # A workspace and flags of the user do not change the build.
     environment = {**os.environ, "GOWORK": "off", "GOFLAGS": "-mod=readonly", "CGO_ENABLED": "0"}
     print(f"{label}: fetching its modules", file=sys.stderr, flush=True)
     listed = subprocess.run(
@@ -42,7 +42,7 @@ def build(label: str, command: str, module: Path, target: Path, *, linked: str =
         raise SystemExit(f"{label} cannot be built: go could not fetch its modules, as it says above")
     target.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    # Under its own name it is complete: a build that is killed leaves nothing there.
+    # A file with its final name is complete. A build that is killed leaves no such file.
     with tempfile.TemporaryDirectory(prefix=".building-", dir=target.parent) as scratch:
         built = Path(scratch, target.name)
         flags = f"-s -w {linked}".strip()
@@ -54,7 +54,7 @@ def build(label: str, command: str, module: Path, target: Path, *, linked: str =
 
 
 def _watched(command: list[str], module: Path, environment: dict[str, str], packages: int, label: str) -> None:
-    """Run `go build -v`, which names each package that it compiled, and show how far it is."""
+    """Run `go build -v`, which names each compiled package, and show its progress."""
     said: list[str] = []
     shown, terminal = -1, sys.stderr.isatty()
     with subprocess.Popen(command, cwd=module, env=environment, stderr=subprocess.PIPE, text=True) as running:

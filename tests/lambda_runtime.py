@@ -1,10 +1,10 @@
-"""Lambda on this machine: the real runtime client (awslambdaric) on the unpacked zip, against a Runtime API of our own.
+"""Lambda on this machine: the real runtime client (awslambdaric) on the unpacked zip, with a local Runtime API.
 
     with Instance(task, python, environment) as instance:
         answer = instance.invoke(http_event("GET", "/article"))
 
-What AWS does and we rely on is done here too: one invocation at a time, a deadline after which the process is killed, a freeze between
-invocations (SIGSTOP), 6 MB for an event and for an answer, and events as the two gateways write them.
+The module does what AWS does if the app relies on it: one invocation at a time; a deadline, after which the process is
+killed; a freeze between invocations (SIGSTOP); 6 MB for an event and for an answer; the events of the two gateways.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ ROOT = Path(__file__).parent.parent
 MAX_EVENT = 6 * 1024 * 1024
 MAX_RESPONSE = 6_291_556
 PERIOD_S = 0.1
-"""In which a process has its share of the CPU."""
+"""Seconds. In each such period a throttled process runs for its share of the time."""
 ARN = "arn:aws:lambda:us-east-1:123456789012:function:crudstack"
 
 
 class InvocationFailed(Exception):
-    """The function raised, or ended. `error` is what the runtime reported."""
+    """The function raised an exception, or its process ended. `error` is the report of the runtime."""
 
     def __init__(self, error: Any) -> None:
         super().__init__(error)
@@ -69,7 +69,10 @@ class Task(NamedTuple):
 
 
 def unpack(version: str, directory: Path) -> Task:
-    """A host build for this version of Python, and the runtime client for it. ConfigError if that Python is not here."""
+    """Build the zip for this machine and version of Python, and install the runtime client for it.
+
+    Raises ConfigError if that Python is not installed.
+    """
     built = artifact.build(directory / "host.zip", target=artifact.host(version))
     with zipfile.ZipFile(built.path) as archive:
         archive.extractall(directory / "task")
@@ -122,18 +125,22 @@ class Instance:
         return self
 
     def restore(self) -> None:
-        """Let the runtime go on after its snapshot, as Lambda does when it restores one: it waits in `restore/next`."""
+        """End the wait of the runtime in `restore/next`, as Lambda does when it restores a snapshot."""
         assert self._snap_start
         self._events.put((str(uuid4()), b"{}", time.time() + 60))
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        self._events.put(None)  # whoever still waits for one
+        self._events.put(None)  # ends the thread that still waits for an event
         self._server.shutdown()
         self._server.server_close()
 
     def invoke(self, event: Any, seconds: float = 29.0) -> Any:
-        """What the handler returned. InvocationFailed; TimeoutError after so many seconds, and then the process is killed, as on AWS."""
+        """Return the result of the handler.
+
+        Raises InvocationFailed if the handler fails. Raises TimeoutError after `seconds`; the process is then killed,
+        as on AWS.
+        """
         payload = json.dumps(event).encode()
         assert len(json.dumps(event, ensure_ascii=False).encode("utf-8", "surrogatepass")) <= MAX_EVENT, (
             "AWS refuses this event"
@@ -157,7 +164,7 @@ class Instance:
             return json.loads(body)
 
     def request(self, method: str, path: str, seconds: float = 29.0, **how: Any) -> Answer:
-        """Ask over HTTP, as a gateway does."""
+        """Send an HTTP request as an event, as a gateway does."""
         return seen(self.invoke(http_event(method, path, **how), seconds))
 
     def freeze(self) -> None:
@@ -194,11 +201,11 @@ class Instance:
         return self._log.read_text(errors="replace")
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of the log that are JSON."""
+        """Return the lines of the log that are JSON."""
         return [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
 
     def resources(self) -> tuple[int, int]:
-        """Resident memory in KiB, and open files and connections."""
+        """Return the resident memory in KiB, and the number of open files and connections."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         resident = re.search(r"VmRSS:\s+(\d+)", status)
         assert resident is not None
@@ -206,7 +213,7 @@ class Instance:
 
 
 class CredentialsEndpoint:
-    """Where a function with SnapStart gets its keys: a server that wants a token, and counts who asks.
+    """The server that gives a function with SnapStart its keys. It expects a token, and counts requests.
 
     https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html
     """
@@ -217,13 +224,13 @@ class CredentialsEndpoint:
         self.asked, self.lives_s = 0, 3600.0
         self.token: str | None = token
         self.answer: str | None = None
-        """Instead of the keys."""
+        """The answer, if it is not the keys."""
         self.expiration: str | None = None
-        """Instead of what `lives_s` says. Lambda gives microseconds too."""
+        """The expiry of the keys, if it does not follow from `lives_s`. Lambda gives microseconds too."""
         self.failures: list[int | str] = []
-        """What the next requests get: a status, or "closed" for a connection that is closed without an answer."""
+        """The results of the next requests: a status, or "closed" for a connection that is closed without an answer."""
         self.dead, self.delay_s = False, 0.0
-        """Every connection is closed without an answer, or waits for so long."""
+        """If `dead`, every connection is closed without an answer. Answers are delayed by `delay_s` seconds."""
         self._stopped = threading.Event()
         endpoint = self
 
@@ -268,7 +275,7 @@ class CredentialsEndpoint:
 
 
 def _runtime_api(events: Any, answers: Any) -> ThreadingHTTPServer:
-    """https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html"""
+    """Start a Runtime API: https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html."""
 
     class Api(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -340,9 +347,11 @@ def http_event(
     stage: str = "$default",
     domain: str | None = None,
 ) -> dict[str, Any]:
-    """An event of payload format 2.0. `path` is encoded, with its query, and with the stage if AWS's own name is asked for it.
+    """Return an event of payload format 2.0.
 
-    An HTTP API decodes the path but for `%25` (middleapi/standard-server#93 has captures of both), a function URL hands it on as it is.
+    `path` is encoded, and includes the query. If AWS's own host name is used, it includes the stage too. An HTTP API
+    decodes the path except `%25` (middleapi/standard-server#93 has captures of both); a function URL passes it
+    unchanged.
     """
     headers = {name.lower(): value for name, value in (headers or {}).items()}
     if json_body is not None:
@@ -389,7 +398,7 @@ def http_event(
 
 
 def decoded(path: str) -> str:
-    """A path as an HTTP API decodes it."""
+    """Return a path as an HTTP API decodes it."""
 
     def run(match: re.Match[str]) -> str:
         raw = bytes.fromhex(match[0].replace("%", ""))
@@ -399,14 +408,14 @@ def decoded(path: str) -> str:
 
 
 def seen(returned: dict[str, Any]) -> Answer:
-    """What a client gets of what the handler returned."""
+    """Return the answer that a client gets from the gateway for a result of the handler."""
     body = returned.get("body") or ""
     raw = base64.b64decode(body) if returned.get("isBase64Encoded") else body.encode()
     return Answer(returned["statusCode"], returned.get("headers") or {}, raw, returned)
 
 
 class Gateway:
-    """An HTTP API in front of instances, which take turns; one request each at a time."""
+    """An HTTP API in front of instances, which take turns. Each serves one request at a time."""
 
     def __init__(self, instances: list[Instance]) -> None:
         free: queue.Queue[Instance] = queue.Queue()

@@ -1,7 +1,7 @@
-"""Tests that cannot run here, because a program that they need is not there, and how the reader is told.
+"""Tests that cannot run because a program is missing, and the report of them.
 
-`make test` uses what is there; its last lines name what did not run, and why. With TESTS_MUST_ALL_RUN=1, as .ci/run has
-it, such a test fails instead.
+`make test` uses the programs that it finds. Its last lines name the tests that did not run, and why. With
+TESTS_MUST_ALL_RUN=1, which .ci/run sets, such a test fails instead.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ PREFIX = "NOT RUN: "
 
 
 def not_run(reason: str) -> NoReturn:
-    """End this test as one that did not run. `reason`: what needs which program, and the command that gets it."""
+    """End this test as one that did not run. `reason` names the program, its user, and the command that installs it."""
     if os.environ.get("TESTS_MUST_ALL_RUN"):
         pytest.fail(f"{PREFIX}{reason} (TESTS_MUST_ALL_RUN is set)")
     pytest.skip(f"{PREFIX}{reason}")
 
 
 def summary(skipped: list[object]) -> list[str]:
-    """Return a line for each reason why tests did not run, with their number, from pytest's reports of skipped tests."""
+    """Return a line for each reason why tests did not run, with their number, from pytest's reports of skips."""
     counts: dict[str, int] = {}
     for report in skipped:
         reason = str(getattr(report, "longrepr", ("", 0, ""))[2]).removeprefix("Skipped: ")

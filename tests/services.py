@@ -47,10 +47,10 @@ def ministack_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]
 
 @pytest.fixture(scope="session")
 def s3_server(request: pytest.FixtureRequest) -> S3Server:
-    """The server that the S3 slice runs on: ministack, or the one that TEST_S3_ENDPOINT_URL names, with AWS keys.
+    """Return the server for the S3 slice (`pytest -m s3_slice`).
 
-    The slice: `pytest -m s3_slice`. A named server keeps the data. Each process has a bucket of its own there, because prefixes
-    are named after tests and repeat in other processes and runs.
+    It is ministack, or the server in TEST_S3_ENDPOINT_URL, with AWS keys. A named server keeps the data. Each process
+    has its own bucket there, because prefixes are named after tests and repeat in other processes and runs.
     """
     url = os.environ.get("TEST_S3_ENDPOINT_URL")
     server: S3Server = request.getfixturevalue("ministack_s3") if url is None else named(url)
@@ -62,7 +62,7 @@ def s3_server(request: pytest.FixtureRequest) -> S3Server:
 
 
 def named(url: str) -> S3Server:
-    """Return a server that somebody else runs, with the ambient keys. Raises AssertionError without keys."""
+    """Return a server that the tests did not start, with the ambient keys. Raises AssertionError without keys."""
     keys = [os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
     if not all(keys):
         raise AssertionError(
@@ -109,7 +109,10 @@ def _make_bucket(server: S3Server, process: subprocess.Popen[bytes], log: Path) 
 
 
 def create_bucket(name: str, server: S3Server) -> None:
-    """Make a bucket with a server's keys. They stand in the environment meanwhile, where a named server may have its own."""
+    """Create a bucket with a server's keys.
+
+    During the call the keys are in the environment, which may have the keys of a named server before and after it.
+    """
     keys = {"AWS_ACCESS_KEY_ID": server.access_key_id, "AWS_SECRET_ACCESS_KEY": server.secret_access_key}
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in keys.items():
@@ -118,11 +121,14 @@ def create_bucket(name: str, server: S3Server) -> None:
 
 
 _given: set[int] = set()
-"""Ports that this process gave out: their servers may not listen yet."""
+"""Ports that this process has given out. Their servers may not listen yet."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports that were never given before, whose neighbours 10,000 above are free too: SeaweedFS takes both."""
+    """Return free ports that were not given out before.
+
+    The ports 10,000 above them are free too, because SeaweedFS uses both.
+    """
     found: list[int] = []
     with contextlib.ExitStack() as held:
         for port in range(20000 + os.getpid() % 5000, 32000):
@@ -140,5 +146,5 @@ def free_ports(count: int) -> list[int]:
 
 
 def given(name: str) -> S3Server:
-    """The server of a fixture, in whatever process."""
+    """Return the server of a fixture. Also works in processes that a test starts."""
     return S3Server(*json.loads(os.environ[name]))

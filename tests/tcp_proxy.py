@@ -1,4 +1,4 @@
-"""A network between a client and a server, which tests cut and hold up."""
+"""A network between a client and a server, which tests can cut or delay."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from urllib.parse import urlsplit
 
 
 class TcpProxy:
-    """Forwards to the server of a URL. `cut` ends all connections; `swallow` acknowledges what they carry, and loses it; while `hold` is set,
-    answers wait (requests arrive)."""
+    """Forwards connections to the server of a URL.
+
+    `cut` ends all connections. `swallow` acknowledges all bytes of the present connections and drops them. After
+    `hold`, requests arrive and answers wait until `release`.
+    """
 
     def __init__(self, url: str) -> None:
         self.lead_to(url)
@@ -48,13 +51,13 @@ class TcpProxy:
         self._flows.set()
 
     def swallow(self) -> int:
-        """How many connections there were; new ones flow."""
+        """Drop all bytes of the present connections, and return their number. New connections work."""
         with self._mutex:
             self._swallowed |= self._open
             return len(self._open) // 2
 
     def cut(self) -> int:
-        """How many connections there were."""
+        """End all connections, and return their number."""
         with self._mutex:
             ended, self._open = self._open, set()
         for one in ended:
