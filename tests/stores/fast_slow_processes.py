@@ -15,8 +15,8 @@ from tests.tcp_proxy import TcpProxy
 from tests.valkey import Valkey
 
 
-class Way(TcpProxy):
-    """A process's way to Redis, which leads where a test says."""
+class RedisProxy(TcpProxy):
+    """A proxy between one process and Redis. The test chooses the server behind it."""
 
     def __init__(self, server: Valkey) -> None:
         super().__init__(server.url)
@@ -25,13 +25,13 @@ class Way(TcpProxy):
     def redis_url(self) -> str:
         return self.server.url.replace(f":{self.server.port}/", f":{urlsplit(self.url).port}/")
 
-    def lead_to_server(self, server: Valkey | None) -> None:
+    def route_to(self, server: Valkey | None) -> None:
         self._to = ("127.0.0.1", 1 if server is None else server.port)
         self.cut()
 
 
 class Processes:
-    """Workers; `until` waits for what they say."""
+    """Worker processes, and counts of the messages that they printed."""
 
     def __init__(self, tmp_path: Path, server: Valkey, dsn: str, lease_s: float, *, broken: bool = False) -> None:
         self.register = tmp_path / "register"
@@ -47,30 +47,30 @@ class Processes:
         for at in range(worker.RESOURCES):
             await store.commit([worker.change_of(f"shared-{at}")])
         await store.close()
-        self.ways = [self.stack.enter_context(Way(self.server)) for _ in self.counts]
+        self.proxies = [self.stack.enter_context(RedisProxy(self.server)) for _ in self.counts]
         self.started = [
             await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "tests.stores.fast_slow_worker",
-                json.dumps([at, way.redis_url(), self.dsn, self.name, self.lease_s, str(self.register), self.broken]),
+                json.dumps([at, proxy.redis_url(), self.dsn, self.name, self.lease_s, str(self.register), self.broken]),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
             )
-            for at, way in enumerate(self.ways)
+            for at, proxy in enumerate(self.proxies)
         ]
         self.listeners = [asyncio.create_task(self.listen(at)) for at in range(len(self.started))]
         return self
 
     async def listen(self, at: int) -> None:
         async for line in self.started[at].stdout:
-            said = json.loads(line)
+            message = json.loads(line)
             async with self.news:
-                self.counts[at][said["what"]] += 1
-                if "hits" in said:
-                    self.counts[at]["hits"] = said["hits"]
-                if said["what"] == "stale":
-                    self.stale.append(f"process {at}: {said['was']}")
+                self.counts[at][message["what"]] += 1
+                if "hits" in message:
+                    self.counts[at]["hits"] = message["hits"]
+                if message["what"] == "stale":
+                    self.stale.append(f"process {at}: {message['was']}")
                 self.news.notify_all()
         async with self.news:
             self.counts[at]["gone"] += 1
@@ -82,7 +82,7 @@ class Processes:
         assert reached()
 
     async def go_on(self, **more: int) -> None:
-        """Until each has done so much more."""
+        """Wait until each process has done so many more operations of each kind."""
         least = [Counter({what: count[what] + number for what, number in more.items()}) for count in self.counts]
         await self.until(lambda: all(count >= goal for count, goal in zip(self.counts, least, strict=True)))
 

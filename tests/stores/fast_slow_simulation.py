@@ -1,4 +1,9 @@
-"""Several processes with a FastSlowMetaStore on virtual time: one seed is one history."""
+"""A simulation of several processes with a FastSlowMetaStore, on virtual time.
+
+The scripts are the real ones, and run on a real server. Clocks, server epochs, networks and the slow store are
+simulated. Each seed gives one history. A read that begins after a commit was acknowledged must return the state of this
+commit or a later one.
+"""
 
 from __future__ import annotations
 
@@ -40,39 +45,35 @@ from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
 from tests import virtual_time
 from tests.stores.fast_slow_mutants import LEASE_MUTANTS, LUA_MUTANTS, MUTANTS
 
-# Several processes, the real scripts on a real server, and everything else made up: clocks, lives, networks, and a slow store that takes its time.
-# One seed is one history. A read that begins after an acknowledgement must see what was acknowledged, or something later.
-
 
 class Died(Exception):
-    """A process ended."""
+    """The process of a writer ended after its commit, before the acknowledgement."""
 
 
 class Server:
-    """A Redis of the simulation: a database of the real one, with a life and a clock that are made up."""
+    """A simulated Redis server: a database of a real server, with a simulated epoch and a simulated clock."""
 
     def __init__(self, world: World, number: int) -> None:
         self.world = world
         self.data = redis.Redis.from_url(world.url.rpartition("/")[0] + f"/{number}")
         self.data.flushdb()
         self.paused_until = 0.0
-        self.offset = world.random.choice(
-            [0, world.random.uniform(-1e6, 1e6)]
-        )  # its clock may be wrong, and runs all the same
+        # The clock of a server may be wrong, but its speed is right.
+        self.offset = world.random.choice([0, world.random.uniform(-1e6, 1e6)])
         self.begin()
 
     def begin(self) -> None:
-        """Another life."""
+        """Begin a new server epoch, like a server that restarts."""
         self.server_epoch = [f"{self.world.random.getrandbits(159) + 1:040x}" for _ in range(2)]
 
     def run(self, script: Script, key: str, *arguments):
-        """Run it with a clock and a life of ours, which it finds among its keys."""
+        """Run a script with the simulated clock and epoch, which are passed as additional keys."""
         text = self.world.texts.get(script.text)
         if text is None:
             text = script.text.replace("told(said, 'run_id')", "KEYS[2]")
             text = text.replace("told(said, 'master_replid')", "KEYS[3]")
             text = text.replace("redis.call('TIME')", "{KEYS[4], KEYS[5]}")
-            text = re.sub(r"'PX', [a-z()]+\)", "'PX', 3600000)", text)  # what ends an entry is what it says
+            text = re.sub(r"'PX', [a-z()]+\)", "'PX', 3600000)", text)  # entries expire by the time in their value only
             assert text.count("KEYS[") == 5
             assert text.count("3600000") == 2
             text = self.world.texts[script.text] = self.data.register_script(self.world.mutate(text))
@@ -89,7 +90,7 @@ class Server:
 
 
 class Network:
-    """A process's way to the servers: commands are slow, get lost, are held up and arrive late."""
+    """The network between a process and the servers. It delays commands, and loses commands and replies."""
 
     db = 0
 
@@ -106,7 +107,7 @@ class Network:
         if fate > 0.2:
             late = world.random.uniform(0, 8) if fate < 0.7 else 0.0
             world.spawn(self._deliver(server, late, answer, script, key, arguments))
-        if fate < 0.4:  # the connection ends, with the command or without
+        if fate < 0.4:  # the connection is cut, before or after the command was sent
             await asyncio.sleep(world.random.expovariate(100))
             raise ReplyLost
         try:
@@ -128,7 +129,7 @@ class Network:
 
 
 class SimulatedFast(MemoryMetaStore):
-    """`leases` is all that is asked of it."""
+    """A fast store, of which only `leases` is used. Counts cache hits."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class SimulatedFast(MemoryMetaStore):
 
 
 class SimulatedSlow(MemoryMetaStore):
-    """The truth, in no time at some moment of each call. A resource's version counts its changes, purges too."""
+    """A linearizable slow store. The version of a resource counts its changes, including purges."""
 
     authoritative = True
 
@@ -157,7 +158,8 @@ class SimulatedSlow(MemoryMetaStore):
         self.world, self.fails = world, fails
         self.history: dict[str, list[ResourceMeta | None]] = {rid: [None] for rid in RESOURCES}
         self.keys: dict[str, CommitResult] = {}
-        self.left: dict[str, dict[str, int]] = {}  # the versions that a key left
+        # The versions that a commit wrote, by its idempotency key and by resource id.
+        self.left: dict[str, dict[str, int]] = {}
         self.server_epoch, self.lease_s, self.since = None, 0.0, 0.0
         self.stalled = 0.0
         self.kept = Findings()
@@ -193,10 +195,11 @@ class SimulatedSlow(MemoryMetaStore):
 
     async def adopt(self, server_epoch, lease_s, min_age_s):
         began = self.world.now()
-        await asyncio.sleep(self.stalled or self.world.random.expovariate(50))  # it is seen later than it is changed
+        # The change becomes visible only after this time.
+        await asyncio.sleep(self.stalled or self.world.random.expovariate(50))
         aged = self.since <= began - min_age_s
         if self.server_epoch is None or ((self.server_epoch != server_epoch or self.lease_s < lease_s) and aged):
-            since = began if self.world.mutant == "an age that begins too early" else math.inf
+            since = began if self.world.mutant == "the age of an epoch begins too early" else math.inf
             self.since = -math.inf if self.server_epoch is None else since
             self.server_epoch, self.lease_s = server_epoch, max(self.lease_s, lease_s)
         await self.pause()
@@ -216,10 +219,10 @@ class SimulatedSlow(MemoryMetaStore):
         if once.key in self.keys:
             raise AlreadyCommitted(self.keys[once.key])
         if fate < 0.05:
-            raise VersionConflict("somebody else")
+            raise VersionConflict("another writer was faster")
         if fate < 0.1:
             self.world.spawn(self._later(changes))
-            raise OutcomeUnknown("perhaps")
+            raise OutcomeUnknown("the commit may still happen")
         committed = self._apply(changes)
         self.keys[once.key] = CommitResult("", [None if change.purge else change.meta for change in committed])
         self.left[once.key] = {change.meta.resource_id: change.meta.version for change in committed}
@@ -264,7 +267,7 @@ META = ResourceMeta(
 
 
 class World:
-    """One history. `stale` tells of the reads that should not have been."""
+    """One simulated history. `stale` describes each stale read."""
 
     def __init__(self, seed: int, url: str, mutant: str | None = None) -> None:
         self.random, self.url, self.mutant = random.Random(seed), url, mutant
@@ -276,7 +279,7 @@ class World:
         self.stale: list[str] = []
         self.hits = self.reads = 0
         self.tasks: set[asyncio.Task[None]] = set()
-        self.forgotten: list[str] = []  # keys of writers who died
+        self.forgotten: list[str] = []  # idempotency keys of writers that died
 
     def now(self) -> float:
         return asyncio.get_running_loop().time() if asyncio._get_running_loop() else 0.0
@@ -329,11 +332,11 @@ class World:
             await asyncio.sleep(self.random.expovariate(0.7))
             if self.forgotten and self.random.random() < 0.7:
                 key = self.forgotten.pop()
-                with contextlib.suppress(AlreadyCommitted):  # what was done is told, by a look-up or by the commit
+                with contextlib.suppress(AlreadyCommitted):  # the look-up or the commit returns the earlier result
                     if self.random.random() < 0.5:
                         await store.done(key)
                     else:
-                        changes = [_change(rid, purge=False) for rid in self.slow.left[key]]
+                        changes = [unconditional_change(rid, purge=False) for rid in self.slow.left[key]]
                         await store.commit(changes, IdempotentCommit(key=key, request="", time=0, results=()))
                 self.acknowledge(key)
                 continue
@@ -341,7 +344,7 @@ class World:
                 await self.write_nothing(store)
                 continue
             chosen = self.random.sample(RESOURCES, self.random.choice([1, 1, 2]))
-            changes = [_change(rid, purge=self.random.random() < 0.15) for rid in chosen]
+            changes = [unconditional_change(rid, purge=self.random.random() < 0.15) for rid in chosen]
             key = f"{name} {number}"
             try:
                 await store.commit(changes, IdempotentCommit(key=key, request="", time=0, results=()))
@@ -394,7 +397,7 @@ class World:
                 case "join":
                     for one in networks:
                         one.cut = False
-                case "fail over":  # to a replica that lags; some processes go on with the old one
+                case "fail over":  # to a replica that lags; some processes keep using the old primary
                     await asyncio.sleep(self.random.uniform(0, 1.5))
                     other.restore(copy)
                     other.begin()
@@ -404,7 +407,7 @@ class World:
                     network.server = other
 
 
-def _change(rid: str, purge: bool) -> Change:
+def unconditional_change(rid: str, purge: bool) -> Change:
     return Change(meta=replace(META, resource_id=rid), record=None, index=None, expect="any", purge=purge)
 
 

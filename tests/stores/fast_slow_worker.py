@@ -1,7 +1,8 @@
-"""A process that reads and writes a few resources through a FastSlowMetaStore, and says which reads were stale. Run by test_fast_slow.
+"""A process that reads and writes a few resources through a FastSlowMetaStore, and prints which reads were stale.
 
-What was acknowledged stands in a file that all processes share: for each resource the version that was acknowledged last, and for each process the number
-of its last resource that was created, that is about to be purged, and that was purged. A read looks there before it begins.
+test_fast_slow starts it through fast_slow_processes. A file that all processes share records the acknowledged writes:
+the last acknowledged version of each shared resource, and for each process the numbers of the last resource that it
+created, that it is about to purge, and that it has purged. Each read looks into this file before it begins.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ CREATED, PURGING, PURGED = range(3)
 
 
 class Broken(FastSlowMetaStore):
-    """A cache as many are: what is written stays in it as it was until its time is over."""
+    """A cache that writes do not invalidate: an entry stays until it expires."""
 
     async def _commit(self, changes, once):
         return await self._slow.commit(changes, once)
 
 
 class Register:
-    """Numbers that only grow, for all processes."""
+    """Numbers that only increase, in a file that all processes share."""
 
     SIZE = 8 * (RESOURCES + 3 * PROCESSES)
 
@@ -45,7 +46,7 @@ class Register:
         self._map = mmap.mmap(self._file.fileno(), self.SIZE)
 
     def get(self, at: int) -> int:
-        return struct.unpack_from("<Q", self._map, 8 * at)[0]  # eight aligned bytes are read at once
+        return struct.unpack_from("<Q", self._map, 8 * at)[0]  # reading eight aligned bytes is atomic
 
     def raise_to(self, at: int, number: int) -> None:
         fcntl.lockf(self._file, fcntl.LOCK_EX)
@@ -121,10 +122,10 @@ class Worker:
             await self.store.get(f"once-{process}-{number}")
         except ResourceNotFound:
             if number > self.register.get(self.register.once(process, PURGING)):
-                self.say("stale", was=f"once-{process}-{number} was created, and is not there")
+                self.say("stale", was=f"once-{process}-{number} was created, but was not found")
         else:
             if number <= purged:
-                self.say("stale", was=f"once-{process}-{number} came back")
+                self.say("stale", was=f"once-{process}-{number} was purged, but was found")
 
     async def read(self) -> None:
         reads = 0
@@ -160,7 +161,7 @@ class Worker:
             await asyncio.sleep(self.random.uniform(0, 0.1))
 
     async def run(self) -> None:
-        """Until the input ends."""
+        """Work until the standard input ends."""
         read = self.store._leases.read
 
         async def counted(resource_id):

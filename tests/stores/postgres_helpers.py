@@ -51,7 +51,7 @@ def manager_of(dsn: str, name: str, fields=FIELDS, bodies=None, **options):
     return AutoCRUD(storage_factory=Factory()).add_model(Note, indexed_fields=list(fields))
 
 
-async def _waits(dsn: str) -> bool:
+async def waits_for_advisory_lock(dsn: str) -> bool:
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
         rows = await connection.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
         return bool(await rows.fetchall())

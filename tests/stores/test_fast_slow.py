@@ -1,4 +1,4 @@
-"""FastSlowMetaStore: the conformance suite, and real processes while everything fails."""
+"""FastSlowMetaStore: the conformance suite, and four processes while servers and networks fail."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from app.autocrud.resource_manager.basic import (
-    IStorage,
-)
+from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
@@ -60,10 +58,10 @@ def servers(tmp_path) -> Iterator[list[Valkey]]:
         server.stop()
 
 
-async def test_four_processes_while_everything_goes_wrong(postgres, servers, tmp_path):
+async def test_four_processes_read_nothing_stale_while_servers_and_networks_fail(postgres, servers, tmp_path):
     one, other = servers
     async with Processes(tmp_path, one, postgres, 0.6) as processes:
-        ways = processes.ways
+        proxies = processes.proxies
 
         async def recovered() -> None:
             await processes.go_on(hits=20, **WORK)
@@ -81,14 +79,15 @@ async def test_four_processes_while_everything_goes_wrong(postgres, servers, tmp
         await processes.go_on(**WORK)
         one.resume()
         await recovered()
-        for way in (ways[0], ways[1]):  # cut off alone: what it writes the others must see, what they write it must see
-            way.lead_to_server(None)
+        for proxy in (proxies[0], proxies[1]):
+            # One process is cut off. It must see the writes of the others, and the others must see its writes.
+            proxy.route_to(None)
             await processes.go_on(**WORK)
-            way.lead_to_server(one)
+            proxy.route_to(one)
             await recovered()
-        ways[2].hold()  # what it asks is done, and it hears nothing
+        proxies[2].hold()  # its commands are executed, but it receives no replies
         await processes.go_on(**WORK)
-        ways[2].release()
+        proxies[2].release()
         await recovered()
         for _ in range(2):
             dump = one.dump()
@@ -102,8 +101,8 @@ async def test_four_processes_while_everything_goes_wrong(postgres, servers, tmp
             await processes.go_on(written=1)
             one.stop()
             other.promote()
-            for way in ways:
-                way.lead_to_server(other)
+            for proxy in proxies:
+                proxy.route_to(other)
             await recovered()
         one.start()
         with TcpProxy(other.url) as replication:
@@ -112,15 +111,15 @@ async def test_four_processes_while_everything_goes_wrong(postgres, servers, tmp
             replication.hold()
             await processes.go_on(written=1)
             one.promote()
-            for way in ways[1:]:
-                way.lead_to_server(one)
+            for proxy in proxies[1:]:
+                proxy.route_to(one)
             for _ in range(2):
-                await processes.go_on(**WORK)  # the first one goes on with the old primary, which is alive
-            ways[0].lead_to_server(one)
+                await processes.go_on(**WORK)  # the first process keeps using the old primary, which is alive
+            proxies[0].route_to(one)
             await recovered()
     assert not processes.stale
 
 
-async def test_the_processes_notice_what_is_stale(postgres, servers, tmp_path):
+async def test_the_processes_notice_a_stale_read(postgres, servers, tmp_path):
     async with Processes(tmp_path, servers[0], postgres, 5.0, broken=True) as processes:
         await processes.until(lambda: processes.stale)

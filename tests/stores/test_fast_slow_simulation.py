@@ -1,4 +1,4 @@
-"""The protocol of FastSlowMetaStore on virtual time, with and without its guards."""
+"""The protocol of FastSlowMetaStore on virtual time, with and without its safeguards."""
 
 from __future__ import annotations
 
@@ -8,27 +8,23 @@ import types
 
 import pytest
 
-from app.autocrud.errors import (
-    StoreUnavailable,
-)
-from app.autocrud.resource_manager.basic import (
-    IdempotentCommit,
-)
+from app.autocrud.errors import StoreUnavailable
+from app.autocrud.resource_manager.basic import IdempotentCommit
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
-from tests.stores.fast_slow_mutants import LEASE_MUTANTS, LUA_MUTANTS, MUTANTS, RARE, StoresInNewLives
+from tests.stores.fast_slow_mutants import LEASE_MUTANTS, LUA_MUTANTS, MUTANTS, RARE, StoresInNewEpochs
 from tests.stores.fast_slow_simulation import (
     SEEDS,
     Network,
     SimulatedFast,
     SimulatedSlow,
     World,
-    _change,
     on_virtual_time,
     simulate,
+    unconditional_change,
 )
 
 
-def test_whoever_reads_after_an_acknowledgement_sees_it(valkey):
+def test_a_read_sees_every_commit_that_was_acknowledged_before(valkey):
     hits = 0
     for seed in SEEDS:
         world = simulate(seed, valkey)
@@ -38,17 +34,17 @@ def test_whoever_reads_after_an_acknowledgement_sees_it(valkey):
 
 
 @pytest.mark.parametrize("mutant", sorted({*MUTANTS, *LUA_MUTANTS, *LEASE_MUTANTS} - RARE))
-def test_without_one_of_its_guards_it_is_stale(valkey, mutant):
+def test_without_one_safeguard_some_read_is_stale(valkey, mutant):
     assert any(simulate(seed, valkey, mutant).stale for seed in range(400))
 
 
-# What is too rare to be met by chance
+# Histories that are too rare for random seeds
 
 
-def _two(
+def two_processes(
     url: str, *, kind: type[FastSlowMetaStore] = FastSlowMetaStore, mutant: str | None = None, apart: bool = False
 ):
-    """Two processes, which use two servers if they are `apart`."""
+    """Return a simulation, its slow store, and the stores of two processes. If `apart`, they use different servers."""
     world = World(1, url, mutant)
     world.trouble = 0.0
     world.slow = slow = SimulatedSlow(world, fails=False)
@@ -56,41 +52,42 @@ def _two(
     networks[1].server = world.servers[1 if apart else 0]
     stores = [kind(SimulatedFast(network), slow) for network in networks]
     for store in stores:
-        store._seal = b""  # they know the slow store
+        store._seal = b""  # they have read the fence already
     return world, slow, stores
 
 
-def _server_epoch(store) -> str:
+def server_epoch_of(store) -> str:
     leases = store._leases
     return "".join(leases._client.server.server_epoch) + "/" + leases._location
 
 
-async def _put(store, rid: str = "a") -> int:
+async def write_one(store, rid: str = "a") -> int:
     (meta,) = await store.commit(
-        [_change(rid, purge=False)], IdempotentCommit(key=f"{os.urandom(8)}", request="", time=0, results=())
+        [unconditional_change(rid, purge=False)],
+        IdempotentCommit(key=f"{os.urandom(8)}", request="", time=0, results=()),
     )
     return meta.version
 
 
-@pytest.mark.parametrize("kind", [FastSlowMetaStore, StoresInNewLives])
-def test_a_writer_stores_nothing_in_a_life_that_came_into_use_after_its_commit(valkey, kind):
+@pytest.mark.parametrize("kind", [FastSlowMetaStore, StoresInNewEpochs])
+def test_a_writer_stores_nothing_in_an_epoch_that_came_into_use_after_its_commit(valkey, kind):
     async def history() -> tuple[int, int]:
-        world, slow, (first, second) = _two(valkey, kind=kind, apart=True)
-        await _put(first)
+        world, slow, (first, second) = two_processes(valkey, kind=kind, apart=True)
+        await write_one(first)
         await asyncio.sleep(10)
-        settles = asyncio.Event()
+        may_end_write = asyncio.Event()
 
         async def fence():
-            await settles.wait()
+            await may_end_write.wait()
             return await slow.fence()
 
         second._fences = types.SimpleNamespace(fence=fence, get_fenced=slow.get_fenced, adopt=slow.adopt)
-        late = asyncio.create_task(_put(second))
+        late = asyncio.create_task(write_one(second))
         while slow.history["a"][-1].version != 2:
             await asyncio.sleep(0.01)
-        acknowledged = await _put(first)
-        await slow.adopt(_server_epoch(second), 2.0, 0)
-        settles.set()
+        acknowledged = await write_one(first)
+        await slow.adopt(server_epoch_of(second), 2.0, 0)
+        may_end_write.set()
         await asyncio.sleep(0.5)
         seen = (await second.get("a")).version
         await late
@@ -98,23 +95,23 @@ def test_a_writer_stores_nothing_in_a_life_that_came_into_use_after_its_commit(v
         return acknowledged, seen
 
     acknowledged, seen = on_virtual_time(history())
-    assert (seen < acknowledged) == (kind is StoresInNewLives)
+    assert (seen < acknowledged) == (kind is StoresInNewEpochs)
 
 
-@pytest.mark.parametrize("mutant", [None, "an age that begins too early"])
-def test_the_age_of_a_life_begins_when_it_is_seen(valkey, mutant):
+@pytest.mark.parametrize("mutant", [None, "the age of an epoch begins too early"])
+def test_the_age_of_an_epoch_begins_when_every_process_sees_it(valkey, mutant):
     async def history() -> tuple[int, int]:
-        world, slow, (first, second) = _two(valkey, mutant=mutant, apart=True)
-        await _put(first)
+        world, slow, (first, second) = two_processes(valkey, mutant=mutant, apart=True)
+        await write_one(first)
         await asyncio.sleep(10)
         slow.stalled = 5.0  # the database is slow to commit
-        adoption = asyncio.create_task(slow.adopt(_server_epoch(second), 2.0, 0))
+        adoption = asyncio.create_task(slow.adopt(server_epoch_of(second), 2.0, 0))
         await asyncio.sleep(4.9)
         await first.get("a")
-        while slow.server_epoch != _server_epoch(second):
+        while slow.server_epoch != server_epoch_of(second):
             await asyncio.sleep(0.01)
         slow.stalled = 0.0
-        acknowledged = await _put(second)
+        acknowledged = await write_one(second)
         seen = (await first.get("a")).version
         await adoption
         world.close()
@@ -124,11 +121,11 @@ def test_the_age_of_a_life_begins_when_it_is_seen(valkey, mutant):
     assert (seen < acknowledged) == (mutant is not None)
 
 
-@pytest.mark.parametrize("mutant", [None, "a document has a lease of its own"])
-def test_a_document_ends_with_the_token_that_it_was_stored_upon(valkey, mutant):
+@pytest.mark.parametrize("mutant", [None, "an entry outlives its lease"])
+def test_an_entry_expires_with_the_lease_under_which_it_was_stored(valkey, mutant):
     async def history() -> tuple[int, int]:
-        world, slow, (reader, writer) = _two(valkey, mutant=mutant)
-        await _put(writer)
+        world, slow, (reader, writer) = two_processes(valkey, mutant=mutant)
+        await write_one(writer)
         await asyncio.sleep(10)
 
         async def get_fenced(resource_id):
@@ -140,7 +137,7 @@ def test_a_document_ends_with_the_token_that_it_was_stored_upon(valkey, mutant):
         filling = asyncio.create_task(reader.get("a"))
         await asyncio.sleep(0.2)
         writer._leases._client.cut = True
-        acknowledged = await _put(writer)
+        acknowledged = await write_one(writer)
         assert (await filling).version < acknowledged
         seen = (await reader.get("a")).version
         world.close()
@@ -150,11 +147,11 @@ def test_a_document_ends_with_the_token_that_it_was_stored_upon(valkey, mutant):
     assert (seen < acknowledged) == (mutant is not None)
 
 
-@pytest.mark.parametrize("mutant", [None, "TrustsUnheardMarks"])
-def test_commands_that_arrive_when_all_is_over_store_nothing(valkey, mutant):
+@pytest.mark.parametrize("mutant", [None, "TrustsUngrantedLeases"])
+def test_commands_that_arrive_after_a_later_commit_store_nothing(valkey, mutant):
     async def history() -> tuple[int, int]:
-        world, _, (first, second) = _two(valkey, mutant=mutant)
-        await _put(second)
+        world, _, (first, second) = two_processes(valkey, mutant=mutant)
+        await write_one(second)
         held = []
 
         async def hold(_user, *command, **_limit):
@@ -162,9 +159,9 @@ def test_commands_that_arrive_when_all_is_over_store_nothing(valkey, mutant):
             raise StoreUnavailable("no answer")
 
         first._leases._client.run_within = hold
-        await _put(first)
-        acknowledged = await _put(second)
-        for command in held:  # a mark, and what was to settle it
+        await write_one(first)
+        acknowledged = await write_one(second)
+        for command in held:  # BEGIN_WRITE and END_WRITE
             world.servers[0].run(*command)
         seen = (await second.get("a")).version
         world.close()

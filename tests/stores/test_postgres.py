@@ -30,7 +30,7 @@ from app.autocrud.resource_manager.storage_factory import IStorageFactory, Postg
 from tests.conformance import SharedConformance
 from tests.postgres import Postgres
 from tests.services import BUCKET, given
-from tests.stores.postgres_helpers import Note, WithDisk, _waits, manager_of
+from tests.stores.postgres_helpers import Note, WithDisk, manager_of, waits_for_advisory_lock
 from tests.tcp_proxy import TcpProxy
 
 
@@ -54,7 +54,7 @@ class TestPostgresWithS3(SharedConformance):
 
 
 class _Named(PostgresS3StorageFactory):
-    """With tables of each test's own."""
+    """A factory whose table names differ between tests."""
 
     def __init__(self, root: Path, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
@@ -66,7 +66,7 @@ class _Named(PostgresS3StorageFactory):
 
 @pytest.fixture
 def name(request) -> str:
-    """A table of each test's own."""
+    """Return a table name that no other test uses."""
     return request.node.name
 
 
@@ -84,8 +84,9 @@ async def test_every_search_uses_its_index_at_100_000_rows(postgres, name):
     main = meta_store._schema.names["main"]
     async with await psycopg.AsyncConnection.connect(postgres, autocommit=True) as connection:
         await connection.execute(
-            f"INSERT INTO {main} SELECT 'r' || n, 1, 'x', 1, 1, 1, 'stable', FALSE, now() + n * interval '1 second', now(), 'a', 'a',"
-            " '0/u' || n, 'json', doc, shown, jsonb_build_object('text', 't' || n, 'views', n, 'tags', jsonb_build_array('g' || n % 1000)),"
+            f"INSERT INTO {main} SELECT 'r' || n, 1, 'x', 1, 1, 1, 'stable', FALSE,"
+            " now() + n * interval '1 second', now(), 'a', 'a', '0/u' || n, 'json', doc, shown,"
+            " jsonb_build_object('text', 't' || n, 'views', n, 'tags', jsonb_build_array('g' || n % 1000)),"
             f" '{{}}', spec FROM {main}, generate_series(1, 100000) n"
         )
         await connection.execute(f"ANALYZE {main}")
@@ -108,8 +109,8 @@ async def test_every_search_uses_its_index_at_100_000_rows(postgres, name):
     await manager.close()
 
 
-async def test_a_commit_is_one_round_trip(postgres, name, monkeypatch):
-    """And so is a read: as many statements as the raw client would send."""
+async def test_calls_send_no_more_statements_than_needed(postgres, name, monkeypatch):
+    """A create and each read are one statement. An update reads before it writes."""
     manager = manager_of(postgres, name)
     created = await manager.create(Note("a"))
     sent = []
@@ -134,8 +135,8 @@ async def test_a_commit_is_one_round_trip(postgres, name, monkeypatch):
     await manager.close()
 
 
-async def test_an_index_entry_that_is_too_long_is_no_unavailable_store(postgres, name):
-    """Only an id that an earlier program took can be so long."""
+async def test_an_index_entry_that_is_too_long_raises_metadata_too_large(postgres, name):
+    """Only an id that an earlier program accepted can be so long."""
     manager = manager_of(postgres, name)
     with mock.patch.object(planning, "check_new_id", return_value=None):
         await manager.create(Note("a"), resource_id="".join(random.Random(1).choices("abcdefghijklmnop", k=2000)))
@@ -148,8 +149,8 @@ async def test_an_index_entry_that_is_too_long_is_no_unavailable_store(postgres,
     await manager.close()
 
 
-async def test_texts_of_any_length(postgres, name):
-    """Entries of a B-tree end at 2.7 KB; texts do not."""
+async def test_long_texts_are_found_sorted_and_unique(postgres, name):
+    """An entry of a B-tree has at most 2.7 KB, but a text may be longer."""
     manager = manager_of(postgres, name)
     long = "b" + "".join(random.Random(1).choices("äbcdef😀", k=20_000))
     for at, text in enumerate((f"{long}1", f"{long}2", f"{long}2x", "z")):
@@ -171,8 +172,8 @@ async def test_texts_of_any_length(postgres, name):
 
 
 @pytest.mark.parametrize("landed", [True, False])
-async def test_a_lost_answer_is_resolved(postgres, name, landed):
-    """The connection ends while the commit is under way: whether it happened is found out, and it happens once."""
+async def test_a_lost_reply_to_a_commit_is_resolved(postgres, name, landed):
+    """If the connection is cut during a commit, its outcome is determined, and it happens once."""
     parts = urlsplit(postgres)
     with TcpProxy(f"http://{parts.hostname}:{parts.port}") as proxy:
         through = f"postgresql://{parts.username}@127.0.0.1:{urlsplit(proxy.url).port}/postgres"
@@ -182,7 +183,7 @@ async def test_a_lost_answer_is_resolved(postgres, name, landed):
         if landed:
             proxy.hold()
             writing = asyncio.create_task(manager.create(Note("x")))
-            await asyncio.to_thread(proxy.held.wait, 20)  # the server has answered
+            await asyncio.to_thread(proxy.held.wait, 20)  # the server has replied
             proxy.release()
             proxy.cut()
         else:
@@ -190,7 +191,7 @@ async def test_a_lost_answer_is_resolved(postgres, name, landed):
                 lock = manager.storage.meta_store._schema.lock
                 await blocker.execute("SELECT pg_advisory_xact_lock(%s)", (lock,))
                 writing = asyncio.create_task(manager.create(Note("x")))
-                while not await _waits(postgres):
+                while not await waits_for_advisory_lock(postgres):
                     await asyncio.sleep(0)
                 proxy.cut()
             # The call whose caller is gone either continues now or is refused.
@@ -201,16 +202,19 @@ async def test_a_lost_answer_is_resolved(postgres, name, landed):
         await direct.close()
 
 
-async def test_what_holds_does_not_depend_on_the_server_s_default_isolation(postgres, name):
-    """P2 and P3 look at what others have committed meanwhile."""
+async def test_transactions_are_read_committed_whatever_the_default_of_the_server_is(postgres, name):
+    """The invariants P2 and P3 depend on seeing what other transactions have committed meanwhile."""
     manager = manager_of(f"{postgres}?options=-c%20default_transaction_isolation%3Drepeatable%5C%20read", name)
     await manager.create(Note("a"))
     assert await manager.storage.meta_store._rows("SHOW transaction_isolation") == [("read committed",)]
     await manager.close()
 
 
-async def test_versions_of_the_program_side_by_side(postgres, name):
-    """Eight programs of two versions make the schema at once; each searches by its own fields, and what the other wrote."""
+async def test_two_versions_of_the_program_run_side_by_side(postgres, name):
+    """Eight programs of two versions create the schema at once.
+
+    Each version searches by its own fields, and finds what the other version wrote.
+    """
     bodies = MemoryResourceStore()
     old = [manager_of(postgres, name, ["text", IndexedField("code", unique=True)], bodies) for _ in range(4)]
     new = [manager_of(postgres, name, bodies=bodies) for _ in range(4)]
@@ -229,7 +233,7 @@ async def test_versions_of_the_program_side_by_side(postgres, name):
         await one.close()
 
 
-async def test_a_password_is_made_for_each_connection(name):
+async def test_each_connection_asks_for_a_new_password(name):
     server = Postgres()
     try:
         async with await psycopg.AsyncConnection.connect(server.dsn, autocommit=True) as connection:
@@ -260,7 +264,7 @@ async def test_a_password_is_made_for_each_connection(name):
         server.remove()
 
 
-def test_an_address_that_cannot_be_read():
+def test_the_error_for_an_invalid_address_hides_the_password():
     with pytest.raises(ConfigError) as raised:
         PostgresMetaStore("postgresql://user:secret@host:port:7/x y=z")
     assert "secret" not in str(raised.value)
@@ -277,7 +281,7 @@ async def test_purged_rows_leave_the_tables(postgres, name):
     await manager.close()
 
 
-def test_names_are_kept_apart_by_hash():
+def test_long_names_that_differ_stay_different_and_short():
     long = "m" * 80
     assert len({name_of(f"{long}{at}", "revisions") for at in range(10)}) == 10
     assert len(name_of("ä" * 60).encode()) <= 63

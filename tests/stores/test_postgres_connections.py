@@ -27,19 +27,19 @@ from tests.tcp_proxy import TcpProxy
 
 @pytest.fixture
 def name(request) -> str:
-    """A table of each test's own."""
+    """Return a table name that no other test uses."""
     return request.node.name
 
 
-async def test_connections_that_were_cut_cost_no_request(postgres, name):
+async def test_no_request_fails_after_connections_were_cut(postgres, name):
     parts = urlsplit(postgres)
     with TcpProxy(f"http://{parts.hostname}:{parts.port}") as proxy:
         through = f"postgresql://{parts.username}@127.0.0.1:{urlsplit(proxy.url).port}/postgres"
         manager = manager_of(through, name, max_size=3)
         await manager.create(Note("0"), resource_id="r")
-        all_there = asyncio.Barrier(3)
+        all_busy = asyncio.Barrier(3)
         for number in range(1, 8):
-            await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(3)))
+            await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_busy.wait()) for _ in range(3)))
             assert proxy.cut() == 3
             if number % 2:
                 await manager.update("r", Note(f"{number}"))
@@ -49,8 +49,8 @@ async def test_connections_that_were_cut_cost_no_request(postgres, name):
 
 
 @pytest.fixture
-async def behind(postgres, name):
-    """A manager behind a network that can be held up, and this network."""
+async def proxied(postgres, name):
+    """Yield a resource manager that reaches the server through a proxy, and this proxy."""
     parts = urlsplit(postgres)
     with TcpProxy(f"http://{parts.hostname}:{parts.port}") as proxy:
         manager = manager_of(f"postgresql://{parts.username}@127.0.0.1:{urlsplit(proxy.url).port}/postgres", name)
@@ -59,17 +59,17 @@ async def behind(postgres, name):
         await manager.close()
 
 
-async def test_answers_that_never_come_hold_no_reader_up(behind, monkeypatch):
-    """Connections whose bytes are acknowledged and swallowed; the next request has new ones."""
-    manager, proxy = behind
+async def test_a_read_without_a_reply_fails_soon_and_the_next_one_uses_a_new_connection(proxied, monkeypatch):
+    """The network acknowledges the bytes of the old connections and drops them."""
+    manager, proxy = proxied
     await manager.create(Note("0"), resource_id="r")
-    all_there = asyncio.Barrier(5)
-    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(5)))
+    all_busy = asyncio.Barrier(5)
+    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_busy.wait()) for _ in range(5)))
     monkeypatch.setattr(pool, "ANSWER_S", 0.2)
     proxy.hold()
     left = asyncio.create_task(manager.count())
     await asyncio.to_thread(proxy.held.wait, 20)
-    left.cancel()  # who asked has gone; psycopg asks the server to stop, and waits for its answer
+    left.cancel()  # psycopg then asks the server to cancel the query, and waits for its reply
     async with asyncio.timeout(20):
         with pytest.raises(StoreUnavailable):
             await manager.meta("r")
@@ -81,12 +81,12 @@ async def test_answers_that_never_come_hold_no_reader_up(behind, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["read", "write"])
-async def test_connections_that_were_dropped_a_moment_after_their_use_cost_no_request(behind, monkeypatch, how):
-    """They are not asked whether they are there: an answer is waited for, and then a new connection is used."""
-    manager, proxy = behind
+async def test_no_request_fails_after_recently_used_connections_were_dropped(proxied, monkeypatch, how):
+    """Recently used connections are not checked. The request waits for a reply, then uses a new connection."""
+    manager, proxy = proxied
     await manager.create(Note("0"), resource_id="r")
-    all_there = asyncio.Barrier(5)
-    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(5)))
+    all_busy = asyncio.Barrier(5)
+    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_busy.wait()) for _ in range(5)))
     monkeypatch.setattr(pool, "ANSWER_S", 1.0)
     monkeypatch.setattr(meta_store_postgres, "STATEMENT_S", 0.8)
     assert proxy.swallow() >= 5
@@ -95,12 +95,15 @@ async def test_connections_that_were_dropped_a_moment_after_their_use_cost_no_re
 
 
 @pytest.mark.parametrize("how", ["read", "write"])
-async def test_connections_that_were_dropped_while_unused_cost_no_request(behind, monkeypatch, how):
-    """Dropped without a word, as by a NAT while a function was frozen: one connection is waited for, and shortly."""
-    manager, proxy = behind
+async def test_no_request_fails_after_idle_connections_were_dropped(proxied, monkeypatch, how):
+    """A NAT may drop connections silently, for example while a Lambda function is frozen.
+
+    The request checks one idle connection for a short time, and discards all of them.
+    """
+    manager, proxy = proxied
     await manager.create(Note("0"), resource_id="r")
-    all_there = asyncio.Barrier(5)
-    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(5)))
+    all_busy = asyncio.Barrier(5)
+    await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_busy.wait()) for _ in range(5)))
     connections = [connection for _, connection in manager.storage.meta_store._pool()._idle]
     checked = []
     check = pool.Connection.check
@@ -112,7 +115,7 @@ async def test_connections_that_were_dropped_while_unused_cost_no_request(behind
     monkeypatch.setattr(pool.Connection, "check", counted)
     monkeypatch.setattr(pool, "CHECK_S", 0.3)
     await manager.meta("r")
-    assert checked == []  # they were used a moment ago
+    assert checked == []  # the connections were used a moment ago
     for connection in connections:
         connection.used = Moment(connection.used.running, connection.used.wall - pool.CHECK_AFTER_S - 1)
     await manager.meta("r")
@@ -120,19 +123,19 @@ async def test_connections_that_were_dropped_while_unused_cost_no_request(behind
     for connection in connections:
         connection.used = Moment(connection.used.running - pool.CHECK_AFTER_S - 1, connection.used.wall)
     assert proxy.swallow() >= 5
-    async with asyncio.timeout(pool.ANSWER_S - 4):  # an answer would be waited for longer
+    async with asyncio.timeout(pool.ANSWER_S - 4):  # waiting for a reply without a check takes longer
         await (manager.meta("r") if how == "read" else manager.update("r", Note("1")))
     assert len(checked) == 2
     assert all(connection.closed for connection in connections)
 
 
-async def test_an_answer_that_never_comes_to_a_writer_is_resolved(behind, postgres, name, monkeypatch):
-    manager, proxy = behind
+async def test_a_commit_without_a_reply_is_resolved(proxied, postgres, name, monkeypatch):
+    manager, proxy = proxied
     await manager.create(Note("0"))
     monkeypatch.setattr(pool, "ANSWER_S", 0.2)
     proxy.hold()
     writing = asyncio.create_task(manager.create(Note("x")))
-    await asyncio.to_thread(proxy.held.wait, 20)  # the server has answered
+    await asyncio.to_thread(proxy.held.wait, 20)  # the server has replied
     direct = manager_of(postgres, name)
     assert await direct.count() == 2
     with pytest.raises(TimeoutError):
@@ -144,7 +147,7 @@ async def test_an_answer_that_never_comes_to_a_writer_is_resolved(behind, postgr
     await direct.close()
 
 
-async def test_whoever_waits_for_a_lock_is_let_go(postgres, name, monkeypatch):
+async def test_a_statement_that_waits_too_long_for_a_lock_is_cancelled(postgres, name, monkeypatch):
     monkeypatch.setattr(pool, "STATEMENT_S", 0.2)
     monkeypatch.setattr(meta_store_postgres, "STATEMENT_S", 0.2)
     manager = manager_of(postgres, name)
@@ -161,7 +164,7 @@ async def test_whoever_waits_for_a_lock_is_let_go(postgres, name, monkeypatch):
     await manager.close()
 
 
-async def test_a_server_that_is_gone_and_comes_back(name, monkeypatch):
+async def test_requests_work_again_after_the_server_restarts(name, monkeypatch):
     monkeypatch.setattr(pool, "WAIT_S", 2.0)
     server = Postgres()
     try:
@@ -180,7 +183,7 @@ async def test_a_server_that_is_gone_and_comes_back(name, monkeypatch):
         server.remove()
 
 
-async def test_whoever_is_stopped_in_a_transaction_keeps_no_lock(postgres, name, monkeypatch):
+async def test_the_server_ends_an_idle_transaction_and_releases_its_locks(postgres, name, monkeypatch):
     monkeypatch.setattr(pool, "IDLE_IN_TRANSACTION_S", 0.2)
     manager = manager_of(postgres, name)
     created = await manager.create(Note("a"))
@@ -203,7 +206,7 @@ async def test_whoever_is_stopped_in_a_transaction_keeps_no_lock(postgres, name,
     await manager.close()
 
 
-async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
+async def test_an_exhausted_pool_raises_store_unavailable(postgres, name, monkeypatch):
     monkeypatch.setattr(pool, "WAIT_S", 0.05)
     manager = manager_of(postgres, name, max_size=1, password=lambda: "of its own")
     await manager.create(Note("a"))
@@ -212,7 +215,7 @@ async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
     await asyncio.sleep(0)
     with pytest.raises(StoreUnavailable, match="no connection to spare"):
         await manager.count()
-    with pytest.raises(StoreUnavailable, match="no connection to spare"):  # nothing was sent, so nothing is unknown
+    with pytest.raises(StoreUnavailable, match="no connection to spare"):  # nothing was sent, so the outcome is known
         await manager.storage.meta_store.commit([change_of("b")])
     end.set()
     await holder
@@ -220,7 +223,7 @@ async def test_a_pool_that_is_exhausted_says_so(postgres, name, monkeypatch):
     await manager.close()
 
 
-async def test_batches_and_single_writes_never_wait_in_a_circle(postgres, name):
+async def test_batches_and_single_writes_never_deadlock(postgres, name):
     manager = manager_of(postgres, name)
     ids = [f"{number}" for number in range(4)]
     for rid in ids:
@@ -245,7 +248,7 @@ async def test_batches_and_single_writes_never_wait_in_a_circle(postgres, name):
     assert await deadlocks() == before
 
 
-async def test_whoever_is_cancelled_takes_no_connection_with_him(postgres, name):
+async def test_cancelled_requests_return_their_connections_to_the_pool(postgres, name):
     manager = manager_of(postgres, name, max_size=3)
     await manager.create(Note("a"), resource_id="r")
     draw = random.Random(1)
@@ -256,13 +259,13 @@ async def test_whoever_is_cancelled_takes_no_connection_with_him(postgres, name)
 
     for _ in range(100):
         await asyncio.gather(*(read(draw.choice([0.0005, 0.001, 0.002, 0.004])) for _ in range(8)))
-    all_there = asyncio.Barrier(3)
+    all_busy = asyncio.Barrier(3)
     async with asyncio.timeout(20):
-        await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_there.wait()) for _ in range(3)))
+        await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_busy.wait()) for _ in range(3)))
     await manager.close()
 
 
-async def test_a_server_that_is_not_there_is_named_to_whoever_starts_the_program(monkeypatch, name):
+async def test_open_fails_with_the_cause_if_the_server_is_unreachable(monkeypatch, name):
     monkeypatch.setattr(pool, "WAIT_S", 0.5)
     manager = manager_of("postgresql://crud:a-secret@127.0.0.1:1/postgres", name)
     with pytest.raises(StoreUnavailable, match="cannot be reached right now") as raised:
@@ -272,7 +275,7 @@ async def test_a_server_that_is_not_there_is_named_to_whoever_starts_the_program
     await manager.close()
 
 
-async def test_readiness_says_that_it_cannot_be_reached_and_the_log_says_why_once(name, caplog):
+async def test_health_reports_an_unreachable_server_and_the_cause_is_logged_once(name, caplog):
     store = manager_of("postgresql://crud:a-secret@127.0.0.1:1/postgres", name).storage.meta_store
     for _ in range(2):
         began = asyncio.get_running_loop().time()
@@ -285,7 +288,7 @@ async def test_readiness_says_that_it_cannot_be_reached_and_the_log_says_why_onc
     assert "refused" in line
 
 
-async def test_readiness_says_that_there_is_no_answer(name):
+async def test_health_reports_a_server_that_does_not_reply(name):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         store = manager_of(f"postgresql://crud@127.0.0.1:{silent.getsockname()[1]}/postgres", name).storage.meta_store
         with pytest.raises(StoreUnavailable, match="no answer within"):
