@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import logging.handlers
 import os
@@ -33,7 +32,7 @@ from .dev.aws_account import check_profile, stack_profile, use_profile
 from .main import create_app
 from .s3_tools.lost_copies import lost_copies, remedy
 from .server import serve as http_server
-from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, load, parse_storage
+from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, is_loopback, load, parse_storage
 from .wiring import needs_s3, region_of
 
 cli = App(
@@ -82,7 +81,7 @@ def serve(
         Write one JSON line to stdout for each request.
     """
     settings = load(_environment(storage, stack))
-    if settings.outputs.auth is None and not _is_loopback(host):
+    if settings.outputs.auth is None and not is_loopback(host):
         raise ConfigError(
             f"every client that reaches {host} could read and write: set CRUDSTACK_AUTH (`crudstack token new` creates"
             " a token), or CRUDSTACK_AUTH=none to give every client access"
@@ -93,7 +92,7 @@ def serve(
                 settings = replace(settings, local=_start_s3(settings.local, running))
             if make_bucket and settings.outputs.bucket is not None:
                 s3_server.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, region_of(settings))
-        app = create_app(settings, loopback=_is_loopback(host))
+        app = create_app(settings, loopback=is_loopback(host))
         _serve(app, host, port, access_log=access_log)
 
 
@@ -246,15 +245,6 @@ def _environment(storage: str | None, stack: str | None) -> dict[str, str]:
         environment["CRUDSTACK_OUTPUTS"] = msgspec.json.encode(pulumi_cli.outputs(stack)).decode()
         use_profile(stack_profile(pulumi_cli.config(stack)))
     return environment
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOverrides:

@@ -31,6 +31,7 @@ broker is not set, the app signs in to that of the stack with the role.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -447,3 +448,11 @@ def _decoded(text: str, type_: Any, name: str, like: str | None = None) -> Any:
         ) from None
     except msgspec.DecodeError as error:
         raise ConfigError(f"{name} is not JSON: {error}{expected}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is `localhost` or a loopback address, so that no other machine can reach it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

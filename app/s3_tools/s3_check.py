@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import itertools
 import os
 import time
@@ -34,6 +33,7 @@ from ..autocrud.resource_manager.backends.s3.object_store import (
 )
 from ..autocrud.resource_manager.backends.s3_sqlite.race_check import race_conditional_writes
 from ..autocrud.resource_manager.runtime.temporary import ProcessDirectory
+from ..settings import is_loopback
 from .s3_requests import (
     Answer,
     RecordedObjects,
@@ -195,7 +195,7 @@ class S3Check:
         server = f"{url.scheme}://{url.netloc}"
         if url.scheme == "https":
             self._found("TLS", "ok", f"{server} has a certificate that this program trusts")
-        elif _is_loopback(url.hostname or ""):
+        elif is_loopback(url.hostname or ""):
             self._found("TLS", "ok", f"{server} is on this machine and needs no TLS")
         else:
             self._found("TLS", "note", f"{server} has no TLS: others on the network can read and change the data")
@@ -495,10 +495,3 @@ def _status(answer: Answer | str) -> int | str:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

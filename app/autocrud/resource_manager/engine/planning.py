@@ -24,11 +24,9 @@ from uuid_utils import uuid7
 
 from ...access import Forbidden
 from ...errors import (
-    CrudError,
     DataTooLarge,
     InvalidData,
     MetadataTooLarge,
-    ResourceDeleted,
     ResourceNotFound,
     RevisionIsStable,
     VersionConflict,
@@ -59,7 +57,7 @@ from .operations import (
     Switch,
     Update,
 )
-from .state import ResourceState, StateReader
+from .state import ResourceState, StateReader, deleted
 
 T = TypeVar("T")
 
@@ -498,8 +496,3 @@ def _check_expected(expect: Expected, meta: ResourceMeta) -> None:
 def new_nonce() -> str:
     """Return a random nonce for one state of a resource."""
     return os.urandom(8).hex()
-
-
-def deleted(resource_id: str) -> CrudError:
-    """Return the error for a resource that is deleted."""
-    return ResourceDeleted(f"resource {resource_id!r} is deleted; restore it first")

@@ -24,8 +24,7 @@ from ..model.codec import Codec
 from ..model.resource import Resource
 from ..model.verification import ANYTHING, DamagedResources, Part, metadata_of, named
 from ..runtime.deadline import STEP_BYTES, check_time
-from .planning import deleted
-from .state import ResourceState, StateReader
+from .state import ResourceState, StateReader, deleted
 from .writing import MAX_ATTEMPTS, contention
 
 T = TypeVar("T")

@@ -6,6 +6,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from ...errors import CrudError, ResourceDeleted
 from ...query import Filter
 from ..basic import IStorage, ResourceMeta
 from ..model.codec import Codec
@@ -49,3 +50,8 @@ class StateReader:
         Reads the data only if the filter names a field of the data. Raises StoreDamaged if it cannot be read.
         """
         return await matches(where, state.meta, lambda: self.json(state), self._codec)
+
+
+def deleted(resource_id: str) -> CrudError:
+    """Return the error for a resource that is deleted."""
+    return ResourceDeleted(f"resource {resource_id!r} is deleted; restore it first")
