@@ -1,4 +1,4 @@
-"""The app's user in a new database: made on a real PostgreSQL, and what AWS is asked for on the way there."""
+"""The app's user in a new database: created on a real PostgreSQL, with a stand-in for AWS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MASTER = "master-secret"
 
 @pytest.fixture
 def database(postgres):
-    """A database as RDS gives it: with a master user who is no superuser, and the role that lets in by IAM."""
+    """Create a database as RDS does: its master user is not a superuser, and the role for IAM authentication exists."""
     name = f"boot_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres, autocommit=True) as connection:
         connection.execute("DO $$ BEGIN CREATE ROLE rds_iam; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
@@ -46,7 +46,7 @@ def event(postgres: str, name: str, **changed) -> dict[str, object]:
     }
 
 
-def test_the_user_is_made_once_and_can_do_what_the_app_does(postgres, database):
+def test_the_user_is_created_once_and_has_the_rights_of_the_app(postgres, database):
     for _ in range(2):
         assert bootstrap.inside(event(postgres, database), None) == {"user": f"{database}_app"}
     server = urlsplit(postgres)
@@ -58,8 +58,8 @@ def test_the_user_is_made_once_and_can_do_what_the_app_does(postgres, database):
         assert rights.fetchone() == (False, True)
 
 
-def test_its_sessions_have_the_settings_that_the_app_wants(postgres, database):
-    """Of itself, so that the app sends no SET, which RDS Proxy would answer with a pinned session."""
+def test_sessions_of_the_user_have_the_settings_of_the_app(postgres, database):
+    """They are settings of the user, so the app sends no SET. RDS Proxy would pin a session that sends SET."""
     for _ in range(2):
         bootstrap.inside(event(postgres, database), None)
     server = urlsplit(postgres)
@@ -75,20 +75,20 @@ def test_a_user_with_a_difficult_name(postgres, database):
     assert bootstrap.inside(event(postgres, database, user=name), None) == {"user": name}
 
 
-@pytest.mark.parametrize("wrong", [{"port": 1}, {"database": "nowhere"}, {"username": "nobody"}])
-def test_what_fails_says_why_and_holds_no_password(postgres, database, wrong):
+@pytest.mark.parametrize("wrong", [{"port": 1}, {"database": "nowhere"}, {"username": "missing"}])
+def test_an_error_names_the_reason_without_a_password(postgres, database, wrong):
     with pytest.raises(bootstrap.BootstrapFailed, match="could not be created") as raised:
         bootstrap.inside(event(postgres, database, **wrong), None)
     assert MASTER not in str(raised.value)
 
 
 class Aws:
-    """The two clients of boto3 that `outside` asks, as the documentation of AWS has their answers."""
+    """The two clients of boto3 that `outside` uses. They answer as AWS documents it."""
 
     def __init__(self, inside, secret: str) -> None:
         self.inside, self.secret, self.asked = inside, secret, []
         self.denied: list[str | None] = []
-        """Error codes that the next requests are answered with; None lets one pass."""
+        """Error codes for the next requests. None: the request succeeds."""
 
     def _refuse(self, operation: str) -> None:
         if self.denied and (code := self.denied.pop(0)) is not None:
@@ -138,14 +138,14 @@ def test_outside_hands_the_secret_to_inside(postgres, database, aws):
 
 @pytest.fixture
 def waited(monkeypatch):
-    """The pauses, in seconds, that `outside` would have waited for."""
+    """Record the pauses of `outside`, in seconds, in place of waiting."""
     pauses: list[float] = []
     monkeypatch.setattr(bootstrap.time, "sleep", pauses.append)
     return pauses
 
 
-def test_outside_waits_until_its_role_counts(postgres, database, aws, waited):
-    """IAM is eventually consistent: a policy that was just made may be denied for some seconds, by either service."""
+def test_outside_waits_until_its_role_is_effective(postgres, database, aws, waited):
+    """IAM is eventually consistent. For some seconds, each service may deny what a new policy allows."""
     used = aws()
     used.denied = ["AccessDeniedException", "AccessDenied", None, "AccessDeniedException", None]
     assert bootstrap.outside(outside(postgres, database), None) == {"user": f"{database}_app"}
@@ -156,7 +156,7 @@ def test_outside_waits_until_its_role_counts(postgres, database, aws, waited):
 
 @pytest.mark.parametrize("allowed", [[], [None]], ids=["the secret", "the invocation"])
 def test_outside_gives_up_within_its_time(postgres, database, aws, waited, allowed):
-    """30 s for both requests together; its time is 90 s, and the other function takes up to 60 s."""
+    """Both requests together may wait 30 s. The function has 90 s, and `inside` takes up to 60 s of them."""
     used = aws()
     used.denied = [*allowed, *["AccessDeniedException"] * 100]
     with pytest.raises(ClientError, match="AccessDenied"):

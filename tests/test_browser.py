@@ -82,7 +82,11 @@ const wait = ms => new Promise(done => setTimeout(done, ms));
 function frame(attributes) {
   const made = document.createElement("iframe");
   Object.assign(made, attributes);
-  return new Promise(done => { made.onload = () => done(made); document.body.append(made); setTimeout(done, 3000, made); });
+  return new Promise(done => {
+    made.onload = () => done(made);
+    document.body.append(made);
+    setTimeout(done, 3000, made);
+  });
 }
 
 async function form(action, enctype, fields, document_ = document) {
@@ -133,8 +137,8 @@ async function run() {
   for (const method of ["PUT", "PATCH", "DELETE"])
     await tried(method, async () => (await fetch(API + "/article/sun", {method, body: ARTICLE,
       headers: {"content-type": "application/json"}})).status);
-  for (const body of [ARTICLE, new Blob([ARTICLE], {type: "text/plain"}), new Blob([ARTICLE], {type: "application/json"}),
-                      new FormData(), new URLSearchParams("a=b")]) {
+  for (const body of [ARTICLE, new Blob([ARTICLE], {type: "text/plain"}),
+                      new Blob([ARTICLE], {type: "application/json"}), new FormData(), new URLSearchParams("a=b")]) {
     navigator.sendBeacon(API + "/article", body);
     navigator.sendBeacon(API + "/article/sun/purge", body);
   }
@@ -199,9 +203,10 @@ async function run() {
     const made = await fetch(API + "/article", {method: "POST", headers: json, body: body("one")});
     const path = made.headers.get("location"), etag = made.headers.get("etag");
     seen.push(made.status, etag !== null);
-    const changed = await fetch(API + path, {method: "PATCH", headers: {...json, "if-match": etag}, body: '{"title": "two"}'});
+    const match = {...json, "if-match": etag};
+    const changed = await fetch(API + path, {method: "PATCH", headers: match, body: '{"title": "two"}'});
     seen.push(changed.status, (await (await fetch(API + path)).json()).data.title);
-    const conflict = await fetch(API + path, {method: "PUT", headers: {...json, "if-match": etag}, body: body("three")});
+    const conflict = await fetch(API + path, {method: "PUT", headers: match, body: body("three")});
     seen.push(conflict.status, (await conflict.json()).type);
     seen.push((await fetch(API + path, {method: "DELETE"})).status);
     seen.push((await fetch(API + path)).status);
@@ -214,8 +219,8 @@ run();
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "app.example"])
-def test_a_page_that_may_call_works(serve, tmp_path, host):
-    """A page of another port of this machine, as front ends have it while they are made, and one that the setting names."""
+def test_a_page_of_an_allowed_origin_can_use_the_api(serve, tmp_path, host):
+    """Allowed are pages of other ports of this machine (front ends in development) and origins of CRUDSTACK_CORS."""
     with Site() as site:
         origin = f"http://{host}:{site.port}"
         server = serve("disk", tmp_path, environment={"CRUDSTACK_CORS": origin} if host == "app.example" else {})
@@ -242,8 +247,8 @@ run();
 </script>"""
 
 
-def test_a_page_whose_name_comes_to_lead_here_reads_nothing(serve, tmp_path):
-    """DNS rebinding: the browser takes the API for the page's own site, so that all may be asked and read."""
+def test_a_page_with_dns_rebinding_reads_nothing(serve, tmp_path):
+    """The browser takes the API for the site of the page, so its same-origin policy does not protect the API."""
     server = serve("disk", tmp_path)
     with httpx.Client(base_url=server.url) as api, Site() as site, TcpProxy(f"http://127.0.0.1:{site.port}") as proxy:
         etag = put_sun(api)
@@ -256,7 +261,7 @@ def test_a_page_whose_name_comes_to_lead_here_reads_nothing(serve, tmp_path):
         assert api.get("/article/sun").headers["etag"] == etag
 
 
-def test_the_page_of_the_docs_works_within_its_policy(serve, tmp_path):
+def test_the_docs_page_works_with_its_content_security_policy(serve, tmp_path):
     page, said = dumped(f"{serve('disk', tmp_path).url}/docs")
     assert "opblock-summary" in page
     assert "/article" in page

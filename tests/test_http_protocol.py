@@ -1,4 +1,4 @@
-"""One connection, in whatever pieces its bytes arrive: the same requests, the same answers, and nothing that was not sent."""
+"""The HTTP protocol of one connection: requests and answers do not depend on how TCP splits the bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from app.server.http_protocol import LimitedProtocol
 
 
 class Sent(NamedTuple):
-    """A request, as its bytes and as the application should see it."""
+    """A request: its bytes, and the request that the application should see."""
 
     raw: bytes
     seen: tuple[str, str, str, str]
@@ -43,7 +43,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 class Socket:
-    """A transport whose peer sends pieces of bytes, and reads everything."""
+    """A transport. Its peer sends bytes in pieces, and reads everything."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -94,7 +94,7 @@ def config(app: Any) -> uvicorn.Config:
 async def exchange(
     pieces: list[bytes], check: Callable[[LimitedProtocol], None] = lambda _: None, app: Any = echo
 ) -> Socket:
-    """Send pieces, each when the server reads, until it ends the connection."""
+    """Send each piece when the server reads, until the server ends the connection."""
     transport = Socket()
     protocol = LimitedProtocol(
         Connections(10),
@@ -126,7 +126,7 @@ async def exchange(
 
 
 def answers(written: bytes) -> list[tuple[int, bytes, bool]]:
-    """Status, body and whether the connection is to end, of each answer."""
+    """Return the status, the body and `Connection: close` (a bool) of each answer."""
     found = []
     while written:
         head, _, written = written.partition(b"\r\n\r\n")
@@ -167,22 +167,22 @@ def requests(draw: st.DrawFn) -> Sent:
 
 @settings(deadline=None, max_examples=400)
 @given(st.lists(requests(), min_size=1, max_size=5), st.lists(st.integers(0, 2000), max_size=8))
-def test_pieces_do_not_change_what_was_asked(sent: list[Sent], places: list[int]) -> None:
+def test_splitting_the_bytes_does_not_change_the_requests(sent: list[Sent], places: list[int]) -> None:
     whole = b"".join(request.raw for request in sent)
     transport = asyncio.run(exchange(cut(whole, places)))
     found = answers(transport.written)
     assert {status for status, _, _ in found} == {200}
     seen = [tuple(json.loads(body)) for _, body, _ in found]
     assert seen == [request.seen for request in sent[: len(found)]]
-    if len(found) < len(sent):  # the connection may end only after a chunked body that was followed by a request
+    if len(found) < len(sent):  # the connection may end only after a chunked body, if a request follows it
         assert sent[len(found) - 1].chunked
         assert transport.closing or transport.ended
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(requests(), min_size=1, max_size=4))
-def test_each_byte_alone_is_enough(sent: list[Sent]) -> None:
-    """Then no request follows in the same bytes, so each has its answer."""
+def test_requests_may_arrive_byte_by_byte(sent: list[Sent]) -> None:
+    """No bytes of a next request arrive with the end of a request, so each request gets its answer."""
     whole = b"".join(request.raw for request in sent)
     transport = asyncio.run(exchange([whole[at : at + 1] for at in range(len(whole))]))
     assert [tuple(json.loads(body)) for _, body, _ in answers(transport.written)] == [request.seen for request in sent]
@@ -215,8 +215,8 @@ WORDS = [
 
 @settings(deadline=None, max_examples=1000)
 @given(st.lists(st.lists(st.sampled_from(WORDS) | st.binary(max_size=8), max_size=12).map(b"".join), max_size=6))
-def test_whatever_is_sent_little_is_held_and_a_refusal_is_the_last_word(pieces: list[bytes]) -> None:
-    """Any bytes: each answer is whole, at most the last one refuses, and then the connection is at its end."""
+def test_any_bytes_use_little_memory_and_a_refusal_is_the_last_answer(pieces: list[bytes]) -> None:
+    """Each answer is whole. Only the last one may be a refusal, and the connection ends after it."""
     largest = max(map(len, pieces), default=0)
 
     def check(protocol: LimitedProtocol) -> None:
@@ -234,8 +234,8 @@ def test_whatever_is_sent_little_is_held_and_a_refusal_is_the_last_word(pieces: 
         assert transport.closing or transport.ended
 
 
-def test_what_is_parsed_is_what_the_limits_say(monkeypatch) -> None:
-    """The parser gets no byte of a head beyond the limit, in whatever pieces it arrives."""
+def test_the_parser_gets_no_bytes_beyond_the_limits(monkeypatch) -> None:
+    """The parser gets no byte of a head beyond the limit, however the bytes are split."""
     fed = 0
     parse = LimitedProtocol._parse
 
@@ -254,7 +254,7 @@ def test_what_is_parsed_is_what_the_limits_say(monkeypatch) -> None:
 
 
 def said(status: int, headers: list[tuple[bytes, bytes]], *parts: bytes, method: str = "GET") -> bytes:
-    """What is written if an application answers so."""
+    """Return the bytes that the server writes for an answer of the application."""
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -267,7 +267,7 @@ def said(status: int, headers: list[tuple[bytes, bytes]], *parts: bytes, method:
 LENGTH = (b"content-length", b"3")
 
 
-def test_an_answer_is_written_as_http_says():
+def test_an_answer_is_written_as_http_specifies():
     assert said(200, [LENGTH, (b"etag", b"e")], b"abc") == b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\netag: e\r\n\r\nabc"
     assert said(200, [LENGTH], b"abc", method="HEAD") == b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n"
     assert said(204, [], b"") == b"HTTP/1.1 204 No Content\r\n\r\n"
@@ -292,7 +292,7 @@ def test_an_answer_is_written_as_http_says():
         [(b"content-length", b"2")],
     ],
 )
-def test_no_header_adds_another_and_no_length_is_wrong(headers, caplog):
+def test_an_invalid_header_or_wrong_length_is_not_written(headers, caplog):
     written = said(200, headers, b"abc")
     assert b"set-cookie" not in written
     assert "Exception in ASGI application" in caplog.text

@@ -1,6 +1,6 @@
-"""A new user's path to AWS: the blocks of README and docs/deploy.md, line by line in a new shell, up to a served request.
+"""A new user's path to AWS: each shell line of README and docs/deploy.md, in a new shell, up to a served request.
 
-Lines that install programs are compared as text. `pulumi` is tests/fake_pulumi.py here; tests/engine/test_newcomer.py
+Lines that install programs are compared as text. Here, `pulumi` is tests/fake_pulumi.py. tests/engine/test_newcomer.py
 takes the same path with the real CLI.
 """
 
@@ -41,11 +41,11 @@ PATHS = {
     "make deploy": [(DEPLOY, "Before you start"), (DEPLOY, "Deploy with one command")],
     "both": [(DEPLOY, "Before you start"), (DEPLOY, "Deploy step by step"), (DEPLOY, "Deploy with one command")],
 }
-"""What somebody reads and pastes, by page and heading."""
+"""The sections that a user reads and pastes, by page and heading."""
 
 
 def lines_of(path: str) -> list[str]:
-    """The lines of all shell blocks of a path, in their order."""
+    """Return the lines of all shell blocks of a path, in their order."""
     lines: list[str] = []
     for page, heading in PATHS[path]:
         section = (ROOT / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -55,7 +55,7 @@ def lines_of(path: str) -> list[str]:
 
 
 class Shell:
-    """A new bash on a terminal of its own, which has `environment` and nothing else."""
+    """A new bash on its own terminal. Its environment is `environment` only."""
 
     def __init__(self, directory: Path, environment: dict[str, str]) -> None:
         self._terminal, side = pty.openpty()
@@ -75,8 +75,8 @@ class Shell:
         os.close(side)
 
     def type(self, line: str, *, limit_s: float = 240) -> str:
-        """Run a line, say yes to questions, and return what it printed. Raises AssertionError if it fails."""
-        # The end is marked in the same line: a second one would be taken for the answer to a question.
+        """Run a line, answer questions with yes, and return its output. Raises AssertionError if it fails."""
+        # The end is marked in the same line, because a second line could be read as the answer to a question.
         os.write(self._terminal, f"{line}; printf '\\n=== %s ===\\n' $?\n".encode())
         shown, end = "", time.monotonic() + limit_s
         while not (marked := re.search(r"(.*)\n=== (\d+) ===\n", shown, re.DOTALL)):
@@ -96,7 +96,7 @@ class Shell:
 
 
 class Clone:
-    """What a new user has after `git clone`, `aws configure` and the lines that install programs."""
+    """The machine of a new user after `git clone`, `aws configure` and the lines that install programs."""
 
     def __init__(self, directory: Path, programs: Path, aws: str, *, copy: Path | None = None) -> None:
         self.directory = copy or directory / "clone"
@@ -107,22 +107,22 @@ class Clone:
         (home / ".aws").mkdir(parents=True)
         (home / ".aws/config").write_text(f"[default]\nregion = {REGION}\n")
         (home / ".aws/credentials").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
-        # Lambda's Python is where it is found without this test.
+        # Lambda's Python is found as outside this test.
         python = artifact.interpreter(artifact.LAMBDA.python).parent
         self.environment = {
             "HOME": str(home),
             "PATH": os.pathsep.join([str(programs), "/usr/local/bin", "/usr/bin", "/bin", str(python)]),
             "LANG": "C.UTF-8",
-            # This stands for the person who says yes.
+            # This answers yes, as the user would.
             "PULUMI_SKIP_CONFIRMATIONS": "true",
             "PULUMI_SKIP_UPDATE_CHECK": "true",
-            # This is AWS.
+            # This is the stand-in for AWS.
             "AWS_ENDPOINT_URL": aws,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
     def _fill_venv(self) -> None:
-        """Put there what `make setup-infra` leaves, as scripts that run the tests' own interpreter on this clone."""
+        """Write the files of `make setup-infra`, as scripts that run the tests' own interpreter on this clone."""
         venv = self.directory / ".venv"
         if venv.is_symlink():
             venv.unlink()
@@ -137,9 +137,9 @@ class Clone:
 
 
 def walk(clone: Clone, path: str, after: Callable[[str], None] = lambda _line: None) -> str:
-    """Paste the lines of a path into a new shell, and return what the last one printed.
+    """Paste the lines of a path into a new shell, and return the output of the last one.
 
-    after    is called with each line that has run
+    after    is called with each line after it has run
     """
     with shell(clone) as typed:
         shown = ""
@@ -147,7 +147,7 @@ def walk(clone: Clone, path: str, after: Callable[[str], None] = lambda _line: N
             if line not in INSTALLS:
                 shown = typed.type(line)
                 after(line)
-        if line.startswith("make deploy"):  # which prints the line to go on with
+        if line.startswith("make deploy"):  # it prints the line to continue with
             shown = typed.type(shown.splitlines()[-1])
     return shown
 
@@ -174,7 +174,7 @@ def keep_token(aws: str, bucket: str, token: str) -> None:
 
 
 def assert_served(path: str, shown: str) -> None:
-    """The page says what the last line prints."""
+    """Check that the last line printed the answer that the page shows."""
     if path in ("README", "deploy.md"):
         expected = '{"items":[],"next_cursor":null}'
         assert f"prints `{expected}`" in (ROOT / DEPLOY).read_text()
@@ -185,7 +185,7 @@ def assert_served(path: str, shown: str) -> None:
 
 @pytest.fixture
 def outputs(tmp_path, serve, ministack_s3) -> dict[str, Any]:
-    """The outputs of a stack whose API is a server here, with its token in Secrets Manager."""
+    """Return the outputs of a stack whose API is a server on this machine, with its token in Secrets Manager."""
     auth = {"mode": "token", "token_sha256": hashlib.sha256(TOKEN.encode()).hexdigest()}
     server = serve("memory", tmp_path / "data", environment={"CRUDSTACK_AUTH": json.dumps(auth)})
     bucket = f"data-{tmp_path.name}".replace("_", "-").lower()
@@ -204,8 +204,8 @@ def outputs(tmp_path, serve, ministack_s3) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_lines_as_they_stand_end_with_a_served_request(path, tmp_path, outputs, ministack_s3, monkeypatch):
-    # What the developer has in the shell that runs the tests is not used.
+def test_the_lines_of_the_docs_end_with_a_served_request(path, tmp_path, outputs, ministack_s3, monkeypatch):
+    # The environment of the shell that runs the tests is not used.
     for name in ("PULUMI_CONFIG_PASSPHRASE", "PULUMI_BACKEND_URL", "PULUMI_ACCESS_TOKEN", "PULUMI_HOME"):
         monkeypatch.setenv(name, "the developer's")
     for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
@@ -224,7 +224,7 @@ def test_the_lines_as_they_stand_end_with_a_served_request(path, tmp_path, outpu
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_programs_are_installed_as_their_own_pages_say(path):
+def test_programs_are_installed_by_the_commands_of_their_own_docs(path):
     lines = lines_of(path)
     assert lines[:2] == [INSTALLS[0], 'export PATH="$HOME/.pulumi/bin:$PATH"']
     assert ("make setup-infra" in lines) == (path != "make deploy")
@@ -233,8 +233,8 @@ def test_programs_are_installed_as_their_own_pages_say(path):
     assert "`winget install pulumi`" in page
 
 
-def test_a_path_without_its_passphrase_is_a_path_that_ends(tmp_path, outputs, ministack_s3, monkeypatch):
-    """So that the tests above can fail."""
+def test_a_path_without_its_passphrase_fails(tmp_path, outputs, ministack_s3, monkeypatch):
+    """This shows that the tests above can fail."""
     missing = [line for line in lines_of("README") if not line.startswith("export PULUMI_CONFIG_PASSPHRASE")]
     monkeypatch.setattr(sys.modules[__name__], "lines_of", lambda _path: missing)
     pulumi = FakePulumi(tmp_path / "programs")
@@ -243,8 +243,8 @@ def test_a_path_without_its_passphrase_is_a_path_that_ends(tmp_path, outputs, mi
         walk(Clone(tmp_path, pulumi.directory, ministack_s3.url), "README")
 
 
-def test_what_the_docs_make_is_not_tracked():
-    """Following them leaves no change in git, and the examples are there."""
+def test_files_that_the_docs_create_are_not_tracked():
+    """The commands of the docs leave no change in git, and the examples exist."""
     files = ["Pulumi.dev.yaml", "Pulumi.prod.yaml", "Pulumi.pr-7.yaml", ".venv/x", "dist/lambda.zip", ".local/x"]
     git = shutil.which("git")
     assert git is not None
@@ -258,8 +258,8 @@ def test_what_the_docs_make_is_not_tracked():
 # Without `make setup-infra`
 
 
-def test_pulumi_finds_what_it_installs_if_there_is_no_venv():
-    """It installs requirements.txt of the directory that `main` names, and only the files of `make setup-infra`."""
+def test_pulumi_installs_the_requirements_if_there_is_no_venv():
+    """Pulumi installs requirements.txt of the directory in `main`. It lists only the packages of `make setup-infra`."""
     project = (ROOT / "Pulumi.yaml").read_text()
     assert "\nmain: infra/\n" in project
     named = re.findall(r"^-r (.*)$", (ROOT / "infra/requirements.txt").read_text(), re.MULTILINE)
