@@ -1,4 +1,4 @@
-"""A double of Secrets Manager, STS and S3 that notes which access key signed each request."""
+"""A stand-in for Secrets Manager, STS and S3 that records which access key signed each request."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ DENIED = "<Error><Code>AccessDenied</Code><Message>not here</Message></Error>"
 
 
 class SignerDouble:
-    """`signers` has the service and the access key of each request. S3 denies everything.
+    """`signers` lists the service and the access key of each request. S3 denies everything.
 
-    secret    what Secrets Manager answers
+    secret    the answer of Secrets Manager
     """
 
     def __init__(self, secret: str = "") -> None:

@@ -1,9 +1,9 @@
 """A real browser for the tests: headless Chromium, one process for each page, stopped by its pid.
 
-A chromium that is installed is used. Otherwise the packages of this Debian or Ubuntu are fetched and unpacked below
-`.local/chromium`, once, without root. `python -m tests.chromium` does that ahead.
+An installed chromium is used. Otherwise the packages of this Debian or Ubuntu are fetched and unpacked below
+`.local/chromium`, once, without root. `python -m tests.chromium` does that in advance.
 
-The browser knows no name but those that a test gives it, and all of them are 127.0.0.1.
+The browser resolves only the host names that a test gives it, all of them to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.not_run import not_run
 
 OPTIONS = (
     "--headless",
-    "--no-sandbox",  # it shows pages of these tests only, and containers have no user namespaces
+    "--no-sandbox",  # it shows only pages of these tests, and containers have no user namespaces
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-quic",
@@ -34,14 +34,14 @@ OPTIONS = (
     "--enable-logging=stderr",
 )
 NAMES = ("localhost", "evil.example", "app.example")
-# The C library is the system's: it fits the system's loader.
+# The C library of the system is used, because it fits the system's loader.
 WITHOUT = ("libc6", "libc-bin", "libgcc", "gcc-", "debconf", "dpkg")
 PAGE_TIMEOUT_S = 60
 
 
 @functools.cache
 def program() -> tuple[str, Mapping[str, str]]:
-    """Return Chromium's executable and the environment that it needs. Raises Missing if it can't be had."""
+    """Return Chromium's executable and the environment that it needs. Raises Missing if it cannot be installed."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found, {}
@@ -53,7 +53,7 @@ def program() -> tuple[str, Mapping[str, str]]:
 
 @contextlib.contextmanager
 def browser(url: str, *options: str) -> Iterator[Path]:
-    """Show the page of a URL meanwhile. Gives the file of what the browser says, its page's console included."""
+    """Show the page of a URL inside the context. Yields the file with the browser's output and the page's console."""
     try:
         executable, environment = program()
     except Missing as error:
@@ -78,12 +78,12 @@ def browser(url: str, *options: str) -> Iterator[Path]:
             yield said
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # of the session that was started for it
+                os.killpg(process.pid, signal.SIGKILL)  # the session that was started for it
             process.wait()
 
 
 def dumped(url: str) -> tuple[str, str]:
-    """Return the document of a page after its scripts ran, and what the browser said."""
+    """Return the document of a page after its scripts ran, and the output of the browser."""
     try:
         executable, environment = program()
     except Missing as error:

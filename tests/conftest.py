@@ -1,4 +1,4 @@
-"""What several tests need: a server of one's own, on a free loopback port, stopped by its pid."""
+"""Fixtures for several tests, such as a server on a free loopback port that is stopped by its pid."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Server:
 
 @pytest.fixture
 def bucket(ministack_s3) -> str:
-    """A bucket of this test's own."""
+    """Create a bucket for one test, and return its name."""
     name = f"own-{uuid.uuid4().hex[:12]}"
     httpx.put(f"{ministack_s3.url}/{name}").raise_for_status()
     return name
@@ -83,7 +83,7 @@ def bucket(ministack_s3) -> str:
 
 @pytest.fixture
 def database(postgres) -> str:
-    """A database of this test's own."""
+    """Create a database for one test, and return its address."""
     name = f"own_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
@@ -92,7 +92,7 @@ def database(postgres) -> str:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
-    """Start servers; what still runs at the end is stopped."""
+    """Start servers. Servers that still run at the end are killed."""
     with contextlib.ExitStack() as stack:
 
         def start(storage: str, data_dir: Path, *arguments: str, **s3: Any) -> Server:
@@ -105,6 +105,6 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say at the end what did not run, and why."""
+    """Print which tests did not run, and why."""
     for line in not_run.summary(terminalreporter.stats.get("skipped", [])):
         terminalreporter.write_line(line, yellow=True)

@@ -15,19 +15,19 @@ LOCAL = Path(__file__).absolute().parent.parent / ".local"
 
 
 class Missing(Exception):
-    """There is no such program, and none can be had."""
+    """The program is not installed, and cannot be fetched."""
 
 
 def unpacked(program: str, local: str, needed: tuple[str, ...], notice: str, without: tuple[str, ...] = ()) -> Path:
-    """Return the directory that the package of `program` lies unpacked in, with all packages that it needs.
+    """Return the directory with the unpacked package of `program` and the packages that it needs.
 
-    Two runs at once fetch them once, without root. An interrupted run leaves nothing that counts. Raises Missing if
-    there are none.
+    Two concurrent runs fetch them once, without root. A next run ignores what an interrupted run leaves. Raises
+    Missing if there are no such packages.
 
-    local    name of the directory below `.local` that keeps them, and apt-get's state meanwhile
-    needed   what the names of the packages begin with: what is not part of every system that runs Python
-    notice   what the person is told before they are fetched
-    without  what the names of packages begin with that are left out all the same
+    local    the name of the directory below `.local` for them, and for the state of apt-get during the run
+    needed   prefixes of the names of packages to fetch: those that a system with Python may lack
+    notice   the text for the user before the packages are fetched
+    without  prefixes of the names of packages to leave out of them
     """
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
@@ -50,13 +50,13 @@ def unpacked(program: str, local: str, needed: tuple[str, ...], notice: str, wit
 
 
 def libraries(root: Path) -> str:
-    """Return the LD_LIBRARY_PATH of programs that were unpacked."""
+    """Return the LD_LIBRARY_PATH for unpacked programs."""
     found = [str(path) for path in (*root.glob("usr/lib/*-linux-gnu*"), *root.glob("lib/*-linux-gnu*"))]
     return ":".join([*found, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
 
 
 def _release(program: str) -> str:
-    """A checkout may be used on several systems."""
+    """Return a name for this system, because several systems may use one checkout."""
     with contextlib.suppress(OSError):
         lines = Path("/etc/os-release").read_text().splitlines()
         of = dict(line.split("=", 1) for line in lines if "=" in line)
@@ -71,19 +71,19 @@ def _packages(
     shutil.rmtree(directory, ignore_errors=True)
     for name in ("state/lists/partial", "cache/archives/partial", "packages"):
         (directory / name).mkdir(parents=True)
-    # As if nothing were installed: what the system has of it may be half of it.
+    # apt-get sees no installed package, because the system may have only a part of the packages.
     (directory / "status").touch()
     settings = {
         "Dir::State": directory / "state",
         "Dir::State::status": directory / "status",
         "Dir::Cache": directory / "cache",
-        "APT::Sandbox::User": "root",  # another user could not enter a closed home; without root it changes nothing
+        "APT::Sandbox::User": "root",  # so that another user can enter a private home; no effect without root
         "Acquire::Languages": "none",
         "Acquire::Retries": 3,
         "Acquire::http::Timeout": 30,
         "Acquire::https::Timeout": 30,
     }
-    # Not as options: they are split at spaces.
+    # These are not options, because apt-get splits options at spaces.
     configuration = directory / "apt.conf"
     configuration.write_text("".join(f'{name} "{value}";\n' for name, value in settings.items()))
     environment = {"APT_CONFIG": str(configuration)}
@@ -117,7 +117,7 @@ def _run(program: str, *command: str, environment: Mapping[str, str] | None = No
 
 
 def _say(text: str) -> None:
-    """To the person, whatever pytest does with output."""
+    """Print to the terminal of the user, also if pytest captures output."""
     try:
         with Path("/dev/tty").open("w") as terminal:
             print(text, file=terminal)

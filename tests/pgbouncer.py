@@ -1,10 +1,10 @@
 """PgBouncer for the tests, in transaction mode: a plain process on a free loopback port, stopped by its pid.
 
-A pgbouncer that is installed is used. Otherwise the package of this Debian or Ubuntu is fetched and unpacked below
+An installed pgbouncer is used. Otherwise the package of this Debian or Ubuntu is fetched and unpacked below
 `.local/pgbouncer`, once, without root: Debian 12 has 1.18, where prepared statements fail in transaction mode.
-`python -m tests.pgbouncer` does that ahead.
+`python -m tests.pgbouncer` does that in advance.
 
-The address of the one in use is in `TEST_PGBOUNCER`, where processes that a test starts find it.
+`TEST_PGBOUNCER` has the address of the one in use, for processes that a test starts.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ SERVER_CONNECTIONS = 4
 
 @functools.cache
 def program() -> tuple[str, Mapping[str, str]]:
-    """Return PgBouncer's executable and the environment that it needs. Raises Missing if it can't be had."""
+    """Return PgBouncer's executable and the environment that it needs. Raises Missing if it cannot be installed."""
     if found := shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
         return found, {}
     root = unpacked("pgbouncer", "pgbouncer", NEEDED, "PgBouncer for the tests: fetching the packages, 4 MB, once ...")
     probe = as_somebody("test", "-x", root / "usr/sbin/pgbouncer")
-    if subprocess.run(probe, check=False, cwd="/").returncode != 0:  # below a home that is closed, for one
+    if subprocess.run(probe, check=False, cwd="/").returncode != 0:  # for example, below a private home
         copy = Path(tempfile.mkdtemp(prefix="crudstack-pgbouncer-programs-"))
         atexit.register(shutil.rmtree, copy, ignore_errors=True)
         shutil.copytree(root, copy, symlinks=True, dirs_exist_ok=True)
@@ -57,7 +57,7 @@ def program() -> tuple[str, Mapping[str, str]]:
 
 
 class PgBouncer:
-    """A pooler before a server, with `SERVER_CONNECTIONS` for each user and database. `users` need no password."""
+    """A pooler in front of a server, with `SERVER_CONNECTIONS` for each user and database. `users` need no password."""
 
     def __init__(self, server: str, *users: str) -> None:
         self._program, self._environment = program()
@@ -107,7 +107,7 @@ class PgBouncer:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """End it as a crash does."""
+        """Kill the pooler, as in a crash."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
@@ -127,7 +127,7 @@ class PgBouncer:
 
 @contextlib.contextmanager
 def running(server: str, *users: str) -> Iterator[PgBouncer]:
-    """A pooler of a test's own. If there is no PgBouncer, the test does not run."""
+    """Start a pooler for one test. If there is no PgBouncer, the test does not run."""
     try:
         pooler = PgBouncer(server, *users)
     except Missing as error:
@@ -141,8 +141,8 @@ def running(server: str, *users: str) -> Iterator[PgBouncer]:
 
 @pytest.fixture(scope="session")
 def pgbouncer() -> Iterator[PgBouncer]:
-    """A pooler before a server of its own, for the superuser `crud` and for `crud_app`, which app.bootstrap makes."""
-    server = Postgres("-c fsync=off")  # its tables are many, and nothing here is about them after a crash
+    """Run a pooler in front of its own server, for the superuser `crud` and the user `crud_app` of app.bootstrap."""
+    server = Postgres("-c fsync=off")  # it has many tables, and no test needs them after a crash
     try:
         with running(server.dsn, "crud", "crud_app") as pooler:
             os.environ["TEST_PGBOUNCER"] = pooler.dsn("crud", "postgres")
@@ -152,7 +152,7 @@ def pgbouncer() -> Iterator[PgBouncer]:
 
 
 def main() -> None:
-    """Fetch what is needed and say which version it is."""
+    """Fetch the package if it is missing, and print its version."""
     try:
         found, environment = program()
     except Missing as error:

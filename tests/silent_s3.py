@@ -1,4 +1,4 @@
-"""An S3 server that answers as a test says: not at all, with half an answer, or with an error. It counts requests."""
+"""An S3 server that answers as a test plans: not at all, with half an answer, or with an error. It counts requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 SILENT, HALF = "silent", "half"
-"""No answer, and half of the body of one. The connection stays open, and carries nothing more."""
+"""Plans: no answer, or half of its body. The connection stays open without further bytes."""
 
 
 class Request(NamedTuple):
@@ -78,7 +78,7 @@ class SilentS3:
                         status, more, answer = self._answer(request, what)
                     self.before_answer()
                     if what == SILENT:
-                        file.read()  # acknowledged, and lost
+                        file.read()  # acknowledged, but not stored
                         return
                     head = f"HTTP/1.1 {status}\r\ncontent-length: {len(answer)}\r\n{more}\r\n".encode()
                     if what == HALF:

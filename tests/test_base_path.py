@@ -1,4 +1,4 @@
-"""The prefix under which a proxy offers the API: what comes with it and without it is answered, and links carry it."""
+"""The prefix of the API behind a proxy: requests with and without it are answered, and links have it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def client(base: str | None, **more: str) -> httpx.AsyncClient:
 
 
 @pytest.mark.parametrize(("base", "prefix"), [(None, ""), ("/", ""), ("/v1", "/v1"), ("/a.b/c~d", "/a.b/c~d")])
-async def test_links_carry_the_prefix(base, prefix):
+async def test_links_have_the_prefix(base, prefix):
     async with client(base) as api:
-        for asked in {"", prefix}:  # a proxy may take it away
+        for asked in {"", prefix}:  # a proxy may remove it
             made = [await api.post(f"{asked}/article", json=ARTICLE) for _ in range(2)]
             for created in made:
                 assert created.headers["location"].startswith(f"{prefix}/article/")
@@ -47,7 +47,7 @@ async def test_links_carry_the_prefix(base, prefix):
             assert servers == ([{"url": prefix}] if prefix else None)
 
 
-async def test_whole_parts_are_the_prefix():
+async def test_the_prefix_matches_only_whole_segments():
     async with client("/v1") as api:
         for path in ("/v1", "/v1/", "/v1x/article", "/v1//article", "/v1/v1/article", "/v2/article"):
             assert (await api.get(path)).status_code == 404, path
@@ -55,7 +55,7 @@ async def test_whole_parts_are_the_prefix():
         assert (await api.get("/v1%2Farticle")).status_code == 404
 
 
-async def test_the_prefix_opens_nothing():
+async def test_the_prefix_does_not_bypass_authentication():
     async with client("/v1", CRUDSTACK_AUTH='{"mode": "token", "token_sha256": "%s"}' % ("0" * 64)) as api:
         for path in ("/healthz", "/v1/healthz"):
             assert (await api.get(path)).status_code == 200
@@ -63,7 +63,7 @@ async def test_the_prefix_opens_nothing():
             assert (await api.get(path)).status_code == 401, path
 
 
-async def test_the_same_request_under_both_paths_happens_once():
+async def test_a_retry_under_the_other_path_is_idempotent():
     async with client("/v1") as api:
         key = {"idempotency-key": "order-17"}
         answers = [await api.post(path, json=ARTICLE, headers=key) for path in ("/v1/article", "/article")]
@@ -72,7 +72,7 @@ async def test_the_same_request_under_both_paths_happens_once():
 
 
 async def test_health_checks_never_wait_under_the_prefix():
-    """No slot is free, and no request may wait for one."""
+    """No slot is free, and the queue has no space."""
     asked = []
 
     async def app(scope, _receive, _send):
@@ -93,18 +93,18 @@ async def test_health_checks_never_wait_under_the_prefix():
     "base",
     ["v1", "/v1/", "//v1", "/a//b", "/..", "/a/../b", "/.", "/a b", "/a%20b", "/a?b", "/ä", "https://a/b", "/v1\n"],
 )
-def test_what_is_no_prefix_is_refused(base):
+def test_an_invalid_prefix_is_refused(base):
     with pytest.raises(ConfigError, match="expected a path like /v1"):
         settings.load({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_BASE_PATH": base})
 
 
 @pytest.mark.parametrize("base", ["/article", "/healthz/x", "/docs"])
-def test_a_prefix_that_a_path_begins_with_is_refused(base):
+def test_a_prefix_that_begins_like_a_route_is_refused(base):
     with pytest.raises(ConfigError, match="begins like a path of the API"):
         client(base)
 
 
-def test_the_environment_comes_before_the_stack():
+def test_the_environment_overrides_the_stack():
     outputs = '{"version": 1, "storage": "memory", "base_path": "/v1"}'
     assert settings.load({"CRUDSTACK_OUTPUTS": outputs}).base_path == "/v1"
     assert settings.load({"CRUDSTACK_OUTPUTS": outputs, "CRUDSTACK_BASE_PATH": "/v2"}).base_path == "/v2"
@@ -118,7 +118,7 @@ PATHS = st.lists(st.text("abv1%2F/", max_size=6), max_size=4).map(lambda parts: 
 
 
 @given(st.lists(SEGMENT, max_size=3), PATHS)
-def test_what_is_put_below_is_found_below(segments, path):
+def test_a_resource_created_under_the_prefix_is_found_under_it(segments, path):
     root = "".join(f"/{segment}" for segment in segments)
     assert below(root + path, root) == path
     scope: dict[str, object] = {}

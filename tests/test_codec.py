@@ -1,4 +1,4 @@
-"""The quick look at a body never accepts what the careful one refuses."""
+"""The fast check of a body never accepts a body that the complete check refuses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _strictly_valid(body: bytes) -> bool:
 @example([("title", "a"), ("title", "b")], (",", ":"), False)
 @example([("title", "a"), ("t\\u0069tle", "b")], (", ", ": "), True)
 @example([("title", 'a":"b')], (", ", ": "), True)
-def test_a_body_is_taken_exactly_if_its_keys_are_known_and_stand_once(
+def test_a_body_is_accepted_only_if_each_key_is_known_and_unique(
     pairs: list[tuple[str, object]], separators: tuple[str, str], raw_keys: bool
 ) -> None:
     comma, colon = separators

@@ -1,4 +1,4 @@
-"""A cold start imports what it uses and nothing more. How long it takes is measured in the benchmarks."""
+"""A cold start imports only the modules that it uses. The benchmarks measure its duration."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def imported(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_the_handler_imports_nothing_heavy_that_it_does_not_use():
+def test_the_handler_imports_no_unused_heavy_module():
     modules = imported("import app.handler")
     assert {"app.handler", "fastapi", "mangum", "obstore", "apsw"} <= modules
     assert not modules & set(HEAVY)
 
 
-def test_the_engine_on_disk_does_not_load_what_s3_needs():
+def test_the_engine_on_disk_does_not_load_the_modules_of_s3():
     modules = imported("from app.autocrud import AutoCRUD")
     assert "app.autocrud.core" in modules
     assert not modules & {*HEAVY, "obstore", "mangum", "app.autocrud.resource_manager.backends.s3.object_store"}

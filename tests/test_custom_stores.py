@@ -1,4 +1,4 @@
-"""The stores of examples/custom_stores keep every promise, also mixed with ours."""
+"""The stores of examples/custom_stores satisfy the contract, also combined with the project's own stores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _doubles: dict[Path, MemoryObjectStore] = {}
 
 
 class Mixed(IStorageFactory):
-    """One mixture of layers, ours and theirs."""
+    """One combination of the layers of the project and of the example."""
 
     def __init__(self, mixture: str, root: Path) -> None:
         self.mixture, self.root = mixture, root
@@ -102,18 +102,18 @@ class TestBytesCache(cache_helpers.BoundedConformance):
         return BytesCache(cache_helpers.ROOM * cache_helpers.SIZE + cache_helpers.SIZE // 2, clock=clock)
 
     @pytest.mark.parametrize("wrong", [0, -1])
-    def test_no_room_is_a_mistake(self, wrong):
+    def test_a_cache_without_capacity_is_refused(self, wrong):
         with pytest.raises(ConfigError, match="expected at least 1"):
             BytesCache(wrong)
 
-    async def test_what_does_not_fit_drives_nothing_out(self):
+    async def test_an_entry_that_is_too_large_evicts_nothing(self):
         cache = BytesCache(10)
         await cache.put("a", b"1", 60)
         await cache.put("b", bytes(10), 60)
         assert (await cache.get("a"), await cache.get("b")) == (b"1", None)
 
 
-# What the suite does not see
+# Behaviour that the conformance suite does not check
 
 
 @pytest.fixture(params=["files", "disk, files"])
@@ -155,7 +155,7 @@ async def test_a_body_that_was_swept_before_its_commit_is_put_again(manager, tmp
     assert (await manager.get("1")).data.text == "1"
 
 
-async def test_orphans_and_halves_go_and_the_rest_stays(manager, tmp_path):
+async def test_only_orphans_and_unfinished_files_are_removed(manager, tmp_path):
     created = await manager.create(Item(text="1"))
     await manager.update(created.meta.resource_id, Item(text="2"))
     kept = bodies(tmp_path)
@@ -182,7 +182,7 @@ async def test_older_ones_come_in_pages_and_generations_are_numbers(tmp_path):
     assert await store.older_than(11, "0/b") == ["10/a", "2/a", "3/../x", "9/a"]
 
 
-async def test_what_was_purged_leaves_no_trace(files, tmp_path):
+async def test_a_purged_resource_leaves_no_trace(files, tmp_path):
     await files.batch([Create(Item(text="secret"), "secret")])
     await files.batch([Purge(resource_id="secret")])
     meta_store = files.storage.meta_store
@@ -208,7 +208,7 @@ class PowerCut:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.contents: dict[int, bytes] = {}
         self.names: dict[Path, dict[str, bytes | None]] = {}
-        self.fail: list[str] = []  # what the disk refuses to sync
+        self.fail: list[str] = []  # the files that the disk refuses to sync
         self.fsync = os.fsync
         monkeypatch.setattr(os, "fsync", self.sync)
 
@@ -224,14 +224,14 @@ class PowerCut:
             self.contents[found.st_ino] = path.read_bytes()
 
     def check(self, root: Path) -> None:
-        """Everything that is there now would be there then."""
+        """Check that every present file and its content are synced."""
         for path in root.rglob("*"):
             assert path.name in self.names[path.parent]
             if path.suffix in (".json", ".body"):
                 assert self.names[path.parent][path.name] == path.read_bytes()
 
 
-async def test_what_was_acknowledged_survives_a_power_cut(tmp_path, monkeypatch):
+async def test_acknowledged_writes_survive_a_power_cut(tmp_path, monkeypatch):
     power = PowerCut(monkeypatch)
     manager = manage(FilesStorageFactory(tmp_path / "a" / "b"))
     for number in range(3):
@@ -256,13 +256,13 @@ async def test_a_disk_that_refuses_changes_nothing(files, tmp_path, monkeypatch)
     assert (await files.update("1", Item(text="2"))).meta.version == 2
 
 
-async def test_a_commit_of_which_nobody_knows_is_said_to_be_one(files, monkeypatch):
+async def test_an_unknown_outcome_of_a_commit_is_reported(files, monkeypatch):
     PowerCut(monkeypatch).fail = ["directory"]
     with pytest.raises(OutcomeUnknown):
         await files.delete("1")
 
 
-async def test_damage_is_said_and_not_built_upon(files, tmp_path):
+async def test_damage_is_reported_and_stops_writes(files, tmp_path):
     await files.get("1")
     (state,) = tmp_path.rglob("state.json")
     whole = state.read_bytes()
@@ -296,7 +296,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def table(text: str, heading: str) -> list[list[str]]:
-    """The rows of the table whose first column is called this."""
+    """Return the rows of the table whose first column has this title."""
     (rows,) = re.findall(rf"^\| {heading} \|.*\n\|[- |]+\n((?:\|.*\n)+)", text, re.MULTILINE)
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
 
@@ -308,7 +308,7 @@ def test_the_excerpts_are_from_the_example():
     assert all(any(textwrap.indent(excerpt, " " * depth) in source for depth in (4, 8)) for excerpt in excerpts)
 
 
-def test_it_plugs_in_as_the_page_says():
+def test_the_example_is_used_as_the_page_says():
     names: dict[str, object] = {"__name__": "page"}
     exec(blocks(page("custom-stores.md"), "python")[0], names)  # noqa: S102 - it is our own page
     stores = {name: manager.storage for name, manager in names["crud"].managers.items()}
@@ -406,7 +406,7 @@ def test_the_settings_of_the_page_are_settings():
 
 
 @pytest.mark.parametrize("name", ["custom-stores.md", "storage.md"])
-def test_links_and_rooms_are_there(name):
+def test_links_and_modules_exist(name):
     text = page(name)
     for link in re.findall(r"\]\(([^)#]+)\)", re.sub(r"`[^`]*`", "", text)):
         assert (ROOT / "docs" / link).exists(), link

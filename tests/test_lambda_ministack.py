@@ -22,7 +22,7 @@ ARTICLE = {"title": "0", "content": "", "author": "alice"}
 
 
 class Deployed:
-    """A function and its API; requests go to the API's own host name."""
+    """A function and its API. Requests go to the host name of the API."""
 
     def __init__(self, s3, prefix: str, zipped: bytes) -> None:
         given = {"endpoint_url": s3.url, "region_name": "us-east-1"}
@@ -84,7 +84,7 @@ def test_without_the_token_only_healthz_answers(deployed):
 
 
 def test_two_writers_at_once_lose_nothing(deployed):
-    """The emulator runs an instance for each; each increment must be there once."""
+    """The emulator runs an instance for each writer. Each increment must be stored once."""
     with deployed.client() as client:
         path = client.post("/article", json=ARTICLE).raise_for_status().headers["location"]
     rounds, wins, created = 25, [0, 0], [[], []]

@@ -59,7 +59,7 @@ def refusal(data: Data, before: Data | None) -> str | None:
 
 @settings(max_examples=500)
 @given(st.none() | datas, st.lists(datas, min_size=1, max_size=8))
-def test_no_sequence_of_writes_makes_a_resource_larger_than_the_rule_allows(start: Data | None, steps: list[Data]):
+def test_no_sequence_of_writes_makes_a_resource_too_large(start: Data | None, steps: list[Data]):
     with mock.patch.multiple(limits, MAX_INDEXED=100, MAX_ITEMS=6, SMALL=10):
         now = start
         for step in steps:
@@ -86,7 +86,7 @@ def test_an_entry_within_the_limits_costs_one_comparison():
     assert limits.may_exceed(canonical_json(Data(numbers=[1] * (limits.MAX_ITEMS + 1))))
 
 
-async def test_no_key_is_made_of_the_items_of_a_list_that_is_too_long():
+async def test_the_items_of_a_list_that_is_too_long_get_no_keys():
     manager = AutoCRUD().add_model(Data, indexed_fields=["numbers"])
     await manager.create(Data(), resource_id="r")
     made: list[int] = []

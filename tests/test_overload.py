@@ -1,4 +1,7 @@
-"""Ten times more clients than can be served: few are served in time, the rest refused at once, and afterwards all is as before."""
+"""Overload by ten times more clients than slots: some are served in time, the rest are refused at once.
+
+Afterwards the server uses as many files, threads and slots as before.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ BODY = b'{"title":"t","content":"c","author":"wave"}'
 
 
 class Work:
-    """An application whose requests end when they are told to. It counts how many are in progress."""
+    """An application whose requests end when the test allows it. It counts the requests in progress."""
 
     def __init__(self) -> None:
         self.now = self.most = self.done = 0
@@ -73,7 +76,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_so_many_are_in_progress_so_many_wait_and_the_rest_is_refused_at_once():
+async def test_requests_beyond_the_slots_and_the_queue_are_refused_at_once():
     work = Work()
     app = Overload(work, in_progress=3, queued=4)
     clients = [Client(app) for _ in range(70)]
@@ -121,7 +124,7 @@ async def test_a_client_that_sends_slowly_holds_no_slot():
     assert app._gate.free == 2
 
 
-async def test_who_was_admitted_comes_before_all_that_are_new_once_its_body_is_there():
+async def test_an_admitted_request_precedes_new_ones_once_its_body_has_arrived():
     work = Work()
     app = Overload(work, in_progress=1, queued=10)
     arrives = asyncio.Event()
@@ -141,11 +144,11 @@ async def test_who_was_admitted_comes_before_all_that_are_new_once_its_body_is_t
         client.task.add_done_callback(lambda _, client=client: order.append(client))
     work.may_end.set()
     await asyncio.gather(*(client.task for client in (admitted, *others)))
-    assert order.index(admitted) == 1  # after the one that had the slot
+    assert order.index(admitted) == 1  # after the request that had the slot
     assert all(client.status == 200 for client in order)
 
 
-async def test_a_health_check_waits_for_nothing_and_a_readiness_check_only_for_others():
+async def test_a_health_check_never_waits_and_a_readiness_check_waits_only_for_others():
     work = Work()
     app = Overload(work, in_progress=1, queued=1)
     [Client(app) for _ in range(2)]
@@ -160,7 +163,7 @@ async def test_a_health_check_waits_for_nothing_and_a_readiness_check_only_for_o
     assert {client.status for client in health} == {200}
 
 
-async def test_who_waits_too_long_is_refused(monkeypatch):
+async def test_a_request_that_waits_too_long_is_refused(monkeypatch):
     monkeypatch.setattr(overload, "WAIT_S", 0.01)
     work = Work()
     app = Overload(work, in_progress=1, queued=2)
@@ -175,8 +178,11 @@ async def test_who_waits_too_long_is_refused(monkeypatch):
     assert again.status == 200
 
 
-async def test_answers_that_nobody_reads_keep_large_ones_back_and_nobody_else():
-    """Who reads slowly makes others wait for nothing small, and what is written is told for twice as long."""
+async def test_unread_answers_refuse_only_large_answers():
+    """If too many bytes are unsent, a large answer is refused.
+
+    The limit is twice as high for the answer to a write. Small answers are always sent.
+    """
     unsent, body = 0, b""
 
     async def work(_scope: Any, _receive: Any, send: Any) -> None:
@@ -203,8 +209,8 @@ async def test_answers_that_nobody_reads_keep_large_ones_back_and_nobody_else():
 
 
 @pytest.mark.parametrize("seed", range(100))
-async def test_no_slot_is_lost_or_made_whatever_is_cancelled(seed):
-    """Requests that enter, come back after their body, fail, are cancelled and give up, in any order."""
+async def test_cancellation_neither_loses_nor_adds_a_slot(seed):
+    """Requests enter, return after their body, fail, are cancelled and give up, in any order."""
     chance = random.Random(seed)
     limit = chance.randint(1, 4)
     gate = Gate(limit, chance.randint(0, 6))
@@ -252,13 +258,13 @@ def threads(served: Server) -> int:
     return len(list(Path(f"/proc/{served.process.pid}/task").iterdir()))
 
 
-async def test_after_a_wave_of_ten_times_more_clients_everything_is_as_before(serve, tmp_path):
+async def test_after_a_wave_of_ten_times_more_clients_the_server_is_as_before(serve, tmp_path):
     served = serve("disk", tmp_path)
     url = urlsplit(served.url)
     request = b"POST /article HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
     request += b"%d\r\n\r\n" % len(BODY) + BODY
     clients = 10 * (overload.IN_PROGRESS + overload.QUEUED) // 2
-    assert clients < 1024  # so that no connection has to make room
+    assert clients < 1024  # so that no connection is closed for another
 
     async def wave() -> collections.Counter[tuple[int, str]]:
         healthy = 0
@@ -269,7 +275,7 @@ async def test_after_a_wave_of_ten_times_more_clients_everything_is_as_before(se
                 stack.callback(writer.transport.abort)
                 streams.append((reader, writer))
             for _, writer in streams:
-                writer.write(request * 2)  # each asks twice
+                writer.write(request * 2)  # each sends two requests
             async with httpx.AsyncClient(base_url=served.url, timeout=HANGS_S) as prober:
                 answering = asyncio.gather(*(answers_of(reader) for reader, _ in streams))
                 while not answering.done():
@@ -286,7 +292,7 @@ async def test_after_a_wave_of_ten_times_more_clients_everything_is_as_before(se
             assert answer.status == 201 or answer.type == "overloaded"
         return found
 
-    await wave()  # whatever is made once is made now
+    await wave()  # this creates what is created once
     created = httpx.get(f"{served.url}/article/count?author=wave").json()["count"]
     files_before, threads_before, memory_before = files(served), threads(served), resident(served)
     found = await wave()
@@ -294,7 +300,7 @@ async def test_after_a_wave_of_ten_times_more_clients_everything_is_as_before(se
     assert set(found) == {(201, ""), (503, "1")}
     assert found.total() == 2 * clients
     assert found[201, ""] >= overload.IN_PROGRESS + overload.QUEUED
-    # An article for each answer that says so, and none for a refusal.
+    # There is one article for each answer 201, and none for a refusal.
     counted = httpx.get(f"{served.url}/article/count?author=wave").json()["count"] - created
     assert counted == found[201, ""]
     assert threads(served) == threads_before

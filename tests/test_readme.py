@@ -1,4 +1,4 @@
-"""README and the example run as they stand."""
+"""The commands of README and the examples of the docs work unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ README = (ROOT / "README.md").read_text()
 
 
 def steps() -> list[tuple[str, list[str]]]:
-    """Each command of the tour, with what its answer must contain. A command ends where a line has no backslash or open quote."""
+    """Return each command of the tour, with the texts that its answer must contain.
+
+    A command ends with a line without a backslash at its end or an open quote.
+    """
     found: list[tuple[str, list[str]]] = []
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
         command = ""
@@ -32,7 +35,7 @@ def steps() -> list[tuple[str, list[str]]]:
 
 
 def tour_script(url: str) -> tuple[str, Callable[[str], None]]:
-    """The tour as a script against a server, and what checks its output."""
+    """Return the tour as a script against a server, and a function that checks its output."""
     tour = steps()
     assert len(tour) >= 22
     script = "set -euo pipefail\n" + "".join(
@@ -75,12 +78,12 @@ def take_it(serve, kind, tmp_path, **environment: str) -> None:
     check(done.stdout)
 
 
-def test_the_commands_are_there():
+def test_the_commands_of_the_readme_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE)) <= targets
 
 
-def test_the_rooms_are_there():
+def test_the_modules_of_the_readme_exist():
     for path in re.findall(r"^\| `([^`]+/[^`]*)`", README, re.MULTILINE):
         assert (ROOT / path).exists(), path
 
@@ -88,7 +91,7 @@ def test_the_rooms_are_there():
 def test_the_airports(serve, tmp_path):
     server = serve("disk", tmp_path)
     command = [sys.executable, str(ROOT / "examples/airports.py"), "--url", server.url]
-    for revisions in (3, 5):  # a second run loads nothing twice, and goes on with the history
+    for revisions in (3, 5):  # a second run loads nothing twice, and continues the history
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "100"})
         assert done.returncode == 0, done.stderr
         assert "3,376 airports" in done.stdout
@@ -96,7 +99,7 @@ def test_the_airports(serve, tmp_path):
 
 
 def test_the_examples_of_the_pages_run():
-    """As they would be pasted: with their own imports, and nothing before them."""
+    """Each example runs as if it were pasted: with its own imports, and nothing before it."""
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
         assert blocks or page.name not in ("README.md", "custom-stores.md", "s3-sqlite.md", "security.md")
@@ -104,13 +107,13 @@ def test_the_examples_of_the_pages_run():
             exec(compile(block, page.name, "exec"), {"__name__": "page"})  # noqa: S102 - it is our own page
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", re.sub(r"`[^`]*`", "", page.read_text())):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_servers_of_compose_listen_on_loopback_where_the_page_says():
+def test_the_servers_of_compose_listen_on_the_documented_loopback_ports():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     published = {port for service in services.values() for port in service["ports"]}
     assert all(port.startswith("127.0.0.1:") for port in published)

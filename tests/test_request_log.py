@@ -29,7 +29,7 @@ class Cached(IStorageFactory):
         return SimpleStorage(MemoryMetaStore(), bodies)
 
 
-async def test_hits_and_misses_of_caches_are_in_it():
+async def test_a_line_has_the_hits_and_misses_of_caches():
     storage, lines = Cached(), []
     crud = AutoCRUD(storage_factory=storage)
     crud.add_model(Note)

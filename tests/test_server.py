@@ -12,7 +12,7 @@ import httpx
 
 
 def write_until_killed(url: str, name: str, acknowledged: list[tuple[str, str]]) -> None:
-    """Create and update articles; note each answer. Ends when the server does."""
+    """Create and update articles, and record each answer. Returns when the server ends."""
     with httpx.Client(base_url=url, timeout=30) as client:
         number = 0
         try:
@@ -52,13 +52,13 @@ def test_kill_9_loses_nothing_that_was_acknowledged(serve, tmp_path):
         with httpx.Client(base_url=again.url) as client:
             for path, title in seen.items():
                 found = client.get(f"{path}/data").json()["title"]
-                assert found in (title, f"{title} again"), path  # the last update may have happened unheard
+                assert found in (title, f"{title} again"), path  # the last update may have happened without an answer
                 seen[path] = found
             assert client.get("/article/count").json()["count"] >= len(seen)
         again.stop()
 
 
-def test_of_two_servers_on_one_directory_one_wins(serve, tmp_path):
+def test_the_second_server_on_one_directory_is_refused(serve, tmp_path):
     one, two = serve("disk", tmp_path), serve("disk", tmp_path)
     with httpx.Client(base_url=one.url) as first, httpx.Client(base_url=two.url) as second:
         created = first.post("/article", json={"title": "0", "content": "", "author": "a"})
@@ -104,7 +104,7 @@ def test_a_damaged_model_is_stopped_and_the_others_are_served(serve, tmp_path, c
     assert "Traceback" not in said
 
 
-def test_a_copied_directory_opens_equal(serve, tmp_path):
+def test_a_copied_directory_opens_with_the_same_content(serve, tmp_path):
     server = serve("disk", tmp_path / "here")
     with httpx.Client(base_url=server.url) as client:
         for number in range(20):
@@ -116,7 +116,7 @@ def test_a_copied_directory_opens_equal(serve, tmp_path):
     assert httpx.get(f"{again.url}/article?limit=200").content == before
 
 
-def test_a_token_lets_in_and_each_request_has_its_line(serve, tmp_path):
+def test_a_token_is_required_and_each_request_is_logged(serve, tmp_path):
     made = subprocess.run(
         [sys.executable, "-c", "from app.cli import main; main()", "token", "new"],
         capture_output=True,

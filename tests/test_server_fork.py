@@ -1,4 +1,7 @@
-"""Two servers on an S3 that starts to compare first and write afterwards in the middle of a run: no acknowledged write is lost silently."""
+"""Two servers on an S3 whose conditional writes stop being atomic during a run.
+
+The S3 then compares first and writes afterwards. No acknowledged write is lost silently.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from tests.test_server_s3 import check
 
 WRITERS = 4
 MOST = 4000
-"""Creates that one writer tries at most. A fork mostly comes within the first hundred."""
+"""The largest number of creates of one writer. A fork mostly happens within the first hundred."""
 
 
 class Creator(threading.Thread):
-    """Creates articles until it is told to stop, or until its server refuses because of a fork."""
+    """Creates articles until the test stops it, or until its server refuses because of a fork."""
 
     def __init__(self, url: str, name: str, stop: threading.Event) -> None:
         super().__init__()
@@ -62,9 +65,7 @@ def run(*arguments: str, directory: Path, s3: S3Server, prefix: str) -> subproce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_fork_in_the_middle_of_a_run_is_noticed_rescued_and_resumed(
-    serve, ministack_s3, bucket, tmp_path, monkeypatch
-):
+def test_a_fork_during_a_run_is_detected_and_repaired_by_the_rescue(serve, ministack_s3, bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_S3_BUCKET", bucket)
     on_bucket = {"CRUDSTACK_BUCKET": bucket}
     with CheckThenActProxy(ministack_s3.url, None) as proxy:
@@ -72,7 +73,7 @@ def test_a_fork_in_the_middle_of_a_run_is_noticed_rescued_and_resumed(
         directories = [tmp_path / "one", tmp_path / "two"]
         servers = [serve("s3-sqlite", at, s3=s3, prefix="p", environment=on_bucket) for at in directories]
 
-        # Two good servers first. Then the conditions become check-then-act.
+        # The conditions are atomic first. Then they become check-then-act.
         stop = threading.Event()
         writers = [
             Creator(server.url, f"{at}-{number}", stop)
@@ -93,7 +94,7 @@ def test_a_fork_in_the_middle_of_a_run_is_noticed_rescued_and_resumed(
         told = [(writer.prefix, len(writer.acknowledged), writer.errors) for writer in writers]
         assert stop.is_set(), f"no fork was noticed: {told}"
 
-        # Each server serves all that it acknowledged, or it has stopped.
+        # Each server serves every write that it acknowledged, or it has stopped.
         acknowledged = [
             set().union(*(writer.acknowledged for writer in writers if writer.url == server.url)) for server in servers
         ]
@@ -112,7 +113,7 @@ def test_a_fork_in_the_middle_of_a_run_is_noticed_rescued_and_resumed(
         for at in range(2):
             assert stopped[at] or acknowledged[at] <= kept, "an acknowledged write was lost silently"
 
-        # A restart does not help. The rescue does.
+        # A restart does not repair the store. The rescue does.
         for at, server in enumerate(servers):
             server.kill()
             if not stopped[at]:
@@ -160,8 +161,8 @@ def test_a_rescue_without_a_data_directory_is_refused():
     assert "CRUDSTACK_DATA_DIR is not set" in done.stderr
 
 
-def test_killed_and_restarted_on_a_good_server_nothing_is_taken_for_a_fork(serve, ministack_s3, bucket, tmp_path):
-    """Two servers share a data directory, a third has one of its own. Each is killed in the middle of its swaps and started again."""
+def test_kills_and_restarts_on_a_correct_s3_are_not_taken_for_a_fork(serve, ministack_s3, bucket, tmp_path):
+    """Two servers share a data directory; a third has its own. Each is killed during its commits and started again."""
     on_bucket = {"CRUDSTACK_BUCKET": bucket}
     directories = [tmp_path / "shared", tmp_path / "shared", tmp_path / "alone"]
 

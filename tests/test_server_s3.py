@@ -1,4 +1,4 @@
-"""Servers on one bucket: killed, stopped, raced, and everything killed at once."""
+"""Servers on one bucket: kills, stops, races, and a kill of all at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.test_server import write_until_killed
 
 @pytest.fixture
 def on_bucket(serve, s3_server, tmp_path):
-    """Start servers that share nothing but a bucket."""
+    """Start servers that share only a bucket."""
     numbers = itertools.count()
     bucket = {"CRUDSTACK_BUCKET": os.environ["TEST_S3_BUCKET"]}
     return lambda: serve(
@@ -36,7 +36,7 @@ def test_a_named_server_without_keys_is_refused(monkeypatch):
 
 
 def check(url: str, seen: dict[str, str]) -> None:
-    """Everything that was acknowledged is there; the last update of each may have happened unheard."""
+    """Check that every acknowledged write is stored. The last update of each may have happened without an answer."""
     with httpx.Client(base_url=url, timeout=30) as client:
         for path, title in seen.items():
             found = client.get(f"{path}/data").raise_for_status().json()["title"]
@@ -72,8 +72,8 @@ def test_kill_9_of_servers_on_one_bucket_loses_nothing(on_bucket):
 
 
 @pytest.mark.s3_slice
-def test_a_server_that_was_stopped_for_a_while_goes_on_rightly(on_bucket):
-    """Its PUTs arrive late, its copy is old, and others have collected what it knew."""
+def test_a_server_that_was_suspended_continues_correctly(on_bucket):
+    """Its PUTs arrive late, its copy is old, and other servers have deleted the segments that it knew."""
     frozen, other = on_bucket(), on_bucket()
     acknowledged: list[tuple[str, str]] = []
     writer = threading.Thread(target=write_until_killed, args=(frozen.url, "frozen", acknowledged))
@@ -96,7 +96,7 @@ def test_a_server_that_was_stopped_for_a_while_goes_on_rightly(on_bucket):
 
 
 @pytest.mark.s3_slice
-def test_of_four_servers_one_wins_each_round(on_bucket):
+def test_one_of_four_servers_wins_each_round(on_bucket):
     servers = [on_bucket() for _ in range(4)]
     clients = [httpx.Client(base_url=server.url, timeout=30) for server in servers]
     created = clients[0].post("/article", json={"title": "0", "content": "", "author": "a"})
@@ -156,7 +156,7 @@ def test_a_given_endpoint_with_real_signatures(serve, seaweed_s3, tmp_path):
     server.stop()
 
 
-def test_wrong_keys_are_said_in_one_sentence(seaweed_s3, tmp_path):
+def test_wrong_keys_are_reported_in_one_sentence(seaweed_s3, tmp_path):
     environment = {
         "PATH": os.environ["PATH"],
         "CRUDSTACK_STORAGE": "s3-sqlite",
@@ -174,7 +174,7 @@ def test_wrong_keys_are_said_in_one_sentence(seaweed_s3, tmp_path):
     assert "wrong-secret" not in done.stderr
 
 
-def test_a_second_local_s3_on_one_directory_is_refused_and_told_how_to_share_the_first(serve, tmp_path):
+def test_a_second_local_s3_on_one_directory_is_refused_with_the_remedy(serve, tmp_path):
     first = serve("s3-sqlite", tmp_path, "--local-s3", "--make-bucket")
     article = {"title": "Sun", "content": "", "author": "a"}
     new = {"if-none-match": "*"}
@@ -186,14 +186,14 @@ def test_a_second_local_s3_on_one_directory_is_refused_and_told_how_to_share_the
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     told = dict(re.findall(r"(\w+)=(\S+)", done.stderr.partition("or share it, with ")[2]))
     assert told.keys() == {"CRUDSTACK_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-    second = serve("s3-sqlite", tmp_path, "--local-s3", environment=told)  # as `make run` does
+    second = serve("s3-sqlite", tmp_path, "--local-s3", environment=told)  # `make run` does the same
     assert httpx.get(f"{second.url}/article/a/data").json()["title"] == "Sun"
     assert httpx.put(f"{second.url}/article/a", json=article, headers=new).status_code == 412
     second.stop()
     first.stop()
 
 
-def test_after_the_server_lost_its_data_the_start_names_the_command_that_removes_the_local_copies(
+def test_after_a_loss_of_data_the_start_names_the_command_that_removes_local_copies(
     serve, ministack_s3, bucket, tmp_path
 ):
     directory = tmp_path / "a directory"
@@ -227,9 +227,7 @@ def test_after_the_server_lost_its_data_the_start_names_the_command_that_removes
     again.stop()
 
 
-def test_a_removed_head_of_a_store_that_is_still_there_is_no_reason_to_remove_copies_that_remember_nothing(
-    serve, ministack_s3, bucket, tmp_path
-):
+def test_a_removed_head_of_an_existing_store_does_not_recommend_removing_copies(serve, ministack_s3, bucket, tmp_path):
     first = serve("s3-sqlite", tmp_path / "first", s3=ministack_s3, environment={"CRUDSTACK_BUCKET": bucket})
     first.stop()
     httpx.delete(f"{ministack_s3.url}/{bucket}/meta/article.sqlite/HEAD").raise_for_status()

@@ -61,7 +61,7 @@ BACKENDS = {
         ('{"meta": "redis-postgres", "resource": "disk"}', FastSlowMetaStore, DiskResourceStore),
     ],
 )
-def test_each_kind_and_pair_has_its_stores(tmp_path, storage, meta, resource):
+def test_each_storage_kind_and_pair_opens_its_stores(tmp_path, storage, meta, resource):
     outputs = {"version": 1, "storage": json.loads(storage) if storage.startswith("{") else storage, "bucket": "b"}
     (tmp_path / "outputs.json").write_text(json.dumps(outputs))
     beside = {name: value for name, value in BACKENDS.items() if name != "CRUDSTACK_BUCKET"}
@@ -99,7 +99,7 @@ async def test_a_factory_opens_the_store_of_the_kind_of_its_name(tmp_path, stora
     await read.close()
 
 
-def test_single_models_may_have_another_kind(tmp_path):
+def test_a_model_may_have_another_storage_kind(tmp_path):
     environment = {"CRUDSTACK_STORAGE": "disk", "CRUDSTACK_STORAGE_OVERRIDES": '{"user": "memory"}'}
     app = main.create_app(load(environment | {"CRUDSTACK_DATA_DIR": str(tmp_path)}))
     durable = {name: manager.storage.durable for name, manager in app.state.crud.managers.items()}
@@ -294,8 +294,8 @@ def test_the_command_line_fails_with_one_sentence(arguments, environment):
 
 
 @pytest.mark.parametrize("said", ["{}?sslmode=verify-full", "postgresql://alice@nowhere.invalid/data"])
-def test_a_database_that_cannot_be_reached_is_one_sentence(said, postgres, tmp_path):
-    """Also if the event loop ends while a task still tries to connect."""
+def test_an_unreachable_database_is_reported_in_one_sentence(said, postgres, tmp_path):
+    """This includes an event loop that ends while a task still tries to connect."""
     done = crudstack(
         *("serve", "--port", "0"),
         CRUDSTACK_STORAGE='{"meta": "postgres", "resource": "disk"}',
@@ -308,7 +308,7 @@ def test_a_database_that_cannot_be_reached_is_one_sentence(said, postgres, tmp_p
     assert done.stderr.count("\n") == 1
 
 
-def test_a_redis_that_refuses_the_password_is_one_sentence(valkey, tmp_path):
+def test_a_password_that_redis_refuses_is_reported_in_one_sentence(valkey, tmp_path):
     done = crudstack(
         *("serve", "--port", "0"),
         CRUDSTACK_STORAGE='{"meta": "redis", "resource": "disk"}',
@@ -342,7 +342,7 @@ def log_at_start(directory, expected, *arguments: str, **environment: str) -> st
     return log.read_text()
 
 
-def test_a_server_that_the_app_works_without_is_reported_at_start(database, valkey, tmp_path):
+def test_an_optional_server_that_is_unreachable_is_reported_at_start(database, valkey, tmp_path):
     url = with_another_password(valkey)
     environment = {"CRUDSTACK_PG_DSN": database, "CRUDSTACK_REDIS_URL": url, "CRUDSTACK_DATA_DIR": str(tmp_path)}
     why = "invalid username-password pair"
@@ -370,7 +370,7 @@ def test_models_that_are_not_durable_are_reported_once(tmp_path):
     assert logged == "not durable, gone when the process ends: article, airport, user\n"
 
 
-def test_missing_keys_of_aws_are_named():
+def test_missing_aws_keys_are_named():
     asked = (
         "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 2ms - 403\n\n"
         "Debug source: ..."

