@@ -19,7 +19,7 @@ import pytest
 from app import settings, wiring
 from app.autocrud.errors import ConfigError, OutcomeUnknown, StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
-from app.autocrud.resource_manager.basic import Change, IdempotentCommit, IStorage, MetaStore, ResourceStore
+from app.autocrud.resource_manager.basic import Change, IdempotentCommit, IStorage, MetaStore, ResourceStore, Version
 from app.autocrud.resource_manager.contract.overrides import (
     META_STORE_PROTOCOLS,
     RENAMED_OF_CACHE,
@@ -188,14 +188,16 @@ async def test_a_purged_resource_leaves_no_trace(files, tmp_path):
     meta_store = files.storage.meta_store
     once = IdempotentCommit(key="k", request="r", time=0, results=(0, 1))
     meta = (await files.create(Item(), resource_id="other secret")).meta
-    await meta_store.commit([change(meta, purge=True), change(meta, expect="absent"), change(meta, purge=True)], once)
+    present = Version(meta.version, meta.nonce)
+    purge, create = change(meta, expect=present, purge=True), change(meta, expect="absent")
+    await meta_store.commit([purge, create, purge], once)
     assert (await meta_store.done("k")).results == [None, None]
     left = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"secret" not in left
 
 
 def change(meta, **more):
-    return Change(meta=meta, record=None, index=None, **{"expect": "any"} | more)
+    return Change(meta=meta, record=None, index=None, **more)
 
 
 class PowerCut:

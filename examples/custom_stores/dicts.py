@@ -34,6 +34,7 @@ from app.autocrud.resource_manager.contract.idempotency import results_to_keep
 from app.autocrud.resource_manager.contract.protocols import IndexMigration, MetaSweeping, RecordReplay
 from app.autocrud.resource_manager.contract.store_errors import (
     check_expectation,
+    expectation_of,
     generation_of,
     missing,
     not_indexed,
@@ -145,9 +146,7 @@ class DictMetaStore(MetaStore, IndexMigration, MetaSweeping, RecordReplay):
         meta, record = change.meta, change.record
         row = state.rows.get(storable_id(meta.resource_id))
         if not decided:
-            check_expectation(change.expect, meta.resource_id, None if row is None else row.version)
-            if change.expect == "any":
-                meta = replace(meta, version=1 if row is None else row.meta.version + 1)
+            check_expectation(expectation_of(change), meta.resource_id, None if row is None else row.version)
             if record is not None and generation_of(record.uid) < state.generation - 1:
                 check_kept(row, record.uid)
         if change.purge:

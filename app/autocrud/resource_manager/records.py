@@ -100,8 +100,8 @@ NO_STATE = Version(-1, "")
 """The state that every foreign ETag names: no resource is ever in it."""
 
 
-Expect = Literal["absent", "any"] | Version
-"""The state that a change replaces: none, any, or exactly one. Only `apply_committed` gets changes with "any"."""
+Expect = Literal["absent"] | Version
+"""The state that a commit replaces: none (the resource must not exist), or exactly one."""
 
 
 class IndexEntry(Struct, frozen=True):
@@ -123,7 +123,7 @@ class Change(Struct, frozen=True, kw_only=True):
     meta    the new metadata
     record  the new or changed record of a revision, if there is one
     index   the new index entry of the current revision; None leaves the entry as it is
-    expect  the state that the change replaces
+    expect  the state that the change replaces. Only a change for `apply_committed` may have "any"; a commit refuses it
     drop    uids of revisions whose records are removed (retention, or a draft's former body)
     purge   erase the resource and all its records
     """
@@ -131,7 +131,7 @@ class Change(Struct, frozen=True, kw_only=True):
     meta: ResourceMeta
     record: RevisionInfo | None
     index: IndexEntry | None
-    expect: Expect
+    expect: Expect | Literal["any"]
     drop: tuple[str, ...] = ()
     purge: bool = False
 

@@ -18,7 +18,7 @@ from msgspec import defstruct
 from msgspec.structs import replace
 
 from .. import Query, field
-from ..errors import CrudError, InvalidData, MetadataTooLarge, ResourceNotFound, UniqueConflict
+from ..errors import ConfigError, CrudError, InvalidData, MetadataTooLarge, ResourceNotFound, UniqueConflict
 from ..resource_manager.basic import Change, Version, Write
 from ..resource_manager.contract.limits import MAX_FIELDS, MAX_ID, MAX_INDEXED, MAX_ITEMS, MAX_NAME, SMALL
 from ..resource_manager.contract.protocols import IndexMigration
@@ -231,6 +231,17 @@ class LimitsConformance:
         assert (await manager.get(resource_id, revision=1)).data.text == "1"
         assert await ids(manager, Query(where=field("text").eq("2"))) == [resource_id]
         await manager.purge(resource_id)
+
+    async def test_a_commit_that_expects_any_state_is_refused(self, manager: ResourceManager[Item]) -> None:
+        """Only `apply_committed` takes such changes. A commit says which state it replaces."""
+        created = await manager.create(Item(text="1"))
+        meta = replace(created.meta, version=2, nonce="ab" * 8)
+        for resource_id in (meta.resource_id, "absent"):
+            new = replace(meta, resource_id=resource_id)
+            with pytest.raises(ConfigError, match='expects "any"'):
+                await manager.storage.commit([Write(Change(meta=new, record=None, index=None, expect="any"), None)])
+        assert (await manager.get(meta.resource_id)).meta == created.meta
+        assert await manager.count() == 1
 
     async def test_one_commit_may_drop_any_number_of_revisions(self, manager: ResourceManager[Item]) -> None:
         """A retention that is declared later drops all old revisions in one commit."""

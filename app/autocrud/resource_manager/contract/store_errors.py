@@ -12,7 +12,7 @@ from ...errors import (
     VersionConflict,
     Violation,
 )
-from ..basic import Expect, Version
+from ..basic import Change, Expect, Version
 from .limits import MAX_ID, MAX_NAME
 
 
@@ -95,9 +95,20 @@ def not_kept() -> StoreUnavailable:
     )
 
 
+def expectation_of(change: Change) -> Expect:
+    """Return the state that a change expects. Raises ConfigError if it is "any": a commit replaces a known state."""
+    if change.expect == "any":
+        raise ConfigError(
+            f'the change of resource {change.meta.resource_id!r} expects "any", which only `apply_committed` accepts;'
+            ' commit it with expect="absent" or with the Version that it replaces'
+        )
+    return change.expect
+
+
 def check_expectation(expect: Expect, resource_id: str, found: Version | None) -> None:
     """Raise VersionConflict unless what was found is what was expected."""
-    if expect == "any" or (found is None if expect == "absent" else found == expect):
+    as_expected = found is None if expect == "absent" else found == expect
+    if as_expected:
         return
     if found is None:
         state = f"does not exist; expected version {expect[0]}"

@@ -16,7 +16,6 @@ from uuid import uuid4
 
 import msgspec
 import psycopg
-from msgspec.structs import replace
 from psycopg.errors import UniqueViolation
 from typing_extensions import override
 
@@ -78,7 +77,7 @@ from ..basic import (
 )
 from ..contract.metadata_codec import encoder, hit_of, info_of, meta_of
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping
-from ..contract.store_errors import check_expectation, missing, not_indexed, storable_id, taken
+from ..contract.store_errors import check_expectation, expectation_of, missing, not_indexed, storable_id, taken
 from ..runtime.threads import shielded
 from .fast_slow import Fence
 
@@ -295,26 +294,8 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
     async def _commit(self, changes: list[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
         if self._spec_id is None:
             await self._open()
-        while True:
-            decided = [await self._decided(change) for change in changes]
-            try:
-                await self._call(CommitArguments(decided, once, self._spec_id or 0, self._encode))
-            except VersionConflict:
-                if any(change.expect == "any" for change in changes):
-                    continue  # whatever is there now is meant
-                raise
-            return [change.meta for change in decided]
-
-    async def _decided(self, change: Change) -> Change:
-        """A change that expects anything, as one that expects what is there."""
-        if change.expect != "any":
-            return change
-        try:
-            found = await self.get(change.meta.resource_id)
-        except ResourceNotFound:
-            return replace(change, expect="absent", meta=replace(change.meta, version=1))
-        meta = replace(change.meta, version=found.version + 1)
-        return replace(change, expect=Version(found.version, found.nonce), meta=meta)
+        await self._call(CommitArguments(changes, once, self._spec_id or 0, self._encode))
+        return [change.meta for change in changes]
 
     async def _call(self, call: CommitArguments) -> None:
         """Commit; where the answer is lost, find out. (P4)"""
@@ -384,7 +365,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                 found = Version(meta.version, meta.nonce)
             except ResourceNotFound:
                 found = None
-            check_expectation(change.expect, detail, found)
+            check_expectation(expectation_of(change), detail, found)
             raise VersionConflict(f"resource {detail!r} was changed by another writer") from None
         if state == STALE:
             raise StaleGeneration("a body is of a generation that may be swept already") from None

@@ -37,7 +37,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import apsw
 import msgspec
-from msgspec.structs import replace
 from typing_extensions import override
 
 from ...errors import (
@@ -45,7 +44,7 @@ from ...errors import (
     RevisionNotFound,
     StaleGeneration,
     StoreUnavailable,
-    WriteContention,
+    VersionConflict,
 )
 from ...query import Query
 from ...secret import Secret
@@ -69,11 +68,10 @@ from ..basic import (
     Reindex,
     ResourceMeta,
     RevisionInfo,
-    Version,
 )
 from ..contract.metadata_codec import meta_of
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping
-from ..contract.store_errors import check_expectation, missing, not_indexed, not_kept, shared, taken
+from ..contract.store_errors import check_expectation, expectation_of, missing, not_indexed, not_kept, shared, taken
 from ..runtime.threads import in_thread
 from .simple import SCAN_PAGE
 
@@ -234,46 +232,21 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         if not changes and once is None:
             return []
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + COMMIT_TIMEOUT_S
-        while True:
-            exact = await self._exact(changes)
 
-            def arguments(unique: list[str], exact: Sequence[Change] = exact) -> list[Any]:
-                return [*self._arguments.once(once, exact), *self._arguments.changes(exact, unique)]
+        def arguments(unique: list[str]) -> list[Any]:
+            return [*self._arguments.once(once, changes), *self._arguments.changes(changes, unique)]
 
-            code, told = await self._transact(scripts.COMMIT, arguments)
-            if code == b"ok":
-                return [change.meta for change in exact]
-            if code == b"done":
-                raise AlreadyCommitted(_done(told[0]))
-            if code == b"stale":
-                raise StaleGeneration("a body is older than the generations that may be committed")
-            if code == b"conflict":
-                at, found = told
-                check_expectation(changes[at - 1].expect, changes[at - 1].meta.resource_id, version_of(found))
-                # That change expects nothing. A rival has replaced the state that it was made for, so it is made again.
-            if loop.time() >= deadline:
-                raise WriteContention("other writers kept changing the resource; nothing was changed, try again")
-
-    async def _exact(self, changes: Sequence[Change]) -> Sequence[Change]:
-        """The changes with exact expectations: "any" becomes what is there now, which the commit then expects."""
-        if all(change.expect != "any" for change in changes):
-            return changes
-        states: dict[str, Version | None] = {}
-        exact = []
-        for change in changes:
-            resource_id, meta = change.meta.resource_id, change.meta
-            if change.expect == "any":
-                if resource_id not in states:
-                    states[resource_id] = version_of(await self._call("HGET", self._key(resource_id), "s") or b"")
-                found = states[resource_id]
-                if not change.purge:
-                    meta = replace(meta, version=1 if found is None else found.version + 1)
-                change = replace(change, meta=meta, expect=found or "absent")
-            states[resource_id] = None if change.purge else Version(meta.version, meta.nonce)
-            exact.append(change)
-        return exact
+        code, told = await self._transact(scripts.COMMIT, arguments)
+        if code == b"ok":
+            return [change.meta for change in changes]
+        if code == b"done":
+            raise AlreadyCommitted(_done(told[0]))
+        if code == b"stale":
+            raise StaleGeneration("a body is older than the generations that may be committed")
+        position, found = told  # the remaining code is "conflict"; it names the first change that conflicts
+        change = changes[position - 1]
+        check_expectation(expectation_of(change), change.meta.resource_id, version_of(found))
+        raise VersionConflict(f"resource {change.meta.resource_id!r} was changed by another writer")
 
     @override
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:

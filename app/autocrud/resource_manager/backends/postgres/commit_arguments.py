@@ -9,18 +9,20 @@ import msgspec
 
 from ...basic import Change, IdempotentCommit, IndexEntry, Reindex, Version
 from ...contract.idempotency import results_to_keep
-from ...contract.store_errors import generation_of
+from ...contract.store_errors import expectation_of, generation_of
 
 
 class CommitArguments:
     """The parameters of the stored function that commits, for one commit or for new index entries.
 
-    changes  the changes of the commit. None may expect "any"
+    changes  the changes of the commit
     once     the Idempotency-Key of the commit and its results, or None
     spec     the number of the set of indexed fields
     encode   encodes metadata and records
     entries  new index entries
     share    whether an entry may have a unique value that another resource owns
+
+    Raises ConfigError if a change expects "any".
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class CommitArguments:
 
     def _change(self, change: Change) -> dict[str, Any]:
         described: dict[str, Any] = {"id": change.meta.resource_id}
-        if isinstance(change.expect, Version):
-            described |= {"version": change.expect.version, "nonce": change.expect.nonce}
+        expect = expectation_of(change)
+        if isinstance(expect, Version):
+            described |= {"version": expect.version, "nonce": expect.nonce}
         if change.purge:
             return described | {"purge": True}
         described["meta"] = change.meta

@@ -22,7 +22,7 @@ from ...basic import (
 )
 from ...contract.idempotency import results_to_keep
 from ...contract.metadata_codec import encoder, info_of
-from ...contract.store_errors import generation_of, storable_id
+from ...contract.store_errors import expectation_of, generation_of, storable_id
 from ..log_records import LoggedIndexEntry, logged_index_entry
 
 TXID = 16
@@ -70,10 +70,10 @@ class ScriptArguments:
         self._encode = encoder(encoding)
 
     def changes(self, changes: Sequence[Change], unique: Sequence[str]) -> list[Any]:
-        """Return the arguments of COMMIT about the changes. No change may expect "any"."""
+        """Return the arguments of COMMIT about the changes. Raises ConfigError if one expects "any"."""
         arguments: list[Any] = [len(changes)]
         for change in changes:
-            meta, record, expect = change.meta, change.record, change.expect
+            meta, record, expect = change.meta, change.record, expectation_of(change)
             arguments += [digest(meta.resource_id), "" if isinstance(expect, str) else version_text(expect)]
             arguments += (
                 ["", b""] if change.purge else [version_text(Version(meta.version, meta.nonce)), self._encode(meta)]

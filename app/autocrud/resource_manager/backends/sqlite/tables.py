@@ -50,7 +50,16 @@ from ...basic import (
 )
 from ...contract.idempotency import results_to_keep
 from ...contract.metadata_codec import encoder, hit_of, info_of, meta_of
-from ...contract.store_errors import check_expectation, generation_of, missing, not_indexed, shared, storable_id, taken
+from ...contract.store_errors import (
+    check_expectation,
+    expectation_of,
+    generation_of,
+    missing,
+    not_indexed,
+    shared,
+    storable_id,
+    taken,
+)
 from ..query_sql import quoted
 from . import sql
 from .definitions import FORMAT, INDEXES, META_COLUMNS, TABLES
@@ -362,7 +371,7 @@ class ResourceTables:
     def apply_committed(self, connection: apsw.Connection, changes: Sequence[Change]) -> None:
         """Apply changes that another store has committed, whatever the present state is."""
         for change in changes:
-            self._apply(connection, msgspec.structs.replace(change, expect="any"), follow=True)
+            self._apply(connection, change, committed=True)
 
     def reindex(
         self, connection: apsw.Connection, entries: Iterable[Reindex], unique: Collection[str] | None = None
@@ -388,23 +397,23 @@ class ResourceTables:
             self._check_unique(connection, resource_id, unique)
         return done
 
-    def _apply(self, connection: apsw.Connection, change: Change, *, follow: bool = False) -> ResourceMeta:
+    def _apply(self, connection: apsw.Connection, change: Change, *, committed: bool = False) -> ResourceMeta:
         meta = change.meta
         # All checks come before the first change, so that a conflict leaves nothing to undo.
         generation, spec, stale, rid, version, nonce = connection.execute(
             "SELECT generation, s.spec, stale, rid, r.version, r.nonce FROM state s LEFT JOIN resources r ON r.id = ?",
             (storable_id(meta.resource_id),),
         ).get
-        check_expectation(change.expect, meta.resource_id, None if rid is None else Version(version, nonce))
-        if not follow and change.record is not None and generation_of(change.record.uid) < generation - 1:
-            self._check_generation(connection, rid, change.record)
+        if not committed:
+            found = None if rid is None else Version(version, nonce)
+            check_expectation(expectation_of(change), meta.resource_id, found)
+            if change.record is not None and generation_of(change.record.uid) < generation - 1:
+                self._check_generation(connection, rid, change.record)
         if spec != self._spec_id and not stale:
             connection.execute("UPDATE state SET stale = 1")
         if change.purge:
             self.purge(connection, meta.resource_id)
             return meta
-        if change.expect == "any" and not follow:
-            meta = msgspec.structs.replace(meta, version=1 if rid is None else version + 1)
         row = self._meta_row(meta)
         if rid is None:
             index = change.index
