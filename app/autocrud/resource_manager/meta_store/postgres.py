@@ -168,7 +168,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         return pool_of(self._dsn, self._password, self._max_size, self._prepare)
 
     async def _rows(self, statement: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """The rows of a statement that only reads, with `<main>` and the like for its tables."""
+        """Return the rows of a statement that only reads. `<main>` and other such names stand for its tables."""
 
         async def read(connection: Connection) -> list[tuple[Any, ...]]:
             cursor = await connection.execute(self._filled(statement), params, binary=True)
@@ -298,7 +298,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         return [change.meta for change in changes]
 
     async def _call(self, call: CommitArguments) -> None:
-        """Commit; where the answer is lost, find out. (P4)"""
+        """Call the stored function that commits. If the answer is lost, find out whether it committed (P4)."""
         clock = asyncio.get_running_loop().time
         began = clock()
         for last in (False, False, False, True):
@@ -428,19 +428,27 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
 
         return await self._do(advance)
 
-    # The life of a cache before this store, as `fast_slow.Slow` wants it
+    # The server epoch and the leases of the cache in front of this store: the methods of `fast_slow.Slow`
 
     async def get_fenced(self, resource_id: str) -> tuple[Fence, ResourceMeta | None]:
+        """Return the fence and the metadata (None if there are none), read by one statement."""
         ((doc, *fence),) = await self._rows(
             f"SELECT (SELECT doc FROM <main> WHERE id = %s), {FENCE} FROM <state>", (storable_id(resource_id),)
         )
         return Fence(*fence), None if doc is None else meta_of(doc, resource_id)
 
     async def fence(self) -> Fence:
+        """Return the server epoch in use, with its lease, its age and the id of this store."""
         (fence,) = await self._rows(f"SELECT {FENCE} FROM <state>")
         return Fence(*fence)
 
     async def adopt(self, server_epoch: str, lease_s: float, min_age_s: float) -> Fence:
+        """Make this the epoch in use, with leases of at least `lease_s` seconds, and return the new fence.
+
+        Changes nothing if the epoch and its lease are in use, or if the epoch in use is younger than `min_age_s`
+        seconds. A second step notes since when all processes see the epoch, if that is not known yet.
+        """
+
         async def adopt(connection: Connection) -> None:
             await connection.execute(
                 self._filled(

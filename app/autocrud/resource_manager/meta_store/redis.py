@@ -106,6 +106,7 @@ class Known(NamedTuple):
 
     @property
     def unique(self) -> list[str]:
+        """The names of the active unique fields."""
         return msgspec.json.decode(self.text, type=list[str])
 
 
