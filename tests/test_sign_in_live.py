@@ -1,7 +1,7 @@
-"""The app signs in to real servers with nothing but a stack's outputs and its role.
+"""The app signs in to real servers with only a stack's outputs and its role.
 
-Each server wants TLS, as AWS does, and takes one password: the token that AWS's own library makes at this moment of a clock that stands still.
-The builds of PostgreSQL and Valkey that the tests have speak no TLS; a door in front of them does.
+Each server requires TLS, as on AWS, and accepts one password: the token of AWS's own library for the present time of a
+clock that the tests set. The tests' builds of PostgreSQL and Valkey have no TLS, so a TLS proxy is in front of them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ from tests.valkey import Valkey
 
 ARTICLE = {"title": "0", "content": "", "author": "alice"}
 SSL_REQUEST = b"\0\0\0\x08\x04\xd2\x16\x2f"
-"""What a client of PostgreSQL begins with: https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL"""
+"""The first bytes of a client of PostgreSQL that wants TLS.
+
+https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL
+"""
 
 
 class Clock:
-    """What time it is for whoever signs."""
+    """The time for the signatures of the app and of AWS's library."""
 
     now = dt.datetime(2026, 1, 2, 3, 4, 5)  # noqa: DTZ001 - as botocore has it
 
@@ -64,7 +67,7 @@ def tls(tmp_path_factory):
 
 @pytest.fixture
 def role(monkeypatch, ministack_s3, tls):
-    """The function's environment: a role, an emulator of AWS, and whose certificates are trusted."""
+    """Set the function's environment: a role, an emulator of AWS, and the trusted certificates."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ministack_s3.access_key_id)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ministack_s3.secret_access_key)
     monkeypatch.setenv("AWS_ENDPOINT_URL", ministack_s3.url)
@@ -75,8 +78,11 @@ def role(monkeypatch, ministack_s3, tls):
 
 
 @contextlib.asynccontextmanager
-async def door(tls: Path, to: int, *, asks: bytes = b""):
-    """A port that speaks TLS and nothing else, before one that does not. `asks`: what clients send before they begin."""
+async def tls_proxy(tls: Path, to: int, *, asks: bytes = b""):
+    """Run a proxy that accepts only TLS, in front of a server without TLS, and return its port.
+
+    asks    the bytes that clients send before the TLS handshake
+    """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(tls / "server.pem", tls / "server.key")
     tasks, writers = set(), set()
@@ -91,7 +97,7 @@ async def door(tls: Path, to: int, *, asks: bytes = b""):
     async def enter(reader, writer):
         tasks.add(asyncio.current_task())
         writers.add(writer)
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # whoever does not trust it goes
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # a client that does not trust it disconnects
             if asks:
                 assert await reader.readexactly(len(asks)) == asks
                 writer.write(b"S")
@@ -114,7 +120,7 @@ async def door(tls: Path, to: int, *, asks: bytes = b""):
 
 
 class Database:
-    """A PostgreSQL as RDS makes it: the app's user is there, and has no password of its own."""
+    """A PostgreSQL as on RDS: the app's user exists, and has no password of its own."""
 
     def __init__(self, server: Postgres, name: str, user: str) -> None:
         self.server, self.name, self.user = server, name, user
@@ -126,7 +132,7 @@ class Database:
             self.run(statement)
         made = {"host": "127.0.0.1", "port": server.port, "database": name, "user": user}
         bootstrap.inside({**made, "username": "master", "password": "m"}, None)
-        # As IAM does it: the password comes as it is, inside of TLS.
+        # As with IAM, the password is sent in clear text inside TLS.
         rules = [f"host all {user} 127.0.0.1/32 password", "host all crud 127.0.0.1/32 trust"]
         (server.data / "pg_hba.conf").write_text("\n".join(rules) + "\n")
         self.run("SELECT pg_reload_conf()")
@@ -136,24 +142,24 @@ class Database:
             connection.execute(statement.encode())
 
     def takes(self, token: str) -> None:
-        """This password and no other, from now on and for new connections; the open ones end."""
+        """Accept only this password for new connections, and end the open ones."""
         self.run(f"ALTER ROLE {self.user} PASSWORD '{token}'")
         self.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{self.user}'")
 
     def let_in(self, token: str) -> None:
-        """Whoever knows this password."""
+        """Connect with this password. Fails if the server refuses it."""
         psycopg.connect(self.server.dsn, user=self.user, password=token, dbname=self.name).close()
 
 
 class Store:
-    """A Valkey as ElastiCache makes it, whose default user the app knows nothing of."""
+    """A Valkey as on ElastiCache. The app does not use its default user."""
 
     def __init__(self, directory: Path, user: str, access: str) -> None:
         self.server, self.user, self.access = Valkey(directory), user, access
         self.server.start()
 
     def takes(self, token: str) -> None:
-        """As for the database."""
+        """Accept only this password for new connections, and end the open ones."""
         with self.server.client() as client:
             client.execute_command("ACL", "SETUSER", self.user, "reset", *self.access.split(), f">{token}")
             client.execute_command("CLIENT", "KILL", "USER", self.user)
@@ -187,7 +193,7 @@ def cache_token(cache) -> str:
 
 
 class Here(dict):
-    """Whatever is referred to and not known here is this machine."""
+    """Maps every unknown reference of the recorded stack to localhost."""
 
     def __missing__(self, reference: str) -> str:
         return "localhost"
@@ -195,7 +201,7 @@ class Here(dict):
 
 @contextlib.contextmanager
 def broker(directory: Path, tls: Path):
-    """Where it is, with its login in Secrets Manager."""
+    """Return the outputs of the broker. Its login is in Secrets Manager."""
     with running(directory, tls) as server:
         login = json.dumps({"username": "crud", "password": server.key})
         secrets = boto3.session.Session().client("secretsmanager", region_name=REGION)
@@ -234,11 +240,11 @@ def store(stack, outputs, tmp_path_factory):
 
 
 async def test_the_app_signs_in(stack, outputs, clock, database, store, tls, tmp_path, monkeypatch):
-    monkeypatch.setattr(wiring, "RDS_CERTIFICATES", tls / "ca.pem")  # as somebody may put it there
+    monkeypatch.setattr(wiring, "RDS_CERTIFICATES", tls / "ca.pem")  # certificates that the deployer provides
     async with contextlib.AsyncExitStack() as there:
         db, cache = outputs["db"], outputs["cache"]
-        db["port"] = await there.enter_async_context(door(tls, database.server.port, asks=SSL_REQUEST))
-        cache["port"] = await there.enter_async_context(door(tls, store.server.port))
+        db["port"] = await there.enter_async_context(tls_proxy(tls, database.server.port, asks=SSL_REQUEST))
+        cache["port"] = await there.enter_async_context(tls_proxy(tls, store.server.port))
         if "broker" in outputs:
             outputs["broker"] = there.enter_context(broker(tmp_path, tls))
         client = await there.enter_async_context(app(stack, outputs))
@@ -251,7 +257,7 @@ async def test_the_app_signs_in(stack, outputs, clock, database, store, tls, tmp
         assert store.signed_in() > 0
 
         old = database_token(db), cache_token(cache)
-        clock.now += dt.timedelta(hours=1)  # the connections are gone, and the tokens are too old
+        clock.now += dt.timedelta(hours=1)  # the connections have ended, and the tokens have expired
         database.takes(database_token(db))
         store.takes(cache_token(cache))
         with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
@@ -268,7 +274,7 @@ async def test_the_app_signs_in(stack, outputs, clock, database, store, tls, tmp
 
 @contextlib.asynccontextmanager
 async def app(stack, outputs):
-    """A client of the app that knows these outputs, and what a function's environment has."""
+    """Run the app with these outputs and a function's environment, and return a client of it."""
     told = {"CRUDSTACK_OUTPUTS": json.dumps(outputs), "AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"]}
     app = create_app(settings.load(told), idle_work=False)
     token = stack.one("aws:secretsmanager/secretVersion:SecretVersion", "token-1").inputs["secretString"]
@@ -282,7 +288,7 @@ async def app(stack, outputs):
 
 
 async def degradations(client: httpx.AsyncClient) -> list[str]:
-    """Of the stores, once those that a broker connects are connected."""
+    """Return the degradations of the stores, once there are none or after 5 s."""
     for _ in range(50):
         ready = (await client.get("/readyz")).json()
         assert ready["status"] == "ready", ready

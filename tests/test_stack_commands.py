@@ -1,4 +1,7 @@
-"""`crudstack outputs`, `token rotate` and the like, with a program called pulumi that answers as Pulumi's documentation says."""
+"""`crudstack outputs`, `token rotate` and other commands of stacks, with a stand-in for the program pulumi.
+
+The stand-in answers as Pulumi documents it.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ else:
 
 @pytest.fixture
 def pulumi(tmp_path) -> Path:
-    """The directory of such a program."""
+    """Create the stand-in, and return its directory."""
     program = tmp_path / "pulumi"
     program.write_text(PULUMI.format(python=sys.executable))
     program.chmod(0o755)
@@ -109,7 +112,7 @@ def test_outputs_are_printed_as_the_app_decodes_them(pulumi):
         (OUTPUTS, "nowhere", "error: no stack named 'nowhere' found"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(pulumi, outputs, stack, says):
+def test_an_error_is_one_sentence(pulumi, outputs, stack, says):
     (pulumi / "outputs.json").write_text(json.dumps(outputs))
     done = crudstack(pulumi, "outputs", "--stack", stack)
     assert (done.returncode, done.stdout) == (2, "")
@@ -117,7 +120,7 @@ def test_what_is_wrong_is_one_sentence(pulumi, outputs, stack, says):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_pulumi_s_reason_is_its_error_whatever_it_warns_of_afterwards(pulumi):
+def test_the_reason_is_the_error_of_pulumi_and_not_its_warnings(pulumi):
     program = "import sys; sys.stderr.write('error: no such backend\\nwarning: a new version\\n'); sys.exit(1)"
     (pulumi / "pulumi").write_text(f"#!/bin/sh\nexec {shlex.join([sys.executable, '-c', program])}\n")
     done = crudstack(pulumi, "outputs")
@@ -128,10 +131,10 @@ def test_pulumi_s_reason_is_its_error_whatever_it_warns_of_afterwards(pulumi):
     "arguments",
     ["outputs --stack dev", "token new", "token --help", "nothing 2>&1", "serve --storage memory --port 0"],
 )
-def test_a_command_ends_quietly_if_nobody_reads_what_it_prints(pulumi, arguments):
+def test_a_command_ends_quietly_if_the_reader_of_its_output_ends(pulumi, arguments):
     program = shlex.join([sys.executable, "-c", "from app.cli import main; main()"])
     environment = {"PATH": f"{pulumi}{os.pathsep}{os.environ['PATH']}"}
-    # Its stdout is a pipe whose reader has gone before it starts.
+    # Its stdout is a pipe. The reader has closed it before the start.
     script = f"{{ sleep 0.2; {program} {arguments}; echo $? >&3; }} | true"
     with (pulumi / "code").open("w") as code:
         done = subprocess.run(
@@ -148,7 +151,7 @@ def test_a_command_ends_quietly_if_nobody_reads_what_it_prints(pulumi, arguments
     assert [line for line in done.stderr.splitlines() if not line.startswith("not durable")] == []
 
 
-def test_another_broken_pipe_is_not_taken_for_a_reader_that_is_gone(monkeypatch):
+def test_another_broken_pipe_is_not_taken_for_a_closed_stdout(monkeypatch):
     def run():
         raise BrokenPipeError("of a connection to a server")
 
@@ -157,7 +160,7 @@ def test_another_broken_pipe_is_not_taken_for_a_reader_that_is_gone(monkeypatch)
         cli.main()
 
 
-def test_ctrl_c_is_left_to_pulumi_which_ends_its_update(pulumi):
+def test_ctrl_c_lets_pulumi_end_its_update(pulumi):
     (pulumi / "slow").touch()
     command = [sys.executable, "-c", "from app.cli import main; main()", "token", "rotate", "--yes"]
     running = subprocess.Popen(
@@ -172,7 +175,7 @@ def test_ctrl_c_is_left_to_pulumi_which_ends_its_update(pulumi):
     assert "Traceback" not in said
 
 
-def test_without_pulumi_it_says_what_to_do(tmp_path):
+def test_a_missing_pulumi_is_reported_with_the_remedy(tmp_path):
     done = crudstack(tmp_path, "outputs")
     assert done.returncode == 2
     assert "pulumi is not on PATH" in done.stderr
@@ -181,7 +184,7 @@ def test_without_pulumi_it_says_what_to_do(tmp_path):
 
 @pytest.fixture
 def secrets(ministack_s3) -> dict[str, str]:
-    """The environment in which there is a Secrets Manager with the stack's token in it."""
+    """Return the environment for a Secrets Manager that can have the stack's token."""
     return {"AWS_ENDPOINT_URL": ministack_s3.url, "AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local"}
 
 
@@ -203,7 +206,7 @@ def test_a_token_is_rotated_by_the_next_generation(pulumi, secrets):
     for generation in (2, 3):
         token = f"token-{generation}"
         (pulumi / "after.json").write_text(json.dumps(with_token(token)))
-        keep(secrets, "data-1/api-token", token)  # as the update does
+        keep(secrets, "data-1/api-token", token)  # the update does this
         done = crudstack(pulumi, "token", "rotate", "--stack", "dev", "--yes", **secrets)
         assert (done.returncode, done.stdout) == (0, f"{token}\n"), done.stderr
         assert json.loads((pulumi / "config.json").read_text()) == {"crudstack:token_generation": str(generation)}
@@ -220,7 +223,7 @@ def test_a_rotation_in_a_project_of_another_name(pulumi, secrets):
     assert "myproject:token_generation is 2 now" in done.stderr
 
 
-def test_a_rotation_that_made_no_new_token_fails(pulumi, secrets):
+def test_a_rotation_without_a_new_token_fails(pulumi, secrets):
     for name in ("outputs.json", "after.json"):
         (pulumi / name).write_text(json.dumps(with_token("the-token")))
     keep(secrets, "data-1/api-token", "the-token")
@@ -241,7 +244,7 @@ def test_a_rotation_that_made_no_new_token_fails(pulumi, secrets):
         ({"crudstack:token_generation": None}, "crudstack:token_generation is a secret, expected a plain number"),
     ],
 )
-def test_a_generation_that_cannot_be_raised_changes_nothing(pulumi, config, says):
+def test_an_invalid_generation_changes_nothing(pulumi, config, says):
     (pulumi / "config.json").write_text(json.dumps(config))
     done = crudstack(pulumi, "token", "rotate")
     assert (done.returncode, done.stdout) == (2, "")
@@ -257,7 +260,7 @@ def test_a_generation_that_cannot_be_raised_changes_nothing(pulumi, config, says
         ("runtime: python", "has no name: expected a line like `name: crudstack`"),
     ],
 )
-def test_a_project_without_a_name_is_one_sentence(pulumi, text, says):
+def test_a_project_without_a_name_is_refused_in_one_sentence(pulumi, text, says):
     (pulumi / "Pulumi.yaml").unlink()
     if text is not None:
         (pulumi / "Pulumi.yaml").write_text(text)
@@ -267,14 +270,14 @@ def test_a_project_without_a_name_is_one_sentence(pulumi, text, says):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_rotation_that_is_declined_can_go_on(pulumi, secrets):
+def test_a_declined_rotation_can_be_resumed(pulumi, secrets):
     (pulumi / "declined").touch()
     done = crudstack(pulumi, "token", "rotate", **secrets)
     assert (done.returncode, done.stdout) == (2, "")
     assert "run it again to continue with the new token" in done.stderr
 
 
-def test_a_token_is_shown_only_if_it_is_the_stack_s(pulumi, secrets):
+def test_a_token_is_shown_only_if_it_belongs_to_the_stack(pulumi, secrets):
     (pulumi / "outputs.json").write_text(json.dumps(with_token("the-token")))
     keep(secrets, "data-1/api-token", "the-token")
     assert crudstack(pulumi, "token", "show", **secrets).stdout == "the-token\n"
@@ -307,7 +310,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "env-key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_
 
 @pytest.fixture
 def account(pulumi):
-    """An AWS, and the environment of somebody with several profiles."""
+    """Run a stand-in for AWS. Yields it and the environment of a user with several profiles."""
     (pulumi / "aws.ini").write_text(PROFILES)
     (pulumi / "outputs.json").write_text(json.dumps(with_token("the-token")))
     with SignerDouble("the-token") as double:
@@ -338,7 +341,7 @@ def names_profile(pulumi, name):
     ids=lambda given: "-".join(given) or "nothing",
 )
 def test_the_token_is_read_with_the_profile_of_the_stack(pulumi, account, given):
-    """As Pulumi's provider does it, which prefers aws:profile to all of these."""
+    """Pulumi's provider does the same: it prefers aws:profile to these variables."""
     double, environment = account
     names_profile(pulumi, "work")
     done = crudstack(pulumi, "token", "show", **environment, **given)
@@ -346,7 +349,7 @@ def test_the_token_is_read_with_the_profile_of_the_stack(pulumi, account, given)
     assert double.signers == [("secretsmanager", "work-key")]
 
 
-def test_without_a_profile_the_environment_is_as_it_was(pulumi, account):
+def test_without_a_profile_the_environment_is_unchanged(pulumi, account):
     double, environment = account
     for given, key in (({}, "default-key"), (KEYS, "env-key"), ({"AWS_PROFILE": "work"}, "work-key")):
         done = crudstack(pulumi, "token", "show", **environment, **given)
@@ -384,7 +387,7 @@ def test_another_profile_of_the_environment_is_refused(pulumi, account, command,
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_profile_that_is_not_there_is_one_sentence(pulumi, account, command):
+def test_a_missing_profile_is_refused_in_one_sentence(pulumi, account, command):
     double, environment = account
     names_profile(pulumi, "nobody")
     done = crudstack(pulumi, *command, **environment)
@@ -393,13 +396,13 @@ def test_a_profile_that_is_not_there_is_one_sentence(pulumi, account, command):
     assert "there are default, from-environment, role, work: run `aws configure --profile nobody`" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert double.signers == []
-    # A name in the environment alone is botocore's to find.
+    # If only the environment names a profile, botocore looks for it.
     (pulumi / "config.json").unlink()
     said = crudstack(pulumi, "token", "show", **environment, AWS_PROFILE="nobody").stderr
     assert said.endswith("Secrets Manager: The config profile (nobody) could not be found\n")
 
 
-def test_files_that_cannot_be_read_are_one_sentence(pulumi, account):
+def test_unreadable_files_are_refused_in_one_sentence(pulumi, account):
     _, environment = account
     names_profile(pulumi, "work")
     (pulumi / "aws.ini").write_text("[profile work\n")
@@ -421,8 +424,8 @@ def test_a_secret_profile_is_refused(pulumi, account):
     assert "aws:profile is a secret, expected the plain name" in crudstack(pulumi, "outputs", **account[1]).stderr
 
 
-def test_pulumi_keeps_its_own_environment(pulumi, account):
-    """It may keep its state in a bucket of another account, whose keys are in the environment."""
+def test_the_environment_of_pulumi_is_unchanged(pulumi, account):
+    """The state of Pulumi may be in a bucket of another account. The environment then has the keys of that account."""
     _, environment = account
     names_profile(pulumi, "work")
     (pulumi / "after.json").write_text(json.dumps(with_token("the-token")))
@@ -437,7 +440,7 @@ def test_pulumi_keeps_its_own_environment(pulumi, account):
     assert set((pulumi / "keys").read_text().split()) == {"env-key"}
 
 
-def test_use_profile_changes_nothing_if_it_refuses(tmp_path, monkeypatch):
+def test_a_refused_profile_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     given = dict(KEYS)
@@ -447,7 +450,7 @@ def test_use_profile_changes_nothing_if_it_refuses(tmp_path, monkeypatch):
     assert given == KEYS
 
 
-def test_the_data_of_a_stack_are_served_here(pulumi, serve, ministack_s3):
+def test_the_data_of_a_stack_can_be_served_on_this_machine(pulumi, serve, ministack_s3):
     outputs = {**OUTPUTS, "bucket": "tests", "prefix": f"{pulumi.name}/"}
     (pulumi / "outputs.json").write_text(json.dumps(outputs))
     path = f"{pulumi}{os.pathsep}{os.environ['PATH']}"
