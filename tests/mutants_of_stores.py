@@ -20,7 +20,7 @@ FORK = [
 ]
 NEIGHBOURS = ["tests/stores/test_neighbours.py"]
 STOPPED = ["tests/stores/test_stopped_process.py"]
-DAMAGED = ["tests/stores/test_damaged.py"]
+DAMAGED = [f"tests/stores/damaged/test_{part}.py" for part in ("resources", "stores")]
 SECRETS = ["tests/test_secrets.py", "tests/test_secrets_of_programs.py"]
 P = "app/autocrud/resource_manager/backends/s3_sqlite/"
 M = "app/autocrud/resource_manager/"
