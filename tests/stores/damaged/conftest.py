@@ -22,7 +22,7 @@ def place(request, tmp_path) -> Place:
 
 @pytest.fixture(autouse=True)
 def quiet(caplog) -> Iterator[None]:
-    """No damage is a defect: nothing is logged with a traceback."""
+    """Assert that no log record has a traceback, because damaged data is not a defect of the program."""
     caplog.set_level(logging.DEBUG, "crudstack")
     yield
     assert not [record for record in caplog.records if record.exc_info]

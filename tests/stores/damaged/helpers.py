@@ -36,7 +36,7 @@ from app.autocrud.resource_manager.storage_factory import (
 
 class Note(Struct):
     title: str
-    author: str = "nobody"
+    author: str = "unknown"
     slug: str | None = None
 
 
@@ -53,7 +53,7 @@ class Factory(IStorageFactory):
 
 
 class Place(NamedTuple):
-    """Where the data of a test lies."""
+    """The directory, object store and addresses of the servers that a test uses."""
 
     directory: Path
     name: str
@@ -77,7 +77,7 @@ async def client_of(factory: IStorageFactory) -> tuple[AutoCRUD, httpx.AsyncClie
     return crud, httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
-# The ways
+# Ways to damage a value
 
 
 def cut(value: bytes) -> bytes:
@@ -93,7 +93,7 @@ def emptied(_: bytes) -> bytes:
 
 
 def flipped(value: bytes) -> bytes:
-    """A letter of a value becomes another one: still JSON, still of the model."""
+    """Change one letter of a value. The result is still valid JSON of the model."""
     at = value.rindex(b"x")
     return value[:at] + b"y" + value[at + 1 :]
 
@@ -112,7 +112,7 @@ def numbers(_: bytes) -> bytes:
 
 BODY_WAYS = [removed, cut, zeroed, emptied, flipped, replaced, numbers]
 DOC_WAYS = [cut, zeroed, emptied, numbers]
-"""Of metadata and records, which have no hash: what can be decoded is taken for what was stored."""
+"""Ways to damage metadata and records. They have no hash, so damaged bytes that can be decoded are not detected."""
 
 # The kinds: how the storage is made, how a stored thing is changed
 
@@ -244,7 +244,7 @@ KINDS = {
     "redis-disk": Kind(of_redis, in_bodies(""), in_redis, in_redis_records),
 }
 STOPPED = ("memory-disk", "redis-disk")
-"""Kinds whose index is made of all metadata and records."""
+"""Kinds whose index is built from all metadata and records."""
 BODIES = [(kind, way) for kind in KINDS for way in BODY_WAYS]
 DOCS = [(kind, way) for kind, made in KINDS.items() if made.docs for way in DOC_WAYS]
 
@@ -297,7 +297,7 @@ async def ask(client: httpx.AsyncClient, method: str, path: str, **more: Any) ->
 
 
 def right(path: str, answer: httpx.Response) -> None:
-    """What is answered is what was stored."""
+    """Assert that a successful response contains only data that was stored."""
     if answer.status_code != 200 or "diff" in path or "revisions" in path or "count" in path:
         return
     body = answer.json()
@@ -324,7 +324,7 @@ async def degradations(client: httpx.AsyncClient) -> list[str]:
 
 
 async def stopped(client: httpx.AsyncClient) -> None:
-    """The index in memory cannot be made of all resources, so the model stops rather than to miss one; others go on."""
+    """Assert that the model is not ready because its index would miss a resource, and that other models are ready."""
     ready = await client.get("/readyz")
     assert ready.status_code == 503
     models = ready.json()["models"]

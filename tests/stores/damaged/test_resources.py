@@ -57,7 +57,7 @@ async def test_a_damaged_body(kind, way, place):
         assert refused.json()["detail"].startswith("operation 1: ")
         assert (await ask(client, "GET", "/note/z")).status_code == 404
         await ask(client, "POST", "/note/a/publish")
-        # What to do is what the error says: an earlier revision, new data, or a purge.
+        # The error names the remedies: an earlier revision, new data, or a purge.
         assert (await ask(client, "POST", "/note/a/switch", json={"revision": 1})).json()["data"] == FIRST | WHOLE
         assert (await ask(client, "GET", "/note/a")).json()["data"] == FIRST | WHOLE
         assert (await ask(client, "POST", "/note/a/switch", json={"revision": 2})).status_code == 503
@@ -88,7 +88,7 @@ async def test_a_body_that_is_put_back_is_read_again(kind, place):
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_body_that_is_damaged_while_the_program_runs(kind, place):
-    """Also one that was compared before."""
+    """The damage is found even if the body was verified before."""
     made = KINDS[kind]
     crud, client = await client_of(made.factory(place))
     async with client:

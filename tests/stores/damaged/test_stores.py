@@ -40,7 +40,7 @@ from tests.stores.damaged.helpers import (
     zeroed,
 )
 
-# What a whole model needs
+# Data that a whole model needs
 
 
 def _file(path: Path, way: Callable) -> None:
@@ -161,7 +161,7 @@ async def test_a_damaged_store(kind, damage, place):
 @pytest.mark.parametrize("way", DOC_WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("kind", ["copies"])
 async def test_a_damaged_copy_in_redis_is_a_miss(kind, way, place, valkey):  # noqa: ARG001 - `place` reads it
-    """Before PostgreSQL, Redis holds copies only."""
+    """In front of PostgreSQL, Redis holds copies only."""
 
     def build(model: str) -> IStorage:
         table, prefix = f"meta_{place.name}_{model}", f"{place.name}-{model}:"
