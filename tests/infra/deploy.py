@@ -1,12 +1,14 @@
-"""Applies a recording to an emulator of AWS (ministack) through boto3, as Pulumi's provider would to AWS, and takes it away again.
+"""Applies a recording to an emulator of AWS (ministack) through boto3, and destroys it.
+
+It makes the resources as Pulumi's provider would make them on AWS.
 
     with emulator(directory) as cloud:
         stack = apply(recording("s3-sqlite-dev"), cloud, zip=...)
         stack.outputs["api_url"]
         stack.destroy()
 
-It is reached by TLS, and enforces IAM: a function may do what its role and the bucket's policy say. Requests are those of botocore, which
-refuses arguments that AWS does not have.
+The emulator is reached by TLS and enforces IAM: a function may do what its role and the bucket's policy allow.
+botocore sends the requests; it refuses arguments that AWS does not have.
 """
 
 from __future__ import annotations
@@ -35,25 +37,31 @@ from tests.rabbitmq import _die_with_parent
 ACCOUNT = "000000000000"
 NOT_EMULATED = {
     "Function.runtime": "the function runs on this machine's Python, from a zip that is built for it",
-    "Function.architectures": "and on this machine's processor",
-    "Function.memorySize": "it has all of this machine's",
-    "Function.ephemeralStorage": "the same",
+    "Function.architectures": "the function runs on this machine's processor",
+    "Function.memorySize": "the function may use all memory of this machine",
+    "Function.ephemeralStorage": "the function may use all disk space of this machine",
     "Function.tracingConfig": "there is no X-Ray",
-    "Permission.principal": "whoever has an API or a rule may call any function; the tests look at the policy that there is",
+    "Permission.principal": "every API and every rule may call every function; the tests check the policy itself",
     "Stage.defaultRouteSettings": "nothing is throttled",
-    "Stage.accessLogSettings": "no line is written",
-    "EventRule.scheduleExpression": "nothing waits for an hour; the tests send what the target would be sent",
-    "MetricAlarm.threshold": "nobody feeds the metrics, so no alarm goes off",
+    "Stage.accessLogSettings": "no access log is written",
+    "EventRule.scheduleExpression": "the rule never fires; the tests invoke the target with its input",
+    "MetricAlarm.threshold": "the metrics have no data, so no alarm is raised",
 }
-"""What ministack takes, notes and does nothing about, with what stands for it. All else in the recordings of `MAKERS` is applied and works."""
+"""Arguments that ministack stores but does not act on, with what happens instead.
+
+All other arguments of the types in `MAKERS` take effect.
+"""
 
 
 def certificates(directory: Path, *names: str) -> Path:
-    """The directory, with a certificate in it for this machine and `names`: ca.pem, which signed it, server.pem and server.key."""
+    """Write a certificate for this machine and `names` into the directory, and return the directory.
+
+    The files are server.pem, its key server.key, and ca.pem, the authority that signed it.
+    """
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     known = ",".join(["DNS:localhost", "IP:127.0.0.1", *(f"DNS:{name}" for name in names)])
     (directory / "names").write_text(f"subjectAltName={known}\nauthorityKeyIdentifier=keyid\n")
-    signs = ["-addext", "keyUsage=critical,keyCertSign"]  # Python 3.13 wants to know
+    signs = ["-addext", "keyUsage=critical,keyCertSign"]  # Python 3.13 refuses an authority without it
     signed = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2"]
     for command in (
         ["req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=crudstack tests", *signs],
@@ -67,12 +75,12 @@ def certificates(directory: Path, *names: str) -> Path:
 
 @contextlib.contextmanager
 def emulator(directory: Path) -> Iterator[Cloud]:
-    """A ministack of one's own. Those of the other tests neither speak TLS nor look at policies."""
+    """Run a ministack with TLS and IAM. The ministack of the other tests has no TLS and ignores policies."""
     certificates(directory, "*.execute-api.localhost", f"*.lambda-url.{REGION}.on.aws")
     ca, server, key = (str(directory / name) for name in ("ca.pem", "server.pem", "server.key"))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    # Its functions inherit this: what they trust, and no setting of the person's.
+    # The functions inherit this environment: the trusted certificate, and none of the developer's AWS settings.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "CRUDSTACK_"))}
     environment |= {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "LOG_LEVEL": "WARNING"}
     environment |= {"AUTH": "true", "USE_SSL": "1", "MINISTACK_SSL_CERT": server, "MINISTACK_SSL_KEY": key}
@@ -85,7 +93,7 @@ def emulator(directory: Path) -> Iterator[Cloud]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - as app.dev.local_s3 does
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - as in app.dev.local_s3
         )
     try:
         deadline = time.monotonic() + 60
@@ -97,27 +105,30 @@ def emulator(directory: Path) -> Iterator[Cloud]:
             time.sleep(0.05)
         yield Cloud(f"https://127.0.0.1:{port}", ca)
     finally:
-        # With its functions. Asked to stop, it would wait half a minute for connections to say goodbye.
+        # Kills the functions too. After SIGTERM it would wait half a minute for connections to close.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 class Cloud:
-    """An emulator, asked as the owner of its account. `ca`: what its certificate is verified with."""
+    """Clients of an emulator, with the rights of the account's owner.
+
+    ca    path of the authority that verifies the emulator's certificate
+    """
 
     def __init__(self, url: str, ca: str) -> None:
         self.url, self.ca = url, ca
         self._session = boto3.Session(ACCOUNT, "any", region_name=REGION)
 
     def __getattr__(self, service: str) -> Any:
-        """The client of a service; of Lambda it is `lambda_`."""
+        """Return the client of a service. The name of Lambda's is `lambda_`."""
         path_style = Config(s3={"addressing_style": "path"}, read_timeout=60)
         client = self._session.client(service.rstrip("_"), endpoint_url=self.url, verify=self.ca, config=path_style)
         setattr(self, service, client)
         return client
 
     def inventory(self) -> set[str]:
-        """All there is, of the kinds that are made here."""
+        """Return all resources of the types that `MAKERS` makes, such as "bucket NAME"."""
         found = {
             "bucket": [each["Name"] for each in self.s3.list_buckets()["Buckets"]],
             "log group": [each["logGroupName"] for each in self.logs.describe_log_groups()["logGroups"]],
@@ -138,12 +149,12 @@ class Protected(Exception):
 
 class Made(NamedTuple):
     outputs: dict[str, str]
-    """What references to it may name, as Terraform calls it."""
+    """Attributes that references may name, by Terraform's names."""
     delete: Callable[[], Any]
 
 
 class Deployed:
-    """A stack that is there. `given`: by type and name what each resource was asked for, references resolved."""
+    """A deployed stack. `given` has the arguments of each resource by type and name, with references resolved."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
@@ -152,11 +163,14 @@ class Deployed:
         self.outputs: dict[str, Any] = {}
 
     def of(self, type: str, suffix: str = "") -> dict[str, Any]:
-        """What a resource was asked for."""
+        """Return the arguments of the only resource of a type whose name ends with `suffix`."""
         return self.given[type, self._recording.one(type, suffix).name]
 
     def destroy(self) -> None:
-        """Take all away, the last first, as `pulumi destroy` does. What the recording says is to be retained stays; Protected."""
+        """Delete all resources in reverse order, as `pulumi destroy` does, but those with `retain`.
+
+        Raises Protected if the recording has a protected resource.
+        """
         if kept := [resource.name for resource in self._recording.aws if resource.protect]:
             raise Protected(f"{', '.join(kept)}: unprotect first")
         for urn, made in reversed(self._made.items()):
@@ -166,7 +180,10 @@ class Deployed:
 
 
 def apply(recording: Recording, cloud: Cloud, *, zip: bytes) -> Deployed:
-    """Make all resources, each after those that it comes from. KeyError for a type that is not known here. `zip`: of all functions."""
+    """Make all resources, each after those that it depends on. `zip` is the code of all functions.
+
+    Raises KeyError if `MAKERS` lacks the type of a resource.
+    """
     deployed, known = Deployed(recording), {resource.urn: resource for resource in recording.resources}
     references: dict[str, str] = {}
     needs = {urn: [need for needs in each.depends.values() for need in needs] for urn, each in known.items()}
@@ -185,7 +202,7 @@ def apply(recording: Recording, cloud: Cloud, *, zip: bytes) -> Deployed:
 
 
 def resolved(value: Any, references: Mapping[str, str]) -> Any:
-    """With what was made in the place of `${aws_s3_bucket.NAME.bucket}`. KeyError for what was not."""
+    """Replace references such as `${aws_s3_bucket.NAME.bucket}`. Raises KeyError if a reference is unknown."""
     if isinstance(value, dict):
         return {name: resolved(item, references) for name, item in value.items()}
     if isinstance(value, list):
@@ -196,7 +213,7 @@ def resolved(value: Any, references: Mapping[str, str]) -> Any:
 
 
 def asked(given: Mapping[str, Any], *without: str, **renamed: str) -> dict[str, Any]:
-    """Arguments as boto3 calls them: memorySize is MemorySize, where `renamed` knows no other name."""
+    """Rename arguments as boto3 names them: memorySize is MemorySize, unless `renamed` has another name."""
 
     def inner(value: Any) -> Any:
         if isinstance(value, list):
@@ -215,11 +232,11 @@ def tag_list(given: Mapping[str, Any], key: str = "Tags") -> dict[str, Any]:
 
 
 def own_name(resource: Resource, given: Mapping[str, Any]) -> str:
-    """Where none is given, Pulumi makes one of the resource's."""
+    """Return the given name. Without one, make it from the logical name as Pulumi does."""
     return given.get("name") or f"{resource.name}-{secrets.token_hex(4)[:7]}"
 
 
-# What is made, by type
+# How each type of resource is made
 
 
 def _bucket(cloud: Cloud, resource: Resource, given: dict[str, Any], _: bytes) -> Made:
@@ -238,7 +255,7 @@ def _bucket(cloud: Cloud, resource: Resource, given: dict[str, Any], _: bytes) -
 
 
 def _of_bucket(put: str, argument: str, remove: str | None, body: Callable[[dict[str, Any]], Any]) -> Any:
-    """Makes one of the resources that are settings of a bucket. `remove`: None where S3 has no way to."""
+    """Return the maker of a setting of a bucket. `remove` is None if S3 cannot delete the setting."""
 
     def make(cloud: Cloud, _: Resource, given: dict[str, Any], __: bytes) -> Made:
         bucket = given["bucket"]
@@ -300,7 +317,7 @@ def _permission(cloud: Cloud, resource: Resource, given: dict[str, Any], _: byte
 def _function_url(cloud: Cloud, _: Resource, given: dict[str, Any], __: bytes) -> Made:
     made = cloud.lambda_.create_function_url_config(**asked(given, authorizationType="AuthType"))
     of = {"FunctionName": given["functionName"], "Qualifier": given["qualifier"]}
-    url = made["FunctionUrl"].removesuffix("/")  # the program does that, but to the reference that it had
+    url = made["FunctionUrl"].removesuffix("/")  # the program removes the slash from the reference only
     return Made({"function_url": url}, lambda: cloud.lambda_.delete_function_url_config(**of))
 
 
@@ -344,7 +361,7 @@ def _secret_version(cloud: Cloud, _: Resource, given: dict[str, Any], __: bytes)
     cloud.secretsmanager.put_secret_value(
         SecretId=given["secretId"], SecretString=given["secretString"], VersionStages=given["versionStages"]
     )
-    return Made({"secret_arn": given["secretId"]}, lambda: None)  # it goes with its secret
+    return Made({"secret_arn": given["secretId"]}, lambda: None)  # it is deleted together with its secret
 
 
 def _rule(cloud: Cloud, resource: Resource, given: dict[str, Any], _: bytes) -> Made:

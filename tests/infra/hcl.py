@@ -1,4 +1,7 @@
-"""Prints a recording in the language of Terraform, whose AWS provider is the one that Pulumi's is made of: for tools that read that."""
+"""Prints a recording in the language of Terraform, for tools that read it.
+
+Pulumi's AWS provider is built from Terraform's, so both have the same resources and arguments.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ IRREGULAR = {
     "aws:rds/subnetGroup:SubnetGroup": "aws_db_subnet_group",
     "aws:rds/clusterParameterGroup:ClusterParameterGroup": "aws_rds_cluster_parameter_group",
 }
-"""Where Pulumi calls a type something else."""
+"""Types whose Terraform name does not follow from Pulumi's name."""
 RENAMED = {
     ("aws_lambda_function", "code"): "filename",
     ("aws_lambda_function", "name"): "function_name",
@@ -34,7 +37,7 @@ RENAMED = {
     ("aws_cloudwatch_metric_alarm", "name"): "alarm_name",
     ("aws_sns_topic_subscription", "topic"): "topic_arn",
 }
-"""Arguments that Pulumi calls something else."""
+"""Arguments whose names differ between Pulumi and Terraform."""
 SINGULAR = {
     "rules": "rule",
     "parameters": "parameter",
@@ -44,7 +47,7 @@ SINGULAR = {
     "audiences": "audience",
     "ecpu_per_seconds": "ecpu_per_second",
 }
-"""Lists that Terraform writes as a block for each item, or calls by one of them."""
+"""Lists that have a singular name in Terraform, such as lists that are written as one block for each item."""
 NAMED = {
     "aws_apigatewayv2_api": "name",
     "aws_apigatewayv2_authorizer": "name",
@@ -56,13 +59,13 @@ NAMED = {
     "aws_lambda_function": "function_name",
     "aws_mq_broker": "broker_name",
 }
-"""What Terraform wants to be told, and Pulumi makes of the resource's own name."""
+"""The argument that Terraform requires and that Pulumi makes from the logical name."""
 MAPS = {"tags", "variables", "dimensions"}
-"""Dicts that are values; all others are blocks."""
+"""Arguments whose dict is a value. All other dicts are printed as blocks."""
 
 
 def terraform_type(token: str) -> str:
-    """ "aws_s3_bucket", of "aws:s3/bucket:Bucket"."""
+    """Return Terraform's name of a type: "aws_s3_bucket" for "aws:s3/bucket:Bucket"."""
     if token in IRREGULAR:
         return IRREGULAR[token]
     module = token.partition(":")[2].partition("/")[0]
@@ -73,12 +76,12 @@ def terraform_type(token: str) -> str:
 
 
 def printed(stack: Recording) -> str:
-    """All resources of AWS; secrets are replaced by a word."""
+    """Print all AWS resources. A fixed word replaces each secret."""
     return "\n".join(_resource(resource) for resource in stack.aws)
 
 
 def attribute(kind: str, name: str) -> str:
-    """What Terraform calls an argument or output that Pulumi's Python calls `name`."""
+    """Return Terraform's name of an argument or output that Pulumi's Python SDK calls `name`."""
     return RENAMED.get((kind, name)) or SINGULAR.get(name, name)
 
 

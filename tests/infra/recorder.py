@@ -3,8 +3,9 @@
     recording = record(lambda: build(StackConfig(), zip=Path("app.zip")))
     recording.one("aws:s3/bucket:Bucket").inputs["forceDestroy"]
 
-It stands where the engine stands, so it sees what the engine would: parents, protection, dependencies, secrets, outputs. Made of the SDK's own
-parts; `pulumi.runtime.set_mocks` is not used, because a second program in the same process would wait for ever for the tasks of the first.
+It takes the place of the engine, so it receives what the engine would receive: parents, protection, dependencies,
+secrets, outputs. It consists of the SDK's own parts. `pulumi.runtime.set_mocks` is not used, because a second program
+in the same process would wait for ever for the tasks of the first.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from tests.infra.hcl import attribute, terraform_type
 
 SERVICES = "acm apigatewayv2 budgets cloudwatch ec2 elasticache iam lambda_ mq rds route53 s3 secretsmanager sns vpc"
 with warnings.catch_warnings():
-    # The SDK loads a service when it is first used, and then warns of its own old names.
+    # The SDK loads a service at its first use, and then warns of deprecated names in its own code.
     warnings.simplefilter("ignore")
     for service in SERVICES.split():
         getattr(getattr(aws, service), "anything", None)
 
 LIMIT_S = 60
-"""For one program. It takes one to five seconds; a mistake in here or in there makes it wait for ever."""
+"""The timeout of one program. A program takes 1 to 5 s, but may wait for ever after a mistake."""
 REGION = "eu-central-1"
 
 
@@ -52,25 +53,25 @@ class Resource:
     parent: str
     """URN; empty for the stack itself."""
     inputs: dict[str, Any]
-    """As the provider would get them: camelCase, secrets laid open."""
+    """As the provider would get them: names in camelCase, secrets in plain text."""
     secrets: set[str]
     """Names of inputs that hold a secret."""
     protect: bool
     retain: bool
     ignored: list[str]
     replaced_by: list[str]
-    """Names of inputs whose change replaces it, beside those that the provider knows."""
+    """Names of inputs whose change replaces the resource, in addition to those of the provider."""
     depends: dict[str, list[str]]
-    """By input the URNs that it comes from; all others, of depends_on, under ""."""
+    """By input the URNs that it depends on. URNs of `depends_on` alone are under ""."""
     outputs: dict[str, Any] = field(default_factory=dict)
     trigger: Any = None
-    """What replaces it when it changes."""
+    """A change of this value replaces the resource."""
     registered: bool = False
     """Whether register_outputs was called; components only."""
 
     @property
     def component(self) -> str:
-        """ "ApiFunction", of "crudstack:aws:ApiFunction"; empty for resources of AWS."""
+        """Return "ApiFunction" for "crudstack:aws:ApiFunction", and "" for AWS resources."""
         return self.type.rpartition(":")[2] if self.type.startswith("crudstack:") else ""
 
 
@@ -78,7 +79,7 @@ class Resource:
 class Recording:
     resources: list[Resource]
     outputs: dict[str, Any]
-    """Of the stack; what is secret in it is None."""
+    """Outputs of the stack, with secrets in plain text."""
     secret_outputs: set[str]
     warnings: list[str]
 
@@ -102,7 +103,7 @@ class Recording:
         return next(resource for resource in self.resources if resource.urn == urn)
 
     def tree(self) -> str:
-        """All resources below their parents, sorted."""
+        """Print all resources as a tree of parents and children, sorted by type and name."""
 
         def below(parent: str, indent: str) -> Iterator[str]:
             children = sorted(
@@ -119,7 +120,7 @@ class Recording:
 
 
 class Monitor(mocks.MockMonitor):
-    """What the SDK takes for the engine."""
+    """Answers the SDK's requests in place of the engine."""
 
     def __init__(self) -> None:
         super().__init__(mock.Mock())
@@ -173,7 +174,10 @@ class Monitor(mocks.MockMonitor):
 
 
 def record(program: Callable[[], Mapping[str, Any]], *, preview: bool = False) -> Recording:
-    """Run a program that returns the outputs of a stack. Whatever it raises is raised here; TimeoutError after LIMIT_S."""
+    """Run a program that returns the outputs of a stack, and return its recording.
+
+    Errors of the program are raised here. Raises TimeoutError if the program takes longer than LIMIT_S.
+    """
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     monitor = Monitor()
@@ -203,7 +207,7 @@ def record(program: Callable[[], Mapping[str, Any]], *, preview: bool = False) -
             for name, value in program().items():
                 pulumi.export(name, value)
         except SystemExit as end:
-            # asyncio would raise it from the loop, and again from each task that waits for the one that ended.
+            # asyncio would raise SystemExit from the loop, and again from each task that waits for the ended one.
             ended.append(end)
 
     try:
@@ -228,12 +232,12 @@ def record(program: Callable[[], Mapping[str, Any]], *, preview: bool = False) -
 
 
 def _end(loop: asyncio.AbstractEventLoop) -> None:
-    """Nothing goes on after a program, also if it failed."""
+    """Cancel all tasks that are left after a program, also after a failed one."""
     left = asyncio.all_tasks(loop)
     for task in left:
         task.cancel()
     loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-    loop.set_exception_handler(lambda *_: None)  # of what nobody asks for any more
+    loop.set_exception_handler(lambda *_: None)  # results that are no longer needed
     loop.close()
 
 
@@ -244,9 +248,10 @@ def holds_secret(value: Any) -> bool:
 
 
 def made(resource: Resource) -> dict[str, Any]:
-    """What AWS and the provider would fill in, as references in the language of Terraform: `${aws_s3_bucket.NAME.bucket}`.
+    """Return the outputs that AWS and the provider would fill in.
 
-    So whoever prints the recording in that language has its relations. Lists and objects are filled in where the program looks into them.
+    Each is a reference in the language of Terraform, such as `${aws_s3_bucket.NAME.bucket}`, so a recording that is
+    printed in that language keeps its references. Only those lists and objects are filled in that the program reads.
     """
     kind = terraform_type(resource.type)
     label = resource.name
@@ -265,7 +270,7 @@ def made(resource: Resource) -> dict[str, Any]:
 
 @functools.cache
 def pythonic(cls: type) -> dict[str, str]:
-    """snake_case by camelCase, for the properties of one of the SDK's classes."""
+    """Return the names in snake_case by camelCase of the properties of one of the SDK's classes."""
     return {wire: name for name, wire, _ in _types._py_properties(cls)}
 
 
@@ -305,10 +310,10 @@ NESTED_WITHIN = {
         {"targetDomainName": "d-x.execute-api.example.org", "hostedZoneId": "Z0000000000000"},
     )
 }
-"""What is filled in beside what was given."""
+"""Outputs that AWS adds to an object among the inputs."""
 
 
 def resource_class(token: str) -> type:
-    """The SDK's class of "aws:s3/bucket:Bucket"."""
+    """Return the SDK's class of a type such as "aws:s3/bucket:Bucket"."""
     module, _, name = token.partition(":")[2].partition("/")[0], "", token.rpartition(":")[2]
     return getattr(getattr(aws, {"lambda": "lambda_"}.get(module, module)), name)

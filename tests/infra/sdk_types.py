@@ -1,4 +1,7 @@
-"""Compares what was recorded with the SDK's own classes of arguments: a recorder takes anything, `memory_size="x"` and typos included."""
+"""Compares recorded arguments with the argument classes of the SDK.
+
+The recorder itself accepts everything, such as `memory_size="x"` and misspelled names.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ ASSETS = (rpc._special_asset_sig, rpc._special_archive_sig)
 
 
 def findings(resource: Resource) -> list[str]:
-    """What does not fit, a sentence each."""
+    """Return one sentence for each argument of a resource that does not fit the SDK's class."""
     return [f"{resource.name}: {finding}" for finding in argument_errors(resource.type, resource.inputs)]
 
 
 def argument_errors(type_: str, inputs: dict[str, Any]) -> list[str]:
-    """Return what does not fit the SDK's class of a type, a sentence each. Values that are not known yet fit."""
+    """Return one sentence for each argument that does not fit the SDK's class of a type. Unknown values always fit."""
     cls = resource_class(type_)
     module = sys.modules[cls.__module__]
-    # Where both exist, the first one is what the constructor takes.
+    # If both classes exist, the constructor takes the first one.
     arguments = getattr(module, f"{cls.__name__}InitArgs", None) or getattr(module, f"{cls.__name__}Args")
     return list(_object(inputs, arguments, type_))
 
@@ -55,7 +58,7 @@ def _check(value: Any, type_: Any, path: str) -> Iterator[str]:
     if type_ is Any or value == rpc.UNKNOWN:
         return
     if origin is typing.Union:
-        # Futures of a type, dicts that look like it and what comes back as it say the same as the type itself.
+        # The union has also futures, outputs and dicts of the same type; only the type itself is checked.
         arguments = [
             each
             for each in arguments

@@ -1,4 +1,4 @@
-"""What others think of the infrastructure: checkov's rules, on the recordings printed in the language of Terraform."""
+"""Checks the recordings with checkov's rules, after printing them in the language of Terraform."""
 
 from __future__ import annotations
 
@@ -22,46 +22,47 @@ STACKS = ("s3-sqlite-dev", "s3-sqlite-prod", "function-url-dev", "full-dev", "fu
 class Skip(NamedTuple):
     reason: str
     where: str = ""
-    """What stack/resource begins with, as a regular expression."""
+    """A regular expression that matches the beginning of STACK/RESOURCE."""
 
 
 SKIPS = {
-    "CKV2_AWS_11": Skip("flow logs cost more than the network, which nobody reaches from outside"),
+    "CKV2_AWS_11": Skip("flow logs cost more than the network, which is not reachable from outside"),
     "CKV2_AWS_23": Skip("the record is an alias for the API's own domain name, which checkov does not look for"),
     "CKV2_AWS_27": Skip("statements hold data, and data does not belong into logs; slow ones are logged"),
-    "CKV2_AWS_5": Skip("it is the proxy's, where checkov does not look", r".*-proxy$"),
+    "CKV2_AWS_5": Skip("the group belongs to the proxy, which checkov does not look at", r".*-proxy$"),
     "CKV2_AWS_57": Skip("RabbitMQ's password cannot be changed by AWS; the API token is replaced by token_generation"),
-    "CKV2_AWS_62": Skip("nobody listens for events of the bucket"),
+    "CKV2_AWS_62": Skip("no component uses events of the bucket"),
     "CKV2_AWS_75": Skip("cors: ['*'], which is refused in prod", "function-url-dev/"),
     "CKV2_AWS_8": Skip("the cluster makes its own backups"),
     "CKV_AWS_115": Skip(
-        "concurrency null means the account's; with a database it is bounded", r".*(-sqlite-|bootstrap)"
+        "concurrency null means the account's limit; with a database it has a limit of its own",
+        r".*(-sqlite-|bootstrap)",
     ),
-    "CKV_AWS_116": Skip("a request that failed is answered so; housekeeping is tried again within the hour"),
-    "CKV_AWS_117": Skip("what needs no database needs no network", r"(s3-sqlite|function-url)|.*-outside$"),
+    "CKV_AWS_116": Skip("a failed request gets an error response; housekeeping runs again within the hour"),
+    "CKV_AWS_117": Skip("a function that uses no database needs no network", r"(s3-sqlite|function-url)|.*-outside$"),
     "CKV_AWS_118": Skip("enhanced monitoring costs by the metric; CloudWatch has what the alarms need"),
     "CKV_AWS_144": Skip("versions protect from mistakes; a copy in another region doubles the price"),
-    "CKV_AWS_145": Skip("keys of one's own cost by the request, and an S3-SQLite commit is several"),
+    "CKV_AWS_145": Skip("a customer managed key costs per request, and an S3-SQLite commit makes several"),
     "CKV_AWS_149": Skip("AWS's own key encrypts it"),
     "CKV_AWS_157": Skip("postgres.multi_az is off by default: it doubles the price"),
     "CKV_AWS_158": Skip("AWS's own key encrypts them, and no data is in them"),
     "CKV_AWS_173": Skip("nothing secret is in the environment"),
-    "CKV_AWS_18": Skip("the function is the only one that reaches the bucket, and has a log"),
+    "CKV_AWS_18": Skip("only the function accesses the bucket, and it has a log"),
     "CKV_AWS_191": Skip("AWS's own key encrypts it"),
     "CKV_AWS_209": Skip("AWS's own key encrypts it"),
     "CKV_AWS_233": Skip("Pulumi always creates before it deletes"),
-    "CKV_AWS_258": Skip("edge function-url: the app looks at the token", "function-url-dev/"),
-    "CKV_AWS_26": Skip("CloudWatch could not write to it: alarms hold no data"),
-    "CKV_AWS_272": Skip("the zip is built from hashes and deployed by the same hand"),
+    "CKV_AWS_258": Skip("edge function-url: the app checks the token", "function-url-dev/"),
+    "CKV_AWS_26": Skip("CloudWatch could not write to an encrypted topic, and alarms hold no data"),
+    "CKV_AWS_272": Skip("the zip is built from pinned hashes and deployed by the person who builds it"),
     "CKV_AWS_290": Skip("Lambda's network interfaces know no single resources", r"(full|everything)-.*-network$"),
-    "CKV_AWS_293": Skip("only prod keeps", "full-dev/"),
-    "CKV_AWS_301": Skip("edge function-url: everybody may call, the app looks at the token", "function-url-dev/"),
+    "CKV_AWS_293": Skip("only stage prod protects its data from deletion", "full-dev/"),
+    "CKV_AWS_301": Skip("edge function-url: the URL is public, the app checks the token", "function-url-dev/"),
     "CKV_AWS_309": Skip(
-        "the app looks at the token; with JWT only /healthz and the preflight of browsers have none",
+        "the app checks the token; with JWT only /healthz and the preflight of browsers have none",
         r"(s3-sqlite|full)|.*(preflight|healthz)$",
     ),
     "CKV_AWS_327": Skip("AWS's own key encrypts it"),
-    "CKV_AWS_338": Skip("log_days, 30 by default: nothing in them is worth a year's price"),
+    "CKV_AWS_338": Skip("log_days is 30 by default; keeping the logs for a year is not worth its price"),
     "CKV_AWS_353": Skip("not every class has performance insights"),
     "CKV_AWS_355": Skip("Lambda's network interfaces know no single resources", r"(full|everything)-.*-network$"),
 }
@@ -119,8 +120,11 @@ PLANTED = {
 
 @pytest.fixture(scope="session")
 def failed(tmp_path_factory):
-    """By stack, or by what is planted, pairs of a check and a resource. One run for all: starting takes longer than looking."""
-    assert CHECKOV.exists(), f"{CHECKOV} is not there: `make test` installs it"
+    """Return pairs of a failed check and a resource, by the name of a stack or of a planted mistake.
+
+    checkov runs once for all of them, because its start takes longer than its checks.
+    """
+    assert CHECKOV.exists(), f"{CHECKOV} does not exist: `make test` installs it"
     root = tmp_path_factory.mktemp("hcl")
     texts = {name: printed(recording(name)) for name in STACKS}
     for planted, (name, plant, _) in PLANTED.items():
@@ -146,7 +150,7 @@ def failed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_nothing_is_found_that_is_not_listed(failed, name):
+def test_checkov_finds_only_what_skips_lists(failed, name):
     assert [
         (check, resource)
         for check, resource in failed[name]
@@ -154,11 +158,11 @@ def test_nothing_is_found_that_is_not_listed(failed, name):
     ] == []
 
 
-def test_nothing_is_listed_that_is_not_found(failed):
+def test_skips_lists_only_checks_that_fail(failed):
     assert SKIPS.keys() - {check for name in STACKS for check, _ in failed[name]} == set()
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_what_is_planted_is_found(failed, planted):
+def test_checkov_finds_each_planted_mistake(failed, planted):
     name, _, check = PLANTED[planted]
     assert check in {found for found, _ in failed[planted] - failed[name]}

@@ -1,4 +1,4 @@
-"""Keys of another project and secrets: refused, with a command that corrects exactly that."""
+"""Config keys of another project and secret settings are refused, with a command that corrects exactly that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from infra.protected import stage_of
 from infra.stack import build
 from tests.infra.recorder import record
 
-SECRET = "of-nobody-s-business"  # noqa: S105
+SECRET = "a-confidential-value"  # noqa: S105
 
 
 def keys(values, *, project="myproject", stack="dev", secret=(), in_file=()):
@@ -39,7 +39,7 @@ def refused(given, deployed=None):
 
 
 def command(said):
-    """The words of each command of the sentence."""
+    """Return the commands that the sentence contains, each as a list of arguments."""
     (line,) = re.findall("run `(.*?)`, (?:then|which)", said)
     commands, words = [], []
     for word in [*shlex.split(line), "&&"]:

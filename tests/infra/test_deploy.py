@@ -1,4 +1,7 @@
-"""The recorded stacks at work: deployed to an emulator of AWS and asked over HTTP, and their outputs with real servers behind them."""
+"""Deploys recorded stacks to an emulator of AWS, and sends HTTP requests to them.
+
+The last part starts the server with the outputs of each stack, on real databases, caches and brokers.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def recorded(**config) -> Recording:
 
 
 class Stack:
-    """A deployed stack, and its API by its own name."""
+    """A deployed stack, and clients of its API."""
 
     def __init__(self, cloud: Cloud, deployed: Deployed) -> None:
         self.cloud, self.deployed, self.outputs = cloud, deployed, deployed.outputs
@@ -45,7 +48,7 @@ class Stack:
         self.signed_in = {"authorization": f"Bearer {secret['SecretString']}"}
 
     def client(self, **headers: str) -> httpx.Client:
-        """All names lead to the emulator."""
+        """Return a client that sends requests for the API's host name to the emulator."""
         host = {"host": urlsplit(self.outputs["api_url"]).netloc}
         trusted = ssl.create_default_context(cafile=self.cloud.ca)
         return httpx.Client(base_url=self.cloud.url, headers={**host, **headers}, verify=trusted, timeout=60)
@@ -89,7 +92,7 @@ def test_without_the_token_only_healthz_answers(stack):
 
 
 def test_two_writers_at_once_lose_nothing(stack):
-    """The emulator runs an instance for each; each increment must be there once."""
+    """The emulator runs one instance of the function for each. Every increment must be stored exactly once."""
     with stack.signed() as client:
         path = client.post("/article", json=ARTICLE).raise_for_status().headers["location"]
     rounds, refused, failures = 10, [0, 0], []
@@ -124,7 +127,7 @@ def test_two_writers_at_once_lose_nothing(stack):
     with stack.signed() as client:
         final = client.get(path).json()
     assert (final["data"]["title"], final["meta"]["revision"]) == (f"{2 * rounds}", 2 * rounds + 1)
-    assert sum(refused) > 0, "they never met"
+    assert sum(refused) > 0, "the two writers never conflicted"
 
 
 def test_the_schedule_calls_the_housekeeping(stack):
@@ -136,8 +139,7 @@ def test_the_schedule_calls_the_housekeeping(stack):
     assert told["maintained"] == ["airport", "article", "user"]
 
 
-def test_who_may_call_the_function(stack):
-    """The rule and the edge, and nobody else's."""
+def test_only_the_rule_and_the_edge_may_call_the_function(stack):
     name = stack.outputs["function_name"]
     policy = stack.cloud.lambda_.get_policy(FunctionName=name, Qualifier="live")["Policy"]
     allowed = [(each["Principal"], each.get("Condition")) for each in json.loads(policy)["Statement"]]
@@ -153,8 +155,7 @@ def test_who_may_call_the_function(stack):
     assert sorted(map(str, allowed)) == sorted(map(str, expected))
 
 
-def test_the_role_is_what_lets_the_function_write(cloud, zipped):
-    """Nothing else does: with less in it, it cannot."""
+def test_the_function_cannot_write_without_the_permission_of_its_role(cloud, zipped):
     less = recorded()
     statement(3, Action=["s3:GetObject"])(less)
     stack = Stack(cloud, apply(less, cloud, zip=zipped))
@@ -163,7 +164,7 @@ def test_the_role_is_what_lets_the_function_write(cloud, zipped):
     stack.deployed.destroy()
 
 
-def test_what_is_destroyed_leaves_nothing(cloud, zipped):
+def test_destroy_deletes_every_resource(cloud, zipped):
     before = cloud.inventory()
     stack = Stack(cloud, apply(recorded(), cloud, zip=zipped))
     with stack.signed() as client:
@@ -173,7 +174,7 @@ def test_what_is_destroyed_leaves_nothing(cloud, zipped):
     assert cloud.inventory() == before
 
 
-def test_in_prod_the_data_stay_and_stay_closed(cloud, zipped):
+def test_in_prod_destroy_keeps_the_bucket_and_it_stays_private(cloud, zipped):
     before, recording = cloud.inventory(), recorded(stage="prod")
     stack = Stack(cloud, apply(recording, cloud, zip=zipped))
     with stack.signed() as client:
@@ -182,7 +183,7 @@ def test_in_prod_the_data_stay_and_stay_closed(cloud, zipped):
     with pytest.raises(Protected, match="crudstack-prod-data"):
         stack.deployed.destroy()
     assert cloud.inventory() == made
-    for resource in recording.resources:  # as somebody would who does not care
+    for resource in recording.resources:  # as a person does who unprotects everything
         resource.protect = False
     stack.deployed.destroy()
     assert cloud.inventory() - before == {f"bucket {stack.bucket}"}
@@ -191,11 +192,11 @@ def test_in_prod_the_data_stay_and_stay_closed(cloud, zipped):
     assert all(closed.values())
     assert "TlsOnly" in cloud.s3.get_bucket_policy(Bucket=stack.bucket)["Policy"]
     assert cloud.s3.get_bucket_versioning(Bucket=stack.bucket)["Status"] == "Enabled"
-    with pytest.raises(ClientError, match="BucketNotEmpty"):  # nor does anything empty it on the way
+    with pytest.raises(ClientError, match="BucketNotEmpty"):  # destroy has not emptied the bucket
         cloud.s3.delete_bucket(Bucket=stack.bucket)
 
 
-def test_nothing_of_a_stack_is_left_out():
+def test_every_type_of_resource_has_a_maker():
     stacks = [recording("s3-sqlite-dev"), recording("function-url-dev")]
     resources = [resource for stack in stacks for resource in stack.aws]
     assert {resource.type for resource in resources} == MAKERS.keys()
@@ -203,13 +204,13 @@ def test_nothing_of_a_stack_is_left_out():
     assert arguments >= NOT_EMULATED.keys()
 
 
-# The outputs, with real servers behind them
+# The outputs of each stack, with real servers
 
 OVERRIDES = {"user": "postgres-s3", "airport": Pair(meta="s3-sqlite", resource="cached-s3")}
 
 
 class Elsewhere(dict):
-    """What only AWS has is nowhere."""
+    """Values for references. A host that exists on AWS only has a name that cannot be resolved."""
 
     def __missing__(self, reference: str) -> str:
         return "nowhere.invalid"
@@ -228,7 +229,7 @@ class Elsewhere(dict):
     ],
 )
 def test_the_outputs_serve_the_tour(request, serve, tmp_path, ministack_s3, database, valkey, config):
-    """`crudstack serve` has what `pulumi stack output --json` prints, a function what it is told; they find the same data."""
+    """`crudstack serve` with the outputs of the stack and the function with its environment find the same data."""
     stack = recorded(**config)
     bucket = f"aws_s3_bucket.{stack.one('aws:s3/bucket:Bucket').name}"
     there = Elsewhere({f"{bucket}.bucket": f"own-{database.rpartition('_')[2]}", f"{bucket}.region": REGION})
@@ -266,12 +267,12 @@ import json, os, sys
 from app.handler import handler
 context = type("Context", (), {"aws_request_id": "1", "get_remaining_time_in_millis": lambda _: 29000})()
 print(json.dumps(handler(json.load(sys.stdin), context)), flush=True)
-os._exit(0)  # as Lambda ends it: without a goodbye
+os._exit(0)  # Lambda ends a process without notice
 """
 
 
 def answered(event, told):
-    """What the function answers, as a process of its own that has this environment."""
+    """Run the function in a process with this environment, and return its answer to the event."""
     command = [sys.executable, "-c", ANSWER]
     given = {"PATH": os.environ["PATH"], **told}
     done = subprocess.run(command, input=json.dumps(event), env=given, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The pages about AWS: what is made is fresh, what is written by hand is true of the program, and sums are what they say."""
+"""The pages about AWS: generated parts are up to date, and the facts and sums in the text agree with the code."""
 
 from __future__ import annotations
 
@@ -86,14 +86,19 @@ PAID = {
     "aws:secretsmanager/secret:Secret": costs.SECRET,
 }
 FREE = re.compile(
-    "aws:(acm|apigatewayv2/(?!api:)|budgets|cloudwatch/event|ec2/(defaultSecurityGroup|routeTable|securityGroup|subnet|vpc:)|elasticache/(subnet|user)|iam"
-    "|lambda/(?!function:)|rds/(?!instance:|clusterInstance:|proxy:)|route53|s3/bucket(?!:)|secretsmanager/secretVersion|sns|vpc)"
+    "aws:(acm|apigatewayv2/(?!api:)|budgets|cloudwatch/event"
+    "|ec2/(defaultSecurityGroup|routeTable|securityGroup|subnet|vpc:)|elasticache/(subnet|user)|iam"
+    "|lambda/(?!function:)|rds/(?!instance:|clusterInstance:|proxy:)|route53|s3/bucket(?!:)"
+    "|secretsmanager/secretVersion|sns|vpc)"
 )
-"""What costs nothing by itself, for the volumes that the page is about. The bootstraps run once, the budgets of an account are free up to two."""
+"""Types that cost nothing by themselves, at the volumes that the page is about.
+
+The bootstraps run once. The first two budgets of an account are free.
+"""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_all_that_is_registered_is_paid_for_or_free(name):
+def test_every_registered_type_has_a_price_or_is_free(name):
     config, types = CONFIGS[name], registered(name)
     found = {line.price: line for line in costs.lines(config, 1) if line.usd}
     there = {price for type_, price in PAID.items() if types[type_]}
@@ -166,7 +171,7 @@ def test_a_version_with_snap_start_costs_as_long_as_it_exists():
 
 
 def evaluated(arithmetic: str) -> float:
-    """ "(1 M × 0.05 s + 730) × 0.20/M": M are millions, KB are written in GB."""
+    """Return the value of a sum such as "(1 M × 0.05 s + 730) × 0.20/M". M is a million; KB are converted to GB."""
     python = arithmetic.replace(",", "").replace("×", "*").replace(" M", "*1e6").replace("/M", "*1e-6")
     python = re.sub(r" KB", "*1e-6", python)
     python = re.sub(r" (GB|s|ACU)\b", "", python)

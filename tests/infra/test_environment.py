@@ -1,4 +1,7 @@
-"""The environment of a function at its worst: never smaller than what the program gives, and refused above 4,096 bytes."""
+"""The largest possible environment of a function.
+
+It is never smaller than the real one, and a config is refused if it exceeds 4,096 bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tests.infra.stacks import CONFIGS, environment, recording
 
 
 def shape(value):
-    """The keys of nested objects, and of lists the number of items."""
+    """Return the keys of nested objects, the length of each list, and the type of each other value."""
     if isinstance(value, dict):
         return {key: shape(item) for key, item in value.items()}
     return len(value) if isinstance(value, list) else type(value).__name__
@@ -96,7 +99,7 @@ def test_several_settings_are_measured_together_with_the_escapes_of_json():
     assert ", auth takes " in refused.value.detail
 
 
-def test_what_aws_fills_in_has_room():
+def test_the_longest_hosts_and_arns_of_aws_fit_into_the_largest_outputs():
     config = read({"storage": "full", "auth": "token", "stage": "pr-abcdefghijklm"})
     worst = config.largest_outputs()
     longest = {
@@ -105,6 +108,7 @@ def test_what_aws_fills_in_has_room():
     }
     for key, host in longest.items():
         assert len(worst[key]["host"]) >= len(host)
-    arn = "arn:aws-us-gov:secretsmanager:us-gov-west-1:123456789012:secret:crudstack-pr-abcdefghijklm-broker-0123456-AbCdEf"
+    name = "crudstack-pr-abcdefghijklm-broker-0123456-AbCdEf"
+    arn = f"arn:aws-us-gov:secretsmanager:us-gov-west-1:123456789012:secret:{name}"
     assert len(worst["broker"]["secret_arn"]) >= len(arn)
     assert isinstance(config.auth, str | JwtAuth)

@@ -95,7 +95,7 @@ def test_one_sentence_names_the_key_and_unprotects_exactly_what_would_go(stacks,
     *unprotect, _, stack = shlex.split(command)
     assert (unprotect[:3], stack) == (["pulumi", "state", "unprotect"], "main")
     assert set(unprotect[3:]) == {each.urn for each in there} - registered
-    # Whoever does that goes on.
+    # After that command the config is accepted.
     refuse(CONFIGS[after], [each for each in there if each.urn not in unprotect], "main", "crudstack")
 
 

@@ -43,7 +43,11 @@ def test_nothing_is_deprecated(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_tree_of_resources(name):
-    """If a change is meant: CRUDSTACK_UPDATE_SNAPSHOTS=1 .venv/bin/python -m pytest tests/infra/test_stack.py, and look at the difference."""
+    """The tree is that of the snapshot.
+
+    After an intended change, run
+    `CRUDSTACK_UPDATE_SNAPSHOTS=1 .venv/bin/python -m pytest tests/infra/test_stack.py` and review the difference.
+    """
     tree, file = recording(name).tree(), SNAPSHOTS / f"{name}.txt"
     if os.environ.get(UPDATE):
         file.write_text(tree)
@@ -254,7 +258,7 @@ def test_a_broker_follows_its_secret_and_its_version():
 
 
 def test_permissions_for_the_network_outlive_the_security_group():
-    """Lambda takes its interfaces away with the function's own permissions, after the function is gone."""
+    """Lambda deletes its network interfaces after the function, and uses the function's permissions for that."""
     stack = recording("full-dev")
     named = {(one.type, one.name): one for one in stack.resources}
     for function in ("api", "bootstrap-inside"):
@@ -266,17 +270,17 @@ def test_permissions_for_the_network_outlive_the_security_group():
 # The program itself
 
 
-def test_it_asks_nobody_and_changes_nothing(monkeypatch):
-    """Neither a preview nor an update: what the engine is told is all there is."""
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it connects"))
-    monkeypatch.setattr(Path, "write_bytes", lambda *_: pytest.fail("it writes"))
-    monkeypatch.setattr(artifact, "build", lambda *_, **__: pytest.fail("it builds"))
+def test_the_program_makes_no_connection_and_writes_no_file(monkeypatch):
+    """This holds for a preview and for an update. The program only registers resources with the engine."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the program connects"))
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: pytest.fail("the program writes a file"))
+    monkeypatch.setattr(artifact, "build", lambda *_, **__: pytest.fail("the program builds a zip"))
     for preview in (True, False):
         stack = record(lambda: build(StackConfig(storage="full"), zip=Path("/nowhere/app.zip")), preview=preview)
         assert stack.types[FUNCTION] == 3
 
 
-def test_two_programs_run_after_each_other_and_one_that_waits_for_ever_is_ended(monkeypatch):
+def test_a_program_that_waits_for_ever_ends_with_a_timeout_and_others_can_run_after_it(monkeypatch):
     monkeypatch.setattr(recorder, "LIMIT_S", 0.2)
 
     def program():

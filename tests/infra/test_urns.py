@@ -16,7 +16,7 @@ from tests.infra.recorder import Recording
 from tests.infra.stacks import CONFIGS, recording
 
 DEPLOYED: dict[str, str] = json.loads(Path(__file__).with_name("deployed_urns.json").read_text())
-"""By URN the names of the stacks that have the resource, separated by spaces. The code of an earlier commit wrote it."""
+"""The names of the stacks that have the resource, by URN, separated by spaces. An earlier commit wrote them."""
 
 
 def deployed(stack: str) -> set[str]:
