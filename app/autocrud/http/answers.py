@@ -81,15 +81,7 @@ def resource_response(resource: Resource[Any], status: int, headers: tuple[tuple
     """Return the response for one resource. The ETag is that of the resource, also if an older revision is shown."""
     meta, info = resource.meta, resource.info
     if info is not None:  # show the metadata of this revision; the ETag remains that of the resource
-        meta = replace(
-            meta,
-            revision=info.revision,
-            uid=info.uid,
-            status=info.status,
-            data_hash=info.data_hash,
-            encoding=info.encoding,
-            schema_version=info.schema_version,
-        )
+        meta = replace(meta, **info.meta_fields)
     document = _encode(meta)
     return Response(status, envelope(document, resource.json), (etag(meta), *headers), brief=b'{"meta":%b}' % document)
 

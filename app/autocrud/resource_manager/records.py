@@ -73,6 +73,36 @@ class RevisionInfo(Struct, frozen=True, kw_only=True):
     created_by: str
     updated_by: str
 
+    @classmethod
+    def of_change(cls, meta: ResourceMeta, parent: int | None) -> RevisionInfo:
+        """Return the record of a new revision that is made by the change to this metadata."""
+        return cls(
+            uid=meta.uid,
+            resource_id=meta.resource_id,
+            revision=meta.revision,
+            parent=parent,
+            schema_version=meta.schema_version,
+            status=meta.status,
+            data_hash=meta.data_hash,
+            encoding=meta.encoding,
+            created_time=meta.updated_time,
+            updated_time=meta.updated_time,
+            created_by=meta.updated_by,
+            updated_by=meta.updated_by,
+        )
+
+    @property
+    def meta_fields(self) -> dict[str, Any]:
+        """The fields that a resource's metadata takes from this record if this is the current revision."""
+        return {
+            "revision": self.revision,
+            "schema_version": self.schema_version,
+            "status": self.status,
+            "uid": self.uid,
+            "data_hash": self.data_hash,
+            "encoding": self.encoding,
+        }
+
 
 class Version(NamedTuple):
     """Exactly one state of a resource. Its ETag is `"VERSION-NONCE"`; only this class writes and reads ETags."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from ..basic import Change, IndexEntry, ResourceMeta, RevisionInfo
 
@@ -55,20 +56,7 @@ class LogOperation(Struct, frozen=True, omit_defaults=True, rename={"resource_id
 
 def _expected(meta: ResourceMeta) -> dict[str, Any]:
     """Return the fields of the revision record that the change to this metadata would make."""
-    return {
-        "uid": meta.uid,
-        "resource_id": meta.resource_id,
-        "revision": meta.revision,
-        "parent": meta.revision - 1 or None,
-        "schema_version": meta.schema_version,
-        "status": meta.status,
-        "data_hash": meta.data_hash,
-        "encoding": meta.encoding,
-        "created_time": meta.updated_time,
-        "updated_time": meta.updated_time,
-        "created_by": meta.updated_by,
-        "updated_by": meta.updated_by,
-    }
+    return asdict(RevisionInfo.of_change(meta, parent=meta.revision - 1 or None))
 
 
 def log_operation(change: Change, meta: ResourceMeta, spec: str) -> LogOperation:

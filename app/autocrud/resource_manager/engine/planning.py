@@ -219,7 +219,7 @@ class Plan(Generic[T]):
             index = await self._large_index(resource_id, document, None)
         else:
             index = self._codec.index(document.data)
-        return self._write(None, meta, self._new_record(meta, parent=None), document, index=index)
+        return self._write(None, meta, RevisionInfo.of_change(meta, parent=None), document, index=index)
 
     async def _append(
         self, state: ResourceState, document: Document[T], status: Status, drop: tuple[str, ...]
@@ -241,7 +241,7 @@ class Plan(Generic[T]):
             data_hash=digest,
             encoding=self._storage.encoding,
         )
-        return self._write(meta, new, self._new_record(new, parent=meta.revision), document, drop, index=index)
+        return self._write(meta, new, RevisionInfo.of_change(new, parent=meta.revision), document, drop, index=index)
 
     async def _replace(self, state: ResourceState, document: Document[T]) -> ResourceState:
         meta = state.meta
@@ -351,15 +351,7 @@ class Plan(Generic[T]):
         if revision == meta.revision:
             return state
         record = await self._record(meta.resource_id, revision)
-        new = self._next(
-            meta,
-            revision=revision,
-            schema_version=record.schema_version,
-            status=record.status,
-            uid=record.uid,
-            data_hash=record.data_hash,
-            encoding=record.encoding,
-        )
+        new = self._next(meta, **record.meta_fields)
         json = self._planned_json(record.uid)
         if json is None:
             body = await self._storage.body(record.uid)
@@ -436,22 +428,6 @@ class Plan(Generic[T]):
             updated_time=max(self._now, meta.updated_time),
             updated_by=self._by,
             **changes,
-        )
-
-    def _new_record(self, meta: ResourceMeta, parent: int | None) -> RevisionInfo:
-        return RevisionInfo(
-            uid=meta.uid,
-            resource_id=meta.resource_id,
-            revision=meta.revision,
-            parent=parent,
-            schema_version=meta.schema_version,
-            status=meta.status,
-            data_hash=meta.data_hash,
-            encoding=meta.encoding,
-            created_time=meta.updated_time,
-            updated_time=meta.updated_time,
-            created_by=self._by,
-            updated_by=self._by,
         )
 
     def _write(
