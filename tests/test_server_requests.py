@@ -112,7 +112,7 @@ async def test_a_websocket_is_refused_and_no_traceback_is_logged(served, capfd):
 
 
 async def test_an_upgrade_that_is_only_offered_changes_nothing(served):
-    """curl offers HTTP/2 in this way."""
+    """The program curl offers HTTP/2 in this way."""
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n"
     async with connected(served) as (reader, writer):
         for _ in range(2):

@@ -177,7 +177,7 @@ def test_a_failure_of_ensurepip_is_not_its_absence(checkout: Path) -> None:
 
 
 def test_the_error_of_pip_is_shown(checkout: Path) -> None:
-    """uv is not installed, and no package index answers."""
+    """The program uv is not installed, and no package index answers."""
     path = checkout.parent / "bin"
     path.mkdir()
     for program in ("sh", "make", "cat", "test", "rm", "mv", "tail"):

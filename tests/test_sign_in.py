@@ -46,7 +46,7 @@ def test_the_token_for_the_database_equals_that_of_boto3():
 @pytest.mark.usefixtures("role")
 @pytest.mark.parametrize("serverless", [False, True])
 def test_the_token_for_the_cache_is_signed_as_aws_documents_it(serverless):
-    """https://docs.aws.amazon.com/AmazonElastiCache/latest/dg/auth-iam.html"""
+    """The page is https://docs.aws.amazon.com/AmazonElastiCache/latest/dg/auth-iam.html."""
     cache = CacheServer(host="h", user=CACHE.user, name=CACHE.name, serverless=serverless)
     session = botocore.session.get_session()
     signer = RequestSigner(

@@ -182,7 +182,7 @@ def database_token(db) -> str:
 
 
 def cache_token(cache) -> str:
-    """https://docs.aws.amazon.com/AmazonElastiCache/latest/dg/auth-iam.html"""
+    """Return a token as https://docs.aws.amazon.com/AmazonElastiCache/latest/dg/auth-iam.html describes it."""
     session = botocore.session.get_session()
     service = (ServiceId("elasticache"), REGION, "elasticache", "v4")
     signer = RequestSigner(*service, session.get_credentials(), session.get_component("event_emitter"))

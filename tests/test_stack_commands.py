@@ -389,17 +389,17 @@ def test_another_profile_of_the_environment_is_refused(pulumi, account, command,
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_missing_profile_is_refused_in_one_sentence(pulumi, account, command):
     double, environment = account
-    names_profile(pulumi, "nobody")
+    names_profile(pulumi, "missing")
     done = crudstack(pulumi, *command, **environment)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "aws:profile in the stack's config is nobody, expected a profile in ~/.aws/config" in done.stderr
-    assert "there are default, from-environment, role, work: run `aws configure --profile nobody`" in done.stderr
+    assert "aws:profile in the stack's config is missing, expected a profile in ~/.aws/config" in done.stderr
+    assert "there are default, from-environment, role, work: run `aws configure --profile missing`" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert double.signers == []
     # If only the environment names a profile, botocore looks for it.
     (pulumi / "config.json").unlink()
-    said = crudstack(pulumi, "token", "show", **environment, AWS_PROFILE="nobody").stderr
-    assert said.endswith("Secrets Manager: The config profile (nobody) could not be found\n")
+    said = crudstack(pulumi, "token", "show", **environment, AWS_PROFILE="missing").stderr
+    assert said.endswith("Secrets Manager: The config profile (missing) could not be found\n")
 
 
 def test_unreadable_files_are_refused_in_one_sentence(pulumi, account):

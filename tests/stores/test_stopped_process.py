@@ -1,4 +1,4 @@
-"""A process that is stopped (SIGSTOP) while it holds a lock of the disk stores: the others are told so in time, and nothing else happens."""
+"""A process is stopped (SIGSTOP) while it holds a lock of the disk stores: the others get an error in time."""
 
 from __future__ import annotations
 

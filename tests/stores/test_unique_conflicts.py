@@ -1,4 +1,4 @@
-"""The operation of a batch that a UniqueConflict names, whether or not the store says which resources share the value."""
+"""The operation of a batch that a UniqueConflict names, with and without the resource ids from the store."""
 
 from __future__ import annotations
 

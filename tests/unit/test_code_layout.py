@@ -38,7 +38,10 @@ def imported(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 def test_packages_of_the_engine_import_few_others():
-    """At most 45 ordered pairs (A imports B) of what is directly below resource_manager; import-linter forbids cycles."""
+    """At most 45 ordered pairs (A imports B) of packages and modules directly below resource_manager.
+
+    import-linter forbids cycles.
+    """
     below = ENGINE.relative_to(ROOT).parts
     pairs = set()
     for path in ENGINE.rglob("*.py"):

@@ -39,7 +39,7 @@ def test_the_list_of_public_names_is_complete():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_has_a_docstring(name):
-    """The docstring is its own and not that of a base class. (ruff checks those of methods.)"""
+    """The docstring is its own and not that of a base class; ruff checks those of methods."""
     text = vars(getattr(app.autocrud, name)).get("__doc__") or getattr(app.autocrud, name).__doc__
     base = getattr(getattr(app.autocrud, name), "__base__", object)
     assert text

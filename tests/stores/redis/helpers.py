@@ -76,7 +76,7 @@ def keyed(name: str) -> Caller:
 
 
 class Proxy(TcpProxy):
-    """Counts requests, and keeps some for later: while `keep` is set, what a client sends waits, whoever cuts its connection."""
+    """A proxy that counts requests. While `keep` is set, it holds back what clients send, even after they disconnect."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)

@@ -120,7 +120,7 @@ async def as_one_that_is_built_now(instance, manager) -> bool:
 @pytest.mark.usefixtures("paged")
 @pytest.mark.parametrize("at_once", [1, 1000])
 async def test_copies_are_right_whatever_happens_meanwhile(instance, monkeypatch, at_once):
-    """Copies that follow, and copies that are built while others write, are the same as one that is built afterwards."""
+    """Copies that are updated, or built during writes, equal a copy that is built afterwards."""
     monkeypatch.setattr(meta_store_redis, "LOG_ENTRIES", 30)
     monkeypatch.setattr(search_replica, "AT_ONCE", at_once)
     managers = [instance(retention=Retention(last=3)) for _ in range(4)]
@@ -235,7 +235,7 @@ async def test_no_answer_tells_much_more_than_was_asked_for(instance):
 @pytest.mark.usefixtures("paged")
 @pytest.mark.parametrize("building", [True, False])
 async def test_a_replica_takes_over_between_two_answers(instance, server, monkeypatch, building):
-    """What was read ahead of the copy's position is of a history that is no more, although the position is of both."""
+    """Data read beyond the copy's position is of a lost history, although both histories have the position."""
     monkeypatch.setattr(search_replica, "AT_ONCE", 1)
     manager, other = instance(), instance()
     for number in range(20):
@@ -290,7 +290,7 @@ async def test_no_answer_is_applied_to_a_copy_of_another_history(instance):
 
 @pytest.mark.parametrize("writes", [0, 1, 2, 4], ids=["far behind", "behind", "as far", "ahead"])
 async def test_a_replica_that_takes_over_behind_its_primary(instance, server, writes):
-    """It goes on from an earlier state. Copies of what it never received must not be kept, whatever number it reaches."""
+    """The new primary continues from an earlier state. Copies of writes that it never received must be dropped."""
     manager, other = instance(), instance()
     await manager.create(Note("1", "a"), resource_id="r")
     names = server.keys(key(manager, "*"))
