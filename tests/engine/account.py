@@ -1,4 +1,4 @@
-"""The AWS account of the tests: what exists in it, in a file that several processes may share."""
+"""The AWS account of the tests. Its resources are in a file that several processes may share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.engine.aws_types import NOT_TOLD_BY_AWS, TYPES, Properties
 
 
 class AwsError(Exception):
-    """What AWS answers to a request that it refuses."""
+    """AWS refused a request."""
 
 
 class Account:
     """The resources of an account by type and id.
 
-    A resource is a dict of its properties on the wire. What AWS has and never tells stands below `_untold`.
+    A resource is a dict of its properties on the wire. `_untold` has the properties that AWS stores and never returns.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -29,7 +29,7 @@ class Account:
 
     @contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:
-        """Hand out the whole account, alone, and write it back. A process that is killed leaves it as it was."""
+        """Lock the account, yield its content, and write it back. A killed process leaves the file unchanged."""
         with self._lock.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = self._read()
@@ -55,7 +55,10 @@ class Account:
         return self.all(type_).get(id)
 
     def one(self, type_: str, name_holds: str = "") -> Properties:
-        """Return the only resource of a type whose id holds `name_holds`. Raises AssertionError if it is not the only one."""
+        """Return the only resource of a type whose id contains `name_holds`.
+
+        Raises AssertionError if there is none, or more than one.
+        """
         found = [value for id, value in self.all(type_).items() if name_holds in id]
         assert len(found) == 1, f"{len(found)} of {type_} {name_holds}: {sorted(self.all(type_))}"
         return found[0]
@@ -74,7 +77,7 @@ class Account:
     # What the provider asks AWS to do
 
     def create(self, type_: str, id: str, properties: Properties) -> None:
-        """Raises AwsError if the id is taken, or if a property names what does not exist any more."""
+        """Raises AwsError if the id is taken, or if a property names a resource that was deleted."""
         with self._changed() as content:
             self._refuse_lost_references(content, id, properties)
             if f"{type_} {id}" in content["resources"] and not TYPES[type_].put:
@@ -98,7 +101,7 @@ class Account:
             content["resources"][f"{type_} {id}"] = self._kept(type_, properties)
 
     def delete(self, type_: str, id: str) -> None:
-        """Raises AwsError if something hangs on it, or if it is protected from deletion."""
+        """Raises AwsError if another resource depends on this one, or if it is protected from deletion."""
         with self._changed() as content:
             resources: dict[str, Properties] = content["resources"]
             there = resources.get(f"{type_} {id}")
@@ -128,14 +131,14 @@ class Account:
 
     @staticmethod
     def _kept(type_: str, properties: Properties) -> Properties:
-        """Return what the account has of a resource, and apart from it what AWS does not tell."""
+        """Return the properties of a resource, with those that AWS does not return under `_untold`."""
         untold = (*TYPES[type_].untold, *TYPES[type_].forgotten)
         told = {name: value for name, value in properties.items() if name not in untold}
         return {**told, "_untold": {name: properties[name] for name in untold if name in properties}}
 
     @staticmethod
     def _refuse_lost_references(content: dict[str, Any], id: str, properties: Properties) -> None:
-        # An id that follows from a name (a function's alias) is taken again after its resource went, and stands in its ARN.
+        # If an id follows from a name (a function's alias), a new resource gets the id of the deleted one.
         there = {key.partition(" ")[2] for key in content["resources"]} | {id}
         for gone in set(content["gone"]) - there:
             # Names that a person chose ("api.example.org", "$default") exist without AWS.
@@ -144,7 +147,7 @@ class Account:
 
     @staticmethod
     def _let_write_access_logs(content: dict[str, Any], properties: Properties) -> None:
-        """API Gateway adds each log group to one resource policy of the region, and never takes it out again."""
+        """Add the log group to the region's resource policy, from which API Gateway never removes it."""
         group = (properties.get("accessLogSettings") or {}).get("destinationArn", "")
         if group and ":log-group:/aws/vendedlogs/" not in group:
             content["log_policy"].append(group)
@@ -153,7 +156,10 @@ class Account:
 
     @staticmethod
     def _move_labels(content: dict[str, Any], properties: Properties) -> None:
-        """A label is on one version of a secret at most; the version that loses AWSCURRENT becomes AWSPREVIOUS."""
+        """Move labels to a new version of a secret.
+
+        Each label is on one version at most. The version that loses AWSCURRENT becomes AWSPREVIOUS.
+        """
         taken = set(properties["versionStages"])
         for key, other in content["resources"].items():
             if not key.startswith("aws:secretsmanager/secretVersion") or other["secretId"] != properties["secretId"]:
@@ -173,7 +179,7 @@ def _names(value: Any, id: str) -> bool:
 
 
 def _found(value: Any, names: tuple[str, ...]) -> Iterator[Any]:
-    """Yield the properties with one of these names, wherever they stand in a resource."""
+    """Yield all properties with one of these names, at any depth of a resource."""
     if isinstance(value, dict):
         for name, item in value.items():
             if name in names:
@@ -186,14 +192,14 @@ def _found(value: Any, names: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _goes_with_it(key: str) -> bool:
-    """AWS takes a default security group away with its VPC, and associations with their route table."""
+    """Tell whether AWS deletes the resource together with its VPC or route table."""
     return key.startswith(("aws:ec2/defaultSecurityGroup", "aws:ec2/routeTableAssociation"))
 
 
 def told(type_: str, properties: Properties, known: Properties) -> Properties:
-    """Return what Read of the provider answers: what AWS tells, and of the state what AWS does not tell.
+    """Return the answer of the provider's Read: properties from AWS, and from the state those that AWS does not return.
 
-    known: the state of the resource, in which alone such arguments live.
+    known    the state of the resource, which is the only place of such properties
     """
     answer = {name: value for name, value in properties.items() if name != "_untold"}
     answer |= {name: [] for name in TYPES[type_].forgotten}

@@ -1,4 +1,4 @@
-"""What the tests' provider knows of each type of AWS resource: names, what replaces it, what AWS fills in, what it refuses.
+"""The rules of the tests' provider for each type of AWS resource: names, replacement, computed outputs, limits.
 
 The sources are terraform-provider-aws (the schema's ForceNew, Sensitive and WriteOnly, its validators and Read
 functions) and AWS's documentation. A comment names the place where a rule is not obvious.
@@ -18,7 +18,7 @@ NO_PROPERTIES: tuple[str, ...] = ()
 
 Properties = dict[str, Any]
 Made = Callable[[Properties, str], tuple[str, Properties]]
-"""(inputs, random lower-case hexadecimal) -> (id, what AWS fills in)."""
+"""(inputs, random lower-case hexadecimal digits) -> (id, outputs that AWS computes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,27 +27,27 @@ class AwsType:
 
     made: Made
     named: str = ""
-    """The property that the provider makes up from the logical name if it is not given."""
+    """The property that the provider derives from the logical name if it is not given."""
     longest: int = 64
-    """Characters of that name at most."""
+    """The maximum length of that name, in characters."""
     letters: str = r"[A-Za-z0-9_./-]+"
-    """What that name consists of."""
+    """A regular expression that the name matches."""
     replaces: tuple[str, ...] = NO_PROPERTIES
     """Properties whose change replaces the resource (ForceNew), beside `named`."""
     computed_on_update: tuple[str, ...] = NO_PROPERTIES
     """Outputs that are unknown in the preview of an update that publishes a version."""
     write_only: tuple[str, ...] = NO_PROPERTIES
-    """Arguments that neither the state nor Read ever has; in a state they are null."""
+    """Arguments that are null in the state and absent from answers of Read."""
     sensitive: tuple[str, ...] = NO_PROPERTIES
     """Outputs that hold a secret, whatever the inputs said."""
     untold: tuple[str, ...] = NO_PROPERTIES
-    """Properties that AWS has and does not tell; Read leaves what the state knows."""
+    """Properties that AWS stores and does not return. Read keeps their values of the state."""
     put: bool = False
-    """Whether Create takes over what is there, as requests that are called Put do."""
+    """Whether Create overwrites an existing resource, as AWS requests named Put do."""
     forgotten: tuple[str, ...] = NO_PROPERTIES
-    """Lists that AWS has and does not tell; Read empties them, and no difference of them counts."""
+    """Lists that AWS stores and does not return. Read empties them, and Diff ignores them."""
     held_by: tuple[str, ...] = NO_PROPERTIES
-    """Properties of other resources that name this one, which AWS does not delete while one does."""
+    """Properties of other resources. AWS does not delete this resource while one of them names it."""
 
 
 def arn(service: str, rest: str, region: str = REGION, account: str = ACCOUNT_ID) -> str:
@@ -457,7 +457,7 @@ NOT_TOLD_BY_AWS = frozenset(
         "skipFinalSnapshot",
     ]
 )
-"""Arguments that only steer the provider. They live in the state alone, and Read leaves them."""
+"""Arguments for the provider only. They are in the state alone, and Read keeps them."""
 
 
 def random_hex(*seed: object) -> str:

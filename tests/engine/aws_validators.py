@@ -1,4 +1,4 @@
-"""What the provider's validators refuse, and what AWS refuses at once: constraints that are not in the SDK's types.
+"""Constraints that the SDK's types do not express: those of the provider's validators, and some of AWS.
 
 Each function yields pairs of a property and the reason.
 """
@@ -14,7 +14,7 @@ TAG = re.compile(r"[\w .:/=+@-]*")
 
 
 def refused(type_: str, given: Properties) -> Iterator[tuple[str, str]]:
-    """Yield what Check refuses beside types and names: constraints among arguments, and the validators' patterns."""
+    """Yield violations of constraints among arguments and of the validators' patterns."""
     yield from _tags(given.get("tags") or {})
     match type_.rpartition(":")[2]:
         case "SecretVersion":
@@ -52,7 +52,7 @@ def _tags(tags: Properties) -> Iterator[tuple[str, str]]:
 
 
 def _broker_password(user: Properties) -> Iterator[tuple[str, str]]:
-    """mq/broker.go, ValidBrokerPassword: 12 to 250 characters, 4 different ones, none of ",:="."""
+    """Apply ValidBrokerPassword of mq/broker.go: 12 to 250 characters, 4 different ones, none of ",:="."""
     password = user.get("password")
     if (
         not isinstance(password, str)

@@ -1,4 +1,4 @@
-"""A copy of the project in which the literal CLI runs, as a user has it after `git clone` and `make setup-infra`."""
+"""A copy of the project in which the real CLI runs, as after `git clone` and `make setup-infra`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.engine.provider import Faults
 class Checkout:
     """The project's files with the environment of `isolated`, the tests' provider and the tests' language host.
 
-    account, faults    see tests/engine/account.py and provider.py; the provider is a process of the engine's
-    storage            the kind whose drivers the zip will need
+    account, faults    see tests/engine/account.py and provider.py; the engine runs the provider as a process
+    storage            the kind of storage whose drivers the zip needs
     """
 
     def __init__(self, directory: Path, cli: Path, *, storage: str = "s3-sqlite") -> None:
@@ -30,7 +30,7 @@ class Checkout:
         copy_project(self.path)
         (self.path / ".venv").symlink_to(ROOT / ".venv")
         (self.path / ".local").mkdir()
-        # The wheels for Lambda are made here, where the registry's settings are, and taken from their cache there.
+        # The wheels for Lambda are built here, with the package registry's settings; the copy uses their cache.
         package(StackConfig(storage=storage))
         (self.path / ".local/artifacts").symlink_to(ROOT / ".local/artifacts")
         self.environment = isolated(directory, cli)
@@ -49,7 +49,7 @@ class Checkout:
         self.account, self.faults = Account(directory / "account"), Faults(directory / "account")
 
     def start(self, command: str, **environment: str) -> subprocess.Popen[str]:
-        """Start a line of a shell in a process group of its own."""
+        """Start a shell command in a new session."""
         return subprocess.Popen(
             ["bash", "-c", command],
             cwd=self.path,
@@ -62,7 +62,7 @@ class Checkout:
         )
 
     def run(self, command: str, *, code: int = 0, **environment: str) -> str:
-        """Run a line of a shell, and return what it printed on both outputs. Raises AssertionError for another exit code."""
+        """Run a shell command, and return its stdout and stderr. Raises AssertionError for another exit code."""
         running = self.start(command, **environment)
         try:
             said, _ = running.communicate(timeout=LIMIT_S)
@@ -72,7 +72,7 @@ class Checkout:
         return said
 
     def mend_state(self) -> None:
-        """Delete the empty files that a CLI which was killed may leave beside its state, as docs/deploy.md says.
+        """Delete the empty files that a killed CLI may leave beside its state, as docs/deploy.md says.
 
         Pulumi writes `STACK.json` in one step, and `STACK.json.attrs` after it in two; an empty one is
         `failed to load checkpoint: EOF`.
@@ -83,7 +83,7 @@ class Checkout:
 
 
 def copy_project(target: Path) -> None:
-    """Copy what git tracks, as it is in the working tree."""
+    """Copy the files of the working tree that git tracks, without tests/."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file() and not name.startswith("tests/"):
@@ -92,7 +92,7 @@ def copy_project(target: Path) -> None:
 
 
 def end_group(running: subprocess.Popen[str]) -> None:
-    """Kill what is left of a command. A CLI that was killed leaves its plugins behind, in process groups of their own."""
+    """Kill all processes of a command. The plugins of a killed CLI continue to run, in other process groups."""
     for pid in session(running.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

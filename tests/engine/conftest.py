@@ -1,4 +1,4 @@
-"""Pulumi's CLI for the tests. Without it they do not run, and the suite's last lines say so."""
+"""Pulumi's CLI for the tests. Without the CLI these tests do not run, and the suite's last lines report that."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _cli(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def cli() -> Path:
-    """The newest CLI."""
+    """Return the path of the newest CLI."""
     return _cli("newest")
 
 
 @pytest.fixture(scope="session")
 def oldest_cli() -> Path:
-    """The oldest CLI that is supported."""
+    """Return the path of the oldest supported CLI."""
     return _cli("oldest")
 
 

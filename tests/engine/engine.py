@@ -1,4 +1,4 @@
-"""Runs the Pulumi program under Pulumi's own CLI and engine, apart from everything that the user has.
+"""Runs the Pulumi program under Pulumi's own CLI and engine, isolated from all settings of the user.
 
     with Engine(directory, cli) as engine:
         stack = engine.stack("dev", StackConfig(storage="full"))
@@ -34,16 +34,16 @@ from infra.protected import check, deployed_stage
 from infra.stack import build
 from tests.engine.inline import CommitResult, run
 from tests.engine.provider import VERSION, Provider, serve
-from tests.infra import recorder  # noqa: F401 - loads the SDK's services, some of which warn of their own old names
+from tests.infra import recorder  # noqa: F401 - loads the SDK's services, some of which warn of deprecated names
 
 PASSPHRASE = "a passphrase of the tests"  # noqa: S105
 PROJECT = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["name"]
 LIMIT_S = 300
-"""For one command. The longest takes a minute here."""
+"""The timeout of one command. The longest takes about a minute."""
 
 
 def isolated(directory: Path, cli: Path) -> dict[str, str]:
-    """Return an environment in which Pulumi has nothing of the user's: no home, state, plugin, passphrase or AWS account."""
+    """Return an environment without the user's home, state, plugins, passphrase and AWS account."""
     home = directory / "home"
     home.mkdir(parents=True, exist_ok=True)
     (directory / "state").mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def isolated(directory: Path, cli: Path) -> dict[str, str]:
 
 
 def install_plugin(directory: Path) -> None:
-    """Put the tests' provider where the engine of this directory alone looks for plugins."""
+    """Install the tests' provider as a plugin of the Pulumi home below this directory."""
     plugin = directory / f"pulumi-home/plugins/resource-aws-v{VERSION}/pulumi-resource-aws"
     plugin.parent.mkdir(parents=True, exist_ok=True)
     called = shlex.join([sys.executable, "-m", "tests.engine.provider"])
@@ -75,7 +75,7 @@ def install_plugin(directory: Path) -> None:
 
 
 class EngineStack:
-    """A stack of an Engine, whose operations take the program with the config of that moment."""
+    """A stack of an Engine. Each operation runs the program with the present `config`."""
 
     def __init__(self, engine: Engine, name: str, config: StackConfig) -> None:
         self.engine, self.name, self.config = engine, name, config
@@ -93,12 +93,12 @@ class EngineStack:
             )
             self._stack.set_config("aws:region", auto.ConfigValue("eu-central-1"))
         self.program: Callable[[], Mapping[str, Any]] | None = None
-        """Runs instead of the project's own if it is set."""
+        """If set, runs instead of the project's own program."""
         self.checks_protection = True
-        """Whether the program looks at what is protected, before the engine does."""
+        """Whether the program checks for protected resources before the engine does."""
 
     def _program(self) -> None:
-        """Do what infra/__main__.py does, with a zip that is there."""
+        """Do what infra/__main__.py does, with an existing zip."""
         if self.program is not None:
             outputs = self.program()
         else:
@@ -123,14 +123,14 @@ class EngineStack:
         return self._do("destroy", **options)
 
     def _do(self, operation: str, **options: Any) -> CommitResult:
-        """Run an operation. A failure is in the answer; whoever does not expect it asserts that there is none."""
+        """Run an operation. A failure is in `error` of the result, which the test must check."""
         arguments = ["--yes", "--skip-preview"] if operation != "preview" else []
         self._write_config()
         with self.engine.environment():
             return run(self._stack, operation, [*arguments, *_flags(options)], self._program)
 
     def _write_config(self) -> None:
-        """Say in Pulumi.STACK.yaml what differs from the defaults, beside the region and the salt that are there."""
+        """Write the settings that differ from the defaults into Pulumi.STACK.yaml. Region and salt stay."""
         file = self._work / f"Pulumi.{self.name}.yaml"
         content = yaml.safe_load(file.read_text())
         kept = {key: value for key, value in content["config"].items() if not key.startswith(f"{PROJECT}:")}
@@ -147,7 +147,7 @@ class EngineStack:
         return state
 
     def command(self, *arguments: str, check: bool = True) -> str:
-        """Run the literal CLI for this stack, and return what it printed."""
+        """Run a command of the CLI for this stack, and return its output."""
         return self.engine.run(*arguments, "--stack", self.name, cwd=self._work, check=check)
 
 
@@ -165,7 +165,7 @@ class Engine:
         self.account, self.faults = self.provider.account, self.provider.faults
         self._environment = {**isolated(self.directory, self.cli), "PULUMI_DEBUG_PROVIDERS": f"aws:{port}"}
         install_plugin(self.directory)
-        self.zip.write_bytes(b"PK\x05\x06" + bytes(18))  # the engine hashes it, so there must be one
+        self.zip.write_bytes(b"PK\x05\x06" + bytes(18))  # the engine hashes the file, so it must exist
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -189,7 +189,7 @@ class Engine:
 
 
 def written(config: StackConfig) -> dict[str, Any]:
-    """Return what a person writes into Pulumi.STACK.yaml for a config: the keys that differ from the defaults."""
+    """Return the keys of a config that differ from the defaults, as a person writes them into Pulumi.STACK.yaml."""
     usual = StackConfig()
     return {
         name: msgspec.to_builtins(value)

@@ -1,7 +1,7 @@
-"""Runs a program of this process under the CLI, as the Automation API does, and reads what the engine said.
+"""Runs a program of this process under the CLI, as the Automation API does, and reads the engine's events.
 
-The Automation API's own functions ask for outputs and history after each operation, which takes longer than the
-operation; and its server leaves its event loop open if the engine is gone before the program, which is a warning here.
+The Automation API's own functions request outputs and history after each operation, which takes longer than the
+operation. Its server also leaves its event loop open if the engine ends before the program, which causes a warning.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pulumi.runtime import reset_options, run_in_stack, set_all_config
 from pulumi.runtime.proto import language_pb2, language_pb2_grpc
 
 GRACE_S = 2
-"""For a program to end by itself after its engine."""
+"""How long a program may continue after its engine has ended."""
 
 
 @dataclass
 class Step:
-    """What the engine did, or would do, to a resource."""
+    """A step of the engine for one resource: done, or planned by a preview."""
 
     op: str
     """"create", "same", "update", "replace", "delete", "refresh" and the like."""
@@ -47,7 +47,7 @@ class Step:
 
 @dataclass
 class CommitResult:
-    """How an operation ended."""
+    """The result of an operation."""
 
     steps: list[Step] = field(default_factory=list)
     changes: dict[str, int] = field(default_factory=dict)
@@ -55,9 +55,9 @@ class CommitResult:
     diagnostics: list[str] = field(default_factory=list)
     """Errors and warnings, without colours."""
     outputs: dict[str, Any] = field(default_factory=dict)
-    """Of the stack, as the engine shows them; wire.UNKNOWN stands for what a preview does not know."""
+    """Outputs of the stack, as the engine shows them. wire.UNKNOWN stands for values that a preview does not know."""
     error: str = ""
-    """What the CLI said if it failed."""
+    """The output of the CLI if it failed."""
 
     def of(self, *ops: str) -> list[Step]:
         return [step for step in self.steps if step.op in ops]
@@ -68,7 +68,7 @@ class CommitResult:
 
 
 class ProgramServer(LanguageServer):
-    """The SDK's server for inline programs, which closes what it opened however the program ends."""
+    """The SDK's server for inline programs. Closes its event loop also if the program fails."""
 
     def __init__(self, program: Callable[[], None]) -> None:
         super().__init__(program)
@@ -77,7 +77,10 @@ class ProgramServer(LanguageServer):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def end(self) -> None:
-        """Stop a program whose engine is gone: it would wait for answers for ever, and the next program would meet it."""
+        """Stop a program whose engine has ended.
+
+        It would wait for answers for ever, and disturb the next program.
+        """
         if not self._ended.wait(GRACE_S) and self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._ended.wait(GRACE_S)
@@ -103,7 +106,7 @@ class ProgramServer(LanguageServer):
         loop, executor = asyncio.new_event_loop(), ThreadPoolExecutor(max_workers=4 * max(request.parallel, 1))
         self._loop = loop
         loop.set_default_executor(executor)
-        loop.set_exception_handler(lambda *_: None)  # of what nobody waits for any more
+        loop.set_exception_handler(lambda *_: None)  # results that are no longer needed
         try:
             loop.run_until_complete(run_in_stack(self.program))
         except Exception as error:
@@ -120,9 +123,9 @@ class ProgramServer(LanguageServer):
 
 
 def run(stack: auto.Stack, operation: str, arguments: list[str], program: Callable[[], None]) -> CommitResult:
-    """Run an operation of the CLI on a stack. A failure is in the answer.
+    """Run an operation of the CLI on a stack. A failure is in `error` of the result.
 
-    arguments: beside those that an inline program needs.
+    arguments    flags in addition to those that an inline program needs
     """
     done, log = CommitResult(), Path(stack.workspace.work_dir, "events.json")
     log.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Get the `pulumi` commands that the tests run: from PATH, from the user's cache, or built from Go's module proxy.
 
-`make pulumi` calls this; `make test` only looks for what is there. Two versions are used, each pinned with all its
+`make pulumi` calls this; `make test` only uses a CLI that exists. Two versions are used, each pinned with all its
 modules and their checksums in `cli/*/go.sum`:
 
     newest   the newest CLI that can be built; a `pulumi` on PATH takes its place if its version is supported
@@ -33,12 +33,12 @@ def pinned(name: str) -> str:
 
 
 def cached(version: str) -> Path:
-    """Return where a built CLI of this version lies, whether or not it is there."""
+    """Return the path of a built CLI of this version, also if it does not exist yet."""
     return go_build.cache("pulumi", version, "pulumi")
 
 
 def find(name: str) -> Path | None:
-    """Return the `pulumi` to test with, or None. `name`: "newest" or "oldest". Never builds."""
+    """Return the `pulumi` to test with, or None if there is none. `name` is "newest" or "oldest". Never builds."""
     on_path = shutil.which("pulumi")
     if name == "newest" and on_path is not None and _supported(_version(Path(on_path))):
         return Path(on_path)
@@ -47,7 +47,7 @@ def find(name: str) -> Path | None:
 
 
 def _version(pulumi: Path) -> str:
-    with tempfile.TemporaryDirectory() as home:  # where it writes a log of each command
+    with tempfile.TemporaryDirectory() as home:  # the CLI writes a log of each command there
         environment = {**os.environ, "PULUMI_HOME": home, "PULUMI_SKIP_UPDATE_CHECK": "true"}
         done = subprocess.run([pulumi, "version"], env=environment, capture_output=True, text=True, check=False)
     return done.stdout.strip().removeprefix("v")

@@ -25,7 +25,7 @@ from pulumi.runtime.proto import language_pb2, language_pb2_grpc, plugin_pb2
 
 EXEC = Path(__file__).with_name("pulumi-language-python-exec")
 SHOWN = 32
-"""Exit code of a program that has told the user what is wrong."""
+"""Exit code of a program that has already reported its error to the user."""
 FIND_PLUGIN = """
 import importlib.util, pathlib
 print((pathlib.Path(importlib.util.find_spec("pulumi_aws").origin).parent / "pulumi-plugin.json").read_text())

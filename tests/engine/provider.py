@@ -1,13 +1,13 @@
-"""A provider of type `aws` for Pulumi's engine, over an account that is a file: as strict as the real one, without AWS.
+"""A provider of type `aws` for Pulumi's engine. It is as strict as the real one, but its AWS account is a file.
 
-It behaves as pulumi-aws and its bridge do where the engine can see it:
+For the engine it behaves as pulumi-aws and its bridge do:
 
 - Check refuses unknown, missing and mistyped arguments (by the classes of the installed pulumi_aws), combinations and
-  values that the real validators refuse, and makes up names.
+  values that the real validators refuse, and generates names.
 - Diff compares the *state* with the new inputs, as Terraform's plan does, and knows what replaces a resource.
-- Read answers from the account. From the request it takes only what AWS never tells, such as the path of the zip. Inputs
-  become what the state says, so a write-only argument is gone after a refresh (the bridge's extractInputs).
-- Create, Update and Delete fail as AWS does: references to what is gone, dependents, protection.
+- Read answers from the account. From the request it takes only what AWS never returns, such as the path of the zip.
+  Inputs get the values of the state, so a write-only argument is gone after a refresh (the bridge's extractInputs).
+- Create, Update and Delete fail as on AWS: for deleted references, dependents and protection.
 
 In the tests' own process it is served by `serve`, and the engine attaches to it (PULUMI_DEBUG_PROVIDERS). As a plugin,
 `pulumi-resource-aws`, it is `python -m tests.engine.provider` with the account's directory in CRUDSTACK_TEST_ACCOUNT.
@@ -43,10 +43,10 @@ OPTIONS = [("grpc.max_receive_message_length", 400 << 20), ("grpc.max_send_messa
 
 
 class Faults:
-    """What is to go wrong, in a file that a test may change while the provider runs.
+    """Planned failures, in a file that a test may change while the provider runs.
 
     create, delete   a part of the URN of resources whose Create or Delete fails
-    cut              a part of the URN of resources that are made, and the provider ends before it says so
+    cut              a part of the URN of resources after whose creation the provider exits, before it answers
     latency_s        seconds that each change takes
     zones            the availability zones that are open to the account, by id; by default all of ZONES
     """
@@ -72,7 +72,7 @@ class Faults:
 
 
 class Provider(provider_pb2_grpc.ResourceProviderServicer):
-    """The protocol. `requests` counts what was asked, by method and type."""
+    """Serves the provider protocol. `requests` counts the requests to Read by method and type."""
 
     def __init__(self, directory: Path) -> None:
         self.account, self.faults = Account(directory), Faults(directory)
@@ -168,7 +168,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
             changes=kinds.DIFF_SOME if changed else kinds.DIFF_NONE,
             diffs=changed,
             replaces=replaces,
-            # The bridge deletes first where a name that nobody made up would be taken twice.
+            # The bridge deletes the old resource first if the new one has the same name, which was not generated.
             deleteBeforeReplace=bool(replaces) and not type_.named,
             detailedDiff=detailed,
             hasDetailedDiff=True,
@@ -177,7 +177,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
     def Create(self, request: Any, context: Any) -> Any:
         given, type_ = opened(from_struct(request.properties)), TYPES[request.type]
         if request.preview:
-            # What AWS fills in is not known yet.
+            # Outputs that AWS computes are unknown in a preview.
             known = {**given}
             if request.type.endswith(":DomainName"):
                 computed = {"targetDomainName": UNKNOWN, "hostedZoneId": UNKNOWN}
@@ -261,7 +261,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
         return {name: value for name, value in properties.items() if name not in TYPES[type_].write_only}
 
     def _outputs(self, type_: str, properties: Properties) -> Properties:
-        """Return properties as the bridge hands them on: sets in an order of its own, secrets in envelopes."""
+        """Return properties as the bridge sends them: sets are sorted, secrets are in envelopes."""
         outputs = {
             name: sorted(value) if name in SETS and isinstance(value, list) and value != UNKNOWN else value
             for name, value in self._without_write_only(type_, properties).items()
@@ -274,7 +274,7 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
 
 
 def _made(type_: str, given: Properties, random: str) -> tuple[str, Properties]:
-    """Return what AWS would fill in, for a preview in which some inputs are unknown."""
+    """Return the outputs that AWS would compute, for a preview in which some inputs are unknown."""
     named = TYPES[type_].named
     complete = {**given, named: given.get(named, UNKNOWN)} if named else given
     if type_.endswith(":Invocation"):
@@ -288,7 +288,7 @@ def _autonamed(request: Any, *, lower: bool) -> str:
 
 
 def _same(name: str, state: Any, given: Any) -> bool:
-    """Tell whether a plan has no difference: of objects only what is given counts, AWS may fill in more."""
+    """Tell whether a value is unchanged. Keys of objects that are not given are ignored: AWS may have added them."""
     if isinstance(given, dict) and isinstance(state, dict) and comparable(given) is not None:
         if not isinstance(comparable(given), dict):
             return bool(comparable(given) == comparable(state))
@@ -306,7 +306,7 @@ def _same(name: str, state: Any, given: Any) -> bool:
 
 
 def _extracted(old: Any, state: Any) -> Any:
-    """Return the input that a refresh puts in the place of an old one: what the state says of the same properties."""
+    """Return the input after a refresh: the values that the state has for the properties of the old input."""
     if isinstance(old, dict) and isinstance(state, dict) and isinstance(comparable(old), dict) and "value" not in state:
         return {name: value for name in old if (value := _extracted(old[name], state.get(name))) is not None}
     if isinstance(old, list) and isinstance(state, list) and len(old) == len(state):
@@ -329,7 +329,7 @@ def serve(directory: Path) -> Iterator[tuple[Provider, int]]:
 
 
 def main() -> None:
-    """Serve as a plugin: the engine reads the port from stdout, and ends this process when it is done."""
+    """Serve as a plugin: the engine reads the port from stdout, and ends this process."""
     with serve(Path(os.environ["CRUDSTACK_TEST_ACCOUNT"])) as (_, port):
         print(port, flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""What a change of each config key does to a stack that exists: what is updated, what is replaced, and never the data."""
+"""The effect of changing each config key of an existing stack. No change replaces or deletes a resource with data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OF_DOMAIN = {
 }
 FUNCTION, ALIAS = "Function api", "Alias api"
 VERSION = {FUNCTION, ALIAS}
-"""A change of the function is a new version, to which the alias moves."""
+"""A change of the function publishes a new version, and the alias is moved to it."""
 
 CHANGES = {
     "storage": Change(S3, "storage", "cached-s3", updated=VERSION),
@@ -145,12 +145,12 @@ CHANGES = {
 
 
 def test_every_key_is_changed_once():
-    others = {"stage", "tags"}  # below
+    others = {"stage", "tags"}  # they have tests of their own below
     assert {change.key for change in CHANGES.values()} == set(StackConfig.__struct_fields__) - others
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_of_a_key(engine, name):
+def test_a_key_changes_only_the_expected_resources(engine, name):
     change = CHANGES[name]
     stack = engine.stack("test", change.before)
     assert stack.up().error == ""
@@ -170,7 +170,7 @@ def test_a_change_of_a_key(engine, name):
     assert planned.changes == done.changes
     assert_secrets_fit(engine, stack)
     assert_unchanged(stack.up(refresh=True))
-    # And back.
+    # The change can be reverted.
     stack.config = change.before
     back = stack.up()
     assert (back.error, back.diagnostics) == ("", [])
@@ -189,8 +189,8 @@ def test_a_change_of_tags_updates_everything_that_has_tags(engine):
     assert all(each["tags"]["team"] == "blue" for each in engine.account.all().values() if each.get("tags"))
 
 
-def test_a_change_of_the_stage_makes_everything_anew(engine):
-    """As docs/deploy.md warns. In prod it is refused."""
+def test_a_change_of_the_stage_replaces_every_resource(engine):
+    """docs/deploy.md warns of that. In prod the change is refused."""
     stack = engine.stack("test", FULL)
     assert stack.up().error == ""
     old = engine.account.all()

@@ -1,4 +1,4 @@
-"""The literal `pulumi`, as a person types it, in a copy of the project: with the oldest and the newest CLI."""
+"""Runs `pulumi` commands as a person types them, in a copy of the project, with the oldest and the newest CLI."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETUP = "pulumi stack init dev && pulumi config set aws:region eu-central-1"
 
 @pytest.fixture(params=["newest", "oldest"])
 def checkout(request, tmp_path) -> Checkout:
-    """A project in which nothing was done yet, with each CLI."""
+    """Return a project without a stack, with each CLI."""
     name = {"newest": "cli", "oldest": "oldest_cli"}[request.param]
     return Checkout(tmp_path, request.getfixturevalue(name))
 
@@ -37,7 +37,7 @@ def newest(tmp_path, cli) -> Checkout:
     return made
 
 
-def test_up_and_down(checkout):
+def test_preview_up_refresh_and_destroy(checkout):
     checkout.run(SETUP)
     assert "+ 34 to create" in checkout.run("pulumi preview")
     assert "+ 34 created" in checkout.run("pulumi up --yes")
@@ -90,20 +90,20 @@ def rename(checkout, name="myproject"):
 
 
 def error_of(said):
-    """The one error of an operation."""
+    """Return the only error of an operation."""
     errors = {line.partition("error: ")[2] for line in said.splitlines() if "error: " in line}
     assert len(errors) == 1, said
     return errors.pop()
 
 
 def command_of(said):
-    """The command that an error says to run."""
+    """Return the command that an error says to run."""
     (command,) = re.findall(r"run `(pulumi .*?)`, (?:then|which)", error_of(said))
     return command
 
 
 def test_a_renamed_project_refuses_the_keys_of_its_old_name_until_the_command_has_moved_them(checkout):
-    """With the oldest and the newest CLI. The command is pasted into a shell as it is."""
+    """The command of the error is run in a shell without any change."""
     rename(checkout)
     checkout.run(SETUP)
     with (checkout.path / "Pulumi.dev.yaml").open("a") as file:
@@ -133,7 +133,7 @@ def test_a_renamed_project_refuses_the_keys_of_its_old_name_until_the_command_ha
 
 
 def test_the_command_that_moves_a_secret_never_loses_it(checkout):
-    """If pulumi cannot read it, and if the command is pasted twice."""
+    """The secret is kept if pulumi cannot decrypt it, and if the command is run twice."""
     rename(checkout)
     checkout.run(SETUP)
     checkout.run(
@@ -165,7 +165,7 @@ def test_every_command_works_in_a_renamed_project(newest, ministack_s3):
     before = json.loads(newest.run(".venv/bin/crudstack outputs"))
     said = newest.run("pulumi config set log_days 8 && pulumi preview --color never", code=1)
     assert error_of(said).startswith("myproject:log_days is 8: expected 1, 3, 5")
-    # Secrets Manager is asked for the new token, which is in the account of the provider's double alone.
+    # The new token is in the account of the tests' provider only, so ministack's Secrets Manager does not have it.
     newest.run("pulumi config set log_days 7")
     aws = {"AWS_ENDPOINT_URL": ministack_s3.url, "AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local"}
     said = newest.run(".venv/bin/crudstack token rotate --yes", code=2, **aws)
@@ -179,7 +179,7 @@ def test_every_command_works_in_a_renamed_project(newest, ministack_s3):
 
 
 def test_a_rotation_fails_if_the_program_makes_no_new_token(newest):
-    """As it was in a renamed project, whose program read the generation of another name."""
+    """This happened in a renamed project, whose program read token_generation under another name."""
     file = newest.path / "infra/stack.py"
     text = file.read_text()
     assert "generation=config.token_generation" in text
@@ -230,7 +230,7 @@ def test_another_passphrase_is_refused_and_changes_nothing(newest):
     newest.run("pulumi up --yes --skip-preview --expect-no-changes")
 
 
-def test_an_update_that_is_cut_off_is_cancelled_and_goes_on(newest):
+def test_cancel_and_up_complete_a_killed_update(newest):
     newest.faults.set(latency_s=0.3)
     running = newest.start("exec pulumi up --yes --skip-preview --non-interactive")
     try:
@@ -262,7 +262,7 @@ def test_a_damaged_file_beside_the_state_is_mended_as_documented(newest):
 
 
 def test_the_program_says_what_to_do_without_its_packages(newest, tmp_path):
-    """The language host's own Python has Pulumi's SDK and nothing else of ours."""
+    """The Python of the language host has Pulumi's SDK and none of the project's other packages."""
     bare = tmp_path / "bare"
     script = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; sys.argv = ['infra']\n"
     bare.write_text(
@@ -275,7 +275,7 @@ def test_the_program_says_what_to_do_without_its_packages(newest, tmp_path):
     assert len(said.strip().splitlines()) == 1
 
 
-def test_what_prod_protects_is_refused_by_the_program_before_anything_changes(newest):
+def test_the_program_refuses_to_delete_protected_resources_before_any_change(newest):
     newest.run("pulumi config set stage prod && pulumi up --yes --skip-preview")
     before = newest.account.all()
     newest.run("pulumi config set edge function-url")
@@ -286,7 +286,7 @@ def test_what_prod_protects_is_refused_by_the_program_before_anything_changes(ne
         assert newest.account.all() == before
 
 
-# Nothing of the user's is used or changed
+# The user's own settings and files are not used or changed
 
 
 def test_nothing_of_the_user_is_in_the_environment(tmp_path, cli, monkeypatch):
@@ -303,7 +303,7 @@ def test_nothing_of_the_user_is_in_the_environment(tmp_path, cli, monkeypatch):
 
 
 def _seen_by_program(checkout: Checkout) -> dict[str, str]:
-    """The environment that the program itself has."""
+    """Return the environment of the program."""
     (checkout.path / "infra/__main__.py").write_text("import json, os\nprint('SEEN' + json.dumps(dict(os.environ)))\n")
     checkout.run(SETUP)
     (line,) = [line for line in checkout.run("pulumi preview").splitlines() if "SEEN{" in line][:1]
@@ -312,10 +312,10 @@ def _seen_by_program(checkout: Checkout) -> dict[str, str]:
 
 
 def test_nothing_is_installed_into_the_user_s_pulumi(tmp_path, cli, monkeypatch):
-    """A fake plugin there would let real deployments report success and make nothing."""
+    """With a fake plugin there, real deployments would report success and create nothing."""
     users = tmp_path / "user"
     users.mkdir()
-    # Pulumi asks the system for the user's home in places, whatever HOME says.
+    # In some cases Pulumi takes the user's home from the user database and ignores HOME.
     real = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".pulumi"
     before = sorted(real.rglob("*"))
     monkeypatch.setenv("HOME", str(users))
@@ -333,6 +333,6 @@ def test_nothing_is_installed_into_the_user_s_pulumi(tmp_path, cli, monkeypatch)
     assert json.loads(plugins.stdout) == []
 
 
-def test_the_provider_is_of_the_locked_version():
+def test_the_provider_has_the_locked_version():
     assert f"pulumi-aws=={VERSION} " in (ROOT / "requirements/infra.txt").read_text()
     assert Path(ROOT / "tests/engine/pulumi-language-python-exec").exists()

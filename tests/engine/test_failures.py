@@ -1,4 +1,4 @@
-"""Updates that fail or are cut off in the middle: the next `pulumi up` ends well, and secrets fit each other."""
+"""After an update that failed or was killed, the next `pulumi up` succeeds, and the secrets match."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FAILING = (
 
 
 @pytest.mark.parametrize("urn", FAILING)
-def test_after_a_resource_that_could_not_be_made_up_goes_on(engine, urn):
+def test_up_succeeds_after_a_resource_could_not_be_created(engine, urn):
     stack = engine.stack("test", FULL)
     engine.faults.set(create=urn)
     failed = stack.up()
@@ -52,7 +52,7 @@ def test_after_a_resource_that_could_not_be_made_up_goes_on(engine, urn):
 
 @pytest.mark.parametrize("urn", ["SecretVersion::crudstack-dev-token-2", "Function::crudstack-dev-api"])
 @pytest.mark.parametrize("fault", ["create", "update"])
-def test_a_rotation_that_fails_goes_on(engine, urn, fault):
+def test_up_completes_a_failed_rotation(engine, urn, fault):
     stack = engine.stack("test", StackConfig())
     assert stack.up().error == ""
     stack.config = StackConfig(token_generation=2)
@@ -65,7 +65,7 @@ def test_a_rotation_that_fails_goes_on(engine, urn, fault):
 
 
 @pytest.mark.parametrize("fault", ["create", "delete", "update"])
-def test_a_replacement_of_the_broker_that_fails_goes_on(engine, fault):
+def test_up_completes_a_failed_replacement_of_the_broker(engine, fault):
     stack = engine.stack("test", StackConfig(storage="mq-cached-s3"))
     assert stack.up().error == ""
     stack.config = msgspec.structs.replace(stack.config, broker=Broker(mode="cluster"))
@@ -78,7 +78,7 @@ def test_a_replacement_of_the_broker_that_fails_goes_on(engine, fault):
 
 
 @pytest.mark.parametrize("fault", ["delete"])
-def test_a_destroy_that_fails_goes_on(engine, fault):
+def test_destroy_completes_after_a_failed_destroy(engine, fault):
     stack = engine.stack("test", FULL)
     assert stack.up().error == ""
     engine.faults.set(**{fault: "aws:ec2/vpc:Vpc"})
@@ -88,12 +88,12 @@ def test_a_destroy_that_fails_goes_on(engine, fault):
     assert engine.account.all() == {}
 
 
-# With the literal CLI, whose parts are processes that can be killed
+# With the real CLI, whose parts are processes that can be killed
 
 
 @pytest.fixture
 def checkout(tmp_path, cli) -> Checkout:
-    """A project with a stack of kind mq-cached-s3, which has two secrets, and no resource yet."""
+    """Return a project with a stack of kind mq-cached-s3, which has two secrets. No resource exists yet."""
     made = Checkout(tmp_path, cli, storage="mq-cached-s3")
     made.run("pulumi stack init dev && pulumi config set aws:region eu-central-1")
     made.run("pulumi config set storage mq-cached-s3")
@@ -106,11 +106,11 @@ PARTS = {
     "engine": "pulumi up",
 }
 MOST_S = {"program": 3, "provider": 6, "engine": 8}
-"""How long after its start a part may be killed: about as long as it runs here."""
+"""The longest delay between the start of a part and its kill: about as long as the part runs."""
 
 
 def kill(part: str, leader: int, after_s: float) -> bool:
-    """Kill a part of a running `pulumi up` without a goodbye, some time after it began. False if it ended before."""
+    """Kill a part of a running `pulumi up` with SIGKILL, `after_s` after its start. Return False if it ended before."""
     deadline = time.monotonic() + 60
     while (pid := find(part, leader)) is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -129,8 +129,8 @@ def find(part: str, leader: int) -> int | None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_up_ends_well_after_kills(checkout, part):
-    """Each part of an update is killed at random moments; then `cancel` and `up`, as docs/deploy.md says."""
+def test_up_succeeds_after_kills(checkout, part):
+    """Each part of an update is killed at random moments. `cancel` and `up` follow, as docs/deploy.md says."""
     moments = random.Random(part)
     checkout.faults.set(latency_s=0.05)
     killed, most_s = 0, MOST_S[part]
@@ -140,12 +140,12 @@ def test_up_ends_well_after_kills(checkout, part):
             if kill(part, running.pid, moments.uniform(0, most_s)):
                 killed += 1
             else:
-                most_s /= 2  # it had ended before: there was less to do than the last time
+                most_s /= 2  # the part had ended before, because less was left to do than the last time
             said, _ = running.communicate(timeout=120)
         finally:
             end_group(running)
         if "Traceback" in said:
-            # The program's own last words are those of a program whose engine is gone, never a surprise of ours.
+            # The last traceback is that of a program whose engine has ended, and never shows an error of infra/.
             assert "infra/" not in said.rpartition("Traceback")[2], said
         checkout.mend_state()
         checkout.run("pulumi cancel --yes || true")
@@ -157,7 +157,7 @@ def test_up_ends_well_after_kills(checkout, part):
 
 
 def forget_orphans(checkout: Checkout) -> None:
-    """Remove what was made and not written down, as docs/deploy.md asks of a person: the state does not know its id."""
+    """Remove resources that exist but are not in the state, as docs/deploy.md tells the user to do."""
     known = checkout.run("pulumi stack export")
     for key in checkout.account.all():
         type_, _, id = key.partition(" ")
@@ -176,8 +176,8 @@ def assert_fits(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize("urn", ["aws:mq/broker:Broker", "SecretVersion::crudstack-dev-broker", "Bucket::"])
-def test_a_provider_that_dies_before_it_answers(checkout, urn):
-    """The resource exists and the state does not know it. What is left over is named, and nothing that is used is lost."""
+def test_up_succeeds_after_the_provider_exited_before_its_answer(checkout, urn):
+    """The resource exists, but is not in the state. The next update creates another one and loses no secret."""
     checkout.faults.set(cut=urn)
     checkout.run("pulumi up --yes --skip-preview", code=1)
     checkout.faults.clear()

@@ -1,4 +1,4 @@
-"""The life of every stack under Pulumi's engine: made, unchanged, refreshed, and taken down."""
+"""Every stack is created, updated without changes, refreshed and destroyed under Pulumi's engine."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ CHOICES = {
     "jwt": StackConfig(auth=JWT, cors=["https://www.example.org"]),
     "domain": StackConfig(domain=Domain("api.example.org", "Z0123456789")),
 }
-"""Beside the recorded stacks, of which one has all of these in prod: each by itself, and taken down again."""
+"""Single choices, in addition to the recorded stacks. These stacks are not of stage prod, so they are destroyed."""
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *CHOICES])
-def test_life(engine, name):
+def test_a_stack_is_created_refreshed_and_destroyed(engine, name):
     config = CONFIGS.get(name) or CHOICES[name]
     stack = engine.stack("test", config)
     planned = stack.preview()
@@ -53,7 +53,7 @@ def test_life(engine, name):
         assert made.changes["create"] == registered
     assert made.diagnostics == []
 
-    # Each of these twice, in both orders: what a refresh reads must be what the program says.
+    # Update and refresh, in both orders: a refresh must read the same values that the program registers.
     assert_unchanged(stack.up())
     assert_unchanged(stack.refresh())
     assert_unchanged(stack.up(refresh=True))
@@ -74,7 +74,7 @@ def test_life(engine, name):
 
 
 def assert_outputs_fit(engine: Engine, stack: EngineStack, config: StackConfig) -> None:
-    """The app can decode the outputs, and they name what exists."""
+    """Assert that the app can decode the outputs, and that they name existing resources."""
     outputs = parse_outputs(json.dumps(stack.outputs()), "the outputs")
     assert (outputs.storage, outputs.storage_overrides) == (config.storage, config.storage_overrides)
     assert engine.account.get("aws:s3/bucket:Bucket", outputs.bucket)
@@ -91,7 +91,7 @@ def assert_outputs_fit(engine: Engine, stack: EngineStack, config: StackConfig) 
 
 
 def assert_secrets_fit(engine: Engine, stack: EngineStack) -> None:
-    """The token's SHA-256 is that of the current token, and the broker's password is that in its secret."""
+    """Assert that the outputs have the SHA-256 of the current token, and that the broker has its secret's password."""
     outputs = parse_outputs(json.dumps(stack.outputs()), "the outputs")
     if isinstance(outputs.auth, TokenAuth):
         (secret_id,) = [id for id in engine.account.all("aws:secretsmanager/secret:Secret") if "/api-token" in id]
@@ -107,7 +107,7 @@ def assert_secrets_fit(engine: Engine, stack: EngineStack) -> None:
 
 
 def secrets_of(engine: Engine) -> set[str]:
-    """Every secret that the account holds: the token, and the broker's password."""
+    """Return every secret of the account: the token, and the broker's password."""
     found = set()
     for version in engine.account.all(SECRET_VERSION).values():
         text = version["secretString"]
@@ -116,7 +116,7 @@ def secrets_of(engine: Engine) -> set[str]:
 
 
 def assert_state_tells_no_secret(engine: Engine, stack: EngineStack) -> None:
-    """No secret stands in the state, nor in any other file that Pulumi wrote, in plain text."""
+    """Assert that the state and all other files of Pulumi contain no secret in plain text."""
     secrets = secrets_of(engine)
     assert all(len(secret) >= 40 for secret in secrets)
     files = [
@@ -135,7 +135,7 @@ def assert_state_tells_no_secret(engine: Engine, stack: EngineStack) -> None:
 
 
 def assert_prod_refuses_to_go(engine: Engine, stack: EngineStack) -> None:
-    """See test_protection.py, which looks at more than the refusal."""
+    """Assert that destroy is refused, and that the next up changes nothing. test_protection.py checks more."""
     before = stack.outputs()
     refused = stack.destroy()
     assert "protected" in refused.error + "".join(refused.diagnostics)

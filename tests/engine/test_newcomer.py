@@ -1,4 +1,4 @@
-"""The path of tests/test_newcomer.py with the real CLI: its login, its salt, its state and its engine."""
+"""Follows the path of tests/test_newcomer.py with the real CLI, its login, salt, state and engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECRET = "aws:secretsmanager/secret:Secret"  # noqa: S105
 
 
 class Newcomer:
-    """A clone with the real CLI. Once a stack is made, its URL leads to a server here."""
+    """A clone with the real CLI. After a stack is created, requests to its URL go to a local server."""
 
     def __init__(self, tmp_path, cli, aws, serve) -> None:
         self._checkout = Checkout(tmp_path, cli)
@@ -61,7 +61,7 @@ class Newcomer:
         keep_token(self._aws, outputs["bucket"], self._checkout.account.current_secret(secret))
         server = self._serve("memory", self._data, environment={"CRUDSTACK_AUTH": json.dumps(outputs["auth"])})
         curl = self._programs / "curl"
-        # Of the name that API Gateway would have made there is no server.
+        # The host name that API Gateway would have made has no server, so curl sends its requests to the local one.
         curl.write_text(
             f"#!/bin/bash\nfrom='{outputs['api_url']}' to='{server.url}' words=()\n"
             'for word; do words+=("${word/"$from"/"$to"}"); done\n'
@@ -71,7 +71,7 @@ class Newcomer:
 
 
 def own_state() -> dict[str, int]:
-    """When each file of the state in the developer's own ~/.pulumi was changed."""
+    """Return the modification time in ns of each state file in the developer's own ~/.pulumi."""
     folder = Path(pwd.getpwuid(os.getuid()).pw_dir, ".pulumi")
     parts = [folder / name for name in ("meta.yaml", "stacks", "history", "backups", "locks")]
     files = [file for part in parts for file in (part, *part.rglob("*")) if file.exists()]
@@ -79,7 +79,7 @@ def own_state() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_lines_as_they_stand_end_with_a_served_request(path, tmp_path, cli, ministack_s3, serve):
+def test_the_documented_commands_end_with_a_served_request(path, tmp_path, cli, ministack_s3, serve):
     before = own_state()
     newcomer = Newcomer(tmp_path, cli, ministack_s3.url, serve)
     assert_served(path, walk(newcomer.clone, path, newcomer.after))

@@ -1,4 +1,4 @@
-"""Stacks of stage prod: what holds data, and what it cannot exist without, outlives mistakes."""
+"""Stacks of stage prod: mistakes do not delete resources with data, or resources that those need."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def up(engine: Engine, config: StackConfig) -> EngineStack:
 
 
 def promises(engine: Engine, stack: EngineStack) -> dict[str, object]:
-    """What must stay the same: the data, where they are, the URL, and the token."""
+    """Return all that must stay the same: resources with data, their locations, the URL, and the token."""
     outputs = stack.outputs()
     kept = {name: outputs.get(name) for name in ("bucket", "api_url", "auth", "db")}
     data = {type_: sorted(engine.account.all(type_)) for type_ in (BUCKET, INSTANCE, CLUSTER, VPC, API, URL)}
@@ -82,8 +82,8 @@ def test_destroy_is_refused_and_the_next_up_serves_the_same(engine, name, previe
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_would_lose_data_url_or_token_is_refused(engine, name, change, key, urn, checks):
-    """The program refuses before anything is changed; the engine alone refuses too, and loses nothing that matters."""
+def test_a_change_that_would_lose_data_url_or_token_is_refused(engine, name, change, key, urn, checks):
+    """The program refuses before any change. The engine alone refuses too, and loses no data, URL or token."""
     stack = up(engine, PROD[name])
     before, resources = promises(engine, stack), engine.account.all()
     stack.config, stack.checks_protection = changed(stack.config, **change), checks
@@ -104,8 +104,7 @@ def test_what_would_lose_data_url_or_token_is_refused(engine, name, change, key,
     assert promises(engine, stack) == before
 
 
-def test_what_was_unprotected_may_go(engine):
-    """By the very command that the refusal names."""
+def test_the_command_of_the_refusal_permits_the_deletion(engine):
     stack = up(engine, PROD["s3-sqlite"])
     stack.config = changed(stack.config, edge="function-url")
     said = "".join(stack.up().diagnostics)
@@ -132,7 +131,7 @@ def test_what_was_unprotected_may_go(engine):
     ],
     ids=str,
 )
-def test_legitimate_updates_stay_possible_and_can_be_taken_back(engine, name, change):
+def test_harmless_updates_are_accepted_and_can_be_reverted(engine, name, change):
     stack = up(engine, PROD[name])
     data = {type_: engine.account.all(type_).keys() for type_ in (BUCKET, INSTANCE, API, URL)}
     for config in (changed(PROD[name], **change), PROD[name]):
@@ -166,7 +165,7 @@ def test_the_token_is_rotated_in_prod(engine):
         assert_secrets_fit(engine, stack)
         seen.add(engine.account.current_secret(token_secret(engine)))
         assert len(seen) == generation
-        # Neither a refresh nor an aborted destroy brings an old token back, or makes another one.
+        # A refresh or an aborted destroy does not restore an old token or create a new one.
         assert stack.refresh().error == ""
         assert_unchanged(stack.up())
         assert stack.destroy().error != ""
@@ -176,8 +175,8 @@ def test_the_token_is_rotated_in_prod(engine):
         assert len(seen) == generation
 
 
-def test_a_prod_stack_goes_by_the_documented_commands(engine):
-    """The database first, behind Pulumi's back; what is kept on purpose stays."""
+def test_the_documented_commands_destroy_a_prod_stack(engine):
+    """The database is deleted first, without Pulumi. Resources that are retained on purpose stay."""
     stack = up(engine, PROD["full"])
     stack.command("state", "unprotect", "--all", "--yes")
     (name,) = engine.account.all(INSTANCE)

@@ -1,4 +1,4 @@
-"""The provider of the tests is as strict as the real one: what works with a kinder one fails here."""
+"""The provider of the tests is as strict as the real one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def plan(engine, program):
 
 
 def test_a_write_only_argument_fails_after_a_refresh(engine):
-    """The bridge's Read gives null for it, and the validator of its version wants both. So the program has none."""
+    """The bridge's Read returns null for it, but the validator requires it together with its version.
+
+    Therefore the program has no write-only arguments.
+    """
 
     def program():
         secret = aws.secretsmanager.Secret("one")
@@ -111,7 +114,7 @@ def test_a_broker_is_not_upgraded_in_place_from_3_to_4(engine):
 
 
 def test_a_valkey_that_aws_upgraded_is_replaced_unless_its_version_is_ignored(engine):
-    """elasticache/engine_version.go: a version that is lower than the state's is a downgrade, and forces a new cache."""
+    """A version below that of the state is a downgrade and forces a new cache (elasticache/engine_version.go)."""
     group = "aws:elasticache/replicationGroup:ReplicationGroup"
 
     def program():
@@ -141,7 +144,7 @@ def test_the_account_refuses_what_aws_refuses(tmp_path):
     with pytest.raises(AwsError, match="vpc-0123456789a does not exist"):
         account.create(subnet, "subnet-0123456789b", {"vpcId": "vpc-0123456789a"})
     alias = "arn:aws:lambda:eu-central-1:123456789012:function:api-0123456:live"
-    for _ in range(2):  # its id follows from its name: it is the same one again, after it went
+    for _ in range(2):  # the id follows from the name, so the second alias has the same id
         account.create("aws:lambda/alias:Alias", alias, {"name": "live", "arn": alias})
         account.remove("aws:lambda/alias:Alias", alias)
     account.create("aws:rds/instance:Instance", "db-1", {"deletionProtection": True})

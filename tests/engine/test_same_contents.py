@@ -1,4 +1,4 @@
-"""A zip with other bytes and the same contents is not deployed; one with other contents is, whatever failed before."""
+"""A zip with the same contents is not deployed again, even if its bytes differ. A zip with new contents is."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_literal_cli_deploys_only_other_contents(tmp_path, cli):
+def test_the_cli_deploys_only_changed_contents(tmp_path, cli):
     checkout = Checkout(tmp_path, cli)
     checkout.run(SETUP)
     checkout.run("pulumi up --yes")
     first, main = checkout.path / "dist/lambda.zip", checkout.path / "infra/__main__.py"
     before = sha256(first)
 
-    # On another machine, with another directory and another state of the same sources.
+    # Another machine, where the directory, zlib and the release of Python differ, but not the sources.
     checkout.path.rename(checkout.directory / "elsewhere")
     checkout.path = checkout.directory / "elsewhere"
     first, main = checkout.path / "dist/lambda.zip", checkout.path / "infra/__main__.py"
@@ -64,7 +64,7 @@ def test_the_literal_cli_deploys_only_other_contents(tmp_path, cli):
     assert "~ 2 updated" in checkout.run("pulumi up --yes")
     checkout.run("pulumi up --yes --expect-no-changes")
 
-    # A change of the app is deployed, from either machine, and so is its withdrawal.
+    # A change of the app is deployed from either machine, and so is its revert.
     models = checkout.path / "app/models.py"
     source = models.read_text()
     models.write_text(f"{source}# changed\n")
@@ -86,7 +86,7 @@ def write(path: Path, files: dict[str, str], level: int) -> Artifact:
 
 @pytest.fixture
 def stack(engine):
-    """A stack whose program registers `stack.built`, as infra/__main__.py does, but for the path."""
+    """Return a stack whose program registers `stack.built` as infra/__main__.py does, but under another path."""
     made = engine.stack("test", StackConfig())
 
     def run():
@@ -103,7 +103,7 @@ def text_of(number: int) -> dict[str, str]:
 
 
 def deployed(engine, stack) -> tuple[str, str]:
-    """The hash of the zip that the provider uploaded last, and the version on AWS."""
+    """Return the hash of the zip that the provider uploaded last, and the version on AWS."""
     (function,) = engine.account.all(FUNCTION).values()
     (resource,) = [each for each in stack.exported()["deployment"]["resources"] if each["type"] == FUNCTION]
     return resource["outputs"]["code"]["hash"], function["version"]
@@ -122,7 +122,7 @@ def test_a_stack_of_an_earlier_release_is_updated_once(engine, stack):
     assert_unchanged(stack.up())
 
 
-def test_contents_count_and_not_bytes(engine, stack, tmp_path):
+def test_the_contents_decide_and_not_the_bytes(engine, stack, tmp_path):
     stack.built = write(engine.zip, text_of(1), 9)
     assert stack.up().error == ""
     before = deployed(engine, stack)
@@ -185,7 +185,7 @@ def state_of(**changes) -> dict:
         {"inputs": {"sourceCodeHash": "c"}},
     ],
 )
-def test_a_state_that_leaves_a_doubt_is_no_reason_to_skip(changes):
+def test_the_code_is_deployed_if_the_state_is_in_doubt(changes):
     assert running(state_of(), "c") == {"crudstack-dev-api"}
     assert running(state_of(**changes), "c") == frozenset()
     assert running(state_of(), "d") == running(None, "c") == running({}, "c") == frozenset()

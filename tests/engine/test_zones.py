@@ -1,4 +1,4 @@
-"""A network in a region or an account that shows few availability zones: refused in the preview, before anything is made."""
+"""A network needs two availability zones. The preview refuses a region or account with fewer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def of(number):
     ],
     ids=["none", "one", "one-and-one-that-is-excluded"],
 )
-def test_too_few_zones_are_one_sentence_before_anything_is_made(engine, zones, says):
+def test_too_few_zones_are_refused_with_one_sentence_before_any_resource_is_created(engine, zones, says):
     stack = engine.stack("test", NETWORK)
     engine.faults.set(zones=zones)
     for done in (stack.preview(), stack.up()):
@@ -38,7 +38,7 @@ def test_too_few_zones_are_one_sentence_before_anything_is_made(engine, zones, s
             assert "eu-central-1x (short of Lambda, RDS Proxy or Amazon MQ)" in error
         assert "`pulumi config set aws:region NAME`" in error
     assert engine.account.all() == {}
-    # Without a network it does not matter.
+    # A stack without a network needs no zones.
     stack.config = StackConfig()
     assert stack.preview().error == ""
 
@@ -50,7 +50,7 @@ def test_the_subnets_are_in_the_first_two_zones(engine, number):
     assert stack.up().error == ""
     subnets = engine.account.all("aws:ec2/subnet:Subnet").values()
     assert sorted(each["availabilityZone"] for each in subnets) == ["eu-central-1a", "eu-central-1c"]
-    # Zones that go away later change nothing: what is in a subnet stays.
+    # If zones disappear later, nothing changes: the subnets stay.
     for zones in (of(1), {}):
         engine.faults.set(zones=zones)
         assert_unchanged(stack.up())
