@@ -76,7 +76,7 @@ def keyed(name: str) -> Caller:
 
 
 class Proxy(TcpProxy):
-    """A proxy that counts requests. While `keep` is set, it holds back what clients send, even after they disconnect."""
+    """A proxy that counts requests. While `keep` is set, it holds back what clients send, even if they disconnect."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
