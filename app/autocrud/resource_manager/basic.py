@@ -2,9 +2,10 @@
 
     ResourceManager -> IStorage (SimpleStorage) -> MetaStore + ResourceStore
 
-- A **MetaStore** decides. One atomic `commit` stores metadata, the record of a revision and the index entry.
-- A **ResourceStore** holds immutable bodies by uid. A body is put first and committed second. A body without a commit
-  is an invisible orphan, which `maintain` removes.
+- A **MetaStore** holds the metadata, the records of revisions and the index. Its atomic `commit` decides whether a
+  write succeeds.
+- A **ResourceStore** holds immutable bodies by uid. A body is stored before the commit that names it. A body that no
+  commit names is an orphan: no reader sees it, and `maintain` removes it.
 
 The abstract methods are the contract that every store fulfils. Abilities that only some stores have are protocols in
 `contract.protocols`: stale reads, unique fields that are activated later, records, sweeping, findings. The engine asks
@@ -45,7 +46,7 @@ from .records import (
 )
 
 MAX_READ = 16 * 1024 * 1024
-"""Bytes of bodies after which a list reads no more bodies. A page of an answer takes less."""
+"""Once a list has read this many bytes of bodies, it reads no more. A page of a response is smaller."""
 READ_AT_ONCE = 32
 """How many bodies a list reads at once: as many as are requested from S3 concurrently."""
 
@@ -57,10 +58,10 @@ class Store(ABC):  # noqa: B024 - the abstract methods differ between the two be
     """Whether acknowledged data survive the end of the process."""
 
     remote: ClassVar[bool] = False
-    """Whether the data lie outside of this machine, and so survive its loss."""
+    """Whether the data lie outside this machine, and so survive its loss."""
 
     def bind(self, spec: ModelSpec) -> None:
-        """Learn the model. Called before all other methods, and does no I/O. A store in memory is empty afterwards."""
+        """Set the model. Called before all other methods. Does no I/O. A store in memory is empty afterwards."""
         return None
 
     @property
@@ -72,11 +73,11 @@ class Store(ABC):  # noqa: B024 - the abstract methods differ between the two be
         return None
 
     async def health(self) -> None:
-        """Return if the store can answer now. Raises StoreUnavailable if it cannot."""
+        """Raise StoreUnavailable if the store cannot answer now."""
         return None
 
     async def degradations(self) -> list[str]:
-        """Return a sentence for each thing that does not work as it should although requests are answered.
+        """Return a sentence for each problem that degrades the store although requests are answered.
 
         The sentences contain no addresses and no secrets.
         """
@@ -87,7 +88,7 @@ class Store(ABC):  # noqa: B024 - the abstract methods differ between the two be
         return None
 
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
-        """Remove what deleted data left behind. Return the time at which the last remnant will be gone."""
+        """Remove the remnants of deleted data. Return the time at which the last remnant will be gone."""
         return now
 
     async def close(self) -> None:
@@ -96,14 +97,16 @@ class Store(ABC):  # noqa: B024 - the abstract methods differ between the two be
 
 
 class MetaStore(Store):
-    """The metadata, the records of revisions, and the index. Its `commit` is the commit, if it is authoritative.
+    """The metadata, the records of revisions, and the index.
+
+    If the store is authoritative, its `commit` decides whether a write succeeds.
 
     Optional abilities, in `contract.protocols`: Freshness, IndexMigration, FindingsKeeping, MetaSweeping and, if the
     store is not authoritative, RecordReplay.
     """
 
     authoritative: ClassVar[bool] = True
-    """False if the ResourceStore decides, provided that it has records or an index."""
+    """False if the ResourceStore decides whether a write succeeds. It does so only if it has records or an index."""
 
     @abstractmethod
     async def get(self, resource_id: str) -> ResourceMeta:
@@ -116,15 +119,16 @@ class MetaStore(Store):
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         """Apply all changes in order, or none, in one atomic step. Return the metadata of each change.
 
-        The same step checks the expectations and stores `once`, with which `changes` may be empty. Raises:
+        The same step checks the expectations and stores `once`. If `once` is given, `changes` may be empty. Raises:
 
         AlreadyCommitted  an earlier commit carried the key of `once`; this is checked first
         VersionConflict   a change does not find the state that it expects
+        ConfigError       a change expects "any"
         StaleGeneration   the uid of a new record is older than generation - 1
-        UniqueConflict    after all changes two resources share a unique value; so a batch may swap values
+        UniqueConflict    after all changes, two resources would share a unique value; a batch may swap values
 
-        Raises StoreUnavailable only if nothing was committed and nothing will be, and OutcomeUnknown if that is
-        not known.
+        Raises StoreUnavailable only if nothing was committed and nothing will be. Raises OutcomeUnknown if the store
+        does not know whether it committed.
         """
 
     @abstractmethod
@@ -162,7 +166,7 @@ class ResourceStore(Store):
     """
 
     encoding: Encoding | None = None
-    """The encoding that was given to the store itself, if any."""
+    """The encoding of new bodies that was given to the store itself; None: that of the model."""
 
     verified: ClassVar[bool] = True
     """Whether readers compare bodies with their hash. False for a store in the memory of this process."""
@@ -235,19 +239,19 @@ class IStorage(ABC):
     def may_be_stale(self) -> bool:
         """Return whether `peek` may return an earlier state.
 
-        Then an operation that fails because of such a state is planned again.
+        If True, an operation that fails on such a state is planned again on the latest state.
         """
         return False
 
     @abstractmethod
     def bind(self, spec: ModelSpec) -> None:
-        """Learn the model. Called before all other methods, and does no I/O."""
+        """Set the model. Called before all other methods. Does no I/O."""
 
     @abstractmethod
     async def open(self, index: IndexOf) -> None:
         """Prepare the storage: rebuild what is not durable, and complete the index for the bound fields.
 
-        `index` makes the index entry of a body. Further calls return when the first one is done.
+        `index` makes the index entry of a body. Concurrent calls wait for the first one.
         """
 
     @abstractmethod
@@ -256,7 +260,7 @@ class IStorage(ABC):
 
     @abstractmethod
     async def health(self) -> None:
-        """Return if all stores can answer now. Raises StoreUnavailable if one cannot."""
+        """Raise StoreUnavailable if one of the stores cannot answer now."""
 
     async def degradations(self) -> list[str]:
         """Return the degradations of all stores: see `Store.degradations`."""
@@ -264,11 +268,11 @@ class IStorage(ABC):
 
     @abstractmethod
     async def maintain(self, budget_s: float) -> None:
-        """Do maintenance for at most about `budget_s` seconds: index entries, the stores' own, orphaned bodies."""
+        """Complete the index, maintain the stores and remove orphaned bodies, for about `budget_s` seconds."""
 
     @abstractmethod
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
-        """Remove what purged data left behind. Return the time at which the last remnant will be gone."""
+        """Remove the remnants of purged data. Return the time at which the last remnant will be gone."""
 
     # Reading
 
@@ -277,7 +281,10 @@ class IStorage(ABC):
         """Return the metadata, of a deleted resource too. Raises ResourceNotFound."""
 
     async def peek(self, resource_id: str) -> ResourceMeta:
-        """Return the metadata like `get`, but perhaps of an earlier state: a basis for a change, never an answer."""
+        """Return the metadata like `get`, but perhaps of an earlier state.
+
+        The engine only plans changes with it, because the commit checks the state. It never returns it to a client.
+        """
         return await self.get(resource_id)
 
     async def catch_up(self) -> None:
@@ -296,7 +303,8 @@ class IStorage(ABC):
     async def get_with_body(self, resource_id: str) -> tuple[ResourceMeta, bytes]:
         """Return the metadata and the current body.
 
-        Raises ResourceNotFound, and StoreDamaged if the body is missing: also if it was replaced between the two reads.
+        Raises ResourceNotFound. Raises StoreDamaged if the body is missing, for example because a write removed it
+        between the two reads.
         """
         meta = await self.get(resource_id)
         return meta, await self.body(meta.uid)
@@ -304,8 +312,8 @@ class IStorage(ABC):
     async def search_with_bodies(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
         """Return a page of hits, and the bodies of the first ones.
 
-        No more bodies are read once they take more than MAX_READ bytes. If there are hits, the first body is there.
-        Raises StoreDamaged like `get_with_body`.
+        Stops reading once the bodies take more than MAX_READ bytes. If there are hits, returns at least the first body.
+        Raises StoreDamaged if a body is missing, for example because a write removed it meanwhile.
         """
         page = await self.search(query)
         uids = [hit.uid for hit in page.items]
@@ -402,7 +410,7 @@ _RENAMED = {"Once": "IdempotentCommit", "Done": "CommitResult", "DoneBefore": "A
 if not TYPE_CHECKING:  # type checkers would believe that the module has every name
 
     def __getattr__(name: str) -> object:
-        """Name the new name of a renamed class. Raises ImportError for one, and AttributeError for all other names."""
+        """Raise ImportError with the new name of a renamed class, and AttributeError for any other name."""
         if name in _RENAMED:
             raise ImportError(
                 f"`{name}` is called `{_RENAMED[name]}` now: rename it where you import it from {__name__}"

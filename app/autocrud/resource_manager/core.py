@@ -63,33 +63,34 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.manager")
 
 MAX_BATCH = 100
-"""Operations of one batch."""
+"""Largest number of operations in one batch."""
 ANONYMOUS = "anonymous"
-"""The name that is stored if a method is called without `by`."""
+"""The name of the caller that is stored if a method is called without `by`."""
 
 
 class ResourceManager(Generic[T]):
-    """Reads and writes the resources of one model. `AutoCRUD.add_model` makes it.
+    """Reads and writes the resources of one model. `AutoCRUD.add_model` creates it.
 
-    name            of the model, as in the URLs of the HTTP API
+    name            name of the model, as in the URLs of the HTTP API
     codec           decodes, validates and indexes the data
     storage         keeps the resources, and belongs to this manager alone
-    encoding        of new bodies; None: the default of the storage
+    encoding        encoding of new bodies; None: the default of the storage
     schema_version  stored with each new revision
-    retention       which superseded revisions are removed; None: none
+    retention       rule that says which superseded revisions are removed; None: all are kept
     clock           returns the time of a write
 
     Arguments that several methods take:
 
-    by               who writes: a name, or a Caller with an Idempotency-Key or an access filter
-    expect           the version that the resource must have, or a set of them; if it has none of them, raises
-                     VersionConflict. None: any
-    read_filter      a resolved filter; a resource that it does not find raises ResourceNotFound. None: all are found
+    by               the caller: a name, or a Caller with an Idempotency-Key or an access filter
+    expect           the version that the resource must have, or a set of versions of which it must have one; otherwise
+                     raises VersionConflict. None: any version
+    read_filter      a resolved filter; if the resource does not match it, raises ResourceNotFound. None: no filter
     include_deleted  return a deleted resource too, instead of raising ResourceDeleted
 
-    Every method may raise StoreUnavailable, StoreDamaged and NotEnoughTime; a write may also raise OutcomeUnknown,
-    WriteContention, Forbidden (by the access filter), and KeyReused, KeyInFlight and AnswerGone (with a key). No method
-    blocks the event loop, and a manager may be used from several event loops at once.
+    Every method may raise StoreUnavailable, StoreDamaged, NotEnoughTime, and Overloaded if large data is processed. A
+    write may also raise OutcomeUnknown, WriteContention, Forbidden (by the access filter), and, with an
+    Idempotency-Key, KeyReused, KeyInFlight and AnswerGone. The event loop is not blocked while a store works. A manager
+    may be used from several event loops at once.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class ResourceManager(Generic[T]):
     async def open(self) -> None:
         """Open the storage, and build its index if needed.
 
-        The first use of the manager does this. Call it earlier to see errors at the start.
+        The first use of the manager does this. Call it earlier to see errors at startup.
 
         Raises ConfigError if the storage does not fit the model.
         """
@@ -203,7 +204,7 @@ class ResourceManager(Generic[T]):
         return await self._reads.find(await self._resolved(query))
 
     async def count(self, query: Query | None = None) -> int:
-        """Return how many resources a query finds, whatever its sort, limit and cursor. Raises InvalidQuery."""
+        """Return how many resources a query finds. Its sort, limit and cursor are ignored. Raises InvalidQuery."""
         return await self.storage.count(await self._resolved(query))
 
     async def _resolved(self, query: Query | None) -> Query:
@@ -223,7 +224,7 @@ class ResourceManager(Generic[T]):
     ) -> Resource[T]:
         """Create a resource with its first revision.
 
-        resource_id  chosen by the caller; None: a new UUID. Raises VersionConflict if a resource has it already.
+        resource_id  id chosen by the caller; None: a new UUID. Raises VersionConflict if the id is taken.
         status       "stable", or "draft" for data that `modify` may replace
 
         Raises InvalidData, UniqueConflict or MetadataTooLarge.
@@ -270,12 +271,12 @@ class ResourceManager(Generic[T]):
         """Apply a function to the current data, then `update` or `modify` with its result.
 
         apply      takes the data as a tree of JSON and returns the new tree; it may change its argument
-        size       bytes of the patch, as far as known: what applying it costs
-        work       steps that it takes besides those on the data (`deadline.operations`); None: `size`
-        max_bytes  largest size of the new data as JSON, in bytes; data that was larger before may stay so
+        size       bytes of the patch and of the data that it may add, as far as known; an estimate of its cost
+        work       steps to apply the patch, besides those on the data (`deadline.operations`); None: `size`
+        max_bytes  largest size of the new data as JSON, in bytes; larger data is accepted if the patch does not grow it
         mode       "update" or "modify"
 
-        Raises what these methods raise, and DataTooLarge.
+        Raises DataTooLarge, and the errors of `update` or `modify`.
         """
         patch = Patch(
             resource_id=resource_id,
@@ -311,7 +312,7 @@ class ResourceManager(Generic[T]):
     async def delete(
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> ResourceMeta:
-        """Hide a resource, and return its metadata. `restore` shows it again; its unique values stay taken.
+        """Hide a resource, and return its metadata. `restore` shows it again; its unique values stay reserved.
 
         Raises ResourceNotFound, ResourceDeleted or VersionConflict.
         """
@@ -331,10 +332,11 @@ class ResourceManager(Generic[T]):
     async def purge(
         self, resource_id: str, *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> dt.datetime:
-        """Erase a resource with all its revisions, and return the time by which its last trace will be gone.
+        """Erase a resource with all its revisions, and return the time by which its last remnant will be gone.
 
         Runs to completion even if the caller is cancelled. Raises ResourceNotFound or VersionConflict. Raises
-        OutcomeUnknown if the resource is purged but its traces could not be removed; `maintain` removes them then.
+        OutcomeUnknown also if the resource is purged but its remnants could not be removed; `maintain` removes them
+        later.
         """
         _, erased_by = await self._write_and_purge_remnants([Purge(resource_id=resource_id, expect=expect)], by)
         return erased_by
@@ -349,9 +351,9 @@ class ResourceManager(Generic[T]):
         return await shielded(asyncio.ensure_future(write_and_purge_remnants()))
 
     async def _purge_remnants(self) -> dt.datetime:
-        """Remove the traces of purged resources, and return the time by which the last one will be gone.
+        """Remove the remnants of purged resources, and return the time by which the last one will be gone.
 
-        The purge itself is committed already. Raises OutcomeUnknown if the store cannot remove the traces now.
+        The purge itself is committed already. Raises OutcomeUnknown if the store cannot remove the remnants now.
         """
         try:
             return await self.storage.purge_remnants(self._clock())
@@ -367,9 +369,10 @@ class ResourceManager(Generic[T]):
     ) -> list[Resource[T] | ResourceMeta | None]:
         """Commit all operations or none. Each operation sees the effects of those before it.
 
-        Returns for each operation the resource that it leaves; for a Delete only its metadata, for a Purge None. Raises
-        InvalidData unless there are 1 to MAX_BATCH operations, and what the methods for single operations raise. The
-        attribute `operation` of an error is the position of its operation, if that is known.
+        Returns one result for each operation: the resource that it leaves, only the metadata for a Delete, and None for
+        a Purge. Raises InvalidData unless there are 1 to MAX_BATCH operations, DataTooLarge if the resources take too
+        many bytes together, and the errors of the methods for single operations. The attribute `operation` of an error
+        is the position of the operation that failed, from 0, or None if it is unknown.
         """
         if not 1 <= len(operations) <= MAX_BATCH:
             raise InvalidData(f"expected 1 to {MAX_BATCH} operations, got {len(operations)}")
@@ -412,7 +415,7 @@ class ResourceManager(Generic[T]):
     # Maintain
 
     async def maintain(self, budget_s: float) -> None:
-        """Remove expired revisions, orphaned bodies and traces of purged resources, for about `budget_s` seconds.
+        """Remove expired revisions, orphaned bodies and remnants of purged resources, for about `budget_s` seconds.
 
         If the time is not enough, the next call continues where this one ended.
         """

@@ -1,4 +1,4 @@
-"""What passes between the engine and its stores: metadata, records of revisions, index entries and changes."""
+"""The values that pass between the engine and its stores: metadata, records of revisions, index entries, changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Status = Literal["draft", "stable"]
 
 
 class Encoding(enum.StrEnum):
-    """How a body is stored. Each stored body names its own, so changing the setting leaves old data readable."""
+    """The encoding of a stored body. The metadata name it, so old bodies stay readable if the setting changes."""
 
     json = "json"
     msgpack = "msgpack"
@@ -29,7 +29,7 @@ class Encoding(enum.StrEnum):
 class ResourceMeta(Struct, frozen=True, kw_only=True):
     """A resource's metadata: its state after the last commit.
 
-    `version` grows by one at every commit and `nonce` is random at every commit; together they are the ETag.
+    Every change increments `version` by one and draws a new random `nonce`; together they are the ETag.
     `revision` is the number of the current revision, and `uid` is the address of its body. `status`, `data_hash`
     (SHA-256 of the canonical JSON, hex) and `encoding` are those of that revision. Revisions are numbered from 1 to
     `total_revision_count`; retention may have removed some. Times are UTC.
@@ -58,7 +58,7 @@ class ResourceMeta(Struct, frozen=True, kw_only=True):
 
 
 class RevisionInfo(Struct, frozen=True, kw_only=True):
-    """The record of one revision. `parent` is the revision that it was made from, None for the first."""
+    """The record of one revision. `parent` is the number of the revision that it is based on; None for the first."""
 
     uid: str
     resource_id: str
@@ -75,7 +75,7 @@ class RevisionInfo(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of_change(cls, meta: ResourceMeta, parent: int | None) -> RevisionInfo:
-        """Return the record of a new revision that is made by the change to this metadata."""
+        """Return the record of a new revision. `meta` is the metadata after the change that makes the revision."""
         return cls(
             uid=meta.uid,
             resource_id=meta.resource_id,
@@ -127,7 +127,7 @@ class Version(NamedTuple):
 
 _OPAQUE_TAG = re.compile(r"([0-9]{1,18})-([0-9a-f]{16})")
 NO_STATE = Version(-1, "")
-"""The state that every foreign ETag names: no resource is ever in it."""
+"""The state that stands for all ETags that are not in our format. No resource is ever in it."""
 
 
 Expect = Literal["absent"] | Version
@@ -137,9 +137,9 @@ Expect = Literal["absent"] | Version
 class IndexEntry(Struct, frozen=True):
     """The searchable values of a revision.
 
-    keys     the indexed fields' keys (see `values`); a list of keys for a list, None for null or missing
-    missing  the indexed fields that are not there at all
-    shown    the indexed fields as JSON, shaped as in the data
+    keys     the keys of the indexed fields (see `values`); a list of keys for a list, None for null or missing
+    missing  the indexed fields that have no value, not even null
+    shown    the indexed fields as JSON, nested as in the data
     """
 
     keys: dict[str, Key | list[Key] | None]
@@ -167,9 +167,9 @@ class Change(Struct, frozen=True, kw_only=True):
 
 
 class IndexedField:
-    """A field that can be searched: `IndexedField("email", str, unique=True)`; dots reach into nested data.
+    """A field that can be searched: `IndexedField("email", str, unique=True)`.
 
-    Without a type it is taken from the model.
+    A name with dots, such as `author.name`, leads into nested data. If no type is given, it is taken from the model.
     """
 
     __slots__ = ("name", "type", "unique")
@@ -185,11 +185,11 @@ class ModelSpec(Struct, frozen=True):
     fields: Mapping[str, FieldKind] = {}
     unique: tuple[str, ...] = ()
     schema_version: int = 1
-    encoding: Encoding | None = None  # as given to add_model or AutoCRUD; a store's own argument wins
+    encoding: Encoding | None = None  # as given to add_model or AutoCRUD; an argument of the store takes precedence
 
 
 class Page(Struct, Generic[T], frozen=True):
-    """Some items; `next` is where the next page starts, None at the end."""
+    """A page of results. `next` is the position where the next page starts; None on the last page."""
 
     items: list[T]
     next: Any = None
@@ -200,7 +200,7 @@ _encode_json = msgspec.json.Encoder().encode
 
 
 class Hit(NamedTuple):
-    """A resource that was found.
+    """A resource that a query found.
 
     document  its ResourceMeta as JSON, which most callers pass on unchanged; `meta` decodes it
     uid       the address of its body
@@ -233,11 +233,11 @@ class Reindex(NamedTuple):
 
 
 class Findings(Struct, frozen=True):
-    """Findings of the indexing of a model, which its store keeps; see `storage.reindexing`.
+    """Problems that were found when a model was indexed. The store keeps them; see `storage.reindexing`.
 
-    healed  the index entries that programs before this one had dropped were made again
+    healed  whether the index entries that earlier programs dropped were made again
     lost    ids of resources whose bodies are lost or damaged
-    shared  ids of resources with a value of a unique field that another one has
+    shared  ids of resources with a value of a unique field that another resource has too
     """
 
     healed: bool = False
@@ -246,20 +246,20 @@ class Findings(Struct, frozen=True):
 
 
 class Write(NamedTuple):
-    """A change, and the body that its record names (None where the body exists already)."""
+    """A change, and the body that its record names; None if the change stores no new body."""
 
     change: Change
     body: bytes | None
 
 
 class IdempotentCommit(Struct, frozen=True, kw_only=True):
-    """An Idempotency-Key as stores see it: a part of the commit, so that the commit happens once.
+    """The Idempotency-Key of a commit. It is stored by the commit itself, so that the commit happens once.
 
-    key      the caller's name and the key (SHA-256, hex)
-    request  the request (SHA-256, hex)
+    key      SHA-256 of the caller's name and the key, in hex
+    request  SHA-256 of the request, in hex
     time     microseconds since 1970
-    results  the result of each operation: the number of a change of this commit, the metadata if nothing was changed,
-             or None if nothing may be kept (a purge)
+    results  the result of each operation: the position of its change in this commit, the metadata if it changed
+             nothing, or None for a purge, of which nothing may be kept
     """
 
     key: str
@@ -271,8 +271,8 @@ class IdempotentCommit(Struct, frozen=True, kw_only=True):
 class CommitResult(NamedTuple):
     """A commit that carried an Idempotency-Key.
 
-    request  the request (SHA-256, hex)
-    results  the metadata that each operation left; None if the resource was purged since
+    request  SHA-256 of the request, in hex
+    results  the metadata that each operation left; None if the resource was purged by it or since
     """
 
     request: str
@@ -288,4 +288,4 @@ class AlreadyCommitted(CrudError):
 
 
 KEEP_KEYS_US = 24 * 3600 * 1_000_000
-"""Microseconds for which a key is kept at least, by the times of the commits that carry keys."""
+"""Shortest time for which a key is kept, in microseconds. The times of the commits with keys decide, not a clock."""

@@ -1,15 +1,16 @@
-"""One factory for each kind of storage, and one for any pair of stores. Where they put data is in `storage.layout`.
+"""One factory for each kind of storage, and one for any pair of stores. `storage.layout` says where they put data.
 
-Your own factory takes a dozen lines:
+A factory of your own takes a few lines:
 
     class MyStorageFactory(IStorageFactory):
         def build(self, model_name: str) -> IStorage:
             return SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir=f"data/{model_name}"))
 
-Each factory of this module puts data where the kind of the same name does (`CRUDSTACK_STORAGE`), so a kind and its
-factory open each other's stores. `prefix` of a factory is taken as it is; CRUDSTACK_PREFIX gets a slash at its end.
+Each factory of this module puts data where the kind of storage of the same name does (the setting CRUDSTACK_STORAGE).
+So a factory can open the stores of its kind, and the reverse. The `prefix` of a factory is used unchanged; a slash is
+appended to CRUDSTACK_PREFIX.
 
-If access keys are not given, the ambient credentials of AWS are used.
+If no access keys are given, the AWS credentials of the environment are used.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class IStorageFactory(ABC):
 
 
 class MemoryStorageFactory(IStorageFactory):
-    """Everything in this process's memory: fast, and gone with the process."""
+    """Keeps everything in the memory of this process. The data are lost when the process ends."""
 
     def __init__(self, encoding: Encoding | None = None) -> None:
         self.encoding = encoding
@@ -77,20 +78,23 @@ class DiskStorageFactory(PairStorageFactory):
 
 
 class MemoryDiskStorageFactory(PairStorageFactory):
-    """An index in memory over bodies and records on disk, rebuilt at start. Durable. One process owns the directory."""
+    """Bodies and records on disk, and an index in memory that is rebuilt from them at startup.
+
+    Durable. Only one process at a time can use the directory.
+    """
 
     def __init__(self, data_dir: str | Path) -> None:
         super().__init__("memory", "disk", data_dir=data_dir)
 
 
 class S3StorageFactory(PairStorageFactory):
-    """The kind `s3-sqlite`: a SQLite index whose durable home is the bucket, bodies beside it.
+    """The kind `s3-sqlite`: a SQLite index that is stored in the bucket, with the bodies beside it.
 
     Any number of processes and machines may share the bucket.
 
-    prefix                  begins all keys
+    prefix                  beginning of all keys
     local_dir, consistency  see S3SqliteMetaStore
-    sync_interval           the same; None if nothing may run between requests
+    sync_interval           see S3SqliteMetaStore; None if no task may run between requests
     object_store            a client of the bucket, instead of endpoint, keys and region
     """
 
@@ -129,11 +133,11 @@ class PostgresS3StorageFactory(PairStorageFactory):
 
     Any number of processes and machines may share both.
 
-    prefix         begins the keys of bodies, and is part of the names of tables
-    password       makes the password of each new connection, if passwords expire
-    max_size       connections of this process at most
+    prefix         beginning of the keys of bodies, and a part of the names of tables
+    password       function that returns the password for each new connection, if passwords expire
+    max_size       largest number of connections of this process
     object_store   a client of the bucket, instead of endpoint, keys and region
-    former_layout  "open": tables `meta_{model}` whatever the prefix, as earlier releases named them
+    former_layout  "open": use the tables of earlier releases, `meta_{model}`, whose names lack the prefix
     """
 
     def __init__(
@@ -169,18 +173,18 @@ class PostgresS3StorageFactory(PairStorageFactory):
 
 
 class RedisPgStorageFactory(PairStorageFactory):
-    """The kind `redis-postgres`: PostgreSQL, a cache in Redis before it, bodies on S3 or on disk.
+    """The kind `redis-postgres`: PostgreSQL with a cache in Redis in front of it, and bodies on S3 or on disk.
 
-    Any number of processes may share all of it, and machines too if bodies are on S3.
+    Any number of processes may share these stores. If bodies are on S3, several machines may share them too.
 
-    data_dir, s3_bucket  exactly one of them
-    prefix               begins the keys in Redis and of bodies on S3, and is part of the names of tables
-    password             makes the password of each new connection to PostgreSQL, if passwords expire
-    redis_password       the same for Redis
-    max_size             connections of this process to PostgreSQL at most
-    lease_s              how many seconds a write waits at most if Redis does not answer
+    data_dir, s3_bucket  where bodies are kept; give exactly one of them
+    prefix               beginning of the keys in Redis and of bodies on S3, and a part of the names of tables
+    password             function that returns the password for each new connection to PostgreSQL, if passwords expire
+    redis_password       function that returns the password for each new connection to Redis, if passwords expire
+    max_size             largest number of connections of this process to PostgreSQL
+    lease_s              longest time in seconds that a write waits if Redis does not answer
     object_store         a client of the bucket, instead of endpoint, keys and region
-    former_layout        "open": tables `meta_{model}` whatever the prefix, as earlier releases named them
+    former_layout        "open": use the tables of earlier releases, `meta_{model}`, whose names lack the prefix
     """
 
     def __init__(
@@ -228,14 +232,13 @@ class RedisPgStorageFactory(PairStorageFactory):
 class CachedS3StorageFactory(PairStorageFactory):
     """The kind `cached-s3`: `s3-sqlite` with caches of bodies in memory and on disk.
 
-    Any number of processes and machines may share the bucket. The seed's example of the same name keeps its index
-    beside the bodies instead. `former_layout="open"` does that too.
+    Any number of processes and machines may share the bucket.
 
-    cache_dir        of the cache on disk, one for all models; None: cache in memory only
-    prefix           begins all keys
-    max_cache_bytes  that the cache on disk takes at most; None: a quarter of its disk, and 1 GiB at most
-    local_dir        of the local copies of the index, see S3SqliteMetaStore
-    sync_interval    the same; None if nothing may run between requests
+    cache_dir        directory of the cache on disk, which all models share; None: cache in memory only
+    prefix           beginning of all keys
+    max_cache_bytes  largest size of the cache on disk, in bytes; None: a quarter of its disk, but at most 1 GiB
+    local_dir        directory of the local copies of the index, see S3SqliteMetaStore
+    sync_interval    see S3SqliteMetaStore; None if no task may run between requests
     object_store     a client of the bucket, instead of endpoint, keys and region
     former_layout    "open": bodies below `{prefix}{model}/` and the index beside them, as in earlier releases
     """
@@ -275,16 +278,16 @@ class CachedS3StorageFactory(PairStorageFactory):
 
 
 class MQCachedS3StorageFactory(PairStorageFactory):
-    """The kind `mq-cached-s3`: `cached-s3` with instances that tell each other their writes through RabbitMQ.
+    """The kind `mq-cached-s3`: `cached-s3` whose instances announce their writes to each other through RabbitMQ.
 
-    The seed's example of the same name keeps its index beside the bodies, and names its exchange
-    `autocrud_{model}_invalidations`. `former_layout="open"` does that too.
-
-    s3_config  arguments of S3ResourceStore, `bucket` and `prefix` among them; `prefix` begins the keys of all models
-    cache_dir  of the cache on disk, one for all models; None: cache in memory only
-    amqp_url   amqp:// or amqps:// (TLS), with user and password, or a function that makes it for each connection
-    max_cache_bytes, local_dir, sync_interval, former_layout
+    s3_config  arguments of S3ResourceStore, including `bucket`; `prefix` is the beginning of the keys of all models
+    cache_dir  directory of the cache on disk, which all models share; None: cache in memory only
+    amqp_url   amqp:// or amqps:// (TLS), with user and password, or a function that returns it for each connection
+    max_cache_bytes, local_dir, sync_interval
                see CachedS3StorageFactory
+    former_layout
+               "open": the layout of earlier releases, as in CachedS3StorageFactory, and the exchange
+               `autocrud_{model}_invalidations`
     """
 
     def __init__(
@@ -312,7 +315,7 @@ class MQCachedS3StorageFactory(PairStorageFactory):
 
 
 class FullStorageFactory(PairStorageFactory):
-    """The kind `full`: PostgreSQL with a cache in Redis before it, bodies on S3 behind caches, and RabbitMQ.
+    """The kind `full`: PostgreSQL with a cache in Redis, bodies on S3 with caches, and RabbitMQ.
 
     The arguments are those of RedisPgStorageFactory and MQCachedS3StorageFactory.
     """
@@ -348,5 +351,8 @@ class FullStorageFactory(PairStorageFactory):
 
 
 def _meta_over_caches(former_layout: WhenFormer) -> str:
-    """Return the name of the MetaStore of the cached factories. Above memory, the index lies beside the bodies."""
+    """Return the name of the MetaStore of the factories with caches.
+
+    The name "memory" means an index beside the bodies: SimpleStorage replaces a MemoryMetaStore by it.
+    """
     return "memory" if former_layout == "open" else "s3-sqlite"
