@@ -21,7 +21,7 @@ from .state import ResourceState
 class IdempotencyKey:
     """A name that a client gives to one write request, so that a retry after an unknown outcome does not write twice.
 
-    For a day, a request with the same key gets the answer of the first one.
+    For at least a day, a request with the same key gets the answer of the first one.
 
     key      chosen by the client; keys of different callers are different
     request  a text that identifies what is requested; the same key with another text raises KeyReused
@@ -65,8 +65,8 @@ class HashedKey(NamedTuple):
     ) -> IdempotentCommit:
         """Return the record of this key that is stored with the commit of its operations.
 
-        For each operation it has the position of the planned write, the metadata that was found if the operation
-        changes nothing, or None for a purge.
+        For each operation the record has the position of the planned write, the metadata that was found if the
+        operation changes nothing, or None for a purge.
         """
         results = tuple(
             None if isinstance(operation, Purge) else state.meta if state.write is None else state.write

@@ -1,4 +1,4 @@
-"""The operations on resources, as values. `planning` has the rule of each.
+"""The operations on resources, as values. `planning` has the rules that they follow.
 
 The methods of `ResourceManager` with the same names describe the operations; `ResourceManager.batch` takes several.
 """
@@ -20,10 +20,10 @@ T = TypeVar("T")
 class Retention(Struct, frozen=True):
     """A rule for superseded revisions. The current revision is always kept.
 
-    Give exactly one of these, a positive number:
+    Give exactly one of these arguments, a positive number:
 
     last  keep this many of the newest revisions
-    days  keep the revisions that were created in the last days; may be a fraction
+    days  keep the revisions that are not older than this many days; may be a fraction
     """
 
     last: int | None = None
@@ -76,11 +76,14 @@ class Patch(OnExisting, frozen=True, kw_only=True):
 
     apply: Callable[[Any], Any]
     size: int = 0
-    """Bytes of the patch, and of the data that it may add, as far as known: what applying it costs."""
+    """Bytes of the patch and of the data that it may add, as far as known; an estimate of the cost of applying it."""
     work: int | None = None
-    """Steps that it takes besides those on the data (`deadline.operations`). None: not counted; `size` is used."""
+    """Steps to apply the patch, besides those on the data (`deadline.operations`). None: `size` is used."""
     max_bytes: int | None = None
-    """Largest size of the new data as JSON, in bytes. Larger data is accepted only if it does not grow."""
+    """Largest size of the new data as JSON, in bytes. Larger data is accepted only if the patch does not grow it.
+
+    In a batch, the patches may together add at most as many bytes.
+    """
     mode: Literal["update", "modify"] = "update"
     status: Status = "stable"
 
@@ -120,4 +123,4 @@ ACTIONS: dict[type[Any], Action] = {
     **dict.fromkeys((Delete, Restore), "delete"),
     Purge: "purge",
 }
-"""The action of access control that each operation needs."""
+"""The action of access control that each operation needs. Callers cannot request Expire, so it needs none."""

@@ -1,13 +1,14 @@
-"""The rules of revisions: what each operation makes of a resource.
+"""The rules of revisions: how each operation changes a resource.
 
 A `Plan` turns operations into writes in their order; each operation sees the effects of those before it. Planning
-only reads. One atomic commit then stores all writes, or none if a state that was read is no longer the stored one.
+only reads. One atomic commit then stores all writes, or none if one of these resources was changed since it was read.
 
 - R1 A revision is stable unless the caller asks for a draft. No operation changes the data of a stable revision.
 - R2 `update` appends a revision whose parent is the current one. With unchanged data it appends nothing.
 - R3 `modify` replaces the body of the current revision if that is a draft. `publish` makes a draft stable.
 - R4 `switch` makes another revision the current one, and so the parent of the next update.
-- R5 `delete` hides a resource, `restore` shows it again, `purge` erases it. A deleted resource takes no other write.
+- R5 `delete` hides a resource, `restore` shows it again, `purge` erases it. Besides these two, a deleted resource
+  accepts only the removal of expired revisions.
 - R6 Each write increments the version by one and draws a new nonce. An operation without effect writes nothing.
 """
 
@@ -62,7 +63,7 @@ from .state import ResourceState, StateReader, deleted
 T = TypeVar("T")
 
 MAX_HELD = 48 * 1024 * 1024
-"""Bytes of data that the operations of one batch may leave. All of it stays in memory until the commit."""
+"""Largest total size, in bytes, of the data that the operations of a batch leave. It is in memory until the commit."""
 
 
 class Plan(Generic[T]):
@@ -71,8 +72,8 @@ class Plan(Generic[T]):
     states         reads the data of the resources
     by, now        the caller's name and the time, which go into the metadata
     access_filter  the resources that the caller may read and change; None: all
-    peek           plan on states that may be stale. Use only the planned writes then, and discard errors and operations
-                   without effect: the commit checks the states that writes replace, and nothing else.
+    peek           plan on states that may be stale. Use only the planned writes then. Discard errors and operations
+                   without effect, because the commit checks only the states that writes replace.
     """
 
     def __init__(

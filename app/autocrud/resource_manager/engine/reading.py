@@ -4,9 +4,9 @@ Metadata and bodies lie in two stores, and a concurrent write may remove a body 
 
 - E1 *A body that is missing or damaged is an error only if the metadata that names it is unchanged.* Otherwise the
   resource is read again, up to MAX_ATTEMPTS times.
-- E2 *What is returned belongs to a state that the caller may read.* If more is read after the read filter was applied,
+- E2 *Every result belongs to a state that the caller may read.* If more data is read after the read filter was applied,
   the metadata is read again, and must be unchanged.
-- E3 *A damaged resource does not hide others.* Lists leave it out; it is logged and remembered for /readyz.
+- E3 *A damaged resource does not hide others.* Lists leave it out, the log names it, and /readyz reports it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.manager")
 
 MAX_REREAD = 10
-"""Damaged resources that one call of `degradations` reads again."""
+"""Largest number of damaged resources that one call of `degradations` reads again."""
 
 
 class ReadExecutor(Generic[T]):
-    """Reads the resources of one model from an open storage. `name` of the model is for the log.
+    """Reads the resources of one model from an open storage.
 
-    `damaged` has the resources that could not be read.
+    name     name of the model, for the log
+    damaged  the resources that could not be read (an attribute)
     """
 
     def __init__(self, name: str, storage: IStorage, codec: Codec[T], states: StateReader) -> None:
@@ -159,7 +160,7 @@ class ReadExecutor(Generic[T]):
             return Page([found for found in read if found is not None], page.next)
 
     async def _read_page(self, query: Query) -> tuple[Page[Hit], list[bytes]]:
-        """Return what a resolved query finds, and the bodies. A page of large bodies ends before the query's limit.
+        """Return a page of hits and their bodies. A page of large bodies ends before the limit of the query.
 
         Raises NotEnoughTime if the request has too little time left to verify the bodies.
         """
@@ -171,7 +172,10 @@ class ReadExecutor(Generic[T]):
         return page, bodies
 
     async def _readable(self, hit: Hit, query: Query) -> tuple[bytes, bytes] | None:
-        """Return the present state of a hit; None if the query does not find that, or if it cannot be read."""
+        """Return the present metadata and data of a hit as JSON.
+
+        Returns None if the query no longer finds the resource, or if the resource cannot be read.
+        """
         try:
             resource_id = metadata_of(hit).resource_id
             found = await self.get(
@@ -208,7 +212,7 @@ class ReadExecutor(Generic[T]):
     async def degradations(self) -> list[str]:
         """Return a sentence for each kind of damage. Reads up to MAX_REREAD damaged resources again first.
 
-        A resource that can be read again, or is gone, is no longer reported.
+        A resource is no longer reported if it can be read again or no longer exists.
         """
         for resource_id, part in self.damaged.some(MAX_REREAD):
             revision = None if part == ANYTHING else part

@@ -7,8 +7,8 @@ Invariants:
 - O2 *A request that was committed is not planned again.* The key is looked up before planning, because the operations
   may no longer be possible after their own commit. This lookup only saves work: the commit itself refuses a used key.
 - O3 *Contention is retried.* A commit that loses to a concurrent write changes nothing, and the request is planned
-  again until CONTENTION_TIMEOUT_S have passed. Only then WriteContention is raised. A request with an expectation ends
-  earlier, because planning refuses it.
+  again until CONTENTION_TIMEOUT_S have passed. After that, WriteContention is raised. A request with an expectation
+  ends earlier, because planning refuses it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class WriteExecutor(Generic[T]):
 
     states          reads the data of the resources
     schema_version  the version of the model, stored with each new revision
-    retention       which superseded revisions a write removes; None: none
+    retention       rule that says which superseded revisions a write removes; None: all are kept
     clock           returns the time of a write
     """
 
@@ -114,7 +114,7 @@ class WriteExecutor(Generic[T]):
             if isinstance(operation, Purge):
                 states.append(None)
                 continue
-            # The caller's rights of today decide, not those of the time of the first request.
+            # The caller's present access filter decides, not the one at the time of the first request.
             read_filter = None if caller.access_filter is None else caller.access_filter.read
             if read_filter is not None:
                 await self._check_readable(operation, meta, read_filter)
@@ -143,7 +143,7 @@ class WriteExecutor(Generic[T]):
     async def _retry(
         self, operations: Sequence[Operation], caller: Caller, key: HashedKey | None
     ) -> Sequence[ResourceState | None]:
-        """Plan and commit until no concurrent write is faster, or CONTENTION_TIMEOUT_S have passed.
+        """Plan and commit until the commit succeeds, or CONTENTION_TIMEOUT_S have passed.
 
         Planning again is always correct. An operation with an expectation is checked against the new state and fails
         for good; an operation without one applies to any state. After the first lost attempt, the writes of this event
@@ -199,7 +199,7 @@ class WriteExecutor(Generic[T]):
                 plan = None
             if plan is not None and len(plan.writes) == len(operations):
                 return await self._commit_plan(plan, operations, states, key)
-        # After its own commit a request may be impossible, so the key is looked up before planning.
+        # A request may be impossible after its own commit (a Delete, for example), so the key is looked up first.
         await self._check_unused(key, peek=False)
         await self._storage.catch_up()
         try:
@@ -207,7 +207,7 @@ class WriteExecutor(Generic[T]):
         except StoreDamaged as error:
             return error
         except CrudError:
-            # The same request may have been committed elsewhere since the lookup, and be impossible now.
+            # Another process may have committed the same request since the lookup, so that it is impossible now.
             await self._check_unused(key, peek=False)
             raise
         return await self._commit_plan(plan, operations, states, key)
@@ -215,7 +215,7 @@ class WriteExecutor(Generic[T]):
     async def _check_unused(self, key: HashedKey | None, *, peek: bool) -> None:
         """Raise AlreadyCommitted if the store reports a commit of this key.
 
-        The store may miss the latest commits, with `peek` more of them. The commit of this request checks the key
+        The lookup may miss recent commits, and with `peek` it may miss more of them. So the commit checks the key
         again.
         """
         if key is not None and (done := await self._storage.done(key.key, peek=peek)) is not None:
@@ -266,7 +266,7 @@ class WriteExecutor(Generic[T]):
         return states
 
     async def _operation_refused(self, error: UniqueConflict, plan: Plan[T], states: list[ResourceState]) -> int | None:
-        """Return the position of the operation that sets a value which another resource has, or None if it is unknown.
+        """Return the position of the operation that sets a taken value, or None if the operation is unknown.
 
         Stores check unique fields after all changes of a batch, so an operation counts only if its index entry is the
         last one of its resource. If two resources of the batch have the value, the later operation is refused.
@@ -309,7 +309,7 @@ def _answer_gone() -> AnswerGone:
 
 
 def contention() -> WriteContention:
-    """Return the error of a request that lost to concurrent writes until its time was over."""
+    """Return the error of a request that lost to concurrent writes at every attempt."""
     return WriteContention("other writers kept changing the resource; nothing was changed, try again")
 
 

@@ -2,7 +2,7 @@
 
 The third way, a pair of stores on one disk, is in `disk_pair`.
 
-- M1 *A commit never names a body that is not stored.* Bodies are put first. The commit follows when all are stored.
+- M1 *A commit never names a body that is not stored.* The bodies are stored first. The commit begins when all are.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ class MetaStoreCommits:
 
 
 class AnnouncedCommits(MetaStoreCommits):
-    """Commits to the index that lies beside the bodies, and tells its keeper, the ResourceStore, of each commit.
+    """Commits to the index that lies beside the bodies, and reports each commit to its keeper, the ResourceStore.
 
-    The ResourceStore is told before a commit is acknowledged, so that it can tell other instances. It is also told if
-    an earlier commit is found: the process that made that commit may have ended before it could tell.
+    A commit is reported before it is acknowledged, so that the ResourceStore can announce it to other instances. An
+    earlier commit that is found is reported too, because its process may have ended before it could report it. A commit
+    of unknown outcome is also reported.
     """
 
     def __init__(self, meta_store: MetaStore, resource_store: ResourceStore, keeper: IndexKeeping) -> None:
@@ -118,9 +119,10 @@ class RecordCommits:
         self._replay, self._records, self._unique_values = replay, records, unique_values
 
     async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
-        """Write bodies and records in one step. Runs to completion even if the caller is cancelled.
+        """Write bodies and records in one step.
 
-        The reservations of unique values must last as long as the write.
+        Runs to completion even if the caller is cancelled, because the reservations of unique values must last as long
+        as the write.
         """
         return await asyncio.shield(asyncio.create_task(self._commit(writes, once)))
 
@@ -131,11 +133,11 @@ class RecordCommits:
         return [change.meta for change in changes]
 
     async def done(self, key: str, *, peek: bool) -> CommitResult | None:
-        """Ask the records for the commit that carried this key. They always know the newest commit."""
+        """Ask the records for the commit that carried this key. Records are never stale."""
         return await self._records.done(key)
 
     async def confirm(self, resource_ids: Sequence[str]) -> None:
-        """Do nothing: one process owns the records, so all its readers see what it read."""
+        """Do nothing. One process owns the records, so all readers are in this process and see the same state."""
 
 
 def new_bodies(writes: Sequence[Write]) -> list[tuple[RevisionInfo, bytes]]:

@@ -1,7 +1,7 @@
-"""Metadata and bodies on one disk, read in one trip to a thread and written by one committer.
+"""Metadata and bodies on one disk, read in one call to a thread and written by one committer.
 
-Two stores on the same disk could each do their part alone. Together they need half the trips to threads and half the
-syncs. SimpleStorage takes these shortcuts if both stores declare that they can (`contract.staged_stores`).
+Two stores on the same disk could be read and written separately. Together they need half the calls to threads and half
+the syncs. SimpleStorage uses this module if both stores have the abilities in `contract.staged_stores`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Stores that factories wrote before kinds and factories shared one layout: they are refused by name.
+"""Refusal of stores in the former layout, which factories used before they shared one layout with the kinds.
 
-Earlier releases put the metadata of some factories elsewhere than the kind of the same name does:
+In earlier releases, some factories put their data elsewhere than the kind of storage of the same name does:
 
     PostgresS3StorageFactory, RedisPgStorageFactory   tables meta_{model}, whatever the prefix
     CachedS3StorageFactory, MQCachedS3StorageFactory  bodies in {prefix}{model}/, the index beside them
 
-Such a store is not opened by itself. The tables without a prefix may belong to another deployment, so only the owner of
-the data knows which store is meant. It is not ignored either: the new store would be empty, and where bodies still lie
-in the same place its sweep would remove them as orphans. So the opening fails and says what to do:
-`former_layout="open"` goes on with the store as it is.
+Such a store is not opened automatically. The tables without a prefix may belong to another deployment, so only the
+owner of the data knows which store is meant. The store is not ignored either. The new store would be empty, and if the
+bodies are at the same location, the sweep of the new store would remove them as orphans. So opening fails, and the
+error says what to do: `former_layout="open"` continues with the store as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..basic import ResourceStore
 from ..contract.protocols import BodySweeping
 
 WhenFormer = Literal["refuse", "open", "ignore"]
-"""What a factory does about stores in the former layout: refuse to open beside one, open it, or not look for one."""
+"""If a factory finds a store in the former layout, it refuses to open or opens that store. "ignore" looks for none."""
 ANY_GENERATION = 2**62
 """A generation that no store reaches."""
 
@@ -29,7 +29,7 @@ class Findable(Protocol):
     """A MetaStore that can tell whether it was ever written."""
 
     async def exists(self) -> bool:
-        """Return whether the store is there, without making it."""
+        """Return whether the store exists. Does not create it."""
 
 
 async def refuse_former(
@@ -43,7 +43,7 @@ async def refuse_former(
 ) -> None:
     """Raise ConfigError if a model has a store in the former layout and none in the present one.
 
-    names  where the metadata of the former store and those of the present one lie
+    names  the locations of the metadata of the former store and of the present one, for the error text
 
     Tables of the former layout without bodies below this prefix belong to another deployment, and raise nothing.
     """

@@ -1,4 +1,4 @@
-"""Where stores keep their data: the one place that says so, for the kinds of the settings and for the factories.
+"""The locations of the data of all stores. The kinds in the settings and the factories both use this module.
 
     disk MetaStore      {data_dir}/{model}/meta/
     disk bodies         {data_dir}/{model}/data/ below a disk MetaStore, else {data_dir}/{model}/
@@ -11,7 +11,7 @@
     caches of bodies    CACHED_BODIES entries in memory for each model, and {cache_dir}/all-models/ for all models
     beside S3           {data_dir}/copies/{endpoint}/ and {data_dir}/cache/{endpoint}/, named by a hash of the endpoint
 
-Stores that exist lie in these places. A change here loses them.
+Existing stores have their data at these locations. If a location is changed here, their data is no longer found.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing_extensions import override
 from ...errors import ConfigError
 
 CACHED_BODIES = 1000
-"""Bodies that the cache in memory holds at most, for each model."""
+"""Largest number of bodies in the cache in memory of one model."""
 MAX_CACHE_BYTES = 1024**3
-"""Bytes that the cache on disk of all models takes at most, if no other bound is given."""
+"""Largest size in bytes of the cache on disk, which all models share, if no other limit is given."""
 CACHE_NAME = "all-models"
-"""The directory of the cache on disk below the directory of caches."""
+"""Name of the directory of the cache on disk, below the directory of caches."""
 FUNCTION_CACHE = "crudstack-cache"
-"""The directory of caches of an AWS Lambda function, below the directory of temporary files."""
+"""Name of the directory of caches of an AWS Lambda function, below the directory of temporary files."""
 
 
 class Layout:
     """The names of one deployment. Deployments with different prefixes share servers and buckets.
 
-    prefix  begins all keys and is part of all names. A slash at its end belongs to it
+    prefix  beginning of all keys and a part of all names, used unchanged; usually ends with a slash
     """
 
     def __init__(self, prefix: str = "") -> None:
@@ -58,7 +58,8 @@ class Layout:
     def bodies(self, model: str, meta: str) -> str:
         """Return the beginning of the keys of bodies on S3. `meta`: the name of the MetaStore above them.
 
-        Raises ConfigError if another deployment may have bodies there: each would remove the other's as orphans.
+        Raises ConfigError if another deployment may have bodies there. Each deployment would remove the bodies of the
+        other as orphans.
         """
         if meta == "s3-sqlite":
             return f"{self.prefix}data/{model}/"
@@ -75,7 +76,7 @@ class Layout:
 
 
 class FormerLayout(Layout):
-    """The names that factories used before kinds and factories shared one layout. See `former_layout`."""
+    """The names that factories used before they shared one layout with the kinds. See `former_layout`."""
 
     @override
     def table(self, model: str) -> str:
@@ -101,5 +102,5 @@ def disk_bodies(data_dir: Path, model: str, meta: str) -> Path:
 
 
 def beside_s3(data_dir: Path, what: Literal["copies", "cache"], endpoint_url: str | None) -> Path:
-    """Return the directory of local copies or caches of one S3. They can be made again from the bucket."""
+    """Return the directory of local copies or caches of one S3 endpoint. They can be made again from the bucket."""
     return data_dir / what / hashlib.sha256(f"{endpoint_url}".encode()).hexdigest()[:8]

@@ -17,15 +17,15 @@ REBUILD_PAGE = 200
 
 
 class Opening:
-    """Runs the opening once, whichever event loops of the process ask for it. A failed opening is tried again."""
+    """Runs the opening once for all callers in all event loops. If it fails, the next call runs it again."""
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()  # guards the next one
+        self._mutex = threading.Lock()  # guards `_opening`
         self._opening: concurrent.futures.Future[None] | None = None
-        self._task: asyncio.Task[None] | None = None  # a reference, because the event loop holds none
+        self._task: asyncio.Task[None] | None = None  # a strong reference, because the event loop holds a weak one
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work, or wait for the caller that does it. Raises what the work raises."""
+        """Do the work, or wait for the caller that is doing it. Raises the errors of the work."""
         with self._mutex:
             opening, first = self._opening, self._opening is None
             if opening is None:

@@ -9,10 +9,10 @@ Invariants:
   entry takes each field from the body if it can be read there, and from the old entry if not. So the resource also
   keeps its unique values.
 - R3 *No single resource prevents a model from opening.* R2 always makes an entry. `degradations` names such resources.
-- R4 *Entries that earlier programs dropped are made again.* Those programs took each failure to read for a lost body,
-  and left an empty entry that counted as complete. The first open by this program makes all empty entries again from
-  their bodies, and stores `Findings.healed`. Another resource may have taken a unique value meanwhile. Then both keep
-  it, every write of this value is refused, and `Findings.shared` names the resource that came back.
+- R4 *Entries that earlier versions of this program dropped are made again.* Those versions treated each failed read as
+  a lost body, and left an empty entry that counted as complete. The first open by this version makes all empty entries
+  again from their bodies, and stores `Findings.healed`. If another resource has taken a unique value meanwhile, both
+  resources keep it, every write of this value is refused, and `Findings.shared` names the resource that came back.
 - R5 *No stored size is refused.* `limits` are for new data. Larger stored data is indexed whole, by every store alike,
   so that each search finds it and its unique values stay unique. Large entries go to the store in small groups, so
   that no transaction carries much more than CHUNK bytes.
@@ -42,15 +42,15 @@ log = logging.getLogger("crudstack.storage")
 
 PAGE = 200
 MAX_ROUNDS = 50
-"""How often the index is completed again because an older program wrote meanwhile."""
+"""How often the index is completed again because an older version of the program wrote meanwhile."""
 NAMED = 10
 """How many ids of resources one sentence of `degradations` names."""
 KEPT = 100
 """How many ids of each finding the store keeps. The log names all of them."""
 CHUNK = 1024 * 1024
-"""Bytes of indexed fields, as JSON, after which a transaction takes no more entries."""
+"""A transaction takes no more entries once their indexed fields have this many bytes as JSON."""
 CONDITIONS = 8
-"""How many fields the search for empty entries names. Each hit is then checked by its whole entry."""
+"""Largest number of fields in the query for empty entries. The whole entry of each hit is then checked."""
 EMPTY = b"{}"
 SHARED = (
     "have a value of a unique field that another one has too, because an earlier program lost their index entries;"
@@ -78,7 +78,7 @@ class Reindexing:
         self._unfit: dict[str, None] = {}  # their data do not fit this model; the model of another program may differ
 
     async def open(self, index: IndexOf) -> None:
-        """Bring every entry up to the bound fields.
+        """Make again every entry that was made for other indexed fields than those of the bound model.
 
         Raises StoreUnavailable if a body cannot be read now (R1), and ConfigError if a field cannot be unique because
         stored resources share a value.
@@ -133,7 +133,7 @@ class Reindexing:
         await self._keep(found)
 
     def degradations(self) -> list[str]:
-        """Return a sentence for each finding that concerns any resource."""
+        """Return a sentence for each kind of problem that some resource has."""
         told = [
             (self._lost, f"have lost their data, and keep their former index entries: {_some(self._lost)}"),
             (self._shared, SHARED),
@@ -154,7 +154,7 @@ class Reindexing:
         self._shared |= dict.fromkeys(found.shared)
 
     async def _keep(self, found: Findings) -> None:
-        """Store the findings, unless they equal the stored ones, `found`."""
+        """Store the findings if they differ from `found`, the stored ones."""
         now = Findings(healed=True, lost=tuple(self._lost)[:KEPT], shared=tuple(self._shared)[:KEPT])
         if now != found and self._findings is not None:
             await self._findings.keep_findings(now)

@@ -1,4 +1,4 @@
-"""Removal of bodies that no record names: a crash or a failed commit left them.
+"""Removal of bodies that no record names. A crash or a failed commit leaves such bodies.
 
 - M2 *A body that was swept cannot be committed.* A uid starts with the generation under which the body was put. A
   sweep first advances the generation to g. Then it removes bodies older than g - 1 that no record names. The MetaStore
@@ -20,7 +20,10 @@ SWEEP_PAGE = 1000
 
 
 class Sweep:
-    """The sweep of one model, which goes on where the last call stopped. Does nothing if a store lacks the ability."""
+    """The sweep of one model. Each call continues where the last one stopped.
+
+    Does nothing if a store lacks the ability (MetaSweeping, BodySweeping).
+    """
 
     def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
         self._references = meta_store if isinstance(meta_store, MetaSweeping) else None
@@ -30,11 +33,11 @@ class Sweep:
         self._after = ""  # the last uid that this sweep looked at; empty between two sweeps
 
     def new_uid(self) -> str:
-        """Return the uid of a new body, under the generation that this process knows."""
+        """Return the uid of a new body, with the generation that this process last read."""
         return f"{self._generation}/{uuid7()}"
 
     async def load_generation(self) -> None:
-        """Read the generation of the MetaStore. Uids of older generations may be refused from now on."""
+        """Read the generation of the MetaStore, which the uids of new bodies get from now on."""
         if self._references is not None:
             self._generation = await self._references.generation()
 

@@ -1,8 +1,8 @@
 """Unique fields of a storage whose commit is a record on disk.
 
 One process owns such a store, so this process can decide which resource gets a value. A value is reserved before the
-record is written, and released after the MetaStore has applied the record. So a rival finds either the reservation or
-the owner in the MetaStore.
+record is written, and released after the MetaStore has applied the record. So a concurrent write of the same value
+finds either the reservation or the owner in the MetaStore.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class UniqueValues:
 
     def __init__(self, replay: RecordReplay, unique: Sequence[str]) -> None:
         self._replay, self._unique = replay, unique
-        self._mutex = threading.Lock()  # guards the next one
+        self._mutex = threading.Lock()  # guards `_reserved`
         self._reserved: dict[tuple[str, Key], list[str]] = {}  # ids of the resources that take a value, one per write
 
     @contextlib.asynccontextmanager
