@@ -1,1 +1,1 @@
-"""What runs, here and in the cloud: your models, the settings, and the engine (`autocrud`) between them."""
+"""The application, on your machine and in the cloud: your models, the settings, and the engine (`autocrud`)."""

@@ -48,13 +48,13 @@ class BearerTokens:
 
 
 class GatewayJwt:
-    """Uses the claims that the JWT authorizer of an HTTP API has verified. Clients cannot change them in the event."""
+    """Uses the claims that the JWT authorizer of an HTTP API has verified. Clients cannot set these claims."""
 
     def __init__(self, auth: JwtAuth) -> None:
         self._auth = auth
 
     def __call__(self, request: Request) -> Principal:
-        """Return the principal of a request. Raises Unauthenticated if its claims are missing or do not fit."""
+        """Return the principal of a request. Raises Unauthenticated if its claims are missing or refused."""
         claims = _claims(request.scope.get("aws.event"))
         if claims is None:
             raise Unauthenticated("API Gateway has verified no token: send one as Authorization: Bearer ...")
@@ -81,7 +81,7 @@ def _claims(event: Any) -> dict[str, Any] | None:
 
 
 def _words(claim: Any) -> list[str]:
-    """Return the values of a claim: of a list, of words separated by spaces, or of API Gateway's form `[a b]`."""
+    """Return the values of a claim, which is a list, a text with spaces between words, or API Gateway's `[a b]`."""
     if isinstance(claim, str):
         return claim.removeprefix("[").removesuffix("]").split(" ")
     return [value for value in claim if isinstance(value, str)] if isinstance(claim, list) else []

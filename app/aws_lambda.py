@@ -1,7 +1,7 @@
 """The app on AWS Lambda.
 
-    HTTP requests (payload format 2.0 of an HTTP API or a function URL)  Mangum and the app answer
-    scheduled events, or {"crudstack": "maintain"}                       maintenance runs for the remaining time
+    HTTP requests (payload format 2.0 of an HTTP API or a function URL)  Mangum passes them to the app
+    scheduled events, or {"crudstack": "maintain"}                       run maintenance for the remaining time
 
 Lambda freezes the machine between invocations, for hours or for ever. So no work is left running after a response, and
 maintenance has events of its own. The event loop, connections and local copies stay in memory; each is checked before
@@ -36,17 +36,18 @@ log = logging.getLogger("crudstack.lambda")
 
 TEXT_TYPES = ["text/", "application/json", "application/problem+json", "application/json-patch+json"]
 MAX_ANSWER = 6 * 1024 * 1024 - 64 * 1024
-"""Bytes of a body in a response of Lambda: 6 MB, less the room for headers."""
+"""Bytes of a body in a response of Lambda: 6 MB minus a reserve for headers."""
 LARGE = MAX_ANSWER // 2
+"""Bytes below which a body fits in any encoding: escapes at most double it."""
 WITHOUT_CONTENT = frozenset({204, 205, 304})
 MEMORY_OF_CPU, DEFAULT_MEMORY = 1769, 512
-"""MB of memory with which a function has one whole CPU, and the assumed memory if the environment does not say it."""
+"""MB of memory that give a function one whole CPU, and the MB to assume if the environment does not name them."""
 MARGIN_S = 0.5
 """Seconds between the last moment for a response and the end of the invocation."""
 DEFAULT_STAGE = "$default"
 """The stage of an HTTP API that its paths do not contain."""
 _STAGE = re.compile(r"[A-Za-z0-9_-]+")
-"""The names of all other stages."""
+"""The pattern of the names of all other stages."""
 LITERAL = "!$&'()*+,;=:@/-._~%"
 """Characters of a path that need no percent-encoding."""
 
@@ -102,7 +103,7 @@ class LambdaHandler:
                 f"the storage of {', '.join(lost)} is in the memory or on the disk of this function and would be lost"
                 " with it: on Lambda use s3-sqlite, or another remote storage"
             )
-        # Mangum runs the app on the current event loop, so it is set first. It lives as long as the process.
+        # Mangum runs the app on the current event loop, so the loop is set first. It lives as long as the process.
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
         logging.getLogger("mangum.http").setLevel(logging.WARNING)  # its lines contain paths
@@ -180,7 +181,7 @@ def _check(event: Any) -> None:
 
 
 def _sound(headers: dict[str, str]) -> dict[str, str]:
-    """Return the headers without malformed ones of the gateway, which Mangum would parse as addresses and ports."""
+    """Return the headers without malformed values of those that a gateway sets and Mangum parses."""
     return {
         name: value
         for name, value in headers.items()
@@ -273,7 +274,7 @@ class _InTime:
 
 
 def fits(body: bytes) -> bool:
-    """Return whether Lambda can send this body, as base64 or as text, in which JSON escapes take two bytes."""
+    """Return whether Lambda can send this body, as base64 or as a JSON string with its escapes."""
     return len(body) < LARGE or min(_as_text(body), _as_base64(body)) <= MAX_ANSWER
 
 

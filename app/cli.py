@@ -1,4 +1,4 @@
-"""The command line `crudstack`. A wrong or missing setting is one sentence on stderr and exit code 2."""
+"""The command line `crudstack`. For a wrong or missing setting, it prints one sentence to stderr and exits with 2."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def s3_rescue(
 
 
 def _environment(storage: str | None, stack: str | None) -> dict[str, str]:
-    """Return the environment with the settings of the options --storage and --stack instead of its own."""
+    """Return the environment. The options --storage and --stack replace its settings of the storage."""
     environment = dict(os.environ)
     if storage is not None:
         parse_storage(storage, "--storage")  # so that an error names the option, not a variable

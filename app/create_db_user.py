@@ -21,7 +21,7 @@ from typing_extensions import override
 PAUSES_S = (1, 2, 4, 8, 15)
 """Seconds between attempts if AWS denies access: IAM is eventually consistent, and the role's policy is seconds old.
 
-Both requests together wait for these 30 s at most, since one policy allows both, and the function must end in 90 s.
+Both requests together wait for these 30 s at most: one policy allows both, and the function must end within 90 s.
 """
 DENIED = ("AccessDenied", "AccessDeniedException")
 
@@ -152,8 +152,8 @@ closed.
 def _make(connection: Any, asked: Inside) -> None:
     """Create the user with IAM authentication and the rights to create tables and to use the schema `public`.
 
-    Settings of its sessions are attributes of the user, because a pooler would lose settings of a session, and RDS
-    Proxy pins a session that has any.
+    The settings of its sessions are stored with the user: a pooler would lose settings that a session makes, and RDS
+    Proxy pins a session that makes any.
     """
     from psycopg import sql
 

@@ -11,7 +11,7 @@ Invariants:
   Browsers send `Origin` with every such request, and a page cannot remove it.
 - F2 *A foreign host name reads nothing.* On loopback, and if CRUDSTACK_HOSTS is set, a `Host` that is no loopback name
   and not in CRUDSTACK_HOSTS is refused with 421, for reads too. So `Host` is never the page's name, and F1 can compare
-  `Origin` with it.
+  `Origin` with `Host`.
 - F3 *A page declares its content type.* If a request has an `Origin` and a body, it needs a content type. A page cannot
   send the content type of JSON without a preflight request.
 
@@ -52,6 +52,7 @@ SAFE_HEADERS = (
 OF_PAGES = frozenset({b"origin", b"sec-fetch-site"})
 """Headers that only browsers send."""
 MAX_KNOWN = 100
+"""Number of accepted Host headers to remember."""
 
 
 class ForeignOrigin(CrudError):
@@ -80,7 +81,7 @@ class ForeignPages:
     loopback    whether the server listens on a loopback address
     own_origin  for a gateway that answers CORS preflight requests itself: the origin of the API in a request. If None,
                 this class answers them, and the own origin follows from the Host header
-    signed_in   whether clients authenticate; then no request is refused
+    signed_in   whether clients must authenticate; if so, this class refuses no request
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class ForeignPages:
             return True
         if self._own_origin is not None:
             return origin == self._own_origin(scope)
-        # A proxy may speak TLS for the server, so both schemes are the server's own.
+        # A proxy may terminate TLS for the server, so both schemes are the server's own.
         scheme, found, name = origin.lower().partition("://")
         default = {"http": ":80", "https": ":443"}.get(scheme)
         return bool(found and host) and default is not None and name.removesuffix(default) == host.removesuffix(default)

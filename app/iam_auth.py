@@ -5,8 +5,8 @@ signed locally. An open connection to PostgreSQL outlives its token. ElastiCache
 authentication after 12 hours, and the client reconnects. RabbitMQ has a password in Secrets Manager, which is read for
 each connection.
 
-botocore is part of the Lambda runtime. Only the storage kinds that need it import it, and only its signers, because
-`boto3.client` takes ten times as long.
+botocore is part of the Lambda runtime. It is imported only if it is needed. Tokens are signed without `boto3.client`,
+which takes ten times as long.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _session() -> Any:
 def api_token(outputs: StackOutputs) -> str:
     """Return the stack's API token from Secrets Manager, read with the ambient credentials.
 
-    Raises ConfigError if the stack has none, or another one than its outputs say, and StoreUnavailable if it cannot be
-    read.
+    Raises ConfigError if the stack has no API token, or if the token does not match the SHA-256 in the stack's outputs.
+    Raises StoreUnavailable if the token cannot be read.
     """
     if not isinstance(outputs.auth, TokenAuth) or outputs.bucket is None:
         raise ConfigError("this stack has no API token: its auth is another")

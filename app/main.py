@@ -1,4 +1,4 @@
-"""The application: models, storage and HTTP put together."""
+"""Creates the application from the models, the storage and the HTTP API."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def create_app(
     loopback    whether the server listens on a loopback address
     own_origin  for a gateway that answers CORS preflight requests itself: the origin of the API in a request
 
-    `app.state.crud` is its AutoCRUD. Raises ConfigError for settings that do not fit. Opens no store.
+    `app.state.crud` is its AutoCRUD. Raises ConfigError if a setting is wrong or missing. Opens no store.
     """
     given = given or settings.load()
     factory = wiring.storage_factory(given, idle_work=idle_work)

@@ -112,13 +112,13 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 def _route(scope: Scope) -> str:
-    """Return the template of the path; the path itself holds ids."""
+    """Return the template of the path, or "none". The path itself is not logged, because it contains ids."""
     found = scope.get(ROUTE) or getattr(scope.get("route"), "path", None)
     return found if isinstance(found, str) else "none"
 
 
 def _request_id(scope: Scope) -> str:
-    """Return Lambda's request id, which its own log lines have; elsewhere a new one.
+    """Return Lambda's request id, which Lambda's own log lines contain; outside of Lambda, return a new id.
 
     An id that the client sends is not used, because it would put the client's text into the log.
     """

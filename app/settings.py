@@ -1,14 +1,14 @@
 """The settings of the app, read from the environment.
 
 `StackOutputs` is the contract between a stack, which provides storage, and the app, which uses it. `LocalOverrides`
-holds what only this machine knows: addresses with passwords, and directories.
+holds the settings of this machine: addresses with passwords, and directories.
 
 | variable | meaning |
 | --- | --- |
 | CRUDSTACK_OUTPUTS | StackOutputs as JSON, or the path of a file that holds it |
-| CRUDSTACK_STORAGE | instead of it: a storage kind, or a pair as JSON: `{"meta": "memory", "resource": "disk"}` |
+| CRUDSTACK_STORAGE | instead of CRUDSTACK_OUTPUTS: a kind, or a JSON pair: `{"meta": "memory", "resource": "disk"}` |
 | CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
-| CRUDSTACK_DATA_DIR | the directory of stores on disk; for stores on S3, of local copies and caches (none if not set) |
+| CRUDSTACK_DATA_DIR | the directory of stores on disk, and of local copies and caches of S3 (none if not set) |
 | CRUDSTACK_CACHE_MB | MB (1024 * 1024 bytes) of the cache on disk; default: a quarter of the disk, 1024 at most |
 | CRUDSTACK_BUCKET | the bucket of stores on S3 |
 | CRUDSTACK_PREFIX | the beginning of all keys on S3 and in Redis, and a part of the names of tables and exchanges |
@@ -16,17 +16,17 @@ holds what only this machine knows: addresses with passwords, and directories.
 | CRUDSTACK_PG_DSN | PostgreSQL: postgresql://user:password@host:port/database |
 | CRUDSTACK_REDIS_URL | Redis or Valkey: redis://user:password@host:port/0, or rediss:// with TLS |
 | CRUDSTACK_AMQP_URL | RabbitMQ: amqp://user:password@host:port, or amqps:// with TLS |
-| CRUDSTACK_S3_ENDPOINT_URL | of another S3 than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are read too |
-| CRUDSTACK_CORS | origins whose pages may call, separated by commas: https://app.example.org |
+| CRUDSTACK_S3_ENDPOINT_URL | an S3 server other than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are read too |
+| CRUDSTACK_CORS | origins whose pages may call the API, separated by commas: https://app.example.org |
 | CRUDSTACK_HOSTS | host names of the server besides localhost and 127.0.0.1, separated by commas |
 | CRUDSTACK_BASE_PATH | the path in front of all routes at a gateway or a proxy, like `/v1`, for links; `/` for none |
 | CRUDSTACK_AUTH | `none`, or JSON: `{"mode": "token", "token_sha256": "..."}`, `{"mode": "jwt", ...}` |
 
-On loopback, pages of http://localhost with any port may call too. If the server listens on loopback, or CRUDSTACK_HOSTS
-is set, requests to other host names are refused.
+If the server listens on loopback, pages of localhost and 127.0.0.1 with any port may call the API too. On loopback, or
+if CRUDSTACK_HOSTS is set, requests to other host names are refused, unless clients authenticate.
 
 Credentials are the ambient ones of AWS: AWS_ACCESS_KEY_ID and so on, or a role. If the URL of a database, cache or
-broker is not set, the app signs in to that of the stack with the role.
+broker is not set, the app uses the one of the stack.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Pair(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def extras(self) -> frozenset[str]:
-        """Return the extras of pyproject.toml that the drivers of both stores are in."""
+        """Return the extras of pyproject.toml that contain the drivers of both stores."""
         return frozenset().union(*(store.extras for store in self.traits))
 
     @property
@@ -169,7 +169,7 @@ Auth = NoAuth | TokenAuth | JwtAuth
 
 
 class Db(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A PostgreSQL database. `user` signs in with tokens that the role makes."""
+    """A PostgreSQL database. The app signs in as `user`, with tokens that it signs with its role."""
 
     host: str
     port: int = 5432
@@ -179,7 +179,7 @@ class Db(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class CacheServer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A Valkey or Redis. `user` signs in with tokens that the role makes for the cache called `name`."""
+    """A Valkey or Redis server. The app signs in as `user`, with tokens that it signs for the cache `name`."""
 
     host: str
     port: int = 6379
@@ -190,7 +190,7 @@ class CacheServer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A RabbitMQ. The secret holds `{"username": ..., "password": ...}`."""
+    """A RabbitMQ broker. The secret holds `{"username": ..., "password": ...}`."""
 
     endpoint: Annotated[str, Meta(pattern="^amqps?://[^@]+$")]
     secret_arn: str
@@ -212,15 +212,15 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     cache: CacheServer | None = None
     broker: Broker | None = None
     cors: tuple[str, ...] = ()
-    """Origins whose pages may call."""
+    """Origins whose pages may call the API."""
     auth: Auth | None = None
-    """None: not set. Then the server may listen on loopback only."""
+    """None if it is not set; then the server may listen on loopback only."""
     base_path: str | None = None
     """The path in front of all routes at a gateway, like `/v1`."""
 
 
 class LocalOverrides(Struct, frozen=True, kw_only=True):
-    """Settings that only this machine knows. Addresses may hold passwords, so they are parsed by the stores."""
+    """The settings of this machine. Addresses may contain passwords; the stores parse them."""
 
     data_dir: str | None = None
     cache_mb: int | None = None
@@ -231,7 +231,7 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
 
 
 class Pages(Struct, frozen=True, kw_only=True):
-    """The origins of pages that may call, and the host names of the server. See `foreign_pages`."""
+    """The origins of pages that may call the API, and the host names of the server. See `foreign_pages`."""
 
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -269,7 +269,7 @@ VARIABLES = (
     "CRUDSTACK_BASE_PATH",
 )
 EXPOSED_HEADERS = ("etag", "location", "link", "retry-after", "idempotency-replayed", "x-request-id")
-"""Headers of answers that pages of allowed origins may read."""
+"""Headers of responses that pages of allowed origins may read."""
 BASE_PATH = r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
 OWN_PATHS = ("healthz", "readyz", "docs", "openapi.json")
 """First segments of the app's own paths. No base path may begin with one."""
@@ -281,7 +281,7 @@ ENDPOINT_VARIABLES = ("CRUDSTACK_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_E
 
 
 def load(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Return the settings in the environment. Raises ConfigError, one sentence that names what is wrong."""
+    """Return the settings in the environment. Raises ConfigError with one sentence about the wrong setting."""
     for name in environment:
         if name.startswith("CRUDSTACK_") and name not in VARIABLES:
             raise ConfigError(f"{name} is no setting; there are {', '.join(VARIABLES)}{meant(name, VARIABLES)}")
@@ -332,9 +332,9 @@ def _shown(address: str) -> str:
 
 
 def _pages(given: Mapping[str, str], of_stack: Sequence[str] = ()) -> Pages:
-    """Return the lists in CRUDSTACK_CORS and CRUDSTACK_HOSTS. Raises ConfigError.
+    """Return the origins in CRUDSTACK_CORS and the host names in CRUDSTACK_HOSTS.
 
-    Commas or blanks separate the words.
+    Commas or blanks separate them. Raises ConfigError if one of them is invalid.
     """
     origins, hosts = (
         re.split(r"[,\s]+", given.get(name, "").strip(", ")) for name in ("CRUDSTACK_CORS", "CRUDSTACK_HOSTS")
@@ -368,9 +368,9 @@ def _base_path(given: Mapping[str, str], of_stack: str | None = None) -> str | N
 
 
 def s3_endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the URL of another S3 than Amazon's, or None.
+    """Return the URL of an S3 server other than Amazon's, or None if none is set.
 
-    Raises ConfigError if the URL cannot be read, or holds a password.
+    Raises ConfigError if the URL is invalid or contains credentials.
     """
     name = next((name for name in ENDPOINT_VARIABLES if environment.get(name)), None)
     return None if name is None else endpoint_url(environment[name], name)
@@ -388,9 +388,9 @@ def _megabytes(text: str | None) -> int | None:
 
 
 def parse_storage(text: str, name: str) -> Storage:
-    """Return a kind, or a pair that is given as JSON. Raises ConfigError.
+    """Return the storage that a text names: a kind, or a pair as JSON. Raises ConfigError if it names none.
 
-    name  of the setting, for errors
+    name  the name of the setting, for errors
     """
     if text.lstrip().startswith("{"):
         pair: Pair = _decoded(text, Pair, name, PAIR)
@@ -429,9 +429,9 @@ def _outputs(text: str) -> StackOutputs:
 
 
 def parse_outputs(text: str, name: str) -> StackOutputs:
-    """Return StackOutputs that are given as JSON. Raises ConfigError.
+    """Decode StackOutputs from JSON. Raises ConfigError if they are invalid.
 
-    name  of the setting or file that they come from, for errors
+    name  the setting or file that contains the JSON, for errors
     """
     outputs: StackOutputs = _decoded(text, StackOutputs, name)
     return outputs

@@ -12,9 +12,10 @@ from .autocrud.secret import quoted
 
 
 def settings_error(value: Any, type_: Any, at: str) -> str | None:
-    """Return a sentence about the first wrong name or choice at or below `at`, or None if all of them are right.
+    """Return a sentence about the first wrong name or choice in a value, or None if all of them are right.
 
-    Does not check other values. Shows a value only if it had to be one of a few choices, because others may be secret.
+    `at` is the path of the value, for the sentence. Numbers and free texts are not checked and not shown, because they
+    may be secret.
     """
     return _error_at(value, inspect.type_info(type_), at)
 
@@ -79,7 +80,7 @@ def _none_of(value: object, choices: Iterable[object], at: str) -> str:
 
 
 def found(value: object, choices: Iterable[object]) -> str:
-    """Return a value for a message: unchanged if it resembles a choice, else masked unless it cannot be a secret."""
+    """Return a value for an error message: unchanged if it resembles a choice, else masked if it may be a secret."""
     names = [str(one) for one in choices]
     short = isinstance(value, str) and len(value) <= max(map(len, names)) + 2 and re.fullmatch(r"[\w.-]+", value)
     return repr(value) if short and meant(value, names) else quoted(value)

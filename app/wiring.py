@@ -1,7 +1,7 @@
-"""From settings to stores: the same settings make the same stores everywhere.
+"""Creates stores from settings. The same settings give the same stores everywhere.
 
 A kind is a name for a pair: a MetaStore and a ResourceStore by name. This module turns settings into the arguments of
-PairStorageFactory. Where the stores keep their data is in `autocrud.resource_manager.storage.layout`.
+PairStorageFactory. `autocrud.resource_manager.storage.layout` defines where the stores keep their data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .settings import KINDS, PRESETS, RESOURCE_TRAITS, Pair, Settings, Storage
 T = TypeVar("T")
 
 RDS_CERTIFICATES = Path(__file__).with_name("rds-ca.pem")
-"""The certificates that RDS is verified with, if AWS's bundle was put there."""
+"""AWS's bundle of CA certificates. Without this file, connections to RDS are encrypted, but RDS is not verified."""
 
 
 class WiredStorageFactory(IStorageFactory):
@@ -41,9 +41,9 @@ class WiredStorageFactory(IStorageFactory):
 
 
 def storage_factory(settings: Settings, *, idle_work: bool = True) -> WiredStorageFactory:
-    """Return the factory of all models. Raises ConfigError, which names a setting that is missing.
+    """Return the storage factory of all models. Raises ConfigError, which names a missing or wrong setting.
 
-    idle_work  whether anything may run between requests
+    idle_work  whether background work may run between requests
     """
     outputs = settings.outputs
 
@@ -72,7 +72,7 @@ def region_or_default(given: str | None) -> str:
 
 
 def checked_prefix(prefix: str) -> str:
-    """Return a prefix of keys, empty or with a slash at its end. Raises ConfigError if a key cannot begin with it."""
+    """Return a prefix of keys, empty or with a slash at its end. Raises ConfigError if it is invalid."""
     if re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))*", prefix) is None:
         raise ConfigError(
             f"the prefix {'has an @' if '@' in prefix else f'is {prefix!r}'}: expected names of letters, digits, '.',"
@@ -101,7 +101,7 @@ def pair_of(storage: Storage, settings: Settings) -> Pair:
 
 
 class _Maker:
-    """Turns settings into the arguments of a factory. `storage`: what the user chose."""
+    """Turns settings into the arguments of a factory. `storage` is the user's choice."""
 
     def __init__(self, storage: Storage, settings: Settings, *, idle_work: bool) -> None:
         self._pair = pair_of(storage, settings)
@@ -159,7 +159,7 @@ class _Maker:
     def _cache_dir(self) -> Path | None:
         """Return the directory of the cache on disk, or None for a cache in memory only."""
         root = self._beside_s3("cache")
-        if root is None and not self._idle_work:  # a function has a disk of its own, which lives as long as it does
+        if root is None and not self._idle_work:  # each instance of a function has its own disk
             return Path(tempfile.gettempdir()) / FUNCTION_CACHE
         return root
 

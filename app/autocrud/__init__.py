@@ -5,7 +5,7 @@ them has a docstring. The names for authors of stores are in `resource_manager.b
 
 core              AutoCRUD: models, their stores and the HTTP API
 query             filters, sorting and pages, with one meaning for all stores
-values            how values of indexed fields become keys that all stores compare alike
+values            keys: the form of indexed values that all stores compare in the same way
 access            principals and permissions
 errors            the errors of the engine
 secret            passwords, and addresses that hold passwords

@@ -16,8 +16,8 @@
 `authorize` is any function of a principal, an action and the name of a model. It returns True, False, or a filter. A
 filter restricts the principal to the resources that match it: searches and counts find only these, and every read and
 write of a single resource is checked. A write is checked against the state that it replaces and the state that it
-leaves. A resource that the principal may not read is answered like an id that does not exist. A principal that may not
-read a resource may not change it either.
+leaves. If the principal may not read a resource, requests for it are answered as if the id did not exist, and the
+principal may not change it either.
 """
 
 from __future__ import annotations

@@ -130,8 +130,7 @@ class AutoCRUD:
             schema_version: A number that is recorded with every revision.
             retention: Which superseded revisions are kept. The default keeps all.
 
-        Returns the resource manager of the model. Raises ConfigError if the model,
-        the name or a field cannot be served.
+        Returns the resource manager of the model. Raises ConfigError if the model, its name or a field is not accepted.
         """
         if self._applied:
             raise ConfigError("add_model was called after apply, which makes the routes: add all models first")

@@ -23,7 +23,7 @@ class Violation(NamedTuple):
 class CrudError(Exception):
     """The base of all errors that the engine raises on purpose.
 
-    `operation` is the index of the operation in a batch that failed, or None.
+    `operation` is the index of the failed operation in a batch, or None.
     """
 
     type: ClassVar[str] = "internal-error"
@@ -56,7 +56,7 @@ class ResourceNotFound(CrudError, LookupError):
 
 
 class RevisionNotFound(CrudError, LookupError):
-    """The resource has no revision of this number, or retention removed it."""
+    """The resource has no revision with this number, or retention removed it."""
 
     type, title, status = "revision-not-found", "No such revision", 404
 
@@ -122,7 +122,7 @@ class KeyInFlight(CrudError):
 class AnswerGone(CrudError):
     """The request with this Idempotency-Key was done before, but its response cannot be repeated.
 
-    Its result was replaced or purged since.
+    The result of that request was replaced or purged since.
     """
 
     type, title, status = "answer-gone", "This was done, and its result is gone", 410
@@ -138,7 +138,7 @@ class StaleGeneration(CrudError):
 
 
 class StoreUnavailable(CrudError):
-    """The store cannot do this now, and certainly did not do it. The request can be repeated."""
+    """The store cannot do this now. Nothing was changed, and the request can be repeated."""
 
     type, title, status = "store-unavailable", "The store is unavailable", 503
 
@@ -152,8 +152,7 @@ class Overloaded(CrudError):
 class NotEnoughTime(CrudError):
     """The time of the request might end before this work is done, so the work was not started.
 
-    Nothing was changed. `may_fit` tells whether a repeated request can succeed, because the full time of a request is
-    enough.
+    Nothing was changed. If `may_fit` is true, the full time of a request is enough, so a repeated request can succeed.
     """
 
     type, title, status = "not-enough-time", "There is not enough time left", 503

@@ -1,4 +1,4 @@
-"""Query: which resources to find, in which order, starting where. It means the same in every store.
+"""Queries: filters, sorting and pages. A query means the same in every store.
 
     Query(where=field("author").eq("alice") & field("views").gte(10), sort=("-meta.created_time",), limit=20)
 

@@ -21,7 +21,7 @@ from .errors import ConfigError
 
 HIDDEN = "***"
 SHORTEST = 4
-"""The least length of a secret that `hide` replaces: a shorter one may be part of an ordinary word."""
+"""The minimal length of a secret that `hide` replaces: a shorter one may be part of an ordinary word."""
 
 
 class Secret:

@@ -1,4 +1,4 @@
-"""One meaning of values: how the value of a field becomes a key that all stores compare alike.
+"""Keys: the form of indexed values that all stores compare in the same way.
 
 A *key* is what a store puts into its index: `str` (compared by code point), `int` (64 bits) or `float` (finite). Each
 kind of value has one conversion to keys, which keeps the order: `<` on keys is `<` on values, in every store and
@@ -191,7 +191,7 @@ SCALARS: dict[Any, FieldKind] = {
 
 
 def _choice(name: str, type_: Any, values: dict[Any, Any]) -> FieldKind:
-    """Return the kind of an enum or a Literal; `values` maps what the model holds to the plain value behind it."""
+    """Return the kind of an enum or a Literal; `values` maps each member to its plain value."""
     plain = {type(value) for value in values.values()}
     if not plain or (not plain <= {str} and not plain <= {int}):
         raise ValueError(f"{name} cannot be indexed: its values must be all str or all int")

@@ -1,1 +1,1 @@
-"""What a person needs at hand: an S3 server for this machine, the `pulumi` command and the AWS account of a stack."""
+"""Tools for developers: an S3 server on this machine, the `pulumi` command, and the AWS account of a stack."""

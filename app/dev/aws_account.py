@@ -63,7 +63,7 @@ def use_profile(profile: str | None, environment: MutableMapping[str, str] = os.
     """Make every AWS client of this process use a stack's profile; None changes nothing.
 
     Call it after the last `pulumi` command, because Pulumi may keep its state in a bucket of the environment's account.
-    Raises ConfigError like `check_profile`, or if the profile takes its role with keys of the environment.
+    Raises ConfigError like `check_profile`, or if the profile assumes its role with keys of the environment.
     """
     check_profile(profile, environment)
     if profile is None:

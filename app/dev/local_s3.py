@@ -25,7 +25,7 @@ LOCAL_KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "A
 
 @contextlib.contextmanager
 def ministack(directory: Path) -> Iterator[str]:
-    """Run ministack on a free loopback port with its data in `directory`, and give its URL.
+    """Run ministack on a free loopback port with its data in `directory`, and yield its URL.
 
     Raises ConfigError if it does not start, or if another ministack uses the directory: each keeps its state in memory,
     so two of them would both acknowledge writes of which only one survives.
@@ -50,7 +50,7 @@ def _run(directory: Path, lock: int) -> Iterator[str]:
     log = directory / "ministack.log"
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
-        # A session of its own, so that Ctrl-C reaches only the server, which needs its storage for an orderly shutdown.
+        # A new session, so that Ctrl-C reaches only `crudstack serve`, which needs ministack for an orderly shutdown.
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ministack"))],
             env=environment,
@@ -58,7 +58,7 @@ def _run(directory: Path, lock: int) -> Iterator[str]:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=(lock,),  # it holds the lock until it has ended, even if this process is killed
+            pass_fds=(lock,),  # ministack holds the lock until it has ended, even if this process is killed
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no thread runs yet
         )
     try:
@@ -99,7 +99,10 @@ def _taken(directory: Path) -> ConfigError:
 
 
 def _free_port(memory: Path) -> int:
-    """Return the port of the last run if it is free, because the names of local copies depend on the address."""
+    """Return the port of the last run if it is free, else another one.
+
+    The names of local copies depend on the port.
+    """
     try:
         last = int(memory.read_text())
     except (OSError, ValueError):
@@ -128,7 +131,7 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             with urllib.request.urlopen(f"{url}/_ministack/health", timeout=5):
                 return
         except urllib.error.HTTPError:
-            return  # it answers
+            return  # an error response also shows that the server runs
         except OSError:
             time.sleep(0.05)
     raise ConfigError(f"the local S3 (ministack) did not start; {log} says why")

@@ -143,7 +143,7 @@ def run(*arguments: str, stack: str | None = None) -> subprocess.CompletedProces
 
 
 def reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the line of pulumi's last error, which warnings may follow."""
+    """Return the line of pulumi's last error, which is not always the last line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["it did not say why"])[-1]

@@ -228,7 +228,7 @@ class S3Check:
         return (written, read, deleted, unlisted) == (None, None, None, None)
 
     async def _get_missing(self, name: str) -> None:
-        """Raise StoreUnavailable unless a GET says that the object is missing; without s3:ListBucket it is 403."""
+        """Raise StoreUnavailable unless a GET finds no object. Without s3:ListBucket, S3 answers it with 403."""
         if await self._objects.get(self._key(name)) is not None:
             raise StoreUnavailable("a GET returned an object that was deleted, or never written")
 
@@ -252,7 +252,7 @@ class S3Check:
         return None
 
     async def _check_clock(self, url: SplitResult, *, writes: bool) -> None:
-        """Compare the clocks by the Date of a response. The request is unsigned, so it shows if keys are required."""
+        """Compare the clocks by the Date of a response. An unsigned request also shows if keys are required."""
         if writes:
             await self._try(self._objects.put(self._key("object"), b"x"))
         answer = await ask("GET", url._replace(query="").geturl())
@@ -340,7 +340,7 @@ class S3Check:
         )
 
     async def _check_presigned(self) -> None:
-        """Use presigned URLs. This program needs none, so a store without them is fit."""
+        """Test presigned URLs. This program uses none, so a failure is only a note."""
         key, body = self._key("presigned"), uuid4().hex.encode()
         put = await self._objects.ask_presigned("PUT", key, body)
         got = await self._objects.ask_presigned("GET", key)
@@ -354,7 +354,7 @@ class S3Check:
             )
 
     async def _check_ranges(self) -> None:
-        """Read a range, which only an interrupted download needs."""
+        """Test reads of a range. Only interrupted downloads need them, so a failure is only a note."""
         key, body = self._key("range"), uuid4().hex.encode()
         await self._objects.put(key, body)
         try:

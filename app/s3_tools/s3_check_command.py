@@ -90,7 +90,7 @@ async def _cancelled_by_sigterm(check: S3Check) -> Report:
     """Run a check. SIGTERM cancels it like Ctrl-C, so that it deletes its objects."""
     task = asyncio.current_task()
     if task is not None:
-        with suppress(NotImplementedError, RuntimeError):  # another platform, another thread
+        with suppress(NotImplementedError, RuntimeError):  # not on this platform, or not in the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await check.run()
 

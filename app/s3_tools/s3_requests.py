@@ -1,4 +1,4 @@
-"""The requests of `s3_check`: through the engine's client with a record of every key, and unsigned ones."""
+"""The requests of `s3_check`: signed ones of the engine's client, with a record of every key, and unsigned ones."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _ask(method: str, url: str, body: bytes | None, headers: Mapping[str, str]) 
     except urllib.error.HTTPError as error:
         with error:
             return Answer(error.code, error.read(), error.headers["Date"], sent, time.time())
-    except urllib.error.URLError as error:  # without the URL, which may be a signature
+    except urllib.error.URLError as error:  # without the URL, which may contain a signature
         return str(error.reason)
     except (OSError, ValueError) as error:
         return type(error).__name__
@@ -190,7 +190,10 @@ def _trusting() -> ssl.SSLContext:
 
 
 def clock_skew_s(answer: Answer) -> float | None:
-    """Return the seconds by which the server's clock is ahead at least, or None if the response has no Date."""
+    """Return the least possible difference of the clocks in seconds, or None if the response has no Date.
+
+    The difference is positive if the server's clock is ahead.
+    """
     try:
         told: datetime = parsedate_to_datetime(answer.date or "")
     except ValueError:
@@ -223,7 +226,7 @@ class Timings(Struct, frozen=True):
 
 
 def failed_check(found: tuple[int, str] | None, reason: str) -> str | None:
-    """Return the check that a response to LIST makes fail, or None if only a permission may be missing."""
+    """Return the name of the check to which a failed LIST belongs, or None if only a permission may be missing."""
     if found is None:
         if "set AWS_REGION" in reason:  # a redirect without a target
             return "region"

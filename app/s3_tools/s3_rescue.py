@@ -53,8 +53,8 @@ async def rescue(managers: Mapping[str, ResourceManager[Any]], file: Path, *, re
     """Write the changes that this machine acknowledged and the bucket lost to `file`, as JSON lines.
 
     If `resume` is true, removes the record of the fork and the local copies afterwards, so that the program serves
-    again. A `file` that already contains all lost transactions is kept in that case. Raises ConfigError if no fork is
-    recorded, or if `file` exists otherwise.
+    again. In that case, a `file` that already contains all lost transactions is kept. Raises ConfigError if no fork is
+    recorded, or if `file` exists and is not such a file.
     """
     forked = _forked(managers)
     if not forked:

@@ -2,7 +2,7 @@
 
 Invariants (`http_protocol` has those of a single connection):
 
-- C1 *All connections together hold a bounded number of bytes.* Incoming bodies share MAX_BODIES. Above it, the
+- C1 *All connections together hold a bounded number of bytes.* Incoming bodies share MAX_BODIES. Above that, the
   request that holds the most bytes is refused. `unsent` counts bytes of unread responses, and `overload` limits them.
 - C2 *Waiting for a client ends.* Every SWEEP_S seconds, `sweep` makes each connection check its deadlines. One timer
   for all connections costs less than one for each request.
@@ -75,7 +75,7 @@ class TooMuchInTransfer(CrudError):
 
 
 def refusal(error: CrudError, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the bytes of an error response that closes the connection. `headers` come first in it."""
+    """Return the bytes of an error response that closes the connection. Its first headers are `headers`."""
     response = problems.response(error, ((b"retry-after", b"1"),) if error.status == 503 else ())
     lines = [
         b"HTTP/1.1 %d %b" % (error.status, HTTPStatus(error.status).phrase.encode()),
@@ -107,7 +107,7 @@ class Connection(Protocol):
         """End the connection if its client has missed a deadline."""
 
     def make_room(self) -> None:
-        """End a connection that waits for its client at once."""
+        """End this connection, which waits for its client, without a delay."""
 
     def refuse(self, error: CrudError) -> None:
         """Send an error response, and end the connection."""

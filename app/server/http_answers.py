@@ -46,8 +46,8 @@ class AnswerTransport:
 class WholeAnswer(RequestResponseCycle):
     """A request and its response. A response with one part is written in one step.
 
-    uvicorn checks each header with two regular expressions. Counting the line ends of the whole head is enough: it
-    shows that no header contains one. uvicorn itself writes all other responses.
+    uvicorn checks each header with two regular expressions. Counting the line ends of the whole head is enough to
+    show that no header contains one. uvicorn itself writes all other responses.
     """
 
     _start: Any = None

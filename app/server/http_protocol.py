@@ -1,15 +1,16 @@
 """HTTP/1.1 on one connection: uvicorn's protocol, with limits on everything that a client can send or leave unread.
 
 uvicorn's parser (httptools) limits no bytes, and its protocol limits no time; docs/limits.md lists the limits of this
-module. `LimitedProtocol` is a subclass of uvicorn's HttpToolsProtocol. It keeps its start of the application, its flow
-control and its writing of responses, and replaces what feeds the parser and when a connection ends.
+module. `LimitedProtocol` is a subclass of uvicorn's HttpToolsProtocol. uvicorn's code starts the application, controls
+the flow and writes responses. The code of this module feeds the parser and ends connections.
 
 Invariants (`connections` has those of all connections):
 
 - P1 *A connection holds a bounded number of bytes.* The parser gets at most MAX_HEAD bytes before the head is complete.
-  Of a body with a length it gets exactly that length, of a chunked body at most MAX_CHUNKS chunks and MAX_FRAMING bytes
-  of framing. It gets one request at a time: the bytes of the next request wait, unparsed, until the client has read the
-  response, and the connection does not read from its socket during that time. So it never holds more than one read.
+  If a body has a length, the parser gets exactly that length. If a body is chunked, the parser gets at most MAX_CHUNKS
+  chunks and MAX_FRAMING bytes of framing. The parser gets one request at a time: the bytes of the next request wait,
+  unparsed, until the client has read the response, and the connection does not read from its socket during that time.
+  So a connection never holds more than one read.
 - P2 *Waiting for a client ends.* A deadline runs in each phase in which the client must act (head, body, reading the
   response, idle, closing), and a client that sends or reads continuously must keep up a minimal rate. No deadline runs
   while the application works or does not read the body.
@@ -63,7 +64,7 @@ BODY_S = 10.0
 WRITE_S = 30.0
 """Seconds within which a client must read something of a response.
 
-The buffers of two kernels hold megabytes, so this server notices only late that a client reads 40 KB a second.
+The buffers of both kernels hold megabytes, so progress is visible only rarely if a client reads 40 KB per second.
 """
 MIN_RATE = 4096
 """Bytes per second of a body that a client must send, or of a response that it must read, after BODY_S or WRITE_S."""
@@ -136,7 +137,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Return True, to keep the connection open, if the client has sent all and may read the response."""
+        """Keep the connection open (True) if the client has sent its whole request and may read the response."""
         if self.phase != ANSWER or self.held:
             return False
         self.cycle.keep_alive = False
@@ -153,7 +154,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._close()
 
     def make_room(self) -> None:
-        """End a connection that waits for its client at once."""
+        """End this connection, which waits for its client, without a delay."""
         if self.phase == CLOSING or self.transport.get_write_buffer_size():
             self._abort()
         elif self.phase == HEAD and not self._head.size:
@@ -200,7 +201,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if now - self._unsent_since > WRITE_S + read / MIN_RATE or now - self._moved > WRITE_S:
             self._abort()
 
-    # What the client sends
+    # Input from the client
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -288,7 +289,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 )
             )
 
-    # What the parser finds
+    # Callbacks of the parser
 
     @override
     def on_message_begin(self) -> None:
@@ -403,7 +404,7 @@ class LimitedProtocol(HttpToolsProtocol):
         cycle.more_body = False
         cycle.message_event.set()
 
-    # Answers
+    # Responses
 
     @override
     def on_response_complete(self) -> None:

@@ -14,9 +14,9 @@ Invariants:
 - O3 *Slots are not lost.* `free` plus the held slots is always IN_PROGRESS, also after errors and cancellation: each
   slot is released exactly once.
 - O4 *Responses that clients do not read hold a bounded number of bytes.* While MAX_UNSENT bytes of responses are
-  unread, a large response to a read is replaced by 503 before its first byte is passed to the server. While twice as
-  many are unread, a large response to a write is replaced by 503 `outcome-unknown`. Small responses are always sent,
-  so a client that reads slowly does not delay others.
+  unread, a large response to a read is replaced by 503 before its first byte is passed to the server. While
+  2 * MAX_UNSENT bytes are unread, a large response to a write is replaced by 503 `outcome-unknown`. Small responses are
+  always sent, so a client that reads slowly does not delay others.
 - O5 *Health checks do not wait.* /healthz uses no store and needs no slot. /readyz uses the stores, so it has PROBES
   slots of its own: other requests do not delay it, and its work is bounded.
 
@@ -50,7 +50,7 @@ WAIT_S = 3.0
 PROBES = 4
 MAX_UNSENT = 32 * 1024 * 1024
 LARGE = 64 * 1024
-"""Bytes from which a response may have to wait for its client; a smaller one fits into the buffers of the sockets."""
+"""Bytes above which a response may wait for its client; a smaller one fits into the buffers of the sockets."""
 HEALTH, READINESS = "/healthz", "/readyz"
 RETRY_AFTER = ((b"retry-after", b"1"),)
 

@@ -16,7 +16,7 @@ class RequestHead:
         self.size = 0
         """Bytes that belong to the head, of all parts."""
         self._tail = b""
-        """The last bytes of an incomplete head, which may hold the beginning of its end."""
+        """The last bytes of an incomplete head, which may be the first bytes of END."""
         self._line_ended = False
 
     def add(self, data: bytes) -> int:

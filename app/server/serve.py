@@ -74,7 +74,7 @@ def run(app: FastAPI, listener: socket.socket, host: str, *, access_log: bool) -
 def connection_limit() -> int:
     """Return the largest number of connections, after raising the soft limit of file descriptors as far as allowed.
 
-    With this limit, a lack of file descriptors cannot make accepting a connection or opening a file fail.
+    The limit leaves enough file descriptors to accept connections and to open files.
     """
     wanted = MAX_CONNECTIONS + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
