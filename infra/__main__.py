@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import pulumi
 
-# Pulumi runs this directory as a script, so the packages `app` and `infra` are not on the path. Inserted at the front,
+# Pulumi runs this directory as a script, so the packages `app` and `infra` are not on the path. ROOT comes first,
 # because another checkout may be installed here.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

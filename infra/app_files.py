@@ -6,7 +6,7 @@
 >>> selection.left_out
 [LeftOut('credentials.json', 'git ignores it')]
 
-Files that git ignores stay out; `[tool.crudstack] package-include` in pyproject.toml brings generated data back in.
+Files that git ignores stay out; `[tool.crudstack] package-include` in pyproject.toml includes generated data again.
 Files of `NEVER`, SQLite databases and files with a private key stay out in any case. A module with a private key in it
 fails the build, because the app would lack the module.
 """

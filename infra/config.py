@@ -1,4 +1,4 @@
-"""The config of a stack: what its user sets in Pulumi.yaml and Pulumi.{stack}.yaml, and what follows from it.
+"""The config of a stack: what its user sets in Pulumi.yaml and Pulumi.{stack}.yaml, and values derived from it.
 
 Pulumi does not check nested values and unknown keys. Here everything is read strictly: a wrong key, a wrong value or a
 combination that makes no sense is a ConfigError before anything is registered. The error names the key, the

@@ -28,7 +28,7 @@ FIRST_NAME = "crudstack"
 OF_PULUMI = "pulumi"
 """The namespace of the engine's own keys."""
 TAKEN = ("aws", OF_PULUMI)
-"""Names under which the project's keys would be mixed with others that every stack needs, such as aws:region."""
+"""Names that the project must not have: its keys would be mixed with others, such as aws:region."""
 
 DeployedStage = Callable[[], str | None]
 """Returns the stage that the stack's resources have; None if there are none. Raises ConfigError."""
@@ -41,7 +41,7 @@ class Keys(Struct, frozen=True, kw_only=True):
     """The name in Pulumi.yaml."""
     stack: str
     values: Mapping[str, ConfigValue]
-    """All of them, by full key, with the defaults of Pulumi.yaml."""
+    """All values by full key, with the defaults of Pulumi.yaml."""
     in_project_file: Collection[str] = ()
     """The keys in Pulumi.yaml, which `pulumi config` cannot change."""
 

@@ -3,7 +3,7 @@
     python -m infra.deploy --stage dev [--stack NAME] [--yes]
 
 `deploy` lists the steps. Each step is a function that does one thing, or raises ConfigError with one sentence that says
-what is missing and what to do. Every step can be repeated, so its user does that and runs the command again.
+what is missing and what to do. Every step can be repeated: the user corrects the problem and runs the command again.
 """
 
 from __future__ import annotations
@@ -449,7 +449,7 @@ def address(outputs: StackOutputs, stack: str) -> str:
 def check_reservation(aws: Aws, config: StackConfig, outputs: StackOutputs) -> None:
     """Raise ConfigError if the function has no reservation, although the config asks for one.
 
-    After AWS has refused a reservation, the state lists it all the same. A later update does not ask for it again.
+    If AWS refuses a reservation, the state contains it nevertheless. So a later update does not request it again.
     """
     from botocore.exceptions import ClientError
 

@@ -24,7 +24,7 @@ from pathspec import GitIgnoreSpec
 from app.autocrud.errors import ConfigError
 
 LIMIT_S = 60
-"""Seconds after which a command of git is given up. It takes some milliseconds."""
+"""Seconds after which a command of git is stopped. Usually it takes some milliseconds."""
 KEPT = frozenset({"GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM", "GIT_CONFIG_SYSTEM"})
 """Variables that name the user's settings. All other `GIT_*`, which hooks set, may name another repository."""
 

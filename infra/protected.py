@@ -32,7 +32,7 @@ DATABASE = {
     "SubnetGroup": None,
     "SecurityGroup": None,
 }
-"""The types of a database's resources. The value is the `postgres.mode` that has the type; None: both have it."""
+"""The types of a database's resources. The value is the `postgres.mode` with this type, or None if both have it."""
 
 
 DATA_BUCKET = re.compile(r"crudstack-(.+)-data")
@@ -154,9 +154,9 @@ def refuse(config: StackConfig, found: Iterable[Protected], stack: str, project:
 
 
 def refusal_of(config: StackConfig, resource: Protected) -> Refusal | None:
-    """Return the value with which the program would not register a resource.
+    """Return the value of the config because of which the program would no longer register a resource.
 
-    Returns None if it would register the resource, or if the resource is none of the program.
+    Returns None if the program would register the resource, or if the resource does not belong to the program.
     """
     if not resource.name.startswith("crudstack-") or not resource.type.startswith("aws:"):
         return None

@@ -70,7 +70,7 @@ def build(
         grants.append(postgres.grant())
     if "cache" in config.servers:
         assert network is not None
-        # The name of a user is unique in the whole account, and so is the name of the bucket.
+        # The name of the user must be unique in the whole account, as the name of the bucket is.
         cache = Cache(context, settings=config.cache, network=network, user=bucket.bucket)
         grants.append(cache.grant())
     if "broker" in config.servers:

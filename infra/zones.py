@@ -19,9 +19,9 @@ INCOMPLETE = "short of Lambda, RDS Proxy or Amazon MQ"
 def subnet_zones(name: str, state: Any) -> list[str | None]:
     """Return the zone for each subnet. Blocks until AWS answers.
 
-    A subnet that exists stays in its zone, because Pulumi ignores the answer for it. So a zone may disappear later. For
-    a new subnet without a zone AWS would choose one, perhaps the same for both. Raises ConfigError if there are too few
-    zones.
+    A subnet that exists stays in its zone, because Pulumi ignores its new zone. So it is no error if a zone is missing
+    later. For a new subnet without a zone, AWS would choose one, perhaps the same for both subnets. So ConfigError is
+    raised if there are too few zones for new subnets.
 
     name     the prefix of the names of the stack's resources
     state    the exported state of the stack; None if there is none

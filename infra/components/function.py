@@ -75,7 +75,7 @@ class Function(Component):
         granted: list[pulumi.Resource] = [allowed]
         group = None
         if network is not None:
-            # A policy of its own, which is deleted after the security group: Lambda removes its network interfaces with
+            # A separate policy, which is deleted after the security group: Lambda removes its network interfaces with
             # the permissions of the function, some minutes after the function was deleted or has left the network.
             inside = aws.iam.RolePolicy(
                 self.resource_name(f"{name}-network"),

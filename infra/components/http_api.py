@@ -37,7 +37,7 @@ def cors(origins: Sequence[str]) -> Any:
     return {
         "allow_origins": list(origins),
         "allow_methods": ["*"],
-        # Listed even if all origins may call: "*" does not include Authorization in browsers.
+        # Headers are listed even if all origins may call: in browsers, "*" does not include Authorization.
         "allow_headers": ["authorization", "content-type", "idempotency-key", "if-match", "if-none-match"],
         "expose_headers": list(EXPOSED_HEADERS),
         "max_age": 3600,
@@ -111,8 +111,8 @@ class HttpApi(Component):
                 opts=self.child_options(),
             )
             if origins:
-                # Browsers send a preflight request without a token. With a route that needs none, the API answers it
-                # itself.
+                # Browsers send a preflight request without a token. With a route that needs no token, the API answers
+                # preflight requests itself.
                 aws.apigatewayv2.Route(
                     self.resource_name("preflight"),
                     api_id=api.id,

@@ -16,7 +16,7 @@ together, when the database is created and whenever the event below or BOOTSTRAP
 
     `app.bootstrap.inside`    in the network. Connects over TLS as the master user, creates the user if there is none,
       and grants it LOGIN, rds_iam, and all rights in the database and its schema `public`. It also sets the defaults of
-      the user's sessions. It can be repeated.
+      the user's sessions. It is idempotent.
 
 Both answer {"user": ...}. Their errors hold no password, because the answer of `outside` is stored in the state.
 """
@@ -58,7 +58,7 @@ class _Database(NamedTuple):
 
 
 class Postgres(Component):
-    """An encrypted instance or cluster of Aurora Serverless v2 with backups, and a proxy if `settings` has one.
+    """An encrypted RDS instance or Aurora Serverless v2 cluster with backups, and a proxy if `settings` has one.
 
     settings    the class and size of the database, and whether it has a proxy
     zip         the zip of the two functions that create the app's user

@@ -28,7 +28,7 @@ class ApiToken(Component):
 
     name          the name of the secret, unique in the account and its region
     generation    each generation is a version of the secret, so raising it replaces the token. In a protected stack it
-                  is raised by one at a time, because the version before stays until the next rotation
+                  is raised by one at a time, because the previous version stays until the next rotation
 
     Outputs: `sha256`, hexadecimal. A preview that plans the version does not know it, because the update generates
     another token.

@@ -11,7 +11,7 @@ json_patch     applies a JSON Patch, with bounds on its cost
 json_diff      computes a JSON Patch from two documents
 batches        the operations of POST /{model}/batch
 answers        responses with resources, and pages that fit into a response
-model_context  what the routes of one model share: policy, access control, the target of a write
+model_context  the parts that all routes of a model share: policy, access control, the target of a write
 collection     the routes of a model's collection
 resource       the routes of one resource
 history        the routes of revisions and differences

@@ -36,7 +36,7 @@ class CollectionRoutes:
     def __init__(self, context: ModelContext) -> None:
         self._context, self._manager = context, context.manager
         self._policy = context.policy
-        # The meaning of a query string does not change, and clients send the same few lists again and again.
+        # A query string always has the same parsed form, and clients repeat a few query strings.
         self._parse_known = functools.lru_cache(maxsize=512)(self._parse_anew)
 
     async def create(self, request: Request) -> Response:
@@ -56,8 +56,8 @@ class CollectionRoutes:
     async def list(self, request: Request) -> Response:
         """Handle `GET /{model}`.
 
-        A page ends early if its items exceed the size of a response, or the time for them. Then the search is repeated
-        with a smaller limit, because the cursor must point behind the last item of the page.
+        A page ends early if its items do not fit into a response, or cannot be processed in the remaining time. Then
+        the search is repeated with a smaller limit, because the cursor must point behind the last item of the page.
         """
         search = self._parse(request.scope["query_string"])
         search = search._replace(query=narrowed(search.query, request.caller))

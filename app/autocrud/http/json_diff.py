@@ -1,6 +1,7 @@
 """Computes the JSON Patch between two JSON documents, in time that is proportional to their size.
 
-Each object and list gets a fingerprint, from the inside out, and is compared by it. In two lists, the items that occur
+Each object and list has a fingerprint, which is a hash of the fingerprints of its values. Two values with equal
+fingerprints are equal. In two lists, the items that occur
 once in both and in the same order stay in place (patience diff); the items between them are compared one by one. A list
 of which most has changed is replaced as a whole. So the patch may not be the shortest one, but it is always correct.
 """
@@ -39,7 +40,7 @@ def diff(old: bytes, new: bytes) -> list[dict[str, Any]]:
 
 class _Comparison:
     def __init__(self) -> None:
-        self._prints: dict[int, bytes] = {}  # of objects and lists, by id(): the trees live longer than the comparison
+        self._prints: dict[int, bytes] = {}  # by id() of an object or list, which lives longer than this
         self._operations: list[dict[str, Any]] = []
 
     def run(self, old: Any, new: Any) -> list[dict[str, Any]]:
@@ -49,7 +50,7 @@ class _Comparison:
         return self._operations
 
     def _print(self, value: Any) -> bytes:
-        """Return a fingerprint: equal for equal values only."""
+        """Return a fingerprint. Only equal values have equal fingerprints."""
         if not isinstance(value, dict | list):
             return _encode(value)
         found = self._prints.get(id(value))
@@ -84,7 +85,7 @@ class _Comparison:
                 self._say("add", f"{path}/{escaped(key)}", value)
 
     def _compare_lists(self, old: list[Any], new: list[Any], path: str) -> None:
-        """Go through the new list. Before each position, the patched old list already equals the new one."""
+        """Add operations from left to right. After each one, the lists are equal up to its position."""
         begun = len(self._operations)
         kept = _kept([self._print(item) for item in old], [self._print(item) for item in new])
         from_old = from_new = 0
@@ -106,7 +107,7 @@ class _Comparison:
 
 
 FEW, MANY = 20, MAX_OPERATIONS // 2
-"""A list is replaced as a whole if its changes are FEW more than its items, or if they are MANY."""
+"""A list is replaced as a whole if it needs over FEW more operations than it has new items, or over MANY."""
 
 
 def _kept(old: Sequence[bytes], new: Sequence[bytes]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Applies JSON Patches (RFC 6902) with bounds: the sizes of the patch and the document limit the cost, for any patch.
+"""Applies JSON Patches (RFC 6902) at a bounded cost, which the sizes of the patch and the document limit.
 
 - P1 *Operations are counted before they are applied.* Each operation walks along its pointer. The cost of a step in a
   list does not depend on the length of the list (see ChunkedList).
@@ -24,7 +24,7 @@ MAX_OPERATIONS = 10_000
 MAX_MADE = 6 * 1024 * 1024
 """Bytes of JSON that the `copy` operations of one patch may make."""
 MAX_MADE_CONTAINERS = MAX_CONTAINERS
-"""Objects and lists that the copies of one patch may make: small ones take more memory than text."""
+"""Objects and lists that the copies of one patch may make: small ones take more memory than their text."""
 MAX_QUOTED = 200
 """Characters of a value in an error."""
 LONG = 4_000

@@ -1,4 +1,4 @@
-"""What the routes of one model share: the policy, access control, and the data and target of a write."""
+"""The parts that all routes of a model share: the policy, access control, and the data and target of a write."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Policy(NamedTuple):
 
 
 class ModelContext:
-    """The manager and the policy of one model, and what its handlers do alike."""
+    """The manager and the policy of one model, and the steps that its handlers share."""
 
     def __init__(self, manager: ResourceManager[Any], policy: Policy) -> None:
         self.manager, self.policy = manager, policy

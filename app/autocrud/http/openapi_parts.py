@@ -56,8 +56,8 @@ def closed(properties: Mapping[str, Schema], required: list[str] | None = None) 
 def close(schemas: dict[str, Schema]) -> dict[str, Schema]:
     """Correct the schemas of msgspec, in place.
 
-    msgspec does not say that unknown fields are refused at every depth, that a set may repeat an element, and that a
-    decimal may be a number.
+    The schemas of msgspec lack three facts: unknown fields are refused at every depth, a set in a request may repeat an
+    element, and a decimal may be a number.
     """
     for schema in schemas.values():
         if "properties" in schema:

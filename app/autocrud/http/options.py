@@ -21,10 +21,10 @@ _key = re.compile(KEY_PATTERN)
 
 
 async def idempotency_key(request: Request, method: str) -> IdempotencyKey | None:
-    """Return the Idempotency-Key of a request, together with everything that identifies the request, or None.
+    """Return the Idempotency-Key of a request, with the parts that identify the request, or None if it has no key.
 
-    Conditions do not identify it, because a client that repeats a request may have read the resource meanwhile. Raises
-    InvalidCondition if the key is invalid. Reads the body.
+    If-Match and If-None-Match do not identify a request, because a client may have read the resource again before it
+    repeats the request. Raises InvalidCondition if the key is invalid. Reads the body.
     """
     given = request.header(b"idempotency-key")
     if given is None:
@@ -76,7 +76,7 @@ def parse_status(options: dict[str, str]) -> Status:
 
 
 def parse_mode(options: dict[str, str]) -> bool:
-    """Return whether the option `mode` is "modify": the current draft is edited in place."""
+    """Return whether the option `mode` is "modify", which edits the current draft in place."""
     mode = options.get("mode", "update")
     if mode not in ("update", "modify"):
         raise bad_parameter("mode", f"expected update or modify, got {mode[:60]!r}")

@@ -16,7 +16,7 @@ LEAST_OPERATION = len('{"op":"add","path":"","value":1}')
 STEP_WORK = 30
 """Operations for one step of a JSON Patch in a list of a million items (see `json_patch.ChunkedList`)."""
 MAX_DOUBLINGS = 10
-"""The number of copies after which the work counts as large, however little they copy."""
+"""The largest number of copies that are counted: each may double the data, and so many are large work anyway."""
 PATCH_TYPES = (MERGE_PATCH, "application/json", JSON_PATCH)
 
 
@@ -37,15 +37,15 @@ class PatchFunction(NamedTuple):
 def patch_from_body(body: bytes, media: str) -> PatchFunction:
     """Return the patch in a request body.
 
-    The body is parsed each time the patch is applied, among the heavy work. So many waiting patches take no more memory
-    than their bodies. `apply` raises InvalidData if the body is not a patch.
+    `apply` parses the body each time it is called. So waiting patches take no more memory than their bodies. `apply`
+    raises InvalidData if the body is not a patch.
     """
 
     def apply(target: Any) -> Any:
         patch = parse_json(body)
         return (json_patch(patch) if media == JSON_PATCH else merge_patch(patch))(target)
 
-    # A text with escapes is not searched for "copy": it counts as many copies.
+    # Escapes may hide the word "copy", so a text with escapes counts as if it had many copies.
     copies = 0 if media != JSON_PATCH else MAX_DOUBLINGS if b"\\u" in body else body.count(b'"copy"')
     work = operations(body)
     if media == JSON_PATCH:

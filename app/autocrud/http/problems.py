@@ -16,7 +16,7 @@ log = logging.getLogger("crudstack.http")
 CONTENT_TYPE = b"application/problem+json"
 MAX_TEXT, MAX_VIOLATIONS = 1000, 100
 ROUTE = "crudstack.route"
-"""The key of the scope under which the template of the path is kept, for logs."""
+"""The key in the scope of the template of the path, which logs show."""
 _encode = msgspec.json.Encoder().encode
 
 

@@ -213,12 +213,12 @@ def decode_cursor(text: str, scope: bytes, length: int) -> Cursor:
 
 
 def read_filter_of(by: Caller) -> Filter | None:
-    """Return the filter of what a caller may read, or None if the caller may read everything."""
+    """Return the filter of the resources that a caller may read, or None if the caller may read all of them."""
     return None if by.access_filter is None else by.access_filter.read
 
 
 def narrowed(query: Query, by: Caller) -> Query:
-    """Return a resolved query that finds only what a caller may read."""
+    """Return a resolved query that finds only resources that the caller may read."""
     read_filter = read_filter_of(by)
     if read_filter is None:
         return query

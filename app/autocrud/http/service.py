@@ -89,7 +89,8 @@ def routes(managers: Managers, policy: Policy) -> list[BaseRoute]:
 async def ready(managers: Managers) -> Response:
     """Return the response of /readyz.
 
-    It tells for each model whether its stores answer, what is degraded, and whether its data would survive a crash.
+    The response tells for each model whether its stores answer, what is degraded, and whether its data would survive a
+    crash.
     """
 
     async def check(manager: ResourceManager[Any]) -> tuple[str, list[str]]:
@@ -122,7 +123,7 @@ async def ready(managers: Managers) -> Response:
 def mount(
     target: Any, made: list[BaseRoute], lifespan: Lifespan, managers: Managers, *, authenticated: bool = False
 ) -> None:
-    """Add the routes to an application or a router, and run `lifespan` inside of its own lifespan."""
+    """Add the routes to an application or a router, and run `lifespan` inside of the lifespan of the target."""
     router: Router = target.router if isinstance(target, Starlette) else target
     router.routes.extend(made)
     around = router.lifespan_context
