@@ -6,12 +6,13 @@ page's own. So every page that is open on a developer's machine can reach a serv
 
 Invariants:
 
-- F1 *A foreign page changes nothing.* An unsafe request is foreign if its `Origin` is not the server's own and not
-  allowed, or, without `Origin`, if `Sec-Fetch-Site` is cross-site or same-site. It is refused with 403 before any work.
-  Browsers send `Origin` with every such request, and a page cannot remove it.
-- F2 *A foreign host name reads nothing.* On loopback, and if CRUDSTACK_HOSTS is set, a `Host` that is no loopback name
-  and not in CRUDSTACK_HOSTS is refused with 421, for reads too. So `Host` is never the page's name, and F1 can compare
-  `Origin` with `Host`.
+- F1 *A foreign page changes nothing.* An unsafe request with an `Origin` is foreign if that is not the server's own and
+  not allowed. An unsafe request without `Origin` is foreign if `Sec-Fetch-Site` is cross-site or same-site. Foreign
+  requests are refused with 403 before any work. Browsers send `Origin` with every unsafe request of a page, and the
+  page cannot remove it.
+- F2 *A foreign host name reads nothing.* If the server listens on loopback, or CRUDSTACK_HOSTS is set, a `Host` must be
+  a loopback name or in CRUDSTACK_HOSTS. Other hosts are refused with 421, for reads too. So `Host` is never the page's
+  name, and F1 can compare `Origin` with `Host`.
 - F3 *A page declares its content type.* If a request has an `Origin` and a body, it needs a content type. A page cannot
   send the content type of JSON without a preflight request.
 

@@ -197,7 +197,7 @@ class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The names, endpoints and ARNs that a stack provides. It holds no secret."""
+    """The names, endpoints and ARNs that a stack provides. They contain no secret."""
 
     version: Literal[1]
     storage: Storage

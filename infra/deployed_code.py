@@ -1,7 +1,7 @@
 """Keep the code of a function if it runs the contents of the new zip already.
 
 Pulumi compares zips by the hash of their bytes. Another zlib compresses the same files to other bytes, and another
-patch release of Python compiles the same modules to other bytecode, so two machines would deploy unchanged code in
+patch release of Python compiles the same modules to other bytecode. So two machines would deploy unchanged code in
 turn. Therefore each function records the hash of the contents, `artifact.contents`, as its `source_code_hash`. AWS's
 provider stores this hash and does not use it. If the state says that a function has these contents, its `code` is
 ignored.

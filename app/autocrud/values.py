@@ -123,8 +123,8 @@ def decimal_key(value: Decimal) -> str:
     """Return a text whose order by code point is the exact numeric order. 1.0 and 1.00 have the same key.
 
     The text has the sign, then the exponent of 0.d1d2... plus a bias in 20 digits, then the digits. For a negative
-    number, exponent and digits are in nines' complement, and a character above every digit ends the text, so that the
-    longer (smaller) number comes first.
+    number, exponent and digits are in nines' complement. Its text ends with a character above every digit, so that the
+    longer text, which is the smaller number, comes first.
     """
     if type(value) is not Decimal:
         raise ValueError(f"expected a Decimal, got {type(value).__name__}")

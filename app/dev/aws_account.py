@@ -1,4 +1,4 @@
-"""The AWS account of commands for a stack: that of `aws:profile` in the stack's config, as for Pulumi's provider.
+"""Makes commands for a stack use the AWS account of `aws:profile` in its config, as Pulumi's provider does.
 
 The provider prefers this profile to access keys in the environment; boto3 and the S3 client prefer the keys. So
 commands that call AWS themselves first call `use_profile`. Otherwise they would use another account.

@@ -66,7 +66,7 @@ Result = Literal["ok", "note", "failed", "not tested"]
 
 
 class Finding(Struct, frozen=True):
-    """The result of one check. A `note` is information; the store is fit in spite of it."""
+    """The result of one check. A `note` is information: a store with notes is fit."""
 
     check: str
     result: Result

@@ -9,10 +9,10 @@ Invariants (`connections` has those of all connections):
 - P1 *A connection holds a bounded number of bytes.* The parser gets at most MAX_HEAD bytes before the head is complete.
   If a body has a length, the parser gets exactly that length. If a body is chunked, the parser gets at most MAX_CHUNKS
   chunks and MAX_FRAMING bytes of framing. The parser gets one request at a time: the bytes of the next request wait,
-  unparsed, until the client has read the response, and the connection does not read from its socket during that time.
-  So a connection never holds more than one read.
+  unparsed, until the client has read the response. During that time, the connection does not read from its socket. So
+  a connection never holds more than one read.
 - P2 *Waiting for a client ends.* A deadline runs in each phase in which the client must act (head, body, reading the
-  response, idle, closing), and a client that sends or reads continuously must keep up a minimal rate. No deadline runs
+  response, idle, closing). A client that sends or reads continuously must keep up a minimal rate. No deadline runs
   while the application works or does not read the body.
 - P3 *A refusal is the last response on its connection, and the client can read it.* The bytes that follow are read and
   discarded for a short time, because closing at once would reset the connection before the client has read the response

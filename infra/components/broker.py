@@ -33,8 +33,8 @@ class Broker(Component):
     - A broker that is replaced gets the same password.
     - If the secret was deleted, the next run creates a version with another password. The replacement trigger of the
       broker is a hash of the password, so the broker is replaced too. If that fails, the next run tries it again.
-    - A refresh changes nothing. The provider does not read the users of RabbitMQ and may empty `users` in the state,
-      but it ignores every change of them on a broker that exists. `users` is not in `ignore_changes`: a replacement
+    - A refresh changes nothing. The provider does not read the users of RabbitMQ, so it may empty `users` in the state.
+      It ignores every change of `users` on a broker that exists. `users` is not in `ignore_changes`: a replacement
       after a refresh would otherwise take the empty list from the state.
 
     A change of the RabbitMQ version replaces the broker, because Amazon MQ cannot upgrade one from 3.13 to 4.2. No data

@@ -1,4 +1,4 @@
-"""The routes of a resource's history: its revisions, one of them, and the difference of two."""
+"""The routes of a resource's history: all revisions, one revision, and the difference between two revisions."""
 
 from __future__ import annotations
 

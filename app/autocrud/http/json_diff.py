@@ -107,7 +107,7 @@ class _Comparison:
 
 
 FEW, MANY = 20, MAX_OPERATIONS // 2
-"""A list is replaced as a whole if it needs over FEW more operations than it has new items, or over MANY."""
+"""A list is replaced as a whole if it needs more than its new length plus FEW operations, or more than MANY."""
 
 
 def _kept(old: Sequence[bytes], new: Sequence[bytes]) -> list[tuple[int, int]]:
