@@ -210,7 +210,7 @@ class Problem(NamedTuple):
     key: str
     found: Any
     text: str
-    """Why the value is refused, and what is expected."""
+    """The reason for the refusal, and the expected value."""
 
 
 class Rule(NamedTuple):
@@ -220,7 +220,7 @@ class Rule(NamedTuple):
     """The key whose value the error shows, such as `domain.base_path`."""
     is_broken: Callable[[StackConfig], bool]
     text: Callable[[StackConfig], str]
-    """Why the value is refused, and what is expected."""
+    """The reason for the refusal, and the expected value."""
 
 
 def _has_wrong_jwt(config: StackConfig) -> bool:

@@ -72,7 +72,7 @@ LINGER_S = 5.0
 MAX_LINGER = 64 * 1024 * 1024
 
 HEAD, BODY, ANSWER, CLOSING = range(4)
-"""Phases of a connection, by what it waits for: the head of a request, its body, the application, the end."""
+"""Phases of a connection. It waits for the head of a request, the rest of the body, the application, or its end."""
 
 FRAMING = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect", b"upgrade"})
 

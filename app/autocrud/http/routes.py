@@ -1,7 +1,7 @@
 """The routes of one model, as one ASGI application for everything below `/{model}`.
 
 One object answers all methods of a path. So a 405 can list the allowed methods, and all errors are problem details,
-whichever framework the application is mounted on.
+on any framework.
 """
 
 from __future__ import annotations
