@@ -1,12 +1,13 @@
-"""How large the stored data of one resource may become: the same on every store, and checked when a write is planned.
+"""Limits for the stored data of one resource, the same for all stores. They are checked when a write is planned.
 
 Stores check no sizes. Every store can hold more than these limits allow, because larger resources exist: earlier
 programs wrote them, and a field may be declared indexed after its values were stored.
 
-- L1 *A write makes nothing too large.* A write that would leave more than a limit allows is refused, unless L2 applies.
+- L1 *A write that exceeds a limit is refused*, unless L2 applies.
 - L2 *A resource that is already too large can still be changed.* A list with more than MAX_ITEMS items may be replaced
-  by one that is no longer. If the indexed fields take more than MAX_INDEXED, each of them may be replaced by one that
-  is no longer, or takes at most SMALL. So repeated writes make it grow by at most SMALL for each field.
+  by a list that does not have more items. If the indexed fields take more than MAX_INDEXED bytes, the value of each
+  field may be replaced by one that does not take more bytes, or takes at most SMALL bytes. So repeated writes add at
+  most SMALL bytes for each field.
 - L3 *Nothing else is refused for its size*: no read, delete, restore, publish, switch or purge, and no new index entry
   of stored data.
 """
@@ -22,17 +23,19 @@ from ...errors import MetadataTooLarge, Violation
 from ..records import IndexEntry
 
 MAX_ID = 1024
-"""Bytes in UTF-8 of the id of a new resource. A B-tree entry of PostgreSQL has at most 2.7 KB, a text in it 1 KB."""
+"""Largest id of a new resource, in bytes of UTF-8. An index entry of PostgreSQL has at most 2.7 KB. The id must fit
+into it beside the beginning of an indexed text."""
 MAX_NAME = 1024
-"""Bytes in UTF-8 of the name of a caller, which is stored as created_by and updated_by."""
+"""Largest name of a caller, in bytes of UTF-8. It is stored as created_by and updated_by."""
 MAX_INDEXED = 128 * 1024
-"""Bytes of all indexed fields of a resource together, as JSON in UTF-8 (`IndexEntry.shown`)."""
+"""Largest total size of the indexed fields of a resource, in bytes of JSON in UTF-8 (`IndexEntry.shown`)."""
 MAX_ITEMS = 10_000
-"""Items of an indexed list."""
+"""Largest number of items in an indexed list."""
 SMALL = 1024
 """Bytes of JSON that an indexed field may always take, in a resource that already exceeds MAX_INDEXED."""
 MAX_FIELDS = 500
-"""Indexed fields of a model. SQLite has 2,000 columns in a table. PostgreSQL failed with 1,000 indexes on a table."""
+"""Largest number of indexed fields of a model. SQLite allows 2,000 columns in a table. PostgreSQL failed with 1,000
+indexes on a table."""
 MAX_SCHEMA_VERSION = 2**63 - 1
 
 _MISSING: Any = object()
@@ -41,17 +44,17 @@ _MISSING: Any = object()
 def may_exceed(json: bytes) -> bool:
     """Return False if data of this JSON is within the limits, at the cost of one comparison.
 
-    An item of a list takes at least two bytes of JSON, so a list with more than MAX_ITEMS items takes more than twice
-    as many bytes. The indexed fields take no more than all of the data.
+    An item of a list takes at least two bytes of JSON, so data of 2 * MAX_ITEMS bytes has no list with more than
+    MAX_ITEMS items. Such data is also smaller than MAX_INDEXED, and so are its indexed fields.
     """
     return len(json) > 2 * MAX_ITEMS
 
 
 def check_items(resource_id: str, items: Mapping[str, int], before: Mapping[str, int]) -> None:
-    """Raise MetadataTooLarge if a list breaks L1, before a key is made of each of its items.
+    """Raise MetadataTooLarge if a list breaks L1. Call this before keys are made, which is expensive for long lists.
 
-    items   how many items each indexed list has
-    before  the same of the state that is replaced (L2)
+    items   number of items of each indexed list
+    before  number of items of each indexed list in the state that is replaced (L2)
     """
     for name, count in items.items():
         if count > max(MAX_ITEMS, before.get(name, 0)):

@@ -1,4 +1,4 @@
-"""The encodings of stored metadata and records: JSON or MessagePack, told apart by the first byte."""
+"""The encodings of stored metadata and records: JSON or MessagePack. The first byte shows which."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encoder(encoding: Encoding) -> Callable[[Any], bytes]:
 
 
 def is_json(doc: bytes) -> bool:
-    """Return whether a document is JSON: no map of MessagePack starts with a brace."""
+    """Return whether a document is JSON. No MessagePack map starts with a brace."""
     return doc[0] == BRACE
 
 
@@ -42,7 +42,7 @@ def meta_of(doc: Any, resource_id: object = None) -> ResourceMeta:
 def hit_of(doc: bytes, uid: str, encoding: str, shown: bytes) -> Hit:
     """Return a hit with its metadata as JSON.
 
-    Damaged metadata are returned as they are stored, so that one damaged resource does not hide the others.
+    Damaged metadata are returned as stored, so that one damaged resource does not hide the others.
     """
     try:
         return Hit.of(meta_of(doc), shown)

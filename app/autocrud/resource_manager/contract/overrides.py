@@ -44,7 +44,7 @@ META_STORE_PROTOCOLS = (Freshness, IndexMigration, FindingsKeeping, MetaSweeping
 RESOURCE_STORE_PROTOCOLS = (BodySweeping, RecordKeeping, IndexKeeping)
 
 _SHARED_NAMES = {"done"}
-"""A ResourceStore may define these for a purpose of its own, so they do not show that it means the protocol."""
+"""A ResourceStore may define these for its own purpose, so they do not show that it implements the protocol."""
 
 
 def check_meta_store(store: MetaStore) -> None:

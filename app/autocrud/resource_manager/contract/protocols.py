@@ -11,11 +11,11 @@ only some methods of a protocol, because the others would never be called.
 | `MetaSweeping`    | the ResourceStore can have orphaned bodies, which should be removed             |
 | `RecordReplay`    | the store is not authoritative, and the ResourceStore keeps records             |
 
-| of a ResourceStore | needed if                                                           |
-| ------------------ | ------------------------------------------------------------------- |
-| `BodySweeping`     | orphaned bodies should be removed                                   |
-| `RecordKeeping`    | the store makes a MetaStore that is not durable durable, by records |
-| `IndexKeeping`     | the store does so by a MetaStore of its own beside the bodies       |
+| of a ResourceStore | needed if                                                                       |
+| ------------------ | ------------------------------------------------------------------------------- |
+| `BodySweeping`     | orphaned bodies should be removed                                               |
+| `RecordKeeping`    | the store keeps records that make a MetaStore in memory durable                 |
+| `IndexKeeping`     | the store replaces a MetaStore in memory by a durable one beside the bodies     |
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..basic import (
 
 @runtime_checkable
 class Freshness(Protocol):
-    """A MetaStore whose reads may differ between readers, or miss commits of the last moments."""
+    """A MetaStore whose reads may differ between readers, or may miss recent commits."""
 
     may_be_stale: ClassVar[bool]
     """Whether `peek` may return an earlier state than `get`, and is cheaper."""
@@ -48,7 +48,7 @@ class Freshness(Protocol):
     async def peek(self, resource_id: str) -> ResourceMeta:
         """Return the metadata like `get`, but perhaps of an earlier state.
 
-        Only a basis for a change, whose expectation `commit` checks. Never an answer to a client.
+        The engine only plans changes with it, because `commit` checks the state. It never returns it to a client.
         """
 
     @abstractmethod
@@ -84,30 +84,31 @@ class IndexMigration(Protocol):
     async def activate_unique_fields(self, *, force: bool = False) -> bool:
         """Make every program keep the unique fields of the bound spec unique, also programs that do not declare them.
 
-        One atomic step. Return False, and change nothing, if a resource is outdated again. Raises ConfigError, and
-        changes nothing, if resources share a value: an earlier program that wrote them must stay able to write.
+        This is one atomic step. Returns False, and changes nothing, if a resource is outdated again. Raises
+        ConfigError, and changes nothing, if resources share a value, because an earlier program that wrote them must
+        still be able to write.
 
-        With `force=True` outdated resources are allowed. Programs that do not index these fields can no longer write,
+        With `force=True`, outdated resources are allowed. Programs that do not index these fields can no longer write,
         so the number of outdated resources stops growing. The caller indexes the rest, or calls
-        `deactivate_unique_field`. Return False if another process was faster.
+        `deactivate_unique_field`. Returns False if another process was faster.
         """
 
     @abstractmethod
     async def deactivate_unique_field(self, name: str) -> None:
-        """Take back a forced activation, because two resources would share a value of this field.
+        """Undo a forced activation, because two resources would share a value of this field.
 
-        Does so only if some resources are not indexed by the field yet, so it never was unique. Afterwards every
-        program can write that could before.
+        Does so only if some resources are not indexed by the field yet, so that it never was unique. Afterwards, the
+        programs that could write before the activation can write again.
         """
 
 
 @runtime_checkable
 class FindingsKeeping(Protocol):
-    """A MetaStore that stores what was found when the model was indexed. Without it no index entries are healed."""
+    """A MetaStore that stores Findings about its index. Without this ability, no index entries are healed."""
 
     @abstractmethod
     async def findings(self) -> Findings:
-        """Return the findings that were stored last, or `Findings()` if none were. Then the index is healed once."""
+        """Return the findings that were stored last; `Findings()` if none were, so that the engine heals the index."""
 
     @abstractmethod
     async def keep_findings(self, findings: Findings) -> None:
@@ -120,11 +121,11 @@ class MetaSweeping(Protocol):
 
     @abstractmethod
     async def generation(self) -> int:
-        """Return the number that the uids of new bodies start with."""
+        """Return the present generation, with which the uids of new bodies start."""
 
     @abstractmethod
     async def advance_generation(self) -> int:
-        """Start a new generation and return its number. Bodies older than number - 1 cannot be committed any more."""
+        """Start a new generation g and return g. Bodies of generations below g - 1 can no longer be committed."""
 
     @abstractmethod
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
@@ -137,7 +138,7 @@ class RecordReplay(Protocol):
 
     @abstractmethod
     def apply_committed(self, changes: Sequence[Change]) -> None:
-        """Apply changes that records have decided, whatever they expect. Called in the order of commits. Blocks."""
+        """Apply committed changes without a check of `expect`. Called in the order of commits. Blocks."""
 
     @abstractmethod
     async def owner_of(self, name: str, key: Key) -> str | None:
@@ -150,7 +151,10 @@ class BodySweeping(Protocol):
 
     @abstractmethod
     async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
-        """Return uids of earlier generations, ascending, after the given one. Generations compare as numbers."""
+        """Return up to `limit` uids of generations below `generation`, ascending, that follow the uid `after`.
+
+        Generations are compared as numbers.
+        """
 
 
 @runtime_checkable
@@ -159,15 +163,15 @@ class RecordKeeping(Protocol):
 
     @abstractmethod
     def lock_exclusively(self) -> None:
-        """Become the only process that writes here, until `close`. Raises ConfigError if another process is."""
+        """Lock the store for this process until `close`. Raises ConfigError if another process holds the lock."""
 
     @abstractmethod
     async def put_records(
         self, writes: Sequence[Write], then: Callable[[Sequence[Change]], None], once: IdempotentCommit | None = None
     ) -> None:
-        """Store the bodies and commit, all or nothing, like `MetaStore.commit` without its check of unique fields.
+        """Store the bodies and commit in one atomic step, like `MetaStore.commit`. Does not check unique fields.
 
-        Calls `then` with the changes before it returns, in the order of commits.
+        Calls `then` with the changes before it returns. Calls for several commits are in the order of the commits.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What two stores declare if one committer can write to both: see `storage.disk_pair`."""
+"""The abilities of two stores to which one committer can write. See `storage.disk_pair`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...query import Query
 from ..basic import Change, Hit, IdempotentCommit, MetaStore, Page, ResourceMeta, ResourceStore
 
 WriteStage: TypeAlias = Any
-"""A part of a write that the committer of these stores makes durable before the next part. Opaque to callers."""
+"""A part of a write that the committer makes durable before the next part. Callers do not look inside."""
 
 
 class StagedResourceStore(ResourceStore):

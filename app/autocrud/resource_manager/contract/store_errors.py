@@ -62,7 +62,7 @@ def missing(resource_id: str) -> ResourceNotFound:
 
 
 def taken(name: str, *resource_ids: str) -> UniqueConflict:
-    """Return the error for a unique value that two resources would have. `resource_ids`: theirs, if known."""
+    """Return the error for a unique value that two resources would have. `resource_ids`: their ids, if known."""
     detail = f"another resource has this {name!r}; deleted ones keep theirs until they are purged"
     conflict = UniqueConflict(detail, (Violation("/" + name.replace(".", "/"), detail),))
     conflict.field, conflict.resource_ids = name, frozenset(resource_ids)
@@ -86,9 +86,9 @@ def not_indexed(model: str, name: str) -> ConfigError:
 
 
 def not_kept() -> StoreUnavailable:
-    """Return the error for unique fields that were activated, and are not active any more.
+    """Return the error for unique fields that were activated and are no longer active.
 
-    The store was emptied or restored since the program called `activate_unique_fields`.
+    The store was emptied or restored after the program had called `activate_unique_fields`.
     """
     return StoreUnavailable(
         "unique fields are not kept unique here any more, was an old state restored? Start the program again"

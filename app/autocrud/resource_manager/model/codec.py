@@ -1,8 +1,8 @@
 """The codec of a model: strict decoding, canonical encoding, and the index entry of data.
 
-A body from a client is decoded, validated and encoded in canonical form once; from there on its bytes are passed on.
-Canonical JSON has the fields in the order of the model and the keys of dicts sorted. Its SHA-256 is the `data_hash`, in
-every encoding of the stored body.
+A body from a client is decoded, validated and encoded as canonical JSON once. After that its bytes are passed on
+unchanged. Canonical JSON has the fields in the order of the model and the keys of dicts sorted. Its SHA-256 is the
+`data_hash`, whichever encoding the stored body has.
 """
 
 from __future__ import annotations
@@ -150,11 +150,11 @@ class Codec(Generic[T]):
         return True
 
     def index(self, data: T, before: Any = MISSING) -> IndexEntry:
-        """Return the index entry of data. Raises InvalidData if no store could compare a value.
+        """Return the index entry of data. Raises InvalidData if stores cannot compare a value.
 
         before  the data that is replaced, as a tree of JSON. If it has the same value, the value is left out of the
-                entry and nothing is raised: the field was not indexed when the value was stored, and the other fields
-                must stay changeable.
+                entry and nothing is raised. Such a value was stored before its field was indexed, and must not prevent
+                changes of the other fields.
         """
         keys: dict[str, Any] = {}
         missing: list[str] = []
@@ -190,7 +190,10 @@ class Codec(Generic[T]):
         return {name: len(value) for name, value in values.items() if value is not None and value is not MISSING}
 
     def index_stored(self, json: bytes) -> IndexEntry:
-        """Return the index entry of stored data; of the fields that fit, if the data no longer fits the model."""
+        """Return the index entry of stored data.
+
+        If the data no longer fits the model, the entry has only the fields that fit.
+        """
         try:
             return self.index(self._json.decode(json))
         except (msgspec.ValidationError, InvalidData):
@@ -235,7 +238,7 @@ class CodecIndex(IndexOf):
 
 
 def _loosely_decoded(body: bytes | None, encoding: Encoding) -> Any:
-    """Return a body as a tree of JSON, without regard to the model; None if it cannot be decoded."""
+    """Decode a body without the model, and return it as a tree of JSON; None if it cannot be decoded."""
     if body is None:
         return None
     try:
@@ -251,7 +254,7 @@ def _indexed_field(given: IndexedField | tuple[str, Any] | str) -> IndexedField:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON. Raises InvalidData if a key is in it twice."""
+    """Return a JSON object as a dict. Raises InvalidData if the object has a key twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -267,8 +270,8 @@ _strict_json = json.JSONDecoder(object_pairs_hook=_distinct).decode
 def _decode_strictly(body: bytes) -> Any:
     """Return a tree of JSON.
 
-    Raises InvalidData if an object has a key twice, and msgspec.DecodeError if the text is not JSON. msgspec keeps one
-    of two equal keys. So if the tree has as many strings as the text, no key is in an object twice.
+    Raises InvalidData if an object has a key twice, and msgspec.DecodeError if the text is not JSON. msgspec keeps only
+    one of two equal keys. So if the tree has as many strings as the text, no object has a key twice.
     """
     tree = msgspec.json.decode(body)  # no NaN, UTF-8 only
     return tree if strings(body) == strings(msgspec.json.encode(tree)) else _strict_json(body.decode())
@@ -302,9 +305,9 @@ def _not_json(error: Exception, body: bytes) -> InvalidData:
 
 
 def invalid_data(error: msgspec.ValidationError) -> InvalidData:
-    """Return the error of a validation, with the place as a JSON Pointer.
+    """Return the error of a validation, with the position of the invalid value as a JSON Pointer.
 
-    msgspec has the place at the end of its message: "Expected `str`, got `int` - at `$.tags[0]`".
+    The messages of msgspec end with the position: "Expected `str`, got `int` - at `$.tags[0]`".
     """
     detail, _, place = str(error).partition(" - at `")
     return InvalidData(f"the data does not fit: {error}", (Violation(_pointer(place.rstrip("`")), detail),))

@@ -16,7 +16,7 @@ from ...values import kind_of
 from ..basic import IndexedField
 
 MISSING = UNSET
-"""The value of a path that leads nowhere. msgspec uses it for fields that are not there."""
+"""The value of a path that the data do not have. msgspec uses it for fields that are not set."""
 
 
 class FieldPath:
@@ -25,7 +25,7 @@ class FieldPath:
     def __init__(self, model: type, given: IndexedField) -> None:
         self.unique = given.unique
         owner: Any = model
-        # Of each step: the key in JSON, the attribute or key in Python, and whether it leads into a dict.
+        # For each step: the key in JSON, the attribute or key in Python, and whether the step leads into a dict.
         self._steps: list[tuple[str, str, bool]] = []
         self.omits_defaults = False
         for part in given.name.split("."):
@@ -48,7 +48,7 @@ class FieldPath:
             raise ConfigError(f"{model.__name__}.{given.name} is a list, and lists cannot be unique")
 
     def read(self, data: Any) -> Any:
-        """Return the value in the data of the model; MISSING if the path leads nowhere."""
+        """Return the value in the data of the model; MISSING if the data do not have the path."""
         for _, name, is_dict in self._steps:
             if data is None:
                 return MISSING
@@ -58,7 +58,7 @@ class FieldPath:
         return data
 
     def read_loosely(self, tree: Any) -> Any:
-        """Return the value in a tree of JSON; MISSING if there is none, or if it has another type than the field."""
+        """Return the value in a tree of JSON; MISSING if there is none, or if its type is not that of the field."""
         for name, _, _ in self._steps:
             if not isinstance(tree, dict) or name not in tree:
                 return MISSING
@@ -69,7 +69,7 @@ class FieldPath:
             return MISSING
 
     def key(self, value: Any) -> Any:
-        """Return the key that stores compare; None for null and MISSING. Raises ValueError if there is none."""
+        """Return the key that stores compare; None for null and MISSING. Raises ValueError if a value has no key."""
         if value is None or value is MISSING:
             return None
         if not self.kind.is_list:

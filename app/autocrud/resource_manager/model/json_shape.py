@@ -1,7 +1,7 @@
 """The shape of a JSON text: how many values it holds and how deep they are nested, found before it is decoded.
 
-A text of some megabytes can hold millions of objects. They would take a hundred times its size in memory, and seconds
-to walk over. A deeply nested text is decoded by one version of Python and refused by the next.
+A text of some megabytes can hold millions of objects. In memory the objects would take a hundred times the size of the
+text, and a walk over them would take seconds. Some versions of Python decode a deeply nested text, others refuse it.
 
 All steps here take linear time, and none holds the interpreter lock for long: counting runs in C, and strings are
 removed one by one.
@@ -23,7 +23,8 @@ MAX_NAMES = 250_000
 MAX_VALUES = 1_000_000
 """Values of any kind."""
 MAX_DIGITS = 400
-"""Digits of a number in a text of HEAVY_BYTES or more: decoding takes quadratic time. The largest float has 309."""
+"""Digits of a number in a text of HEAVY_BYTES or more, because decoding takes quadratic time. The largest float has
+309 digits."""
 EXPECTED_SHAPE = (
     f"expected at most {MAX_VALUES} values, {MAX_NAMES} names and {MAX_CONTAINERS} objects and lists, nested at most"
     f" {MAX_DEPTH} deep, and numbers of at most {MAX_DIGITS} digits"

@@ -1,4 +1,4 @@
-"""Resource: what a ResourceManager returns."""
+"""Resource: the result of most methods of a ResourceManager."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Resource(Generic[T]):
-    """A resource with its data, both as objects and as JSON. Objects are decoded at the first use.
+    """A resource with its data, both as objects and as JSON. The objects are decoded when they are used.
 
     meta  its metadata, or the JSON of it
     json  its data as JSON

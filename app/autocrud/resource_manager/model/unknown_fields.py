@@ -37,10 +37,10 @@ class UnknownFields:
         self._root_fields = self._fields_of(root)
 
     def has_none(self, body: bytes) -> bool:
-        """Return True if a body has no unknown field and no key twice; False if that takes a closer look.
+        """Return True if a body certainly has no unknown field and no key twice. False means: not certain.
 
-        True for most valid bodies: one object of scalars with known keys. Without backslashes each key has two quotes
-        and each string value two, so a key that the body has twice would leave quotes over.
+        Returns True for most valid bodies, which are one object of scalars with known keys. Without backslashes, each
+        key and each string value has two quotes. If the body has more quotes than that, it has a key twice.
         """
         fields, flat = self._root_fields
         if not flat or b"\\" in body:

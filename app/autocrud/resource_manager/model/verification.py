@@ -26,13 +26,13 @@ from ..runtime.threads import HEAVY_BYTES, heavy
 from .codec import Codec
 
 KEPT = 2000
-"""Bodies of a model that are kept for comparison."""
+"""Largest number of bodies of a model that are kept for comparison."""
 LARGE = 4096
-"""A body of more bytes is not kept: hashing it again is cheap compared with reading it."""
+"""A body of more bytes is not kept, because hashing it again is cheap compared with reading it."""
 REMEMBERED = 100
-"""Damaged resources of a model that are remembered."""
+"""Largest number of damaged resources of a model that are remembered."""
 NAMED = 5
-"""Names that one sentence of `degradations` lists."""
+"""Largest number of names in one sentence of `degradations`."""
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError)
 """Errors that decoding damaged data may raise."""
@@ -140,7 +140,10 @@ def damaged(resource_id: str, detail: str) -> StoreDamaged:
 
 
 def named(error: StoreDamaged, resource_id: str) -> StoreDamaged:
-    """Return an error that names the resource. Other errors than of one body are returned as they are."""
+    """Return an error that names the resource.
+
+    An error that names one already, or that concerns the whole store, is returned unchanged.
+    """
     if type(error) is not StoreDamaged or error.resource_id is not None:
         return error
     new = damaged(resource_id, f"resource {resource_id!r} cannot be read: {error.detail}")
@@ -150,7 +153,8 @@ def named(error: StoreDamaged, resource_id: str) -> StoreDamaged:
 
 ANYTHING: Final = 0
 Part = int | None
-"""The part of a resource that could not be read: a revision by its number, the current one (None), or ANYTHING."""
+"""The part of a resource that could not be read: a revision by its number, the current revision (None), or an unknown
+part (ANYTHING)."""
 
 
 class DamagedResources:
@@ -186,7 +190,7 @@ class DamagedResources:
             del self._parts[key]
 
     def some(self, count: int) -> list[tuple[str, Part]]:
-        """Return up to `count` parts, those first that were returned longest ago."""
+        """Return up to `count` parts, in turn, so that repeated calls return all of them."""
         found = list(self._parts)[:count]
         for key in found:
             self._parts[key] = self._parts.pop(key)

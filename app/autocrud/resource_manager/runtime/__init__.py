@@ -1,4 +1,4 @@
-"""What the engine needs of its process: threads, time, files and disk space.
+"""The resources of the process that the engine uses: threads, time, files and disk space.
 
 deadline    the time that a request has left, and the work that fits into it
 disk_space  full disks, and room for local copies at the cost of caches

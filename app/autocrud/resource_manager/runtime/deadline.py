@@ -4,9 +4,9 @@ Running Python code cannot be interrupted. A timer of the event loop fires late 
 interpreter lock, and a single step in C over some megabytes of JSON may hold it for longer than the time that is left.
 So work does not begin if it could take longer than that:
 
-- T1 *Work is bounded before it begins.* `operations` counts from the bytes of a JSON text how many steps it takes at
-  most. Even the slowest work on JSON does more than OPERATIONS_PER_S of them on a whole CPU. Lambda gives a share of
-  one.
+- T1 *Work is bounded before it begins.* `operations` computes from the bytes of a JSON text how many steps the work on
+  it takes at most. Even the slowest work on JSON does more than OPERATIONS_PER_S steps in a second of a whole CPU. A
+  function on Lambda may have only a share of a CPU.
 - T2 *A refused request has changed nothing.* A write is checked while it is planned and once before it is committed,
   never after. So its error means that nothing was changed, and never that the outcome is unknown.
 - T3 *Work in pieces is checked at each piece*: the operations of a batch, the pages of a list, the attempts of a write.
@@ -23,8 +23,8 @@ from ...errors import NotEnoughTime
 
 OPERATIONS_PER_S = 800_000
 """Steps that the slowest work on JSON does at least in a second of one CPU. Measured: twice as many for the slowest
-work, five times as many for most (`python -m benchmarks.json_work`). With 512 MB and 29 s a function has time for all
-that the limits allow."""
+work, five times as many for most work (`python -m benchmarks.json_work`). A function with 512 MB and 29 s has time for
+every request that the limits allow."""
 STEP_BYTES = 16
 """Bytes of text that count as one step: texts are copied, hashed, searched and unescaped."""
 MOST_PARTS = 1_650_000
@@ -34,7 +34,7 @@ CONTAINER_STEPS = 4
 
 
 def operations(*texts: bytes) -> int:
-    """Return at most how many steps one piece of work on these JSON texts takes."""
+    """Return how many steps one piece of work on these JSON texts takes at most."""
     return sum(len(text) // STEP_BYTES + min(_parts(text), MOST_PARTS) for text in texts)
 
 

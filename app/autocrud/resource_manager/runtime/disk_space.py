@@ -1,8 +1,8 @@
-"""Full disks: how they are recognized, and how caches make room for local copies.
+"""Full disks: recognition, and removal of caches to make room for local copies.
 
 Invariants:
 
-- *A full disk is reported as one*: `DiskFull` has the free and the total space; the log has the directory.
+- *A full disk is reported as a full disk.* `DiskFull` has the free and the total space; the log has the directory.
 - *Local copies take precedence over caches.* Caches leave `reserve` bytes of the disk free, and `make_room` empties the
   caches of this process. So no request fails for space that such a cache takes.
 - *A failure leaves no incomplete file that is used as a complete one.* A file gets its name, or is referred to, when it
@@ -28,7 +28,7 @@ MB = 1024**2
 RESERVE = 256 * MB
 """Bytes of the disk that caches leave free for local copies; a quarter of the disk if that is less."""
 LITTLE = 64 * 1024
-"""If fewer bytes are free, an unspecific error of SQLite is taken for that of a full disk."""
+"""If fewer bytes are free, an I/O error of SQLite counts as a full disk."""
 _FULL, _IOERR, _CANTOPEN = 13, 10, 14  # SQLite's result codes
 
 
@@ -62,7 +62,7 @@ _caches: weakref.WeakSet[Evictable] = weakref.WeakSet()
 
 
 def space(directory: Path) -> Space:
-    """Return the space of the file system of a directory. If the directory does not exist, its nearest parent counts.
+    """Return the space of the file system of a directory, or of its nearest parent if it does not exist.
 
     Raises OSError.
     """
@@ -94,7 +94,7 @@ def is_full(error: BaseException, directory: Path) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     code = getattr(error, "result", None)  # of apsw
-    if code in (_IOERR, _CANTOPEN):  # SQLite reports some full disks so, such as an exceeded quota
+    if code in (_IOERR, _CANTOPEN):  # SQLite reports some full disks this way, for example an exceeded quota
         try:
             found = space(directory)
         except OSError:
@@ -127,10 +127,10 @@ def register(cache: Evictable) -> None:
 
 
 def make_room(directory: Path, remove_more: Callable[[], None] | None = None) -> bool:
-    """Make room on the disk of a directory, and return whether more of it is free then. Blocks. Raises OSError.
+    """Make room on the disk of a directory, and return whether there is more free space than before.
 
     Removes directories of processes that have ended, calls `remove_more`, and empties the caches of this process on the
-    same disk.
+    same disk. Blocks. Raises OSError.
     """
     before = space(directory)
     remove_abandoned()

@@ -10,10 +10,9 @@ from ...errors import ConfigError
 
 @contextlib.contextmanager
 def driver(*extras: str) -> Iterator[None]:
-    """Name the extras to install if the import of an optional package fails.
+    """Raise ConfigError that names the extras to install, if the import of an optional package fails.
 
     The import is the body of the `with` statement.
-    Raises ConfigError if the package is missing.
     """
     try:
         yield

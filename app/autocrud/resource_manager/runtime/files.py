@@ -25,10 +25,10 @@ def make_directory(path: Path) -> None:
 
 
 def lock_within(seconds: float, handle: int, look_every_s: float) -> None:
-    """Lock an open file exclusively, trying every `look_every_s` seconds for `seconds`.
+    """Lock an open file exclusively. Tries every `look_every_s` seconds, for `seconds` at most. Blocks.
 
-    The kernel releases the lock when the process ends, however it ends. Raises BlockingIOError if another process
-    holds the lock all that time.
+    `handle` is the descriptor of the file. The kernel releases the lock when the process ends, even if it is killed.
+    Raises BlockingIOError if another process holds the lock all that time.
     """
     deadline = time.monotonic() + seconds
     while True:

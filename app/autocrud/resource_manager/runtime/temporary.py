@@ -40,13 +40,13 @@ _NAME = re.compile(rf"{PREFIX}[0-9a-f]{{16}}")
 _OLD_NAME = re.compile(r"crudstack-[a-z0-9_]{8}")
 """Names of the directories of earlier releases, which took no lock."""
 OLD_AFTER_S = 24 * 3600.0
-"""Seconds without a change after which such a directory may be removed."""
+"""Seconds without a change after which a directory of an earlier release may be removed."""
 _IN_USE_BYTE = 128
 """The byte of a -shm file on which each connection of SQLite holds a shared lock (UNIX_SHM_DMS in os_unix.c)."""
 _FOR_NOW = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
-"""Errors that may pass, and do not mean that the file system cannot lock directories."""
+"""Errors that may be temporary, and do not mean that the file system cannot lock directories."""
 ATTEMPTS = 20
-"""How often a directory is created if cleaners remove it at once."""
+"""How often a process tries to create a directory if cleaners remove each one immediately."""
 
 _cleaned: set[str] = set()
 

@@ -1,7 +1,7 @@
 """Threads for blocking work: a few for reads of all stores, and one for heavy work on JSON.
 
-A read in these threads waits for the disk, never for another read. `shielded` waits for work that runs to completion
-even if the caller is cancelled.
+A read in the READERS threads waits for the disk, never for another read. `shielded` waits for work that runs to
+completion even if the caller is cancelled.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .deadline import DEADLINE, operations
 T = TypeVar("T")
 
 HEAVY_BYTES = 64 * 1024
-"""JSON of this many bytes or more is heavy: it is processed in one thread, because it would block the event loop."""
+"""JSON of this many bytes or more is heavy. One thread processes it, because it would block the event loop."""
 MAX_WAITING = 64 * 1024 * 1024
-"""Bytes of JSON that may wait for that thread. A single piece of work may be larger."""
+"""Bytes of JSON that may wait for the thread for heavy work. A single piece of work may be larger."""
 AT_ONCE = 16 * 1024 * 1024
 """Bytes of memory for the heavy bodies that are processed at the same time, by `json_shape.weight`."""
 READERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="crudstack-read")
@@ -51,10 +51,10 @@ TURN: ContextVar[Turn | None] = ContextVar("crudstack.turn", default=None)
 class _Lane:
     """One thread for the heavy work of all requests.
 
-    The thread shares the interpreter lock with the event loop, which gets it every few milliseconds. With more threads
-    the event loop would wait for each of them every time. The size of a body bounds each piece of work, so none waits
-    for ever, and none continues after its request. A request that waits here gives up its turn, so that the server
-    answers small requests meanwhile. MAX_WAITING bounds how many wait.
+    The thread shares the interpreter lock with the event loop, which gets the lock every few milliseconds. With more
+    threads, the event loop would wait for each of them every time. The size of a body bounds each piece of work, so no
+    work waits for ever, and no work continues after its request. A request that waits here gives up its turn, so that
+    the server answers small requests meanwhile. MAX_WAITING bounds the JSON that waits.
     """
 
     def __init__(self) -> None:
@@ -93,9 +93,10 @@ LANE = _Lane()
 class LargeTurns:
     """Limits how many requests of an event loop process a heavy body at the same time.
 
-    A request holds its share from the time when the body is read until the answer. The data made of a body takes many
-    times its size. So the requests that process one take AT_ONCE bytes together, or a single request takes more. The
-    others wait in order with the bytes of their bodies, at most MAX_WAITING, and give up their turns at the server.
+    A request holds its share of memory from the time when its body is read until its answer. The decoded data take many
+    times the size of the body. So all requests that process a heavy body take at most AT_ONCE bytes together; only a
+    single request may take more. The other requests wait in order, and give up their turns at the server. The bodies
+    of the waiting requests take at most MAX_WAITING bytes.
     """
 
     def __init__(self) -> None:
@@ -158,14 +159,14 @@ def large_turns() -> LargeTurns:
 
 
 async def heavy(size: int, work: Callable[[], T], *texts: bytes, more: int = 0) -> T:
-    """Run work on JSON, and return its result: at once if it is small, else in the thread for heavy work.
+    """Run work on JSON, and return its result. Small work runs on the event loop, other work in the heavy thread.
 
     size   bytes of the JSON
     texts  the JSON itself, which bounds the steps of the work; without it, `size` is the number of steps
     more   steps besides those on the texts
 
-    Raises Overloaded if too much heavy work waits. Raises NotEnoughTime if the request has a deadline, and the work may
-    not end before it. This is checked when the work is about to begin.
+    Raises Overloaded if too much heavy work waits. Raises NotEnoughTime if the request has a deadline and the work may
+    not end before it. The deadline is checked when the work is about to begin.
     """
     if (deadline := DEADLINE.get()) is not None:
         count = (operations(*texts) if texts else size) + more

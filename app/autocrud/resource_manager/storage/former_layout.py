@@ -20,7 +20,8 @@ from ..basic import ResourceStore
 from ..contract.protocols import BodySweeping
 
 WhenFormer = Literal["refuse", "open", "ignore"]
-"""If a factory finds a store in the former layout, it refuses to open or opens that store. "ignore" looks for none."""
+"""With "refuse", opening fails if there is a store in the former layout. "open" uses that layout. "ignore" looks for no
+such store."""
 ANY_GENERATION = 2**62
 """A generation that no store reaches."""
 

@@ -2,14 +2,14 @@
 
     SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir="data/article"))
 
-This module composes. The work is done in these modules, which state the invariants that they keep:
+This module only composes others. These modules do the work, and state the invariants that they keep:
 
 - `commits` and `disk_pair` commit (M1: a commit never names a body that is not stored),
 - `sweeping` removes orphaned bodies (M2: a body that was swept cannot be committed),
 - `opening` opens and rebuilds, `reindexing` completes the index (R1 to R5),
 - `unique_values` reserves values of unique fields if the commit is a record on disk.
 
-M3 *Exactly one thing is the commit.* It is chosen here:
+M3 *Exactly one step is the commit.* This module chooses it:
 
 - If the MetaStore is authoritative, its commit is the commit.
 - If it is not (memory), and the ResourceStore has an index beside the bodies (S3), this index replaces the MetaStore.
@@ -67,19 +67,19 @@ from .unique_values import UniqueValues
 log = logging.getLogger("crudstack.storage")
 
 MAX_RENEWALS = 8
-"""How often the bodies of a commit are written again because a sweep was faster. Each time needs a whole sweep."""
+"""How often a commit may fail because a sweep was faster. Each time, the bodies are put again under new uids."""
 
 
 class SimpleStorage(IStorage):
     """A MetaStore and a ResourceStore as one storage.
 
     A MemoryMetaStore above a ResourceStore on S3 is replaced by an index on S3 that lies beside the bodies, because
-    memory alone would not be durable. Then `meta_store` is the index, and the log says so when the storage is opened.
-    No other MetaStore is ever replaced.
+    memory alone would not be durable. Then the attribute `meta_store` is the index, and the log says so when the
+    storage is opened. Only a MetaStore that is not authoritative is replaced.
 
-    meta_store      answers reads and searches; keeps the index
+    meta_store      keeps the metadata and the index
     resource_store  keeps the bodies
-    before_open     awaited before the stores are opened; what it raises fails the opening
+    before_open     awaited before the stores are opened; if it raises, the opening fails with its error
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class SimpleStorage(IStorage):
         self.meta_store = index or meta_store
         self.resource_store = resource_store
         self._replaced = None if index is None else meta_store
-        # The abilities of these stores, which are asked for only here.
+        # The abilities of these stores. No other code asks for them per request.
         self._freshness = self.meta_store if isinstance(self.meta_store, Freshness) else None
         self._records: RecordKeeping | None = None
         if isinstance(resource_store, RecordKeeping) and not self.meta_store.authoritative:
@@ -184,7 +184,7 @@ class SimpleStorage(IStorage):
             )
         if self._records is not None and self._replay is not None:
             self._records.lock_exclusively()
-            self.meta_store.bind(self._spec)  # which empties it: another process may have written records since
+            self.meta_store.bind(self._spec)  # empties it, because another process may have written records since
             await rebuild(self._replay, self._records)
             await self._sweep.run_alone()
         await self._sweep.load_generation()
@@ -286,7 +286,7 @@ class SimpleStorage(IStorage):
             except OutcomeUnknown:
                 raise  # the commit may have happened, and its bodies are needed then
             except WriteTimedOut:
-                raise  # removing the bodies might take as long again
+                raise  # removing the bodies might time out too
             except CrudError:
                 await self._forget(_uids_of(writes))
                 raise
@@ -306,7 +306,7 @@ class SimpleStorage(IStorage):
         await self._commits.confirm(resource_ids)
 
     async def _forget(self, uids: Sequence[str]) -> None:
-        """Remove bodies that no record names. A failure is only logged, because the sweep finds what stays."""
+        """Remove bodies that no record names. A failure is only logged, because the sweep removes the rest."""
         if uids:
             try:
                 await self.resource_store.delete(uids)
@@ -316,8 +316,8 @@ class SimpleStorage(IStorage):
     def _renewed(self, writes: Sequence[Write]) -> list[Write]:
         """Return the same writes with new uids for their bodies.
 
-        Each mention of such a uid changes: a later write of a batch may publish, delete or drop the body of an earlier
-        one.
+        Such a uid is replaced in all changes, because a later write of a batch may publish, delete or drop the body of
+        an earlier one.
         """
         new = {uid: self.new_uid() for uid in _uids_of(writes)}
         renewed = []
@@ -373,7 +373,7 @@ class SimpleStorage(IStorage):
         self._opening.reset()
         stores = [self.meta_store, self.resource_store]
         if self._replaced is not None:
-            stores.reverse()  # until it is closed, the ResourceStore may refresh its index, which would open it again
+            stores.reverse()  # an open ResourceStore may refresh the index, which would open a closed index again
         for store in stores:
             await store.close()
 

@@ -1,4 +1,4 @@
-"""The stores that a pair names, made in the layout of `layout`."""
+"""Construction of stores by name, at the locations that `layout` defines."""
 
 from __future__ import annotations
 
@@ -36,31 +36,35 @@ T = TypeVar("T")
 
 
 class StoresByName:
-    """Makes a MetaStore and a ResourceStore for each model, where `layout` puts them.
+    """Makes a MetaStore and a ResourceStore for each model, at the locations that `layout` defines.
 
     meta             memory, disk, s3-sqlite, postgres, redis or redis-postgres
     resource         memory, disk, s3, cached-s3 or mq-cached-s3
-    prefix           begins all keys and is part of all names on servers; usually ends with a slash
-    data_dir         of stores on disk
+    prefix           beginning of all keys, and a part of all names on servers; usually ends with a slash
+    data_dir         directory of stores on disk
     bucket, endpoint_url, access_key_id, secret_access_key, region_name
-                     of stores on S3
+                     bucket and access of stores on S3
     object_store     a client of the bucket, instead of endpoint, keys and region
-    encoding         of new bodies on S3
+    encoding         encoding of new bodies on S3
     local_dir, consistency, sync_interval
-                     of s3-sqlite, see S3SqliteMetaStore
-    pg_dsn           of PostgreSQL
-    password         makes the password of each new connection to PostgreSQL, if passwords expire
-    max_size         connections of this process to PostgreSQL at most; None: the default of PostgresMetaStore
-    redis_url        of Redis
-    redis_password   makes the password of each new connection to Redis, if passwords expire
-    lease_s          of redis-postgres: how many seconds a write waits at most if Redis does not answer
-    amqp_url         of RabbitMQ, or a function that makes it for each connection
-    cache_dir        of the cache on disk of all models; None: cached-s3 and mq-cached-s3 cache in memory only
-    max_cache_bytes  that the cache on disk takes at most; None: a quarter of its disk, and 1 GiB at most
-    former_layout    stores that an earlier release wrote elsewhere: "refuse" to open beside one, "open" it, or "ignore"
-                     it without a look. "ignore" is safe only if no such store exists: see `storage.former_layout`
+                     arguments of s3-sqlite, see S3SqliteMetaStore
+    pg_dsn           address of PostgreSQL
+    password         function that returns the password for each new connection to PostgreSQL, if passwords expire
+    max_size         largest number of connections of this process to PostgreSQL; None: that of PostgresMetaStore
+    redis_url        address of Redis
+    redis_password   function that returns the password for each new connection to Redis, if passwords expire
+    lease_s          with redis-postgres, the longest time in seconds that a write waits if Redis does not answer
+    amqp_url         address of RabbitMQ, or a function that returns it for each connection
+    cache_dir        directory of the cache on disk, which all models share; None: cached-s3 and mq-cached-s3 cache in
+                     memory only
+    max_cache_bytes  largest size of the cache on disk, in bytes; None: a quarter of its disk, but at most 1 GiB
+    former_layout    what to do about a store that an earlier release wrote to another location: "refuse" to open,
+                     "open" that store, or "ignore" it. "ignore" is safe only if no such store exists: see
+                     `storage.former_layout`
 
-    The methods do no I/O. They raise ConfigError if an argument or a package is missing that the store needs.
+    The methods open no store and send no request. With `cache_dir`, `resource_store` uses the local disk: it reads its
+    size, and removes the cache directories of earlier releases. The methods raise ConfigError if an argument or a
+    package is missing that the store needs.
     """
 
     def __init__(
@@ -216,7 +220,7 @@ class StoresByName:
         if self.cache_dir is None:
             return [memory]
         if self._disk_cache is None:
-            # One for all models: they share one bound, and the least recently used entry of them all goes first.
+            # All models share one cache, so that the least recently used entry of all models is evicted first.
             self._disk_cache = DiskCache(self.cache_dir / CACHE_NAME, max_bytes=self._cache_bytes(self.cache_dir))
         former = self.cache_dir / model  # earlier releases had a directory for each model
         if model != CACHE_NAME and (former / "lock").exists():
@@ -224,10 +228,10 @@ class StoresByName:
         return [memory, self._disk_cache]
 
     def _cache_bytes(self, root: Path) -> int:
-        """Return the bound of the cache on disk such that it takes no more of the disk than it may.
+        """Return the limit to give to the cache on disk, so that it takes no more of the disk than it may.
 
-        A value in a file is counted with its bytes, from 32 KB. On disk it takes up to three blocks of 4 KB more: the
-        last one of the file, and two directories.
+        The cache stores values of 32 KB and more in files, and counts only their bytes. On disk such a value takes up
+        to three blocks of 4 KB more: the incomplete last block of the file, and two directories.
         """
         given = self.max_cache_bytes
         room = given if given is not None else min(space(root).total // 4, MAX_CACHE_BYTES)
@@ -236,7 +240,7 @@ class StoresByName:
     # Stores of earlier releases
 
     def check_of_former_layout(self, model: str) -> Callable[[], Awaitable[None]] | None:
-        """Return the check that refuses to open beside a store in the former layout, if there may be one."""
+        """Return a check that raises ConfigError if a store in the former layout exists; None if none is needed."""
         if self.former_layout != "refuse":
             return None
         before, now = FormerLayout(self.prefix), self._layout
