@@ -66,7 +66,7 @@ class Store(ABC):  # noqa: B024 - the abstract methods differ between the two be
 
     @property
     def location_key(self) -> Hashable:
-        """Return where a bound store keeps its data, or None if no other store can use the same location.
+        """Return the location of the data of a bound store, or None if no other store can use the same location.
 
         Two models with the same key are refused, because one would remove the data of the other.
         """
@@ -135,7 +135,7 @@ class MetaStore(Store):
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         """Return the commit that carried this Idempotency-Key, or None. Keys are kept for at least a day.
 
-        With `peek=True`, may miss commits of the last moments.
+        With `peek=True`, may miss recent commits.
         """
 
     @abstractmethod
@@ -152,7 +152,7 @@ class MetaStore(Store):
 
     @abstractmethod
     async def count(self, query: Query) -> int:
-        """Return how many resources a resolved query finds, whatever its sort, limit and cursor."""
+        """Return how many resources a resolved query finds. Its sort, limit and cursor are ignored."""
 
     @abstractmethod
     def scan(self) -> AsyncIterator[ResourceMeta]:
@@ -249,7 +249,7 @@ class IStorage(ABC):
 
     @abstractmethod
     async def open(self, index: IndexOf) -> None:
-        """Prepare the storage: rebuild what is not durable, and complete the index for the bound fields.
+        """Prepare the storage. Rebuild a MetaStore that is not durable, and complete the index for the bound fields.
 
         `index` makes the index entry of a body. Concurrent calls wait for the first one.
         """
@@ -345,7 +345,7 @@ class IStorage(ABC):
 
     @abstractmethod
     async def count(self, query: Query) -> int:
-        """Return how many resources a resolved query finds, whatever its sort, limit and cursor."""
+        """Return how many resources a resolved query finds. Its sort, limit and cursor are ignored."""
 
     @abstractmethod
     def scan(self) -> AsyncIterator[ResourceMeta]:

@@ -193,7 +193,7 @@ class ResourceManager(Generic[T]):
         return Page([Resource(self.codec, document, json) for document, json in page.items], page.next)
 
     async def search_json(self, query: Query | None = None) -> Page[tuple[bytes, bytes]]:
-        """Return what `search` finds as JSON: the metadata and the data of each resource."""
+        """Return the metadata and the data of the resources that `search` finds, as JSON."""
         return await self._reads.search_json(await self._resolved(query))
 
     async def find(self, query: Query | None = None) -> Page[Hit]:
@@ -417,7 +417,7 @@ class ResourceManager(Generic[T]):
     async def maintain(self, budget_s: float) -> None:
         """Remove expired revisions, orphaned bodies and remnants of purged resources, for about `budget_s` seconds.
 
-        If the time is not enough, the next call continues where this one ended.
+        If the time is too short, the next call continues at the point where this call ended.
         """
         await self.open()
         deadline = time.monotonic() + budget_s

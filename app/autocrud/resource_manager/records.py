@@ -152,7 +152,7 @@ class Change(Struct, frozen=True, kw_only=True):
 
     meta    the new metadata
     record  the new or changed record of a revision, if there is one
-    index   the new index entry of the current revision; None leaves the entry as it is
+    index   the new index entry of the current revision; None: the entry does not change
     expect  the state that the change replaces. Only a change for `apply_committed` may have "any"; a commit refuses it
     drop    uids of revisions whose records are removed (retention, or a draft's former body)
     purge   erase the resource and all its records

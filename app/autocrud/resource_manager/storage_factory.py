@@ -6,9 +6,9 @@ A factory of your own takes a few lines:
         def build(self, model_name: str) -> IStorage:
             return SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir=f"data/{model_name}"))
 
-Each factory of this module puts data where the kind of storage of the same name does (the setting CRUDSTACK_STORAGE).
-So a factory can open the stores of its kind, and the reverse. The `prefix` of a factory is used unchanged; a slash is
-appended to CRUDSTACK_PREFIX.
+Each factory of this module uses the same locations as the kind of storage of the same name (CRUDSTACK_STORAGE). So a
+factory can open the stores of its kind, and the reverse. The `prefix` of a factory is used unchanged. The prefix in
+CRUDSTACK_PREFIX gets a slash at its end if it has none.
 
 If no access keys are given, the AWS credentials of the environment are used.
 """
@@ -177,7 +177,7 @@ class RedisPgStorageFactory(PairStorageFactory):
 
     Any number of processes may share these stores. If bodies are on S3, several machines may share them too.
 
-    data_dir, s3_bucket  where bodies are kept; give exactly one of them
+    data_dir, s3_bucket  the location of the bodies; give exactly one of these two
     prefix               beginning of the keys in Redis and of bodies on S3, and a part of the names of tables
     password             function that returns the password for each new connection to PostgreSQL, if passwords expire
     redis_password       function that returns the password for each new connection to Redis, if passwords expire

@@ -106,7 +106,7 @@ def expectation_of(change: Change) -> Expect:
 
 
 def check_expectation(expect: Expect, resource_id: str, found: Version | None) -> None:
-    """Raise VersionConflict unless what was found is what was expected."""
+    """Raise VersionConflict unless the version that was found is the expected one. `found`: None if there is none."""
     as_expected = found is None if expect == "absent" else found == expect
     if as_expected:
         return

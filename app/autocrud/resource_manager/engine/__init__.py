@@ -2,8 +2,8 @@
 
 access_filter  which resources a caller may read and change
 caller         the name and the Idempotency-Key of a caller
-operations     what a caller can do to resources, as values
-planning       the rules of revisions: what each operation makes of a resource
+operations     the operations on resources, as values
+planning       the rules of revisions: how each operation changes a resource
 reading        consistent, verified reads
 state          the state of a resource while it is read or planned
 writing        commits, with retries and idempotent keys

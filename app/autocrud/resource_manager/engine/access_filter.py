@@ -1,7 +1,8 @@
 """The filters that say which resources of a model a caller may read and change (row-level access control).
 
-- B1 *A resource that the caller may not read does not exist for the caller*: reads and writes of it answer exactly what
-  they answer for an id that no resource has.
+- B1 *A resource that the caller may not read does not exist for the caller.* A read or write of it has the same result
+  as one of an id that no resource has. There are two exceptions: its id and its unique values stay taken, so a write
+  that needs them fails.
 - B2 *A write must be allowed both in the state that it replaces and in the state that it leaves.* Planning checks both,
   and the commit succeeds only if the stored state is still the one that was checked. So a concurrent write cannot get
   around the check.

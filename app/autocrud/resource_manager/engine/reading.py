@@ -1,6 +1,6 @@
 """How a ResourceManager reads: metadata and bodies that belong together, verified, and filtered for the caller.
 
-Metadata and bodies lie in two stores, and a concurrent write may remove a body between the two reads.
+Metadata and bodies are in two stores, and a concurrent write may remove a body between the two reads.
 
 - E1 *A body that is missing or damaged is an error only if the metadata that names it is unchanged.* Otherwise the
   resource is read again, up to MAX_ATTEMPTS times.
@@ -202,7 +202,7 @@ class ReadExecutor(Generic[T]):
     def noted(self, error: StoreDamaged, resource_id: str, part: Part) -> StoreDamaged:
         """Return an error that names the resource, and remember the resource for `degradations`.
 
-        An error of the whole store is returned as it is: the health check of the store reports it.
+        An error of the whole store is returned unchanged, because the health check of the store reports it.
         """
         error = named(error, resource_id)
         if error.resource_id is not None:

@@ -107,7 +107,7 @@ class Codec(Generic[T]):
     def accept(self, data: T | Document[T]) -> Document[T]:
         """Validate data from Python as if a client had sent it. A Struct's constructor checks no types.
 
-        A Document is valid already and is returned as it is. Raises InvalidData.
+        A Document is valid already and is returned unchanged. Raises InvalidData.
         """
         if isinstance(data, Document):
             return data
@@ -132,7 +132,7 @@ class Codec(Generic[T]):
         return self._json.decode(body) if encoding == Encoding.json else self._msgpack.decode(body)
 
     def to_json(self, body: bytes, encoding: str) -> bytes:
-        """Return a stored body as JSON. A JSON body is returned as it is."""
+        """Return a stored body as JSON. A JSON body is returned unchanged."""
         return body if encoding == Encoding.json else canonical_json(self._msgpack.decode(body))
 
     def has_path(self, path: str) -> bool:

@@ -181,7 +181,7 @@ class DamagedResources:
             self._unnamed[hit.uid] = None
 
     def forget(self, resource_id: str, part: Part) -> None:
-        """Forget a part, because it was read or is gone."""
+        """Forget a part, because it was read or no longer exists."""
         self._parts.pop((resource_id, part), None)
 
     def forget_all(self, resource_id: str) -> None:

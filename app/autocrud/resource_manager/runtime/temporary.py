@@ -4,7 +4,7 @@ A process that is killed cannot remove its directory. Lambda keeps /tmp when it 
 remove such directories. On other machines several processes share the parent directory.
 
 A process locks its directory (flock on the directory itself) for as long as it lives. The kernel releases the lock when
-the process ends, for whatever reason. Invariants:
+the process ends for any reason. Invariants:
 
 - P1 *Only the owner of the lock removes a directory, and only while its name still leads to the locked inode.*
 - P2 *A process uses a directory only after it has locked it, and has then found it under its name.* If a cleaner takes

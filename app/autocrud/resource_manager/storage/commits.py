@@ -73,7 +73,7 @@ class MetaStoreCommits:
 
 
 class AnnouncedCommits(MetaStoreCommits):
-    """Commits to the index that lies beside the bodies, and reports each commit to its keeper, the ResourceStore.
+    """Commits to the index beside the bodies, and reports each commit to the ResourceStore, which keeps the index.
 
     A commit is reported before it is acknowledged, so that the ResourceStore can announce it to other instances. An
     earlier commit that is found is reported too, because its process may have ended before it could report it. A commit

@@ -8,7 +8,7 @@ In earlier releases, some factories put their data elsewhere than the kind of st
 Such a store is not opened automatically. The tables without a prefix may belong to another deployment, so only the
 owner of the data knows which store is meant. The store is not ignored either. The new store would be empty, and if the
 bodies are at the same location, the sweep of the new store would remove them as orphans. So opening fails, and the
-error says what to do: `former_layout="open"` continues with the store as it is.
+error says what to do: with `former_layout="open"`, the factory continues to use the former store.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ MAX_RENEWALS = 8
 class SimpleStorage(IStorage):
     """A MetaStore and a ResourceStore as one storage.
 
-    A MemoryMetaStore above a ResourceStore on S3 is replaced by an index on S3 that lies beside the bodies, because
+    If a MemoryMetaStore is combined with a ResourceStore on S3, an index on S3 beside the bodies replaces it, because
     memory alone would not be durable. Then the attribute `meta_store` is the index, and the log says so when the
     storage is opened. Only a MetaStore that is not authoritative is replaced.
 
@@ -346,7 +346,7 @@ class SimpleStorage(IStorage):
 
     @override
     async def maintain(self, budget_s: float) -> None:
-        """Index what an older program has written, then maintain the stores, then sweep orphaned bodies.
+        """Index resources that an older program has written, then maintain the stores, then sweep orphaned bodies.
 
         Work that does not fit into `budget_s` seconds is left to the next call.
         """
