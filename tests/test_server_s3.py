@@ -218,7 +218,7 @@ def test_after_a_loss_of_data_the_start_names_the_command_that_removes_local_cop
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "HEAD is missing" in done.stderr
-    removal = shlex.split(done.stderr.partition("which remember them: ")[2])
+    removal = shlex.split(done.stderr.partition("remove the local copies: ")[2])
     assert removal[:2] == ["rm", "-r"]
     assert len(removal) == 2 + 3  # one for each model of app/models.py
     subprocess.run(removal, check=True)
@@ -243,4 +243,4 @@ def test_a_removed_head_of_an_existing_store_does_not_recommend_removing_copies(
     command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.endswith("put it back, or remove all\n")
+    assert done.stderr.endswith("put it back, or remove the whole store\n")

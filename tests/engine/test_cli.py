@@ -54,7 +54,7 @@ def test_preview_up_refresh_and_destroy(checkout):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("pulumi config set storage memory", 'crudstack:storage is "memory": on AWS it would not outlive'),
+        ("pulumi config set storage memory", 'crudstack:storage is "memory": on AWS it would lose data with the'),
         ("pulumi config set memory_mb much", "configuration key 'memory_mb' must be of type 'integer'"),
         ("pulumi config set storag s3-sqlite", "crudstack:storag is no setting; there are storage, "),
         ("pulumi config set --path 'postgres.clas' x", "Object contains unknown field `clas`"),
