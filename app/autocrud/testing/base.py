@@ -1,4 +1,4 @@
-"""What all parts of the suite share: fixtures, and helpers of tests."""
+"""Fixtures and helper functions that all parts of the suite use."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def resource_of(result: Resource[Any] | ResourceMeta | None) -> Resource[Any]:
 
 
 class Conformance:
-    """The fixtures of the suite. A subclass says by `make` which storage is tested."""
+    """The fixtures of the suite. The method `make` of a subclass returns the storage under test."""
 
     durable: ClassVar[bool] = False
     """Whether acknowledged data survives the process."""

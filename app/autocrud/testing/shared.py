@@ -31,7 +31,7 @@ from .suite import DurableConformance
 
 
 class SharedConformance(DurableConformance):
-    """For storages that several processes may use at once. `make` also runs in other processes."""
+    """Tests for storages that several processes may use at once. `make` also runs in other processes."""
 
     shares: ClassVar[bool] = True
 

@@ -39,11 +39,11 @@ class StorageConformance(
     SweepConformance,
     LimitsConformance,
 ):
-    """For storages that may lose everything when the process ends."""
+    """Tests for storages that may lose everything when the process ends."""
 
 
 class DurableConformance(ReindexingConformance, NewFieldConformance, DurableLimitsConformance, StorageConformance):
-    """For storages that keep acknowledged data after the process ends."""
+    """Tests for storages that keep acknowledged data after the process ends."""
 
     durable: ClassVar[bool] = True
 
@@ -90,7 +90,7 @@ class DurableConformance(ReindexingConformance, NewFieldConformance, DurableLimi
 
 
 class OwnedConformance(DurableConformance):
-    """For durable storages that one process at a time uses."""
+    """Tests for durable storages that only one process at a time may use."""
 
     keeps_index: ClassVar[bool] = False
 
