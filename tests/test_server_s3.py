@@ -73,7 +73,7 @@ def test_kill_9_of_servers_on_one_bucket_loses_nothing(on_bucket):
 
 @pytest.mark.s3_slice
 def test_a_server_that_was_suspended_continues_correctly(on_bucket):
-    """Its PUTs arrive late, its copy is old, and other servers have deleted the segments that it knew."""
+    """The server's PUTs arrive late, its local copy is old, and other servers have deleted segments that it knew."""
     frozen, other = on_bucket(), on_bucket()
     acknowledged: list[tuple[str, str]] = []
     writer = threading.Thread(target=write_until_killed, args=(frozen.url, "frozen", acknowledged))

@@ -42,7 +42,7 @@ def resource_of(result: Resource[Any] | ResourceMeta | None) -> Resource[Any]:
 
 
 class Conformance:
-    """The fixtures of the suite. The method `make` of a subclass returns the storage under test."""
+    """The fixtures of the suite. The method `make` of a subclass returns the factory under test."""
 
     durable: ClassVar[bool] = False
     """Whether acknowledged data survives the process."""

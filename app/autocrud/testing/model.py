@@ -194,9 +194,10 @@ class FailingCall:
 
 
 async def drop_entries(manager: ResourceManager[Any], ids: Collection[str] = ()) -> bool:
-    """Leave the index as programs before R4 of `reindexing` did when no body could be read, or not those of some ids.
+    """Empty the index entries of these ids, or of all resources. Programs before R4 of `reindexing` left such entries.
 
-    Returns False if the store keeps no findings. Such a store does not heal, or its index is made of the bodies at each start.
+    Returns False if the store keeps no findings. Such a store does not heal, or builds its index from the bodies at
+    each start.
     """
     store = storage_of(manager).meta_store
     if not isinstance(store, FindingsKeeping):

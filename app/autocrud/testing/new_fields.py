@@ -40,7 +40,7 @@ class NewFieldConformance(Conformance):
         ("later", "value"), [(float, 1.5), (str, "abc"), (dt.datetime, dt.datetime(2026, 1, 1, tzinfo=dt.UTC))]
     )
     async def test_an_indexed_field_may_change_its_type(self, root: Path, later: Any, value: Any) -> None:
-        """It may also change back while there are rows of both types."""
+        """The type may also change back while the store has rows of both types."""
         for type_, one in ((int, 5), (later, value), (int, 7)):
             struct = defstruct("Item", [("value", type_)])
             manager = ResourceManager(
