@@ -59,7 +59,7 @@ def test_the_user_is_created_once_and_has_the_rights_of_the_app(postgres, databa
 
 
 def test_sessions_of_the_user_have_the_settings_of_the_app(postgres, database):
-    """The settings are attributes of the user, so the app sends no SET. RDS Proxy would pin a session that sends SET."""
+    """The settings are stored with the user, so the app sends no SET. RDS Proxy would pin a session that sends SET."""
     for _ in range(2):
         bootstrap.inside(event(postgres, database), None)
     server = urlsplit(postgres)

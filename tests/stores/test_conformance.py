@@ -64,7 +64,7 @@ class TestMemoryDisk(OwnedConformance):
 
 
 class LooksAtOnce(S3ResourceStore):
-    """The index beside the bodies is looked at by each read, as the suite expects of what several instances share."""
+    """Each read checks the index beside the bodies, as the suite expects of a storage that instances share."""
 
     refresh_s = 0.0
 

@@ -121,7 +121,7 @@ def test_models_cannot_keep_their_data_in_one_place(objects, tmp_path, where):
 
 
 async def test_whoever_finds_that_a_key_was_used_tells_the_others(objects):
-    """The instance that committed may have ended before it did that."""
+    """The instance that committed may have ended before it told the others."""
     manager = manage(Factory(objects, 3600))
     told = []
 

@@ -225,7 +225,7 @@ def test_an_instance_that_dies_around_the_swap_leaves_all_or_nothing(objects, fa
 
 
 async def test_a_process_that_was_frozen_during_collection_is_rejected(objects):
-    """It has an old HEAD and an old copy. Meanwhile all was overwritten, compacted and collected."""
+    """The process has an old HEAD and an old copy. Meanwhile all was overwritten, compacted and collected."""
     zombie, other = instance(objects), instance(objects)
     created = await zombie.create(Note("0"))
     rid = created.meta.resource_id
