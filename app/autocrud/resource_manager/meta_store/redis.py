@@ -78,7 +78,7 @@ from .simple import SCAN_PAGE
 T = TypeVar("T")
 
 LOG_ENTRIES, LOG_BYTES = 10_000, 16 * 1024 * 1024
-"""What the log keeps at most. Who is further behind reads everything."""
+"""The largest log: in records, and in bytes. A replica that is further behind reads all data."""
 NOTES = 10_000
 """Txids that are kept."""
 COMMIT_TIMEOUT_S = 25.0
