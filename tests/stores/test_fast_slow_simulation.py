@@ -52,7 +52,7 @@ def two_processes(
     networks[1].server = world.servers[1 if apart else 0]
     stores = [kind(SimulatedFast(network), slow) for network in networks]
     for store in stores:
-        store._seal = b""  # they have read the fence already
+        store._store_id_prefix = b""  # they have read the fence already
     return world, slow, stores
 
 

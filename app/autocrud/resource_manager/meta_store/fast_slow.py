@@ -134,7 +134,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         self._fast, self._slow, self._fences = fast_store, slow_store, slow_store
         self._lease_s, self._leases = lease_s, fast_store.leases(lease_s)
         self._longest_s = lease_s  # the longest lease time that this process knows
-        self._seal: bytes | None = (
+        self._store_id_prefix: bytes | None = (
             None  # the id of the slow store, with which its entries begin; None until the fence was read
         )
         self._skip_until = self._adopt_after = float("-inf")
@@ -165,7 +165,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     @override
     async def get(self, resource_id: str) -> ResourceMeta:
-        await self._acquainted()
+        await self._learn_store_id()
         found = await self._look(resource_id)
         if isinstance(found, ResourceMeta):
             return found
@@ -177,7 +177,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
                 await self._adopt(found.server_epoch, fence)
         elif meta is not None:
             with self._skipping():
-                await self._leases.fill(resource_id, found, self._sealed(meta))
+                await self._leases.fill(resource_id, found, self._cache_value(meta))
         if meta is None:
             raise missing(resource_id)
         return meta
@@ -190,10 +190,10 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
                 found = await self._leases.read(resource_id)
         if not isinstance(found, bytes):
             return found
-        if self._seal is None or not found.startswith(self._seal):  # F10
+        if self._store_id_prefix is None or not found.startswith(self._store_id_prefix):  # F10
             return None
         try:
-            return meta_of(found[len(self._seal) :])
+            return meta_of(found[len(self._store_id_prefix) :])
         except StoreDamaged:  # damaged, or written by a program with other metadata
             return None
 
@@ -231,16 +231,17 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         # Runs to completion even if the caller is cancelled, so that END_WRITE follows each commit.
         return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
 
-    async def _acquainted(self) -> None:
+    async def _learn_store_id(self) -> None:
         """Read the fence before the first use of the fast store, for the id of the slow store and the lease time."""
-        if self._seal is None:
+        if self._store_id_prefix is None:
             self._seen(await self._fences.fence())
 
-    def _sealed(self, meta: ResourceMeta) -> bytes:
-        return (self._seal or b"") + _encode(meta)
+    def _cache_value(self, meta: ResourceMeta) -> bytes:
+        """Return the entry of the fast store for this metadata."""
+        return (self._store_id_prefix or b"") + _encode(meta)
 
     async def _commit(self, changes: list[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
-        await self._acquainted()
+        await self._learn_store_id()
         resource_ids = list(dict.fromkeys(change.meta.resource_id for change in changes))
         lease = None
         if resource_ids and time.monotonic() >= self._skip_until:
@@ -260,7 +261,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             raise
         if changes:
             left = {
-                meta.resource_id: b"" if change.purge else self._sealed(meta)
+                meta.resource_id: b"" if change.purge else self._cache_value(meta)
                 for change, meta in zip(changes, committed, strict=True)
             }
             await self._end_write(left, lease)
@@ -292,7 +293,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
                     fence = await self._adopt(server_epoch, fence)
             if self._proven(server_epoch, fence) and not wait:
                 return
-        await asyncio.sleep(began + _surely(self._longest_s) - time.monotonic())
+        await asyncio.sleep(began + _with_margin(self._longest_s) - time.monotonic())
 
     def _in_use(self, server_epoch: str, fence: Fence | None) -> bool:
         """Return whether entries may be stored in this epoch (F6)."""
@@ -300,19 +301,19 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     def _proven(self, server_epoch: str, fence: Fence | None) -> bool:
         """Return whether no other epoch has an entry from before the fence was read (F6)."""
-        return fence is not None and fence.server_epoch == server_epoch and fence.age_s >= _surely(self._longest_s)
+        return fence is not None and fence.server_epoch == server_epoch and fence.age_s >= _with_margin(self._longest_s)
 
     def _seen(self, fence: Fence) -> Fence:
         self._longest_s = max(self._longest_s, fence.lease_s)
-        self._seal = fence.store.encode()
+        self._store_id_prefix = fence.store.encode()
         return fence
 
     async def _adopt(self, server_epoch: str, fence: Fence) -> Fence:
         """Adopt this epoch if it is not in use, or its age is not known. Return the fence afterwards."""
         if (self._in_use(server_epoch, fence) and fence.age_s >= 0) or time.monotonic() < self._adopt_after:
             return fence
-        log.info("a fast store is taken into use that was not, or was restarted")
-        fence = self._seen(await self._fences.adopt(server_epoch, self._lease_s, 2 * _surely(self._longest_s)))
+        log.info("the fast store has a new server epoch; it is adopted")
+        fence = self._seen(await self._fences.adopt(server_epoch, self._lease_s, 2 * _with_margin(self._longest_s)))
         if fence.server_epoch != server_epoch:
             self._adopt_after = time.monotonic() + self._longest_s / 2
         return fence
@@ -383,7 +384,7 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     @override
     async def degradations(self) -> list[str]:
-        slower = f"reads come from the slow store, and writes wait {_surely(self._longest_s):.1f} s"
+        slower = f"reads come from the slow store, and writes wait {_with_margin(self._longest_s):.1f} s"
         found = await self._slow.degradations()
         try:
             server_epoch = await self._leases.server_epoch()
@@ -412,6 +413,6 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         await self._slow.close()
 
 
-def _surely(lease_s: float) -> float:
+def _with_margin(lease_s: float) -> float:
     """Return the seconds after which a lease has expired on every server, whose clock may run a few per cent slower."""
     return lease_s * 1.05 + 0.1

@@ -1,4 +1,4 @@
-"""PostgresMetaStore: metadata, records and index in PostgreSQL. How a commit holds is in `postgres.schema`.
+"""PostgresMetaStore: metadata, records and index in PostgreSQL. `backends.postgres.schema` has the commit protocol.
 
 PostgresMetaStore("postgresql://user:password@localhost:5432/mine", table_name="meta_article")
 """
@@ -87,20 +87,20 @@ log = logging.getLogger("crudstack.postgres")
 
 SCAN_PAGE = 500
 HEALTH_S = 1.5
-"""How long it may be silent when it is asked whether it answers; `/readyz` waits for 2 s."""
+"""Seconds after which a health check fails if the database does not answer; `/readyz` waits for 2 s."""
 RESOLVE_S = 15.0
-"""How long the outcome of a commit whose answer was lost is asked for."""
+"""Seconds for which the outcome of a commit is looked up after its reply was lost."""
 FENCE = """fast_life, fast_lease, CASE fast_since WHEN '-infinity' THEN 'infinity'::float8 WHEN 'infinity' THEN -1
 ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) END, fast_store"""
 RETRIED = ("40001", "40P01")
-"""SQLSTATEs of transactions that PostgreSQL ended for the sake of another one."""
+"""SQLSTATEs of serialization failures and deadlocks, after which a transaction is tried again."""
 
 
 class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     """A MetaStore in tables of a PostgreSQL database. Durable, and shared by any number of processes.
 
-    pg_dsn      of the database. TLS as in libpq: `?sslmode=verify-full&sslrootcert=...`
-    encoding    of the documents
+    pg_dsn      the address of the database. TLS as in libpq: `?sslmode=verify-full&sslrootcert=...`
+    encoding    the encoding of metadata documents
     table_name  the prefix of the names of its tables. It must not end like the name of one of them, like `:unique`
     password    makes the password of each new connection, if passwords expire
     max_size    how many connections to the database this process has at most, for all models together
@@ -154,7 +154,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
     # Connections
 
     async def _do(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
-        """`Pool.run`, in a schema that is there."""
+        """Run `work` on a connection of the pool, after the schema exists."""
         if self._spec_id is None:
             await self._open()
         return await self._on_pool(work, again=again, limited=limited)
@@ -180,7 +180,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         return self._schema.filled(statement)
 
     async def exists(self) -> bool:
-        """Return whether the tables are there, without making them. Raises StoreUnavailable."""
+        """Return whether the tables exist, without creating them. Raises StoreUnavailable."""
 
         async def look(connection: Connection) -> bool:
             cursor = await connection.execute("SELECT to_regclass(%s)", (self._schema.names["main"],))
@@ -315,7 +315,9 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                 cause = error.__cause__
                 if not isinstance(cause, psycopg.Error):
                     raise
-                if is_lost(cause) or cause.sqlstate == TOOK_TOO_LONG:  # which may also be said just after the end
+                if (
+                    is_lost(cause) or cause.sqlstate == TOOK_TOO_LONG
+                ):  # PostgreSQL may report this even if the transaction has just ended
                     if await self._happened(number):
                         return
                 elif cause.sqlstate == WRONG_ISOLATION:  # the session of a pooler; see `postgres.session`
@@ -331,7 +333,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                 return
 
     async def _happened(self, number: Any) -> bool:
-        """Return whether a call was committed whose answer was lost. If not, it never will be.
+        """Return whether a call whose reply was lost was committed. If not, it never will be.
 
         Raises OutcomeUnknown if the database does not answer for RESOLVE_S seconds.
         """
@@ -356,7 +358,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
                 await asyncio.sleep(0.2)
 
     async def _raise(self, cause: psycopg.Error, call: CommitArguments) -> None:
-        """Raise what the function means by an error; return if it is none of its own."""
+        """Raise the error that a SQLSTATE of the stored function stands for. Return if the SQLSTATE is another."""
         state, detail = cause.sqlstate, cause.diag.message_detail or ""
         if state == CONFLICT:
             change = next(change for change in call.changes if change.meta.resource_id == detail)

@@ -80,9 +80,9 @@ T = TypeVar("T")
 LOG_ENTRIES, LOG_BYTES = 10_000, 16 * 1024 * 1024
 """The largest log: in records, and in bytes. A replica that is further behind reads all data."""
 NOTES = 10_000
-"""Txids that are kept."""
+"""Number of transaction ids that Redis keeps."""
 COMMIT_TIMEOUT_S = 25.0
-"""How long an answer is sought; API Gateway waits for 30 s."""
+"""Seconds after which a commit is not tried again. API Gateway waits for 30 s."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 ATTEMPTS = 16
 PAUSE_S = 5
@@ -93,7 +93,7 @@ HIGHEST = 2**53
 class Known(NamedTuple):
     """The last known state of the store.
 
-    store       its id
+    store       the id of the store
     noted       how many txids it has noted
     text        its active unique fields, as it stores them
     generation  the generation of new bodies
@@ -114,8 +114,8 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     """A MetaStore in Redis or Valkey.
 
     redis_url  redis://, rediss:// (TLS) or unix://, with user and password, and the options of the driver
-    prefix     of all keys, one for each model
-    encoding   of the documents
+    prefix     the prefix of all keys, one for each model
+    encoding   the encoding of metadata documents
     password   makes the password of each new connection, if passwords expire
     """
 
@@ -259,7 +259,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     @override
     async def findings(self) -> Findings:
         kept = await self._call("HGET", self._meta_key, "findings")
-        if kept is None:  # where nothing was ever stored nothing is to be healed
+        if kept is None:  # an empty store needs no healing
             return Findings(healed=not (await self._look()).store)
         return msgspec.json.decode(kept, type=Findings)
 
@@ -287,7 +287,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
 
     @override
     async def advance_generation(self) -> int:
-        # Asked twice it advances twice, which is as good.
+        # If the command is sent again, the generation advances twice, which is harmless.
         return int(await self._call("HINCRBY", self._meta_key, "generation", 1))
 
     async def _transact(
@@ -327,7 +327,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         raise StoreUnavailable("Redis did not take this; nothing was changed, try again")
 
     async def _happened(self, transaction: tuple[Any, ...], deadline: float) -> bool:
-        """Return whether a transaction happened whose answer was lost. If not, it never will. Raises OutcomeUnknown."""
+        """Return whether a transaction with a lost reply happened. If not, it never will. Raises OutcomeUnknown."""
         loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_S
         while True:
             try:
@@ -377,7 +377,7 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         return [name for name in self._spec.unique if name not in known.unique]
 
     async def _adopt(self, known: Known, added: Sequence[str]) -> bool:
-        """Make fields unique. Return False if a resource is outdated, or was written meanwhile.
+        """Make fields unique. Return False if a resource is outdated, or was written at the same time.
 
         Raises ConfigError if resources share a value.
         """

@@ -59,15 +59,16 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     bucket, key        all objects lie below `{key}/`. A plain database that `export` wrote to `key` itself is imported
                        once. A function makes the key of the bound model
-    endpoint_url ...   of the S3 server. Without keys the ambient credentials are used, session token included
-    encoding           of the documents in the local copy
+    endpoint_url ...   the address and keys of the S3 server. Without keys the ambient credentials are used, session
+                       token included
+    encoding           the encoding of metadata documents in the local copy
     auto_sync          must be True: a write is durable before it is acknowledged
     sync_interval      seconds from a write to the merges and snapshots that are due. None: only `maintain` makes them.
                        It does not affect durability. It is the default of max_staleness
     enable_locking     must be True: the conditional PUT of HEAD cannot be turned off
-    consistency        of reads. "strong": a read sees every write that was acknowledged before it began. "bounded": the
-                       same, unless the last check of HEAD was sent less than `max_staleness` seconds ago. "local": a
-                       read sees the writes that this instance knows
+    consistency        what reads see. "strong": a read sees every write that was acknowledged before it began.
+                       "bounded": the same, unless the last check of HEAD was sent less than `max_staleness` seconds
+                       ago. "local": a read sees the writes that this instance knows
     max_staleness      seconds, or a function that is called at each read
     tail_bytes         how many bytes of the newest records each write contains
     max_batch          how many transactions share one PUT of HEAD at most
@@ -180,7 +181,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
     # Reading
 
     async def _read(self, work: Callable[[apsw.Connection], T], *, quick: bool = False) -> T:
-        """Read the local copy, once it is as new as the consistency asks for. `quick` as in `Replica.read`."""
+        """Read the local copy, after it is as new as `consistency` requires. `Replica.read` explains `quick`."""
         replica, loop_state = self._replica, self._loop_state()
         await replica.open()
         if self._consistency == "strong" or replica.unapplied_version:
@@ -204,7 +205,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
     @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
         await self._replica.open()
-        if not peek:  # whatever the consistency of reads: what this does not find is done
+        if not peek:  # with every `consistency`, because a request whose key is not found is carried out
             await self._replica.coalesced_check()
         return await self._replica.read(lambda db: self._tables.done(db, key), quick=True)
 
@@ -235,7 +236,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             after = page[-1].resource_id
 
     async def refresh(self) -> None:
-        """Bring the local copy up to what is acknowledged now."""
+        """Update the local copy to all writes that are acknowledged now."""
         await self._replica.open()
         await self._replica.coalesced_check()
 
@@ -250,7 +251,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
 
     @override
     async def unreferenced(self, uids: Sequence[str]) -> list[str]:
-        await self.refresh()  # whatever the consistency of reads: what this finds is removed
+        await self.refresh()  # with every `consistency`, because the bodies that are found here are removed
         return await self._replica.read(lambda db: self._tables.unreferenced(db, uids))
 
     @override
@@ -332,9 +333,9 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         await self._replica.open()
         loop_state, deadline = self._loop_state(), time.monotonic() + budget_s
         if await self._read(lambda db: db.execute("SELECT 1 FROM purges LIMIT 1").get):
-            await self._forget()  # the process that purged was stopped before it did this
+            await self._forget()  # the purging process was stopped before this step
         else:
-            await self._replica.blocking(lambda copy: copy.checkpoint())  # of what was purged elsewhere
+            await self._replica.blocking(lambda copy: copy.checkpoint())  # of resources that other processes purged
         await loop_state.keep_house(deadline)
         if time.monotonic() < deadline:
             await loop_state.housekeeping.collect()
@@ -361,14 +362,14 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         return await self._replica.head()
 
     async def exists(self) -> bool:
-        """Return whether the store, or a plain database to import, is there, without making it."""
+        """Return whether the store, or a plain database to import, exists, without creating it."""
         async for _ in self._objects.list(f"{self.key}/"):
             return True
         return await self._objects.get(self.key) is not None
 
     async def export(self, path: str | Path | None = None) -> None:
         """Write the database as one plain SQLite file: to `path`, or as the object `export_key`."""
-        await self._read(self._tables.generation)  # as new as the consistency asks for
+        await self._read(self._tables.generation)  # as new as `consistency` requires
         if path is not None:
             await self._replica.blocking(lambda copy: copy.copy_to(Path(path)))
         elif self._export_key is None:

@@ -165,7 +165,9 @@ class CachedS3ResourceStore(S3ResourceStore):
             task = asyncio.create_task(self._delete(uids))
             self._deletions.add(task)
             task.add_done_callback(self._deletions.discard)
-            await shielded(task)  # no sweep removes bodies from caches, so it completes even if the caller is cancelled
+            await shielded(
+                task
+            )  # the deletion completes even if the caller is cancelled, because no sweep cleans caches
 
     async def _delete(self, uids: Sequence[str]) -> None:
         try:
