@@ -75,12 +75,12 @@ def test_the_kinds_are_those_of_the_app():
     ("storage", "needs", "extras"),
     [
         ("s3-sqlite", set(), set()),
-        ("cached-s3", set(), {"cache"}),
+        ("cached-s3", set(), set()),
         ("postgres-s3", {"postgres"}, {"postgres"}),
         ("redis-postgres", {"postgres", "cache"}, {"postgres", "redis"}),
-        ("mq-cached-s3", {"broker"}, {"amqp", "cache"}),
-        ("full", {"postgres", "cache", "broker"}, {"postgres", "redis", "amqp", "cache"}),
-        (Pair(meta="postgres", resource="cached-s3"), {"postgres"}, {"postgres", "cache"}),
+        ("mq-cached-s3", {"broker"}, {"amqp"}),
+        ("full", {"postgres", "cache", "broker"}, {"postgres", "redis", "amqp"}),
+        (Pair(meta="postgres", resource="cached-s3"), {"postgres"}, {"postgres"}),
     ],
 )
 def test_what_a_storage_needs(storage, needs, extras):

@@ -106,7 +106,7 @@ def test_make_run_after_localstack_lost_its_data(tmp_path: Path):
             ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
         assert refused.returncode != 0
-        command = re.search(r"which remember them: (rm -r .*)", refused.stderr)
+        command = re.search(r"remove the local copies: (rm -r .*)", refused.stderr)
         assert command is not None, refused.stderr
         subprocess.run(["bash", "-c", command[1]], cwd=ROOT, check=True)
         with serving(script, url, tmp_path / "log") as client:
