@@ -31,7 +31,6 @@ broker is not set, the app uses the one of the stack.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -452,6 +451,8 @@ def _decoded(text: str, type_: Any, name: str, like: str | None = None) -> Any:
 
 def is_loopback(host: str) -> bool:
     """Return whether a host is `localhost` or a loopback address, so that no other machine can reach it."""
+    import ipaddress  # late: AWS Lambda does not need it
+
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
