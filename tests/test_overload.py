@@ -209,7 +209,7 @@ async def test_unread_answers_refuse_only_large_answers():
 
 
 @pytest.mark.parametrize("seed", range(100))
-async def test_cancellation_neither_loses_nor_adds_a_slot(seed):
+async def test_cancellation_keeps_the_number_of_slots(seed):
     """Requests enter, return after their body, fail, are cancelled and give up, in any order."""
     chance = random.Random(seed)
     limit = chance.randint(1, 4)

@@ -49,7 +49,7 @@ async def test_calls_are_numbered_after_one_that_is_not_counted():
     assert asked == [0, *range(found["calls"])]
 
 
-async def test_what_is_async_is_awaited():
+async def test_async_functions_are_awaited():
     done = []
 
     async def call(at):

@@ -219,7 +219,7 @@ def test_aws_upgrades_its_valkey_and_nothing_is_replaced(engine):
     assert_unchanged(stack.up())
 
 
-def test_a_secret_that_somebody_deleted_is_made_anew_and_the_broker_follows(engine):
+def test_a_deleted_secret_is_made_again_and_the_broker_follows(engine):
     version = "aws:secretsmanager/secretVersion:SecretVersion"
     stack = engine.stack("test", StackConfig(storage="mq-cached-s3"))
     assert stack.up().error == ""

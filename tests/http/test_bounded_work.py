@@ -280,7 +280,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("limit", ACCEPTED)
-async def test_what_is_just_within_a_limit_is_taken(api, limit):
+async def test_a_value_at_a_limit_is_accepted(api, limit):
     method, path, body, headers, status = ACCEPTED[limit]
     headers = {"content-type": "application/json", **headers}
     answer = await api.request(method, httpx.URL("http://test", raw_path=path.encode()), content=body, headers=headers)
@@ -295,7 +295,7 @@ async def test_a_patch_makes_no_data_that_no_body_may_be(api):
     assert (refused.status_code, refused.json()["type"]) == (413, "urn:crudstack:data-too-large")
 
 
-async def test_what_exceeds_a_limit_already_can_be_changed_elsewhere(api, monkeypatch):
+async def test_other_parts_of_data_above_a_limit_can_be_changed(api, monkeypatch):
     monkeypatch.setattr(json_shape, "MAX_DEPTH", 1000)
     deep = b'{"x":' + b"[" * 300 + b"]" * 300 + b"}"
     made = await api.post("/bag", content=deep, headers={"content-type": "application/json"})

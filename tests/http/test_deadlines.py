@@ -85,7 +85,7 @@ def left(count: int) -> Any:
     return lambda: Deadline(count / OPERATIONS_PER_S, 1, clock=Clock())
 
 
-def test_what_is_left_is_a_share_of_a_cpu():
+def test_the_time_that_is_left_is_a_share_of_a_cpu():
     clock = Clock()
     for cpus, share in ((1, 1), (4, 1), (0.25, 0.25)):
         deadline = Deadline(10, cpus, clock=clock)
@@ -110,7 +110,7 @@ def test_without_a_deadline_nothing_is_refused():
     check_time(2**60)
 
 
-def test_what_the_limits_allow_is_in_time_with_512_mb_and_29_s():
+def test_work_within_the_limits_is_in_time_with_512_mb_and_29_s():
     """The largest data, the largest patch, and copies in it."""
     assert MOST_PARTS == MAX_VALUES + MAX_NAMES + CONTAINER_STEPS * MAX_CONTAINERS
     largest = 6 * 1024 * 1024 // STEP_BYTES + MOST_PARTS
@@ -221,7 +221,7 @@ async def test_a_list_of_fields_ends_where_the_time_does(api, timed):
     assert (await api.get("/bag?sort=author&limit=200&fields=author,names")).status_code == 503
 
 
-async def test_what_was_written_late_is_told_briefly(api, timed):
+async def test_a_late_write_invalidates_caches_for_a_short_time(api, timed):
     """The time ends after the commit, when there is a large answer to send."""
     seen = []
     for looks in range(60):

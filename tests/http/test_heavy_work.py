@@ -34,7 +34,7 @@ class Slot:
         self.held = True
 
 
-async def test_who_waits_for_the_lane_has_no_turn_meanwhile():
+async def test_a_request_that_waits_for_the_lane_holds_no_turn():
     slot = Slot()
     token = threads.TURN.set(slot)
     try:
@@ -46,7 +46,7 @@ async def test_who_waits_for_the_lane_has_no_turn_meanwhile():
         threads.TURN.reset(token)
 
 
-async def test_what_waits_for_the_lane_is_bounded(api, monkeypatch):
+async def test_the_queue_for_the_lane_is_bounded(api, monkeypatch):
     monkeypatch.setattr(threads, "MAX_WAITING", 1_000_000)
     go = threading.Event()
     first = asyncio.create_task(threads.heavy(2_000_000, lambda: go.wait(30)))  # alone it may be larger
@@ -86,7 +86,7 @@ async def test_few_large_bodies_are_worked_on_at_once(api, monkeypatch):
     assert (turns.used, turns.waiting_bytes, len(turns._waiting)) == (0, 0, 0)
 
 
-async def test_a_turn_for_a_large_body_is_given_back_by_whoever_does_not_wait_for_it(monkeypatch):
+async def test_a_cancelled_waiter_gives_back_its_turn_for_a_large_body(monkeypatch):
     monkeypatch.setattr(threads, "AT_ONCE", 10)
     turns = threads.LargeTurns()
     await turns.take(1, 10)

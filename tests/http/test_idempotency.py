@@ -116,7 +116,7 @@ async def test_in_flight(api, crud, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 256, "ä"])
-async def test_what_is_no_key(api, name):
+async def test_texts_that_are_not_keys(api, name):
     answer = await api.post("/note", json={"title": "Sun"}, headers={"idempotency-key": name.encode()})
     problem(answer, 400, "invalid-condition")
 

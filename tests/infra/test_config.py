@@ -83,7 +83,7 @@ def test_the_kinds_are_those_of_the_app():
         (Pair(meta="postgres", resource="cached-s3"), {"postgres"}, {"postgres"}),
     ],
 )
-def test_what_a_storage_needs(storage, needs, extras):
+def test_the_servers_and_extras_of_a_storage(storage, needs, extras):
     assert StackConfig(storage=storage).servers == needs
     assert StackConfig(storage=storage).extras == extras
     assert StackConfig(storage_overrides={"article": storage}).servers == needs
@@ -197,7 +197,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("values", "sentence"), REFUSED, ids=[f"{n}-{'-'.join(v)}" for n, (v, _) in enumerate(REFUSED)]
 )
-def test_what_makes_no_sense_is_one_sentence_with_key_found_and_allowed(values, sentence):
+def test_a_wrong_value_is_one_sentence_with_key_found_and_allowed(values, sentence):
     with pytest.raises(ConfigError) as refused:
         read(values)
     said = str(refused.value)

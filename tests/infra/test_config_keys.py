@@ -130,7 +130,7 @@ def test_a_key_that_is_no_setting_is_removed():
     assert "anything is no setting, so the command removes it" in said
 
 
-def test_what_the_project_s_own_key_says_is_kept():
+def test_the_value_of_the_project_s_own_key_is_kept():
     said = refused(keys({"crudstack:log_days": "90", "myproject:log_days": "7"}))
     assert command(said) == [[*RM, "crudstack:log_days"]]
     assert "myproject:log_days is set to 7 as well, and the command keeps that" in said

@@ -59,7 +59,7 @@ def nested_keys() -> set[str]:
 
 
 @pytest.mark.parametrize(("module", "name"), [(reference, "config"), (costs, "costs")])
-def test_what_is_made_is_fresh(module, name):
+def test_the_generated_pages_are_current(module, name):
     assert (ROOT / f"docs/{name}.md").read_text() == module.page(), "make docs"
 
 
@@ -117,7 +117,7 @@ def test_every_registered_type_has_a_price_or_is_free(name):
     assert endpoint == pytest.approx(interfaces * ZONES * 730 * 0.01)
 
 
-def test_what_is_assumed_of_s3_sqlite_was_measured():
+def test_the_assumed_costs_of_s3_sqlite_were_measured():
     def measured(operation: str) -> tuple[float, float, int]:
         row = next(row for row in rows(RESULTS, "S3-SQLite: one writer") if row[0].startswith(f"{operation}, "))
         asked = {kind: float(count) for count, kind in re.findall(r"([\d.]+) (\w+)", row[4])}
@@ -130,7 +130,7 @@ def test_what_is_assumed_of_s3_sqlite_was_measured():
     assert measured("count")[1] == 1
 
 
-async def test_what_is_assumed_of_logs_is_what_is_written():
+async def test_the_assumed_size_of_logs_is_the_written_one():
     written = []
 
     async def app(_scope, _receive, send):
@@ -198,7 +198,7 @@ def test_every_sum_in_the_page_is_right_and_they_add_up():
         assert found[kind] == pytest.approx(months[kind], abs=0.006)
 
 
-def test_a_price_that_nobody_knows_is_no_price():
+def test_an_unknown_price_is_not_a_price():
     with pytest.raises(KeyError, match=r"db\.r6g\.large"):
         list(costs.lines(read({"storage": "full", "postgres": '{"class": "db.r6g.large"}'}), 1))
 
@@ -376,7 +376,7 @@ def test_a_bucket_that_is_left_goes_with_all_its_versions(ministack_s3):
 # The page about security
 
 
-def test_who_may_do_what_is_what_the_roles_say():
+def test_permissions_follow_the_roles():
     found: dict[str, set[str]] = {}
     for who, actions, *_ in rows(SECURITY, "On AWS"):
         found.setdefault(who.strip("`"), set()).update(re.findall("`(.*?)`", actions))

@@ -180,7 +180,7 @@ STATE = {
 }
 
 
-def test_what_is_protected_in_a_state():
+def test_the_protected_resources_of_a_state():
     assert [each.name for each in protected(STATE)] == ["crudstack-prod-data", "crudstack-prod-api"]
     # A stack that was only just made.
     assert protected({"version": 3, "deployment": {"manifest": {}}}) == []

@@ -72,7 +72,7 @@ FULL = "full-dev"
 
 @pytest.mark.parametrize("access", ["read", "write"])
 @pytest.mark.parametrize("prefix", ["", "data/", "tenants/a/"])
-def test_what_a_link_to_the_bucket_allows(access, prefix):
+def test_the_permissions_of_a_grant_for_the_bucket(access, prefix):
     def program():
         grant = DataBucket(StackContext("crudstack-dev", False, {})).grant(access, prefix)
         return {"policy": policy(grant.statements), "prefix": grant.outputs["prefix"]}
@@ -295,7 +295,7 @@ def test_a_program_that_waits_for_ever_ends_with_a_timeout_and_others_can_run_af
     assert record(lambda: {"answer": 42}).outputs == {"answer": 42}
 
 
-def test_what_fails_in_the_program_fails_here():
+def test_a_failure_of_the_program_fails_the_run():
     def program():
         raise LookupError("planted")
 

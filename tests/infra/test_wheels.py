@@ -124,7 +124,7 @@ def everything(tmp_path_factory):
     return directory / "installed"
 
 
-def test_what_was_tried_is_what_is_locked(everything):
+def test_the_tried_versions_are_the_locked_ones(everything):
     """After `make lock`: run the tests with the new versions, then write them into TRIED."""
     installed = dict(wheels._name_and_version(info) for info in everything.glob("*.dist-info"))
     assert {name: tried.version for name, tried in TRIED.items()} == installed
@@ -164,7 +164,7 @@ def elf_with_sections() -> bytes:
     return bytes(header + segment) + bytes(80)
 
 
-def test_what_one_machine_installs_is_what_another_installs(tmp_path):
+def test_two_machines_install_the_same_files(tmp_path):
     """Nothing of the installer, of its version, or of this machine's paths is in it, and no order of its own."""
     python = interpreter(LAMBDA.python)
     line = wheel(tmp_path, "mine-lib", "1.5", FILES)

@@ -149,7 +149,7 @@ async def test_a_full_disk_empties_caches_and_no_request_fails(objects, disk):
     await manager.storage.close()
 
 
-async def test_what_killed_processes_left_is_removed_before_a_request_fails(objects, disk):
+async def test_copies_of_killed_processes_are_removed_before_a_request_fails(objects, disk):
     manager = instance(objects)
     await manager.create(note(0), resource_id="note")
     gone = disk / f"{temporary.PREFIX}{'0' * 16}"  # it was still alive when this process looked

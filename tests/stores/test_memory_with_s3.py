@@ -120,7 +120,7 @@ def test_models_cannot_keep_their_data_in_one_place(objects, tmp_path, where):
         crud.add_model(Item, name="other")
 
 
-async def test_whoever_finds_that_a_key_was_used_tells_the_others(objects):
+async def test_an_instance_that_finds_a_used_key_invalidates_the_others(objects):
     """The instance that committed may have ended before it told the others."""
     manager = manage(Factory(objects, 3600))
     told = []
@@ -135,7 +135,7 @@ async def test_whoever_finds_that_a_key_was_used_tells_the_others(objects):
     await manager.close()
 
 
-async def test_nobody_is_refused_upon_an_old_state(objects):
+async def test_no_request_is_refused_because_of_an_old_state(objects):
     one, other = manage(Factory(objects, 3600)), manage(Factory(objects, 3600))
     await one.open()
     await other.open()

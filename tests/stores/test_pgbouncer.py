@@ -204,7 +204,7 @@ async def test_a_client_that_is_stopped_in_a_transaction_keeps_no_lock(address, 
 
 
 @pytest.mark.usefixtures("brief_statements", "brief_transactions")
-async def test_where_the_settings_come_from(address, name, request):
+async def test_the_sources_of_the_settings(address, name, request):
     """From the role if the bootstrap ran: then nothing is in front of a statement."""
     manager = manager_of(address, name)
     await manager.create(Note("a"))

@@ -142,7 +142,7 @@ async def test_a_purge_says_what_it_could_not_do(manager, tmp_path):
 
 
 @pytest.mark.parametrize("where", FILES)
-async def test_who_starts_meanwhile_is_told_and_readers_of_other_stores_go_on(manager, tmp_path, where):
+async def test_a_process_that_starts_gets_an_error_and_other_stores_are_read(manager, tmp_path, where):
     with stopped(tmp_path / FILES[where]):
         others = [manage(DiskStorageFactory(tmp_path)) for _ in range(6)]  # more than there are threads for reads
         asked = [asyncio.create_task(told(other.get("a"))) for other in others]
@@ -179,7 +179,7 @@ def test_a_process_ends(tmp_path, where):
         process.communicate()
 
 
-async def test_who_is_done_hears_it_though_another_write_waits(tmp_path):
+async def test_a_completed_write_is_acknowledged_while_another_one_waits(tmp_path):
     """Both in one turn of the committer: the first one needs one lock, the other one two."""
     one, other = (FileDatabase(tmp_path / f"{name}.sqlite", lambda _: None) for name in ("one", "other"))
     for each in (one, other):

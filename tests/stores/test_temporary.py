@@ -55,7 +55,7 @@ def names(tmp: Path) -> list[str]:
     return sorted(path.name for path in tmp.iterdir())
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp):
+def test_the_directory_of_a_killed_process_is_removed_by_the_next(tmp):
     killed = process(HOLD)
     left = Path(killed.stdout.readline().strip())
     ends(killed)
@@ -65,7 +65,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp):
     assert names(tmp) == []
 
 
-def test_what_a_living_process_uses_stays_even_if_it_is_stopped():
+def test_the_directory_of_a_stopped_process_stays():
     living = process(HOLD)
     path = Path(living.stdout.readline().strip())
     living.send_signal(signal.SIGSTOP)
@@ -121,7 +121,7 @@ def test_a_program_that_a_killed_process_started_keeps_nothing(tmp):
     parent.communicate()
 
 
-def test_what_is_not_ours_stays(tmp, monkeypatch):
+def test_directories_of_other_programs_stay(tmp, monkeypatch):
     precious = tmp / "precious"
     precious.mkdir()
     (precious / "file").touch()
@@ -239,7 +239,7 @@ def age(path: Path, seconds: float) -> None:
     os.utime(path, (then, then))
 
 
-def test_an_old_copy_that_nobody_has_open_is_removed(tmp):
+def test_an_old_copy_that_no_process_has_open_is_removed(tmp):
     path = old(tmp)
     remove_abandoned()
     assert path.exists(), "it is young, so it may be in the making"
@@ -276,7 +276,7 @@ def test_a_directory_of_another_program_with_a_like_name_stays(tmp):
     assert path.exists()
 
 
-def test_where_directories_cannot_be_locked_they_work_and_it_is_said(tmp, monkeypatch, caplog):
+def test_directories_without_locks_work_and_the_log_says_so(tmp, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(9, "Bad file descriptor")
 

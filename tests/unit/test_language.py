@@ -65,6 +65,19 @@ def test_docstrings_do_not_begin_with_a_clause():
     assert not found
 
 
+def test_names_of_tests_say_the_behaviour():
+    """A name is not a clause like `test_what_is_...`, and has none of the words."""
+    clause = re.compile(r"test_(what|whether|who|whom|whose|where|which|whoever|whatever|whichever)_")
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
+        for path in tracked("tests/*.py", "app/autocrud/testing/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+        if clause.match(node.name) or FORBIDDEN.search(node.name.replace("_", " "))
+    ]
+    assert not found
+
+
 def test_subjects_and_words_are_found():
     assert [
         word for word in ("nobody", "Upon", "keeps its word", "had it") if not FORBIDDEN.search(f"x {word} y")

@@ -67,7 +67,7 @@ def test_conditions_are_joined_by_and():
         ("tags", "x"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_the_parameter_s_name(name, value):
+def test_a_wrong_parameter_is_refused_by_its_name(name, value):
     with pytest.raises(InvalidQuery) as refused:
         parse_search([(name, value)], CODEC, "item")
     assert name.partition("[")[0] in refused.value.detail

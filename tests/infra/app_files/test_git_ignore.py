@@ -17,7 +17,7 @@ from infra.ignored_files import FileRules, GitRules, rules_for
 from tests.infra.app_files.trees import chosen, git, put
 
 
-def test_what_git_ignores_stays_out(project, tmp_path):
+def test_ignored_files_stay_out(project, tmp_path):
     put(
         project.parent,
         ".gitignore",
@@ -54,7 +54,7 @@ def test_a_directory_that_git_ignores_is_not_walked(project, monkeypatch):
     assert walked == ["app"]
 
 
-def test_what_git_tracks_is_not_ignored(app, tmp_path):
+def test_tracked_files_are_not_ignored(app, tmp_path):
     git(app.parent, "init", "--quiet")
     put(app.parent, ".gitignore", content="data/\n*.json\n")
     put(app, "data/kept.json", "data/more/kept.json", "data/no.json", "data/other/no.json", "kept.json", "no.json")
@@ -114,7 +114,7 @@ def test_the_name_of_a_file_is_no_pattern_for_tracked_files(app, tmp_path):
     assert chosen(app, tmp_path)[0] == ["data1.d/x.txt", "key1.json", "models.py"]
 
 
-def test_what_git_ignores_stays_out_of_a_clone_within_the_project_too(project, tmp_path):
+def test_ignored_files_of_a_clone_within_the_project_stay_out(project, tmp_path):
     put(project.parent, ".gitignore", content="credentials.json\n")
     put(project, "lib/m.py", "lib/credentials.json", "lib/mine.json", "lib/.gitignore", content="mine.json\n")
     if shutil.which("git") is None:

@@ -95,7 +95,7 @@ def test_databases_are_known_by_their_content(app, tmp_path, start):
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("before", [0, 100, app_files.BLOCK - 15, app_files.BLOCK - 1, 3 * app_files.BLOCK - 8])
-def test_private_keys_are_found_wherever_they_are(app, tmp_path, before, encoding):
+def test_private_keys_are_found_in_every_directory(app, tmp_path, before, encoding):
     put(app, "data.json", content=b"\0" * before + PEM.encode(encoding))
     files, left_out = chosen(app, tmp_path)
     assert files == ["models.py"]
@@ -186,7 +186,7 @@ def make_socket(path: Path) -> None:
         ("a\nb\x1b", os.mkfifo, "a\\nb\\x1b is a pipe, expected a file"),
     ],
 )
-def test_what_is_no_file_is_one_sentence_with_its_path(project, tmp_path, name, make, kind):
+def test_a_path_that_is_not_a_file_is_one_sentence(project, tmp_path, name, make, kind):
     make(project / name)
     with pytest.raises(ConfigError) as raised:
         select(project)
@@ -207,7 +207,7 @@ def test_a_device_is_one_sentence(app):
         select(app)
 
 
-def test_what_cannot_be_read_is_one_sentence():
+def test_an_unreadable_file_is_one_sentence():
     with tempfile.TemporaryDirectory() as name:
         app = Path(name, "project/app")
         put(app, "models.py", "closed/x", "secret.json")

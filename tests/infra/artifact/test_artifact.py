@@ -200,7 +200,7 @@ def test_files_of_the_app_that_are_private_stay_here(cache, small_app, tmp_path)
     assert deployed == {"app/__init__.py", "app/page.html", "app/more/cli.py"}
 
 
-def test_what_was_left_out_is_reported_and_makes_no_other_zip(cache, small_app, tmp_path):
+def test_left_out_files_are_reported_and_do_not_change_the_zip(cache, small_app, tmp_path):
     before = build(tmp_path / "x.zip", app=small_app, cache=cache)
     (small_app.parent / ".gitignore").write_text("*.json\n")
     for name in ("a.json", "prod.env", "models.py~", "node_modules/x/i.js"):

@@ -86,7 +86,7 @@ ZEROS = f"sha256:{'0' * 64}"
         ("LOCKED", {"UV_INDEX_URL": "http://127.0.0.1:9/", "UV_NO_CACHE": "1"}, "Failed to fetch", "Check the network"),
     ],
 )
-def test_what_uv_says_of_a_requirement_is_one_sentence_and_leaves_nothing(
+def test_an_error_of_uv_is_one_sentence_and_leaves_nothing(
     app, tmp_path, monkeypatch, requirement, environment, reason, advice
 ):
     for name, value in {"UV_HTTP_RETRIES": "0", **environment}.items():
@@ -176,7 +176,7 @@ def test_an_unknown_platform_is_refused(app, tmp_path):
     ],
     ids=["zipped", "unpacked"],
 )
-def test_what_lambda_would_refuse_is_refused_here(cache, small_app, tmp_path, content, message):
+def test_a_zip_that_lambda_would_refuse_is_refused(cache, small_app, tmp_path, content, message):
     (small_app / "data").mkdir()
     (small_app / "data/a.bin").write_bytes(content())
     out = tmp_path / "out" / "x.zip"
@@ -189,7 +189,7 @@ def test_what_lambda_would_refuse_is_refused_here(cache, small_app, tmp_path, co
     assert out.read_bytes() == b"the last one"
 
 
-def test_what_is_too_large_unpacked_is_not_even_copied(cache, small_app, tmp_path, monkeypatch):
+def test_files_that_are_too_large_unpacked_are_not_copied(cache, small_app, tmp_path, monkeypatch):
     monkeypatch.setattr(app_files, "copy", lambda *_: pytest.fail("it copies"))
     with (small_app / "sparse.bin").open("wb") as file:
         file.truncate(artifact.MAX_UNPACKED)

@@ -17,7 +17,7 @@ from tests.stores.redis.helpers import Note, RedisAndDisk, keyed, meta_store
 from tests.tcp_proxy import TcpProxy
 
 
-async def test_what_operations_cost(instance, valkey, proxy):
+async def test_the_number_of_operations_of_a_text(instance, valkey, proxy):
     manager = instance(url=proxy.url_for(valkey))
     created = await manager.create(Note("0", "a"))
     await manager.count()
@@ -65,7 +65,7 @@ async def test_models_share_their_connections(instance, tmp_path, server):
     await other.close()
 
 
-async def test_connections_cut_while_idle_cost_nobody_a_request(instance, server):
+async def test_connections_cut_while_idle_fail_no_request(instance, server):
     manager = instance()
     created = await asyncio.gather(*(manager.create(Note(f"{number}")) for number in range(10)))
     for _ in range(2):

@@ -80,7 +80,7 @@ async def test_a_refusal_that_was_forgotten_still_holds(instance, valkey, proxy,
         await meta_store(manager).get("r")
 
 
-async def test_what_was_sent_to_a_store_changes_nothing_in_its_next_life(instance, valkey, proxy, server):
+async def test_late_commands_change_nothing_after_the_store_was_replaced(instance, valkey, proxy, server):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "other")
     await lose_a_request(proxy, meta_commit(manager, "r"))
@@ -94,7 +94,7 @@ async def test_what_was_sent_to_a_store_changes_nothing_in_its_next_life(instanc
         await meta_store(manager).get("r")
 
 
-async def test_whoever_was_silent_for_long_may_still_write(instance, monkeypatch):
+async def test_a_program_without_requests_for_long_can_still_write(instance, monkeypatch):
     monkeypatch.setattr(meta_store_redis, "NOTES", 3)
     silent, busy = instance(), instance()
     await silent.create(Note("0"))
@@ -104,7 +104,7 @@ async def test_whoever_was_silent_for_long_may_still_write(instance, monkeypatch
     assert await silent.count() == 12
 
 
-async def test_what_became_of_it_is_not_known_where_the_store_is_another_one(instance, valkey, proxy, server):
+async def test_the_outcome_is_unknown_if_the_store_is_another_one(instance, valkey, proxy, server):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "other")
     with pytest.raises(OutcomeUnknown):
@@ -119,7 +119,7 @@ async def test_what_became_of_it_is_not_known_where_the_store_is_another_one(ins
         await lose_an_answer(proxy, meta_commit(manager, "s"), begin_another_life)
 
 
-async def test_what_became_of_it_is_not_known_where_nobody_can_be_asked(tmp_path_factory, monkeypatch):
+async def test_the_outcome_is_unknown_if_no_server_answers(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(meta_store_redis, "COMMIT_TIMEOUT_S", 0.0)
     own = Valkey(tmp_path_factory.mktemp("own"))
     own.start()
@@ -188,7 +188,7 @@ async def test_a_server_that_refuses_changes_nothing(instance, server):
     assert await texts(manager) == ["2"]
 
 
-async def test_whoever_stops_waiting_leaves_no_answer_to_the_next(instance, valkey, proxy):
+async def test_a_cancelled_caller_leaves_no_answer_to_the_next(instance, valkey, proxy):
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "a")
     proxy.hold()

@@ -115,7 +115,7 @@ async def test_a_field_becomes_unique_while_others_write(instance):
 # What only this store must take care of
 
 
-async def test_no_id_is_anybody_elses_key(valkey, tmp_path):
+async def test_an_id_is_never_the_key_of_another_resource(valkey, tmp_path):
     """Prefixes that look like another store's keys, and ids that look like its prefix."""
     prefixes = [f"{tmp_path.name}:", f"{tmp_path.name}:res:", f"{tmp_path.name}:res:a", f"{tmp_path.name}:m", "", "me"]
     stores = [RedisMetaStore(valkey, prefix=prefix) for prefix in prefixes]

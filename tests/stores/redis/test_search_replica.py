@@ -40,7 +40,7 @@ async def test_a_store_that_was_flushed_is_an_empty_one(instance, server):
     assert await texts(second) == await texts(first) == ["4"]
 
 
-async def test_whoever_slept_for_longer_than_the_log_reaches_reads_everything_anew(instance, monkeypatch):
+async def test_a_replica_behind_the_log_reads_all_data_again(instance, monkeypatch):
     monkeypatch.setattr(meta_store_redis, "LOG_ENTRIES", 5)
     awake, asleep = instance(), instance()
     for number in range(4):
