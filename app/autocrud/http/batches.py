@@ -29,7 +29,7 @@ from ..resource_manager.engine.operations import (
     Switch,
     Update,
 )
-from ..resource_manager.model.codec import Codec, Document, invalid_data, parse_json
+from ..resource_manager.model.codec import Codec, ModelData, invalid_data, parse_json
 from ..resource_manager.runtime.deadline import operations
 from .conditions import parse_version
 from .json_patch import MAX_OPERATIONS
@@ -165,7 +165,7 @@ def _parsed(
         if isinstance(given, CreateOperation):
             if given.id is not None:
                 check_id(given.id)
-            return Create(_document(given.data, codec), given.id, given.status)
+            return Create(_model_data(given.data, codec), given.id, given.status)
         if given.if_match is None and require_if_match:
             raise PreconditionRequired("send the ETag of the state that you want to change as if_match")
         return _on_existing(given, codec, size, work, max_body)
@@ -177,9 +177,9 @@ def _on_existing(given: Any, codec: Codec[Any], size: int, work: int, max_body: 
     on: dict[str, Any] = {"resource_id": given.id, "expect": _expect(given.if_match)}
     match given:
         case UpdateOperation(data=data, status=status):
-            return Update(**on, data=_document(data, codec), status=status)
+            return Update(**on, data=_model_data(data, codec), status=status)
         case ModifyOperation(data=data):
-            return Modify(**on, data=_document(data, codec))
+            return Modify(**on, data=_model_data(data, codec))
         case PatchOperation(patch=patch, mode=mode, status=status):
             if mode == "modify" and status != "stable":
                 raise InvalidData("modify keeps the status", (Violation("/status", "modify keeps the status"),))
@@ -202,7 +202,7 @@ def _on_existing(given: Any, codec: Codec[Any], size: int, work: int, max_body: 
             return Purge(**on)
 
 
-def _document(data: Raw, codec: Codec[Any]) -> Document[Any]:
+def _model_data(data: Raw, codec: Codec[Any]) -> ModelData[Any]:
     try:
         return codec.parse(bytes(data))
     except InvalidData as error:

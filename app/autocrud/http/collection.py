@@ -42,8 +42,8 @@ class CollectionRoutes:
     async def create(self, request: Request) -> Response:
         """Handle `POST /{model}`."""
         status = parse_status(request.options("status"))
-        document = await self._context.document(request)
-        created = await self._manager.create(document, status=status, by=request.caller)
+        model_data = await self._context.model_data(request)
+        created = await self._manager.create(model_data, status=status, by=request.caller)
         location = f"{request.path}/{created.meta.resource_id}".encode("latin-1")
         return resource_response(created, 201, ((b"location", location),))
 

@@ -10,7 +10,7 @@ from ..errors import ConfigError, CrudError
 from ..query import Filter, Query
 from ..resource_manager.core import AccessFilter, ResourceManager
 from ..resource_manager.engine.operations import Expected
-from ..resource_manager.model.codec import Document
+from ..resource_manager.model.codec import ModelData
 from ..resource_manager.runtime.threads import HEAVY_BYTES, heavy
 from . import conditions
 from .guard import PRINCIPAL, Authenticate
@@ -86,7 +86,7 @@ class ModelContext:
                 f"authorize returned a filter that is invalid for {self.manager.name!r}: {error}"
             ) from None
 
-    async def document(self, request: Request) -> Document[Any]:
+    async def model_data(self, request: Request) -> ModelData[Any]:
         """Return the parsed body of a request. Raises InvalidData if it is invalid for the model."""
         body = await request.json()
         if len(body) < HEAVY_BYTES:

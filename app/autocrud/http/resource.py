@@ -91,7 +91,7 @@ class ResourceRoutes:
         options = request.options("status", "mode")
         modify = parse_mode(options)
         status = parse_status(options)
-        document = await self._context.document(request)
+        model_data = await self._context.model_data(request)
         if creates:
             if modify:
                 raise bad_parameter(
@@ -99,14 +99,16 @@ class ResourceRoutes:
                 )
             check_id(request.rest[0])
             created = await self._manager.create(
-                document, resource_id=request.rest[0], status=status, by=request.caller
+                model_data, resource_id=request.rest[0], status=status, by=request.caller
             )
             return resource_response(created, 201, ((b"location", request.path.encode("latin-1")),))
         resource_id, expect = self._context.target(request)
         if modify:
-            changed = await self._manager.modify(resource_id, document, expect=expect, by=request.caller)
+            changed = await self._manager.modify(resource_id, model_data, expect=expect, by=request.caller)
         else:
-            changed = await self._manager.update(resource_id, document, expect=expect, status=status, by=request.caller)
+            changed = await self._manager.update(
+                resource_id, model_data, expect=expect, status=status, by=request.caller
+            )
         return resource_response(changed, 200)
 
     async def patch(self, request: Request) -> Response:

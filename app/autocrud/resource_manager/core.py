@@ -52,7 +52,7 @@ from .engine.operations import (
 from .engine.reading import ReadExecutor
 from .engine.state import ResourceState, StateReader
 from .engine.writing import WriteExecutor
-from .model.codec import Codec, CodecIndex, Document
+from .model.codec import Codec, CodecIndex, ModelData
 from .model.resource import Resource
 from .model.verification import ANYTHING
 from .runtime.threads import shielded
@@ -216,7 +216,7 @@ class ResourceManager(Generic[T]):
 
     async def create(
         self,
-        data: T | Document[T],
+        data: T | ModelData[T],
         *,
         resource_id: str | None = None,
         status: Status = "stable",
@@ -234,7 +234,7 @@ class ResourceManager(Generic[T]):
     async def update(
         self,
         resource_id: str,
-        data: T | Document[T],
+        data: T | ModelData[T],
         *,
         expect: Expected | None = None,
         status: Status = "stable",
@@ -247,7 +247,7 @@ class ResourceManager(Generic[T]):
         return await self._one(Update(resource_id=resource_id, expect=expect, data=data, status=status), by)
 
     async def modify(
-        self, resource_id: str, data: T | Document[T], *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
+        self, resource_id: str, data: T | ModelData[T], *, expect: Expected | None = None, by: str | Caller = ANONYMOUS
     ) -> Resource[T]:
         """Replace the data of the current revision, which must be a draft; otherwise raises RevisionIsStable.
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from ...access import Action
 from ..basic import Status, Version
-from ..model.codec import Document
+from ..model.codec import ModelData
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Retention(Struct, frozen=True):
 class Create(Struct, Generic[T], frozen=True):
     """Create a resource. Without an id it gets a new UUID."""
 
-    data: T | Document[T]
+    data: T | ModelData[T]
     resource_id: str | None = None
     status: Status = "stable"
 
@@ -58,14 +58,14 @@ class OnExisting(Struct, frozen=True, kw_only=True):
 class Update(OnExisting, Generic[T], frozen=True, kw_only=True):
     """Append a revision with new data."""
 
-    data: T | Document[T]
+    data: T | ModelData[T]
     status: Status = "stable"
 
 
 class Modify(OnExisting, Generic[T], frozen=True, kw_only=True):
     """Replace the data of a draft."""
 
-    data: T | Document[T]
+    data: T | ModelData[T]
 
 
 class Patch(OnExisting, frozen=True, kw_only=True):

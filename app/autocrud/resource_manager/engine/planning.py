@@ -37,7 +37,7 @@ from ...query import Filter
 from ..basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Status, Version, Write
 from ..contract.limits import check_index, check_items, may_exceed
 from ..contract.store_errors import check_expectation, check_new_id, missing, storable_number
-from ..model.codec import Codec, Document, canonical_json
+from ..model.codec import Codec, ModelData, canonical_json
 from ..model.json_shape import EXPECTED_SHAPE, misshapen
 from ..runtime.deadline import check_time
 from ..runtime.threads import heavy
@@ -163,10 +163,10 @@ class Plan(Generic[T]):
             case Modify():
                 return await self._replace(state, self._codec.accept(operation.data))
             case Patch():
-                document = await self._patched(state, operation)
+                model_data = await self._patched(state, operation)
                 if operation.mode == "modify":
-                    return await self._replace(state, document)
-                return await self._append(state, document, operation.status, await self._expired(meta, adding=1))
+                    return await self._replace(state, model_data)
+                return await self._append(state, model_data, operation.status, await self._expired(meta, adding=1))
             case Publish():
                 return await self._publish(state)
             case Switch():
@@ -190,7 +190,7 @@ class Plan(Generic[T]):
         return self._states[resource_id]
 
     async def _create(self, operation: Create[T]) -> ResourceState:
-        document = self._codec.accept(operation.data)
+        model_data = self._codec.accept(operation.data)
         resource_id = operation.resource_id
         if resource_id is None:
             resource_id = str(uuid7())
@@ -198,7 +198,7 @@ class Plan(Generic[T]):
             raise VersionConflict(f"resource {resource_id!r} exists already")
         else:
             check_new_id(resource_id)
-        uid, digest, encoding = self._storage.new_uid(), document.hash, self._storage.encoding
+        uid, digest, encoding = self._storage.new_uid(), model_data.hash, self._storage.encoding
         meta = ResourceMeta(
             resource_id=resource_id,
             version=1,
@@ -216,21 +216,21 @@ class Plan(Generic[T]):
             created_by=self._by,
             updated_by=self._by,
         )
-        if may_exceed(document.json):
-            index = await self._large_index(resource_id, document, None)
+        if may_exceed(model_data.json):
+            index = await self._large_index(resource_id, model_data, None)
         else:
-            index = self._codec.index(document.data)
-        return self._write(None, meta, RevisionInfo.of_change(meta, parent=None), document, index=index)
+            index = self._codec.index(model_data.data)
+        return self._write(None, meta, RevisionInfo.of_change(meta, parent=None), model_data, index=index)
 
     async def _append(
-        self, state: ResourceState, document: Document[T], status: Status, drop: tuple[str, ...]
+        self, state: ResourceState, model_data: ModelData[T], status: Status, drop: tuple[str, ...]
     ) -> ResourceState:
         meta = state.meta
-        digest = document.hash
+        digest = model_data.hash
         if digest == meta.data_hash:
-            state.json = document.json
+            state.json = model_data.json
             return state
-        index = await self._index(document, state)
+        index = await self._index(model_data, state)
         number = meta.total_revision_count + 1
         new = self._next(
             meta,
@@ -242,20 +242,20 @@ class Plan(Generic[T]):
             data_hash=digest,
             encoding=self._storage.encoding,
         )
-        return self._write(meta, new, RevisionInfo.of_change(new, parent=meta.revision), document, drop, index=index)
+        return self._write(meta, new, RevisionInfo.of_change(new, parent=meta.revision), model_data, drop, index=index)
 
-    async def _replace(self, state: ResourceState, document: Document[T]) -> ResourceState:
+    async def _replace(self, state: ResourceState, model_data: ModelData[T]) -> ResourceState:
         meta = state.meta
         if meta.status != "draft":
             raise RevisionIsStable(
                 f"revision {meta.revision} of resource {meta.resource_id!r} is stable and never changes;"
                 " update it instead"
             )
-        digest = document.hash
+        digest = model_data.hash
         if digest == meta.data_hash:
-            state.json = document.json
+            state.json = model_data.json
             return state
-        index = await self._index(document, state)
+        index = await self._index(model_data, state)
         encoding = self._storage.encoding
         new = self._next(
             meta, uid=self._storage.new_uid(), data_hash=digest, encoding=encoding, schema_version=self._schema_version
@@ -269,28 +269,30 @@ class Plan(Generic[T]):
             updated_time=new.updated_time,
             updated_by=self._by,
         )
-        return self._write(meta, new, record, document, (meta.uid,), index=index)
+        return self._write(meta, new, record, model_data, (meta.uid,), index=index)
 
-    async def _index(self, document: Document[T], before: ResourceState) -> IndexEntry:
+    async def _index(self, model_data: ModelData[T], before: ResourceState) -> IndexEntry:
         """Return the index entry of new data, which replaces that of `before`.
 
         Raises MetadataTooLarge if the entry is larger than `contract.limits` allows, unless the fields
         that are too large were at least as large in `before`.
         """
-        if may_exceed(document.json):
-            return await self._large_index(before.meta.resource_id, document, before)
+        if may_exceed(model_data.json):
+            return await self._large_index(before.meta.resource_id, model_data, before)
         try:
-            return self._codec.index(document.data)
+            return self._codec.index(model_data.data)
         except InvalidData:
-            return self._codec.index(document.data, decode_json(await self._reader.json(before)))
+            return self._codec.index(model_data.data, decode_json(await self._reader.json(before)))
 
-    async def _large_index(self, resource_id: str, document: Document[T], before: ResourceState | None) -> IndexEntry:
+    async def _large_index(
+        self, resource_id: str, model_data: ModelData[T], before: ResourceState | None
+    ) -> IndexEntry:
         """Return the index entry of large data. Long work runs in the thread for heavy work, not on the event loop."""
-        codec, data = self._codec, document.data
+        codec, data = self._codec, model_data.data
         items = codec.items(data)
         try:
             check_items(resource_id, items, {})
-            entry = await heavy(len(document.json), lambda: codec.index(data), document.json)
+            entry = await heavy(len(model_data.json), lambda: codec.index(data), model_data.json)
             check_index(resource_id, entry, None)
         except (InvalidData, MetadataTooLarge):
             if before is None:
@@ -306,22 +308,22 @@ class Plan(Generic[T]):
             check_index(resource_id, entry, codec.index_kept(tree))
             return entry
 
-        return await heavy(len(old) + len(document.json), index_after, old, document.json)
+        return await heavy(len(old) + len(model_data.json), index_after, old, model_data.json)
 
-    async def _patched(self, state: ResourceState, operation: Patch) -> Document[T]:
+    async def _patched(self, state: ResourceState, operation: Patch) -> ModelData[T]:
         before = await self._reader.json(state)
-        document = await heavy(
+        model_data = await heavy(
             len(before) + operation.size,
             lambda: self._apply(operation, before),
             before,
             more=operation.size if operation.work is None else operation.work,
         )
-        self._bytes_added += max(0, len(document.json) - len(before))
+        self._bytes_added += max(0, len(model_data.json) - len(before))
         if operation.max_bytes is not None and self._bytes_added > operation.max_bytes:
             raise DataTooLarge(f"the patches make more than {operation.max_bytes} bytes; send fewer of them at once")
-        return document
+        return model_data
 
-    def _apply(self, operation: Patch, before: bytes) -> Document[T]:
+    def _apply(self, operation: Patch, before: bytes) -> ModelData[T]:
         """Return the patched data, from the JSON of the data before."""
         try:
             after = canonical_json(operation.apply(decode_json(before)))
@@ -436,15 +438,15 @@ class Plan(Generic[T]):
         before: ResourceMeta | None,
         meta: ResourceMeta,
         record: RevisionInfo | None,
-        document: Document[T] | None = None,
+        model_data: ModelData[T] | None = None,
         drop: tuple[str, ...] = (),
         *,
         json: bytes | None = None,
         index: IndexEntry | None = None,
     ) -> ResourceState:
         body = None
-        if document is not None:
-            body, json = self._codec.encode(document, meta.encoding), document.json
+        if model_data is not None:
+            body, json = self._codec.encode(model_data, meta.encoding), model_data.json
         change = Change(
             meta=meta,
             record=record,

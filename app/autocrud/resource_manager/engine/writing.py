@@ -122,8 +122,8 @@ class WriteExecutor(Generic[T]):
                 raise _answer_gone()
             state = ResourceState(meta)
             if isinstance(operation, Create | Update | Modify):
-                document = self._codec.accept(operation.data)
-                state.json = document.json if document.hash == meta.data_hash else None
+                model_data = self._codec.accept(operation.data)
+                state.json = model_data.json if model_data.hash == meta.data_hash else None
             if not isinstance(operation, Delete):
                 try:
                     await self._states.json(state)

@@ -34,7 +34,7 @@ canonical_json = msgspec.json.Encoder(order="deterministic").encode
 _msgpack = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
-class Document(NamedTuple, Generic[T]):
+class ModelData(NamedTuple, Generic[T]):
     """Valid data of a model, and its canonical JSON."""
 
     data: T
@@ -80,7 +80,7 @@ class Codec(Generic[T]):
         if len(self.fields) != len(self._paths):
             raise ConfigError(f"{model.__name__} has a field that is indexed twice")
 
-    def parse(self, body: bytes) -> Document[T]:
+    def parse(self, body: bytes) -> ModelData[T]:
         """Decode and validate JSON from a client.
 
         Raises InvalidData if the JSON does not fit the model, has unknown fields, or has a key twice in one object.
@@ -102,14 +102,14 @@ class Codec(Generic[T]):
             raise
         except (ValueError, OverflowError) as error:
             raise InvalidData(f"the body cannot be used: {error}", (Violation("", str(error)),)) from None
-        return Document(data, canonical)
+        return ModelData(data, canonical)
 
-    def accept(self, data: T | Document[T]) -> Document[T]:
+    def accept(self, data: T | ModelData[T]) -> ModelData[T]:
         """Validate data from Python as if a client had sent it. A Struct's constructor checks no types.
 
         A Document is valid already and is returned unchanged. Raises InvalidData.
         """
-        if isinstance(data, Document):
+        if isinstance(data, ModelData):
             return data
         try:
             canonical = canonical_json(data)
@@ -117,12 +117,12 @@ class Codec(Generic[T]):
             raise InvalidData(f"the data cannot be encoded: {error}", (Violation("", str(error)),)) from None
         return self.parse(canonical)
 
-    def encode(self, document: Document[T], encoding: Encoding) -> bytes:
+    def encode(self, model_data: ModelData[T], encoding: Encoding) -> bytes:
         """Return the body to store. Raises InvalidData for integers outside 64 bits in MessagePack."""
         if encoding == Encoding.json:
-            return document.json
+            return model_data.json
         try:
-            return _msgpack(document.data)
+            return _msgpack(model_data.data)
         except OverflowError:
             detail = "integers outside 64 bits cannot be stored as MessagePack"
             raise InvalidData(detail, (Violation("", detail),)) from None
