@@ -25,6 +25,7 @@ from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.resource_store.cache import DiskCache
 from app.autocrud.resource_manager.runtime import disk_space, temporary
 from app.autocrud.resource_manager.runtime.disk_space import DiskFull
+from app.autocrud.resource_manager.storage.stores_by_name import DIRECTORIES_BYTES
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, S3StorageFactory
 from app.settings import load
 from tests.small_disk import fill, small_disk
@@ -290,12 +291,17 @@ def test_the_size_of_the_cache_is_a_whole_number(text):
 def test_the_size_of_the_cache_can_be_set_and_former_caches_go(tmp_path):
     given = {"CRUDSTACK_DATA_DIR": str(tmp_path), "CRUDSTACK_CACHE_MB": "11"}
     (cache,) = disk_caches(given, "article")
-    assert cache.max_bytes == 8 * MB
-    former = cache.cache_dir.with_name("user")
-    (former / "life-1").mkdir(parents=True)
-    (former / "lock").touch()
-    disk_caches(given, "article", "user")
-    assert not former.exists()
+    assert cache.max_bytes == 11 * MB - DIRECTORIES_BYTES
+    for model in ("user", "airport"):
+        former = cache.cache_dir.with_name(model)
+        (former / "life-1").mkdir(parents=True)
+        (former / "life-1/cache.db").touch()
+        (former / "lock").touch()
+    own = cache.cache_dir.with_name("airport") / "entries-1.sqlite"  # a cache that another program uses
+    own.touch()
+    disk_caches(given, "article", "user", "airport")
+    assert not cache.cache_dir.with_name("user").exists()
+    assert {path.name for path in own.parent.iterdir()} == {"lock", own.name}
 
 
 # Killed at any moment

@@ -91,3 +91,16 @@ class CacheDirectory:
         for one in (path, path.with_name(f"{path.name}-journal")):
             with contextlib.suppress(OSError):  # a higher generation counts, whether this one can be removed or not
                 one.unlink()
+
+
+def remove_former_cache(path: Path) -> None:
+    """Remove a directory with a cache of an earlier release. Files of other programs and caches in use stay. Blocks."""
+    lock = path / "lock"
+    if lock.exists():
+        directory = CacheDirectory(path)
+        with contextlib.suppress(OSError):
+            with directory.locked():
+                directory.remove_earlier_format()
+                if list(path.iterdir()) == [lock]:
+                    lock.unlink()
+            path.rmdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -33,6 +32,9 @@ if TYPE_CHECKING:
     from ..resource_store.cache import Cache, DiskCache
 
 T = TypeVar("T")
+
+DIRECTORIES_BYTES = 4 * 4096
+"""Bytes of the disk that the directories of the cache and its lock take, at most."""
 
 
 class StoresByName:
@@ -215,6 +217,7 @@ class StoresByName:
 
     def _caches(self, model: str) -> list[Cache]:
         from ..resource_store.cache import DiskCache, MemoryCache
+        from ..resource_store.cache_directory import remove_former_cache
 
         memory = MemoryCache(max_size=CACHED_BODIES)
         if self.cache_dir is None:
@@ -222,20 +225,16 @@ class StoresByName:
         if self._disk_cache is None:
             # All models share one cache, so that the least recently used entry of all models is evicted first.
             self._disk_cache = DiskCache(self.cache_dir / CACHE_NAME, max_bytes=self._cache_bytes(self.cache_dir))
-        former = self.cache_dir / model  # earlier releases had a directory for each model
-        if model != CACHE_NAME and (former / "lock").exists():
-            shutil.rmtree(former, ignore_errors=True)
+        if model != CACHE_NAME:
+            remove_former_cache(self.cache_dir / model)  # earlier releases had a directory for each model
         return [memory, self._disk_cache]
 
     def _cache_bytes(self, root: Path) -> int:
-        """Return the limit to give to the cache on disk, so that it takes no more of the disk than it may.
-
-        The cache stores values of 32 KB and more in files, and counts only their bytes. On disk such a value takes up
-        to three blocks of 4 KB more: the incomplete last block of the file, and two directories.
-        """
-        given = self.max_cache_bytes
-        room = given if given is not None else min(space(root).total // 4, MAX_CACHE_BYTES)
-        return room * 32 // (32 + 3 * 4)
+        """Return the largest size of the cache's file, so that it fits into `max_cache_bytes` with its directories."""
+        room = self.max_cache_bytes
+        if room is None:
+            room = min(space(root).total // 4, MAX_CACHE_BYTES)
+        return max(1, room - DIRECTORIES_BYTES)
 
     # Stores of earlier releases
 
