@@ -35,9 +35,9 @@ from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
+from app.autocrud.testing import CacheClock, DurableConformance, OwnedConformance, SharedConformance, StorageConformance
+from app.autocrud.testing.model import Item, manage
 from examples.custom_stores import BytesCache, DictMetaStore, FileMetaStore, FileResourceStore, FilesStorageFactory
-from tests.conformance import CacheClock, DurableConformance, OwnedConformance, SharedConformance, StorageConformance
-from tests.conformance.model import Item, manage
 from tests.stores import cache_helpers
 
 ROOT = Path(__file__).parent.parent
@@ -327,7 +327,7 @@ def test_the_suite_runs_as_the_page_says(tmp_path):
     name, *arguments = shlex.split(command)
     assert name == ".venv/bin/python"
     (tmp_path / "tests").mkdir()
-    for path in ("app", "examples", "pyproject.toml", "tests/conformance", "tests/__init__.py"):
+    for path in ("app", "examples", "pyproject.toml", "tests/__init__.py"):
         (tmp_path / path).symlink_to(ROOT / path)
     (tmp_path / arguments[-1]).write_text(blocks(text, "python")[1])
     one = ["-k", "create_and_get or put_and_get", "-p", "no:cacheprovider"]

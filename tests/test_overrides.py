@@ -26,8 +26,8 @@ from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
+from app.autocrud.testing.model import manage
 from examples.custom_stores import BytesCache
-from tests.conformance.model import manage
 
 SPEC = ModelSpec("item")
 

@@ -24,8 +24,8 @@ from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
+from app.autocrud.testing.model import Item, manage
 from app.settings import JwtAuth, NoAuth, TokenAuth, load
-from tests.conformance.model import Item, manage
 from tests.services import BUCKET
 
 

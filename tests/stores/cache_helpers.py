@@ -12,7 +12,7 @@ from app.autocrud.resource_manager.backends.s3.memory_object_store import Memory
 from app.autocrud.resource_manager.basic import RevisionInfo
 from app.autocrud.resource_manager.resource_store.cache import Cache, DiskCache, Entry, MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
-from tests.conformance import CacheClock, CacheConformance
+from app.autocrud.testing import CacheClock, CacheConformance
 
 KB = 1024
 MB = 1024 * KB

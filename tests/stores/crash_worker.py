@@ -27,7 +27,7 @@ from app.autocrud.errors import ResourceNotFound
 from app.autocrud.query import Query
 from app.autocrud.resource_manager.engine.operations import Create, Update
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
-from tests.conformance.model import Item, manage
+from app.autocrud.testing.model import Item, manage
 
 FACTORIES = {"disk": DiskStorageFactory, "memory-disk": MemoryDiskStorageFactory}
 

@@ -21,7 +21,7 @@ from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
 from app.autocrud.resource_manager.resource_store.cache import MemoryCache
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
-from tests.conformance.model import manage
+from app.autocrud.testing.model import manage
 from tests.rabbitmq import RabbitMQ, rabbitmq, running  # noqa: F401
 from tests.tcp_proxy import TcpProxy
 

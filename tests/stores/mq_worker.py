@@ -21,7 +21,7 @@ from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
 from app.autocrud.resource_manager.resource_store.cache import DiskCache, MemoryCache
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
-from tests.conformance.model import Item, manage
+from app.autocrud.testing.model import Item, manage
 from tests.services import BUCKET, given
 
 

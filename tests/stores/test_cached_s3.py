@@ -24,7 +24,7 @@ from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.resource_store.cache import DiskCache, MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
-from tests.conformance import CacheClock, DurableConformance
+from app.autocrud.testing import CacheClock, DurableConformance
 from tests.stores.cache_helpers import KB, Instance, files, info
 
 

@@ -21,7 +21,7 @@ from app.autocrud.resource_manager.storage_factory import (
     MemoryStorageFactory,
     S3StorageFactory,
 )
-from tests.conformance import DurableConformance, OwnedConformance, SharedConformance, StorageConformance
+from app.autocrud.testing import DurableConformance, OwnedConformance, SharedConformance, StorageConformance
 from tests.services import BUCKET, given
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryDiskStorageFactory
-from tests.conformance.model import Item, manage
+from app.autocrud.testing.model import Item, manage
 
 
 async def test_every_new_directory_is_synced_into_the_one_above_it(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 
 from app.autocrud.errors import ConfigError
 from app.autocrud.resource_manager.resource_store.cache import Cache, DiskCache, Entry
-from tests.conformance import CacheClock
+from app.autocrud.testing import CacheClock
 from tests.stores.cache_helpers import BODIES, KB, MB, ROOM, SIZE, BoundedConformance, files, fill, valid_entries
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from app.autocrud.errors import ConfigError, StoreUnavailable
 from app.autocrud.resource_manager.resource_store.cache import DiskCache, Entry
-from tests.conformance import CacheClock
+from app.autocrud.testing import CacheClock
 from tests.stores.cache_helpers import BODIES, files, fill, valid_entries
 
 

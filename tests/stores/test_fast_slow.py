@@ -16,7 +16,7 @@ from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
-from tests.conformance import SharedConformance
+from app.autocrud.testing import SharedConformance
 from tests.stores.fast_slow_processes import Processes
 from tests.tcp_proxy import TcpProxy
 from tests.valkey import Valkey

@@ -17,7 +17,7 @@ from app.autocrud.resource_manager.backends.s3.memory_object_store import Memory
 from app.autocrud.resource_manager.resource_store.cache import Cache, Entry, MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
-from tests.conformance import CacheClock
+from app.autocrud.testing import CacheClock
 from tests.stores.cache_helpers import ROOM, BoundedConformance, info
 
 

@@ -16,7 +16,7 @@ from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
-from tests.conformance.model import Item, manage
+from app.autocrud.testing.model import Item, manage
 
 
 class Factory(IStorageFactory):

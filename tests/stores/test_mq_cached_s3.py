@@ -21,8 +21,8 @@ from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3Resou
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from app.autocrud.secret import hidden
-from tests.conformance import DurableConformance, SharedConformance
-from tests.conformance.model import Item
+from app.autocrud.testing import DurableConformance, SharedConformance
+from app.autocrud.testing.model import Item
 from tests.rabbitmq import RabbitMQ, rabbitmq, running  # noqa: F401
 from tests.services import BUCKET, given
 from tests.stores.mq_helpers import (  # noqa: F401

@@ -24,7 +24,7 @@ from app.autocrud.resource_manager.backends.rabbitmq.publisher import Publisher
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.resource_store.mq_cached_s3 import MQCachedS3ResourceStore
 from app.autocrud.resource_manager.runtime.moments import Moment
-from tests.conformance.model import Item
+from app.autocrud.testing.model import Item
 from tests.rabbitmq import RabbitMQ, rabbitmq, running  # noqa: F401
 from tests.stores.mq_helpers import (  # noqa: F401
     Proxy,

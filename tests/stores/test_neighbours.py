@@ -21,9 +21,9 @@ from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory, S3StorageFactory
+from app.autocrud.testing.model import Item, manage
 from app.settings import load
 from app.wiring import storage_factory
-from tests.conformance.model import Item, manage
 
 
 class BodiesAt(IStorageFactory):

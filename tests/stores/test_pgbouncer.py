@@ -24,8 +24,8 @@ from app.autocrud.resource_manager.meta_store import postgres as meta_store_post
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
+from app.autocrud.testing import SharedConformance
 from tests import pgbouncer as pooler
-from tests.conformance import SharedConformance
 from tests.pgbouncer import PgBouncer
 from tests.stores.postgres_helpers import Note, manager_of
 from tests.tcp_proxy import TcpProxy

@@ -27,7 +27,7 @@ from app.autocrud.resource_manager.engine import planning
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.resource_store.simple import MemoryResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory, PostgresS3StorageFactory
-from tests.conformance import SharedConformance
+from app.autocrud.testing import SharedConformance
 from tests.postgres import Postgres
 from tests.services import BUCKET, given
 from tests.stores.postgres_helpers import Note, WithDisk, manager_of, waits_for_advisory_lock

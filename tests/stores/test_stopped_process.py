@@ -25,7 +25,7 @@ from app.autocrud.resource_manager.contract.store_errors import WriteTimedOut
 from app.autocrud.resource_manager.engine.operations import Create, Update
 from app.autocrud.resource_manager.resource_store.cache import DiskCache
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
-from tests.conformance.model import Item, manage
+from app.autocrud.testing.model import Item, manage
 
 LIMIT_S = 0.6
 FILES = {"meta": "item/meta/index.sqlite", "bodies": "item/data/bodies.sqlite"}
@@ -44,7 +44,7 @@ CLOSE = """
 import asyncio, sys
 from app.autocrud.resource_manager.backends.sqlite import committer
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
-from tests.conformance.model import Item, manage
+from app.autocrud.testing.model import Item, manage
 committer.WRITE_TIMEOUT_S = float(sys.argv[2])
 async def main():
     manager = manage(DiskStorageFactory(sys.argv[1]))

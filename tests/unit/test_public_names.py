@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import app.autocrud
+from app.autocrud import testing
+from tests import conformance
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [
@@ -62,3 +64,9 @@ def test_docs_and_examples_import_public_names():
             imported |= dict.fromkeys((name.strip() for name in names.split(",")), path.name)
     assert "AutoCRUD" in imported
     assert {name: page for name, page in imported.items() if name not in PUBLIC} == {}
+
+
+def test_the_conformance_suite_has_its_former_name_too():
+    assert conformance.__all__ == testing.__all__
+    for name in testing.__all__:
+        assert getattr(conformance, name) is getattr(testing, name)

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import datetime as dt
-
 import pytest
 
-from app.autocrud.resource_manager.basic import Encoding, IdempotentCommit, ResourceMeta
+from app.autocrud.resource_manager.basic import IdempotentCommit
 from app.autocrud.resource_manager.contract.idempotency import results_to_keep
 
-NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+from .metadata import metadata
 
-
-def meta(resource_id: str) -> ResourceMeta:
-    return ResourceMeta(
-        resource_id=resource_id,
-        version=1,
-        nonce="n",
-        revision=1,
-        total_revision_count=1,
-        schema_version=1,
-        status="stable",
-        is_deleted=False,
-        uid="0/u",
-        data_hash="",
-        encoding=Encoding.json,
-        created_time=NOW,
-        updated_time=NOW,
-        created_by="",
-        updated_by="",
-    )
-
-
-A, B = meta("a"), meta("b")
+A, B = metadata("a"), metadata("b")
 
 
 @pytest.mark.parametrize(

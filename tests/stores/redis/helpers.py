@@ -20,7 +20,7 @@ from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceM
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
-from tests.conformance.model import Clock
+from app.autocrud.testing.model import Clock
 from tests.tcp_proxy import TcpProxy
 
 

@@ -21,8 +21,8 @@ from app.autocrud.resource_manager.basic import KEEP_KEYS_US
 from app.autocrud.resource_manager.engine.operations import Update
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
-from tests.conformance import SharedConformance
-from tests.conformance.model import Clock
+from app.autocrud.testing import SharedConformance
+from app.autocrud.testing.model import Clock
 from tests.stores.redis.helpers import Note, RedisAndDisk, _create, _update, key, keyed, meta_store
 
 
