@@ -41,13 +41,13 @@ def build(
 ) -> dict[str, Any]:
     """Register the resources that the config asks for. Return the fields of app.settings.StackOutputs.
 
-    Some fields are Outputs. Raises ConfigError, before anything is registered, if the zip cannot be built or the region
-    has too few zones.
+    Fields that AWS assigns are Outputs of Pulumi. Raises ConfigError, before anything is registered, if the zip cannot
+    be built or if the region has too few zones.
 
-    zip           the zip of the app; None: it is built, with the drivers that the storages need
+    zip           the zip of the app. If None, the zip is built with the drivers that the storages need
     state         the exported state of the stack. A function that runs the contents of the built zip keeps its code,
                   and a subnet keeps its zone
-    transforms    changes to the resources of components, by the class name of the component, see Transform
+    transforms    changes to the resources of components, by the class name of the component; see Transform
     """
     context = StackContext(
         name=f"crudstack-{config.stage}",

@@ -448,7 +448,8 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         """Make this the epoch in use, with leases of at least `lease_s` seconds, and return the new fence.
 
         Changes nothing if the epoch and its lease are in use, or if the epoch in use is younger than `min_age_s`
-        seconds. A second step notes since when all processes see the epoch, if that is not known yet.
+        seconds. Then a second transaction stores the time from which all processes see the epoch, unless it is stored
+        already.
         """
 
         async def adopt(connection: Connection) -> None:

@@ -38,11 +38,11 @@ WAIT_S = 5.0
 """Seconds that a request waits for a free connection, and seconds that it waits for a new one."""
 FIRST_PAUSE_S = 0.05
 MAX_IDLE_S = 300.0
-"""How long a connection may be unused before it is closed; shorter than `idle_session_timeout` of app.bootstrap."""
+"""Seconds after which an unused connection is closed; less than the limit that `app.create_db_user` sets."""
 STATEMENT_S = 10.0
-"""Seconds after which the server cancels a statement and undoes it. They include the time that it waits for locks."""
+"""Seconds, including waits for locks, after which the server cancels a statement and rolls it back."""
 ANSWER_S = 12.0
-"""Seconds to wait for a reply. Then the connection counts as lost, because the network drops its messages."""
+"""Seconds to wait for a reply. After that the connection counts as lost, because the network may drop its messages."""
 CHECK_AFTER_S = 2.0
 """Seconds after which an idle connection is checked before it is used: a network may have dropped it silently."""
 CHECK_S = 2.0
@@ -55,8 +55,8 @@ TOO_LARGE = "54000"
 """SQLSTATE of an index entry above 2.7 KB: a long id, which earlier versions accepted, and an indexed text."""
 
 PEER_GONE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 5_000}
-"""Settings of TCP: a connection is lost if its other end acknowledges nothing for some 25 s, or 5 s (in milliseconds)
-while data are on the way."""
+"""Settings of TCP. A connection is lost if its other end acknowledges nothing for about 25 s, or for 5 s (here in
+milliseconds) while sent data is unacknowledged."""
 
 UNREACHABLE = "the database cannot be reached right now; nothing was changed, try again"
 
@@ -64,13 +64,13 @@ UNREACHABLE = "the database cannot be reached right now; nothing was changed, tr
 def repeat_s() -> float:
     """Return for how many seconds after its start a request is repeated if its connection was lost.
 
-    By then it may have waited in vain for one reply and one check.
+    In this time it may have waited for one check and one reply that never came.
     """
     return ANSWER_S + CHECK_S
 
 
 def server_settings() -> dict[str, str]:
-    """Return the settings that statements run under, a value by name.
+    """Return the settings of the server that statements need, as values by name.
 
     The idle limit frees the locks of a client that is stopped in a transaction.
     """
@@ -82,14 +82,14 @@ def server_settings() -> dict[str, str]:
 
 
 class Unreachable(Exception):
-    """The reason why no connection could be made, as the server says it. For logs and operators, not for clients."""
+    """Has the reason of the server or the driver why connecting failed. For logs and operators, not for clients."""
 
 
 class Pool:
     """The connections of one event loop to one address.
 
-    This is not psycopg's own pool, for two reasons. There a cancelled caller may lose a connection for good (3.3), and
-    the pool keeps an event loop from ending. Here a connection is taken and returned without waiting.
+    psycopg's own pool (3.3) is not used, for two reasons: a cancelled caller may lose one of its connections for ever,
+    and that pool keeps an event loop from ending. This pool takes and returns connections without waiting.
     """
 
     def __init__(self, dsn: Secret, password: Password | None, max_size: int, prepare: bool | None = None) -> None:
@@ -97,9 +97,9 @@ class Pool:
         self._settings_in_dsn = frozenset(conninfo_to_dict(dsn.reveal()))
         self._clock = asyncio.get_running_loop().time
         self._slots = asyncio.Semaphore(max_size)
-        self._idle: deque[tuple[float, Connection]] = deque()  # and since when; the latest is the last one
+        self._idle: deque[tuple[float, Connection]] = deque()  # with the time since when each is unused, latest last
         self._created_at: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
-        self._retired_before = 0.0  # whatever was made before is given up
+        self._retired_before = 0.0  # connections that were created before this time are retired
         self._failure: str | None = None  # why the last attempt to connect failed
         self._explicit_isolation = False
 
@@ -152,7 +152,7 @@ class Pool:
             self._slots.release()
 
     async def _acquire_slot(self) -> None:
-        if not self._slots.locked():  # then it is there at once
+        if not self._slots.locked():  # then it gets a slot at once
             await self._slots.acquire()
             return
         try:
@@ -188,7 +188,7 @@ class Pool:
         return connection
 
     def _pop_idle(self) -> Connection | None:
-        """Return an unused connection, if there is one. After a pause, as of a frozen Lambda, all are too old."""
+        """Return an unused connection that is not too old, or None. After a freeze of AWS Lambda, all are too old."""
         self._close_idle()
         return self._idle.pop()[1] if self._idle else None
 
@@ -217,7 +217,7 @@ class Pool:
             _close(connection)
 
     async def _connect(self) -> Connection:
-        """Return a new connection. Waits for WAIT_S if the server is being restarted. Raises StoreUnavailable."""
+        """Return a new connection. Retries for WAIT_S: the server may be restarting. Raises StoreUnavailable."""
         end, pause = self._clock() + WAIT_S, FIRST_PAUSE_S
         while True:
             try:
@@ -236,7 +236,7 @@ class Pool:
 
     async def _connected(self) -> Connection:
         given: dict[str, Any] = {"autocommit": True, "connect_timeout": 5, "application_name": "crudstack"}
-        given["prepare_threshold"] = None  # until it is known whose the session is
+        given["prepare_threshold"] = None  # until it is known whether a pooler is in between
         given |= {name: value for name, value in PEER_GONE.items() if name not in self._settings_in_dsn}
         if self._password is not None:
             given["password"] = await asyncio.to_thread(self._password)
@@ -279,7 +279,7 @@ def _close(connection: Connection) -> None:
 
 @contextlib.contextmanager
 def _cut_after(seconds: float, connection: Connection) -> Iterator[None]:
-    """Shut the connection down after some seconds. A caller that still waits then gets an error."""
+    """Shut the connection down if the `with` block takes longer than `seconds`. Its pending wait then fails."""
     timer = asyncio.get_running_loop().call_later(seconds, _cut, connection)
     try:
         yield
@@ -299,7 +299,7 @@ _mutex = threading.Lock()
 
 
 def checked_dsn(dsn: str | Secret) -> Secret:
-    """Return an address of PostgreSQL. Raises ConfigError, which does not quote it, if it is none or is ambiguous."""
+    """Return an address of PostgreSQL. Raises ConfigError, without the address, if it is wrong or ambiguous."""
     secret = postgres_url(dsn)
     try:
         conninfo_to_dict(secret.reveal())
@@ -320,7 +320,7 @@ def pool_of(dsn: Secret, password: Password | None, max_size: int, prepare: bool
         with _mutex:
             for ended in [
                 loop for loop in _pools if loop.is_closed()
-            ]:  # without `close`; no caller can use them any more
+            ]:  # event loops that ended without `close`, so no caller can use their pools
                 for abandoned in _pools.pop(ended).values():
                     abandoned.abandon()
             pool = _pools.setdefault(loop, {})[dsn, password] = Pool(dsn, password, max_size, prepare)

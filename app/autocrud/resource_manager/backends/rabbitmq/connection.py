@@ -31,8 +31,10 @@ for _name in ("aiormq", "aio_pika"):
 
 CONNECT_S = 5.0
 HEARTBEAT_S = 10
-"""The heartbeat if the URL names none. If it gets none for three times as long, the broker closes a
-connection and removes its queues."""
+"""Seconds between heartbeats, unless the URL sets them.
+
+A broker that receives none for three times as long closes the connection and removes its queues.
+"""
 CLOSE_S = 2.0
 
 Address = Secret | Callable[[], str]
@@ -95,7 +97,7 @@ class RabbitConnection:
         task.add_done_callback(self._closing.discard)
 
     def report_failure(self, error: Exception) -> None:
-        """Log that the broker cannot be used, once until it can be used again."""
+        """Log that the broker cannot be used. Logs once, until the broker can be used again."""
         if not self._failed:
             self._failed = True
             text = str(error) if self._secret is None else self._secret.hide(str(error))

@@ -39,7 +39,7 @@ Password = Callable[[], str]
 
 
 class ConnectionFailed(Exception):
-    """The reason why no connection could be made, as the server says it. For logs and operators, not for clients."""
+    """Has the reason of the server or the driver why connecting failed. For logs and operators, not for clients."""
 
 
 class ReplyLost(Exception):
@@ -74,7 +74,7 @@ class Client:
                 given["credential_provider"] = _Credentials(user, password or Secret(fixed or "").reveal)
             pool: Any = redis.asyncio.ConnectionPool(**{"socket_timeout": None, **given})
             connect = functools.partial(pool.connection_class, **pool.connection_kwargs)
-            connect()  # says what is wrong with the settings, and does nothing else
+            connect()  # raises an error for wrong settings; does not connect
         except (redis.exceptions.RedisError, ValueError, TypeError):
             connect = None
         if connect is None:  # outside of `except`: the driver's error may quote a part of the password
@@ -194,7 +194,7 @@ class _LoopState:
             try:
                 if not connection.is_connected:
                     await self._open(connection)
-                if limited:  # a second clock would be a tenth of what an answer takes
+                if limited:  # then no second time limit is set, because that costs a tenth of a request
                     return await self._exchange_on(connection, command)
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     return await self._exchange_on(connection, command)

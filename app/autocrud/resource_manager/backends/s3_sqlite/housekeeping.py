@@ -33,9 +33,9 @@ from .replica import Replica
 log = logging.getLogger("crudstack.s3sqlite")
 
 FANOUT = 8
-"""So many segments are merged into one."""
+"""The number of segments that are merged into one."""
 LEAST_LOG = 1024 * 1024
-"""A smaller log, in bytes, needs no snapshot."""
+"""A log with fewer bytes needs no snapshot."""
 ABANDONED = 8 * 1024 * 1024
 """If more bytes than these are logged after an announcement, its work counts as abandoned."""
 
