@@ -197,6 +197,33 @@ class MetadataTooLarge(CrudError):
     type, title, status = "metadata-too-large", "The metadata and indexed fields are too large", 413
 
 
+class BlobGone(CrudError):
+    """The data refer to a blob that does not exist, or that the caller may not use. Nothing was changed."""
+
+    type, title, status = "blob-gone", "There is no such blob", 422
+
+
+class BlobTooLarge(CrudError):
+    """An upload is larger than a blob may be. Nothing was stored."""
+
+    type, title, status = "blob-too-large", "The file is too large", 413
+
+
+class BlobQuotaExceeded(CrudError):
+    """With this upload, the blobs of the model would take more bytes than its quota. Nothing was stored."""
+
+    type, title, status = "blob-quota-exceeded", "The model has no room for this file", 413
+
+
+class PinLost(CrudError):
+    """An export or import was interrupted for so long that the store no longer keeps what it needs.
+
+    It must be started again.
+    """
+
+    type, title, status = "pin-lost", "The store went on without waiting", 503
+
+
 class HeadLost(StoreDamaged):
     """The data in the bucket is missing, or older than what this process read: it was removed or replaced."""
 

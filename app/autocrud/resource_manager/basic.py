@@ -1,11 +1,12 @@
 """The contract between the engine and its stores. The values that it passes are in `records`, and are re-exported here.
 
-    ResourceManager -> IStorage (SimpleStorage) -> MetaStore + ResourceStore
+    ResourceManager -> IStorage (SimpleStorage) -> MetaStore + ResourceStore + BlobStore
 
 - A **MetaStore** holds the metadata, the records of revisions and the index. Its atomic `commit` decides whether a
   write succeeds.
 - A **ResourceStore** holds immutable bodies by uid. A body is stored before the commit that names it. A body that no
   commit names is an orphan: no reader sees it, and `maintain` removes it.
+- A **BlobStore** holds files by key. A file is stored before the commit of its row; see `contract.blobs`.
 
 The abstract methods are the contract that every store fulfils. Abilities that only some stores have are protocols in
 `contract.protocols`: stale reads, unique fields that are activated later, records, sweeping, findings. The engine asks
@@ -20,12 +21,14 @@ from __future__ import annotations
 import datetime as dt
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Hashable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..query import Cursor, Query
 from .records import (
     KEEP_KEYS_US,
     AlreadyCommitted,
+    BlobRow,
     Change,
     CommitResult,
     Encoding,
@@ -41,6 +44,7 @@ from .records import (
     ResourceMeta,
     RevisionInfo,
     Status,
+    StoredKey,
     Version,
     Write,
 )
@@ -191,6 +195,58 @@ class ResourceStore(Store):
     async def drop_copies(self, uids: Sequence[str]) -> None:
         """Remove cached copies of bodies, because they are damaged. The next read bypasses the caches."""
         return None
+
+
+class BlobWriter(ABC):
+    """Receives one upload. `BlobStore.receive` returns it."""
+
+    size: int
+    """The number of bytes that were written so far."""
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """Return the SHA-256 of the bytes that were written so far, in hex."""
+
+    @abstractmethod
+    async def write(self, chunk: bytes) -> None:
+        """Append bytes. Raises StoreUnavailable, for example if the disk is full."""
+
+    @abstractmethod
+    async def store(self, uid: str) -> str:
+        """Store the bytes as the blob `{sha256}/{uid}`, durably if the store is durable, and return this key.
+
+        May be called again with another uid, if the row of the first blob was refused. Raises StoreUnavailable.
+        """
+
+
+class BlobStore(Store):
+    """Files by key. A key is `{sha256}/{uid}`, and is never used for other content: see BlobRow.
+
+    Memory use does not depend on the sizes of files, except in a store in memory.
+    """
+
+    @abstractmethod
+    def receive(self) -> AbstractAsyncContextManager[BlobWriter]:
+        """Return the writer of one upload. At the end of the context, what was not stored is discarded."""
+
+    @abstractmethod
+    def read(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """Yield the bytes from `start` up to but not including `end`, in chunks of at most 1 MB.
+
+        Raises StoreDamaged if there is no such blob, or if it is too short.
+        """
+
+    @abstractmethod
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Remove blobs. A key without a blob is no error."""
+
+    @abstractmethod
+    async def older_than(self, seconds: float, after: str = "", limit: int = 1000) -> list[str]:
+        """Return up to `limit` keys, ascending, that follow `after`, of blobs stored at least `seconds` ago.
+
+        The dates and the present time are those of the store (of S3, for example), never the clock of this process.
+        """
 
 
 class IndexOf(Protocol):
@@ -380,6 +436,9 @@ class IStorage(ABC):
 __all__ = [
     "KEEP_KEYS_US",
     "AlreadyCommitted",
+    "BlobRow",
+    "BlobStore",
+    "BlobWriter",
     "Change",
     "CommitResult",
     "Cursor",
@@ -400,6 +459,7 @@ __all__ = [
     "RevisionInfo",
     "Status",
     "Store",
+    "StoredKey",
     "Version",
     "Write",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -57,8 +58,12 @@ class ResourceMeta(Struct, frozen=True, kw_only=True):
         return Version(self.version, self.nonce).etag
 
 
-class RevisionInfo(Struct, frozen=True, kw_only=True):
-    """The record of one revision. `parent` is the number of the revision that it is based on; None for the first."""
+class RevisionInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The record of one revision. `parent` is the number of the revision that it is based on; None for the first.
+
+    `blobs` are the keys of the blobs that its data refers to, ascending (see BlobRow). The key is left out of stored
+    documents if it is empty, so that models without blobs are stored as before.
+    """
 
     uid: str
     resource_id: str
@@ -72,9 +77,10 @@ class RevisionInfo(Struct, frozen=True, kw_only=True):
     updated_time: dt.datetime
     created_by: str
     updated_by: str
+    blobs: tuple[str, ...] = ()
 
     @classmethod
-    def of_change(cls, meta: ResourceMeta, parent: int | None) -> RevisionInfo:
+    def of_change(cls, meta: ResourceMeta, parent: int | None, blobs: tuple[str, ...] = ()) -> RevisionInfo:
         """Return the record of a new revision. `meta` is the metadata after the change that makes the revision."""
         return cls(
             uid=meta.uid,
@@ -89,6 +95,7 @@ class RevisionInfo(Struct, frozen=True, kw_only=True):
             updated_time=meta.updated_time,
             created_by=meta.updated_by,
             updated_by=meta.updated_by,
+            blobs=blobs,
         )
 
     @property
@@ -243,6 +250,56 @@ class Findings(Struct, frozen=True):
     healed: bool = False
     lost: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+
+
+class BlobRow(Struct, frozen=True, kw_only=True):
+    """The row of a stored blob: one upload that was received in full.
+
+    key    `{sha256}/{uid}`: the SHA-256 of the content in hex, and an id that no other upload of the model ever has
+    size   in bytes
+    owner  SHA-256 of the name of the caller that uploaded it, in hex: see `owner_of`
+    """
+
+    key: str
+    size: int
+    owner: str
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the content, in hex."""
+        return self.key.partition("/")[0]
+
+
+def owner_of(name: str) -> str:
+    """Return what the rows of blobs keep of the name of a caller: its SHA-256, in hex."""
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+BLOB_KEY = re.compile(r"[0-9a-f]{64}/(0|[1-9][0-9]{0,17})-[0-9a-f]{32}")
+"""The key of a blob. The uid is the epoch in which the upload began, and the hex digits of a UUID.
+
+No uid of a body looks like it: the number is followed by a dash, and not by a slash.
+"""
+
+
+def blob_epoch_of(key: str) -> int:
+    """Return the epoch in which an upload began. Raises ValueError if it is no key of a blob."""
+    found = BLOB_KEY.fullmatch(key)
+    if found is None:
+        raise ValueError(f"{key!r} is no key of a blob")
+    return int(found[1])
+
+
+class StoredKey(Struct, frozen=True, kw_only=True):
+    """The results that a store keeps for one Idempotency-Key: see IdempotentCommit.
+
+    results  the metadata that each operation left; None if the resource was purged by it or since
+    """
+
+    key: str
+    request: str
+    time: int
+    results: tuple[ResourceMeta | None, ...]
 
 
 class Write(NamedTuple):
