@@ -141,14 +141,14 @@ STORE_MUTANTS = [
     ),
     (
         "what is purged is remembered",
-        M + "backends/sqlite/tables.py",
+        M + "backends/sqlite/results_table.py",
         "UPDATE done SET id = NULL, doc = NULL WHERE id = ?",
         "UPDATE done SET id = id WHERE id = ?",
         [*STORES, "tests/stores/test_purge.py"],
     ),
     (
         "keys are forgotten at once",
-        M + "backends/sqlite/tables.py",
+        M + "backends/sqlite/results_table.py",
         "once.time - KEEP_KEYS_US",
         "once.time + KEEP_KEYS_US",
         STORES,

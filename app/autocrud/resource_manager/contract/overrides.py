@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..basic import IStorage, MetaStore, ResourceStore
+from .blobs import BlobRows
 from .protocols import (
     BodySweeping,
     FindingsKeeping,
@@ -40,8 +41,8 @@ RENAMED_OF_STORAGE = {
 }
 RENAMED_OF_CACHE = {"erase": "purge_remnants"}
 
-META_STORE_PROTOCOLS = (Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay)
-RESOURCE_STORE_PROTOCOLS = (BodySweeping, RecordKeeping, IndexKeeping)
+META_STORE_PROTOCOLS = (Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay, BlobRows)
+RESOURCE_STORE_PROTOCOLS = (BodySweeping, RecordKeeping, IndexKeeping, BlobRows)
 
 _SHARED_NAMES = {"done"}
 """A ResourceStore may define these for its own purpose, so they do not show that it implements the protocol."""

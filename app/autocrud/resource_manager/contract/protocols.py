@@ -10,11 +10,13 @@ only some methods of a protocol, because the others would never be called.
 | `FindingsKeeping` | index entries may have been lost by earlier programs                            |
 | `MetaSweeping`    | the ResourceStore can have orphaned bodies, which should be removed             |
 | `RecordReplay`    | the store is not authoritative, and the ResourceStore keeps records             |
+| `BlobRows`        | models have Blob fields: see `blobs`                                            |
 
 | of a ResourceStore | needed if                                                                       |
 | ------------------ | ------------------------------------------------------------------------------- |
 | `BodySweeping`     | orphaned bodies should be removed                                               |
 | `RecordKeeping`    | the store keeps records that make a MetaStore in memory durable                 |
+| `BlobRows`         | the same, and models have Blob fields: a record and its keys are one commit     |
 | `IndexKeeping`     | the store replaces a MetaStore in memory by a durable one beside the bodies     |
 """
 

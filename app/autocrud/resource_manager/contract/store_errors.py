@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from ...errors import (
+    BlobGone,
+    BlobQuotaExceeded,
     ConfigError,
     InvalidData,
     ResourceNotFound,
+    StaleGeneration,
     StoreDamaged,
     StoreUnavailable,
     UniqueConflict,
     VersionConflict,
     Violation,
 )
-from ..basic import Change, Expect, Version
+from ..basic import BlobRow, Change, Expect, Version
 from .limits import MAX_ID, MAX_NAME
 
 
@@ -135,3 +138,21 @@ def generation_of(uid: str) -> int:
     if not slash or not generation.isdigit():
         raise StoreDamaged(f"{uid!r} is no uid")
     return int(generation)
+
+
+def blob_gone(key: str) -> BlobGone:
+    """Return the error for a key in a new record that has no row."""
+    return BlobGone(f"there is no file with the SHA-256 {key.partition('/')[0]} any more: upload it again")
+
+
+def stale_upload(key: str) -> StaleGeneration:
+    """Return the error for a new row whose content a sweep may have removed."""
+    return StaleGeneration(f"the upload {key} is of an epoch that may be swept already")
+
+
+def over_quota(row: BlobRow, taken: int, quota: int) -> BlobQuotaExceeded:
+    """Return the error for an upload that the quota has no room for. `taken`: the size of all blobs of the model."""
+    return BlobQuotaExceeded(
+        f"the file takes {row.size} bytes, and the files of this model take {taken} of at most {quota} bytes: remove"
+        " files that are not needed, or ask for a larger quota"
+    )

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from ...query import Query
 from ...values import Key
+from ..backends.sqlite.blob_rows import DatabaseBlobRows
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase, MemoryDatabase
 from ..backends.sqlite.findings_table import keep_findings, read_findings
@@ -40,7 +41,7 @@ from ..contract.staged_stores import StagedMetaStore, WriteStage
 SCAN_PAGE = 500
 
 
-class _TablesMetaStore(MetaStore, IndexMigration, MetaSweeping):
+class _TablesMetaStore(DatabaseBlobRows, MetaStore, IndexMigration, MetaSweeping):
     """A MetaStore whose truth is `ResourceTables` in a database."""
 
     _db: MemoryDatabase | FileDatabase
@@ -68,7 +69,7 @@ class _TablesMetaStore(MetaStore, IndexMigration, MetaSweeping):
 
     @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
-        return await self._db.read(lambda db: self._tables.done(db, key), quick=True)
+        return await self._db.read(lambda db: self._tables.results.read(db, key), quick=True)
 
     @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:

@@ -207,7 +207,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         await self._replica.open()
         if not peek:  # with every `consistency`, because a request whose key is not found is carried out
             await self._replica.coalesced_check()
-        return await self._replica.read(lambda db: self._tables.done(db, key), quick=True)
+        return await self._replica.read(lambda db: self._tables.results.read(db, key), quick=True)
 
     @override
     async def revision(self, resource_id: str, revision: int) -> RevisionInfo:

@@ -22,6 +22,7 @@ import msgspec
 from typing_extensions import override
 
 from ...errors import ConfigError, StoreDamaged, StoreUnavailable
+from ..backends.sqlite.blob_rows import DatabaseBlobRows
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase
 from ..backends.sqlite.tables import ResourceTables
@@ -70,8 +71,13 @@ def _lost(uid: str) -> StoreDamaged:
     return StoreDamaged(f"the body {uid} is missing")
 
 
-class DiskResourceStore(StagedResourceStore, BodySweeping, RecordKeeping):
-    """Bodies as rows of `rootdir/bodies.sqlite`. It also keeps the records for a MetaStore that is not durable."""
+class DiskResourceStore(DatabaseBlobRows, StagedResourceStore, BodySweeping, RecordKeeping):
+    """Bodies as rows of `rootdir/bodies.sqlite`. It also keeps the records for a MetaStore that is not durable.
+
+    If its records are the commit, its rows of blobs are those of the storage. Otherwise they are not used.
+    """
+
+    _db: FileDatabase
 
     durable: ClassVar[bool] = True
 
@@ -177,7 +183,7 @@ class DiskResourceStore(StagedResourceStore, BodySweeping, RecordKeeping):
 
     @override
     async def done(self, key: str) -> CommitResult | None:
-        return await self._db.read(lambda db: self._records.done(db, key))
+        return await self._db.read(lambda db: self._records.results.read(db, key))
 
     @override
     async def records(self) -> AsyncIterator[Change]:

@@ -296,7 +296,7 @@ class LocalCopy:
                     key=op.resource_id, request=op.once.request, time=record.time, results=op.once.results
                 )
                 changed = [(one.resource_id, one.kind == "purge") for one in ops]
-                self.tables.keep_results(connection, once, [one.meta for one in ops], changed)
+                self.tables.results.keep(connection, once, [one.meta for one in ops], changed)
             else:
                 replay(self.tables, connection, op, schema.specs)
                 if op.kind == "purge":

@@ -54,3 +54,5 @@ INDEXES = {
 """The statement that makes each index, by a text that occurs in every statement that the index serves."""
 
 FORMAT = 1
+FORMAT_WITH_BLOBS = 2
+"""The format from the commit of the first row of a blob on."""

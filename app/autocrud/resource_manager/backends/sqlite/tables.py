@@ -7,11 +7,12 @@ local copies, and the records beside the bodies all use these tables.
                  each indexed field
     list_values  the elements of indexed lists
     revisions    the records
-    done         the results of commits with an Idempotency-Key: a row for each operation. A purge sets `doc` to NULL
+    done         the results of commits with an Idempotency-Key: see `results_table`
+    blobs ...    the rows of blobs and their uses: see `blob_tables`. Missing as long as the model has none
     specs        the sets of indexed fields, with their kinds, under which rows were written
-    uniques      the fields that every writer keeps unique
-    state        one row: `generation`; `live`, the number of resources that are not deleted; `spec`, the set for
-                 which this database was last opened; `stale`, whether rows may have been indexed for another set
+    uniques      the fields that every writer keeps unique, and perhaps BLOBS_MARKER, which is no field
+    state        one row: `format`; `generation`; `live`, the number of resources that are not deleted; `spec`, the
+                 set for which this database was last opened; `stale`, whether rows may have been indexed for another
 
 A row is outdated if the set under which it was written does not cover the bound fields.
 
@@ -33,10 +34,8 @@ from ....errors import ConfigError, RevisionNotFound, StaleGeneration
 from ....query import Query
 from ....values import Key, datetime_key
 from ...basic import (
-    KEEP_KEYS_US,
     AlreadyCommitted,
     Change,
-    CommitResult,
     Encoding,
     Hit,
     IdempotentCommit,
@@ -48,7 +47,7 @@ from ...basic import (
     RevisionInfo,
     Version,
 )
-from ...contract.idempotency import results_to_keep
+from ...contract.blobs import BLOBS_MARKER
 from ...contract.metadata_codec import encoder, hit_of, info_of, meta_of
 from ...contract.store_errors import (
     check_expectation,
@@ -61,8 +60,9 @@ from ...contract.store_errors import (
     taken,
 )
 from ..query_sql import quoted
-from . import sql
-from .definitions import FORMAT, INDEXES, META_COLUMNS, TABLES
+from . import blob_tables, sql
+from .definitions import FORMAT, FORMAT_WITH_BLOBS, INDEXES, META_COLUMNS, TABLES
+from .results_table import ResultsTable
 
 
 class ResourceTables:
@@ -78,6 +78,7 @@ class ResourceTables:
         self.spec, self._lazy = spec, lazy
         self.encoding = encoding or Encoding.json
         self._encode = encoder(self.encoding)
+        self.results = ResultsTable(self._encode)
         self._sql = sql.SqliteBuilder(sql.SqliteDialect(spec.fields), "resources")
         self._search = functools.lru_cache(maxsize=512)(self._sql.search)
         self._lists = [name for name, kind in spec.fields.items() if kind.is_list]
@@ -99,9 +100,10 @@ class ResourceTables:
         """
         connection.execute(TABLES)
         found = connection.execute("SELECT format FROM state").get
-        if found != FORMAT:
+        if found not in (FORMAT, FORMAT_WITH_BLOBS):
             raise ConfigError(
-                f"the database of model {self.spec.name!r} has format {found}, this program knows {FORMAT}"
+                f"the database of model {self.spec.name!r} has format {found}, this program knows {FORMAT} and"
+                f" {FORMAT_WITH_BLOBS}: deploy a newer one"
             )
         present = {row[1] for row in connection.execute("PRAGMA table_info(resources)")}
         indexes = dict(INDEXES)
@@ -247,7 +249,7 @@ class ResourceTables:
 
     def uniques(self, connection: apsw.Connection) -> set[str]:
         """Return the names of the fields that every writer keeps unique."""
-        return {cast("str", row[0]) for row in connection.execute("SELECT field FROM uniques")}
+        return {cast("str", row[0]) for row in connection.execute("SELECT field FROM uniques")} - {BLOBS_MARKER}
 
     def clear_stale_if_indexed(self, connection: apsw.Connection) -> None:
         """Clear `stale` if all rows are indexed for the bound fields. The caller may be in a transaction."""
@@ -260,13 +262,6 @@ class ResourceTables:
     @property
     def _outdated(self) -> str:
         return f"(spec IS NULL OR spec NOT IN ({self._covering}))"
-
-    def done(self, connection: apsw.Connection, key: str) -> CommitResult | None:
-        """Return the result of the commit with this Idempotency-Key, or None if there was no such commit."""
-        rows = connection.execute("SELECT request, doc FROM done WHERE key = ? ORDER BY operation", (key,)).fetchall()
-        if not rows:
-            return None
-        return CommitResult(cast("str", rows[0][0]), [None if doc is None else meta_of(doc) for _, doc in rows])
 
     def generation(self, connection: apsw.Connection) -> int:
         """Return the current generation of bodies."""
@@ -298,10 +293,11 @@ class ResourceTables:
         unique  the fields to keep unique, if not those of this database
 
         Raises AlreadyCommitted if the Idempotency-Key was used, VersionConflict if an
-        expectation fails, StaleGeneration if a sweep may have removed a body, UniqueConflict if another resource has a
-        unique value, and ConfigError if this program does not index a unique field.
+        expectation fails, StaleGeneration if a sweep may have removed a body, BlobGone if a record names a blob without
+        a row, UniqueConflict if another resource has a unique value, and ConfigError if this program does not index a
+        unique field.
         """
-        if once is not None and (done := self.done(connection, once.key)) is not None:
+        if once is not None and (done := self.results.read(connection, once.key)) is not None:
             raise AlreadyCommitted(done)
         if unique is None:
             unique = self.uniques(connection)
@@ -314,37 +310,19 @@ class ResourceTables:
                 self._check_unique(connection, change.meta.resource_id, unique)
         if once is not None:
             changed = [(change.meta.resource_id, change.purge) for change in changes]
-            self.keep_results(connection, once, committed, changed)
+            self.results.keep(connection, once, committed, changed)
         return committed
-
-    def keep_results(
-        self,
-        connection: apsw.Connection,
-        once: IdempotentCommit,
-        left: Sequence[ResourceMeta | None],
-        changed: Sequence[tuple[str, bool]],
-    ) -> None:
-        """Store the results of a commit under its Idempotency-Key.
-
-        left     the metadata after each change of the commit
-        changed  for each change the id of its resource, and whether it is a purge
-        """
-        connection.execute("DELETE FROM done WHERE time < ?", (once.time - KEEP_KEYS_US,))
-        for operation, result in enumerate(results_to_keep(once, changed)):
-            meta = left[result] if isinstance(result, int) else result
-            kept = (None, None) if meta is None else (meta.resource_id, self._encode(meta))
-            connection.execute(
-                "INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?)",
-                (once.key, operation, once.request, once.time, *kept),
-            )
 
     def purge(self, connection: apsw.Connection, resource_id: str) -> None:
         """Remove all data of a resource."""
-        rid = connection.execute("SELECT rid FROM resources WHERE id = ?", (resource_id,)).get
-        if rid is not None:
+        found: Any = connection.execute("SELECT rid, format FROM resources, state WHERE id = ?", (resource_id,)).get
+        if found is not None:
+            rid, format_ = found
             for table in ("list_values", "revisions", "resources"):
                 connection.execute(f"DELETE FROM {table} WHERE rid = ?", (rid,))
-            connection.execute("UPDATE done SET id = NULL, doc = NULL WHERE id = ?", (resource_id,))
+            self.results.forget(connection, resource_id)
+            if format_ == FORMAT_WITH_BLOBS:
+                blob_tables.purge_uses(connection, resource_id)
 
     def put_index(self, connection: apsw.Connection, resource_id: str, entry: IndexEntry) -> None:
         """Replace the index entry of a resource."""
@@ -400,8 +378,9 @@ class ResourceTables:
     def _apply(self, connection: apsw.Connection, change: Change, *, committed: bool = False) -> ResourceMeta:
         meta = change.meta
         # All checks come before the first change, so that a conflict leaves nothing to undo.
-        generation, spec, stale, rid, version, nonce = connection.execute(
-            "SELECT generation, s.spec, stale, rid, r.version, r.nonce FROM state s LEFT JOIN resources r ON r.id = ?",
+        generation, spec, stale, format_, rid, version, nonce = connection.execute(
+            "SELECT generation, s.spec, stale, format, rid, r.version, r.nonce"
+            " FROM state s LEFT JOIN resources r ON r.id = ?",
             (storable_id(meta.resource_id),),
         ).get
         if not committed:
@@ -409,6 +388,8 @@ class ResourceTables:
             check_expectation(expectation_of(change), meta.resource_id, found)
             if change.record is not None and generation_of(change.record.uid) < generation - 1:
                 self._check_generation(connection, rid, change.record)
+            if change.record is not None and change.record.blobs:
+                blob_tables.check_record(connection, change.record)
         if spec != self._spec_id and not stale:
             connection.execute("UPDATE state SET stale = 1")
         if change.purge:
@@ -426,8 +407,12 @@ class ResourceTables:
         if change.index is not None and self._lists:
             self._write_lists(connection, rid, change.index)
         for uid in change.drop:
+            if format_ == FORMAT_WITH_BLOBS:
+                blob_tables.drop_uses(connection, meta.resource_id, rid, uid)
             connection.execute("DELETE FROM revisions WHERE rid = ? AND uid = ?", (rid, uid))
         if change.record is not None:
+            if format_ == FORMAT_WITH_BLOBS:
+                blob_tables.put_uses(connection, change.record)
             self.put_record(connection, rid, change.record)
         return meta
 
