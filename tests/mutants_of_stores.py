@@ -155,9 +155,9 @@ STORE_MUTANTS = [
     ),
     (
         "a key is not in the log",
-        P + "local_copy.py",
-        "        if request.once is not None:\n",
-        "        if False:\n",
+        P + "write_requests.py",
+        "    if request.once is not None:\n",
+        "    if False:\n",
         [*STORES, *S3],
     ),
     (

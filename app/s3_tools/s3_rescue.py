@@ -116,6 +116,9 @@ async def _lines(manager: ResourceManager[Any], record: LogRecord) -> list[dict[
         line: dict[str, Any] = {**common, "change": op.kind, "resource_id": op.resource_id}
         if op.kind == "purge":
             lines.append({**line, "data": None})
+        elif op.blob_row is not None:
+            row = op.blob_row
+            lines.append({**common, "change": "blob", "sha256": row.sha256, "size": row.size, "data": None})
         elif op.kind == "put" and op.meta is not None:
             line["metadata"] = op.meta
             try:

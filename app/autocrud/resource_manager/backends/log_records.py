@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from ..basic import Change, IndexEntry, ResourceMeta, RevisionInfo
+from ..basic import BlobRow, Change, IndexEntry, ResourceMeta, RevisionInfo
 
 
 class LoggedIndexEntry(Struct, frozen=True, array_like=True):
@@ -33,6 +33,13 @@ class LoggedResults(Struct, frozen=True, array_like=True):
     results: tuple[int | ResourceMeta | None, ...]
 
 
+class LoggedBlob(Struct, frozen=True, array_like=True):
+    """The row of a blob, without its key."""
+
+    size: int
+    owner: str
+
+
 class LogOperation(Struct, frozen=True, omit_defaults=True, rename={"resource_id": "id"}):
     """One operation on a resource. It contains documents, not columns: each reader derives its own tables from them.
 
@@ -42,7 +49,12 @@ class LogOperation(Struct, frozen=True, omit_defaults=True, rename={"resource_id
            `index` is None, the index entry stays as it was
     index  stores a new index entry for the current state
     purge  removes the resource
-    once   is about no resource: the log record belongs to an Idempotency-Key, and the hash of the key is the id
+
+    These are about no resource:
+
+    once     the log record belongs to an Idempotency-Key, and the hash of the key is the id
+    blob     stores the row of a blob. Its key is the id
+    no-blob  removes the row of a blob. Its key is the id
     """
 
     kind: str
@@ -52,6 +64,17 @@ class LogOperation(Struct, frozen=True, omit_defaults=True, rename={"resource_id
     index: LoggedIndexEntry | None = None
     drop: tuple[str, ...] = ()
     once: LoggedResults | None = None
+    blob: LoggedBlob | None = None
+
+    @property
+    def is_about_a_resource(self) -> bool:
+        """Whether `resource_id` is the id of a resource."""
+        return self.kind in ("put", "index", "purge")
+
+    @property
+    def blob_row(self) -> BlobRow | None:
+        """The row that this operation stores, or None."""
+        return None if self.blob is None else BlobRow(key=self.resource_id, size=self.blob.size, owner=self.blob.owner)
 
 
 def _expected(meta: ResourceMeta) -> dict[str, Any]:
@@ -68,6 +91,16 @@ def log_operation(change: Change, meta: ResourceMeta, spec: str) -> LogOperation
         expected = _expected(meta)
         record = {name: value for name in expected if (value := getattr(change.record, name)) != expected[name]}
     return LogOperation("put", meta.resource_id, meta, record, logged_index_entry(change.index, spec), change.drop)
+
+
+def log_blob(row: BlobRow) -> LogOperation:
+    """Return the operation that stores the row of a blob."""
+    return LogOperation("blob", row.key, blob=LoggedBlob(row.size, row.owner))
+
+
+def log_no_blob(key: str) -> LogOperation:
+    """Return the operation that removes the row of a blob."""
+    return LogOperation("no-blob", key)
 
 
 def logged_index_entry(entry: IndexEntry | None, spec: str) -> LoggedIndexEntry | None:

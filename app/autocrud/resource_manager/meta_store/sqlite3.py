@@ -14,7 +14,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import apsw
 from typing_extensions import override
@@ -26,10 +26,13 @@ from ..backends.s3.object_store import ObjectStore, s3
 from ..backends.s3_sqlite.committer import S3Committer
 from ..backends.s3_sqlite.head import Head, IndexSchema
 from ..backends.s3_sqlite.housekeeping import Housekeeping
-from ..backends.s3_sqlite.local_copy import HeadState, WriteRequest
+from ..backends.s3_sqlite.local_copy import HeadState
 from ..backends.s3_sqlite.replica import Replica
+from ..backends.s3_sqlite.write_requests import AddBlob, RemoveBlobs, WriteRequest
+from ..backends.sqlite import blob_tables
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
+    BlobRow,
     Change,
     CommitResult,
     Encoding,
@@ -43,6 +46,7 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
+from ..contract.blobs import BlobRows, BlobUsage, BlobUse
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
 from .simple import SCAN_PAGE
 
@@ -54,7 +58,7 @@ Consistency = Literal["strong", "bounded", "local"]
 MAX_EDITS = 50
 
 
-class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, MetaSweeping):
+class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, MetaSweeping, BlobRows):
     """A MetaStore in a SQLite database whose durable form is a log and snapshots on S3.
 
     bucket, key        all objects lie below `{key}/`. A plain database that `export` wrote to `key` itself is imported
@@ -272,7 +276,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         return await self._write(WriteRequest(changes=changes, once=once))
 
-    async def _write(self, work: WriteRequest) -> list[ResourceMeta]:
+    async def _write(self, work: WriteRequest) -> list[Any]:
         await self._replica.open()
         return await self._loop_state().commit(work)
 
@@ -321,6 +325,32 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         await self._replica.open()
         await self._loop_state().committer.edit(lambda head: head.next(sweep=head.sweep + 1))
         return await self.generation()
+
+    # Blobs
+
+    @override
+    async def blob_epoch(self) -> int:
+        return await self._read(blob_tables.epoch, quick=True)
+
+    @override
+    async def add_blob(self, row: BlobRow, *, quota: int | None = None) -> None:
+        await self._write(WriteRequest(blobs=AddBlob(row, quota)))
+
+    @override
+    async def blobs(self, sha256s: Sequence[str]) -> list[BlobRow]:
+        return await self._read(lambda db: blob_tables.rows(db, sha256s), quick=len(sha256s) == 1)
+
+    @override
+    async def blob_uses(self, key: str, limit: int = 100) -> list[BlobUse]:
+        return await self._read(lambda db: blob_tables.uses(db, key, limit))
+
+    @override
+    async def blob_usage(self) -> BlobUsage:
+        return await self._read(blob_tables.usage, quick=True)
+
+    @override
+    async def remove_blobs(self, keys: Sequence[str]) -> list[str]:
+        return await self._write(WriteRequest(blobs=RemoveBlobs(keys)))
 
     # Maintenance
 
@@ -405,7 +435,7 @@ class _LoopState:
         self._replica, self._interval = replica, interval
         self._keeping: asyncio.Task[None] | None = None
 
-    async def commit(self, work: WriteRequest) -> list[ResourceMeta]:
+    async def commit(self, work: WriteRequest) -> list[Any]:
         committed = await self.committer.commit(work)
         if self._keeping is None and self._interval is not None:
             self._keeping = self.loop.create_task(self._keep_house_later(self._interval))

@@ -10,6 +10,7 @@ From bottom to top:
     head              HEAD, log records, segments and snapshots: the objects in the bucket
     copy_files        the files of local copies in a directory
     copy_directory    the directory of local copies, shared or private, and what to do if its disk is full
+    write_requests    one transaction, and the attempt to write it to the tables of a local copy
     local_copy        LocalCopy: one SQLite file, at the state of one HEAD
     fork              the rules by which a process notices that history has forked
     fork_report       which transactions a fork lost: in the log, and in the directory of the local copy

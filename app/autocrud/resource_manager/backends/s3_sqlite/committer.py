@@ -29,6 +29,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ....errors import (
     ConfigError,
@@ -39,12 +40,12 @@ from ....errors import (
     StoreUnavailable,
     WriteContention,
 )
-from ...basic import ResourceMeta
 from ...runtime.threads import shielded
 from ..s3.object_store import UNCHANGED, Object, Stored
 from .head import Head, LogRecord, Segment, encode_segment, microseconds, segment_key
-from .local_copy import REMEMBERED_TXIDS, Trial, WriteRequest
+from .local_copy import REMEMBERED_TXIDS, Trial
 from .replica import Replica
+from .write_requests import WriteRequest
 
 log = logging.getLogger("crudstack.s3sqlite")
 
@@ -57,21 +58,21 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 class Transaction:
     """One transaction that waits for its answer, on the event loop that asked."""
 
-    __slots__ = ("base_seq", "future", "in_doubt", "metas_by_seq", "request", "time", "txid")
+    __slots__ = ("base_seq", "future", "in_doubt", "request", "results_by_seq", "time", "txid")
 
     def __init__(self, request: WriteRequest, loop: asyncio.AbstractEventLoop) -> None:
         self.request = request
         self.txid = os.urandom(16)
         self.time = microseconds(dt.datetime.now(dt.UTC))
-        self.future: asyncio.Future[list[ResourceMeta]] = loop.create_future()
+        self.future: asyncio.Future[list[Any]] = loop.create_future()
         self.in_doubt = False
         """Whether a PUT that carried this transaction may have taken effect, or may still do so."""
         self.base_seq: int | None = None
         """The number of the newest record before the first such PUT."""
-        self.metas_by_seq: dict[int, list[ResourceMeta]] = {}
-        """The metadata that the transaction leaves, by the record number that an attempt gave it."""
+        self.results_by_seq: dict[int, list[Any]] = {}
+        """The result of the transaction, by the record number that an attempt gave it."""
 
-    def answer(self, result: list[ResourceMeta] | BaseException) -> None:
+    def answer(self, result: list[Any] | BaseException) -> None:
         """Answer the transaction, unless it was answered or its caller is gone."""
         if self.future.done():
             return
@@ -106,8 +107,8 @@ class S3Committer:
         self._unresolved_etag = ""
         """The ETag that a PUT without a known outcome named in its `If-Match`."""
 
-    async def commit(self, request: WriteRequest) -> list[ResourceMeta]:
-        """Commit a transaction, and return the metadata that it left.
+    async def commit(self, request: WriteRequest) -> list[Any]:
+        """Commit a transaction, and return its result: see Attempt.
 
         Runs to completion even if the caller is cancelled. Raises OutcomeUnknown if the transaction may be committed or
         may be committed later. Any other error says that it is not and never will be: VersionConflict, UniqueConflict,
@@ -207,7 +208,7 @@ class S3Committer:
         for transaction, attempt in accepted:
             seq, time = seq + 1, max(time, transaction.time)
             records.append(LogRecord(seq, transaction.txid, time, attempt.ops))
-            transaction.metas_by_seq[seq] = attempt.metas
+            transaction.results_by_seq[seq] = attempt.result
         head = await self._next_head(base, trial, records)
         # From here on these transactions may be committed, until the outcome says otherwise.
         for transaction, _ in accepted:
@@ -250,8 +251,8 @@ class S3Committer:
             seq=base.seq + len(records),
             segs=segments,
             tail=tuple(tail[cut:]),
-            schema=trial.schema,
             logged=base.logged + sum(record.size for record in records),
+            **trial.changes,
         )
 
     async def _apply_swap(self, head: Head, records: Sequence[LogRecord], got: Object) -> None:
@@ -281,7 +282,7 @@ class S3Committer:
         for transaction in in_doubt:
             seq = found.get(transaction.txid)
             if seq is not None:
-                transaction.answer(transaction.metas_by_seq.get(seq) or [])
+                transaction.answer(transaction.results_by_seq.get(seq) or [])
             elif transaction.base_seq is not None and state.seq - transaction.base_seq >= REMEMBERED_TXIDS:
                 transaction.answer(
                     OutcomeUnknown(
@@ -319,7 +320,7 @@ class S3Committer:
 
 def _answer(waiting: Sequence[Transaction], trial: Trial) -> None:
     for transaction, attempt in zip(waiting, trial.attempts, strict=True):
-        transaction.answer(attempt.metas if attempt.error is None else attempt.error)
+        transaction.answer(attempt.result if attempt.error is None else attempt.error)
 
 
 def _answer_all(waiting: Sequence[Transaction], error: CrudError) -> None:

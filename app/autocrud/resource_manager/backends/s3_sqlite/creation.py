@@ -16,12 +16,14 @@ from pathlib import Path
 from uuid import uuid4
 
 import apsw
+from msgspec.structs import replace
 
 from ....errors import ConditionalWritesUnsupported, ConfigError, HeadLost, StoreUnavailable
 from ...records import Findings
 from ..s3.object_store import Object, ObjectStore, Outcome, Stored, Unknown
+from ..sqlite import blob_tables
 from .copy_files import new_path
-from .head import Head, Snapshot, snapshot_key
+from .head import FORMAT, FORMAT_WITH_BLOBS, Head, Snapshot, snapshot_key
 
 log = logging.getLogger("crudstack.s3sqlite")
 
@@ -66,13 +68,13 @@ class StoreCreation:
         plain = await self._objects.get(self._key)
         if plain is None:
             return None
-        seq = await asyncio.get_running_loop().run_in_executor(
-            None, lambda: _exported_seq(plain.body, directory, self._key)
+        exported = await asyncio.get_running_loop().run_in_executor(
+            None, lambda: _exported_head(plain.body, directory, self._key)
         )
-        key = snapshot_key(self._prefix, 1, seq)
+        key = snapshot_key(self._prefix, 1, exported.seq)
         await self._objects.put(key, plain.body)
-        snapshot = Snapshot(key, seq, len(plain.body), hashlib.sha256(plain.body).hexdigest())
-        return Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, snap=snapshot, imported=plain.etag)
+        snapshot = Snapshot(key, exported.seq, len(plain.body), hashlib.sha256(plain.body).hexdigest())
+        return replace(exported, snap=snapshot, imported=plain.etag)
 
     async def record_store_id(self, head: Head) -> None:
         """Write the id of the store to BORN, unless that is done. Called before a HEAD is used or replaced.
@@ -141,14 +143,17 @@ def _check_may_write(outcome: Unknown) -> None:
         )
 
 
-def _exported_seq(body: bytes, directory: Path, key: str) -> int:
-    """Return the newest record number of a database that `export` wrote. Raises ConfigError for any other file."""
+def _exported_head(body: bytes, directory: Path, key: str) -> Head:
+    """Return a HEAD for a database that `export` wrote. Raises ConfigError for any other file."""
     path = new_path(directory)
     path.write_bytes(body)
     connection = None
     try:
         connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-        return int(connection.execute("SELECT seq FROM copy JOIN state").get)
+        seq = int(connection.execute("SELECT seq FROM copy JOIN state").get)
+        fmt = FORMAT_WITH_BLOBS if blob_tables.is_marked(connection) else FORMAT
+        epoch = blob_tables.epoch(connection)
+        return Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, fmt=fmt, blob_epoch=epoch)
     except (apsw.Error, TypeError) as error:
         raise ConfigError(f"{key} is not a database that crudstack exported ({error}); move it away") from None
     finally:

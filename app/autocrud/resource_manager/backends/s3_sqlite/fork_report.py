@@ -193,7 +193,7 @@ def log_fork(head_key: str, known_heads: Sequence[Head], found: Head, lost: Lost
         ", perhaps more" if lost.incomplete else "",
     )
     for record in lost.records[:LOGGED_AT_MOST]:
-        ids = [op.resource_id for op in decode_ops(record.ops) if op.kind != "once"] if record.ops else "not known"
+        ids = [op.resource_id for op in decode_ops(record.ops) if op.is_about_a_resource] if record.ops else "not known"
         log.error("%s: lost transaction %s, number %d, resources %s", head_key, record.txid.hex(), record.seq, ids)
     if len(lost.records) > LOGGED_AT_MOST:
         log.error("%s: %d more transactions are lost", head_key, len(lost.records) - LOGGED_AT_MOST)

@@ -29,6 +29,8 @@ from ...records import Findings
 from ..log_records import LogOperation
 
 FORMAT = 1
+FORMAT_WITH_BLOBS = 2
+"""The format from the first row of a blob on. Programs that would lose references to blobs do not know it (F5)."""
 _NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
 MAX_PAST = 32
 """A HEAD names the nonces of so many versions before it, about 12 bytes each: see fork."""
@@ -110,6 +112,7 @@ class Head(Struct, frozen=True, kw_only=True):
     imported: str | None = None  # ETag of the plain database that this store was created from
     raced: tuple[str, ...] = ()  # the endpoints that passed the race check, the newest last
     findings: Findings = Findings()  # what was found when the model was indexed
+    blob_epoch: int = 0  # see `contract.blobs`, F2. Left out if it is 0
     past: tuple[tuple[int, bytes], ...] = ()  # earlier versions with their nonces, the newest last
     others: dict[str, Any] = {}  # keys that later programs wrote, kept as they are
 
@@ -121,6 +124,8 @@ class Head(Struct, frozen=True, kw_only=True):
     def encode(self) -> bytes:
         """Return the bytes of the object HEAD."""
         known = {name: getattr(self, name) for name in _KNOWN}
+        if not self.blob_epoch:
+            del known["blob_epoch"]
         return _encode({**self.others, **known})
 
     @property
@@ -156,9 +161,10 @@ def decode_head(body: bytes) -> Head:
     try:
         raw = _decode(body)
         found = raw["fmt"]
-        if found != FORMAT:
+        if found not in (FORMAT, FORMAT_WITH_BLOBS):
             raise ConfigError(
-                f"the store in the bucket has format {found}, this program knows {FORMAT}: deploy a newer one"
+                f"the store in the bucket has format {found}, this program knows {FORMAT} and {FORMAT_WITH_BLOBS}:"
+                " deploy a newer one"
             )
         others = {key: value for key, value in raw.items() if key not in _KNOWN}
         return replace(msgspec.convert(raw, Head), others=others)

@@ -28,15 +28,16 @@ import apsw
 from msgspec.structs import replace
 
 from ....errors import CrudError, StoreUnavailable
-from ...basic import Change, IdempotentCommit, Reindex, ResourceMeta
+from ...basic import IdempotentCommit
 from ...contract.store_errors import not_indexed, not_kept, shared
 from ...runtime.files import lock_within
-from ..log_records import LoggedResults, LogOperation, log_operation, logged_index_entry
+from ..sqlite import blob_tables
 from ..sqlite.database import empty_log, keep_plans
 from ..sqlite.replay import replay
 from ..sqlite.tables import ResourceTables
 from .copy_files import remove_database
-from .head import Head, IndexSchema, LogRecord, decode_head, decode_ops, encode_ops
+from .head import FORMAT_WITH_BLOBS, Head, IndexSchema, LogRecord, decode_head, decode_ops
+from .write_requests import Attempt, WriteRequest, attempt
 
 T = TypeVar("T")
 
@@ -78,30 +79,18 @@ NO_HEAD = HeadState("", 0, 0, "")
 """The state of a copy that has read no HEAD yet."""
 
 
-class WriteRequest(NamedTuple):
-    """Changes, perhaps under an Idempotency-Key, or index entries for stored resources, to write in one transaction."""
-
-    changes: Sequence[Change] = ()
-    entries: Sequence[Reindex] = ()
-    once: IdempotentCommit | None = None
-    share: bool = False
-    """Whether the index entries may share values of unique fields."""
-
-
-class Attempt(NamedTuple):
-    """The result of a transaction that was tried: `ops` and `metas` if it succeeds, else the `error` to answer."""
-
-    ops: bytes
-    metas: list[ResourceMeta]
-    error: CrudError | None
-
-
 class Trial(NamedTuple):
-    """Transactions that were tried one after the other at one state, and then rolled back."""
+    """Transactions that were tried one after the other at one state, and then rolled back.
+
+    state     the state at which they were tried
+    head      its HEAD
+    changes   the fields of HEAD that the next one changes, apart from those of the log
+    attempts  the result of each transaction
+    """
 
     state: HeadState
     head: Head
-    schema: IndexSchema
+    changes: dict[str, Any]
     attempts: list[Attempt]
     found: bool = False
     """Whether a transaction in doubt is in the history. If so, nothing was tried."""
@@ -276,6 +265,8 @@ class LocalCopy:
             connection.execute("DELETE FROM recent WHERE seq <= ?", (head.seq - REMEMBERED_TXIDS,))
             connection.execute("DELETE FROM purges WHERE seq < ?", (head.first_logged,))
             self.tables.set_generation(connection, head.sweep)
+            if head.blob_epoch:
+                blob_tables.set_epoch(connection, head.blob_epoch)
             connection.execute(
                 "UPDATE copy SET store = ?, seq = ?, ver = ?, etag = ?, head = ?",
                 (head.store, head.seq, head.ver, etag, body),
@@ -320,12 +311,12 @@ class LocalCopy:
             state = _state(connection)
             for txid in in_doubt:
                 if connection.execute("SELECT 1 FROM recent WHERE txid = ?", (txid,)).get is not None:
-                    return Trial(state, Head(store=state.store), IndexSchema(), [], found=True)
+                    return Trial(state, Head(store=state.store), {}, [], found=True)
             body = connection.execute("SELECT head FROM copy").get
             if not body:
                 raise _no_head()
             head = decode_head(body)
-            with_unique = not all(request.entries for request in requests)
+            with_unique = any(request.writes_resources for request in requests)
             if with_unique and self._added(head.schema) and self.tables.outdated(connection, 1):
                 raise not_kept()
             schema, spec = self._schema(connection, head.schema, with_unique=with_unique)
@@ -333,29 +324,16 @@ class LocalCopy:
             for request in requests:
                 connection.execute("SAVEPOINT attempt")
                 try:
-                    attempts.append(self._attempt(connection, request, spec, schema.unique))
+                    attempts.append(attempt(self.tables, connection, request, spec, schema.unique))
                 except CrudError as error:
                     connection.execute("ROLLBACK TO attempt")
                     attempts.append(Attempt(b"", [], error))
                 connection.execute("RELEASE attempt")
-        return Trial(state, head, schema, attempts)
-
-    def _attempt(self, connection: apsw.Connection, request: WriteRequest, spec: str, unique: Sequence[str]) -> Attempt:
-        if request.entries:
-            reindexed = set(self.tables.reindex(connection, request.entries, () if request.share else unique))
-            ops = [
-                LogOperation("index", entry.resource_id, index=logged_index_entry(entry.entry, spec))
-                for entry in request.entries
-                if entry.resource_id in reindexed
-            ]
-            return Attempt(encode_ops(ops) if ops else b"", [], None)
-        metas = self.tables.commit(connection, request.changes, unique, request.once)
-        ops = [log_operation(change, meta, spec) for change, meta in zip(request.changes, metas, strict=True)]
-        if request.once is not None:
-            ops.append(
-                LogOperation("once", request.once.key, once=LoggedResults(request.once.request, request.once.results))
-            )
-        return Attempt(encode_ops(ops), metas, None)
+            changes: dict[str, Any] = {"schema": schema}
+            if any(request.blobs is not None for request in requests):
+                changes["blob_epoch"] = blob_tables.epoch(connection)
+                changes["fmt"] = FORMAT_WITH_BLOBS if blob_tables.is_marked(connection) else head.fmt
+        return Trial(state, head, changes, attempts)
 
     def schema_with_unique_fields(self, *, force: bool) -> tuple[HeadState, IndexSchema | None]:
         """Return the state, and the schema of HEAD with the unique fields of this program added.

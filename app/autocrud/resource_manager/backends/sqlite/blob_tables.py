@@ -46,6 +46,12 @@ def exist(connection: apsw.Connection) -> bool:
     return connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'blob_state'").get is not None
 
 
+def is_marked(connection: apsw.Connection) -> bool:
+    """Return whether the database is marked as one that has, or once had, rows of blobs."""
+    found: Any = connection.execute("SELECT format FROM state").get
+    return bool(found == FORMAT_WITH_BLOBS)
+
+
 def epoch(connection: apsw.Connection) -> int:
     """Return the epoch with which the uids of new uploads begin."""
     return int(connection.execute("SELECT epoch FROM blob_state").get) if exist(connection) else 0
@@ -104,8 +110,7 @@ def add(connection: apsw.Connection, row: BlobRow, quota: int | None) -> bool:
 
 def put(connection: apsw.Connection, row: BlobRow) -> None:
     """Store a row without checks, and mark the database."""
-    state: Any = connection.execute("SELECT format FROM state").get
-    if state != FORMAT_WITH_BLOBS:
+    if not is_marked(connection):
         connection.execute(TABLES)
         connection.execute("INSERT OR IGNORE INTO uniques VALUES (?)", (BLOBS_MARKER,))
         connection.execute("UPDATE state SET format = ?", (FORMAT_WITH_BLOBS,))

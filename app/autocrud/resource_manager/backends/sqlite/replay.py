@@ -8,6 +8,7 @@ import apsw
 
 from ...basic import Change, IndexEntry
 from ..log_records import LoggedIndexEntry, LogOperation, revision_info_of
+from . import blob_tables
 from .tables import ResourceTables
 
 Specs = Mapping[str, Mapping[str, str]]
@@ -15,7 +16,7 @@ Specs = Mapping[str, Mapping[str, str]]
 
 
 def replay(tables: ResourceTables, connection: apsw.Connection, op: LogOperation, specs: Specs) -> None:
-    """Apply an operation on a resource. Marks its index entry as outdated if the entry lacks a bound field."""
+    """Apply an operation on a resource or a blob. Marks an index entry as outdated if it lacks a bound field."""
     entry, complete = (None, True) if op.index is None else entry_of(tables, op.index, specs)
     if op.kind == "purge":
         tables.purge(connection, op.resource_id)
@@ -24,6 +25,10 @@ def replay(tables: ResourceTables, connection: apsw.Connection, op: LogOperation
     elif op.kind == "put" and op.meta is not None:
         change = Change(meta=op.meta, record=revision_info_of(op), index=entry, expect="any", drop=op.drop)
         tables.apply_committed(connection, [change])
+    elif op.kind == "blob" and op.blob_row is not None:
+        blob_tables.put(connection, op.blob_row)
+    elif op.kind == "no-blob":
+        blob_tables.delete(connection, op.resource_id)
     if not complete:
         tables.mark_outdated(connection, op.resource_id)
 
