@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec.structs import replace
 
 from ..resource_manager.basic import Page, RevisionInfo
 from ..resource_manager.runtime.threads import heavy
@@ -14,6 +15,11 @@ from .options import MAX_REVISION, include_deleted_of, known_id
 from .searching import read_filter_of
 
 _encode = msgspec.json.Encoder().encode
+
+
+def encode_record(info: RevisionInfo | None) -> bytes:
+    """Return the record of a revision as JSON, without the keys of its blobs. Only stores use the keys."""
+    return _encode(replace(info, blobs=()) if info is not None and info.blobs else info)
 
 
 class HistoryRoutes:
@@ -42,7 +48,7 @@ class HistoryRoutes:
             read_filter=read_filter_of(request.caller),
         )
         cursor = None if page.next is None else searching.encode_cursor((page.next,), scope)
-        return page_response(request, [_encode(info) for info in page.items], cursor)
+        return page_response(request, [encode_record(info) for info in page.items], cursor)
 
     async def get_revision(self, request: Request) -> Response:
         """Handle `GET /{model}/{id}/revisions/{n}`."""
@@ -57,7 +63,7 @@ class HistoryRoutes:
             include_deleted=include_deleted,
             read_filter=read_filter_of(request.caller),
         )
-        return Response(200, b'{"meta":%b,"data":%b}' % (_encode(resource.info), resource.json))
+        return Response(200, b'{"meta":%b,"data":%b}' % (encode_record(resource.info), resource.json))
 
     async def diff(self, request: Request) -> Response:
         """Handle `GET /{model}/{id}/diff`."""

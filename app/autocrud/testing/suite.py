@@ -17,6 +17,7 @@ from ..errors import (
 )
 from .base import keyed
 from .batches import BatchConformance
+from .blobs import BlobConformance, DurableBlobConformance
 from .hostile import HostileInputConformance
 from .idempotency import IdempotencyConformance
 from .limits import DurableLimitsConformance, LimitsConformance
@@ -38,11 +39,14 @@ class StorageConformance(
     HostileInputConformance,
     SweepConformance,
     LimitsConformance,
+    BlobConformance,
 ):
     """Tests for storages that may lose everything when the process ends."""
 
 
-class DurableConformance(ReindexingConformance, NewFieldConformance, DurableLimitsConformance, StorageConformance):
+class DurableConformance(
+    ReindexingConformance, NewFieldConformance, DurableLimitsConformance, DurableBlobConformance, StorageConformance
+):
     """Tests for storages that keep acknowledged data after the process ends."""
 
     durable: ClassVar[bool] = True
