@@ -7,6 +7,8 @@ import json
 
 from fastapi import FastAPI
 
+from app.autocrud.testing.blobs import NamedBlobs, blob_rows_of, upload
+
 from .conftest import MERGE, PATCH, client_of, make_crud, problem
 
 
@@ -198,3 +200,21 @@ async def test_unique_values(api):
     await api.post("/note", json={"title": "x", "slug": "s"})
     conflict = problem(await api.post("/note", json={"title": "y", "slug": "s"}), 409, "unique-conflict")
     assert conflict["errors"][0]["pointer"] == "/slug"
+
+
+async def test_the_keys_of_blobs_are_not_shown(crud, api, note):
+    """Only stores use the keys. An answer would tell the ids of uploads."""
+    path, _ = note
+    manager = crud.resource_manager("note")
+    row = upload()
+    await blob_rows_of(manager).add_blob(row)
+    NamedBlobs(manager.storage).by_resource[path.rpartition("/")[2]] = (row.key,)
+    await api.patch(path, json={"title": "Moon"})
+    assert (await manager.storage.revision(path.rpartition("/")[2], 2)).blobs == (row.key,)
+    for url in ("", "?revision=2", "/revisions", "/revisions/2", "/data", "/diff?from=1"):
+        answer = await api.get(path + url)
+        assert answer.status_code == 200
+        assert row.sha256 not in answer.text, url
+    schemas = (await api.get("/openapi.json")).json()["components"]["schemas"]
+    assert "uid" in schemas["RevisionInfo"]["properties"]
+    assert "blobs" not in schemas["RevisionInfo"]["properties"]
