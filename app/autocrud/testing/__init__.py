@@ -25,6 +25,7 @@ Needs the extra `testing`, and `asyncio_mode = "auto"` in the configuration of p
 base                                            fixtures
 revisions, queries, batches, idempotency, races, hostile, sweeping, limits
                                                 what every storage promises
+blobs, blob_machine, shared_blobs               what a storage with rows of blobs promises
 reindexing, new_fields                          what durable storages promise
 suite, shared                                   the classes above
 caches                                          what a cache promises

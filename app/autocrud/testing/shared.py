@@ -27,10 +27,11 @@ from ..resource_manager.core import Caller, ResourceManager
 from ..resource_manager.model.resource import Resource
 from .base import ROUNDS, keyed, version_of
 from .model import Item, manage, storage_of
+from .shared_blobs import SharedBlobConformance
 from .suite import DurableConformance
 
 
-class SharedConformance(DurableConformance):
+class SharedConformance(SharedBlobConformance, DurableConformance):
     """Tests for storages that several processes may use at once. `make` also runs in other processes."""
 
     shares: ClassVar[bool] = True

@@ -17,6 +17,7 @@ from ..errors import (
 )
 from .base import keyed
 from .batches import BatchConformance
+from .blob_machine import BlobMachineConformance
 from .blobs import BlobConformance, DurableBlobConformance
 from .hostile import HostileInputConformance
 from .idempotency import IdempotencyConformance
@@ -40,6 +41,7 @@ class StorageConformance(
     SweepConformance,
     LimitsConformance,
     BlobConformance,
+    BlobMachineConformance,
 ):
     """Tests for storages that may lose everything when the process ends."""
 
