@@ -64,7 +64,7 @@ class Planned(NamedTuple):
 
 
 class ModelResource:
-    """What the model knows of a resource: the keys and the status of each revision, and the current revision."""
+    """The state of a resource: the keys and the status of each revision, and the current revision."""
 
     def __init__(self, status: Status, keys: frozenset[str]) -> None:
         self.revisions: dict[int, tuple[Status, frozenset[str]]] = {1: (status, keys)}
