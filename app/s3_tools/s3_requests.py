@@ -148,6 +148,10 @@ class RecordedObjects(ObjectStore):
         return await self._objects.download(key, path)
 
     @override
+    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes] | None:
+        return await self._objects.stream(key, start, end)
+
+    @override
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
         return await self._objects.presign(key, method, seconds)
 

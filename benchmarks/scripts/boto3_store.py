@@ -73,6 +73,9 @@ class Boto3ObjectStore(ObjectStore):
             path.write_bytes(found.body)
         return found is not None
 
+    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes] | None:
+        raise AssertionError("a cold start reads no part of an object")
+
     async def upload(self, key: str, path: Path) -> None:
         raise AssertionError("a cold start uploads nothing")
 

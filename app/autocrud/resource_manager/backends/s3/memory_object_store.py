@@ -25,7 +25,18 @@ from typing import Literal, NamedTuple, TypeVar
 from typing_extensions import override
 
 from ....errors import StoreUnavailable
-from .object_store import UNCHANGED, Listed, NotStored, Object, ObjectStore, Outcome, Stored, Unchanged, Unknown
+from .object_store import (
+    STREAM_CHUNK,
+    UNCHANGED,
+    Listed,
+    NotStored,
+    Object,
+    ObjectStore,
+    Outcome,
+    Stored,
+    Unchanged,
+    Unknown,
+)
 
 T = TypeVar("T")
 Operation = Literal["get", "get_if", "put", "put_if", "list", "delete"]
@@ -66,10 +77,16 @@ class MemoryObjectStore(ObjectStore):
         fault: Returns the fault of a request, or None.
         latency: Returns the latency of a request in seconds.
         check_then_act: Returns the seconds between comparing and writing; None for an atomic store.
+        clock: Returns the time of the server.
+        modified: The time of the last write by key.
+        stream_chunk: The size in bytes of the chunks of a stream. Each one is a request.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, Object] = {}
+        self.modified: dict[str, datetime] = {}
+        self.clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self.stream_chunk = STREAM_CHUNK
         self.requests: Counter[str] = Counter()
         self.bytes_put = 0
         self.fault: Callable[[Call], InjectedFault | None] = lambda _: None
@@ -121,6 +138,7 @@ class MemoryObjectStore(ObjectStore):
     def _store(self, key: str, body: bytes) -> str:
         etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'  # depends on the content only, as on S3
         self.objects[key] = Object(bytes(body), etag)
+        self.modified[key] = self.clock()
         return etag
 
     def _swap(self, key: str, body: bytes, etag: str | None) -> Outcome:
@@ -168,9 +186,9 @@ class MemoryObjectStore(ObjectStore):
         def work(fault: InjectedFault | None) -> Sequence[Listed]:
             if fault is not None:
                 raise _down()
-            now = datetime.now(UTC)
             keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
-            return [Listed(key, len(self.objects[key].body), now) for key in keys]
+            now = self.clock()
+            return [Listed(key, len(self.objects[key].body), self.modified.get(key, now)) for key in keys]
 
         for listed in await self._serve(Call("list", prefix), work):
             yield listed
@@ -191,6 +209,18 @@ class MemoryObjectStore(ObjectStore):
         if found is not None:
             await asyncio.to_thread(path.write_bytes, found.body)
         return found is not None
+
+    @override
+    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes] | None:
+        found = await self.get(key)
+        return None if found is None else self._chunks(key, found, start, len(found.body) if end is None else end)
+
+    async def _chunks(self, key: str, found: Object, start: int, end: int) -> AsyncIterator[bytes]:
+        for at in range(start, min(end, len(found.body)), self.stream_chunk):
+            # As on S3, where a stream that is continued needs the same object.
+            if at > start and await self._serve(Call("get", key), lambda fault: self._found(fault, key)) != found:
+                raise _down()
+            yield found.body[at : min(at + self.stream_chunk, end)]
 
     @override
     async def upload(self, key: str, path: Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -21,18 +20,19 @@ from contextvars import ContextVar
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from typing_extensions import override
 
-from ....errors import ConfigError, StoreUnavailable
-from ....secret import Secret, hidden, http_url, plain
+from ....errors import StoreUnavailable
+from ....secret import Secret, hidden, plain
 from ...runtime.disk_space import full, is_full
 from ...runtime.drivers import driver
 from . import credentials as s3_credentials
 from .clients import FILE, Attempts, Clients, RequestKind, kind_of
-from .errors import describe, status_and_code
+from .endpoint import server_name, trusted_certificates
+from .errors import describe, s3_answer, status_and_code
 from .obstore_exit import tracked, wait_at_exit
+from .reception import Reception, pages
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Store
@@ -42,6 +42,10 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.s3")
 
 CONCURRENT_GETS = 32
+STREAM_CHUNK = 256 * 1024
+"""Least size in bytes of the chunks of a stream."""
+PART, PARTS_AT_ONCE = 8 * 1024 * 1024, 4
+"""Size in bytes of the parts in which a large file is sent, and how many are in memory at the same time."""
 
 REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", default=None)
 """Counts the S3 requests of the current task by method, if it is set. If commits share a swap, it counts for one of
@@ -144,8 +148,17 @@ class ObjectStore(ABC):
         """Stream an object to a file. Return False if there is no such object. Raises DiskFull."""
 
     @abstractmethod
+    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes] | None:
+        """Return the bytes from `start` up to but not including `end`, or None if there is no such object.
+
+        If the object is shorter than `end`, the bytes up to its end are returned. `end` is larger than `start`. The
+        chunks have about STREAM_CHUNK bytes. The iterator raises StoreUnavailable too, also if the object is replaced
+        or deleted before the last byte was received.
+        """
+
+    @abstractmethod
     async def upload(self, key: str, path: Path) -> None:
-        """Stream a file to an object."""
+        """Stream a file to an object. Takes constant memory."""
 
     @abstractmethod
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
@@ -175,7 +188,7 @@ class S3ObjectStore(ObjectStore):
             from obstore.store import S3Store
 
         self._obstore, self._errors = obstore, exceptions
-        self._endpoint = _server(endpoint_url)
+        self._endpoint = server_name(endpoint_url)
         self._missing = (FileNotFoundError, exceptions.NotFoundError)
         self._failed = (
             exceptions.BaseError,
@@ -200,7 +213,7 @@ class S3ObjectStore(ObjectStore):
             options["credential_provider"] = kept = s3_credentials.KeptCredentials(ambient)
             renew = kept.renew
 
-        trusted = _trusted()
+        trusted = trusted_certificates()
 
         def client(client_options: ClientConfig, retry_config: RetryConfig) -> S3Store:
             http: ClientConfig = {"allow_http": True, "connect_timeout": "3s", **trusted, **client_options}
@@ -275,7 +288,7 @@ class S3ObjectStore(ObjectStore):
     async def _put(self, key: str, body: bytes | Path, size: int) -> None:
         async def request(client: S3Store) -> None:
             _count("PUT")
-            await tracked(self._obstore.put_async(client, key, body))
+            await tracked(self._obstore.put_async(client, key, body, chunk_size=PART, max_concurrency=PARTS_AT_ONCE))
 
         try:
             await self._repeated(kind_of(size), request)
@@ -315,7 +328,7 @@ class S3ObjectStore(ObjectStore):
             pools = self._clients.current()
             client = pools.client("small", attempts.count)
             try:
-                async for page in _pages(
+                async for page in pages(
                     self._obstore.list(client, folder or None, offset=after or None, chunk_size=1000)
                 ):
                     _count("LIST")
@@ -345,37 +358,46 @@ class S3ObjectStore(ObjectStore):
 
     @override
     async def download(self, key: str, path: Path) -> bool:
-        size, attempts = 0, Attempts()
-        received, etag = 0, None
+        reception = self._reception(key)
         try:
             with await asyncio.to_thread(path.open, "wb") as file:
-                while True:
-                    pools = self._clients.current()
-                    rest: Any = {"range": {"offset": received}, "if_match": etag} if received and etag else {}
-                    try:
-                        _count("GET")
-                        client = pools.client("small", attempts.count)
-                        result = await tracked(self._obstore.get_async(client, key, options=rest))
-                        size, etag = result.meta["size"], result.meta["e_tag"]
-                        if not rest:
-                            received = 0
-                            file.seek(0)
-                        async for chunk in _pages(result.stream(min_chunk_size=8 * 1024 * 1024)):
-                            await asyncio.to_thread(file.write, chunk)
-                            received, attempts = received + len(chunk), Attempts()
-                        await asyncio.to_thread(file.truncate)
-                        return True
-                    except self._failed as error:
-                        if isinstance(error, self._missing) or is_full(error, path.parent):
-                            raise
-                        if not await self._clients.may_repeat("small", pools, attempts, error):
-                            raise
+                await reception.begin()
+                async for chunk in reception.chunks(8 * 1024 * 1024):
+                    await asyncio.to_thread(file.write, chunk)
         except self._missing:
             return False
         except self._failed as error:
             if is_full(error, path.parent):
-                raise full(error, path.parent, size) from error
+                raise full(error, path.parent, reception.size) from error
             raise _unavailable("GET", key, error) from error
+        return True
+
+    @override
+    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes] | None:
+        reception = self._reception(key, start, end)
+        try:
+            await reception.begin()
+        except self._failed as error:
+            if isinstance(error, self._missing):
+                return None
+            if s3_answer(error) == (416, "InvalidRange"):  # the object ends before `start`
+                return _no_bytes()
+            raise _unavailable("GET", key, error) from error
+        return self._received(key, reception)
+
+    async def _received(self, key: str, reception: Reception) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in reception.chunks(STREAM_CHUNK):
+                yield bytes(chunk)
+        except self._failed as error:
+            raise _unavailable("GET", key, error) from error
+
+    def _reception(self, key: str, start: int = 0, end: int | None = None) -> Reception:
+        async def get(client: S3Store, options: Any) -> Any:
+            _count("GET")
+            return await tracked(self._obstore.get_async(client, key, options=options))
+
+        return Reception(self._clients, get, self._failed, start, end)
 
     @override
     async def upload(self, key: str, path: Path) -> None:
@@ -413,39 +435,10 @@ def _shared(
     return S3ObjectStore(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
 
 
-def _server(endpoint_url: str | Secret | None) -> str:
-    """Return scheme, host and port of an endpoint, without credentials and path; `aws` if there is none.
-
-    Raises ConfigError if the endpoint is not a URL.
-    """
-    url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")  # as obstore does
-    if not url:
-        return "aws"
-    parts = urlsplit(http_url(url).shown)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-
-
 def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
     """Return the error for the client. The details, for example an address, go only to the log."""
     log.error("%s %s: %s: %s", method, key, type(error).__name__, describe(error))
     return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
-
-
-def _trusted() -> ClientConfig:
-    """Return the option that trusts the CAs of AWS_CA_BUNDLE besides those of the system.
-
-    Raises ConfigError if it is not a PEM file.
-    """
-    path = os.environ.get("AWS_CA_BUNDLE")
-    if not path:
-        return {}
-    try:
-        pem = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"AWS_CA_BUNDLE names {path!r}, which cannot be read: {error.strerror}") from None
-    if b"-----BEGIN CERTIFICATE-----" not in pem:
-        raise ConfigError(f"AWS_CA_BUNDLE names {path!r}: expected a PEM file with the certificate of a CA")
-    return {"root_certificate": pem}
 
 
 def _content(path: Path) -> bytes | Path:
@@ -453,14 +446,9 @@ def _content(path: Path) -> bytes | Path:
     return path if path.stat().st_size > FILE else path.read_bytes()
 
 
-async def _pages(stream: Any) -> AsyncIterator[Any]:
-    """Iterate over a stream of obstore. Each step is a request."""
-    while True:
-        try:
-            page = await tracked(stream.__anext__())
-        except StopAsyncIteration:
-            return
-        yield page
+async def _no_bytes() -> AsyncIterator[bytes]:
+    return
+    yield b""
 
 
 def _touch() -> None:
