@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..query import Cursor, Query
 from .records import (
+    BLOB_KEY,
     KEEP_KEYS_US,
     AlreadyCommitted,
     BlobRow,
@@ -234,7 +235,8 @@ class BlobStore(Store):
     def read(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         """Yield the bytes from `start` up to but not including `end`, in chunks of at most 1 MB.
 
-        Raises StoreDamaged if there is no such blob, or if it is too short.
+        With `end=None`, yields the bytes up to the end of the blob. Raises StoreDamaged if there is no such blob, or if
+        the blob ends before `end`. Raises StoreUnavailable.
         """
 
     @abstractmethod
@@ -434,6 +436,7 @@ class IStorage(ABC):
 
 
 __all__ = [
+    "BLOB_KEY",
     "KEEP_KEYS_US",
     "AlreadyCommitted",
     "BlobRow",

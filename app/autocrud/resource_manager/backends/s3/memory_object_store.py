@@ -17,7 +17,7 @@ import asyncio
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -211,11 +211,11 @@ class MemoryObjectStore(ObjectStore):
         return found is not None
 
     @override
-    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes] | None:
+    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None] | None:
         found = await self.get(key)
         return None if found is None else self._chunks(key, found, start, len(found.body) if end is None else end)
 
-    async def _chunks(self, key: str, found: Object, start: int, end: int) -> AsyncIterator[bytes]:
+    async def _chunks(self, key: str, found: Object, start: int, end: int) -> AsyncGenerator[bytes, None]:
         for at in range(start, min(end, len(found.body)), self.stream_chunk):
             # As on S3, where a stream that is continued needs the same object.
             if at > start and await self._serve(Call("get", key), lambda fault: self._found(fault, key)) != found:

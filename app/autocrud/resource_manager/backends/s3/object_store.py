@@ -11,11 +11,12 @@ other requests do no harm if they are repeated, and are repeated: see clients.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -148,7 +149,7 @@ class ObjectStore(ABC):
         """Stream an object to a file. Return False if there is no such object. Raises DiskFull."""
 
     @abstractmethod
-    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes] | None:
+    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None] | None:
         """Return the bytes from `start` up to but not including `end`, or None if there is no such object.
 
         If the object is shorter than `end`, the bytes up to its end are returned. `end` is larger than `start`. The
@@ -373,7 +374,7 @@ class S3ObjectStore(ObjectStore):
         return True
 
     @override
-    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes] | None:
+    async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None] | None:
         reception = self._reception(key, start, end)
         try:
             await reception.begin()
@@ -385,10 +386,11 @@ class S3ObjectStore(ObjectStore):
             raise _unavailable("GET", key, error) from error
         return self._received(key, reception)
 
-    async def _received(self, key: str, reception: Reception) -> AsyncIterator[bytes]:
+    async def _received(self, key: str, reception: Reception) -> AsyncGenerator[bytes, None]:
         try:
-            async for chunk in reception.chunks(STREAM_CHUNK):
-                yield bytes(chunk)
+            async with contextlib.aclosing(reception.chunks(STREAM_CHUNK)) as chunks:
+                async for chunk in chunks:
+                    yield bytes(chunk)
         except self._failed as error:
             raise _unavailable("GET", key, error) from error
 
@@ -446,7 +448,7 @@ def _content(path: Path) -> bytes | Path:
     return path if path.stat().st_size > FILE else path.read_bytes()
 
 
-async def _no_bytes() -> AsyncIterator[bytes]:
+async def _no_bytes() -> AsyncGenerator[bytes, None]:
     return
     yield b""
 

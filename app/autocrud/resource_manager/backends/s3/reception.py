@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from .clients import Attempts, Clients, Pools
@@ -44,16 +45,17 @@ class Reception:
         self.size, self._etag = self._result.meta["size"], self._result.meta["e_tag"]
         self._end = self._result.range[1]
 
-    async def chunks(self, at_least: int) -> AsyncIterator[bytes]:
+    async def chunks(self, at_least: int) -> AsyncGenerator[bytes, None]:
         """Yield the bytes. All chunks but the last one have `at_least` bytes, and little more.
 
         Raises one of `failed`, for example if the object was replaced meanwhile.
         """
         while True:
             try:
-                async for chunk in pages(self._result.stream(min_chunk_size=at_least)):
-                    self._next, self._attempts = self._next + len(chunk), Attempts()
-                    yield chunk
+                async with contextlib.aclosing(pages(self._result.stream(min_chunk_size=at_least))) as chunks:
+                    async for chunk in chunks:
+                        self._next, self._attempts = self._next + len(chunk), Attempts()
+                        yield chunk
                 return
             except self._failed as error:
                 if self._next == self._end:
@@ -80,7 +82,7 @@ class Reception:
         return await self._clients.may_repeat("small", pools, self._attempts, error)
 
 
-async def pages(stream: Any) -> AsyncIterator[Any]:
+async def pages(stream: Any) -> AsyncGenerator[Any, None]:
     """Iterate over a stream of obstore. Each step is a request."""
     while True:
         try:
