@@ -23,6 +23,7 @@ from .protocols import (
     RecordKeeping,
     RecordReplay,
 )
+from .snapshots import Pinning
 
 _STORE = {"place": "location_key", "impairments": "degradations", "erase": "purge_remnants"}
 RENAMED_OF_META_STORE = _STORE | {
@@ -41,7 +42,7 @@ RENAMED_OF_STORAGE = {
 }
 RENAMED_OF_CACHE = {"erase": "purge_remnants"}
 
-META_STORE_PROTOCOLS = (Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay, BlobRows)
+META_STORE_PROTOCOLS = (Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay, BlobRows, Pinning)
 RESOURCE_STORE_PROTOCOLS = (BodySweeping, RecordKeeping, IndexKeeping, BlobRows)
 
 _SHARED_NAMES = {"done"}

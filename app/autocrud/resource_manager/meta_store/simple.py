@@ -37,6 +37,7 @@ from ..basic import (
 )
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping, RecordReplay
 from ..contract.staged_stores import StagedMetaStore, WriteStage
+from .pinning import FilePinning, MemoryPinning
 
 SCAN_PAGE = 500
 
@@ -127,7 +128,7 @@ class _TablesMetaStore(DatabaseBlobRows, MetaStore, IndexMigration, MetaSweeping
         await self._db.close()
 
 
-class MemoryMetaStore(_TablesMetaStore, RecordReplay):
+class MemoryMetaStore(_TablesMetaStore, MemoryPinning, RecordReplay):
     """A MetaStore in the memory of this process. Not durable by itself: see SimpleStorage."""
 
     authoritative: ClassVar[bool] = False
@@ -140,6 +141,7 @@ class MemoryMetaStore(_TablesMetaStore, RecordReplay):
 
     @override
     def bind(self, spec: ModelSpec) -> None:
+        MemoryPinning.__init__(self)
         self._tables = ResourceTables(spec, self._encoding, lazy=True)
         self._db = MemoryDatabase(self._tables.create)
 
@@ -152,7 +154,7 @@ class MemoryMetaStore(_TablesMetaStore, RecordReplay):
         return await self._db.read(lambda db: self._tables.owner_of(db, name, key), quick=True)
 
 
-class DiskMetaStore(_TablesMetaStore, StagedMetaStore, FindingsKeeping):
+class DiskMetaStore(_TablesMetaStore, FilePinning, StagedMetaStore, FindingsKeeping):
     """A MetaStore in `rootdir/index.sqlite`. Durable, and shared by the processes of one machine."""
 
     durable: ClassVar[bool] = True
