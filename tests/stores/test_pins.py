@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import datetime as dt
+import itertools
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,18 +14,33 @@ from typing import Protocol
 import apsw
 import pytest
 
+from app.autocrud.errors import CrudError, StoreUnavailable
+from app.autocrud.resource_manager.backends.s3.memory_object_store import (
+    DROPPED,
+    LOST_ANSWER,
+    InjectedFault,
+    MemoryObjectStore,
+)
 from app.autocrud.resource_manager.contract import snapshots
 from app.autocrud.resource_manager.contract.snapshots import Pinning
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
+from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 
 
 class Store(Pinning, Protocol):
     async def close(self) -> None: ...
 
 
-@pytest.fixture(params=["memory", "disk"])
+KINDS = {
+    "memory": lambda _: MemoryMetaStore(),
+    "disk": DiskMetaStore,
+    "s3": lambda _: S3SqliteMetaStore("b", "k", object_store=MemoryObjectStore()),
+}
+
+
+@pytest.fixture(params=KINDS)
 async def store(request, tmp_path: Path) -> AsyncIterator[Store]:
-    store: Store = MemoryMetaStore() if request.param == "memory" else DiskMetaStore(tmp_path)
+    store: Store = KINDS[request.param](tmp_path)
     yield store
     await store.close()
 
@@ -100,3 +118,117 @@ async def test_a_memory_store_that_is_bound_again_has_no_pins():
     store.bind(store._tables.spec)
     assert not await store.has_pins()
     assert not await store.remove_pin("a")
+
+
+# On S3
+
+
+class Fleet:
+    """Instances that share a bucket."""
+
+    def __init__(self) -> None:
+        self.objects = MemoryObjectStore()
+        self.instances: list[S3SqliteMetaStore] = []
+
+    def instance(self) -> S3SqliteMetaStore:
+        self.instances.append(S3SqliteMetaStore("b", "k", object_store=self.objects, sync_interval=None))
+        return self.instances[-1]
+
+    def pass_time(self, seconds: float) -> None:
+        """Let the clock of S3 advance. Those of the instances do not."""
+        clock = self.objects.clock
+        self.objects.clock = lambda: clock() + dt.timedelta(seconds=seconds)
+
+    def markers(self) -> list[str]:
+        return [key for key in self.objects.objects if key.startswith("k/pin/")]
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    fleet = Fleet()
+    yield fleet
+    for instance in fleet.instances:
+        await instance.close()
+
+
+async def test_instances_see_the_pins_that_were_added_before_their_last_lookup(fleet: Fleet):
+    one, other = fleet.instance(), fleet.instance()
+    await other.refresh()
+    await one.add_pin("a")
+    await other.unreferenced(["0/x"])  # a sweep looks for references, then asks
+    assert await other.has_pins()
+    assert await one.remove_pin("a")
+    await other.unreferenced(["0/x"])
+    assert not await other.has_pins()
+    assert not fleet.markers()
+
+
+async def test_only_the_clock_of_s3_decides_when_a_pin_is_dropped(fleet: Fleet):
+    one, other = fleet.instance(), fleet.instance()
+    await one.add_pin("a")
+    fleet.pass_time(snapshots.PIN_LIFE_S - 1)
+    assert await one.renew_pin("a")
+    fleet.pass_time(snapshots.PIN_LIFE_S - 1)
+    assert await other.has_pins()
+    fleet.pass_time(2)
+    other._pins._looked_at = float("-inf")
+    assert not await other.has_pins()
+    assert not await one.renew_pin("a")
+    assert not await one.remove_pin("a")
+    assert not fleet.markers()
+
+
+async def test_a_pin_whose_marker_is_missing_is_dropped(fleet: Fleet):
+    one, other = fleet.instance(), fleet.instance()
+    await one.add_pin("a")
+    await fleet.objects.delete(fleet.markers())
+    await other.refresh()
+    assert not await other.has_pins()
+    assert not await one.remove_pin("a")
+
+
+async def test_markers_without_a_pin_are_deleted(fleet: Fleet):
+    one = fleet.instance()
+    await one.refresh()
+    await fleet.objects.put("k/pin/killed before HEAD named it", b"")
+    fleet.pass_time(snapshots.PIN_LIFE_S)
+    await one.add_pin("a")
+    assert await one.renew_pin("a")
+    assert fleet.markers() == ["k/pin/a"]
+    await fleet.objects.put("k/pin/killed", b"")
+    fleet.objects.modified["k/pin/killed"] -= dt.timedelta(days=3)
+    fleet.objects.modified["k/pin/a"] -= dt.timedelta(days=3)  # this one is named by HEAD: the clock here may be wrong
+    await one.maintain(10)
+    assert fleet.markers() == ["k/pin/a"]
+
+
+@pytest.mark.parametrize("op", ["put", "put_if", "list", "delete", "get_if"])
+@pytest.mark.parametrize("fault", [DROPPED, LOST_ANSWER])
+async def test_a_pin_that_was_acknowledged_is_kept_whatever_fails_once(fleet: Fleet, op: str, fault: InjectedFault):
+    """Each step fails once. The pin is either refused with an error, or it lasts until it is removed."""
+    one, other = fleet.instance(), fleet.instance()
+    await one.refresh()
+
+    async def failing_once(work):
+        calls = itertools.count()
+        fleet.objects.fault = lambda call: fault if call.op == op and not next(calls) else None
+        try:
+            return await work
+        finally:
+            fleet.objects.fault = lambda _: None
+
+    try:
+        await failing_once(one.add_pin("a"))
+    except CrudError:
+        assert op in ("put", "get_if")
+        return
+    for work in (one.renew_pin, one.remove_pin):
+        await other.refresh()
+        assert await other.has_pins()
+        with contextlib.suppress(StoreUnavailable):
+            assert await failing_once(work("a"))
+    await other.refresh()
+    if await other.has_pins():
+        assert await one.remove_pin("a")
+        await other.refresh()
+    assert not await other.has_pins()

@@ -89,6 +89,19 @@ class BodySnapshot(Protocol):
         """Return bodies in the order of the uids; None for each one that is missing."""
 
 
+class RecordSnapshot(MetaSnapshot, BodySnapshot, Protocol):
+    """One moment of the records of a ResourceStore, with their bodies."""
+
+
+@runtime_checkable
+class RecordSnapshots(Protocol):
+    """A ResourceStore whose records are the commit, and which can be read as at one moment while writes go on."""
+
+    @abstractmethod
+    def record_snapshot(self) -> AbstractAsyncContextManager[RecordSnapshot]:
+        """Return the moment at which the context begins. Other readers and writers do not wait for it."""
+
+
 class StorageSnapshot(Protocol):
     """One moment of a storage: metadata, bodies and blobs of one model."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import AsyncIterator, Hashable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -36,13 +37,14 @@ from ..basic import (
     RevisionInfo,
 )
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping, RecordReplay
+from ..contract.snapshots import MetaSnapshot, SnapshotReading
 from ..contract.staged_stores import StagedMetaStore, WriteStage
 from .pinning import FilePinning, MemoryPinning
 
 SCAN_PAGE = 500
 
 
-class _TablesMetaStore(DatabaseBlobRows, MetaStore, IndexMigration, MetaSweeping):
+class _TablesMetaStore(DatabaseBlobRows, MetaStore, SnapshotReading, IndexMigration, MetaSweeping):
     """A MetaStore whose truth is `ResourceTables` in a database."""
 
     _db: MemoryDatabase | FileDatabase
@@ -118,6 +120,10 @@ class _TablesMetaStore(DatabaseBlobRows, MetaStore, IndexMigration, MetaSweeping
     @override
     async def deactivate_unique_field(self, name: str) -> None:
         await self._db.write(lambda db: self._tables.deactivate_unique_field(db, name))
+
+    @override
+    def snapshot(self) -> AbstractAsyncContextManager[MetaSnapshot]:
+        return self._db.snapshot()
 
     @override
     async def health(self) -> None:
@@ -206,8 +212,7 @@ class DiskMetaStore(_TablesMetaStore, FilePinning, StagedMetaStore, FindingsKeep
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
-        await self._db.checkpoint()
-        return now
+        return await self._db.purge_remnants(now)
 
     @override
     def bind(self, spec: ModelSpec) -> None:

@@ -23,13 +23,15 @@ from ...errors import ConfigError, CrudError, StoreUnavailable
 from ...query import Query
 from ...secret import Secret
 from ..backends.s3.object_store import ObjectStore, s3
-from ..backends.s3_sqlite.committer import S3Committer
+from ..backends.s3_sqlite.committer import HeadEdit, S3Committer
 from ..backends.s3_sqlite.head import Head, IndexSchema
 from ..backends.s3_sqlite.housekeeping import Housekeeping
 from ..backends.s3_sqlite.local_copy import HeadState
+from ..backends.s3_sqlite.pins import HeadPins
 from ..backends.s3_sqlite.replica import Replica
 from ..backends.s3_sqlite.write_requests import AddBlob, RemoveBlobs, WriteRequest
 from ..backends.sqlite import blob_tables
+from ..backends.sqlite.database import LONGEST_SNAPSHOT
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     BlobRow,
@@ -48,6 +50,7 @@ from ..basic import (
 )
 from ..contract.blobs import BlobRows, BlobUsage, BlobUse
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
+from .s3_pinning import S3Pinning
 from .simple import SCAN_PAGE
 
 T = TypeVar("T")
@@ -58,7 +61,7 @@ Consistency = Literal["strong", "bounded", "local"]
 MAX_EDITS = 50
 
 
-class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, MetaSweeping, BlobRows):
+class S3SqliteMetaStore(MetaStore, S3Pinning, Freshness, IndexMigration, FindingsKeeping, MetaSweeping, BlobRows):
     """A MetaStore in a SQLite database whose durable form is a log and snapshots on S3.
 
     bucket, key        all objects lie below `{key}/`. A plain database that `export` wrote to `key` itself is imported
@@ -145,6 +148,7 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         self._directory = None if self._local_dir is None else self._local_dir / name
         self._tables = ResourceTables(spec, self._encoding)
         self._replica = Replica(self._objects, self.key, self._tables, self._directory)
+        self._pins = HeadPins(self._replica, self._edit)
 
     @property
     def local_directory(self) -> Path | None:
@@ -312,6 +316,9 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             if schema is None or await self._replace_schema(state, schema):
                 return
 
+    async def _edit(self, edit: HeadEdit) -> Head | None:
+        return await self._loop_state().committer.edit(edit)
+
     async def _replace_schema(self, state: HeadState, schema: IndexSchema) -> bool:
         """Return False if HEAD has changed since `state`, so the schema was made for another state."""
 
@@ -377,14 +384,13 @@ class S3SqliteMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
         A bucket with versioning keeps the removed objects until its own rules remove them.
         """
         await self._replica.open()
-        await self._forget()
-        return now
+        return now if await self._forget() else now + LONGEST_SNAPSHOT
 
-    async def _forget(self) -> None:
+    async def _forget(self) -> bool:
         loop_state = self._loop_state()
         await loop_state.housekeeping.snapshot(forget=True)
         await loop_state.housekeeping.collect()
-        await self._replica.blocking(lambda copy: copy.checkpoint())
+        return await self._replica.blocking(lambda copy: copy.checkpoint())
 
     async def head(self) -> Head:
         """Return HEAD as this instance knows it."""

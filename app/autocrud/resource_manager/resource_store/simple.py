@@ -12,7 +12,8 @@ from __future__ import annotations
 import datetime as dt
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -28,13 +29,14 @@ from ..backends.sqlite.database import FileDatabase
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import Change, CommitResult, Encoding, IdempotentCommit, ModelSpec, ResourceStore, RevisionInfo, Write
 from ..contract.protocols import BodySweeping, RecordKeeping
+from ..contract.snapshots import BodySnapshot, BodySnapshots, RecordSnapshot, RecordSnapshots
 from ..contract.staged_stores import StagedResourceStore
 from ..runtime.files import make_directory
 
 SCAN_PAGE = 500
 
 
-class MemoryResourceStore(ResourceStore):
+class MemoryResourceStore(ResourceStore, BodySnapshots):
     """Bodies in this process's memory."""
 
     verified: ClassVar[bool] = False
@@ -66,12 +68,30 @@ class MemoryResourceStore(ResourceStore):
         for uid in uids:
             self._bodies.pop(uid, None)
 
+    @override
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[BodySnapshot]:
+        yield _BodiesInMemory(dict(self._bodies))
+
+
+class _BodiesInMemory(BodySnapshot):
+    """The bodies of one moment: a dict of its own, of the same bytes."""
+
+    def __init__(self, bodies: Mapping[str, bytes]) -> None:
+        self._bodies = bodies
+
+    @override
+    async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
+        return [self._bodies.get(uid) for uid in uids]
+
 
 def _lost(uid: str) -> StoreDamaged:
     return StoreDamaged(f"the body {uid} is missing")
 
 
-class DiskResourceStore(DatabaseBlobRows, StagedResourceStore, BodySweeping, RecordKeeping):
+class DiskResourceStore(
+    DatabaseBlobRows, StagedResourceStore, BodySweeping, RecordKeeping, BodySnapshots, RecordSnapshots
+):
     """Bodies as rows of `rootdir/bodies.sqlite`. It also keeps the records for a MetaStore that is not durable.
 
     If its records are the commit, its rows of blobs are those of the storage. Otherwise they are not used.
@@ -201,6 +221,14 @@ class DiskResourceStore(DatabaseBlobRows, StagedResourceStore, BodySweeping, Rec
         ]
 
     @override
+    def snapshot(self) -> AbstractAsyncContextManager[BodySnapshot]:
+        return self._db.snapshot()
+
+    @override
+    def record_snapshot(self) -> AbstractAsyncContextManager[RecordSnapshot]:
+        return self._db.snapshot()
+
+    @override
     async def health(self) -> None:
         await self._db.read(lambda db: db.execute("SELECT 1 FROM bodies LIMIT 1").get)
 
@@ -210,8 +238,7 @@ class DiskResourceStore(DatabaseBlobRows, StagedResourceStore, BodySweeping, Rec
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
-        await self._db.checkpoint()
-        return now
+        return await self._db.purge_remnants(now)
 
     @override
     async def close(self) -> None:

@@ -5,6 +5,7 @@
     seg/{ver}-{first}-{uuid}           a segment: older log records; immutable
     snap/{ver}-{seq}-{uuid}.sqlite     a snapshot: an ordinary SQLite file; immutable
     race/{uuid}                        written and deleted during the race check
+    pin/{pin}                          shows when a pin was renewed last: see pins
 
 The name of a segment or snapshot starts with the version of the first HEAD that can refer to it. So if that version is
 not above the version of HEAD, and HEAD does not refer to the object, no HEAD will ever refer to it (I2). Another store
@@ -32,6 +33,7 @@ FORMAT = 1
 FORMAT_WITH_BLOBS = 2
 """The format from the first row of a blob on. Programs that would lose references to blobs do not know it (F5)."""
 _NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
+PIN_FOLDER = "pin/"
 MAX_PAST = 32
 """A HEAD names the nonces of so many versions before it, about 12 bytes each: see fork."""
 
@@ -113,6 +115,7 @@ class Head(Struct, frozen=True, kw_only=True):
     raced: tuple[str, ...] = ()  # the endpoints that passed the race check, the newest last
     findings: Findings = Findings()  # what was found when the model was indexed
     blob_epoch: int = 0  # see `contract.blobs`, F2. Left out if it is 0
+    pins: tuple[str, ...] = ()  # while there are any, no bodies and blobs are removed. Left out if there are none
     past: tuple[tuple[int, bytes], ...] = ()  # earlier versions with their nonces, the newest last
     others: dict[str, Any] = {}  # keys that later programs wrote, kept as they are
 
@@ -124,8 +127,9 @@ class Head(Struct, frozen=True, kw_only=True):
     def encode(self) -> bytes:
         """Return the bytes of the object HEAD."""
         known = {name: getattr(self, name) for name in _KNOWN}
-        if not self.blob_epoch:
-            del known["blob_epoch"]
+        for name in ("blob_epoch", "pins"):
+            if not known[name]:
+                del known[name]
         return _encode({**self.others, **known})
 
     @property

@@ -17,6 +17,7 @@ from pathlib import Path
 from .committer import S3Committer
 from .copy_files import LEFTOVER_S, new_path, sha256_of
 from .head import (
+    PIN_FOLDER,
     Head,
     Pending,
     Segment,
@@ -189,7 +190,7 @@ class Housekeeping:
         return key in head.keys
 
     async def collect(self) -> int:
-        """Delete the segments and snapshots that no HEAD can ever refer to, and leftovers of killed race checks.
+        """Delete the segments and snapshots that no HEAD can ever refer to, and leftovers of killed work.
 
         Return how many objects were deleted.
         """
@@ -205,6 +206,8 @@ class Housekeeping:
         old = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=LEFTOVER_S)
         raced = [listed async for listed in self._objects.list(f"{prefix}{RACE_FOLDER}")]
         garbage += [listed.key for listed in raced if listed.modified < old]
+        markers = [listed async for listed in self._objects.list(f"{prefix}{PIN_FOLDER}") if listed.modified < old]
+        garbage += [one.key for one in markers if one.key.removeprefix(f"{prefix}{PIN_FOLDER}") not in head.pins]
         for start in range(0, len(garbage), 1000):
             await self._objects.delete(garbage[start : start + 1000])
         return len(garbage)

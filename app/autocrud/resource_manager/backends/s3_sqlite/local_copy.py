@@ -21,6 +21,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -33,7 +34,9 @@ from ...contract.store_errors import not_indexed, not_kept, shared
 from ...runtime.files import lock_within
 from ..sqlite import blob_tables
 from ..sqlite.database import empty_log, keep_plans
+from ..sqlite.errors import translated
 from ..sqlite.replay import replay
+from ..sqlite.snapshot import SqliteSnapshot, begin_reading
 from ..sqlite.tables import ResourceTables
 from .copy_files import remove_database
 from .head import FORMAT_WITH_BLOBS, Head, IndexSchema, LogRecord, decode_head, decode_ops
@@ -211,6 +214,18 @@ class LocalCopy:
                 return _state(db), {txid: seq for txid, seq in rows if seq is not None}
 
         return self.read(look)
+
+    def snapshot(self) -> SqliteSnapshot:
+        """Begin to read the present state of the copy. Raises StoreUnavailable if the copy has read no HEAD yet."""
+        connection = self._connect()
+        try:
+            begin_reading(connection)
+            if not _state(connection).store:
+                raise _no_head()
+        except BaseException:
+            connection.close()
+            raise
+        return SqliteSnapshot(connection, partial(translated, directory=self.path.parent))
 
     # Writing
 
@@ -399,10 +414,13 @@ class LocalCopy:
         with self._writing() as connection:
             self.tables.clear_stale_if_indexed(connection)
 
-    def checkpoint(self) -> None:
-        """Empty the write-ahead log, so that no trace of purged data stays in it."""
+    def checkpoint(self) -> bool:
+        """Empty the write-ahead log, so that no trace of purged data stays in it. Return False if a snapshot reads it.
+
+        A later call empties it then.
+        """
         with self._mutex, self._exclusive(), self._connection() as connection:
-            empty_log(connection)
+            return empty_log(connection, BUSY_MS)
 
     def copy_to(self, path: Path) -> int:
         """Write a compact copy of the database to a new file, and return the number of its newest record.

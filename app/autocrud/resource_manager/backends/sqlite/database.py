@@ -26,27 +26,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import fcntl
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import apsw
 
-from ....errors import StoreUnavailable
+from ....errors import CrudError, StoreUnavailable
 from ...contract.store_errors import WriteTimedOut
 from ...runtime.disk_space import full, is_full
 from ...runtime.files import make_directory
 from ...runtime.threads import in_thread
 from .committer import FileCommitter, Stage, Work
 from .errors import translated
+from .snapshot import SqliteSnapshot, begin_reading
 
 T = TypeVar("T")
 
 log = logging.getLogger("crudstack.sqlite")
+
+BUSY_MS = 5000
+EMPTY_LOG_MS = 100
+"""How long `empty_log` waits for the readers of other connections."""
+LONGEST_SNAPSHOT = dt.timedelta(days=1)
+"""After a purge during a snapshot, its traces are gone from the disk at the latest after this time."""
 
 
 class MemoryDatabase:
@@ -105,6 +114,22 @@ class MemoryDatabase:
             finally:
                 self._lock.release()
         return await in_thread(lambda: self.run(work))
+
+    @contextlib.asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[SqliteSnapshot]:
+        """Give one moment of the database: a copy of its pages. Other work waits while a thread copies them."""
+
+        def copied() -> apsw.Connection:
+            copy = apsw.Connection(":memory:")
+            with self._lock, copy.backup("main", self._open_now(), "main") as backup:
+                backup.step()
+            return copy
+
+        snapshot = SqliteSnapshot(await in_thread(copied), lambda error: StoreUnavailable(f"SQLite: {error}"))
+        try:
+            yield snapshot
+        finally:
+            snapshot.close()
 
     async def close(self) -> None:
         """Do nothing: a later event loop may still read the data."""
@@ -174,9 +199,33 @@ class FileDatabase:
         done: T = result
         return done
 
-    async def checkpoint(self) -> None:
-        """Move the log into the file and empty it, so that the log has no trace of deleted data."""
-        await self._write_without_transaction(empty_log)
+    async def checkpoint(self) -> bool:
+        """Move the log into the file and empty it, so that the log has no trace of deleted data.
+
+        Returns False if a snapshot still reads the log. The end of the snapshot, or a later call, empties it.
+        """
+        return await self._write_without_transaction(lambda connection: empty_log(connection, BUSY_MS))
+
+    async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
+        """Empty the log, and return the time at which the last trace of what was purged will be gone."""
+        return now if await self.checkpoint() else now + LONGEST_SNAPSHOT
+
+    @contextlib.asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[SqliteSnapshot]:
+        """Give one moment of the file: a read transaction. Reads and writes of others do not wait for it.
+
+        SQLite keeps the log until the transaction ends, so that the log grows with each write. Then it is emptied.
+        """
+        await self.open()
+        snapshot = SqliteSnapshot(await in_thread(self._begin_reading), partial(translated, directory=self.path.parent))
+        try:
+            yield snapshot
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, snapshot.close)
+            try:
+                await self.checkpoint()  # also removes the traces of what was purged meanwhile
+            except CrudError as error:
+                log.warning("%s: the log stays until its next checkpoint: %s", self.path, error)
 
     async def close(self) -> None:
         """Close the connections. The last connection to a file moves the log into it.
@@ -192,8 +241,10 @@ class FileDatabase:
         if not closed:
             log.warning("%s stays open: another process keeps its lock", self.path)
 
-    async def _write_without_transaction(self, work: Work[object]) -> None:
-        await self.committer.write([Stage(self, work, without_transaction=True)])
+    async def _write_without_transaction(self, work: Work[T]) -> T:
+        (result,) = await self.committer.write([Stage(self, work, without_transaction=True)])
+        done: T = result
+        return done
 
     # The rest runs in threads.
 
@@ -212,6 +263,15 @@ class FileDatabase:
             raise translated(error, self.path.parent) from error
         finally:
             self._idle.append(connection)
+
+    def _begin_reading(self) -> apsw.Connection:
+        connection = self._connect()
+        try:
+            begin_reading(connection)
+        except apsw.Error as error:
+            connection.close()
+            raise translated(error, self.path.parent) from error
+        return connection
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[apsw.Connection]:
@@ -287,12 +347,22 @@ class FileDatabase:
         return True
 
 
-def empty_log(connection: apsw.Connection) -> None:
-    """Move the write-ahead log into the file and empty it. If other processes read without pause, a later call does."""
+def empty_log(connection: apsw.Connection, busy_ms: int) -> bool:
+    """Move the write-ahead log into the file and empty it. Return False if others read it: a later call empties it.
+
+    A snapshot may read it for hours, and the caller holds the lock of all writers. So the wait is short.
+
+    busy_ms  the busy timeout that the connection gets back
+    """
+    connection.set_busy_timeout(EMPTY_LOG_MS)
     try:
         connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        return True
     except apsw.BusyError as error:
         log.warning("traces of what was purged stay in the log until its next checkpoint: %s", error)
+        return False
+    finally:
+        connection.set_busy_timeout(busy_ms)
 
 
 def keep_plans(connection: apsw.Connection) -> None:
@@ -306,6 +376,6 @@ def keep_plans(connection: apsw.Connection) -> None:
 
 def _configure(connection: apsw.Connection) -> None:
     keep_plans(connection)
-    connection.set_busy_timeout(5000)  # only recovery after a crash and the last close make a connection wait (W2)
+    connection.set_busy_timeout(BUSY_MS)  # only recovery after a crash and the last close make a connection wait (W2)
     connection.pragma("synchronous", "full")
     connection.pragma("secure_delete", "on")  # purged data is overwritten, not only unlinked
