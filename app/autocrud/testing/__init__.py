@@ -23,7 +23,7 @@ of its own:
 Needs the extra `testing`, and `asyncio_mode = "auto"` in the configuration of pytest. The modules:
 
 base                                            fixtures
-revisions, queries, batches, idempotency, races, hostile, sweeping, limits
+revisions, queries, batches, idempotency, races, hostile, sweeping, snapshots, limits
                                                 what every storage promises
 blobs, blob_machine, shared_blobs               what a storage with rows of blobs promises
 reindexing, new_fields                          what durable storages promise

@@ -28,6 +28,7 @@ from .queries import QueryConformance
 from .races import RaceConformance
 from .reindexing import ReindexingConformance
 from .revisions import RevisionConformance
+from .snapshots import SnapshotConformance
 from .sweeping import SweepConformance
 
 
@@ -39,6 +40,7 @@ class StorageConformance(
     RaceConformance,
     HostileInputConformance,
     SweepConformance,
+    SnapshotConformance,
     LimitsConformance,
     BlobConformance,
     BlobMachineConformance,

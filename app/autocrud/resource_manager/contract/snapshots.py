@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from ..basic import BlobRow, ResourceMeta, RevisionInfo, StoredKey
 
@@ -76,6 +76,9 @@ class SnapshotReading(Protocol):
 @runtime_checkable
 class BodySnapshots(Protocol):
     """A ResourceStore that can be read as at one moment. Used within the context of a MetaSnapshot."""
+
+    shows_later_bodies: ClassVar[bool]
+    """Whether a snapshot also returns bodies that are stored after it began."""
 
     @abstractmethod
     def snapshot(self) -> AbstractAsyncContextManager[BodySnapshot]:

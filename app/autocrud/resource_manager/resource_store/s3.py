@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
@@ -14,6 +15,7 @@ from ...secret import Secret
 from ..backends.s3.object_store import CONCURRENT_GETS, ObjectStore, s3
 from ..basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
 from ..contract.protocols import BodySweeping, IndexKeeping
+from ..contract.snapshots import BodySnapshot, BodySnapshots
 
 if TYPE_CHECKING:
     from ..meta_store.sqlite3 import S3SqliteMetaStore
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 UID = re.compile(r"(0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
-class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
+class S3ResourceStore(ResourceStore, BodySweeping, BodySnapshots, IndexKeeping):
     """Bodies at the keys `{prefix}{uid}` of a bucket.
 
     bucket                            the name of the bucket
@@ -45,6 +47,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
 
     durable: ClassVar[bool] = True
     remote: ClassVar[bool] = True
+    shows_later_bodies: ClassVar[bool] = True
     refresh_s: float = 5.0
 
     def __init__(
@@ -122,6 +125,12 @@ class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
 
         return await asyncio.gather(*map(one, uids))
 
+    @override
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[BodySnapshot]:
+        """Give the bodies of the bucket. A body never changes, and a pin keeps it. Caches are left as they are."""
+        yield _BodiesOnS3(self._objects, self._prefix)
+
     async def _get(self, uid: str) -> bytes:
         found = await self._objects.get(self._prefix + uid)
         if found is None:
@@ -153,3 +162,18 @@ class S3ResourceStore(ResourceStore, BodySweeping, IndexKeeping):
                 if len(found) == limit:
                     break
         return found
+
+
+class _BodiesOnS3(BodySnapshot):
+    def __init__(self, objects: ObjectStore, prefix: str) -> None:
+        self._objects, self._prefix = objects, prefix
+        self._turns = asyncio.Semaphore(CONCURRENT_GETS)
+
+    @override
+    async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
+        return await asyncio.gather(*map(self._body, uids))
+
+    async def _body(self, uid: str) -> bytes | None:
+        async with self._turns:
+            found = await self._objects.get(self._prefix + uid)
+        return None if found is None else found.body

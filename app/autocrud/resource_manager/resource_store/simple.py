@@ -40,6 +40,7 @@ class MemoryResourceStore(ResourceStore, BodySnapshots):
     """Bodies in this process's memory."""
 
     verified: ClassVar[bool] = False
+    shows_later_bodies: ClassVar[bool] = False
 
     def __init__(self, encoding: Encoding | None = None) -> None:
         self.encoding = encoding
@@ -100,6 +101,7 @@ class DiskResourceStore(
     _db: FileDatabase
 
     durable: ClassVar[bool] = True
+    shows_later_bodies: ClassVar[bool] = False
 
     def __init__(self, rootdir: str | Path, encoding: Encoding | None = None) -> None:
         self.encoding = encoding

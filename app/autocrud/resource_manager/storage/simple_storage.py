@@ -6,6 +6,7 @@ This module only composes others. These modules do the work, and state the invar
 
 - `commits` and `disk_pair` commit (M1: a commit never names a body that is not stored),
 - `sweeping` removes orphaned bodies (M2: a body that was swept cannot be committed),
+- `snapshots` reads one moment for exports (P1, P2),
 - `opening` opens and rebuilds, `reindexing` completes the index (R1 to R5),
 - `unique_values` reserves values of unique fields if the commit is a record on disk.
 
@@ -25,6 +26,7 @@ import datetime as dt
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from msgspec.structs import replace
 from typing_extensions import override
@@ -55,12 +57,14 @@ from ..contract.protocols import (
     RecordKeeping,
     RecordReplay,
 )
+from ..contract.snapshots import SnapshotStorage, StorageSnapshot
 from ..contract.staged_stores import StagedMetaStore, StagedResourceStore
 from ..contract.store_errors import WriteTimedOut
 from .commits import AnnouncedCommits, Commits, MetaStoreCommits, RecordCommits, new_bodies
 from .disk_pair import DiskPair
 from .opening import Opening, rebuild
 from .reindexing import Reindexing
+from .snapshots import open_snapshot
 from .sweeping import Sweep
 from .unique_values import UniqueValues
 
@@ -70,7 +74,7 @@ MAX_RENEWALS = 8
 """How often a commit may fail because a sweep was faster. Each time, the bodies are put again under new uids."""
 
 
-class SimpleStorage(IStorage):
+class SimpleStorage(IStorage, SnapshotStorage):
     """A MetaStore and a ResourceStore as one storage.
 
     If a MemoryMetaStore is combined with a ResourceStore on S3, an index on S3 beside the bodies replaces it, because
@@ -266,6 +270,17 @@ class SimpleStorage(IStorage):
     @override
     def scan(self) -> AsyncIterator[ResourceMeta]:
         return self.meta_store.scan()
+
+    @override
+    def snapshot(self, *, each_resource: bool = False) -> AbstractAsyncContextManager[StorageSnapshot]:
+        return open_snapshot(
+            self,
+            self.meta_store,
+            self.resource_store,
+            getattr(self, "blob_store", None),
+            records=self._records is not None,
+            each_resource=each_resource,
+        )
 
     # Writing
 

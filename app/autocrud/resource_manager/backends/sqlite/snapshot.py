@@ -6,7 +6,6 @@ depend on the number of resources, because cursors read the rows one after the o
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from itertools import groupby
@@ -19,6 +18,7 @@ from ....errors import CrudError, StoreDamaged
 from ...basic import BlobRow, ResourceMeta, RevisionInfo, StoredKey
 from ...contract.metadata_codec import info_of, meta_of
 from ...runtime.threads import in_thread
+from . import blob_tables
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ def _keys(connection: apsw.Connection) -> Iterator[tuple[StoredKey, int]]:
 
 def _blob_row(connection: apsw.Connection, key: str) -> BlobRow:
     row: Any = None
-    with contextlib.suppress(apsw.SQLError):  # a model without blobs has no such table
+    if blob_tables.exist(connection):
         row = connection.execute("SELECT key, size, owner FROM blobs WHERE key = ?", (key,)).get
     if row is None:
         raise StoreDamaged(f"the file {key} is missing, although a revision names it")
