@@ -20,7 +20,6 @@ from app.autocrud.resource_manager.backends.postgres import pool, session
 from app.autocrud.resource_manager.backends.postgres.session import Guard
 from app.autocrud.resource_manager.basic import IStorage
 from app.autocrud.resource_manager.core import SimpleStorage
-from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
@@ -84,8 +83,7 @@ def name(request) -> str:
 @pytest.fixture
 def brief_statements(monkeypatch) -> None:
     """A limit that a test can wait for. The bootstrap gives its user the same."""
-    for module in (pool, meta_store_postgres):
-        monkeypatch.setattr(module, "STATEMENT_S", 0.5)
+    monkeypatch.setattr(pool, "STATEMENT_S", 0.5)
 
 
 @pytest.fixture

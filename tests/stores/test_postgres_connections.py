@@ -17,7 +17,6 @@ from app.autocrud.errors import (
 )
 from app.autocrud.resource_manager.backends.postgres import pool
 from app.autocrud.resource_manager.core import Update
-from app.autocrud.resource_manager.meta_store import postgres as meta_store_postgres
 from app.autocrud.resource_manager.runtime.moments import Moment
 from tests.postgres import Postgres
 from tests.stores.fast_slow_worker import change_of
@@ -88,7 +87,7 @@ async def test_no_request_fails_after_recently_used_connections_were_dropped(pro
     all_busy = asyncio.Barrier(5)
     await asyncio.gather(*(manager.storage.meta_store._do(lambda _: all_busy.wait()) for _ in range(5)))
     monkeypatch.setattr(pool, "ANSWER_S", 1.0)
-    monkeypatch.setattr(meta_store_postgres, "STATEMENT_S", 0.8)
+    monkeypatch.setattr(pool, "STATEMENT_S", 0.8)
     assert proxy.swallow() >= 5
     await (manager.meta("r") if how == "read" else manager.create(Note("1")))
     assert await manager.count() == (1 if how == "read" else 2)
@@ -149,7 +148,6 @@ async def test_a_commit_without_a_reply_is_resolved(proxied, postgres, name, mon
 
 async def test_a_statement_that_waits_too_long_for_a_lock_is_cancelled(postgres, name, monkeypatch):
     monkeypatch.setattr(pool, "STATEMENT_S", 0.2)
-    monkeypatch.setattr(meta_store_postgres, "STATEMENT_S", 0.2)
     manager = manager_of(postgres, name)
     created = await manager.create(Note("a"), resource_id="r")
     async with await psycopg.AsyncConnection.connect(postgres) as other:

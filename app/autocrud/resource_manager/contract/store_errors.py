@@ -88,6 +88,14 @@ def not_indexed(model: str, name: str) -> ConfigError:
     )
 
 
+def unknown_format(model: str, found: int, known: int) -> ConfigError:
+    """Return the error for a store that a newer program wrote. `known`: the newest format that this program knows."""
+    return ConfigError(
+        f"model {model!r}: the store has format {found}, and this program knows formats up to {known}; start the newer"
+        " program again, or restore a backup from before it"
+    )
+
+
 def not_kept() -> StoreUnavailable:
     """Return the error for unique fields that were activated and are no longer active.
 

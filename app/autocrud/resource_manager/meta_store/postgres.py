@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import functools
-import logging
-import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
-from typing import Any, ClassVar, TypeVar
-from uuid import uuid4
+from collections.abc import AsyncIterator, Sequence
+from typing import ClassVar
 
 import msgspec
 import psycopg
@@ -20,83 +16,66 @@ from psycopg.errors import UniqueViolation
 from typing_extensions import override
 
 from ...errors import (
-    ConfigError,
     CrudError,
-    OutcomeUnknown,
     ResourceNotFound,
     RevisionNotFound,
     StaleGeneration,
     VersionConflict,
 )
 from ...query import Query
-from ...secret import Secret
 from ...values import datetime_key
 from ..backends.postgres.commit_arguments import CommitArguments
-from ..backends.postgres.migration import Migration
-from ..backends.postgres.pool import (
-    MAX_SIZE,
-    STATEMENT_S,
-    TOOK_TOO_LONG,
-    Connection,
-    Password,
-    Pool,
-    checked_dsn,
-    close_pool,
-    is_lost,
-    pool_of,
-    repeat_s,
-)
-from ..backends.postgres.query import PostgresDialect
+from ..backends.postgres.pool import Connection
 from ..backends.postgres.schema import (
     CONFLICT,
     DONE,
-    PARTS,
+    FORMAT,
+    NO_BLOB,
     SHARED,
     STALE,
+    UNKNOWN_FORMAT,
     UNKNOWN_UNIQUE,
-    WRONG_ISOLATION,
-    PostgresSchema,
     name_of,
 )
-from ..backends.query_sql import SqlBuilder
 from ..basic import (
     AlreadyCommitted,
     Change,
     CommitResult,
-    Encoding,
     Findings,
     Hit,
     IdempotentCommit,
-    MetaStore,
-    ModelSpec,
     Page,
     Reindex,
     ResourceMeta,
     RevisionInfo,
     Version,
 )
-from ..contract.metadata_codec import encoder, hit_of, info_of, meta_of
+from ..contract.metadata_codec import hit_of, info_of, meta_of
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping
-from ..contract.store_errors import check_expectation, expectation_of, missing, not_indexed, storable_id, taken
+from ..contract.store_errors import (
+    blob_gone,
+    check_expectation,
+    expectation_of,
+    missing,
+    not_indexed,
+    storable_id,
+    taken,
+    unknown_format,
+)
 from ..runtime.threads import shielded
 from .fast_slow import Fence
-
-T = TypeVar("T")
-
-log = logging.getLogger("crudstack.postgres")
+from .postgres_access import server_error
+from .postgres_blobs import PostgresBlobRows
+from .postgres_snapshots import PostgresSnapshots
 
 SCAN_PAGE = 500
 HEALTH_S = 1.5
 """Seconds after which a health check fails if the database does not answer; `/readyz` waits for 2 s."""
-RESOLVE_S = 15.0
-"""Seconds for which the outcome of a commit is looked up after its reply was lost."""
 FENCE = """fast_life, fast_lease, CASE fast_since WHEN '-infinity' THEN 'infinity'::float8 WHEN 'infinity' THEN -1
 ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) END, fast_store"""
-RETRIED = ("40001", "40P01")
-"""SQLSTATEs of serialization failures and deadlocks, after which a transaction is tried again."""
 
 
-class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
+class PostgresMetaStore(PostgresBlobRows, PostgresSnapshots, IndexMigration, FindingsKeeping, MetaSweeping):
     """A MetaStore in tables of a PostgreSQL database. Durable, and shared by any number of processes.
 
     pg_dsn      the address of the database. TLS as in libpq: `?sslmode=verify-full&sslrootcert=...`
@@ -115,70 +94,6 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
     durable: ClassVar[bool] = True
     remote: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        pg_dsn: str | Secret,
-        encoding: Encoding | None = None,
-        table_name: str = "resource_meta",
-        *,
-        password: Password | None = None,
-        max_size: int = MAX_SIZE,
-        prepare: bool | None = None,
-    ) -> None:
-        dsn = checked_dsn(pg_dsn)
-        owner, colon, part = table_name.rpartition(":")
-        if colon and part in PARTS:
-            raise ConfigError(
-                f"table_name is {table_name!r}: that is a table of the store whose table_name is {owner!r}"
-            )
-        self._dsn, self._password, self._max_size, self._table = dsn, password, max_size, table_name
-        self._prepare = prepare
-        self._encode = encoder(encoding or Encoding.json)
-        self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
-        self.bind(ModelSpec("unbound"))
-
-    @override
-    def bind(self, spec: ModelSpec) -> None:
-        self._spec = spec
-        self._schema = PostgresSchema(self._table, spec.fields)
-        self._migration = Migration(spec, self._schema)
-        self._sql = SqlBuilder(PostgresDialect(spec.fields), self._schema.names["main"])
-        self._search = functools.lru_cache(maxsize=512)(self._sql.search)
-        self._spec_id: int | None = None
-
-    @property
-    @override
-    def location_key(self) -> Hashable:
-        return "postgres", self._dsn, self._table
-
-    # Connections
-
-    async def _do(self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True) -> T:
-        """Run `work` on a connection of the pool, after the schema exists."""
-        if self._spec_id is None:
-            await self._open()
-        return await self._on_pool(work, again=again, limited=limited)
-
-    async def _on_pool(
-        self, work: Callable[[Connection], Awaitable[T]], *, again: bool = True, limited: bool = True
-    ) -> T:
-        return await self._pool().run(work, again=again, limited=limited)
-
-    def _pool(self) -> Pool:
-        return pool_of(self._dsn, self._password, self._max_size, self._prepare)
-
-    async def _rows(self, statement: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Return the rows of a statement that only reads. `<main>` and other such names stand for its tables."""
-
-        async def read(connection: Connection) -> list[tuple[Any, ...]]:
-            cursor = await connection.execute(self._filled(statement), params, binary=True)
-            return await cursor.fetchall()
-
-        return await self._do(read)
-
-    def _filled(self, statement: str) -> Any:
-        return self._schema.filled(statement)
-
     async def exists(self) -> bool:
         """Return whether the tables exist, without creating them. Raises StoreUnavailable."""
 
@@ -188,13 +103,6 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
             return row is not None and row[0] is not None
 
         return await self._on_pool(look)
-
-    async def _open(self) -> None:
-        lock = self._opening.setdefault(asyncio.get_running_loop(), asyncio.Lock())
-        async with lock:
-            if self._spec_id is None:
-                ready, make = self._migration.ready, self._migration.make
-                self._spec_id = await self._on_pool(ready) or await self._on_pool(make, limited=False)
 
     # Reading
 
@@ -292,70 +200,18 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
 
     async def _commit(self, changes: list[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
-        if self._spec_id is None:
-            await self._open()
-        await self._call(CommitArguments(changes, once, self._spec_id or 0, self._encode))
+        await self._write(CommitArguments(changes, once, await self._opened(), self._encode))
         return [change.meta for change in changes]
 
-    async def _call(self, call: CommitArguments) -> None:
-        """Call the stored function that commits. If the answer is lost, find out whether it committed (P4)."""
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        for last in (False, False, False, True):
-            number = uuid4()
-            parameters = (number, *call.parameters)
-
-            async def execute(connection: Connection, parameters: Any = parameters) -> None:
-                statement = self._filled("SELECT <function>(%s::uuid, %s::jsonb, %b::bytea[], %s::jsonb)")
-                await connection.execute(statement, parameters)
-
-            try:
-                await self._on_pool(execute, again=False)
-            except CrudError as error:
-                cause = error.__cause__
-                if not isinstance(cause, psycopg.Error):
-                    raise
-                if (
-                    is_lost(cause) or cause.sqlstate == TOOK_TOO_LONG
-                ):  # PostgreSQL may report this even if the transaction has just ended
-                    if await self._happened(number):
-                        return
-                elif cause.sqlstate == WRONG_ISOLATION:  # the session of a pooler; see `postgres.session`
-                    self._pool().request_isolation()
-                elif cause.sqlstate in RETRIED:
-                    log.info("PostgreSQL ended the transaction for another one; it is tried again")
-                else:
-                    await self._raise(cause, call)
-                    raise
-                if last or clock() - began > (repeat_s() if is_lost(cause) else STATEMENT_S):
-                    raise
-            else:
-                return
-
-    async def _happened(self, number: Any) -> bool:
-        """Return whether a call whose reply was lost was committed. If not, it never will be.
-
-        Raises OutcomeUnknown if the database does not answer for RESOLVE_S seconds.
-        """
-
-        async def refuse(connection: Connection) -> bool:
-            await connection.execute(
-                self._filled("INSERT INTO <recent> (call, refused) VALUES (%s, TRUE) ON CONFLICT DO NOTHING"), (number,)
-            )
-            cursor = await connection.execute(self._filled("SELECT refused FROM <recent> WHERE call = %s"), (number,))
-            row = await cursor.fetchone()
-            return row is not None and not row[0]
-
-        deadline = asyncio.get_running_loop().time() + RESOLVE_S
-        while True:
-            try:
-                return await self._on_pool(refuse)
-            except CrudError as error:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise OutcomeUnknown(
-                        "the database did not say whether this was stored; look before you try again"
-                    ) from error
-                await asyncio.sleep(0.2)
+    async def _write(self, call: CommitArguments) -> None:
+        """Call the stored function that commits."""
+        statement = self._filled("SELECT <function>(%s::uuid, %s::jsonb, %b::bytea[], %s::jsonb)")
+        try:
+            await self._call(statement, *call.parameters)
+        except CrudError as error:
+            if (cause := server_error(error)) is not None:
+                await self._raise(cause, call)
+            raise
 
     async def _raise(self, cause: psycopg.Error, call: CommitArguments) -> None:
         """Raise the error that a SQLSTATE of the stored function stands for. Return if the SQLSTATE is another."""
@@ -375,6 +231,10 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
             raise not_indexed(self._spec.name, detail) from None
         if state == SHARED:
             raise taken(detail) from None
+        if state == UNKNOWN_FORMAT:
+            raise unknown_format(self._spec.name, int(detail), FORMAT) from None
+        if state == NO_BLOB:
+            raise blob_gone(detail) from None
         unique = isinstance(cause, UniqueViolation)
         if state == DONE or (unique and cause.diag.constraint_name == name_of(self._table, "done-pkey")):
             found_done = await self.done(call.once.key) if call.once is not None else None
@@ -386,9 +246,7 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
 
     @override
     async def reindex(self, entries: Sequence[Reindex], *, share: bool = False) -> None:
-        if self._spec_id is None:
-            await self._open()
-        await self._call(CommitArguments([], None, self._spec_id or 0, self._encode, entries, share=share))
+        await self._write(CommitArguments([], None, await self._opened(), self._encode, entries, share=share))
 
     @override
     async def findings(self) -> Findings:
@@ -488,8 +346,3 @@ class PostgresMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping
         end = clock() + budget_s
         while await self._do(forget) and clock() < end:
             pass
-
-    @override
-    async def close(self) -> None:
-        self._spec_id = None
-        close_pool(self._dsn, self._password)

@@ -64,6 +64,8 @@ class CommitArguments:
             record = change.record
             described |= {"record": record.revision, "uid": record.uid, "generation": generation_of(record.uid)}
             described["record_doc"] = self._doc(self._encode(record))
+            if record.blobs:
+                described["blobs"] = record.blobs
         return described
 
     def _index(self, index: IndexEntry) -> dict[str, Any]:

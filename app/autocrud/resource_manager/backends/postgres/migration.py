@@ -11,11 +11,12 @@ import psycopg
 from psycopg.errors import UniqueViolation
 
 from ...basic import ModelSpec, ResourceMeta
+from ...contract.blobs import BLOBS_MARKER
 from ...contract.metadata_codec import meta_of
-from ...contract.store_errors import not_indexed, shared
+from ...contract.store_errors import not_indexed, shared, unknown_format
 from . import pool
 from .pool import Connection
-from .schema import PostgresSchema, held
+from .schema import FORMAT, PostgresSchema, held
 
 
 class Migration:
@@ -36,14 +37,14 @@ class Migration:
     async def ready(self, connection: Connection) -> int | None:
         """Return the number of the set of bound fields if no schema change is needed, else None. Takes no lock.
 
-        Raises ConfigError if this program does not index a unique field.
+        Raises ConfigError if this program does not index a unique field, or does not know the format of the store.
         """
         try:
             cursor = await connection.execute(
                 self._filled(
                     "SELECT (SELECT id FROM <specs> WHERE fields = %s::jsonb), uniques,"
-                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)), fast_store"
-                    " FROM <state>"
+                    " EXISTS (SELECT 1 FROM pg_proc WHERE proname = %s AND pg_function_is_visible(oid)), format,"
+                    " fast_store FROM <state>"
                 ),
                 (self._fields, self._schema.function.strip('"')),
             )
@@ -55,19 +56,19 @@ class Migration:
             return None
         if row is None or row[0] is None or not row[2]:
             return None
-        self._check(row[1])
+        self._check(row[1], row[3])
         return int(row[0])
 
     async def make(self, connection: Connection) -> int:
         """Make or complete the schema, and return the number of the set of bound fields.
 
         Programs of several versions may call this at the same time: a lock makes them take turns. Raises ConfigError if
-        this program does not index a unique field.
+        this program does not index a unique field, or does not know the format of the store.
         """
         async with self._exclusive_transaction(connection):  # indexes of large tables take their time
             for statement in self._schema.statements():
                 await connection.execute(statement.encode())
-            self._check(await self._stored_uniques(connection))
+            self._check(*await self._stored_state(connection))
             await connection.execute(
                 self._filled(
                     "INSERT INTO <specs> SELECT max(id) + 1, %s::jsonb FROM <specs> ON CONFLICT (fields) DO NOTHING"
@@ -81,10 +82,12 @@ class Migration:
         assert number is not None
         return int(number)
 
-    def _check(self, uniques: Sequence[str]) -> None:
+    def _check(self, uniques: Sequence[str], format_: int) -> None:
+        if format_ > FORMAT:
+            raise unknown_format(self._spec.name, format_, FORMAT)
         self.uniques = set(uniques)
         for name in uniques:
-            if name not in self._kinds:
+            if name not in self._kinds and name != BLOBS_MARKER:
                 raise not_indexed(self._spec.name, name)
 
     async def outdated(self, connection: Connection, limit: int) -> list[ResourceMeta]:
@@ -109,7 +112,7 @@ class Migration:
         Returns False if rows are outdated and `force` is false. Raises ConfigError if two resources share a value.
         """
         async with self._exclusive_transaction(connection):
-            stored = await self._stored_uniques(connection)
+            stored, _ = await self._stored_state(connection)
             added = [name for name in self._spec.unique if name not in stored]
             if added and not force and await self.outdated(connection, 1):
                 return False
@@ -143,10 +146,11 @@ class Migration:
                 await connection.execute(self._filled("DELETE FROM <shared-values> WHERE field = %s"), (name,))
                 self.uniques.discard(name)
 
-    async def _stored_uniques(self, connection: Connection) -> Sequence[str]:
-        cursor = await connection.execute(self._filled("SELECT uniques FROM <state>"))
-        (uniques,) = await cursor.fetchone() or ([],)
-        return list(uniques)
+    async def _stored_state(self, connection: Connection) -> tuple[Sequence[str], int]:
+        """Return the unique fields and the format of the store."""
+        cursor = await connection.execute(self._filled("SELECT uniques, format FROM <state>"))
+        uniques, format_ = await cursor.fetchone() or ([], 1)
+        return list(uniques), int(format_)
 
     @contextlib.asynccontextmanager
     async def _exclusive_transaction(self, connection: Connection) -> AsyncIterator[None]:

@@ -14,7 +14,7 @@ import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import psycopg
@@ -116,7 +116,7 @@ class Pool:
         Raises CrudError, with the error of psycopg as its cause. The work was not done, unless `is_lost` is true of the
         cause.
         """
-        try:
+        with translating():
             began = self._clock()
             try:
                 return await self._run_once(work, limited)
@@ -124,8 +124,19 @@ class Pool:
                 if not again or not is_lost(error) or self._clock() - began > repeat_s():
                     raise
                 return await self._run_once(work, limited)
-        except psycopg.Error as error:
-            raise _translated(error) from error
+
+    @contextlib.asynccontextmanager
+    async def own_connection(self) -> AsyncIterator[Connection]:
+        """Open a connection for the caller alone, beside those of the pool. It is closed at the end of the context.
+
+        Its statements are not stopped after ANSWER_S. Raises StoreUnavailable, and the errors of psycopg as CrudError.
+        """
+        connection = await self._connect()
+        try:
+            with translating():
+                yield connection
+        finally:
+            _close(connection)
 
     def silent_for(self, seconds: float) -> StoreUnavailable:
         """Return the error for a database that did not answer for so long."""
@@ -250,6 +261,15 @@ class Pool:
             _close(connection)
             raise
         return connection
+
+
+@contextlib.contextmanager
+def translating() -> Iterator[None]:
+    """Raise errors of psycopg in the `with` block as CrudError, with the error of psycopg as its cause."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise _translated(error) from error
 
 
 def _translated(error: psycopg.Error) -> CrudError:

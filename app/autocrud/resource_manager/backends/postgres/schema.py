@@ -9,8 +9,11 @@
     {t}:done           the results of commits with an Idempotency-Key
     {t}:recent         the calls of the last day, and the calls that were refused after their reply was lost (P4)
     {t}:specs          the sets of indexed fields, with their kinds, under which rows were written
-    {t}:state          one row: generation, unique fields, findings (see `storage.reindexing`), and the server epoch of
-                       the cache that is in use (see `meta_store.fast_slow`)
+    {t}:state          one row: format, generation, unique fields, findings (see `storage.reindexing`), and the server
+                       epoch of the cache that is in use (see `meta_store.fast_slow`)
+    {t}:pins           the pins of exports and imports, with the time of the last renewal by the clock of the server
+    {t}:blobs, {t}:blob-uses, {t}:blob-state
+                       see `blob_schema`; they exist only if an upload was received
 
 A commit is one call of the function, thus one round trip and one transaction. Invariants:
 
@@ -27,6 +30,9 @@ A commit is one call of the function, thus one round trip and one transaction. I
 - P4 *The outcome of a lost reply is found out.* Each call inserts its number into `recent`. A client that lost the
   reply inserts the same number. If this fails, the call has happened. If it succeeds, the call never will happen,
   because its own insertion fails. While the call is running, the insertion waits for it.
+- P5 *A function that does not know the format of the store writes nothing.* The format is in the state, and each
+  function compares it with the one that it knows. Format 2 is that of a store with blobs. Functions of programs from
+  before the formats do not compare: `blob_schema` replaces them in the transaction that sets the format.
 """
 
 from __future__ import annotations
@@ -36,14 +42,20 @@ import re
 from collections.abc import Mapping
 
 from ....values import FieldKind
+from ...contract.blobs import BLOBS_MARKER
 from ..query_sql import quoted
-from .query import PostgresDialect
+from .query import PostgresDialect, literal
 
 CONFLICT, STALE, DONE, UNKNOWN_UNIQUE, SHARED, WRONG_ISOLATION = "CS001", "CS002", "CS003", "CS004", "CS005", "CS006"
-"""SQLSTATEs that the function raises."""
+UNKNOWN_FORMAT, NO_BLOB, QUOTA = "CS007", "CS008", "CS009"
+"""SQLSTATEs that the functions raise."""
 
-
-PARTS = ("revisions", "unique", "shared-values", "done", "recent", "specs", "state")
+FORMAT = 2
+"""The newest format of a store that this program knows: format 1, and blobs (P5)."""
+PARTS = (
+    *("revisions", "unique", "shared-values", "done", "recent", "specs", "state", "pins"),
+    *("blobs", "blob-uses", "blob-state"),
+)
 
 
 def name_of(table: str, part: str = "") -> str:
@@ -71,11 +83,25 @@ class PostgresSchema:
         self.table, self.fields = table, fields
         self.names = {"main": quoted(name_of(table))} | {part: quoted(name_of(table, part)) for part in PARTS}
         self.lock = int.from_bytes(hashlib.sha256(f"crudstack:{table}".encode()).digest()[:8], "big", signed=True)
-        self.function = quoted(name_of(table, f"commit-{hashlib.sha256(_FUNCTION.encode()).hexdigest()[:8]}"))
+        self.function = self.function_name("commit", _FUNCTION)
 
-    def filled(self, text: str) -> str:
-        """Return a statement with the names of this model: `<main>` is a table, `<main-state>` an index of it."""
-        known = self.names | {"function": self.function, "lock": str(self.lock), "held": held("value_")}
+    def function_name(self, what: str, text: str) -> str:
+        """Return the quoted name of a stored function, with a hash of its text: each version has another one."""
+        return quoted(name_of(self.table, f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"))
+
+    def filled(self, text: str, more: Mapping[str, str] = {}) -> str:
+        """Return a statement with the names of this model: `<main>` is a table, `<main-state>` an index of it.
+
+        more  the SQL of further names
+        """
+        known = self.names | {
+            "function": self.function,
+            "lock": str(self.lock),
+            "held": held("value_"),
+            "marker": literal(BLOBS_MARKER),
+            "format": str(FORMAT),
+            **more,
+        }
         return re.sub(r"<([a-z-]+)>", lambda found: known.get(found[1]) or quoted(name_of(self.table, found[1])), text)
 
     def statements(self) -> list[str]:
@@ -140,14 +166,17 @@ ALTER TABLE <state> ADD COLUMN IF NOT EXISTS fast_life text, ADD COLUMN IF NOT E
   ADD COLUMN IF NOT EXISTS fast_store text NOT NULL DEFAULT gen_random_uuid()::text;
 INSERT INTO <state> (one, format, generation, uniques, findings) VALUES (1, 1, 0, '{}', '{"healed":true}')
 ON CONFLICT DO NOTHING;
+CREATE TABLE IF NOT EXISTS <pins> (pin text PRIMARY KEY, time timestamptz NOT NULL DEFAULT now());
 """
 
 # The name of the function contains a hash of this text. A change, even of a comment, gives every database another one.
 _FUNCTION = """
 CREATE OR REPLACE FUNCTION <function>(call_ uuid, changes jsonb, docs bytea[], once jsonb) RETURNS void LANGUAGE \
 plpgsql AS $body$
+#variable_conflict use_variable
 DECLARE
   c jsonb; m jsonb; field_ text; value_ text; generation_ bigint; uniques_ text[]; expected boolean;
+  format_ int; keys_ text[];
 BEGIN
   -- P2 and P3 look at what others have committed while this waited for them.
   IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -161,11 +190,21 @@ BEGIN
     END IF;
   END IF;
   INSERT INTO <recent> (call) VALUES (call_);
-  SELECT generation, uniques INTO generation_, uniques_ FROM <state>;
+  SELECT generation, array_remove(uniques, <marker>), format INTO generation_, uniques_, format_ FROM <state>;
+  IF format_ > <format> THEN
+    RAISE EXCEPTION 'format' USING ERRCODE = 'CS007', DETAIL = format_;
+  END IF;
   IF uniques_ <> '{}' THEN
     PERFORM pg_advisory_xact_lock(h) FROM (
       SELECT DISTINCT hashtextextended(u || ':' || (x->'keys'->>u), <lock>) AS h
       FROM jsonb_array_elements(changes) x, unnest(uniques_) u WHERE x->'keys'->>u IS NOT NULL ORDER BY h) AS wanted;
+  END IF;
+  -- B2 in `blob_schema`: a later statement looks for the rows.
+  IF format_ > 1 THEN
+    SELECT array_agg(k) INTO keys_ FROM jsonb_array_elements(changes) x, jsonb_array_elements_text(x->'blobs') k;
+    IF keys_ IS NOT NULL THEN
+      PERFORM 1 FROM <blobs> WHERE key = ANY (keys_) ORDER BY key FOR KEY SHARE;
+    END IF;
   END IF;
   IF jsonb_array_length(changes) > 1 THEN
     PERFORM 1 FROM <main> WHERE id IN (SELECT x->>'id' FROM jsonb_array_elements(changes) x) ORDER BY id FOR UPDATE;
@@ -216,6 +255,31 @@ m->>'uid',
     END IF;
     IF NOT expected THEN
       RAISE EXCEPTION 'conflict' USING ERRCODE = 'CS001', DETAIL = c->>'id';
+    END IF;
+    IF format_ > 1 THEN
+      IF c ? 'blobs' THEN  -- `blob-uses` still has the keys of the record that is replaced
+        SELECT k INTO value_ FROM jsonb_array_elements_text(c->'blobs') k
+          WHERE NOT EXISTS (SELECT 1 FROM <blobs> WHERE key = k) AND NOT EXISTS (
+            SELECT 1 FROM <blob-uses> WHERE key = k AND id = c->>'id' AND revision = (c->>'record')::bigint) LIMIT 1;
+        IF FOUND THEN
+          RAISE EXCEPTION 'no blob' USING ERRCODE = 'CS008', DETAIL = value_;
+        END IF;
+      END IF;
+      IF c ? 'purge' THEN
+        DELETE FROM <blob-uses> WHERE id = c->>'id';
+      END IF;
+      IF c ? 'drop' THEN
+        DELETE FROM <blob-uses> WHERE id = c->>'id' AND revision IN (
+          SELECT revision FROM <revisions> WHERE id = c->>'id' AND uid IN (
+            SELECT jsonb_array_elements_text(c->'drop')));
+      END IF;
+      IF c ? 'record' THEN
+        DELETE FROM <blob-uses> WHERE id = c->>'id' AND revision = (c->>'record')::bigint;
+        INSERT INTO <blob-uses> SELECT DISTINCT k, c->>'id', (c->>'record')::bigint
+          FROM jsonb_array_elements_text(coalesce(c->'blobs', '[]')) k;
+      END IF;
+    ELSIF c ? 'blobs' THEN
+      RAISE EXCEPTION 'no blob' USING ERRCODE = 'CS008', DETAIL = c->'blobs'->>0;
     END IF;
     IF c ? 'drop' THEN
       DELETE FROM <revisions> WHERE id = c->>'id' AND uid IN (SELECT jsonb_array_elements_text(c->'drop'));

@@ -18,13 +18,13 @@ Invariants:
        no connection of the pooler's;
     4. the pooler is RDS Proxy, where SET and SET LOCAL pin the server's connection to the client: the client stops
        waiting after `pool.ANSWER_S`, and the log says which ALTER ROLE is missing.
-- S3 *Explicit transactions are `exclusive_transaction` only.* They set both limits themselves; behind RDS Proxy their
-  connection is closed afterwards, which ends the pinning.
+- S3 *Explicit transactions are `exclusive_transaction` and `snapshot_transaction` only.* They set the limits
+  themselves; behind RDS Proxy their connection is closed afterwards, which ends the pinning.
 - S4 *Only a session of this client's own has prepared statements with names*, unless the caller asks for them. Without
   them a read costs twice the server's CPU time.
 
-All locks are those of transactions (`pg_advisory_xact_lock`). There is no LISTEN, temporary table or cursor of the
-server.
+All locks are those of transactions (`pg_advisory_xact_lock`), and so are all cursors of the server. There is no LISTEN
+and no temporary table.
 """
 
 from __future__ import annotations
@@ -175,4 +175,21 @@ class SessionlessConnection(AsyncConnection[Any]):
                 f" SET LOCAL idle_in_transaction_session_timeout = {idle_ms};"
                 f" SELECT pg_advisory_xact_lock({lock})".encode()
             )
+            yield
+
+    @contextlib.asynccontextmanager
+    async def snapshot_transaction(self) -> AsyncIterator[None]:
+        """Read as at one moment, in an explicit transaction that takes no lock which writers wait for.
+
+        Neither the transaction nor its statements have a time limit on the server.
+        """
+        self.disposable = True
+        await self.set_isolation_level(IsolationLevel.REPEATABLE_READ)
+        await self.set_read_only(True)
+        limits = ["statement_timeout", "idle_in_transaction_session_timeout"]
+        if self.info.server_version >= 170_000:
+            limits.append("transaction_timeout")
+        async with self.transaction():
+            settings = "".join(f"SET LOCAL {name} = 0; " for name in limits)
+            await super().execute(f"{settings}SELECT 1".encode())  # the first query chooses the moment
             yield
