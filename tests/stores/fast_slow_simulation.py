@@ -30,7 +30,7 @@ from app.autocrud.errors import (
 )
 from app.autocrud.resource_manager.backends.redis.client import ReplyLost
 from app.autocrud.resource_manager.backends.redis.lease import Leases
-from app.autocrud.resource_manager.backends.redis.scripts import Script
+from app.autocrud.resource_manager.backends.redis.script_parts import Script
 from app.autocrud.resource_manager.basic import (
     AlreadyCommitted,
     Change,

@@ -15,7 +15,7 @@ from app.autocrud.errors import (
     ResourceNotFound,
 )
 from app.autocrud.resource_manager.backends.redis import lease
-from app.autocrud.resource_manager.backends.redis.scripts import Script
+from app.autocrud.resource_manager.backends.redis.script_parts import Script
 from app.autocrud.resource_manager.basic import ResourceMeta
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore

@@ -14,7 +14,7 @@ from app.autocrud.errors import (
 from app.autocrud.query import Query
 from app.autocrud.resource_manager.backends.redis import client as redis_client
 from app.autocrud.resource_manager.basic import Version
-from app.autocrud.resource_manager.meta_store import redis as meta_store_redis
+from app.autocrud.resource_manager.meta_store import redis_access
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from tests.stores.redis.helpers import (
     Note,
@@ -65,7 +65,7 @@ async def test_a_request_that_was_lost_is_made_again_and_never_happens_late(inst
 
 
 async def test_a_refusal_that_was_forgotten_still_holds(instance, valkey, proxy, monkeypatch, server):
-    monkeypatch.setattr(meta_store_redis, "NOTES", 3)
+    monkeypatch.setattr(redis_access, "NOTES", 3)
     manager = instance(url=proxy.url_for(valkey))
     await meta_commit(manager, "other")
     (created,) = await lose_a_request(proxy, meta_commit(manager, "r"))
@@ -95,7 +95,7 @@ async def test_late_commands_change_nothing_after_the_store_was_replaced(instanc
 
 
 async def test_a_program_without_requests_for_long_can_still_write(instance, monkeypatch):
-    monkeypatch.setattr(meta_store_redis, "NOTES", 3)
+    monkeypatch.setattr(redis_access, "NOTES", 3)
     silent, busy = instance(), instance()
     await silent.create(Note("0"))
     for number in range(10):
@@ -120,7 +120,7 @@ async def test_the_outcome_is_unknown_if_the_store_is_another_one(instance, valk
 
 
 async def test_the_outcome_is_unknown_if_no_server_answers(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(meta_store_redis, "COMMIT_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(redis_access, "COMMIT_TIMEOUT_S", 0.0)
     own = Valkey(tmp_path_factory.mktemp("own"))
     own.start()
     try:

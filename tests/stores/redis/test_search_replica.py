@@ -16,9 +16,10 @@ from app.autocrud.errors import (
     StoreDamaged,
 )
 from app.autocrud.query import Query, field
-from app.autocrud.resource_manager.backends.redis import scripts, search_replica
+from app.autocrud.resource_manager.backends.redis import read_scripts, search_replica
+from app.autocrud.resource_manager.backends.redis.script_parts import Script
 from app.autocrud.resource_manager.engine.operations import Create, Delete, Purge, Retention, Switch, Update
-from app.autocrud.resource_manager.meta_store import redis as meta_store_redis
+from app.autocrud.resource_manager.meta_store import redis_access
 from tests.stores.redis.helpers import Note, key, keyed, meta_store, texts
 
 # The copy that searches read
@@ -41,7 +42,7 @@ async def test_a_store_that_was_flushed_is_an_empty_one(instance, server):
 
 
 async def test_a_replica_behind_the_log_reads_all_data_again(instance, monkeypatch):
-    monkeypatch.setattr(meta_store_redis, "LOG_ENTRIES", 5)
+    monkeypatch.setattr(redis_access, "LOG_ENTRIES", 5)
     awake, asleep = instance(), instance()
     for number in range(4):
         await awake.create(Note(f"{number}", f"{number}"), resource_id=f"{number}")
@@ -62,7 +63,7 @@ async def test_a_replica_behind_the_log_reads_all_data_again(instance, monkeypat
 
 
 async def test_the_log_is_bounded_by_bytes_too(instance, server, monkeypatch):
-    monkeypatch.setattr(meta_store_redis, "LOG_BYTES", 4000)
+    monkeypatch.setattr(redis_access, "LOG_BYTES", 4000)
     manager, other = instance(), instance()
     for number in range(20):
         await manager.create(Note(f"{number:02}"))
@@ -87,7 +88,7 @@ def paged(server, monkeypatch) -> Iterator[None]:
         server.config_set(name, usual[name])
 
 
-def scripts_run(manager, after: scripts.Script | None = None, do=None) -> list[scripts.Script]:
+def scripts_run(manager, after: Script | None = None, do=None) -> list[Script]:
     """Return a list of the scripts that its replica runs from now on. Runs `do` after the script `after`."""
     copy_of, ran = meta_store(manager)._replica, []
     run = copy_of._run
@@ -121,7 +122,7 @@ async def as_one_that_is_built_now(instance, manager) -> bool:
 @pytest.mark.parametrize("at_once", [1, 1000])
 async def test_copies_are_right_whatever_happens_meanwhile(instance, monkeypatch, at_once):
     """Copies that are updated, or built during writes, equal a copy that is built afterwards."""
-    monkeypatch.setattr(meta_store_redis, "LOG_ENTRIES", 30)
+    monkeypatch.setattr(redis_access, "LOG_ENTRIES", 30)
     monkeypatch.setattr(search_replica, "AT_ONCE", at_once)
     managers = [instance(retention=Retention(last=3)) for _ in range(4)]
     for number in range(20):
@@ -178,13 +179,13 @@ async def test_copies_follow_over_purges(instance):
     )
     assert await texts(other) == ["1", "2", "4", "6"]
     assert await texts(other, Query(where=field("code").in_(["0", "2", "3"]))) == ["1", "2", "6"]
-    assert set(ran) == {scripts.FOLLOW}
+    assert set(ran) == {read_scripts.FOLLOW}
     assert await as_one_that_is_built_now(instance, other)
 
 
 @pytest.mark.usefixtures("paged")
 async def test_a_copy_is_built_although_more_is_written_meanwhile_than_the_log_keeps(instance, monkeypatch):
-    monkeypatch.setattr(meta_store_redis, "LOG_ENTRIES", 8)
+    monkeypatch.setattr(redis_access, "LOG_ENTRIES", 8)
     manager, other = instance(retention=Retention(last=2)), instance()
     await manager.batch([Create(Note(f"{number}"), f"{number}") for number in range(40)])
     rng = random.Random(2)
@@ -196,9 +197,9 @@ async def test_a_copy_is_built_although_more_is_written_meanwhile_than_the_log_k
             await manager.update(rid, Note("and again"))
             await manager.update(f"{rng.randrange(40)}", Note(os.urandom(4).hex()))
 
-    ran = scripts_run(other, scripts.PAGE, write)
+    ran = scripts_run(other, read_scripts.PAGE, write)
     assert await other.count() == 40
-    assert 4 < ran.count(scripts.PAGE) < 24  # once
+    assert 4 < ran.count(read_scripts.PAGE) < 24  # once
     assert await as_one_that_is_built_now(instance, other)
 
 
@@ -214,9 +215,9 @@ async def test_a_read_ends_however_much_is_written(instance, monkeypatch):
         for _ in range(3):
             await manager.update("r", Note(os.urandom(4).hex()))
 
-    ran = scripts_run(other, scripts.FOLLOW, write)
+    ran = scripts_run(other, read_scripts.FOLLOW, write)
     assert await other.count() == 11
-    assert set(ran) == {scripts.FOLLOW}
+    assert set(ran) == {read_scripts.FOLLOW}
     assert 2 < len(ran) < 8
 
 
@@ -228,7 +229,7 @@ async def test_no_answer_tells_much_more_than_was_asked_for(instance):
         await manager.batch([Create(Note("1")) for _ in range(10)])
     for limit, batches in {1: 1, 21: 2, 1000: 3}.items():
         start = search_replica.Position((await store._look()).store, 0, b"")
-        _, _, seq, _, txids, told = await store._run(scripts.FOLLOW, *start, limit)
+        _, _, seq, _, txids, told = await store._run(read_scripts.FOLLOW, *start, limit)
         assert (seq, len(txids), len(told)) == (3, batches, 10 * batches)
 
 
@@ -264,7 +265,7 @@ async def test_a_replica_takes_over_between_two_answers(instance, server, monkey
     ran = meta_store(other)._replica._run
 
     async def run(script, *arguments):
-        if script is (scripts.PAGE if building else scripts.FOLLOW):
+        if script is (read_scripts.PAGE if building else read_scripts.FOLLOW):
             await lose()
             answer = await ran(script, *arguments)
             await take_over()

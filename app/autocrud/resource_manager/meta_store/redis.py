@@ -28,42 +28,27 @@ takes over while it lags begins another history, without commits that Redis had 
 
 from __future__ import annotations
 
-import asyncio
 import datetime as dt
-import os
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import apsw
 import msgspec
 from typing_extensions import override
 
-from ...errors import (
-    OutcomeUnknown,
-    RevisionNotFound,
-    StaleGeneration,
-    StoreUnavailable,
-    VersionConflict,
-)
+from ...errors import RevisionNotFound, StaleGeneration, VersionConflict
 from ...query import Query
-from ...secret import Secret
-from ..backends.redis import scripts
-from ..backends.redis.client import Password, ReplyLost, client_of
+from ..backends.redis import read_scripts, scripts
 from ..backends.redis.lease import Leases
-from ..backends.redis.script_arguments import TXID, ScriptArguments, decode_record, digest, unique_key, version_of
-from ..backends.redis.scripts import Script
-from ..backends.redis.search_replica import SearchReplica, damaged
+from ..backends.redis.script_arguments import decode_record, digest, done_of, version_of
 from ..basic import (
     AlreadyCommitted,
     Change,
     CommitResult,
-    Encoding,
     Findings,
     Hit,
     IdempotentCommit,
-    MetaStore,
-    ModelSpec,
     Page,
     Reindex,
     ResourceMeta,
@@ -71,46 +56,18 @@ from ..basic import (
 )
 from ..contract.metadata_codec import meta_of
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping
-from ..contract.store_errors import check_expectation, expectation_of, missing, not_indexed, not_kept, shared, taken
-from ..runtime.threads import in_thread
+from ..contract.store_errors import blob_gone, check_expectation, expectation_of, missing
+from .redis_access import PAUSE_S
+from .redis_blobs import RedisBlobRows
+from .redis_snapshots import RedisSnapshots
 from .simple import SCAN_PAGE
 
 T = TypeVar("T")
 
-LOG_ENTRIES, LOG_BYTES = 10_000, 16 * 1024 * 1024
-"""The largest log: in records, and in bytes. A replica that is further behind reads all data."""
-NOTES = 10_000
-"""Number of transaction ids that Redis keeps."""
-COMMIT_TIMEOUT_S = 25.0
-"""Seconds after which a commit is not tried again. API Gateway waits for 30 s."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
-ATTEMPTS = 16
-PAUSE_S = 5
-"""Seconds for which commits wait at most while another program makes a field unique."""
 HIGHEST = 2**53
 
 
-class Known(NamedTuple):
-    """The last known state of the store.
-
-    store       the id of the store
-    noted       how many txids it has noted
-    text        its active unique fields, as it stores them
-    generation  the generation of new bodies
-    """
-
-    store: bytes
-    noted: int
-    text: bytes
-    generation: int
-
-    @property
-    def unique(self) -> list[str]:
-        """The names of the active unique fields."""
-        return msgspec.json.decode(self.text, type=list[str])
-
-
-class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
+class RedisMetaStore(RedisBlobRows, RedisSnapshots, IndexMigration, FindingsKeeping, MetaSweeping):
     """A MetaStore in Redis or Valkey.
 
     redis_url  redis://, rediss:// (TLS) or unix://, with user and password, and the options of the driver
@@ -120,39 +77,6 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     """
 
     remote: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        redis_url: str | Secret,
-        prefix: str = "",
-        encoding: Encoding | None = None,
-        *,
-        password: Password | None = None,
-    ) -> None:
-        self._client = client_of(redis_url, password)
-        self._prefix, self._encoding = prefix, encoding
-        self._meta_key = f"{prefix}meta"
-        self.bind(ModelSpec("unbound"))
-
-    @override
-    def bind(self, spec: ModelSpec) -> None:
-        self._spec = spec
-        self._arguments = ScriptArguments(spec, self._encoding or Encoding.json)
-        self._replica = SearchReplica(
-            spec, self._encoding, self._run, partial(self._call, "HGETALL", f"{self._prefix}specs")
-        )
-        self._known: Known | None = None
-
-    @property
-    @override
-    def location_key(self) -> Hashable:
-        return "redis", self._client, self._prefix
-
-    async def _call(self, *command: Any) -> Any:
-        return await self._client.call(self, *command)
-
-    async def _run(self, script: Script, *arguments: Any) -> Any:
-        return await self._client.run(self, script, self._meta_key, *arguments)
 
     def leases(self, lease_s: float) -> Leases:
         """Return a cache below this prefix, for `fast_slow`. It does not touch the data of this store."""
@@ -180,14 +104,14 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
     @override
     async def revisions(self, resource_id: str, before: int | None = None, limit: int = 50) -> Page[RevisionInfo]:
         below = HIGHEST if before is None else max(-HIGHEST, min(before, HIGHEST))
-        records = await self._run(scripts.REVISIONS, digest(resource_id), below, limit + 1)
+        records = await self._run(read_scripts.REVISIONS, digest(resource_id), below, limit + 1)
         items = [decode_record(record) for record in records[:limit]]
         return Page(items, items[-1].revision if len(records) > limit else None)
 
     @override
     async def done(self, key: str, *, peek: bool = False) -> CommitResult | None:
-        found = await self._run(scripts.DONE, key)
-        return None if found is None else _done(found)
+        found = await self._run(read_scripts.DONE, key)
+        return None if found is None else done_of(found)
 
     @override
     async def search(self, query: Query) -> Page[Hit]:
@@ -241,9 +165,11 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         if code == b"ok":
             return [change.meta for change in changes]
         if code == b"done":
-            raise AlreadyCommitted(_done(told[0]))
+            raise AlreadyCommitted(done_of(told[0]))
         if code == b"stale":
             raise StaleGeneration("a body is older than the generations that may be committed")
+        if code == b"gone":
+            raise blob_gone(told[0].decode())
         position, found = told  # the remaining code is "conflict"; it names the first change that conflicts
         change = changes[position - 1]
         check_expectation(expectation_of(change), change.meta.resource_id, version_of(found))
@@ -290,112 +216,6 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         # If the command is sent again, the generation advances twice, which is harmless.
         return int(await self._call("HINCRBY", self._meta_key, "generation", 1))
 
-    async def _transact(
-        self, script: Script, arguments: Callable[[list[str]], list[Any]], *, adopts: bool = True
-    ) -> tuple[bytes, list[Any]]:
-        """Run a writing script exactly once, even if answers are lost. Return its code and its further answers.
-
-        Raises UniqueConflict. `arguments` makes the arguments for the active unique fields. `adopts`: the unique fields
-        of this program must be active.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + COMMIT_TIMEOUT_S
-        for _ in range(ATTEMPTS):
-            known = await self._ready(adopts)
-            unique, txid, candidate = known.unique, os.urandom(TXID), os.urandom(8).hex()
-            limits = (NOTES, LOG_ENTRIES, LOG_BYTES, known.text, len(unique))
-            frame = (known.store, candidate, txid, known.noted, *limits, self._arguments.spec, self._arguments.fields)
-            try:
-                code, *told = await self._client.run_once(self, script, self._meta_key, *frame, *arguments(unique))
-            except ReplyLost:
-                if await self._happened((known.store, candidate, txid, known.noted, NOTES), deadline):
-                    return b"ok", []
-                if loop.time() > deadline:
-                    break
-                continue
-            self._learn(told)
-            if code == b"damaged":
-                raise damaged()
-            if code == b"taken":
-                raise taken(unique[told[4] - 1])
-            if code == b"paused":
-                await asyncio.sleep(2 * PAUSE_S / ATTEMPTS)
-                continue
-            if code not in (b"store", b"old", b"unique"):
-                return code, told[4:]
-            # The state of the store that this process knew was old. `_learn` has updated it.
-        raise StoreUnavailable("Redis did not take this; nothing was changed, try again")
-
-    async def _happened(self, transaction: tuple[Any, ...], deadline: float) -> bool:
-        """Return whether a transaction with a lost reply happened. If not, it never will. Raises OutcomeUnknown."""
-        loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_S
-        while True:
-            try:
-                code, *told = await self._run(scripts.LOOK, *transaction)
-            except StoreUnavailable:
-                if loop.time() + pause > deadline:
-                    break
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_S)
-                continue
-            self._learn(told)
-            if code in (b"done", b"refused"):
-                return bool(code == b"done")
-            break
-        raise OutcomeUnknown("Redis did not say whether this was stored; look before you try again")
-
-    async def _look(self) -> Known:
-        code, *told = await self._run(scripts.LOOK, "", "", "", 0, NOTES)
-        if code == b"damaged":
-            raise damaged()
-        return self._learn(told)
-
-    def _learn(self, told: Sequence[Any]) -> Known:
-        known = self._known = Known(told[0], told[1], told[2], told[3])
-        return known
-
-    async def _ready(self, adopts: bool) -> Known:
-        """Return the known state of the store, after the unique fields of this program are active.
-
-        They are active since `activate_unique_fields`, unless the store was emptied or restored. Raises ConfigError if
-        this program does not index a field that must be unique.
-        """
-        known = self._known or await self._look()
-        for _ in range(ATTEMPTS):
-            unique = known.unique
-            for name in unique:
-                if name not in self._spec.fields:
-                    raise not_indexed(self._spec.name, name)
-            added = self._added(known)
-            if not added or not adopts:
-                return known
-            await self._adopt(known, added)
-            known = self._known or known
-        raise not_kept()
-
-    def _added(self, known: Known) -> list[str]:
-        return [name for name in self._spec.unique if name not in known.unique]
-
-    async def _adopt(self, known: Known, added: Sequence[str]) -> bool:
-        """Make fields unique. Return False if a resource is outdated, or was written at the same time.
-
-        Raises ConfigError if resources share a value.
-        """
-        copy = await self._replica.current()
-        position, outdated, duplicated, values = await in_thread(partial(copy.values, added))
-        if outdated:
-            return False
-        if duplicated:
-            await self._call("HDEL", self._meta_key, "pause")
-            raise shared(self._spec.name, duplicated[0])
-        names = msgspec.json.encode(sorted([*known.unique, *added]))
-        held = [part for name, rid, value in values for part in (digest(rid), unique_key(name, value))]
-        code, *told = await self._run(
-            scripts.ADOPT, position.store, position.seq, known.text, names, len(values), *held
-        )
-        self._learn(told)
-        return bool(code == b"ok")
-
     # Maintenance
 
     @override
@@ -407,14 +227,3 @@ class RedisMetaStore(MetaStore, IndexMigration, FindingsKeeping, MetaSweeping):
         """
         await self._replica.current()
         return now
-
-    @override
-    async def close(self) -> None:
-        self._replica.drop()
-        await self._client.close(self)
-
-
-def _done(told: Sequence[Any]) -> CommitResult:
-    header, *left = told
-    _, _, request = header.split(b" ", 2)
-    return CommitResult(request.decode(), [None if document is None else meta_of(document) for document in left])

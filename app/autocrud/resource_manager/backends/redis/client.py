@@ -21,7 +21,7 @@ from ....errors import ConfigError, StoreDamaged, StoreUnavailable
 from ....secret import REDIS, Secret, redis_url
 from ...runtime import drivers
 from ...runtime.moments import Moment
-from .scripts import Script
+from .script_parts import Script
 
 log = logging.getLogger("crudstack.redis")
 

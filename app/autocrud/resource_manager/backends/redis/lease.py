@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from ....errors import StoreUnavailable
 from .client import Client, ReplyLost
 from .script_arguments import digest
-from .scripts import Script
+from .script_parts import Script
 
 log = logging.getLogger("crudstack.redis")
 

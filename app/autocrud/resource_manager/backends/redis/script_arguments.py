@@ -11,7 +11,9 @@ import msgspec
 from ....values import Key
 from ...basic import (
     KEEP_KEYS_US,
+    BlobRow,
     Change,
+    CommitResult,
     Encoding,
     IdempotentCommit,
     IndexEntry,
@@ -21,7 +23,7 @@ from ...basic import (
     Version,
 )
 from ...contract.idempotency import results_to_keep
-from ...contract.metadata_codec import encoder, info_of
+from ...contract.metadata_codec import encoder, info_of, meta_of
 from ...contract.store_errors import expectation_of, generation_of, storable_id
 from ..log_records import LoggedIndexEntry, logged_index_entry
 
@@ -40,6 +42,24 @@ def decode_record(record: bytes) -> RevisionInfo:
     """Return the record of a revision. Redis has it after the length of its uid, ":" and the uid."""
     size, _, rest = record.partition(b":")
     return info_of(rest[int(size) :])
+
+
+def done_of(told: Sequence[Any]) -> CommitResult:
+    """Return the results of a commit, from what `RESULTS` in `script_parts` returns."""
+    header, *left = told
+    _, _, request = header.split(b" ", 2)
+    return CommitResult(request.decode(), [None if document is None else meta_of(document) for document in left])
+
+
+def time_of(told: Sequence[Any]) -> int:
+    """Return the time of such a commit."""
+    return int(told[0].partition(b" ")[0])
+
+
+def row_of(text: bytes) -> BlobRow:
+    """Return the row of a blob, as Redis stores it."""
+    key, size, owner = text.decode().split(" ")
+    return BlobRow(key=key, size=int(size), owner=owner)
 
 
 def version_text(version: Version) -> str:
@@ -74,14 +94,16 @@ class ScriptArguments:
         arguments: list[Any] = [len(changes)]
         for change in changes:
             meta, record, expect = change.meta, change.record, expectation_of(change)
-            arguments += [digest(meta.resource_id), "" if isinstance(expect, str) else version_text(expect)]
+            arguments += [digest(meta.resource_id), meta.resource_id]
+            arguments.append("" if isinstance(expect, str) else version_text(expect))
             arguments += (
                 ["", b""] if change.purge else [version_text(Version(meta.version, meta.nonce)), self._encode(meta)]
             )
             arguments.append("" if record is None else generation_of(record.uid))
             arguments += ["0"] if change.index is None else ["1", *self._index(change.index, unique)]
             arguments += ["0"] if record is None else ["1", record.revision, record.uid, self._encode(record)]
-            arguments += [len(change.drop), *change.drop]
+            blobs = () if record is None or change.purge else record.blobs
+            arguments += [len(change.drop), *change.drop, len(blobs), *blobs]
         return arguments
 
     def once(self, once: IdempotentCommit | None, changes: Sequence[Change]) -> list[Any]:

@@ -42,8 +42,8 @@ from ..sqlite import sql
 from ..sqlite.database import MemoryDatabase
 from ..sqlite.replay import entry_of
 from ..sqlite.tables import ResourceTables
+from .read_scripts import FOLLOW, PAGE
 from .script_arguments import decode_indexed, decode_record, digest
-from .scripts import FOLLOW, PAGE
 
 T = TypeVar("T")
 Work = Callable[[apsw.Connection], T]
