@@ -20,7 +20,7 @@ START_TIMEOUT_S = 60.0
 OWNER_TIMEOUT_S = 10.0
 """Seconds to wait for another ministack that uses the directory."""
 LOCAL_KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
-"""ministack does not check credentials, but requests must be signed."""
+"""ministack only checks the signatures of presigned URLs, and knows these keys. Other requests must be signed too."""
 
 
 @contextlib.contextmanager
@@ -38,7 +38,9 @@ def ministack(directory: Path) -> Iterator[str]:
 
 def _run(directory: Path, lock: int) -> Iterator[str]:
     port = _free_port(directory / "port")
-    environment = os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if name != "AWS_SESSION_TOKEN"}
+    environment = inherited | {
+        **LOCAL_KEYS,
         "BIND_HOST": "127.0.0.1",
         "GATEWAY_PORT": str(port),
         "S3_PERSIST": "1",

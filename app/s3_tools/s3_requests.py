@@ -20,11 +20,13 @@ from typing_extensions import override
 from ..autocrud.errors import StoreUnavailable
 from ..autocrud.resource_manager.backends.s3.errors import describe, s3_answer
 from ..autocrud.resource_manager.backends.s3.object_store import (
+    Head,
     Listed,
     Object,
     ObjectStore,
     Outcome,
     S3ObjectStore,
+    Signed,
     Stored,
     Unchanged,
     Unknown,
@@ -152,8 +154,17 @@ class RecordedObjects(ObjectStore):
         return await self._objects.stream(key, start, end)
 
     @override
-    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
-        return await self._objects.presign(key, method, seconds)
+    async def head(self, key: str, *, checksum: bool = False) -> Head | None:
+        return await self._objects.head(key, checksum=checksum)
+
+    @override
+    async def copy(self, source: str, target: str, etag: str) -> bool:
+        self.written.add(target)
+        return await self._to_the_end(self._objects.copy(source, target, etag))
+
+    @override
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:
+        return await self._objects.presign(key, method, seconds, signed)
 
 
 class Answer(NamedTuple):

@@ -13,11 +13,13 @@ from botocore.exceptions import ClientError
 
 from app.autocrud.resource_manager.backends.s3.object_store import (
     UNCHANGED,
+    Head,
     Listed,
     NotStored,
     Object,
     ObjectStore,
     Outcome,
+    Signed,
     Stored,
     Unchanged,
 )
@@ -79,5 +81,11 @@ class Boto3ObjectStore(ObjectStore):
     async def upload(self, key: str, path: Path) -> None:
         raise AssertionError("a cold start uploads nothing")
 
-    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
+    async def head(self, key: str, *, checksum: bool = False) -> Head | None:
+        raise AssertionError("a cold start asks for no properties")
+
+    async def copy(self, source: str, target: str, etag: str) -> bool:
+        raise AssertionError("a cold start copies nothing")
+
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:
         raise AssertionError("a cold start signs nothing")

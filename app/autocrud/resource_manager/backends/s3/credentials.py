@@ -22,12 +22,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
 
 from ....errors import ConfigError, StoreUnavailable
+from ....secret import Secret, plain
 from .profile import has_profile, profile_credentials
 
 if TYPE_CHECKING:
@@ -91,6 +92,12 @@ def provider(environment: Mapping[str, str] = os.environ) -> Callable[[], S3Cred
 
 def _one_key_alone(given: str, missing: str) -> ConfigError:
     return ConfigError(f"{given} is set and {missing} is not: set both, or neither to use a profile or a role")
+
+
+def given_keys(key: str, secret: str | Secret | None, token: str | None) -> S3Credential:
+    """Return credentials that never expire."""
+    shown: Any = None if secret is None else plain(secret)
+    return {"access_key_id": key, "secret_access_key": shown, "token": token, "expires_at": None}
 
 
 class KeptCredentials:

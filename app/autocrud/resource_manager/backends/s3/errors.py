@@ -46,7 +46,7 @@ def s3_answer(error: BaseException) -> tuple[int, str] | None:
     """Return the status and the error code of the S3 answer that caused an error; None if there was no answer."""
     text = str(error).partition(_DUMP)[0]
     status = _STATUS.search(text)
-    return None if status is None else (int(status[1][:3]), _element("Code", status[2]) or "")
+    return None if status is None else (int(status[1][:3]), element("Code", status[2]) or "")
 
 
 def had_no_answer(error: BaseException) -> bool:
@@ -66,12 +66,12 @@ def status_and_code(error: BaseException) -> str:
     status = _STATUS.search(text)
     if status is None:
         return type(error).__name__
-    code = _element("Code", status[2])
+    code = element("Code", status[2])
     return f"{status[1].strip()}{f', {code}' if code else ''}"
 
 
 def _answer(status: str, body: str) -> str:
-    code, message = _element("Code", body), _element("Message", body)
+    code, message = element("Code", body), element("Message", body)
     if code is None:
         return status
     hint = "; is the bucket in another region? set AWS_REGION" if code in _OF_REGION else ""
@@ -81,7 +81,8 @@ def _answer(status: str, body: str) -> str:
 _OF_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 
 
-def _element(name: str, body: str) -> str | None:
+def element(name: str, body: str) -> str | None:
+    """Return the text of an XML element of an answer in one line, or None if it is not there."""
     found = re.search(rf"<{name}>(.*?)</{name}>", body, re.DOTALL)
     return None if found is None else _line(html.unescape(found[1]))
 

@@ -9,6 +9,10 @@
 Its operations are atomic. With `check_then_act`, a conditional PUT compares first, and writes so many seconds later.
 This simulates a faulty server that loses acknowledged writes. Latency uses the clock of the event loop, so it costs no
 real time on an event loop with virtual time. `requests` counts the requests by operation.
+
+`use` sends a request by a presigned URL, as a client would. With `keeps_checksums = False`, the store neither checks
+nor keeps the checksums of uploads; with `checks_copies = False`, it ignores the condition of copies. There are servers
+that do so.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from datetime import UTC, datetime
+from base64 import b64encode
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import urlencode
 
 from typing_extensions import override
 
@@ -28,18 +35,21 @@ from ....errors import StoreUnavailable
 from .object_store import (
     STREAM_CHUNK,
     UNCHANGED,
+    Head,
     Listed,
     NotStored,
     Object,
     ObjectStore,
     Outcome,
+    Signed,
     Stored,
     Unchanged,
     Unknown,
 )
 
 T = TypeVar("T")
-Operation = Literal["get", "get_if", "put", "put_if", "list", "delete"]
+Operation = Literal["get", "get_if", "put", "put_if", "list", "delete", "head", "copy"]
+CHECKSUM = "x-amz-checksum-sha256"
 
 
 class Call(NamedTuple):
@@ -62,6 +72,22 @@ class InjectedFault(NamedTuple):
     late: float | None = None
 
 
+class _Presigned(NamedTuple):
+    """What a presigned URL allows. The names of the headers are in lower case."""
+
+    method: str
+    key: str
+    until: datetime
+    headers: Mapping[str, str]
+
+
+class PresignedAnswer(NamedTuple):
+    """The answer to a request by a presigned URL."""
+
+    status: int
+    body: bytes = b""
+
+
 DROPPED = InjectedFault()
 LOST_ANSWER = InjectedFault(applied=True)
 FALSE_CONFLICT = InjectedFault("conflict")
@@ -77,6 +103,8 @@ class MemoryObjectStore(ObjectStore):
         fault: Returns the fault of a request, or None.
         latency: Returns the latency of a request in seconds.
         check_then_act: Returns the seconds between comparing and writing; None for an atomic store.
+        keeps_checksums: Whether the store checks and keeps the checksum of an upload.
+        checks_copies: Whether the store honours the condition of a copy.
         clock: Returns the time of the server.
         modified: The time of the last write by key.
         stream_chunk: The size in bytes of the chunks of a stream. Each one is a request.
@@ -92,6 +120,9 @@ class MemoryObjectStore(ObjectStore):
         self.fault: Callable[[Call], InjectedFault | None] = lambda _: None
         self.latency: Callable[[Call], float] = lambda _: 0.0
         self.check_then_act: Callable[[], float] | None = None
+        self.keeps_checksums, self.checks_copies = True, True
+        self._checksums: dict[str, str] = {}
+        self._presigned: dict[str, _Presigned] = {}
         self._lock = threading.Lock()
         self._late: set[asyncio.Task[None]] = set()
 
@@ -135,11 +166,20 @@ class MemoryObjectStore(ObjectStore):
 
         await self._serve(Call("put", key, len(body)), work)
 
-    def _store(self, key: str, body: bytes) -> str:
+    def _store(self, key: str, body: bytes, sha256: str | None = None) -> str:
         etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'  # depends on the content only, as on S3
         self.objects[key] = Object(bytes(body), etag)
         self.modified[key] = self.clock()
+        self._checksums.pop(key, None)
+        if sha256 is not None and self.keeps_checksums:
+            self._checksums[key] = sha256
         return etag
+
+    def _head(self, key: str) -> Head | None:
+        found = self.objects.get(key)
+        if found is None:
+            return None
+        return Head(len(found.body), found.etag, self.modified.get(key, self.clock()), self._checksums.get(key))
 
     def _swap(self, key: str, body: bytes, etag: str | None) -> Outcome:
         with self._lock:
@@ -154,8 +194,7 @@ class MemoryObjectStore(ObjectStore):
             if fault is None:
                 return self._swap(key, body, etag)
             if fault.late is not None:
-                self._late.add(task := asyncio.create_task(self._land(fault.late, key, body, etag)))
-                task.add_done_callback(self._late.discard)
+                self._later(self._land(fault.late, key, body, etag))
             elif fault.applied:
                 self._swap(key, body, etag)
             return NotStored() if fault.answer == "conflict" else Unknown("injected")
@@ -177,6 +216,10 @@ class MemoryObjectStore(ObjectStore):
         await asyncio.sleep(seconds)
         return Stored(self._store(call.key, body))
 
+    def _later(self, effect: Coroutine[Any, Any, None]) -> None:
+        self._late.add(task := asyncio.create_task(effect))
+        task.add_done_callback(self._late.discard)
+
     async def _land(self, seconds: float, key: str, body: bytes, etag: str | None) -> None:
         await asyncio.sleep(seconds)
         self._swap(key, body, etag)
@@ -187,8 +230,8 @@ class MemoryObjectStore(ObjectStore):
             if fault is not None:
                 raise _down()
             keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
-            now = self.clock()
-            return [Listed(key, len(self.objects[key].body), self.modified.get(key, now)) for key in keys]
+            heads = [(key, self._head(key)) for key in keys]
+            return [Listed(key, head.size, head.modified) for key, head in heads if head is not None]
 
         for listed in await self._serve(Call("list", prefix), work):
             yield listed
@@ -196,10 +239,11 @@ class MemoryObjectStore(ObjectStore):
     @override
     async def delete(self, keys: Sequence[str]) -> None:
         def work(fault: InjectedFault | None) -> None:
+            if fault is None or fault.applied:
+                for key in keys:
+                    self.objects.pop(key, None)
             if fault is not None:
                 raise _down()
-            for key in keys:
-                self.objects.pop(key, None)
 
         await self._serve(Call("delete", keys[0] if keys else ""), work)
 
@@ -227,8 +271,71 @@ class MemoryObjectStore(ObjectStore):
         await self.put(key, await asyncio.to_thread(path.read_bytes))
 
     @override
-    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
-        return f"memory:///{key}?method={method}&expires={seconds}"
+    async def head(self, key: str, *, checksum: bool = False) -> Head | None:
+        def work(fault: InjectedFault | None) -> Head | None:
+            if fault is not None:
+                raise _down()
+            found = self._head(key)
+            return found if found is None or checksum else found._replace(sha256=None)
+
+        return await self._serve(Call("head", key), work)
+
+    @override
+    async def copy(self, source: str, target: str, etag: str) -> bool:
+        def work(fault: InjectedFault | None) -> bool:
+            if fault is not None and fault.late is not None:
+                self._later(self._copy_late(fault.late, source, target, etag))
+            elif fault is None or fault.applied:
+                copied = self._copy(source, target, etag)
+            if fault is not None:
+                raise _down()
+            return copied
+
+        return await self._serve(Call("copy", target), work)
+
+    def _copy(self, source: str, target: str, etag: str) -> bool:
+        found = self.objects.get(source)
+        if found is None or (self.checks_copies and found.etag != etag):
+            return False
+        self._store(target, found.body, self._checksums.get(source))
+        return True
+
+    async def _copy_late(self, seconds: float, source: str, target: str, etag: str) -> None:
+        await asyncio.sleep(seconds)
+        self._copy(source, target, etag)
+
+    @override
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:
+        number, signed = str(len(self._presigned)), signed or Signed()
+        parameters = {**signed.query, "method": method, "expires": str(seconds), "number": number}
+        url = f"memory:///{key}?{urlencode(parameters)}"
+        headers = {name.lower(): value for name, value in signed.headers.items()}
+        self._presigned[url] = _Presigned(method, key, self.clock() + timedelta(seconds=seconds), headers)
+        return url
+
+    async def use(self, method: str, url: str, body: bytes = b"", headers: Mapping[str, str] = {}) -> PresignedAnswer:
+        """Send a request by a presigned URL. Raises StoreUnavailable if there is a fault: there is no answer."""
+        signed, given = self._presigned.get(url), {name.lower(): value for name, value in headers.items()}
+        given.setdefault("content-length", str(len(body)))
+        if signed is None or signed.method != method or signed.until < self.clock():
+            return PresignedAnswer(403)
+        if any(given.get(name) != value for name, value in signed.headers.items()):
+            return PresignedAnswer(403)
+        if method == "GET":
+            found = await self.get(signed.key)
+            return PresignedAnswer(404) if found is None else PresignedAnswer(200, found.body)
+        digest = hashlib.sha256(body)
+        if self.keeps_checksums and CHECKSUM in given and given[CHECKSUM] != b64encode(digest.digest()).decode():
+            return PresignedAnswer(400)
+
+        def work(fault: InjectedFault | None) -> PresignedAnswer:
+            if fault is None or fault.applied:
+                self._store(signed.key, body, digest.hexdigest() if CHECKSUM in given else None)
+            if fault is not None:
+                raise _down()
+            return PresignedAnswer(200)
+
+        return await self._serve(Call("put", signed.key, len(body)), work)
 
 
 def _down() -> StoreUnavailable:

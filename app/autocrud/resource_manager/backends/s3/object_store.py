@@ -18,9 +18,9 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from typing_extensions import override
 
@@ -32,11 +32,24 @@ from . import credentials as s3_credentials
 from .clients import FILE, Attempts, Clients, RequestKind, kind_of
 from .endpoint import server_name, trusted_certificates
 from .errors import describe, s3_answer, status_and_code
+from .objects import (
+    UNCHANGED,
+    Head,
+    Listed,
+    NotStored,
+    Object,
+    Outcome,
+    Signed,
+    Stored,
+    Unchanged,
+    Unknown,
+)
 from .obstore_exit import tracked, wait_at_exit
 from .reception import Reception, pages
+from .signed_requests import SignedRequests
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig, S3Store
+    from obstore.store import ClientConfig, RetryConfig, S3Credential, S3Store
 
 T = TypeVar("T")
 
@@ -61,49 +74,6 @@ def _count(method: str) -> None:
     counter = REQUESTS.get()
     if counter is not None:
         counter[method] += 1
-
-
-class Object(NamedTuple):
-    """The body and the ETag of an object."""
-
-    body: bytes
-    etag: str
-
-
-class Listed(NamedTuple):
-    """An entry of a listing. `size` is in bytes, `modified` is the clock of the server."""
-
-    key: str
-    size: int
-    modified: datetime
-
-
-class Stored(NamedTuple):
-    """The conditional PUT took effect. `version` is the id of the new version, if the bucket keeps versions."""
-
-    etag: str
-    version: str | None = None
-
-
-class NotStored(NamedTuple):
-    """The condition did not hold (409, 412), or there is no such object (404).
-
-    If no client and no proxy repeated the request, nothing was stored.
-    """
-
-
-class Unknown(NamedTuple):
-    """There was no answer, or one that does not tell the outcome. The body may be stored now or later."""
-
-    reason: str
-
-
-class Unchanged(NamedTuple):
-    """The object still has the given ETag (304)."""
-
-
-UNCHANGED: Final = Unchanged()
-Outcome = Stored | NotStored | Unknown
 
 
 class ObjectStore(ABC):
@@ -162,8 +132,27 @@ class ObjectStore(ABC):
         """Stream a file to an object. Takes constant memory."""
 
     @abstractmethod
-    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
-        """Return a URL that allows one method on one object for so many seconds."""
+    async def head(self, key: str, *, checksum: bool = False) -> Head | None:
+        """Return the properties of an object, or None if there is no such object.
+
+        With `checksum=True`, also asks for the SHA-256 that the server keeps if the upload named it.
+        """
+
+    @abstractmethod
+    async def copy(self, source: str, target: str, etag: str) -> bool:
+        """Copy an object of up to 5 GB to another key if it has this ETag, and replace an object there.
+
+        Copies the content only, without content type and other metadata. Returns False if the object has another ETag,
+        or if there is no such object. If it raises StoreUnavailable, the copy may still appear later.
+        """
+
+    @abstractmethod
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:
+        """Return a URL that allows one method on one object for so many seconds.
+
+        `signed` are further parts of the request that the URL fixes. Raises ConfigError if there are any and botocore
+        is not installed.
+        """
 
 
 class S3ObjectStore(ObjectStore):
@@ -200,18 +189,16 @@ class S3ObjectStore(ObjectStore):
             options["endpoint"] = plain(endpoint_url).rstrip("/")
         if region_name is not None:
             options["region"] = region_name
+        provider: Callable[[], S3Credential] | None = None
         renew: Callable[[], None] | None = None
         if access_key_id is not None:
             # Given as a provider, because obstore would otherwise add the session token of the environment, which
             # belongs to other keys.
-            options["credential_provider"] = lambda: {
-                "access_key_id": access_key_id,
-                "secret_access_key": None if secret_access_key is None else plain(secret_access_key),
-                "token": session_token,
-                "expires_at": None,
-            }
+            provider = options["credential_provider"] = functools.partial(
+                s3_credentials.given_keys, access_key_id, secret_access_key, session_token
+            )
         elif (ambient := s3_credentials.provider()) is not None:
-            options["credential_provider"] = kept = s3_credentials.KeptCredentials(ambient)
+            provider = options["credential_provider"] = kept = s3_credentials.KeptCredentials(ambient)
             renew = kept.renew
 
         trusted = trusted_certificates()
@@ -221,6 +208,7 @@ class S3ObjectStore(ObjectStore):
             return S3Store(bucket, client_options=http, retry_config=retry_config, **options)
 
         self._clients = Clients(client, renew)
+        self._signed = SignedRequests(bucket, lambda key: self.presign(key, "GET", 60), provider, renew)
         wait_at_exit(_touch)
 
     @property
@@ -407,12 +395,32 @@ class S3ObjectStore(ObjectStore):
         await self._put(key, body, len(body) if isinstance(body, bytes) else FILE + 1)
 
     @override
-    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int) -> str:
-        return await tracked(
-            self._obstore.sign_async(
-                self._clients.current().client("small", 0), method, key, timedelta(seconds=seconds)
-            )
-        )
+    async def head(self, key: str, *, checksum: bool = False) -> Head | None:
+        async def request(client: S3Store) -> Head:
+            meta = await tracked(self._obstore.head_async(client, key))
+            return Head(meta["size"], meta["e_tag"] or "", meta["last_modified"])
+
+        _count("HEAD")
+        if checksum:
+            return await self._signed.head(key)
+        try:
+            return await self._repeated("small", request)
+        except self._failed as error:
+            if isinstance(error, self._missing):
+                return None
+            raise _unavailable("HEAD", key, error) from error
+
+    @override
+    async def copy(self, source: str, target: str, etag: str) -> bool:
+        _count("COPY")
+        return await self._signed.copy(source, target, etag)
+
+    @override
+    async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:
+        if signed is not None:
+            return await self._signed.presign(key, method, seconds, signed)
+        client = self._clients.current().client("small", 0)
+        return await tracked(self._obstore.sign_async(client, method, key, timedelta(seconds=seconds)))
 
 
 def s3(
@@ -458,3 +466,24 @@ def _touch() -> None:
     from obstore.store import MemoryStore
 
     MemoryStore()
+
+
+__all__ = [
+    "CACHED",
+    "CONCURRENT_GETS",
+    "REQUESTS",
+    "STREAM_CHUNK",
+    "UNCHANGED",
+    "Head",
+    "Listed",
+    "NotStored",
+    "Object",
+    "ObjectStore",
+    "Outcome",
+    "S3ObjectStore",
+    "Signed",
+    "Stored",
+    "Unchanged",
+    "Unknown",
+    "s3",
+]
