@@ -22,7 +22,6 @@ import hashlib
 import threading
 from base64 import b64encode
 from collections import Counter
-from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
