@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from app.autocrud.errors import InvalidData
 from app.autocrud.resource_manager.model.codec import Codec
@@ -63,3 +65,21 @@ def test_a_body_is_accepted_only_if_each_key_is_known_and_unique(
         assert not _strictly_valid(body)
     else:
         assert _strictly_valid(body)
+
+
+class Described(Struct):
+    inner: Annotated[Flat, Meta(description="described")] | None = None
+    items: Annotated[list[Annotated[Flat, Meta(title="Item")]], Meta(description="several")] = []
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        (b'{"inner":{"title":"a","other":1}}', "/inner/other"),
+        (b'{"items":[{"title":"a"},{"title":"b","other":1}]}', "/items/1/other"),
+    ],
+)
+def test_unknown_fields_are_found_below_fields_with_a_description(body, pointer):
+    with pytest.raises(InvalidData) as refused:
+        Codec(Described).parse(body)
+    assert [violation.pointer for violation in refused.value.violations] == [pointer]

@@ -20,6 +20,13 @@ _SCALARS = (
 )
 
 
+def bare(node: Any) -> Any:
+    """Return a type without its annotations, such as a description, which do not change what it accepts."""
+    while isinstance(node, msgspec.inspect.Metadata):
+        node = node.type
+    return node
+
+
 def escaped(key: str) -> str:
     """Return a key as a token of a JSON Pointer."""
     return key.replace("~", "~0").replace("/", "~1")
@@ -55,6 +62,7 @@ class UnknownFields:
 
     def _walk(self, node: msgspec.inspect.Type, value: Any, pointer: str) -> Iterator[Violation]:
         i = msgspec.inspect
+        node = bare(node)
         if isinstance(value, dict):
             match node:
                 case i.StructType() | i.DataclassType() | i.TypedDictType():
@@ -86,7 +94,7 @@ class UnknownFields:
                         yield Violation(pointer, f"expected at most {len(items) + extra} elements, got {len(value)}")
                     yield from self._walk_items(items, value[extra:], pointer)
                 case i.UnionType(types=members):
-                    for member in members:
+                    for member in map(bare, members):
                         if not isinstance(member, i.NoneType):
                             yield from self._walk(member, value, pointer)
 
@@ -99,7 +107,7 @@ class UnknownFields:
 
     def _walk_union(self, members: Sequence[Any], value: dict[str, Any], pointer: str) -> Iterator[Violation]:
         """Walk the members of a union that fit. It has either one object type, or Structs that a tag tells apart."""
-        for member in members:
+        for member in map(bare, members):
             tag_field = getattr(member, "tag_field", None)
             if tag_field is None or value.get(tag_field) == member.tag:
                 yield from self._walk(member, value, pointer)
@@ -107,7 +115,7 @@ class UnknownFields:
     def _fields_of(self, node: Any) -> tuple[dict[str, msgspec.inspect.Type], bool]:
         """Return the fields by name in JSON, and whether all of them are scalars."""
         if node.cls not in self._fields:
-            fields = {field.encode_name: field.type for field in node.fields}
+            fields = {field.encode_name: bare(field.type) for field in node.fields}
             if getattr(node, "tag_field", None) is not None:
                 fields[node.tag_field] = msgspec.inspect.AnyType()
             self._fields[node.cls] = fields, all(type(type_) in _SCALARS for type_ in fields.values())
