@@ -21,9 +21,11 @@ from .query import Filter, Query, field
 from .resource_manager.basic import Encoding, IndexedField
 from .resource_manager.core import Resource, ResourceManager
 from .resource_manager.engine.operations import Retention
+from .resource_manager.model.blob import Blob
 
 __all__ = [
     "AutoCRUD",
+    "Blob",
     "ConfigError",
     "CrudError",
     "Encoding",

@@ -14,6 +14,7 @@ from tests import conformance
 ROOT = Path(__file__).parents[2]
 PUBLIC = [
     "AutoCRUD",
+    "Blob",
     "ConfigError",
     "CrudError",
     "Encoding",

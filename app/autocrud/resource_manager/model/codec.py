@@ -22,6 +22,7 @@ from ...errors import ConfigError, InvalidData, Violation
 from ...values import FieldKind
 from ..basic import Encoding, IndexedField, IndexEntry, IndexOf
 from ..contract.limits import MAX_FIELDS
+from .blob_references import BlobFinder, BlobReference
 from .fields import MISSING, FieldPath, project, step_of
 from .json_shape import strings
 from .unknown_fields import UnknownFields, escaped
@@ -49,8 +50,8 @@ class ModelData(NamedTuple, Generic[T]):
 class Codec(Generic[T]):
     """Decodes, encodes and indexes the data of one model: a msgspec Struct, a dataclass or a TypedDict.
 
-    `fields` has the kind of each indexed field, and `unique` the names of the unique ones. Raises ConfigError if the
-    model or an indexed field cannot be used.
+    `fields` has the kind of each indexed field, and `unique` the names of the unique ones. `has_blobs` says whether the
+    data can refer to blobs. Raises ConfigError if the model or an indexed field cannot be used.
     """
 
     def __init__(self, model: type[T], indexed_fields: Sequence[IndexedField | tuple[str, Any] | str] = ()) -> None:
@@ -72,6 +73,8 @@ class Codec(Generic[T]):
                 f"{model.__name__} has {len(indexed_fields)} indexed fields, expected at most {MAX_FIELDS}: index fewer"
             )
         self._unknown = UnknownFields(info)
+        self._blobs = BlobFinder(model.__name__, info)
+        self.has_blobs = self._blobs.exists
         self._paths = [FieldPath(model, given) for given in map(_indexed_field, indexed_fields)]
         self._lists = [path for path in self._paths if path.kind.is_list]
         self.fields: Mapping[str, FieldKind] = {path.name: path.kind for path in self._paths}
@@ -83,7 +86,8 @@ class Codec(Generic[T]):
     def parse(self, body: bytes) -> ModelData[T]:
         """Decode and validate JSON from a client.
 
-        Raises InvalidData if the JSON does not fit the model, has unknown fields, or has a key twice in one object.
+        Raises InvalidData if the JSON does not fit the model, has unknown fields, has a key twice in one object, or has
+        an invalid reference to a blob.
         """
         try:
             data = self._json.decode(body)
@@ -92,6 +96,8 @@ class Codec(Generic[T]):
                 violations = tuple(itertools.islice(self._unknown.violations(_decode_strictly(body)), MAX_VIOLATIONS))
                 if violations:
                     raise InvalidData(f"the data has fields that {self.model.__name__} does not have", violations)
+            if self.has_blobs:
+                self._blobs.check(data)
         except msgspec.ValidationError as error:
             raise invalid_data(error) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -107,7 +113,7 @@ class Codec(Generic[T]):
     def accept(self, data: T | ModelData[T]) -> ModelData[T]:
         """Validate data from Python as if a client had sent it. A Struct's constructor checks no types.
 
-        A Document is valid already and is returned unchanged. Raises InvalidData.
+        A ModelData is valid already and is returned unchanged. Raises InvalidData.
         """
         if isinstance(data, ModelData):
             return data
@@ -116,6 +122,16 @@ class Codec(Generic[T]):
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidData(f"the data cannot be encoded: {error}", (Violation("", str(error)),)) from None
         return self.parse(canonical)
+
+    def references(self, data: T) -> list[BlobReference]:
+        """Return the references to blobs in data, in the order of its fields."""
+        return list(self._blobs.references(data)) if self.has_blobs else []
+
+    def with_sizes(self, model_data: ModelData[T], sizes: Mapping[str, int]) -> ModelData[T]:
+        """Return the same data with these sizes in its references to blobs, by their SHA-256."""
+        if not self._blobs.set_sizes(model_data.data, sizes):
+            return model_data
+        return ModelData(model_data.data, canonical_json(model_data.data))
 
     def encode(self, model_data: ModelData[T], encoding: Encoding) -> bytes:
         """Return the body to store. Raises InvalidData for integers outside 64 bits in MessagePack."""
