@@ -23,7 +23,8 @@ from .http.guard import Authenticate
 from .http.model_context import Policy
 from .resource_manager.basic import Encoding, IndexedField
 from .resource_manager.contract.limits import MAX_SCHEMA_VERSION
-from .resource_manager.core import ResourceManager
+from .resource_manager.core import BlobLimits, ResourceManager
+from .resource_manager.engine.blobs import MAX_BLOB
 from .resource_manager.engine.operations import Retention
 from .resource_manager.model.codec import Codec
 from .resource_manager.storage_factory import IStorageFactory, MemoryStorageFactory
@@ -68,6 +69,9 @@ class AutoCRUD:
             The default accepts every caller as anonymous.
         authorize: What a principal may do; see `access.Permissions`. The default allows everything.
         max_body: The largest request body, in bytes.
+        max_blob: The largest file, in bytes.
+        blob_quota: The largest size of all files of a model together, in bytes, for models without their own quota.
+            None means no limit.
         fits: A function of a response body that returns whether it can be sent. If the response to a write cannot be
             sent, the response leaves out the data.
         clock: Returns the current time, with a time zone. Tests replace it.
@@ -85,6 +89,8 @@ class AutoCRUD:
         authenticate: Authenticate | None = None,
         authorize: Authorize | None = None,
         max_body: int = MAX_BODY,
+        max_blob: int = MAX_BLOB,
+        blob_quota: int | None = None,
         fits: Callable[[bytes], bool] = lambda _: True,
         clock: Callable[[], dt.datetime] = utc_now,
     ) -> None:
@@ -94,7 +100,7 @@ class AutoCRUD:
         self.encoding = encoding
         self._naming = NAMINGS[model_naming] if isinstance(model_naming, str) else model_naming
         self._policy = Policy(authenticate, authorize, require_if_match, max_body, fits)
-        self._clock = clock
+        self._clock, self._blob_limits = clock, BlobLimits(max_blob, blob_quota)
         self._managers: dict[str, ResourceManager[Any]] = {}
         self._model_at: dict[Hashable, str] = {}  # the model that keeps its data at a location
         self._applied = self._warned = False
@@ -115,6 +121,8 @@ class AutoCRUD:
         encoding: Encoding | None = None,
         schema_version: int = 1,
         retention: Retention | None = None,
+        max_blob: int | None = None,
+        blob_quota: int | None = None,
     ) -> ResourceManager[T]:
         """Add a model: a msgspec Struct, a dataclass or a TypedDict. Does no I/O.
 
@@ -129,6 +137,8 @@ class AutoCRUD:
             encoding: The encoding of new bodies of this model.
             schema_version: A number that is recorded with every revision.
             retention: Which superseded revisions are kept. The default keeps all.
+            max_blob: The largest file of this model, in bytes. The default is that of this AutoCRUD.
+            blob_quota: The largest size of all its files together, in bytes. The default is that of this AutoCRUD.
 
         Returns the resource manager of the model. Raises ConfigError if the model, its name or a field is not accepted.
         """
@@ -145,6 +155,10 @@ class AutoCRUD:
             raise ConfigError(
                 f"schema_version: expected a whole number from 1 to {MAX_SCHEMA_VERSION}, got {schema_version!r}"
             )
+        limits = BlobLimits(
+            self._blob_limits.max_size if max_blob is None else max_blob,
+            self._blob_limits.quota if blob_quota is None else blob_quota,
+        )
         codec = Codec(model, indexed_fields)
         for field in codec.fields:
             if field in searching.LIST_PARAMETERS or field == "meta" or field.startswith("meta."):
@@ -163,6 +177,7 @@ class AutoCRUD:
             schema_version=schema_version,
             retention=retention,
             clock=self._clock,
+            blob_limits=limits,
         )
         for key in manager.storage.location_keys:
             other = self._model_at.setdefault(key, name)

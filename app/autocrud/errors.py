@@ -203,6 +203,18 @@ class BlobGone(CrudError):
     type, title, status = "blob-gone", "There is no such blob", 422
 
 
+class BlobNotFound(CrudError, LookupError):
+    """The resource has no reference to a blob with this SHA-256, in the revision that was asked for."""
+
+    type, title, status = "blob-not-found", "The resource has no such file", 404
+
+
+class DigestMismatch(CrudError, ValueError):
+    """The content of an upload does not have the SHA-256 that was announced. Nothing was stored."""
+
+    type, title, status = "digest-mismatch", "The content has another SHA-256", 422
+
+
 class BlobTooLarge(CrudError):
     """An upload is larger than a blob may be. Nothing was stored."""
 

@@ -15,30 +15,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-from ..errors import (
-    CrudError,
-    InvalidData,
-    InvalidQuery,
-    OutcomeUnknown,
-    ResourceNotFound,
-    StoreDamaged,
-    StoreUnavailable,
-)
+from ..errors import ConfigError, CrudError, InvalidData, InvalidQuery, StoreDamaged
 from ..query import MAX_LIMIT, Filter, Query
 from .basic import Encoding, Hit, IStorage, ModelSpec, Page, ResourceMeta, RevisionInfo, Status
 from .contract.overrides import check_storage
 from .engine.access_filter import AccessFilter
+from .engine.blobs import BlobExecutor, BlobLimits, StoredBlob, blobs_of
 from .engine.caller import Caller, IdempotencyKey
+from .engine.housekeeping import Housekeeping
 from .engine.operations import (
     Create,
     Delete,
     Expected,
-    Expire,
     Modify,
     Operation,
     Patch,
@@ -52,6 +43,7 @@ from .engine.operations import (
 from .engine.reading import ReadExecutor
 from .engine.state import ResourceState, StateReader
 from .engine.writing import WriteExecutor
+from .model.blob import OCTET_STREAM, Blob
 from .model.codec import Codec, CodecIndex, ModelData
 from .model.resource import Resource
 from .model.verification import ANYTHING
@@ -59,8 +51,6 @@ from .runtime.threads import shielded
 from .storage.simple_storage import SimpleStorage
 
 T = TypeVar("T")
-
-log = logging.getLogger("crudstack.manager")
 
 MAX_BATCH = 100
 """Largest number of operations in one batch."""
@@ -78,6 +68,7 @@ class ResourceManager(Generic[T]):
     schema_version  stored with each new revision
     retention       rule that says which superseded revisions are removed; None: all are kept
     clock           returns the time of a write
+    blob_limits     limits of its blobs
 
     Arguments that several methods take:
 
@@ -103,20 +94,22 @@ class ResourceManager(Generic[T]):
         schema_version: int,
         retention: Retention | None,
         clock: Callable[[], dt.datetime],
+        blob_limits: BlobLimits = BlobLimits(),  # noqa: B008 - immutable
     ) -> None:
         self.name, self.codec, self.storage = name, codec, storage
         self.schema_version, self.retention = schema_version, retention
-        self._clock = clock
+        self.blob_limits = blob_limits
         self._opened = False
-        self._expire_after = ""
-        self._remnants_left = False
+        check_storage(storage)
+        storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
+        blobs = blobs_of(name, codec, storage)
         self._states = StateReader(storage, codec)
         self._reads = ReadExecutor(name, storage, codec, self._states)
         self._writes = WriteExecutor(
-            storage, codec, self._states, schema_version=schema_version, retention=retention, clock=clock
+            storage, codec, self._states, schema_version=schema_version, retention=retention, clock=clock, blobs=blobs
         )
-        check_storage(storage)
-        storage.bind(ModelSpec(name, codec.fields, codec.unique, schema_version, encoding))
+        self._housekeeping = Housekeeping(name, storage, retention=retention, clock=clock, write=self._write)
+        self._blobs = None if blobs is None else BlobExecutor(blobs, storage, codec, self._reads, blob_limits)
 
     async def open(self) -> None:
         """Open the storage, and build its index if needed.
@@ -345,24 +338,10 @@ class ResourceManager(Generic[T]):
         self, operations: Sequence[Operation], by: str | Caller
     ) -> tuple[Sequence[ResourceState | None], dt.datetime]:
         async def write_and_purge_remnants() -> tuple[Sequence[ResourceState | None], dt.datetime]:
-            return await self._write(operations, by), await self._purge_remnants()
+            return await self._write(operations, by), await self._housekeeping.purge_remnants()
 
         # A retry after a cancelled request would find no resource, and so would not remove the remnants.
         return await shielded(asyncio.ensure_future(write_and_purge_remnants()))
-
-    async def _purge_remnants(self) -> dt.datetime:
-        """Remove the remnants of purged resources, and return the time by which the last one will be gone.
-
-        The purge itself is committed already. Raises OutcomeUnknown if the store cannot remove the remnants now.
-        """
-        try:
-            return await self.storage.purge_remnants(self._clock())
-        except StoreUnavailable as error:
-            self._remnants_left = True
-            log.warning("%s: traces of what was purged stay until the next housekeeping: %s", self.name, error)
-            raise OutcomeUnknown(
-                "it is purged, but its last traces could not be erased yet; housekeeping tries again"
-            ) from error
 
     async def batch(
         self, operations: Sequence[Operation], *, by: str | Caller = ANONYMOUS
@@ -412,6 +391,61 @@ class ResourceManager(Generic[T]):
     async def _resource(self, state: ResourceState) -> Resource[T]:
         return Resource(self.codec, state.meta, await self._states.json(state))
 
+    # Blobs
+
+    async def upload(
+        self,
+        content: bytes | AsyncIterable[bytes],
+        *,
+        name: str = "",
+        content_type: str = OCTET_STREAM,
+        sha256: str | None = None,
+        by: str | Caller = ANONYMOUS,
+    ) -> Blob:
+        """Store a file, and return the reference to it for the data of a resource.
+
+        The caller may use the reference in any resource of this model. A file that no resource refers to is removed
+        after a day. If `content` raises, nothing is stored.
+
+        content       the bytes, at once or in chunks; memory use does not depend on their number
+        name          file name without a path, at most 255 bytes of UTF-8
+        content_type  media type, such as "image/png"
+        sha256        expected SHA-256 of the content, in hex; None: any
+
+        Raises InvalidData, DigestMismatch, BlobTooLarge or BlobQuotaExceeded. Raises ConfigError if the model has no
+        field of type Blob.
+        """
+        caller = by.name if isinstance(by, Caller) else by
+        executor = await self._opened_blobs()
+        return await executor.upload(content, name=name, content_type=content_type, sha256=sha256, caller=caller)
+
+    async def blob(
+        self,
+        resource_id: str,
+        sha256: str,
+        *,
+        revision: int | None = None,
+        include_deleted: bool = False,
+        read_filter: Filter | None = None,
+    ) -> StoredBlob:
+        """Return a blob that a resource refers to, in its current revision or in the one of the given number.
+
+        Its `blob` is the first reference in the data, and its `read` yields bytes.
+
+        Raises BlobNotFound, ResourceNotFound, ResourceDeleted, RevisionNotFound or WriteContention.
+        """
+        executor = await self._opened_blobs()
+        return await executor.find(
+            resource_id, sha256, revision=revision, include_deleted=include_deleted, read_filter=read_filter
+        )
+
+    async def _opened_blobs(self) -> BlobExecutor[T]:
+        if self._blobs is None:
+            raise ConfigError(f"the model {self.name!r} has no field of type Blob, so it has no files")
+        if not self._opened:
+            await self.open()
+        return self._blobs
+
     # Maintain
 
     async def maintain(self, budget_s: float) -> None:
@@ -420,13 +454,7 @@ class ResourceManager(Generic[T]):
         If the time is too short, the next call continues at the point where this call ended.
         """
         await self.open()
-        deadline = time.monotonic() + budget_s
-        if self._remnants_left:
-            await self.storage.purge_remnants(self._clock())
-            self._remnants_left = False
-        if self.retention is not None and self.retention.days is not None:
-            await self._expire(deadline)
-        await self.storage.maintain(max(0.0, deadline - time.monotonic()))
+        await self._housekeeping.run(budget_s)
 
     async def degradations(self) -> list[str]:
         """Return a sentence for each problem that degrades the service although requests are answered.
@@ -444,24 +472,11 @@ class ResourceManager(Generic[T]):
         self._opened = False
         await self.storage.close()
 
-    async def _expire(self, deadline: float) -> None:
-        async for meta in self.storage.scan():
-            if meta.resource_id <= self._expire_after or meta.total_revision_count == 1:
-                continue
-            if time.monotonic() > deadline:
-                return
-            await self._expire_one(meta)
-            self._expire_after = meta.resource_id
-        self._expire_after = ""
-
-    async def _expire_one(self, meta: ResourceMeta) -> None:
-        with contextlib.suppress(ResourceNotFound):  # it was purged since the scan
-            await self._write([Expire(resource_id=meta.resource_id)], "retention")
-
 
 __all__ = [
     "MAX_BATCH",
     "AccessFilter",
+    "BlobLimits",
     "Caller",
     "Create",
     "Delete",
@@ -475,6 +490,7 @@ __all__ = [
     "Restore",
     "Retention",
     "SimpleStorage",
+    "StoredBlob",
     "Switch",
     "Update",
 ]

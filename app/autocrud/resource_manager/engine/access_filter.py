@@ -24,7 +24,8 @@ class AccessFilter(NamedTuple):
 
     read    the resolved filter of the resources that the caller may read; None: all of them
     change  for each allowed action, the resolved filter of the resources that it may be applied to; None: all of them.
-            An action that is not in it is forbidden.
+            An action that is not in it is forbidden. Its entry for "read" decides which blobs of other resources the
+            data of a write may refer to; without this entry, none.
     """
 
     read: Filter | None

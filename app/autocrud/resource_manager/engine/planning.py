@@ -58,6 +58,7 @@ from .operations import (
     Switch,
     Update,
 )
+from .references import References
 from .state import ResourceState, StateReader, deleted
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class Plan(Generic[T]):
     states         reads the data of the resources
     by, now        the caller's name and the time, which go into the metadata
     access_filter  the resources that the caller may read and change; None: all
+    references     chooses the blobs that data refers to; None: the model has no blobs
     peek           plan on states that may be stale. Use only the planned writes then. Discard errors and operations
                    without effect, because the commit checks only the states that writes replace.
     """
@@ -87,12 +89,13 @@ class Plan(Generic[T]):
         by: str,
         now: dt.datetime,
         access_filter: AccessFilter | None = None,
+        references: References[T] | None = None,
         peek: bool = False,
     ) -> None:
         self._get = storage.peek if peek else storage.get
         self.writes: list[Write] = []
         self._storage, self._codec, self._reader = storage, codec, states
-        self._schema_version, self._retention = schema_version, retention
+        self._schema_version, self._retention, self._references = schema_version, retention, references
         self._by, self._now, self._access_filter = by, now, access_filter
         self._bytes_added = 0  # by patches
         self._bytes_held = 0  # data of the states that the operations leave
@@ -198,6 +201,7 @@ class Plan(Generic[T]):
             raise VersionConflict(f"resource {resource_id!r} exists already")
         else:
             check_new_id(resource_id)
+        model_data, blobs = await self._with_blobs(model_data, None)
         uid, digest, encoding = self._storage.new_uid(), model_data.hash, self._storage.encoding
         meta = ResourceMeta(
             resource_id=resource_id,
@@ -220,12 +224,26 @@ class Plan(Generic[T]):
             index = await self._large_index(resource_id, model_data, None)
         else:
             index = self._codec.index(model_data.data)
-        return self._write(None, meta, RevisionInfo.of_change(meta, parent=None), model_data, index=index)
+        return self._write(None, meta, RevisionInfo.of_change(meta, None, blobs), model_data, index=index)
+
+    async def _with_blobs(
+        self, model_data: ModelData[T], replaced: ResourceMeta | None
+    ) -> tuple[ModelData[T], tuple[str, ...]]:
+        """Return the data with the sizes of its blobs, and their keys. Raises BlobGone. See `references`."""
+        if self._references is None or (replaced is not None and model_data.hash == replaced.data_hash):
+            return model_data, ()  # unchanged data is not stored
+        found = await self._references.of(model_data)
+        if not found:
+            return model_data, ()
+        record = None if replaced is None else await self._record(replaced.resource_id, replaced.revision)
+        by, access_filter = self._by, self._access_filter
+        return await self._references.resolved(model_data, found, record, by=by, access_filter=access_filter)
 
     async def _append(
         self, state: ResourceState, model_data: ModelData[T], status: Status, drop: tuple[str, ...]
     ) -> ResourceState:
         meta = state.meta
+        model_data, blobs = await self._with_blobs(model_data, meta)
         digest = model_data.hash
         if digest == meta.data_hash:
             state.json = model_data.json
@@ -242,7 +260,8 @@ class Plan(Generic[T]):
             data_hash=digest,
             encoding=self._storage.encoding,
         )
-        return self._write(meta, new, RevisionInfo.of_change(new, parent=meta.revision), model_data, drop, index=index)
+        record = RevisionInfo.of_change(new, meta.revision, blobs)
+        return self._write(meta, new, record, model_data, drop, index=index)
 
     async def _replace(self, state: ResourceState, model_data: ModelData[T]) -> ResourceState:
         meta = state.meta
@@ -251,6 +270,7 @@ class Plan(Generic[T]):
                 f"revision {meta.revision} of resource {meta.resource_id!r} is stable and never changes;"
                 " update it instead"
             )
+        model_data, blobs = await self._with_blobs(model_data, meta)
         digest = model_data.hash
         if digest == meta.data_hash:
             state.json = model_data.json
@@ -268,6 +288,7 @@ class Plan(Generic[T]):
             schema_version=self._schema_version,
             updated_time=new.updated_time,
             updated_by=self._by,
+            blobs=blobs,
         )
         return self._write(meta, new, record, model_data, (meta.uid,), index=index)
 

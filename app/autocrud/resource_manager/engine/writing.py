@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 
 from ...errors import (
     AnswerGone,
+    BlobGone,
     CrudError,
     InvalidData,
     KeyInFlight,
@@ -33,12 +34,14 @@ from ...errors import (
 )
 from ...query import Compare, Filter, Resolved
 from ..basic import AlreadyCommitted, Change, CommitResult, IStorage, ResourceMeta
+from ..contract.blobs import Blobs
 from ..contract.store_errors import check_name, missing, storable_id
 from ..model.codec import Codec
 from ..runtime.deadline import check_time
 from .caller import Caller, HashedKey
 from .operations import Create, Delete, Modify, Operation, Purge, Retention, Update
 from .planning import Plan
+from .references import References
 from .state import ResourceState, StateReader
 
 T = TypeVar("T")
@@ -58,6 +61,7 @@ class WriteExecutor(Generic[T]):
     schema_version  the version of the model, stored with each new revision
     retention       rule that says which superseded revisions a write removes; None: all are kept
     clock           returns the time of a write
+    blobs           the blobs of the model; None if its data cannot refer to blobs
     """
 
     def __init__(
@@ -69,7 +73,9 @@ class WriteExecutor(Generic[T]):
         schema_version: int,
         retention: Retention | None,
         clock: Callable[[], dt.datetime],
+        blobs: Blobs | None = None,
     ) -> None:
+        self._references = None if blobs is None else References(blobs, storage, codec, states)
         self._storage, self._codec, self._states, self._clock = storage, codec, states, clock
         self._schema_version, self._retention = schema_version, retention
         # For each event loop: locks by resource id, for the writes of the loop that met contention.
@@ -198,19 +204,26 @@ class WriteExecutor(Generic[T]):
             except CrudError:
                 plan = None
             if plan is not None and len(plan.writes) == len(operations):
-                return await self._commit_plan(plan, operations, states, key)
+                with contextlib.suppress(BlobGone):  # a row is gone meanwhile: plan again
+                    return await self._commit_plan(plan, operations, states, key)
         # A request may be impossible after its own commit (a Delete, for example), so the key is looked up first.
         await self._check_unused(key, peek=False)
-        await self._storage.catch_up()
-        try:
-            plan, states = await self._plan(operations, caller, peek=False)
-        except StoreDamaged as error:
-            return error
-        except CrudError:
-            # Another process may have committed the same request since the lookup, so that it is impossible now.
-            await self._check_unused(key, peek=False)
-            raise
-        return await self._commit_plan(plan, operations, states, key)
+        for last in (False, True):
+            await self._storage.catch_up()
+            try:
+                plan, states = await self._plan(operations, caller, peek=False)
+            except StoreDamaged as error:
+                return error
+            except CrudError:
+                # Another process may have committed the same request since the lookup, so that it is impossible now.
+                await self._check_unused(key, peek=False)
+                raise
+            try:
+                return await self._commit_plan(plan, operations, states, key)
+            except BlobGone:  # a row is gone meanwhile, but another one with the same hash may serve
+                if last:
+                    raise
+        return None
 
     async def _check_unused(self, key: HashedKey | None, *, peek: bool) -> None:
         """Raise AlreadyCommitted if the store reports a commit of this key.
@@ -233,6 +246,7 @@ class WriteExecutor(Generic[T]):
             by=caller.name,
             now=self._clock(),
             access_filter=caller.access_filter,
+            references=self._references,
             peek=peek,
         )
         states = []
