@@ -5,6 +5,11 @@ problems       errors as problem details (RFC 9457)
 guard          authentication of requests
 conditions     ETags, If-Match and If-None-Match (RFC 9110)
 options        ids, the Idempotency-Key, and options in the query string
+header_values  parameters, file names and digests in header fields
+multipart      a body of multipart/form-data with one file
+ranges         ranges of a response
+streaming      a response that is sent in pieces
+transfers      limits on concurrent uploads and downloads
 searching      query strings as queries, and cursors
 patching       patches of a request: JSON Merge Patch (RFC 7396) and JSON Patch (RFC 6902)
 json_patch     applies a JSON Patch, with bounds on its cost
@@ -14,6 +19,7 @@ answers        responses with resources, and pages that fit into a response
 model_context  the parts that all routes of a model share: policy, access control, the target of a write
 collection     the routes of a model's collection
 resource       the routes of one resource
+blobs          the routes of files
 history        the routes of revisions and differences
 routes         finds the route of a request to a model
 service        /healthz and /readyz; adds all routes to an application or a router

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ..errors import InvalidQuery
-from ..resource_manager.basic import ResourceMeta, Version
+from ..errors import CrudError, InvalidQuery
+from ..resource_manager.basic import Version
 from ..resource_manager.records import NO_STATE
 from .messages import Request
 from .problems import PreconditionRequired
@@ -19,6 +19,12 @@ class InvalidCondition(InvalidQuery):
     """A header with a condition or an Idempotency-Key is invalid."""
 
     type, title = "invalid-condition", "The condition cannot be understood"
+
+
+class PreconditionFailed(CrudError):
+    """The content does not have an ETag that If-Match allows."""
+
+    type, title, status = "precondition-failed", "The content has another ETag", 412
 
 
 def etags(header: str) -> list[tuple[bool, str]]:
@@ -64,12 +70,21 @@ def parse_version(etag: str) -> Version:
     return NO_STATE if weak else Version.of_opaque_tag(opaque)
 
 
-def not_modified(request: Request, meta: ResourceMeta) -> bool:
-    """Return whether If-None-Match says that the client already has this state."""
+def not_modified(request: Request, etag: str) -> bool:
+    """Return whether If-None-Match says that the client already has the state with this ETag, or content."""
     header = request.header(b"if-none-match")
     if header is None:
         return False
-    return header.strip() == "*" or any(f'"{opaque}"' == meta.etag for _, opaque in etags(header))
+    return header.strip() == "*" or any(f'"{opaque}"' == etag for _, opaque in etags(header))
+
+
+def check_match(request: Request, etag: str) -> None:
+    """Raise PreconditionFailed if If-Match does not allow content with this ETag."""
+    header = request.header(b"if-match")
+    if header is None or header.strip() == "*":
+        return
+    if not any(not weak and f'"{opaque}"' == etag for weak, opaque in etags(header)):
+        raise PreconditionFailed(f"expected content with one of the ETags in If-Match, found {etag}")
 
 
 def creates(request: Request) -> bool:

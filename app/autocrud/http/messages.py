@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -22,6 +23,13 @@ JSON = b"application/json"
 MAX_QUERY = 32 * 1024
 """The largest query string, in bytes."""
 MAX_PARAMETERS = 1000
+STREAMED = "crudstack.streamed"
+"""The key in the scope of a function of the server, which a handler calls before it receives a body in parts.
+
+The server then applies its limits for uploads: parts that were received hold no memory.
+"""
+CHUNK = 128 * 1024
+"""Bytes of a streamed body that are passed on at once, because each part costs as much as a few kilobytes."""
 _ANYBODY = Caller(ANONYMOUS.name)
 
 
@@ -170,6 +178,32 @@ class Request:
         if self._read is None:
             self._read = await self._receive_all()
         return self._read
+
+    async def stream(self, waits: Callable[[], AbstractContextManager[None]]) -> AsyncIterator[bytes]:
+        """Yield the body while it arrives, in chunks of at least CHUNK bytes, except the last one.
+
+        waits  a context that is entered for the time in which the client sends
+
+        Raises ClientGone if the client closes the connection before the end of the body.
+        """
+        if (streamed := self.scope.get(STREAMED)) is not None:
+            streamed()
+        chunks: list[bytes] = []
+        size, total, more = 0, 0, True
+        while more:
+            with waits():
+                message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            total += len(chunk)
+            chunks.append(chunk)
+            if size >= CHUNK or (size and not more):
+                yield b"".join(chunks)
+                chunks, size = [], 0
+        if (length := self.header(b"content-length")) is not None and length != str(total):
+            raise ClientGone
 
     async def _receive_all(self) -> bytes:
         message = await self._receive()

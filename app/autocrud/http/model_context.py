@@ -16,18 +16,22 @@ from . import conditions
 from .guard import PRINCIPAL, Authenticate
 from .messages import Request, Response
 from .options import known_id
+from .streaming import StreamedResponse
 
-Handler = Callable[[Request], Awaitable[Response]]
+AnyResponse = Response | StreamedResponse
+Handler = Callable[[Request], Awaitable[AnyResponse]]
 
 
 class Endpoint(NamedTuple):
     """One method of a path: its handler, and the action that the caller must be allowed.
 
-    `action` is None if the handler checks access itself, because the action depends on the request.
+    `action` is None if the handler checks access itself, because the action depends on the request. A handler that is
+    not `keyed` ignores the Idempotency-Key, because the key would need the whole body in memory.
     """
 
     action: Action | None
     handler: Handler
+    keyed: bool = True
 
 
 Endpoints = dict[str, Endpoint]
@@ -75,7 +79,23 @@ class ModelContext:
             if answer is False:
                 raise Forbidden(f"you may not {action} resources of this model")
             found[action] = None if answer is True else self._resolved(answer)
-        request.caller = request.caller._replace(access_filter=AccessFilter(found.get("read"), found))
+        read_filter = found.get("read")
+        if self.manager.codec.has_blobs and "read" not in found:
+            # Data may refer to the files of resources that the caller may read.
+            answer = await decide(self.policy.authorize, who, "read", self.manager.name)
+            if answer is not False:
+                found["read"] = None if answer is True else self._resolved(answer)
+        request.caller = request.caller._replace(access_filter=AccessFilter(read_filter, found))
+
+    async def authorize_any(self, request: Request, *actions: Action) -> None:
+        """Raise Forbidden if the caller may perform none of these actions, on no resource."""
+        if self.policy.authorize is None:
+            return
+        who = request.scope.get(PRINCIPAL, ANONYMOUS)
+        for action in actions:
+            if await decide(self.policy.authorize, who, action, self.manager.name) is not False:
+                return
+        raise Forbidden(f"you may not {' or '.join(actions)} resources of this model")
 
     def _resolved(self, where: Filter | bool) -> Filter | None:
         assert isinstance(where, Filter)

@@ -80,7 +80,7 @@ class ResourceRoutes:
         resource = await self._manager.get(
             resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter_of(request.caller)
         )
-        if conditions.not_modified(request, resource.meta):
+        if conditions.not_modified(request, resource.meta.etag):
             return resource, Response(304, b"", (etag(resource.meta),))
         return resource, None
 

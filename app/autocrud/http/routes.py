@@ -13,13 +13,15 @@ from ..resource_manager.core import Caller, ResourceManager
 from ..resource_manager.runtime.deadline import STEP_BYTES, check_time
 from ..resource_manager.runtime.threads import HEAVY_BYTES
 from . import patching, problems
+from .blobs import BlobRoutes
 from .collection import CollectionRoutes
 from .guard import principal
 from .history import HistoryRoutes
 from .messages import ClientGone, Receive, Request, Response, Scope, Send, UnsupportedMediaType
-from .model_context import Endpoint, Endpoints, ModelContext, Policy
+from .model_context import AnyResponse, Endpoint, Endpoints, ModelContext, Policy
 from .options import idempotency_key
 from .resource import ResourceRoutes
+from .streaming import StreamedResponse
 
 
 class ModelRoutes:
@@ -53,12 +55,20 @@ class ModelRoutes:
             "diff": {"GET": Endpoint("read", history.diff)},
         }
         self._revision: Endpoints = {"GET": Endpoint("read", history.get_revision)}
+        self._blobs: Endpoints | None = None
+        self._blob: Endpoints | None = None
+        if manager.codec.has_blobs:
+            blobs = BlobRoutes(context)
+            # A resource whose id is "blobs" keeps its methods: a resource has no POST.
+            self._blobs = {**self._resource, "POST": Endpoint(None, blobs.upload, keyed=False)}
+            self._blob = {"GET": Endpoint("read", blobs.download)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request to `/{model}` or a path below it."""
         rest = scope["path_params"].get("rest")
         request = Request(scope, receive, [] if rest is None else rest.split("/"), self._policy.max_body)
         method = scope["method"]
+        response: AnyResponse
         try:
             response = self._sendable(await self._answer(request, method), method)
         except UnsupportedMediaType as error:
@@ -75,11 +85,11 @@ class ModelRoutes:
             request.release()
         await response.send(send, head=method == "HEAD")
 
-    async def _answer(self, request: Request, method: str) -> Response:
+    async def _answer(self, request: Request, method: str) -> AnyResponse:
         if self._policy.authenticate is not None:
             who = await principal(self._policy.authenticate, request.scope, request.receive)
             request.caller = Caller(who.name)
-        template, endpoints = self._endpoints(request.rest)
+        template, endpoints = self._endpoints(request.rest, method)
         if endpoints is None:
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
         request.scope[problems.ROUTE] = f"/{self._manager.name}{template}"
@@ -90,39 +100,43 @@ class ModelRoutes:
             return problems.response(error, ((b"allow", methods.encode()),))
         if endpoint.action is not None:
             await self._context.authorize(request, endpoint.action)
-        if method in ("GET", "HEAD"):
+        if method in ("GET", "HEAD") or not endpoint.keyed:
             return await endpoint.handler(request)
         key = await idempotency_key(request, method)
         if key is None:
             return await endpoint.handler(request)
         request.caller = request.caller._replace(key=key)
         response = await endpoint.handler(request)
-        return (
-            response._replace(headers=(*response.headers, (b"idempotency-replayed", b"true")))
-            if key.replayed
-            else response
-        )
+        if key.replayed and isinstance(response, Response):
+            return response._replace(headers=(*response.headers, (b"idempotency-replayed", b"true")))
+        return response
 
-    def _endpoints(self, rest: list[str]) -> tuple[str, Endpoints | None]:
+    def _endpoints(self, rest: list[str], method: str) -> tuple[str, Endpoints | None]:
         """Return the template of a path below the model, and its endpoints by method, or None if there is no route."""
         match rest:
             case []:
                 return "", self._collection
             case [name] if name in self._fixed:
                 return f"/{name}", self._fixed[name]
+            case ["blobs"] if self._blobs is not None:
+                return "/blobs" if method == "POST" else "/{id}", self._blobs
             case [_]:
                 return "/{id}", self._resource
             case [_, below]:
                 return f"/{{id}}/{below}", self._below.get(below)
             case [_, "revisions", _]:
                 return "/{id}/revisions/{n}", self._revision
+            case [_, "blobs", _]:
+                return "/{id}/blobs/{sha256}", self._blob
         return "", None
 
-    def _sendable(self, response: Response, method: str) -> Response:
+    def _sendable(self, response: AnyResponse, method: str) -> AnyResponse:
         """Return the response, or a shorter one if it is too large to be sent, or to be prepared in the remaining time.
 
         Raises ResponseTooLarge or NotEnoughTime if the response to a read is too large.
         """
+        if isinstance(response, StreamedResponse):
+            return response
         if len(response.body) >= HEAVY_BYTES and (method in ("GET", "HEAD") or response.brief is not None):
             try:
                 check_time(len(response.body) // STEP_BYTES)
