@@ -48,6 +48,8 @@ from .records import (
     StoredKey,
     Version,
     Write,
+    blob_epoch_of,
+    owner_of,
 )
 
 MAX_READ = 16 * 1024 * 1024
@@ -465,6 +467,8 @@ __all__ = [
     "StoredKey",
     "Version",
     "Write",
+    "blob_epoch_of",
+    "owner_of",
 ]
 
 _RENAMED = {"Once": "IdempotentCommit", "Done": "CommitResult", "DoneBefore": "AlreadyCommitted"}

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from ...errors import MetadataTooLarge, Violation
-from ..records import IndexEntry
+from ..basic import IndexEntry
 
 MAX_ID = 1024
 """Largest id of a new resource, in bytes of UTF-8. An index entry of PostgreSQL has at most 2.7 KB. The id must fit

@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 from ...errors import BlobGone, ResourceNotFound, StoreDamaged, Violation
-from ..basic import BlobRow, IStorage, RevisionInfo
+from ..basic import BlobRow, IStorage, RevisionInfo, owner_of
 from ..contract.blobs import Blobs
 from ..model.blob_references import MAX_VIOLATIONS, BlobReference
 from ..model.codec import Codec, ModelData
-from ..records import owner_of
 from ..runtime.deadline import check_time
 from ..runtime.threads import heavy
 from .access_filter import AccessFilter

@@ -11,10 +11,9 @@ from ...errors import CrudError
 from ..backends.postgres.blob_schema import BlobSchema
 from ..backends.postgres.pool import Connection
 from ..backends.postgres.schema import FORMAT, QUOTA, STALE, UNKNOWN_FORMAT
-from ..basic import BlobRow, ModelSpec
+from ..basic import BlobRow, ModelSpec, blob_epoch_of
 from ..contract.blobs import BlobRows, BlobUsage, BlobUse
 from ..contract.store_errors import over_quota, stale_upload, unknown_format
-from ..records import blob_epoch_of
 from .postgres_access import PostgresAccess, server_error
 
 

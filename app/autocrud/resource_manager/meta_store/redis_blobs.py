@@ -9,10 +9,9 @@ from typing_extensions import override
 
 from ..backends.redis.blob_scripts import ADD_BLOB, BLOB_STATE, REMOVE_BLOBS, ROWS, USES
 from ..backends.redis.script_arguments import row_of
-from ..basic import BlobRow
+from ..basic import BlobRow, blob_epoch_of
 from ..contract.blobs import BlobRows, BlobUsage, BlobUse
 from ..contract.store_errors import over_quota, stale_upload
-from ..records import blob_epoch_of
 from .redis_access import RedisAccess
 
 

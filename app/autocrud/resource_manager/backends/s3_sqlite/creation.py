@@ -19,7 +19,7 @@ import apsw
 from msgspec.structs import replace
 
 from ....errors import ConditionalWritesUnsupported, ConfigError, HeadLost, StoreUnavailable
-from ...records import Findings
+from ...basic import Findings
 from ..s3.object_store import Object, ObjectStore, Outcome, Stored, Unknown
 from ..sqlite import blob_tables
 from .copy_files import new_path

@@ -26,7 +26,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ....errors import ConfigError, StoreDamaged
-from ...records import Findings
+from ...basic import Findings
 from ..log_records import LogOperation
 
 FORMAT = 1

@@ -21,9 +21,9 @@ from typing import Any
 
 import apsw
 
+from ...basic import BlobRow, RevisionInfo, blob_epoch_of
 from ...contract.blobs import BLOBS_MARKER, BlobUsage, BlobUse
 from ...contract.store_errors import blob_gone, over_quota, stale_upload
-from ...records import BlobRow, RevisionInfo, blob_epoch_of
 from .definitions import FORMAT_WITH_BLOBS
 
 TABLES = """

@@ -8,7 +8,7 @@ import apsw
 import msgspec
 
 from ....errors import StoreDamaged
-from ...records import Findings
+from ...basic import Findings
 
 TABLE = "CREATE TABLE IF NOT EXISTS findings (one INTEGER PRIMARY KEY CHECK (one = 1), doc TEXT NOT NULL)"
 

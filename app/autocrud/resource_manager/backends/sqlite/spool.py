@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 import apsw
 
-from ...basic import BlobRow, RevisionInfo
+from ...basic import BlobRow, Encoding, RevisionInfo
 from ...contract.metadata_codec import encoder, info_of
-from ...records import Encoding
 from ...runtime.temporary import ProcessDirectory
 from ...runtime.threads import in_thread
 from .errors import translated
