@@ -68,7 +68,7 @@ async def open_snapshot(
             meta, bodies = recorded, recorded
         elif isinstance(meta_store, SnapshotReading) and not each_resource:
             meta = await context.enter_async_context(meta_store.snapshot())
-            bodies = await _bodies(resource_store, context, later=False)
+            bodies = await _bodies(resource_store, context, later=not meta.one_moment)
         else:
             decides = resource_store if records else meta_store
             blob_rows = decides if isinstance(decides, BlobRows) else None
