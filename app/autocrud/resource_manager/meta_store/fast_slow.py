@@ -27,6 +27,7 @@ import datetime as dt
 import logging
 import time
 from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from typing_extensions import override
@@ -35,6 +36,7 @@ from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged
 from ...query import Query
 from ..basic import (
     AlreadyCommitted,
+    BlobRow,
     Change,
     CommitResult,
     Encoding,
@@ -47,10 +49,13 @@ from ..basic import (
     Reindex,
     ResourceMeta,
     RevisionInfo,
+    StoredKey,
 )
+from ..contract.blobs import BlobRows, BlobUsage, BlobUse
 from ..contract.metadata_codec import encoder, meta_of
 from ..contract.overrides import check_meta_store
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
+from ..contract.snapshots import KeyListing, MetaSnapshot, Pinning, SnapshotReading
 from ..contract.store_errors import missing
 from ..runtime.threads import shielded
 
@@ -83,7 +88,7 @@ class Fence(NamedTuple):
 
 
 @runtime_checkable
-class Slow(IndexMigration, FindingsKeeping, MetaSweeping, Protocol):
+class Slow(IndexMigration, FindingsKeeping, MetaSweeping, BlobRows, Pinning, SnapshotReading, KeyListing, Protocol):
     """The abilities that a slow store needs. All processes see the same state of it."""
 
     async def get_fenced(self, resource_id: str) -> tuple[Fence, ResourceMeta | None]:
@@ -108,7 +113,17 @@ class Fast(Protocol):
         """Return the cache of this store, with leases of this many seconds."""
 
 
-class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, MetaSweeping):
+class FastSlowMetaStore(
+    MetaStore,
+    Freshness,
+    IndexMigration,
+    FindingsKeeping,
+    MetaSweeping,
+    BlobRows,
+    Pinning,
+    SnapshotReading,
+    KeyListing,
+):
     """A durable MetaStore with a cache for `get` in front.
 
     fast_store  a RedisMetaStore, of which only the cache is used. It needs no persistence, and any `maxmemory-policy`
@@ -126,8 +141,8 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
             )
         if not isinstance(slow_store, Slow):
             raise ConfigError(
-                f"{type(slow_store).__name__} cannot be a slow_store: it does not keep which fast store is in use, as a"
-                " PostgresMetaStore does"
+                f"{type(slow_store).__name__} cannot be a slow_store: it does not keep which fast store is in use, or"
+                " lacks another ability that a PostgresMetaStore has"
             )
         if not 0 < lease_s <= LONGEST_LEASE_S:
             raise ConfigError(f"lease_s is {lease_s!r}; expected seconds, more than 0 and at most {LONGEST_LEASE_S:g}")
@@ -375,6 +390,56 @@ class FastSlowMetaStore(MetaStore, Freshness, IndexMigration, FindingsKeeping, M
     @override
     async def advance_generation(self) -> int:
         return await self._slow.advance_generation()
+
+    # Blobs, pins and snapshots: of the slow store alone, because the fast store has no records
+
+    @override
+    async def blob_epoch(self) -> int:
+        return await self._slow.blob_epoch()
+
+    @override
+    async def add_blob(self, row: BlobRow, *, quota: int | None = None) -> None:
+        await self._slow.add_blob(row, quota=quota)
+
+    @override
+    async def blobs(self, sha256s: Sequence[str]) -> list[BlobRow]:
+        return await self._slow.blobs(sha256s)
+
+    @override
+    async def blob_uses(self, key: str, limit: int = 100) -> list[BlobUse]:
+        return await self._slow.blob_uses(key, limit)
+
+    @override
+    async def blob_usage(self) -> BlobUsage:
+        return await self._slow.blob_usage()
+
+    @override
+    async def remove_blobs(self, keys: Sequence[str]) -> list[str]:
+        return await self._slow.remove_blobs(keys)
+
+    @override
+    async def add_pin(self, pin: str) -> None:
+        await self._slow.add_pin(pin)
+
+    @override
+    async def renew_pin(self, pin: str) -> bool:
+        return await self._slow.renew_pin(pin)
+
+    @override
+    async def remove_pin(self, pin: str) -> bool:
+        return await self._slow.remove_pin(pin)
+
+    @override
+    async def has_pins(self) -> bool:
+        return await self._slow.has_pins()
+
+    @override
+    def snapshot(self) -> AbstractAsyncContextManager[MetaSnapshot]:
+        return self._slow.snapshot()
+
+    @override
+    async def stored_keys(self, after: str = "", limit: int = 500) -> list[StoredKey]:
+        return await self._slow.stored_keys(after, limit)
 
     # Maintenance
 
