@@ -227,6 +227,12 @@ class BlobQuotaExceeded(CrudError):
     type, title, status = "blob-quota-exceeded", "The model has no room for this file", 413
 
 
+class ModelNotEmpty(CrudError):
+    """The model has data, so nothing was loaded into it."""
+
+    type, title, status = "model-not-empty", "The model has data", 409
+
+
 class PinLost(CrudError):
     """An export or import was interrupted for so long that the store no longer keeps what it needs.
 

@@ -1,0 +1,61 @@
+"""The contract of imports into an empty model: a whole model is loaded, and becomes visible in one step.
+
+- L1 *Nothing is visible before `publish`.* Readers, writers, exports and sweeps of other processes see an empty model.
+- L2 *The model is still empty when it is published.* `publish` checks this in its one atomic step. Otherwise it changes
+  nothing and raises ModelNotEmpty.
+- L3 *Bodies and content of blobs stay.* They are stored before `publish`, while no record names them. The caller holds
+  a pin, so no sweep removes them (P1). `publish` checks in its one step that this pin was not dropped, and raises
+  PinLost otherwise. So it needs no check of generations and epochs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from ..basic import BlobRow, IndexEntry, ResourceMeta, RevisionInfo, StoredKey
+
+
+class LoadedResource(NamedTuple):
+    """A resource that is loaded: its metadata, and the index entry of its current revision. Its records follow it."""
+
+    meta: ResourceMeta
+    index: IndexEntry
+
+
+class Loader(Protocol):
+    """Collects the contents of one model."""
+
+    async def add(self, items: Sequence[LoadedResource | RevisionInfo]) -> None:
+        """Add resources by ascending id, each followed by its records by ascending number.
+
+        The records of one resource may be spread over several calls. Raises StoreUnavailable.
+        """
+
+    async def add_blobs(self, rows: Sequence[BlobRow]) -> None:
+        """Add rows of blobs. Called before the records that name them."""
+
+    async def add_keys(self, keys: Sequence[StoredKey]) -> None:
+        """Add the results that are kept for Idempotency-Keys."""
+
+    async def publish(self) -> None:
+        """Make everything visible in one atomic step.
+
+        Raises ModelNotEmpty if the model has a resource, a row of a blob or a result of an Idempotency-Key, PinLost if
+        the pin was dropped, and UniqueConflict if two of the resources share a value of a unique field; then nothing is
+        changed. Raises OutcomeUnknown if the store does not know whether it took effect.
+        """
+
+
+@runtime_checkable
+class BulkLoading(Protocol):
+    """A MetaStore into which a whole model can be loaded."""
+
+    @abstractmethod
+    def load(self, pin: str) -> AbstractAsyncContextManager[Loader]:
+        """Return a loader. At the end of the context, what was not published is discarded.
+
+        `pin` is a pin of this store that the caller holds. Raises ModelNotEmpty if the model is not empty now.
+        """
