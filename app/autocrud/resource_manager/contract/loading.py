@@ -22,7 +22,7 @@ class LoadedResource(NamedTuple):
     """A resource that is loaded: its metadata, and the index entry of its current revision. Its records follow it."""
 
     meta: ResourceMeta
-    index: IndexEntry
+    entry: IndexEntry
 
 
 class Loader(Protocol):
