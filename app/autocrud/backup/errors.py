@@ -1,0 +1,44 @@
+"""The errors of exports and imports. Each message is one sentence that an operator can act on."""
+
+from __future__ import annotations
+
+from ..errors import CrudError
+
+
+class BadArchive(CrudError, ValueError):
+    """The archive is truncated, damaged, hostile, or of a format that this program does not know.
+
+    Nothing was changed.
+    """
+
+    type, title, status = "bad-archive", "The archive cannot be used", 422
+
+
+class ArchiveTooLarge(CrudError):
+    """The archive, or a part of it, is larger than the limits allow. Nothing was changed."""
+
+    type, title, status = "archive-too-large", "The archive is too large", 413
+
+
+class ImportConflict(CrudError):
+    """Ids or unique values of the archive exist already. Nothing was changed, unless the message says how much was.
+
+    ids     some ids of the archive that the model has already
+    fields  how many resources of the archive have a unique value that another resource has, by field
+    """
+
+    type, title, status = "import-conflict", "The model has such resources already", 409
+    ids: tuple[str, ...] = ()
+    fields: dict[str, int] = {}  # noqa: RUF012 - replaced for each error, never changed
+
+
+class ImportUnfinished(CrudError):
+    """The model has the journal of an import that is not finished. Resume or abort it first."""
+
+    type, title, status = "import-unfinished", "Another import is not finished", 409
+
+
+class NoSuchImport(CrudError, LookupError):
+    """There is no interrupted import of this archive to resume or abort."""
+
+    type, title, status = "no-such-import", "There is no such import", 404
