@@ -41,7 +41,8 @@ class OlderProgram:
 
     def __init__(self, source: Path, kind: str, *arguments: Any, **named: Any) -> None:
         environment = {**os.environ, "PYTHONPATH": str(source)}
-        command = [sys.executable, str(WORKER), json.dumps([kind, arguments, named])]
+        # -P: the directory of the script has a folder `redis`, which is not the driver
+        command = [sys.executable, "-P", str(WORKER), json.dumps([kind, arguments, named])]
         self._process = subprocess.Popen(
             command, cwd=source, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

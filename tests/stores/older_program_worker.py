@@ -14,6 +14,12 @@ from typing import Any
 
 from app.autocrud.errors import CrudError
 from app.autocrud.query import Query
+from app.autocrud.resource_manager.basic import IStorage, MetaStore
+from app.autocrud.resource_manager.core import SimpleStorage
+from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
+from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
+from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
+from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
 from app.autocrud.resource_manager.storage_factory import (
     DiskStorageFactory,
     IStorageFactory,
@@ -22,10 +28,29 @@ from app.autocrud.resource_manager.storage_factory import (
 )
 from app.autocrud.testing.model import Item, manage
 
+
+class OnServers(IStorageFactory):
+    """Metadata in PostgreSQL, in Redis or, if both are given, in both; bodies on disk."""
+
+    def __init__(self, bodies: str, *, dsn: str = "", table: str = "", url: str = "", prefix: str = "") -> None:
+        self.bodies, self.dsn, self.table, self.url, self.prefix = bodies, dsn, table, url, prefix
+
+    def build(self, model_name: str) -> IStorage:
+        store: MetaStore
+        if not self.dsn:
+            store = RedisMetaStore(self.url, prefix=self.prefix)
+        else:
+            store = PostgresMetaStore(self.dsn, table_name=self.table)
+            if self.url:
+                store = FastSlowMetaStore(RedisMetaStore(self.url, prefix=self.prefix), store, lease_s=0.2)
+        return SimpleStorage(store, DiskResourceStore(self.bodies))
+
+
 FACTORIES: dict[str, Any] = {
     "disk": DiskStorageFactory,
     "memory-disk": MemoryDiskStorageFactory,
     "s3-sqlite": S3StorageFactory,
+    "servers": OnServers,
 }
 
 

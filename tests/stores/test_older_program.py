@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import apsw
+import psycopg
 import pytest
+import redis
 
 from app.autocrud.errors import ConfigError
 from app.autocrud.query import Query
+from app.autocrud.resource_manager.backends.postgres.schema import PostgresSchema
 from app.autocrud.resource_manager.backends.s3_sqlite.head import decode_head
 from app.autocrud.resource_manager.contract.blobs import BLOBS_MARKER, BlobUse
 from app.autocrud.resource_manager.storage_factory import (
@@ -30,6 +33,7 @@ from app.autocrud.testing.model import Item, manage
 from tests.services import BUCKET, S3Server
 
 from .older_program import BEFORE_BLOBS, OlderProgram, Refused, older_program, sources
+from .older_program_worker import OnServers
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +45,7 @@ class Store(NamedTuple):
     factory  returns the factory of the new program
     format   returns the format of the store
     write    a pattern of the error of a write of the older program to a marked store
+    open     a pattern of the error of an older program that is started; None if only its writes are refused
     read     a pattern of the error of a read; None if the older program can read
     """
 
@@ -48,6 +53,7 @@ class Store(NamedTuple):
     factory: Callable[[], IStorageFactory]
     format: Callable[[], int]
     write: str
+    open: str | None = r"ConfigError: the .* has format 2"
     read: str | None = None
 
 
@@ -93,17 +99,48 @@ def on_s3(source: Path, server: S3Server, local_dir: Path | None = None) -> Stor
         # A write that needs no read sends a PUT first. It conflicts with a HEAD that the program cannot read, so it
         # does not learn the outcome. A shared local copy has that HEAD.
         refusal if local_dir is not None else f"{refusal}|OutcomeUnknown",
-        None if local_dir is not None else refusal,
+        read=None if local_dir is not None else refusal,
     )
 
 
-KINDS = ["disk", "s3-sqlite", "s3-sqlite-one-copy"]
+def on_servers(source: Path, root: Path, postgres: str | None, valkey: str | None) -> Store:
+    named: dict[str, Any] = {}
+    if postgres is not None:
+        named |= {"dsn": postgres, "table": f"{root.name}/meta_item"}
+    if valkey is not None:
+        named |= {"url": valkey, "prefix": f"{root.name}:"}
+
+    def format_() -> int:
+        if postgres is not None:
+            with psycopg.connect(postgres) as connection:
+                state = PostgresSchema(named["table"], {}).names["state"]
+                (found,) = connection.execute(f"SELECT format FROM {state}".encode()).fetchone()
+                return found
+        with redis.Redis.from_url(valkey) as client:
+            return int(client.hget(f"{root.name}:meta", "format") or 1)
+
+    refusal = re.escape(f"ConfigError: model 'item': {BLOBS_MARKER} is unique in the store")
+    return Store(
+        partial(older_program, source, "servers", str(root), **named),
+        lambda: OnServers(str(root), **named),
+        format_,
+        refusal,
+        refusal if postgres is not None else None,
+    )
+
+
+SERVERS = {"postgres": (True, False), "redis": (False, True), "redis-postgres": (True, True)}
+KINDS = ["disk", "s3-sqlite", "s3-sqlite-one-copy", *SERVERS]
 
 
 @pytest.fixture(params=KINDS)
 def store(request, source, tmp_path) -> Store:
     if request.param == "disk":
         return on_disk(source, tmp_path)
+    if request.param in SERVERS:
+        uses_postgres, uses_redis = SERVERS[request.param]
+        postgres = request.getfixturevalue("postgres") if uses_postgres else None
+        return on_servers(source, tmp_path, postgres, request.getfixturevalue("valkey") if uses_redis else None)
     server = request.getfixturevalue("seaweed_s3" if "seaweed" in request.param else "ministack_s3")
     return on_s3(source, server, tmp_path if "one-copy" in request.param else None)
 
@@ -175,8 +212,12 @@ def test_a_running_older_program_refuses_to_write_beside_blobs(store, old):
 
     asyncio.run(with_blobs())
     assert store.format() == 2
-    with store.old() as started_later, pytest.raises(Refused, match=r"ConfigError: the .* has format 2"):
-        started_later("open")
+    with store.old() as started_later:
+        with contextlib.nullcontext() if store.open is None else pytest.raises(Refused, match=store.open):
+            started_later("open")
+        for write in WRITES:
+            with pytest.raises(Refused, match=store.open or store.write):
+                started_later(*write)
 
 
 def test_each_acknowledged_write_of_an_older_program_is_kept(store, old):
