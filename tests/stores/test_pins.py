@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import datetime as dt
 import itertools
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from uuid import uuid4
 
 import apsw
+import psycopg
 import pytest
 
 from app.autocrud.errors import CrudError, StoreUnavailable
@@ -23,6 +27,9 @@ from app.autocrud.resource_manager.backends.s3.memory_object_store import (
 )
 from app.autocrud.resource_manager.contract import snapshots
 from app.autocrud.resource_manager.contract.snapshots import Pinning
+from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
+from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
+from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 
@@ -36,11 +43,24 @@ KINDS = {
     "disk": DiskMetaStore,
     "s3": lambda _: S3SqliteMetaStore("b", "k", object_store=MemoryObjectStore()),
 }
+SERVERS: dict[str, Callable[[str, str, str], Store]] = {
+    "postgres": lambda name, dsn, _: PostgresMetaStore(dsn, table_name=name),
+    "redis": lambda name, _, url: RedisMetaStore(url, prefix=f"{name}:"),
+    "fast-slow": lambda name, dsn, url: FastSlowMetaStore(
+        RedisMetaStore(url, prefix=f"{name}:"), PostgresMetaStore(dsn, table_name=name)
+    ),
+}
 
 
-@pytest.fixture(params=KINDS)
+def on_servers(kind: str, request: pytest.FixtureRequest, name: str) -> Store:
+    dsn, url = request.getfixturevalue("postgres"), request.getfixturevalue("valkey")
+    return SERVERS[kind](name, dsn, url)
+
+
+@pytest.fixture(params=[*KINDS, *SERVERS])
 async def store(request, tmp_path: Path) -> AsyncIterator[Store]:
-    store: Store = KINDS[request.param](tmp_path)
+    kind = request.param
+    store: Store = KINDS[kind](tmp_path) if kind in KINDS else on_servers(kind, request, f"pins_{uuid4().hex}")
     yield store
     await store.close()
 
@@ -90,8 +110,12 @@ async def test_a_dropped_pin_stays_dropped(store: Store, monkeypatch):
     assert not await store.renew_pin("a")
 
 
-async def test_processes_see_the_pins_of_each_other(tmp_path: Path):
-    one, other = DiskMetaStore(tmp_path), DiskMetaStore(tmp_path)
+@pytest.mark.parametrize("kind", ["disk", *SERVERS])
+async def test_processes_see_the_pins_of_each_other(kind: str, request, tmp_path: Path):
+    name = f"pins_{uuid4().hex}"
+    one, other = (
+        DiskMetaStore(tmp_path) if kind == "disk" else on_servers(kind, request, name) for _ in ("one", "other")
+    )
     await one.add_pin("a")
     assert await other.has_pins()
     assert await other.renew_pin("a")
@@ -109,6 +133,69 @@ async def test_a_pin_of_a_clock_that_was_put_back_is_dropped(tmp_path: Path):
     connection.close()
     assert not await store.has_pins()
     assert not await store.renew_pin("a")
+    await store.close()
+
+
+HOLDER = """
+import asyncio, sys
+from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
+from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
+
+async def hold(kind, address, name):
+    store = PostgresMetaStore(address, table_name=name) if kind == "postgres" else RedisMetaStore(address, name + ":")
+    await store.add_pin("a")
+    while await store.renew_pin("a"):
+        print("renewed", flush=True)
+        await asyncio.sleep(0.05)
+
+asyncio.run(hold(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["postgres", "redis"])
+async def test_the_pin_of_a_killed_process_is_dropped(kind: str, request, monkeypatch):
+    monkeypatch.setattr(snapshots, "PIN_LIFE_S", 2.0)
+    address, name = request.getfixturevalue("valkey" if kind == "redis" else kind), f"pins_{uuid4().hex}"
+    store = on_servers(kind, request, name)
+    command = [sys.executable, "-c", HOLDER, kind, address, name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        for _ in range(60):  # for longer than the life of a pin that is not renewed
+            assert await asyncio.to_thread(holder.stdout.readline) == "renewed\n"
+        assert await store.has_pins()
+        holder.kill()
+    assert await store.has_pins()
+    await asyncio.sleep(2.1)
+    assert not await store.has_pins()
+    assert not await store.renew_pin("a")
+    await store.close()
+
+
+@pytest.mark.parametrize("kind", ["postgres", "redis"])
+async def test_a_pin_of_a_server_whose_clock_was_put_back_is_dropped(kind: str, request):
+    name = f"pins_{uuid4().hex}"
+    store: Any = on_servers(kind, request, name)
+    await store.add_pin("a")
+    if kind == "postgres":
+        await store._changed("UPDATE <pins> SET time = now() + interval '1 day'")
+    else:
+        await store._call("HSET", f"{name}:pins", "a", time.time() + 24 * 3600)
+    assert not await store.renew_pin("a")
+    assert not await store.has_pins()
+    await store.close()
+
+
+async def test_a_renewal_in_progress_keeps_a_pin(postgres: str):
+    """A pin lapses while its renewal is committed: whether there is a pin is answered after the renewal."""
+    store = PostgresMetaStore(postgres, table_name=f"pins_{uuid4().hex}")
+    await store.add_pin("a")
+    await store._changed("UPDATE <pins> SET time = now() - interval '1 hour'")
+    async with await psycopg.AsyncConnection.connect(postgres) as connection:
+        await connection.execute(store._filled("UPDATE <pins> SET time = now()"))
+        asking = asyncio.create_task(store.has_pins())
+        await asyncio.sleep(0.3)
+        assert not asking.done()
+        await connection.commit()
+        assert await asking
     await store.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,42 +15,12 @@ import pytest
 from app.autocrud.errors import BlobGone, BlobQuotaExceeded, ConfigError, StaleGeneration
 from app.autocrud.resource_manager.backends.postgres.commit_arguments import CommitArguments
 from app.autocrud.resource_manager.backends.postgres.pool import translating
-from app.autocrud.resource_manager.basic import Change, Encoding, ModelSpec, ResourceMeta, RevisionInfo, Version
+from app.autocrud.resource_manager.basic import Change, ModelSpec
 from app.autocrud.resource_manager.contract.blobs import BLOBS_MARKER, BlobUsage, BlobUse
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.testing.blobs import upload
 from app.autocrud.values import kind_of
-
-NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-
-
-def meta_of(rid: str, version: int = 1, **changes: Any) -> ResourceMeta:
-    values: dict[str, Any] = {
-        "resource_id": rid,
-        "version": version,
-        "nonce": f"{version:016}",
-        "revision": version,
-        "total_revision_count": version,
-        "schema_version": 1,
-        "status": "stable",
-        "is_deleted": False,
-        "uid": f"0/{rid}-{version}",
-        "data_hash": "",
-        "encoding": Encoding.json,
-        "created_time": NOW,
-        "updated_time": NOW,
-        "created_by": "a",
-        "updated_by": "a",
-    }
-    return ResourceMeta(**(values | changes))
-
-
-def naming(rid: str, *keys: str, version: int = 1, **changes: Any) -> Change:
-    """Return a change whose record names these blobs."""
-    meta = meta_of(rid, version)
-    expect = "absent" if version == 1 else Version(version - 1, f"{version - 1:016}")
-    record = RevisionInfo.of_change(meta, meta.revision - 1 or None, tuple(sorted(keys)))
-    return Change(**({"meta": meta, "record": record, "index": None, "expect": expect} | changes))
+from tests.stores.changes import naming
 
 
 @pytest.fixture(params=["direct", "pooled"])

@@ -17,12 +17,11 @@ import pytest
 
 from app.autocrud.errors import StoreUnavailable
 from app.autocrud.resource_manager.backends.postgres import pool
-from app.autocrud.resource_manager.basic import IdempotentCommit, ModelSpec, ResourceMeta, RevisionInfo, StoredKey
-from app.autocrud.resource_manager.contract.snapshots import MetaSnapshot
+from app.autocrud.resource_manager.basic import ModelSpec, StoredKey
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.testing.blobs import upload
 from app.autocrud.values import kind_of
-from tests.stores.test_postgres_blobs import meta_of, naming
+from tests.stores.changes import meta_of, naming, once, read
 
 
 @pytest.fixture(params=["direct", "pooled"])
@@ -36,21 +35,6 @@ async def store(request) -> AsyncIterator[PostgresMetaStore]:
     store.bind(ModelSpec("item"))
     yield store
     await store.close()
-
-
-def once(key: str, time: int, *results: int | None) -> IdempotentCommit:
-    return IdempotentCommit(key=key, request="request", time=time, results=results)
-
-
-async def read(snapshot: MetaSnapshot) -> dict[str, tuple[ResourceMeta, list[RevisionInfo]]]:
-    found: dict[str, tuple[ResourceMeta, list[RevisionInfo]]] = {}
-    async for item in snapshot.items():
-        if isinstance(item, ResourceMeta):
-            found[item.resource_id] = item, []
-        else:
-            found[item.resource_id][1].append(item)
-    assert list(found) == sorted(found)
-    return found
 
 
 async def test_each_snapshot_shows_one_moment(store: PostgresMetaStore):
