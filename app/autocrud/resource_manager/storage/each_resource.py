@@ -7,7 +7,8 @@ records and, without a pin, its bodies belong together.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import IO, Self
 
 import msgspec
@@ -36,11 +37,21 @@ class EachResource(MetaSnapshot, BodySnapshot):
     storage    used through `IStorage` alone
     stored     the bodies of the storage
     blob_rows  the MetaStore, if it keeps rows of blobs
+    keys_of    opens a moment of the store, of which the keys of requests are read; None: there are none
     pinned     whether a pin keeps bodies; if not, the bodies of small resources are read with their records
     """
 
-    def __init__(self, storage: IStorage, stored: BodySnapshot, blob_rows: BlobRows | None, *, pinned: bool) -> None:
+    def __init__(
+        self,
+        storage: IStorage,
+        stored: BodySnapshot,
+        blob_rows: BlobRows | None,
+        keys_of: Callable[[], AbstractAsyncContextManager[MetaSnapshot]] | None,
+        *,
+        pinned: bool,
+    ) -> None:
         self._storage, self._stored, self._blob_rows, self._pinned = storage, stored, blob_rows, pinned
+        self._keys_of = keys_of
         self._kept: dict[str, bytes] = {}
         self._kept_bytes = 0
 
@@ -111,10 +122,11 @@ class EachResource(MetaSnapshot, BodySnapshot):
 
     @override
     async def keys(self) -> AsyncIterator[StoredKey]:
-        """Yield nothing: an IStorage does not list the keys of requests."""
-        none: tuple[StoredKey, ...] = ()
-        for key in none:
-            yield key
+        """Yield the results that are kept for Idempotency-Keys, as at a later moment than the resources."""
+        if self._keys_of is not None:
+            async with self._keys_of() as moment:
+                async for key in moment.keys():
+                    yield key
 
     @override
     async def blob_rows(self, keys: Sequence[str]) -> list[BlobRow]:

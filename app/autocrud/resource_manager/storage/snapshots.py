@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from typing_extensions import override
 
@@ -73,7 +73,12 @@ async def open_snapshot(
             decides = resource_store if records else meta_store
             blob_rows = decides if isinstance(decides, BlobRows) else None
             stored = await _bodies(resource_store, context, later=True)
-            resources = EachResource(storage, stored, blob_rows, pinned=pinning is not None)
+            keys_of: Callable[[], AbstractAsyncContextManager[MetaSnapshot]] | None = None
+            if records and isinstance(resource_store, RecordSnapshots):
+                keys_of = resource_store.record_snapshot
+            elif isinstance(meta_store, SnapshotReading):
+                keys_of = meta_store.snapshot
+            resources = EachResource(storage, stored, blob_rows, keys_of, pinned=pinning is not None)
             meta, bodies = resources, resources
         yield _Moment(meta, bodies, blob_store, pin)
 
@@ -85,7 +90,7 @@ async def open_any_snapshot(storage: IStorage, *, each_resource: bool = False) -
         async with storage.snapshot(each_resource=each_resource) as snapshot:
             yield snapshot
     else:
-        resources = EachResource(storage, StoredBodies(storage.bodies), None, pinned=False)
+        resources = EachResource(storage, StoredBodies(storage.bodies), None, None, pinned=False)
         yield _Moment(resources, resources, None, HeldPin(None))
 
 
