@@ -13,8 +13,9 @@ import contextlib
 import datetime as dt
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .access import Authorize, Permissions
 from .errors import ConfigError, CrudError, HeadLost, StoreDamaged
@@ -28,6 +29,9 @@ from .resource_manager.engine.blobs import MAX_BLOB
 from .resource_manager.engine.operations import Retention
 from .resource_manager.model.codec import Codec
 from .resource_manager.storage_factory import IStorageFactory, MemoryStorageFactory
+
+if TYPE_CHECKING:
+    from .backup.exporting import ExportResult, Progress
 
 T = TypeVar("T")
 
@@ -268,6 +272,36 @@ class AutoCRUD:
                 failed = failed or error
         if failed is not None:
             raise failed
+
+    async def export_all(
+        self,
+        output_path: str | Path,
+        *,
+        models: Collection[str] | None = None,
+        each_resource: bool = False,
+        progress: Progress | None = None,
+    ) -> ExportResult:
+        """Write an archive of all models, or of some: their resources, revisions, files and Idempotency-Keys.
+
+            await crud.export_all(output_path="./backup.tar.gz")
+
+        Programs may read and write meanwhile: each model is as at one moment. The archive has the mode 0600, and its
+        name only once it is complete. It holds all fields of all resources, deleted ones too.
+
+        Args:
+            output_path: A name that ends with `.tar.gz` or `.tar.zst`. An existing file is replaced.
+            models: Names of models. The default is all.
+            each_resource: Whether each resource may be as at some moment, so that no long transaction is needed.
+            progress: Called with the amount that is done, the total if it is known, and what is counted.
+
+        Raises StoreDamaged if data is missing that was not purged, and PinLost if the export was interrupted for too
+        long.
+        """
+        from .backup.exporting import export_all
+
+        return await export_all(
+            self._managers, output_path, models=models, each_resource=each_resource, progress=progress
+        )
 
     async def close(self) -> None:
         """Close all stores. The next use opens them again."""

@@ -1,0 +1,276 @@
+"""Exports models into an archive, while programs read and write them.
+
+- X1 *Each model is as at one moment*, or each of its resources, as the manifest says. A pin keeps what is needed.
+- X2 *A body or a blob is missing from the archive only if its resource was purged.* Such a resource is listed as
+  absent. If anything else is missing, the export fails, and no file has the name of the archive.
+- X3 *Memory use is constant.* At most two pages of bodies are in memory, and pieces of one blob.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
+
+from ..errors import ConfigError, ResourceNotFound, RevisionNotFound, StoreDamaged, StoreUnavailable
+from ..resource_manager.basic import READ_AT_ONCE, BlobRow, ResourceMeta, RevisionInfo
+from ..resource_manager.contract.snapshots import StorageSnapshot
+from ..resource_manager.core import ResourceManager
+from ..resource_manager.storage.snapshots import open_any_snapshot
+from .archive_writer import ArchiveWriter
+from .compression import Compression
+
+T = TypeVar("T")
+
+Progress: TypeAlias = Callable[[int, int | None, str], None]
+"""Called with the amount that is done, the total if it is known, and what is counted: `article`, or `article files`."""
+
+PAGE_BYTES = 8 * 1024 * 1024
+"""A page of bodies is made smaller until it takes no more than this."""
+UNKNOWN_OWNER = "0" * 64
+
+Item = tuple[ResourceMeta | RevisionInfo, bytes | None]
+
+
+class ExportedModel(NamedTuple):
+    """What an archive holds of one model.
+
+    one_moment  whether all resources are as at the same moment
+    resources   how many resources, absent ones included
+    absent      ids of resources that were purged while they were exported
+    """
+
+    name: str
+    one_moment: bool
+    resources: int
+    revisions: int
+    blobs: int
+    absent: tuple[str, ...]
+
+
+class ExportResult(NamedTuple):
+    """A complete archive: the SHA-256 of its file in hex, its size in bytes, and its models."""
+
+    sha256: str
+    size: int
+    models: tuple[ExportedModel, ...]
+
+
+async def export_all(
+    managers: Mapping[str, ResourceManager[Any]],
+    output: str | Path | BinaryIO,
+    *,
+    models: Collection[str] | None = None,
+    each_resource: bool = False,
+    progress: Progress | None = None,
+    compression: Compression | None = None,
+) -> ExportResult:
+    """Export models, one after the other, into an archive. An existing file is replaced once the archive is complete.
+
+    managers       the resource managers, by model name
+    output         the path of the archive, whose name ends with .tar.gz or .tar.zst, or an open binary file
+    models         names of the models; None: all
+    each_resource  whether each resource may be as at some moment, so that no long transaction is needed
+    progress       is told how far the export is
+    compression    None: that of the name of the path, and gzip for a file
+
+    Raises ConfigError for an unknown model. Raises StoreDamaged if a body or blob is missing that was not purged,
+    PinLost if the export was interrupted for too long, and StoreUnavailable.
+    """
+    chosen = chosen_models(managers, models)
+    exported = []
+    async with ArchiveWriter(output, compression, created=dt.datetime.now(dt.UTC)) as writer:
+        for name in chosen:
+            export = _ModelExport(managers[name], writer, progress or _silent)
+            exported.append(await export.run(each_resource=each_resource))
+        result = await writer.close()
+    return ExportResult(result.sha256, result.size, tuple(exported))
+
+
+def chosen_models(managers: Mapping[str, ResourceManager[Any]], models: Collection[str] | None) -> list[str]:
+    """Return the names of the models that are asked for, in the order of the managers. Raises ConfigError."""
+    for name in models or ():
+        if name not in managers:
+            raise ConfigError(f"there is no model {name!r}; there are {', '.join(managers)}")
+    return [name for name in managers if models is None or name in models]
+
+
+def _silent(*_: object) -> None:
+    return None
+
+
+class _ModelExport:
+    """The export of one model."""
+
+    def __init__(self, manager: ResourceManager[Any], writer: ArchiveWriter, progress: Progress) -> None:
+        self._manager, self._storage, self._writer, self._progress = manager, manager.storage, writer, progress
+        self._absent: dict[str, None] = {}
+        self._revisions = 0
+        self._page_size = READ_AT_ONCE
+
+    async def run(self, *, each_resource: bool) -> ExportedModel:
+        """Write the model."""
+        name, codec = self._manager.name, self._manager.codec
+        await self._manager.open()
+        await self._writer.begin_model(
+            name,
+            fields={field: kind.name for field, kind in codec.fields.items()},
+            unique=codec.unique,
+            schema_version=self._manager.schema_version,
+        )
+        async with open_any_snapshot(self._storage, each_resource=each_resource) as snapshot:
+            resources = await self._write_resources(snapshot)
+            async for key in snapshot.keys():
+                await self._writer.add_key(key)
+            blobs = _Blobs(snapshot, lambda done: self._progress(done, None, f"{name} files"))
+            await self._writer.add_blobs(blobs.rows, blobs.read)
+            await self._explain_missing_blobs(snapshot)
+            one_moment = snapshot.one_moment
+        # The pin lasted until here, so everything that the moment needs was still there when it was read (P2).
+        absent = tuple(self._absent)
+        await self._writer.end_model(one_moment=one_moment, absent=absent)
+        return ExportedModel(name, one_moment, resources, self._revisions, blobs.count, absent)
+
+    async def _write_resources(self, snapshot: StorageSnapshot) -> int:
+        """Write the metadata, the records and the bodies. Return the number of resources."""
+        total, done = await snapshot.count(), 0
+        meta: ResourceMeta | None = None
+        async with contextlib.aclosing(_ahead(self._pages(snapshot))) as pages:
+            async for page in pages:
+                for item, body in page:
+                    if isinstance(item, ResourceMeta):
+                        meta, done = item, done + 1
+                        await self._writer.add_resource(item)
+                        continue
+                    assert meta is not None, "records follow the metadata of their resource"
+                    if body is None:
+                        await self._explain_missing_body(snapshot, meta, item)
+                    await self._writer.add_revision(item, body)
+                    self._revisions += 1
+                self._progress(done, max(total, done), self._manager.name)
+        return done
+
+    async def _pages(self, snapshot: StorageSnapshot) -> AsyncGenerator[list[Item]]:
+        """Yield all metadata and records, these with their bodies."""
+        items: list[ResourceMeta | RevisionInfo] = []
+        uids: list[str] = []
+        async for item in snapshot.items():
+            items.append(item)
+            if isinstance(item, RevisionInfo):
+                uids.append(item.uid)
+                if len(uids) >= self._page_size:
+                    yield await self._with_bodies(snapshot, items, uids)
+                    items, uids = [], []
+        if items:
+            yield await self._with_bodies(snapshot, items, uids)
+
+    async def _with_bodies(
+        self, snapshot: StorageSnapshot, items: Sequence[ResourceMeta | RevisionInfo], uids: Sequence[str]
+    ) -> list[Item]:
+        found = await snapshot.bodies(uids) if uids else []
+        largest = max((len(body) for body in found if body is not None), default=0)
+        self._page_size = max(1, min(READ_AT_ONCE, PAGE_BYTES // max(1, largest)))
+        bodies = iter(found)
+        return [(item, next(bodies) if isinstance(item, RevisionInfo) else None) for item in items]
+
+    # X2
+
+    async def _explain_missing_body(self, snapshot: StorageSnapshot, meta: ResourceMeta, record: RevisionInfo) -> None:
+        """List the resource as absent if it was purged. Otherwise raises the reason why the body is missing."""
+        await snapshot.renew()  # if the pin was lost, that is the reason
+        resource_id = meta.resource_id
+        if await self._was_purged(meta):
+            self._absent[resource_id] = None
+            return
+        where = f"the body of revision {record.revision} of {self._manager.name} {resource_id!r}"
+        with contextlib.suppress(ResourceNotFound, RevisionNotFound):
+            now = await self._storage.revision(resource_id, record.revision)
+            if now.uid == record.uid:
+                error = StoreDamaged(f"{where} is missing; restore it from a backup, or purge the resource")
+                error.resource_id = resource_id
+                raise error
+        raise StoreUnavailable(
+            f"{where} was removed while it was exported, by an older program or in a store that keeps no pins; export"
+            " again when no revisions are removed"
+        )
+
+    async def _explain_missing_blobs(self, snapshot: StorageSnapshot) -> None:
+        """List the resources as absent that refer to missing blobs and were purged. The writer refuses the others."""
+        missing = set(await self._writer.unresolved()) - set(self._absent)
+        if not missing:
+            return
+        await snapshot.renew()
+        async for item in snapshot.items():
+            if isinstance(item, ResourceMeta) and item.resource_id in missing and await self._was_purged(item):
+                self._absent[item.resource_id] = None
+                missing.discard(item.resource_id)
+        if not snapshot.one_moment:  # a resource that was purged is not among the items any more
+            for resource_id in missing:
+                with contextlib.suppress(ResourceNotFound):
+                    await self._storage.get(resource_id)
+                    continue
+                self._absent[resource_id] = None
+
+    async def _was_purged(self, meta: ResourceMeta) -> bool:
+        """Return whether the resource was purged since. Another one may have its id now."""
+        if meta.resource_id in self._absent:
+            return True
+        await self._storage.catch_up()
+        try:
+            return (await self._storage.get(meta.resource_id)).created_time != meta.created_time
+        except ResourceNotFound:
+            return True
+
+
+class _Blobs:
+    """The blobs of a snapshot. One whose row was removed meanwhile counts as missing."""
+
+    def __init__(self, snapshot: StorageSnapshot, report: Callable[[int], None]) -> None:
+        self._snapshot, self._report = snapshot, report
+        self._rowless: set[str] = set()
+        self._done = self.count = 0
+
+    async def rows(self, keys: Sequence[str]) -> list[BlobRow]:
+        """Return the rows of these keys, in their order."""
+        self.count += len(keys)
+        try:
+            return await self._snapshot.blob_rows(keys)
+        except StoreDamaged:
+            return [await self._row(key) for key in keys]
+
+    async def _row(self, key: str) -> BlobRow:
+        try:
+            (row,) = await self._snapshot.blob_rows([key])
+        except StoreDamaged:
+            self._rowless.add(key)
+            return BlobRow(key=key, size=1, owner=UNKNOWN_OWNER)  # a size without content: it is missing
+        return row
+
+    async def read(self, key: str) -> AsyncIterator[bytes]:
+        """Yield the content of a blob. Raises StoreDamaged at once if it is missing."""
+        if key in self._rowless:
+            raise StoreDamaged(f"the file {key} is missing")
+        async for chunk in self._snapshot.read_blob(key):
+            self._done += len(chunk)
+            self._report(self._done)
+            yield chunk
+
+
+async def _ahead(pages: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """Yield pages. While the caller uses one, the next one is read."""
+
+    async def read() -> T | None:
+        return await anext(pages, None)
+
+    reading = asyncio.create_task(read())
+    try:
+        while (page := await reading) is not None:
+            reading = asyncio.create_task(read())
+            yield page
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await pages.aclose()
