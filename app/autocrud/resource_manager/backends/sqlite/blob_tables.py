@@ -78,6 +78,14 @@ def rows(connection: apsw.Connection, sha256s: Sequence[str]) -> list[BlobRow]:
     return found
 
 
+def row(connection: apsw.Connection, key: str) -> BlobRow | None:
+    """Return the row of a blob, or None if there is none."""
+    found: Any = None
+    if exist(connection):
+        found = connection.execute("SELECT key, size, owner FROM blobs WHERE key = ?", (key,)).get
+    return None if found is None else BlobRow(key=found[0], size=found[1], owner=found[2])
+
+
 def uses(connection: apsw.Connection, key: str, limit: int) -> list[BlobUse]:
     """Return the newest revision of each resource that names a blob, of at most `limit` resources."""
     if not exist(connection):

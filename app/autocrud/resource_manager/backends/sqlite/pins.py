@@ -44,6 +44,12 @@ def drop_lapsed(connection: apsw.Connection) -> None:
         connection.execute(f"DELETE FROM pins WHERE {_LAPSED}", (snapshots.PIN_LIFE_S,))
 
 
+def remove_all_pins(connection: apsw.Connection) -> None:
+    """Remove all pins, because they protect another copy of the database. The caller is in a transaction."""
+    if _has_table(connection):
+        connection.execute("DELETE FROM pins")
+
+
 def count_pins(connection: apsw.Connection) -> tuple[int, int]:
     """Return how many pins there are, and how many of them were not renewed in time."""
     if not _has_table(connection):

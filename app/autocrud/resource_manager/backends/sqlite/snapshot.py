@@ -120,13 +120,10 @@ def _keys(connection: apsw.Connection) -> Iterator[tuple[StoredKey, int]]:
 
 
 def _blob_row(connection: apsw.Connection, key: str) -> BlobRow:
-    row: Any = None
-    if blob_tables.exist(connection):
-        row = connection.execute("SELECT key, size, owner FROM blobs WHERE key = ?", (key,)).get
+    row = blob_tables.row(connection, key)
     if row is None:
         raise StoreDamaged(f"the file {key} is missing, although a revision names it")
-    found, size, owner = row
-    return BlobRow(key=found, size=size, owner=owner)
+    return row
 
 
 def _body(connection: apsw.Connection, uid: str) -> bytes | None:
