@@ -233,6 +233,24 @@ class ModelNotEmpty(CrudError):
     type, title, status = "model-not-empty", "The model has data", 409
 
 
+class TooManyUploads(CrudError):
+    """The caller has begun too many uploads that are not complete. Nothing was changed."""
+
+    type, title, status = "too-many-uploads", "Too many uploads at once", 429
+
+
+class UploadNotFound(CrudError, LookupError):
+    """The caller has no upload with this id, or it has expired."""
+
+    type, title, status = "upload-not-found", "There is no such upload", 404
+
+
+class UploadIncomplete(CrudError):
+    """An upload was to be completed before its content was sent."""
+
+    type, title, status = "upload-incomplete", "The upload is not complete", 409
+
+
 class PinLost(CrudError):
     """An export or import was interrupted for so long that the store no longer keeps what it needs.
 

@@ -163,6 +163,10 @@ class RecordedObjects(ObjectStore):
         return await self._to_the_end(self._objects.copy(source, target, etag))
 
     @override
+    async def verifies_checksums(self, key: str) -> bool:
+        return await self._to_the_end(self._objects.verifies_checksums(key))
+
+    @override
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:
         return await self._objects.presign(key, method, seconds, signed)
 

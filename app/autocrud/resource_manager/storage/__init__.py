@@ -10,4 +10,5 @@
 - `disk_pair`: the third way, for two stores on one disk
 - `unique_values`: reservations of values of unique fields
 - `sweeping`: removes bodies that no record names
+- `direct_s3`: uploads of blobs to S3 and downloads from it, by presigned URLs
 """

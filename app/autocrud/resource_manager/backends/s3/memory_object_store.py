@@ -304,6 +304,10 @@ class MemoryObjectStore(ObjectStore):
         self._copy(source, target, etag)
 
     @override
+    async def verifies_checksums(self, key: str) -> bool:
+        return self.keeps_checksums
+
+    @override
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:
         number, signed = str(len(self._presigned)), signed or Signed()
         parameters = {**signed.query, "method": method, "expires": str(seconds), "number": number}

@@ -15,9 +15,7 @@ import contextlib
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -33,6 +31,8 @@ from .clients import FILE, Attempts, Clients, RequestKind, kind_of
 from .endpoint import server_name, trusted_certificates
 from .errors import describe, s3_answer, status_and_code
 from .objects import (
+    CACHED,
+    REQUESTS,
     UNCHANGED,
     Head,
     Listed,
@@ -43,6 +43,7 @@ from .objects import (
     Stored,
     Unchanged,
     Unknown,
+    count,
 )
 from .obstore_exit import tracked, wait_at_exit
 from .reception import Reception, pages
@@ -60,20 +61,6 @@ STREAM_CHUNK = 256 * 1024
 """Least size in bytes of the chunks of a stream."""
 PART, PARTS_AT_ONCE = 8 * 1024 * 1024, 4
 """Size in bytes of the parts in which a large file is sent, and how many are in memory at the same time."""
-
-REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", default=None)
-"""Counts the S3 requests of the current task by method, if it is set. If commits share a swap, it counts for one of
-them."""
-
-
-CACHED: ContextVar[Counter[str] | None] = ContextVar("crudstack-cached", default=None)
-"""Counts the `hits` and `misses` of the current task in caches of bodies, if it is set."""
-
-
-def _count(method: str) -> None:
-    counter = REQUESTS.get()
-    if counter is not None:
-        counter[method] += 1
 
 
 class ObjectStore(ABC):
@@ -147,6 +134,13 @@ class ObjectStore(ABC):
         """
 
     @abstractmethod
+    async def verifies_checksums(self, key: str) -> bool:
+        """Return whether the server refuses an upload whose content has another SHA-256 than its signed header.
+
+        Tries it once in the life of this store, with an object at this key. Amazon's servers are known to do so.
+        """
+
+    @abstractmethod
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:
         """Return a URL that allows one method on one object for so many seconds.
 
@@ -208,6 +202,7 @@ class S3ObjectStore(ObjectStore):
             return S3Store(bucket, client_options=http, retry_config=retry_config, **options)
 
         self._clients = Clients(client, renew)
+        self._verifies: bool | None = None
         self._signed = SignedRequests(bucket, lambda key: self.presign(key, "GET", 60), provider, renew)
         wait_at_exit(_touch)
 
@@ -251,7 +246,7 @@ class S3ObjectStore(ObjectStore):
 
     async def _read(self, key: str, options: Any) -> Object:
         async def request(client: S3Store) -> Object:
-            _count("GET")
+            count("GET")
             result = await tracked(self._obstore.get_async(client, key, options=options))
             etag = result.meta["e_tag"]
             return Object(bytes(await tracked(result.bytes_async())), etag or "")
@@ -262,7 +257,7 @@ class S3ObjectStore(ObjectStore):
         """Return the bytes from `start` up to but not including `end`. Raises StoreUnavailable otherwise."""
 
         async def request(client: S3Store) -> bytes:
-            _count("GET")
+            count("GET")
             return bytes(await tracked(self._obstore.get_range_async(client, key, start=start, end=end)))
 
         try:
@@ -276,7 +271,7 @@ class S3ObjectStore(ObjectStore):
 
     async def _put(self, key: str, body: bytes | Path, size: int) -> None:
         async def request(client: S3Store) -> None:
-            _count("PUT")
+            count("PUT")
             await tracked(self._obstore.put_async(client, key, body, chunk_size=PART, max_concurrency=PARTS_AT_ONCE))
 
         try:
@@ -289,7 +284,7 @@ class S3ObjectStore(ObjectStore):
         mode: Any = "create" if etag is None else {"e_tag": etag}
         errors = self._errors
         for again in (False, True):
-            _count("PUT")
+            count("PUT")
             pools = self._clients.current()
             client = self._clients.swap_client(pools)
             try:
@@ -320,7 +315,7 @@ class S3ObjectStore(ObjectStore):
                 async for page in pages(
                     self._obstore.list(client, folder or None, offset=after or None, chunk_size=1000)
                 ):
-                    _count("LIST")
+                    count("LIST")
                     attempts = Attempts()
                     for meta in sorted(page, key=lambda meta: meta["path"]):
                         after = meta["path"]  # after a failure the listing continues after this key
@@ -334,7 +329,7 @@ class S3ObjectStore(ObjectStore):
     @override
     async def delete(self, keys: Sequence[str]) -> None:
         async def request(client: S3Store) -> None:
-            _count("DELETE")
+            count("DELETE")
             await tracked(self._obstore.delete_async(client, keys))
 
         try:
@@ -384,7 +379,7 @@ class S3ObjectStore(ObjectStore):
 
     def _reception(self, key: str, start: int = 0, end: int | None = None) -> Reception:
         async def get(client: S3Store, options: Any) -> Any:
-            _count("GET")
+            count("GET")
             return await tracked(self._obstore.get_async(client, key, options=options))
 
         return Reception(self._clients, get, self._failed, start, end)
@@ -400,7 +395,7 @@ class S3ObjectStore(ObjectStore):
             meta = await tracked(self._obstore.head_async(client, key))
             return Head(meta["size"], meta["e_tag"] or "", meta["last_modified"])
 
-        _count("HEAD")
+        count("HEAD")
         if checksum:
             return await self._signed.head(key)
         try:
@@ -412,8 +407,17 @@ class S3ObjectStore(ObjectStore):
 
     @override
     async def copy(self, source: str, target: str, etag: str) -> bool:
-        _count("COPY")
+        count("COPY")
         return await self._signed.copy(source, target, etag)
+
+    @override
+    async def verifies_checksums(self, key: str) -> bool:
+        if self._endpoint == "aws":
+            return True
+        if self._verifies is None:
+            self._verifies = await self._signed.verifies_checksums(key)
+            await self.delete([key])
+        return self._verifies
 
     @override
     async def presign(self, key: str, method: Literal["GET", "PUT"], seconds: int, signed: Signed | None = None) -> str:

@@ -1,11 +1,28 @@
-"""The values that pass to and from an object store."""
+"""The values that pass to and from an object store, and the counts of its requests."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import datetime
 from types import MappingProxyType
 from typing import Final, NamedTuple
+
+REQUESTS: ContextVar[Counter[str] | None] = ContextVar("crudstack-requests", default=None)
+"""Counts the S3 requests of the current task by method, if it is set. If commits share a swap, it counts for one of
+them."""
+
+
+CACHED: ContextVar[Counter[str] | None] = ContextVar("crudstack-cached", default=None)
+"""Counts the `hits` and `misses` of the current task in caches of bodies, if it is set."""
+
+
+def count(method: str) -> None:
+    """Count a request of the current task in REQUESTS."""
+    counter = REQUESTS.get()
+    if counter is not None:
+        counter[method] += 1
 
 
 class Object(NamedTuple):

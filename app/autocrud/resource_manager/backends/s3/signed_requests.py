@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import http.client
 import importlib.util
 import logging
@@ -21,7 +22,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -117,6 +118,23 @@ class SignedRequests:
             raise _unavailable("COPY", target, f"{answer.status} {answer.code}")
         return True
 
+    async def verifies_checksums(self, key: str) -> bool:
+        """Return whether the server refuses an upload whose content has another SHA-256 than its signed header.
+
+        Uploads an object twice by presigned URLs, with the right content and with another one. Raises StoreUnavailable
+        if the first upload fails.
+        """
+        body, other = b"right", b"wrong"
+        checksum = b64encode(hashlib.sha256(body).digest()).decode()
+        signed = Signed(headers={"content-length": str(len(body)), "x-amz-checksum-sha256": checksum})
+        url = await self.presign(key, "PUT", 60, signed)
+        first, second = [
+            await _in_daemon_thread(functools.partial(_put, url, content, signed.headers)) for content in (body, other)
+        ]
+        if first != 200:
+            raise _unavailable("PUT", key, f"{first} for an upload by a presigned URL")
+        return second in range(400, 500)
+
     async def presign(self, key: str, method: Method, seconds: int, signed: Signed) -> str:
         """Return a URL that allows only requests with these parameters and headers."""
         url, region = await self._target(key)
@@ -206,6 +224,19 @@ class SignedRequests:
             self._renew()
         with self._mutex:
             self._ambient = None
+
+
+def _put(url: str, body: bytes, headers: Mapping[str, str]) -> int:
+    """Send a PUT, and return the status of the answer; 0 if there is none."""
+    headers = {**headers, "content-type": "application/octet-stream"}
+    try:
+        with _opener().open(urllib.request.Request(url, body, headers, method="PUT"), timeout=10) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except (OSError, http.client.HTTPException):
+        return 0
 
 
 def _unavailable(method: str, key: str, problem: str) -> StoreUnavailable:
