@@ -34,8 +34,8 @@ from ..autocrud.resource_manager.backends.s3.object_store import (
 from ..autocrud.resource_manager.backends.s3_sqlite.race_check import race_conditional_writes
 from ..autocrud.resource_manager.runtime.temporary import ProcessDirectory
 from ..settings import is_loopback
+from .direct_checks import THROUGH_THE_SERVER, check_direct_transfers
 from .s3_requests import (
-    Answer,
     RecordedObjects,
     Timings,
     answer_to,
@@ -155,7 +155,7 @@ class S3Check:
             ("race", self._check_race),
             ("large objects", self._check_large),
             ("ranges", self._check_ranges),
-            ("presigned URLs", self._check_presigned),
+            ("direct transfers", self._check_direct),
             ("listing", self._check_listing),
             ("requests", self._measure),
         )
@@ -339,19 +339,12 @@ class S3Check:
             f"an object of {LARGE // 1024 // 1024} MiB was uploaded in parts and came back as it was",
         )
 
-    async def _check_presigned(self) -> None:
-        """Test presigned URLs. This program uses none, so a failure is only a note."""
-        key, body = self._key("presigned"), uuid4().hex.encode()
-        put = await self._objects.ask_presigned("PUT", key, body)
-        got = await self._objects.ask_presigned("GET", key)
-        if _status(put) == 200 and isinstance(got, Answer) and got.status == 200 and got.body == body:
-            self._found("presigned URLs", "ok", "a PUT and a GET by presigned URLs worked")
-        else:
-            self._found(
-                "presigned URLs",
-                "note",
-                f"they do not work (PUT was answered {_status(put)}, GET {_status(got)}); this program uses none",
-            )
+    async def _check_direct(self) -> None:
+        """Test direct transfers. Without them files are sent through the server, so a failure is only a note."""
+        try:
+            await check_direct_transfers(self._objects, self._key("direct"), self._found)
+        except StoreUnavailable as error:
+            self._found("presigned URLs", "note", f"a request failed ({reason_of(error)}): {THROUGH_THE_SERVER}")
 
     async def _check_ranges(self) -> None:
         """Test reads of a range. Only interrupted downloads need them, so a failure is only a note."""
@@ -487,11 +480,6 @@ class S3Check:
             )
         else:
             self._found("clean-up", "ok", f"every object that was written below {self._where} was deleted")
-
-
-def _status(answer: Answer | str) -> int | str:
-    """Return the status of a response, or the reason why there was none."""
-    return answer if isinstance(answer, str) else answer.status
 
 
 def _digest(content: bytes) -> str:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, S
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from msgspec import Struct
@@ -115,13 +116,11 @@ class RecordedObjects(ObjectStore):
             self.written.add(key)
         return outcome
 
-    async def ask_presigned(
-        self, method: Literal["GET", "PUT"], key: str, body: bytes | None = None, headers: Mapping[str, str] = {}
+    async def use_presigned(
+        self, method: Literal["GET", "PUT"], url: str, key: str, body: bytes, headers: Mapping[str, str] = {}
     ) -> Answer | str:
-        """Use a presigned URL. Return the response, or the reason why there was none."""
-        url = await self._objects.presign(key, method, 300)
-        if method == "PUT":
-            self.written.add(key)
+        """Send a body by a presigned URL for `key`. Return the response, or the reason why there was none."""
+        self.written.add(key)
         return await self._to_the_end(ask(method, url, body, headers))
 
     @override
@@ -179,6 +178,8 @@ class Answer(NamedTuple):
     date: str | None
     sent: float
     received: float
+    headers: Mapping[str, str] = MappingProxyType({})
+    """With names in lower case."""
 
 
 async def ask(method: str, url: str, body: bytes | None = None, headers: Mapping[str, str] = {}) -> Answer | str:
@@ -191,14 +192,19 @@ def _ask(method: str, url: str, body: bytes | None, headers: Mapping[str, str]) 
     sent = time.time()
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S, context=_trusting()) as response:
-            return Answer(response.status, response.read(), response.headers["Date"], sent, time.time())
+            return _answer(response.status, response, sent)
     except urllib.error.HTTPError as error:
         with error:
-            return Answer(error.code, error.read(), error.headers["Date"], sent, time.time())
+            return _answer(error.code, error, sent)
     except urllib.error.URLError as error:  # without the URL, which may contain a signature
         return str(error.reason)
     except (OSError, ValueError) as error:
         return type(error).__name__
+
+
+def _answer(status: int, response: Any, sent: float) -> Answer:
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    return Answer(status, response.read(), headers.get("date"), sent, time.time(), headers)
 
 
 def _trusting() -> ssl.SSLContext:
