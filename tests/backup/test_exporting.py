@@ -221,7 +221,7 @@ async def test_a_pin_is_renewed_while_a_single_step_takes_long(tmp_path: Path, k
     await world.close()
 
 
-async def test_an_export_that_is_cancelled_leaves_neither_pin_nor_file(world: World, tmp_path: Path):
+async def test_a_cancelled_export_leaves_no_pin_and_no_file(world: World, tmp_path: Path):
     await fill(crud := world.crud(), 3)
     manager = crud.resource_manager(Account)
     reached = asyncio.Event()
