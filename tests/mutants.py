@@ -3,7 +3,7 @@
 `python -m tests.mutants s3_sqlite` tries those of files whose path contains that text.
 
 Each mutant replaces a text in a file, runs the tests that should notice, and restores the file. The mutants are in
-`mutants_of_stores` and `mutants_of_app`.
+`mutants_of_stores`, `mutants_of_blobs` and `mutants_of_app`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 from .mutants_of_app import APP_MUTANTS
+from .mutants_of_blobs import BLOB_MUTANTS
 from .mutants_of_stores import STORE_MUTANTS
 
 ROOT = Path(__file__).parent.parent
-MUTANTS = [*STORE_MUTANTS, *APP_MUTANTS]
+MUTANTS = [*STORE_MUTANTS, *BLOB_MUTANTS, *APP_MUTANTS]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from tests import virtual_time
 from .s3_sqlite_helpers import meta_store
 from .test_s3_simulation import INSTANCES, RESOURCES, SEEDS, Note, World
 
-QUOTA = 40
+QUOTA = 60
 
 
 class BlobWorld(World):
@@ -42,11 +42,11 @@ class BlobWorld(World):
         return manager
 
     async def step(self, manager, token: str) -> None:
-        kind = self.random.choice(["add", "name", "name", "remove", "purge", "plain"])
+        kind = self.random.choice(["add", "add", "name", "name", "name", "remove", "purge", "plain"])
         store = meta_store(manager)
         match kind:
             case "add":
-                row = upload(epoch=max(0, await store.blob_epoch() - self.random.randrange(2)))
+                row = upload(epoch=max(0, await store.blob_epoch() - (self.random.random() < 0.1)))
                 self.keys.append(row.key)
                 try:
                     await store.add_blob(row, quota=self.random.choice([None, QUOTA]))
@@ -57,8 +57,8 @@ class BlobWorld(World):
             case "name" if self.keys:
                 await self.name(manager, token)
             case "remove" if self.keys:
-                keys = self.random.sample(self.keys, min(3, len(self.keys)))
-                keys += [upload(epoch=self.random.randrange(3)).key] * self.random.randrange(2)
+                keys = self.random.sample(self.keys[-8:], min(2, len(self.keys)))
+                keys += [upload(epoch=await store.blob_epoch()).key] * (self.random.random() < 0.1)
                 self.asked |= set(keys)
                 self.removed |= set(await store.remove_blobs(keys))
             case "purge" if self.random.random() < 0.3:
@@ -67,7 +67,10 @@ class BlobWorld(World):
                 await manager.count()
 
     async def name(self, manager, token: str) -> None:
-        rid, keys = self.random.choice(RESOURCES), tuple(self.random.sample(self.keys, min(2, len(self.keys))))
+        rid, likely = self.random.choice(RESOURCES), sorted(self.present - self.removed)
+        keys = tuple(self.random.sample(likely, min(2, len(likely)))) if likely else (self.random.choice(self.keys),)
+        if self.random.random() < 0.1:
+            keys += (self.random.choice(self.keys),)
         names = manager.names.by_resource
         while rid in names:  # another writer of this instance is under way
             rid += "'"

@@ -219,8 +219,10 @@ class BlobConformance(Conformance):
         await assert_uses(1, None)
         names.by_resource["r"] = (second.key, first.key)
         await manager.modify("r", Item(text="3"))
-        await manager.publish("r")
         await assert_uses(1, 1)
+        names.by_resource["r"] = (first.key,)
+        await manager.publish("r")
+        await assert_uses(1, None)
         names.by_resource["r"] = (second.key,)
         await manager.update("r", Item(text="4"))
         await assert_uses(1, 2)
@@ -325,6 +327,7 @@ class BlobConformance(Conformance):
         assert await rows.blob_epoch() == 7
         assert await rows.remove_blobs([unknown.key, unused.key]) == [unknown.key, unused.key]
         assert await rows.remove_blobs([]) == []
+        assert await rows.remove_blobs([earlier := upload(epoch=2).key]) == [earlier]
         assert await rows.blob_epoch() == 7
         assert await rows.blobs([used.sha256]) == [used]
 

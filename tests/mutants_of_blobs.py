@@ -1,0 +1,81 @@
+"""Planted defects in the rows of blobs; `mutants` runs them.
+
+Each is a name, a file, a text in it, the text that replaces it, and the tests that must fail then.
+"""
+
+from __future__ import annotations
+
+from .mutants_of_stores import M, P
+
+ROWS = ["tests/stores/test_conformance.py", "-k", "Memory and not WithS3 or TestDisk"]
+S3_ROWS = ["tests/stores/test_s3_blobs.py", "tests/stores/test_s3_blob_simulation.py"]
+OLDER = ["tests/stores/test_older_program.py"]
+T = M + "backends/sqlite/blob_tables.py"
+
+BLOB_MUTANTS = [
+    ("a blob in use is removed", T, "if not _has_use(connection, key)]", "]", ROWS),
+    ("a record names any blob", M + "backends/sqlite/tables.py", "and change.record.blobs:", "and False:", ROWS),
+    ("swept content gets a row", T, "if upload_epoch < epoch(connection):", "if False:", ROWS),
+    ("the epoch is that of the swept key", T, "blob_epoch_of(key) + 1 for", "blob_epoch_of(key) for", ROWS),
+    ("the epoch goes back", T, "if raised > epoch(connection):", "if raised:", ROWS),
+    ("the quota is that of each blob", T, "usage(connection).size) + row.size > quota", "row.size) > quota", ROWS),
+    ("the usage forgets removed blobs", T, "size = size - OLD.size", "size = size", ROWS),
+    (
+        "a revision keeps the uses of its former data",
+        T,
+        '", resource)\n    for key in',
+        ' AND 0", resource)\n    for key in',
+        ROWS,
+    ),
+    ("retention leaves uses", T, "AND revision IN (SELECT", "AND 0 AND revision IN (SELECT", ROWS),
+    ("a purge leaves uses", T, 'WHERE id = ?", (resource_id,)', 'WHERE 0 AND id = ?", (resource_id,)', ROWS),
+    ("another hash is found", T, "key > ? AND key < ?", "key > ? AND key > ?", ROWS),
+    (
+        "each revision is a use",
+        T,
+        "max(revision) FROM blob_uses WHERE key = ? GROUP BY id",
+        "revision FROM blob_uses WHERE key = ?",
+        ROWS,
+    ),
+    ("the marker is a unique field", M + "backends/sqlite/tables.py", " - {BLOBS_MARKER}\n", "\n", ROWS),
+    ("running programs see no marker", T, "(BLOBS_MARKER,)", '("text",)', OLDER),
+    (
+        "the first row does not raise the format",
+        T,
+        '"UPDATE state SET format = ?"',
+        '"UPDATE state SET format = 1 OR ?"',
+        OLDER,
+    ),
+    ("HEAD does not tell about blobs", P + "local_copy.py", "FORMAT_WITH_BLOBS if blob", "head.fmt if blob", S3_ROWS),
+    (
+        "HEAD forgets the epoch",
+        P + "local_copy.py",
+        "            if head.blob_epoch:",
+        "            if False:",
+        S3_ROWS,
+    ),
+    (
+        "the epoch alone is not committed",
+        P + "write_requests.py",
+        "removed or blob_tables.epoch(connection) > epoch",
+        "removed",
+        S3_ROWS,
+    ),
+    ("removed rows stay in copies", M + "backends/sqlite/replay.py", 'op.kind == "no-blob"', "False", S3_ROWS),
+    (
+        "new rows are not in copies",
+        M + "backends/sqlite/replay.py",
+        "blob_tables.put(connection, op.blob_row)",
+        "pass",
+        S3_ROWS,
+    ),
+    ("an imported database begins at epoch 0", P + "creation.py", "blob_epoch=epoch)", "blob_epoch=0)", S3_ROWS),
+    ("an imported database is not marked", P + "creation.py", "FORMAT_WITH_BLOBS if blob", "FORMAT if blob", S3_ROWS),
+    (
+        "the log forgets keys of records",
+        M + "backends/log_records.py",
+        "for name in expected if",
+        'for name in expected if name != "blobs" and',
+        S3_ROWS,
+    ),
+]
