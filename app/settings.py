@@ -10,6 +10,7 @@ holds the settings of this machine: addresses with passwords, and directories.
 | CRUDSTACK_STORAGE_OVERRIDES | kinds of single models as JSON: `{"session": "memory"}` |
 | CRUDSTACK_DATA_DIR | the directory of stores on disk, and of local copies and caches of S3 (none if not set) |
 | CRUDSTACK_CACHE_MB | MB (1024 * 1024 bytes) of the cache on disk; default: a quarter of the disk, 1024 at most |
+| CRUDSTACK_KEEP_UPLOADS_HOURS | hours for which an upload is kept that no revision refers to; default: 24 |
 | CRUDSTACK_BUCKET | the bucket of stores on S3 |
 | CRUDSTACK_PREFIX | the beginning of all keys on S3 and in Redis, and a part of the names of tables and exchanges |
 | CRUDSTACK_REGION | the region of the bucket |
@@ -223,6 +224,7 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
 
     data_dir: str | None = None
     cache_mb: int | None = None
+    keep_uploads_hours: int | None = None
     s3_endpoint_url: str | None = None
     pg_dsn: Secret | None = None
     redis_url: Secret | None = None
@@ -259,6 +261,7 @@ VARIABLES = (
     *STACK_VARIABLES,
     "CRUDSTACK_DATA_DIR",
     "CRUDSTACK_CACHE_MB",
+    "CRUDSTACK_KEEP_UPLOADS_HOURS",
     "CRUDSTACK_S3_ENDPOINT_URL",
     "CRUDSTACK_PG_DSN",
     "CRUDSTACK_REDIS_URL",
@@ -273,6 +276,7 @@ BASE_PATH = r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
 OWN_PATHS = ("healthz", "readyz", "docs", "openapi.json")
 """First segments of the app's own paths. No base path may begin with one."""
 MAX_CACHE_MB = 1_000_000
+MAX_KEEP_HOURS = 100 * 366 * 24
 ORIGIN = r"\*|https?://[^/\s*@]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'
 AUTH = '{"mode": "jwt", "issuer": "https://...", "audiences": ["..."]}, or what `crudstack token new` prints'
@@ -287,7 +291,8 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
     given = {name: value for name in VARIABLES if (value := environment.get(name))}
     local = LocalOverrides(
         data_dir=given.get("CRUDSTACK_DATA_DIR"),
-        cache_mb=_megabytes(given.get("CRUDSTACK_CACHE_MB")),
+        cache_mb=_whole_number(given, "CRUDSTACK_CACHE_MB", "megabytes", MAX_CACHE_MB),
+        keep_uploads_hours=_whole_number(given, "CRUDSTACK_KEEP_UPLOADS_HOURS", "hours", MAX_KEEP_HOURS),
         s3_endpoint_url=s3_endpoint(environment),
         pg_dsn=_secret(given, "CRUDSTACK_PG_DSN"),
         redis_url=_secret(given, "CRUDSTACK_REDIS_URL"),
@@ -375,14 +380,12 @@ def s3_endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
     return None if name is None else endpoint_url(environment[name], name)
 
 
-def _megabytes(text: str | None) -> int | None:
+def _whole_number(given: Mapping[str, str], name: str, unit: str, most: int) -> int | None:
+    text = given.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MAX_CACHE_MB):
-        raise ConfigError(
-            f"CRUDSTACK_CACHE_MB is {text[:40]!r}: expected a whole number of megabytes from 1 to {MAX_CACHE_MB},"
-            " like 128"
-        )
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= most):
+        raise ConfigError(f"{name} is {text[:40]!r}: expected a whole number of {unit} from 1 to {most}, like 128")
     return int(text)
 
 

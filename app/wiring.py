@@ -18,6 +18,7 @@ from . import iam_auth
 from .autocrud.errors import ConfigError
 from .autocrud.resource_manager.backends.s3 import profile as s3_profile
 from .autocrud.resource_manager.basic import IStorage
+from .autocrud.resource_manager.storage.blobs import KEEP_UPLOADS_S
 from .autocrud.resource_manager.storage.layout import FUNCTION_CACHE, beside_s3
 from .autocrud.resource_manager.storage_factory import IStorageFactory, PairStorageFactory
 from .autocrud.secret import Secret
@@ -113,6 +114,7 @@ class _Maker:
         """Return the factory of the pair. Raises ConfigError if a setting that the pair needs is missing or wrong."""
         meta, resource = self._pair.meta, self._pair.resource
         on_disk = "disk" in (meta, resource)
+        hours = self._local.keep_uploads_hours
         servers, on_s3 = self._pair.servers, self._pair.uses_s3
         pg_dsn, password = self._postgres() if "postgres" in servers else (None, None)
         redis_url, redis_password = self._redis() if "cache" in servers else (None, None)
@@ -134,6 +136,7 @@ class _Maker:
             redis_password=redis_password,
             amqp_url=self._amqp_url() if "broker" in servers else None,
             cache_dir=self._cache_dir() if RESOURCE_TRAITS[resource].is_cached else None,
+            keep_uploads_s=KEEP_UPLOADS_S if hours is None else hours * 3600.0,
             max_cache_bytes=None if self._local.cache_mb is None else self._local.cache_mb * 1024**2,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import errno
 import hashlib
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -110,6 +112,19 @@ async def test_an_upload_whose_file_was_removed_is_still_stored(tmp_path):
         key = await writer.store(new_uid())
     assert await content_of(store, key) == b"1" * MB + b"2" * MB
     assert files(tmp_path) == {f"{key[:2]}/{key}"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+async def test_an_upload_that_is_stored_twice_is_two_files(tmp_path, links, monkeypatch):
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", mock.Mock(side_effect=OSError(errno.EPERM, "no links here")))
+    store = DiskBlobStore(tmp_path)
+    async with store.receive() as writer:
+        await writer.write(bytes(MB))
+        keys = [await writer.store(new_uid(number)) for number in range(3)]
+    assert files(tmp_path) == {f"{key[:2]}/{key}" for key in keys}
+    await store.delete(keys[:2])
+    assert await content_of(store, keys[2]) == bytes(MB)
 
 
 async def test_content_and_directories_are_synced_before_the_acknowledgement(tmp_path, monkeypatch):

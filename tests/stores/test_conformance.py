@@ -10,6 +10,8 @@ import pytest
 from app.autocrud import Encoding
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.basic import IStorage
+from app.autocrud.resource_manager.blob_store.s3 import S3BlobStore
+from app.autocrud.resource_manager.blob_store.simple import DiskBlobStore
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.simple import DiskMetaStore, MemoryMetaStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
@@ -50,6 +52,7 @@ class MessagePackOnDisk(IStorageFactory):
         return SimpleStorage(
             DiskMetaStore(self.root / "meta" / model_name, encoding=Encoding.msgpack),
             DiskResourceStore(self.root / "bodies" / model_name, encoding=Encoding.msgpack),
+            DiskBlobStore(self.root / "files" / model_name),
         )
 
 
@@ -82,6 +85,14 @@ class MemoryWithS3(IStorageFactory):
             LooksAtOnce(
                 os.environ["TEST_S3_BUCKET"],
                 f"{self.prefix}{model_name}/",
+                endpoint,
+                access_key,
+                secret_key,
+                "us-east-1",
+            ),
+            S3BlobStore(
+                os.environ["TEST_S3_BUCKET"],
+                f"{self.prefix}{model_name}/blobs/",
                 endpoint,
                 access_key,
                 secret_key,

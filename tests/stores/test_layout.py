@@ -10,7 +10,16 @@ import pytest
 
 from app import wiring
 from app.autocrud.errors import ConfigError
-from app.autocrud.resource_manager.storage.layout import FormerLayout, Layout, beside_s3, disk_bodies, disk_metadata
+from app.autocrud.resource_manager.basic import ModelSpec
+from app.autocrud.resource_manager.blob_store.simple import MemoryBlobStore
+from app.autocrud.resource_manager.storage.layout import (
+    FormerLayout,
+    Layout,
+    beside_s3,
+    disk_blobs,
+    disk_bodies,
+    disk_metadata,
+)
 from app.autocrud.resource_manager.storage_factory import (
     CachedS3StorageFactory,
     DiskStorageFactory,
@@ -25,7 +34,7 @@ from app.autocrud.resource_manager.storage_factory import (
     S3StorageFactory,
 )
 from app.autocrud.secret import Secret
-from app.settings import KINDS, load
+from app.settings import KINDS, META_TRAITS, RESOURCE_TRAITS, load
 
 ENDPOINT, REGION, PREFIX = "http://127.0.0.1:9000", "eu-central-1", "team/app/"
 PG, REDIS, AMQP = "postgresql://u:secret@h/d", "redis://:secret@h/0", "amqp://u:secret@h"
@@ -38,6 +47,7 @@ def settings_of(kind: str, data_dir: Path, **more: str) -> dict[str, str]:
         "CRUDSTACK_STORAGE": kind,
         "CRUDSTACK_DATA_DIR": str(data_dir),
         "CRUDSTACK_CACHE_MB": "64",
+        "CRUDSTACK_KEEP_UPLOADS_HOURS": "48",
         "CRUDSTACK_BUCKET": "b",
         "CRUDSTACK_PREFIX": "team/app",
         "CRUDSTACK_REGION": REGION,
@@ -55,27 +65,28 @@ def factory_of(kind: str, data_dir: Path, *, idle_work: bool) -> IStorageFactory
     copies: dict[str, Any] = {"local_dir": local_dir, "sync_interval": 5.0 if idle_work else None}
     pool: dict[str, Any] = {} if idle_work else {"max_size": 2}
     cache: dict[str, Any] = {"cache_dir": cache_dir, "max_cache_bytes": 64 * 1024**2}
+    keep: dict[str, Any] = {"keep_uploads_s": 48 * 3600.0}
     match kind:
         case "memory":
-            return MemoryStorageFactory()
+            return MemoryStorageFactory(**keep)
         case "disk":
-            return DiskStorageFactory(data_dir)
+            return DiskStorageFactory(data_dir, **keep)
         case "memory-disk":
-            return MemoryDiskStorageFactory(data_dir)
+            return MemoryDiskStorageFactory(data_dir, **keep)
         case "s3-sqlite":
-            return S3StorageFactory("b", ENDPOINT, region_name=REGION, prefix=PREFIX, **copies)
+            return S3StorageFactory("b", ENDPOINT, region_name=REGION, prefix=PREFIX, **copies, **keep)
         case "postgres-s3":
-            return PostgresS3StorageFactory(PG, **S3, **pool)
+            return PostgresS3StorageFactory(PG, **S3, **pool, **keep)
         case "redis-postgres":
-            return RedisPgStorageFactory(REDIS, PG, **S3, **pool)
+            return RedisPgStorageFactory(REDIS, PG, **S3, **pool, **keep)
         case "redis-postgres on disk":
-            return RedisPgStorageFactory(REDIS, PG, data_dir, prefix=PREFIX, **pool)
+            return RedisPgStorageFactory(REDIS, PG, data_dir, prefix=PREFIX, **pool, **keep)
         case "cached-s3":
-            return CachedS3StorageFactory(**S3, **copies, **cache)
+            return CachedS3StorageFactory(**S3, **copies, **cache, **keep)
         case "mq-cached-s3":
-            return MQCachedS3StorageFactory(S3_CONFIG, amqp_url=AMQP, **copies, **cache)
+            return MQCachedS3StorageFactory(S3_CONFIG, amqp_url=AMQP, **copies, **cache, **keep)
         case "full":
-            return FullStorageFactory(REDIS, PG, S3_CONFIG, amqp_url=AMQP, **pool, **cache)
+            return FullStorageFactory(REDIS, PG, S3_CONFIG, amqp_url=AMQP, **pool, **cache, **keep)
     raise AssertionError(f"no factory has the name of the kind {kind}")
 
 
@@ -148,6 +159,7 @@ def test_the_comparison_sees_each_argument(tmp_path):
         "lease_s": 3.0,
         "region_name": "us-west-2",
         "endpoint_url": "http://127.0.0.1:9001",
+        "keep_uploads_s": 1.0,
     }
     as_given = described(PairStorageFactory("redis-postgres", "mq-cached-s3", **given).build("m"))
     for name, other in others.items():
@@ -169,11 +181,14 @@ def test_places():
     assert layout.bodies("blog-post", "s3-sqlite") == "team/data/blog-post/"
     for meta in ("memory", "disk", "postgres", "redis", "redis-postgres"):
         assert layout.bodies("blog-post", meta) == "team/blog-post/"
+        assert layout.blobs("blog-post", meta) == "team/blog-post/blobs/"
+    assert layout.blobs("blog-post", "s3-sqlite") == "team/data/blog-post/blobs/"
     assert layout.queue_prefix("blog-post") == "team/blog-post_"
     root = Path("/data")
     assert disk_metadata(root, "m") == Path("/data/m/meta")
     assert disk_bodies(root, "m", "disk") == Path("/data/m/data")
     assert disk_bodies(root, "m", "memory") == disk_bodies(root, "m", "postgres") == Path("/data/m")
+    assert disk_blobs(root, "m") == Path("/data/m/blobs")
     assert beside_s3(root, "copies", None) == Path("/data/copies/dc937b59")
     assert beside_s3(root, "cache", "http://127.0.0.1:9000") == Path("/data/cache/67d8ea34")
 
@@ -184,6 +199,39 @@ def test_former_places():
     assert former.table("m") == "meta_m"
     assert former.bodies("m", "postgres") == former.bodies("m", "s3-sqlite") == "team/data/m/"
     assert former.queue_prefix("m") == "autocrud_m_"
+
+
+@pytest.mark.parametrize("idle_work", [True, False])
+@pytest.mark.parametrize("kind", [*KINDS, "redis-postgres on disk"])
+def test_blobs_of_each_kind_lie_beside_its_bodies(tmp_path, kind, idle_work):
+    storage = factory_of(kind, tmp_path, idle_work=idle_work).build("blog-post")
+    storage.bind(ModelSpec("blog-post"))
+    if kind == "memory":
+        assert type(storage.blob_store) is MemoryBlobStore
+    elif "disk" in kind:
+        assert storage.blob_store.rootdir == tmp_path / "blog-post" / "blobs"
+    else:
+        assert storage.blob_store.prefix == f"{storage.resource_store._prefix}blobs/"
+        assert storage.blob_store.prefix.startswith(PREFIX)
+        assert storage.blob_store.object_store is storage.resource_store._objects
+    places = storage.location_keys
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("meta", sorted(META_TRAITS))
+@pytest.mark.parametrize("resource", sorted(RESOURCE_TRAITS))
+def test_each_pair_has_a_blob_store(tmp_path, meta, resource):
+    given = {"bucket": "b", "pg_dsn": PG, "redis_url": REDIS, "amqp_url": AMQP, "data_dir": tmp_path}
+    storage = PairStorageFactory(meta, resource, **given).build("m")
+    storage.bind(ModelSpec("m"))
+    assert storage.blob_store.durable is (resource != "memory")
+    assert storage.blob_store.remote is ("s3" in resource)
+
+
+def test_blobs_of_the_former_layout_lie_beside_its_bodies():
+    factory = CachedS3StorageFactory(**S3, cache_dir=None, former_layout="open")
+    storage = factory.build("m")
+    assert storage.blob_store.prefix == f"{storage.resource_store._prefix}blobs/" == "team/app/m/blobs/"
 
 
 @pytest.mark.parametrize("missing", ["bucket", "pg_dsn", "redis_url", "amqp_url"])

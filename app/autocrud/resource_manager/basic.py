@@ -219,7 +219,7 @@ class BlobWriter(ABC):
     async def store(self, uid: str) -> str:
         """Store the bytes as the blob `{sha256}/{uid}`, durably if the store is durable, and return this key.
 
-        May be called again with another uid, if the row of the first blob was refused. Raises StoreUnavailable.
+        May be called again with another uid. Then there are two blobs. Raises StoreUnavailable.
         """
 
 

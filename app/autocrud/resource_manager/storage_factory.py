@@ -4,11 +4,13 @@ A factory of your own takes a few lines:
 
     class MyStorageFactory(IStorageFactory):
         def build(self, model_name: str) -> IStorage:
-            return SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir=f"data/{model_name}"))
+            bodies, files = DiskResourceStore(f"data/{model_name}"), DiskBlobStore(f"data/{model_name}/blobs")
+            return SimpleStorage(MemoryMetaStore(), bodies, files)
 
 Each factory of this module uses the same locations as the kind of storage of the same name (CRUDSTACK_STORAGE). So a
 factory can open the stores of its kind, and the reverse. The `prefix` of a factory is used unchanged. The prefix in
-CRUDSTACK_PREFIX gets a slash at its end if it has none.
+CRUDSTACK_PREFIX gets a slash at its end if it has none. `keep_uploads_s` is the number of seconds for which an upload
+is kept that no revision refers to.
 
 If no access keys are given, the AWS credentials of the environment are used.
 """
@@ -25,8 +27,7 @@ from typing_extensions import override
 from ..errors import ConfigError
 from ..secret import Secret
 from .basic import Encoding, IStorage
-from .meta_store.simple import MemoryMetaStore
-from .resource_store.simple import MemoryResourceStore
+from .storage.blobs import KEEP_UPLOADS_S
 from .storage.former_layout import WhenFormer
 from .storage.simple_storage import SimpleStorage
 from .storage.stores_by_name import StoresByName
@@ -47,34 +48,37 @@ class IStorageFactory(ABC):
         """
 
 
-class MemoryStorageFactory(IStorageFactory):
-    """Keeps everything in the memory of this process. The data are lost when the process ends."""
-
-    def __init__(self, encoding: Encoding | None = None) -> None:
-        self.encoding = encoding
-
-    @override
-    def build(self, model_name: str) -> IStorage:
-        return SimpleStorage(MemoryMetaStore(self.encoding), MemoryResourceStore(self.encoding))
-
-
 class PairStorageFactory(StoresByName, IStorageFactory):
     """Any MetaStore with any ResourceStore, by name. The arguments are those of StoresByName.
+
+    The files of a model are kept in the same place as its bodies.
 
     PairStorageFactory("postgres", "disk", pg_dsn="postgresql://user:password@host/database", data_dir="data")
     """
 
     @override
     def build(self, model_name: str) -> IStorage:
-        stores = self.meta_store(model_name), self.resource_store(model_name)
-        return SimpleStorage(*stores, before_open=self.check_of_former_layout(model_name))
+        return SimpleStorage(
+            self.meta_store(model_name),
+            self.resource_store(model_name),
+            self.blob_store(model_name),
+            before_open=self.check_of_former_layout(model_name),
+            keep_uploads_s=self.keep_uploads_s,
+        )
+
+
+class MemoryStorageFactory(PairStorageFactory):
+    """Keeps everything in the memory of this process. The data are lost when the process ends."""
+
+    def __init__(self, encoding: Encoding | None = None, *, keep_uploads_s: float = KEEP_UPLOADS_S) -> None:
+        super().__init__("memory", "memory", encoding=encoding, keep_uploads_s=keep_uploads_s)
 
 
 class DiskStorageFactory(PairStorageFactory):
     """SQLite files below `{rootdir}/{model}/`. Durable. Several processes of one machine may share the directory."""
 
-    def __init__(self, rootdir: str | Path) -> None:
-        super().__init__("disk", "disk", data_dir=rootdir)
+    def __init__(self, rootdir: str | Path, *, keep_uploads_s: float = KEEP_UPLOADS_S) -> None:
+        super().__init__("disk", "disk", data_dir=rootdir, keep_uploads_s=keep_uploads_s)
 
 
 class MemoryDiskStorageFactory(PairStorageFactory):
@@ -83,8 +87,8 @@ class MemoryDiskStorageFactory(PairStorageFactory):
     Durable. Only one process at a time can use the directory.
     """
 
-    def __init__(self, data_dir: str | Path) -> None:
-        super().__init__("memory", "disk", data_dir=data_dir)
+    def __init__(self, data_dir: str | Path, *, keep_uploads_s: float = KEEP_UPLOADS_S) -> None:
+        super().__init__("memory", "disk", data_dir=data_dir, keep_uploads_s=keep_uploads_s)
 
 
 class S3StorageFactory(PairStorageFactory):
@@ -111,6 +115,7 @@ class S3StorageFactory(PairStorageFactory):
         consistency: Consistency = "strong",
         sync_interval: float | None = 5.0,
         object_store: ObjectStore | None = None,
+        keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
         super().__init__(
             "s3-sqlite",
@@ -125,6 +130,7 @@ class S3StorageFactory(PairStorageFactory):
             local_dir=local_dir,
             consistency=consistency,
             sync_interval=sync_interval,
+            keep_uploads_s=keep_uploads_s,
         )
 
 
@@ -154,6 +160,7 @@ class PostgresS3StorageFactory(PairStorageFactory):
         max_size: int | None = None,
         object_store: ObjectStore | None = None,
         former_layout: WhenFormer = "refuse",
+        keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
         super().__init__(
             "postgres",
@@ -169,6 +176,7 @@ class PostgresS3StorageFactory(PairStorageFactory):
             password=password,
             max_size=max_size,
             former_layout=former_layout,
+            keep_uploads_s=keep_uploads_s,
         )
 
 
@@ -205,6 +213,7 @@ class RedisPgStorageFactory(PairStorageFactory):
         lease_s: float = 2.0,
         object_store: ObjectStore | None = None,
         former_layout: WhenFormer = "refuse",
+        keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
         if (data_dir is None) == (s3_bucket is None):
             raise ConfigError("bodies are kept in one place: expected either data_dir or s3_bucket")
@@ -226,6 +235,7 @@ class RedisPgStorageFactory(PairStorageFactory):
             redis_password=redis_password,
             lease_s=lease_s,
             former_layout=former_layout,
+            keep_uploads_s=keep_uploads_s,
         )
 
 
@@ -258,6 +268,7 @@ class CachedS3StorageFactory(PairStorageFactory):
         sync_interval: float | None = 5.0,
         object_store: ObjectStore | None = None,
         former_layout: WhenFormer = "refuse",
+        keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
         super().__init__(
             _meta_over_caches(former_layout),
@@ -274,6 +285,7 @@ class CachedS3StorageFactory(PairStorageFactory):
             cache_dir=cache_dir,
             max_cache_bytes=max_cache_bytes,
             former_layout=former_layout,
+            keep_uploads_s=keep_uploads_s,
         )
 
 
@@ -300,6 +312,7 @@ class MQCachedS3StorageFactory(PairStorageFactory):
         local_dir: str | Path | None = None,
         sync_interval: float | None = 5.0,
         former_layout: WhenFormer = "refuse",
+        keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
         super().__init__(
             _meta_over_caches(former_layout),
@@ -311,6 +324,7 @@ class MQCachedS3StorageFactory(PairStorageFactory):
             cache_dir=cache_dir,
             max_cache_bytes=max_cache_bytes,
             former_layout=former_layout,
+            keep_uploads_s=keep_uploads_s,
         )
 
 
@@ -333,6 +347,7 @@ class FullStorageFactory(PairStorageFactory):
         max_size: int | None = None,
         lease_s: float = 2.0,
         max_cache_bytes: int | None = None,
+        keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
         super().__init__(
             "redis-postgres",
@@ -347,6 +362,7 @@ class FullStorageFactory(PairStorageFactory):
             amqp_url=amqp_url,
             cache_dir=cache_dir,
             max_cache_bytes=max_cache_bytes,
+            keep_uploads_s=keep_uploads_s,
         )
 
 

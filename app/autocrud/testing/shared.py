@@ -26,12 +26,13 @@ from ..resource_manager.contract.protocols import IndexMigration
 from ..resource_manager.core import Caller, ResourceManager
 from ..resource_manager.model.resource import Resource
 from .base import ROUNDS, keyed, version_of
+from .blob_contents import SharedBlobContentConformance
 from .model import Item, manage, storage_of
 from .shared_blobs import SharedBlobConformance
 from .suite import DurableConformance
 
 
-class SharedConformance(SharedBlobConformance, DurableConformance):
+class SharedConformance(SharedBlobConformance, SharedBlobContentConformance, DurableConformance):
     """Tests for storages that several processes may use at once. `make` also runs in other processes."""
 
     shares: ClassVar[bool] = True

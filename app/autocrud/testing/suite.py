@@ -17,6 +17,7 @@ from ..errors import (
 )
 from .base import keyed
 from .batches import BatchConformance
+from .blob_contents import BlobContentConformance, DurableBlobContentConformance
 from .blob_machine import BlobMachineConformance
 from .blobs import BlobConformance, DurableBlobConformance
 from .hostile import HostileInputConformance
@@ -44,12 +45,18 @@ class StorageConformance(
     LimitsConformance,
     BlobConformance,
     BlobMachineConformance,
+    BlobContentConformance,
 ):
     """Tests for storages that may lose everything when the process ends."""
 
 
 class DurableConformance(
-    ReindexingConformance, NewFieldConformance, DurableLimitsConformance, DurableBlobConformance, StorageConformance
+    ReindexingConformance,
+    NewFieldConformance,
+    DurableLimitsConformance,
+    DurableBlobConformance,
+    DurableBlobContentConformance,
+    StorageConformance,
 ):
     """Tests for storages that keep acknowledged data after the process ends."""
 

@@ -80,10 +80,10 @@ class Spool:
         return await self._in_thread(lambda: self._append(chunks))
 
     async def move(self, target: Path) -> None:
-        """Give the file, with all bytes and synced, another path on the same disk. Its date is that of this call.
+        """Give the file, with all bytes and synced, a path on the same disk. Its date is that of this call.
 
-        Creates the directory above if there is none. May be called again with another path. Then the file moves again,
-        or is copied if it was removed meanwhile.
+        Creates the directory above if there is none. May be called again with another path. Then the file has both,
+        even if the first one was removed meanwhile.
         """
         await self.flush()
         await self._in_thread(lambda: self._move(target))
@@ -128,7 +128,7 @@ class Spool:
         assert self._path is not None
         os.utime(self._file.fileno())
         os.fsync(self._file.fileno())
-        _rename(self._path, target, self._copy)
+        _place(self._path, target, self._copy, is_link=self._kept)
         self._path, self._kept = target, True
 
     def _copy(self) -> Path:
@@ -152,23 +152,33 @@ class Spool:
                     self._path.unlink()
 
 
-def _rename(path: Path, target: Path, copy: Callable[[], Path]) -> None:
-    """Rename a file, and sync its new directory and the two above it. `copy` makes the file again if it is gone.
+def _place(path: Path, target: Path, copy: Callable[[], Path], *, is_link: bool) -> None:
+    """Rename a file, or give it a second name. Then sync its directory and the two above it.
 
     The directories may be new, or another process may have made them and not synced them yet. So all are synced.
+
+    copy  makes the file again, if it was removed, or if the file system has no links
     """
     for attempt in range(ATTEMPTS):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+            if is_link:
+                target.hardlink_to(path)
+            else:
+                path.rename(target)
             break
-        except FileNotFoundError:  # a directory was removed because it was empty, or the file itself is gone
+        except FileNotFoundError:  # another process removed the directory, because it was empty, or the file
             if attempt == ATTEMPTS - 1:
                 raise
             if not path.exists():
-                path = copy()
+                path, is_link = copy(), False
+        except OSError:
+            if not is_link:
+                raise
+            path, is_link = copy(), False
     for directory in (target.parent, target.parent.parent, target.parent.parent.parent):
-        sync_directory(directory)
+        with contextlib.suppress(FileNotFoundError):  # a sweep removed the blob already
+            sync_directory(directory)
 
 
 @contextlib.asynccontextmanager

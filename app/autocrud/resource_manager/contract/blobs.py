@@ -11,6 +11,8 @@ blobs that its data refers to.
   commit that looks for rows. A row of an earlier epoch is refused (StaleGeneration); then the content is stored again
   under a new key. No clock decides.
 - F3 *No key is used twice.* So an object that is deleted late, or that a late request stores, is never that of a row.
+  The row of a key is not added twice either. If the outcome of `add_blob` is unknown and the row is not found, the
+  content is stored again under another key.
 - F4 *Content without a row is found.* A crash leaves it. The sweep lists all content that is older than the time that
   uploads are kept for, and removes what no record names.
 - F5 *An older program cannot drop references.* The first row of a blob marks the store (`BLOBS_MARKER`, and the format
@@ -100,7 +102,11 @@ class Upload(Protocol):
         """Append bytes. Raises BlobTooLarge, or StoreUnavailable."""
 
     async def finish(self) -> BlobRow:
-        """Store the content and its row, and return the row. Raises BlobQuotaExceeded, StoreUnavailable."""
+        """Store the content and its row, and return the row.
+
+        Raises BlobQuotaExceeded or StoreUnavailable; then nothing was stored. Raises OutcomeUnknown if the row may have
+        been stored.
+        """
 
 
 class Blobs(Protocol):

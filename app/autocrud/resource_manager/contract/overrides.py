@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError
-from ..basic import IStorage, MetaStore, ResourceStore
+from ..basic import BlobStore, IStorage, MetaStore, ResourceStore
 from .blobs import BlobRows
 from .protocols import (
     BodySweeping,
@@ -57,6 +57,11 @@ def check_meta_store(store: MetaStore) -> None:
 def check_resource_store(store: ResourceStore) -> None:
     """Raise ConfigError if the store defines a method that would never be called."""
     _check(store, RENAMED_OF_RESOURCE_STORE, RESOURCE_STORE_PROTOCOLS)
+
+
+def check_blob_store(store: BlobStore) -> None:
+    """Raise ConfigError if the store defines a method that would never be called."""
+    _check(store, _STORE, ())
 
 
 def check_storage(storage: IStorage) -> None:

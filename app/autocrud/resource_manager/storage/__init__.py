@@ -11,4 +11,6 @@
 - `unique_values`: reservations of values of unique fields
 - `sweeping`: removes bodies that no record names
 - `direct_s3`: uploads of blobs to S3 and downloads from it, by presigned URLs
+- `dropped_bodies`: removes bodies whose records a commit has removed
+- `blobs`: uploads, reads and removes files
 """

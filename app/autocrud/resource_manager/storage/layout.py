@@ -5,6 +5,7 @@
     s3-sqlite           {prefix}meta/{model}.sqlite/
     bodies on S3        {prefix}data/{model}/ below s3-sqlite, else {prefix}{model}/
     index beside them   {prefix}{model}/index.sqlite/, below a MemoryMetaStore
+    blobs               as the bodies: in memory, in {data_dir}/{model}/blobs/, or below that of bodies on S3 in blobs/
     postgres            tables whose names begin with meta_{prefix}{model}
     redis               keys that begin with {prefix}{model}:
     rabbitmq            the exchange {prefix}{model}_invalidations
@@ -70,6 +71,10 @@ class Layout:
             )
         return f"{self.prefix}{model}/"
 
+    def blobs(self, model: str, meta: str) -> str:
+        """Return the beginning of the keys of blobs on S3. `meta`: the name of the MetaStore above them."""
+        return f"{self.bodies(model, meta)}blobs/"
+
     def queue_prefix(self, model: str) -> str:
         """Return the beginning of the names of a model's exchange and queues in RabbitMQ."""
         return f"{self.prefix}{model}_"
@@ -99,6 +104,11 @@ def disk_metadata(data_dir: Path, model: str) -> Path:
 def disk_bodies(data_dir: Path, model: str, meta: str) -> Path:
     """Return the directory of a model's bodies. `meta`: the name of the MetaStore above them."""
     return data_dir / model / "data" if meta == "disk" else data_dir / model
+
+
+def disk_blobs(data_dir: Path, model: str) -> Path:
+    """Return the directory of a model's blobs."""
+    return data_dir / model / "blobs"
 
 
 def beside_s3(data_dir: Path, what: Literal["copies", "cache"], endpoint_url: str | None) -> Path:

@@ -1,12 +1,13 @@
-"""SimpleStorage: any MetaStore with any ResourceStore.
+"""SimpleStorage: any MetaStore with any ResourceStore and any BlobStore.
 
-    SimpleStorage(MemoryMetaStore(), DiskResourceStore(rootdir="data/article"))
+    SimpleStorage(MemoryMetaStore(), DiskResourceStore("data/article"), DiskBlobStore("data/article/blobs"))
 
 This module only composes others. These modules do the work, and state the invariants that they keep:
 
 - `commits` and `disk_pair` commit (M1: a commit never names a body that is not stored),
 - `sweeping` removes orphaned bodies (M2: a body that was swept cannot be committed),
-- `snapshots` reads one moment for exports (P1, P2),
+- `dropped_bodies` removes bodies whose records were removed, and `blobs` stores and removes files (F1 to F4),
+- `snapshots` reads one moment for exports (P1, P2). All removals obey pins, except those of a purge,
 - `opening` opens and rebuilds, `reindexing` completes the index (R1 to R5),
 - `unique_values` reserves values of unique fields if the commit is a record on disk.
 
@@ -34,6 +35,7 @@ from typing_extensions import override
 from ...errors import ConfigError, CrudError, OutcomeUnknown, StaleGeneration, StoreUnavailable
 from ...query import Query
 from ..basic import (
+    BlobStore,
     CommitResult,
     Encoding,
     Hit,
@@ -48,7 +50,8 @@ from ..basic import (
     RevisionInfo,
     Write,
 )
-from ..contract.overrides import check_meta_store, check_resource_store
+from ..contract.blobs import BlobRows, Blobs, BlobStorage
+from ..contract.overrides import check_blob_store, check_meta_store, check_resource_store
 from ..contract.protocols import (
     FindingsKeeping,
     Freshness,
@@ -57,11 +60,13 @@ from ..contract.protocols import (
     RecordKeeping,
     RecordReplay,
 )
-from ..contract.snapshots import SnapshotStorage, StorageSnapshot
+from ..contract.snapshots import Pinning, SnapshotStorage, StorageSnapshot
 from ..contract.staged_stores import StagedMetaStore, StagedResourceStore
 from ..contract.store_errors import WriteTimedOut
+from .blobs import KEEP_UPLOADS_S, BlobSweep, StoredBlobs
 from .commits import AnnouncedCommits, Commits, MetaStoreCommits, RecordCommits, new_bodies
 from .disk_pair import DiskPair
+from .dropped_bodies import DroppedBodies
 from .opening import Opening, rebuild
 from .reindexing import Reindexing
 from .snapshots import open_snapshot
@@ -74,8 +79,8 @@ MAX_RENEWALS = 8
 """How often a commit may fail because a sweep was faster. Each time, the bodies are put again under new uids."""
 
 
-class SimpleStorage(IStorage, SnapshotStorage):
-    """A MetaStore and a ResourceStore as one storage.
+class SimpleStorage(IStorage, SnapshotStorage, BlobStorage):
+    """A MetaStore, a ResourceStore and perhaps a BlobStore as one storage.
 
     If a MemoryMetaStore is combined with a ResourceStore on S3, an index on S3 beside the bodies replaces it, because
     memory alone would not be durable. Then the attribute `meta_store` is the index, and the log says so when the
@@ -83,21 +88,25 @@ class SimpleStorage(IStorage, SnapshotStorage):
 
     meta_store      keeps the metadata and the index
     resource_store  keeps the bodies
+    blob_store      keeps the files; None: models with Blob fields are refused
     before_open     awaited before the stores are opened; if it raises, the opening fails with its error
+    keep_uploads_s  seconds for which an upload is kept that no revision refers to, by the dates of the BlobStore
     """
 
     def __init__(
         self,
         meta_store: MetaStore,
         resource_store: ResourceStore,
+        blob_store: BlobStore | None = None,
         *,
         before_open: Callable[[], Awaitable[None]] | None = None,
+        keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
         index: MetaStore | None = None
         if isinstance(resource_store, IndexKeeping) and not meta_store.authoritative:
             index = resource_store.index()
         self.meta_store = index or meta_store
-        self.resource_store = resource_store
+        self.resource_store, self.blob_store = resource_store, blob_store
         self._replaced = None if index is None else meta_store
         # The abilities of these stores. No other code asks for them per request.
         self._freshness = self.meta_store if isinstance(self.meta_store, Freshness) else None
@@ -111,9 +120,17 @@ class SimpleStorage(IStorage, SnapshotStorage):
         self._pair: DiskPair | None = None
         if isinstance(meta_store, StagedMetaStore) and isinstance(resource_store, StagedResourceStore):
             self._pair = DiskPair(meta_store, resource_store)
-        self._before_open = before_open
+        self._before_open, self.keep_uploads_s = before_open, keep_uploads_s
         self._opening = Opening()
         self._sweep = Sweep(self.meta_store, resource_store)
+        pinning = self.meta_store if isinstance(self.meta_store, Pinning) else None
+        self._dropped = DroppedBodies(resource_store, pinning)
+        self._blobs: StoredBlobs | None = None
+        self._blob_sweep: BlobSweep | None = None
+        blob_rows = self.meta_store if self._records is None else resource_store
+        if blob_store is not None and isinstance(blob_rows, BlobRows):
+            self._blobs = StoredBlobs(blob_rows, blob_store)
+            self._blob_sweep = BlobSweep(blob_rows, blob_store, pinning, keep_uploads_s)
         self._compose(ModelSpec("unbound"))
 
     def _compose(self, spec: ModelSpec) -> None:
@@ -136,14 +153,25 @@ class SimpleStorage(IStorage, SnapshotStorage):
             self._commits = MetaStoreCommits(self.meta_store, self.resource_store)
 
     @property
+    def _stores(self) -> list[MetaStore | ResourceStore | BlobStore]:
+        return [self.meta_store, self.resource_store, *([] if self.blob_store is None else [self.blob_store])]
+
+    @property
     @override
     def durable(self) -> bool:
-        return self.resource_store.durable and (self.meta_store.durable or self._records is not None)
+        records = self._records is not None
+        return all(store.durable or (store is self.meta_store and records) for store in self._stores)
 
     @property
     @override
     def remote(self) -> bool:
-        return self.durable and self.resource_store.remote and (self.meta_store.remote or self._records is not None)
+        records = self._records is not None
+        return self.durable and all(store.remote or (store is self.meta_store and records) for store in self._stores)
+
+    @property
+    @override
+    def blobs(self) -> Blobs | None:
+        return self._blobs
 
     @property
     @override
@@ -154,6 +182,8 @@ class SimpleStorage(IStorage, SnapshotStorage):
     def bind(self, spec: ModelSpec) -> None:
         check_meta_store(self.meta_store if self._replaced is None else self._replaced)
         check_resource_store(self.resource_store)
+        if self.blob_store is not None:
+            check_blob_store(self.blob_store)
         if self._records is not None and self._replay is None:
             raise ConfigError(
                 f"{type(self.meta_store).__name__} is not authoritative, and cannot apply the records of"
@@ -161,13 +191,13 @@ class SimpleStorage(IStorage, SnapshotStorage):
                 " `authoritative = True`"
             )
         self._compose(spec)
-        self.meta_store.bind(spec)
-        self.resource_store.bind(spec)
+        for store in self._stores:
+            store.bind(spec)
 
     @property
     @override
     def location_keys(self) -> list[Hashable]:
-        return [key for store in (self.meta_store, self.resource_store) if (key := store.location_key) is not None]
+        return [key for store in self._stores if (key := store.location_key) is not None]
 
     # Opening
 
@@ -277,7 +307,7 @@ class SimpleStorage(IStorage, SnapshotStorage):
             self,
             self.meta_store,
             self.resource_store,
-            getattr(self, "blob_store", None),
+            self.blob_store,
             records=self._records is not None,
             each_resource=each_resource,
         )
@@ -290,12 +320,13 @@ class SimpleStorage(IStorage, SnapshotStorage):
 
     @override
     async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
+        released = await self._blobs_of_purged(writes)
         for _ in range(MAX_RENEWALS):
             try:
                 committed = await self._commit(writes, once)
                 break
             except StaleGeneration:
-                await self._forget(_uids_of(writes))
+                await self._dropped.remove(_uids_of(writes))
                 await self._sweep.load_generation()
                 writes = self._renewed(writes)
             except OutcomeUnknown:
@@ -303,14 +334,16 @@ class SimpleStorage(IStorage, SnapshotStorage):
             except WriteTimedOut:
                 raise  # removing the bodies might time out too
             except CrudError:
-                await self._forget(_uids_of(writes))
+                await self._dropped.remove(_uids_of(writes))
                 raise
         else:
-            await self._forget(_uids_of(writes))
+            await self._dropped.remove(_uids_of(writes))
             raise StoreUnavailable(
                 "bodies were swept faster than they could be written; nothing was changed, try again"
             )
-        await self._forget([uid for write in writes for uid in write.change.drop])
+        await self._dropped.remove_of(writes)
+        if released and self._blobs is not None:
+            await self._blobs.release_purged(released)
         return committed
 
     async def _commit(self, writes: Sequence[Write], once: IdempotentCommit | None) -> list[ResourceMeta]:
@@ -320,13 +353,23 @@ class SimpleStorage(IStorage, SnapshotStorage):
     async def confirm(self, resource_ids: Sequence[str]) -> None:
         await self._commits.confirm(resource_ids)
 
-    async def _forget(self, uids: Sequence[str]) -> None:
-        """Remove bodies that no record names. A failure is only logged, because the sweep removes the rest."""
-        if uids:
-            try:
-                await self.resource_store.delete(uids)
-            except CrudError as error:
-                log.warning("%s: %d bodies stay until the next sweep: %s", self._spec.name, len(uids), error)
+    async def _blobs_of_purged(self, writes: Sequence[Write]) -> set[str]:
+        """Return the keys of the blobs of the resources that these writes purge, of all their revisions.
+
+        If the commit succeeds, these are all keys, because each resource is in the state that its purge expects.
+        """
+        purged = {change.meta.resource_id for change, _ in writes if change.purge}
+        if not purged or self._blobs is None:
+            return set()
+        records = [change.record for change, _ in writes if change.record is not None]
+        keys = {key for record in records if record.resource_id in purged for key in record.blobs}
+        for resource_id in purged:
+            before, more = None, True
+            while more:
+                page = await self.meta_store.revisions(resource_id, before, 200)
+                keys.update(key for record in page.items for key in record.blobs)
+                before, more = page.next, page.next is not None
+        return keys
 
     def _renewed(self, writes: Sequence[Write]) -> list[Write]:
         """Return the same writes with new uids for their bodies.
@@ -351,42 +394,52 @@ class SimpleStorage(IStorage, SnapshotStorage):
 
     @override
     async def health(self) -> None:
-        await self.meta_store.health()
-        await self.resource_store.health()
+        for store in self._stores:
+            await store.health()
 
     @override
     async def degradations(self) -> list[str]:
-        stores = [*await self.meta_store.degradations(), *await self.resource_store.degradations()]
-        return stores if self._reindexing is None else [*stores, *self._reindexing.degradations()]
+        found = [sentence for store in self._stores for sentence in await store.degradations()]
+        return found if self._reindexing is None else [*found, *self._reindexing.degradations()]
 
     @override
     async def maintain(self, budget_s: float) -> None:
-        """Index resources that an older program has written, then maintain the stores, then sweep orphaned bodies.
+        """Index resources that an older program has written, then maintain the stores, then sweep bodies and blobs.
 
         Work that does not fit into `budget_s` seconds is left to the next call.
         """
-        if self._records is not None:
-            await self.resource_store.maintain(budget_s)
-            return  # `open` indexes and sweeps
         deadline = time.monotonic() + budget_s
+        if self._records is None:
+            await self._maintain_index(deadline)
+        await self.resource_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
+        await self._dropped.remove_kept()
+        if self._records is None:  # else `open` sweeps
+            now = time.monotonic()
+            await self._sweep.run(deadline if self.blob_store is None else (now + deadline) / 2)
+        if self.blob_store is not None:
+            await self.blob_store.maintain(max(0.0, deadline - time.monotonic()))
+        if self._blobs is not None and self._blob_sweep is not None:
+            await self._blobs.release_rest()
+            await self._blob_sweep.run(deadline)
+
+    async def _maintain_index(self, deadline: float) -> None:
         assert self._index is not None, "`open` sets it"
         if self._reindexing is not None:
             while time.monotonic() < deadline and await self._reindexing.step(self._index):
                 pass
             await self._reindexing.look_again(self._index)
         await self.meta_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
-        await self.resource_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
-        await self._sweep.run(deadline)
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
-        erased = [await self.meta_store.purge_remnants(now), await self.resource_store.purge_remnants(now)]
-        return max(erased)
+        if self._blobs is not None:
+            await self._blobs.release_rest()
+        return max([await store.purge_remnants(now) for store in self._stores])
 
     @override
     async def close(self) -> None:
         self._opening.reset()
-        stores = [self.meta_store, self.resource_store]
+        stores = self._stores
         if self._replaced is not None:
             stores.reverse()  # an open ResourceStore may refresh the index, which would open a closed index again
         for store in stores:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ...errors import ConfigError
 from ...secret import Secret, hidden
-from ..basic import Encoding, MetaStore, ResourceStore
+from ..basic import BlobStore, Encoding, MetaStore, ResourceStore
+from ..blob_store.simple import DiskBlobStore, MemoryBlobStore
 from ..meta_store.simple import DiskMetaStore, MemoryMetaStore
 from ..resource_store.simple import DiskResourceStore, MemoryResourceStore
 from ..runtime.disk_space import space
 from ..runtime.drivers import driver
+from .blobs import KEEP_UPLOADS_S
 from .former_layout import Findable, WhenFormer, refuse_former
 from .layout import (
     CACHE_NAME,
@@ -20,6 +22,7 @@ from .layout import (
     MAX_CACHE_BYTES,
     FormerLayout,
     Layout,
+    disk_blobs,
     disk_bodies,
     disk_metadata,
 )
@@ -38,16 +41,16 @@ DIRECTORIES_BYTES = 4 * 4096
 
 
 class StoresByName:
-    """Makes a MetaStore and a ResourceStore for each model, at the locations that `layout` defines.
+    """Makes a MetaStore, a ResourceStore and a BlobStore for each model, at the locations that `layout` defines.
 
     meta             memory, disk, s3-sqlite, postgres, redis or redis-postgres
-    resource         memory, disk, s3, cached-s3 or mq-cached-s3
+    resource         memory, disk, s3, cached-s3 or mq-cached-s3. Files are kept in memory, on disk or on S3 too
     prefix           beginning of all keys, and a part of all names on servers; usually ends with a slash
     data_dir         directory of stores on disk
     bucket, endpoint_url, access_key_id, secret_access_key, region_name
                      bucket and access of stores on S3
     object_store     a client of the bucket, instead of endpoint, keys and region
-    encoding         encoding of new bodies on S3
+    encoding         encoding of new bodies in memory and on S3
     local_dir, consistency, sync_interval
                      arguments of s3-sqlite, see S3SqliteMetaStore
     pg_dsn           address of PostgreSQL
@@ -63,6 +66,7 @@ class StoresByName:
     former_layout    what to do about a store that an earlier release wrote to another location: "refuse" to open,
                      "open" that store, or "ignore" it. "ignore" is safe only if no such store exists: see
                      `storage.former_layout`
+    keep_uploads_s   seconds for which an upload is kept that no revision refers to
 
     The methods open no store and send no request. With `cache_dir`, `resource_store` uses the local disk: it reads its
     size, and removes the cache directories of earlier releases. The methods raise ConfigError if an argument or a
@@ -96,6 +100,7 @@ class StoresByName:
         cache_dir: str | Path | None = None,
         max_cache_bytes: int | None = None,
         former_layout: WhenFormer = "ignore",
+        keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
         self.meta, self.resource, self.prefix = meta, resource, prefix
         self.data_dir = None if data_dir is None else Path(data_dir)
@@ -108,7 +113,7 @@ class StoresByName:
         self.amqp_url: Secret | Callable[[], str] | None = amqp_url if callable(amqp_url) else hidden(amqp_url)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_cache_bytes = max_cache_bytes
-        self.former_layout = former_layout
+        self.former_layout, self.keep_uploads_s = former_layout, keep_uploads_s
         self._layout = FormerLayout(prefix) if former_layout == "open" else Layout(prefix)
         self._disk_cache: DiskCache | None = None
 
@@ -118,7 +123,7 @@ class StoresByName:
         """Return the MetaStore of a model, not yet open."""
         match self.meta:
             case "memory":
-                return MemoryMetaStore()
+                return MemoryMetaStore(self.encoding)
             case "disk":
                 return DiskMetaStore(disk_metadata(self._given(self.data_dir, "data_dir"), model))
             case "s3-sqlite":
@@ -169,7 +174,7 @@ class StoresByName:
         """Return the ResourceStore of a model, not yet open."""
         match self.resource:
             case "memory":
-                return MemoryResourceStore()
+                return MemoryResourceStore(self.encoding)
             case "disk":
                 return DiskResourceStore(disk_bodies(self._given(self.data_dir, "data_dir"), model, self.meta))
             case "s3":
@@ -235,6 +240,22 @@ class StoresByName:
         if room is None:
             room = min(space(root).total // 4, MAX_CACHE_BYTES)
         return max(1, room - DIRECTORIES_BYTES)
+
+    # BlobStores
+
+    def blob_store(self, model: str) -> BlobStore:
+        """Return the BlobStore of a model, not yet open: in memory, on disk or on S3, as its bodies."""
+        match self.resource:
+            case "memory":
+                return MemoryBlobStore()
+            case "disk":
+                return DiskBlobStore(disk_blobs(self._given(self.data_dir, "data_dir"), model))
+            case "s3" | "cached-s3" | "mq-cached-s3":
+                with driver("s3"):
+                    from ..blob_store.s3 import S3BlobStore
+                prefix = self._layout.blobs(model, self.meta)
+                return S3BlobStore(self._given(self.bucket, "bucket"), prefix, object_store=self._objects())
+        raise ConfigError(f"resource is {self.resource!r}, expected the name of a ResourceStore")
 
     # Stores of earlier releases
 

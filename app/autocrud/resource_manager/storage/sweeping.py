@@ -4,6 +4,8 @@
   sweep first advances the generation to g. Then it removes bodies older than g - 1 that no record names. The MetaStore
   refuses to commit these uids in the same step that commits, and the body is put again under a new uid. No clock
   decides.
+- P1 (see `contract.snapshots`) *A pin keeps bodies.* The sweep first looks for bodies that no record names, then for
+  pins, and only then removes the bodies.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from uuid_utils import uuid7
 
 from ..basic import MetaStore, ResourceStore
 from ..contract.protocols import BodySweeping, MetaSweeping
+from ..contract.snapshots import Pinning
 
 SWEEP_PAGE = 1000
 """How many bodies are looked up and removed at a time."""
@@ -28,6 +31,7 @@ class Sweep:
     def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
         self._references = meta_store if isinstance(meta_store, MetaSweeping) else None
         self._bodies = resource_store if isinstance(resource_store, BodySweeping) else None
+        self._pinning = meta_store if isinstance(meta_store, Pinning) else None
         self._resource_store = resource_store
         self._generation = 0
         self._after = ""  # the last uid that this sweep looked at; empty between two sweeps
@@ -60,11 +64,18 @@ class Sweep:
             after = await self._remove_page(1, after)
 
     async def _remove_page(self, generation: int, after: str) -> str:
-        """Remove the orphans among the next bodies before a generation. Return the last uid, or "" at the end."""
+        """Remove the orphans among the next bodies before a generation. Return the last uid, or "" at the end.
+
+        If a pin keeps them, ends the sweep, so that the next one begins with them.
+        """
         if self._references is None or self._bodies is None:
             return ""
         uids = await self._bodies.older_than(generation, after, SWEEP_PAGE)
         if not uids:
             return ""
-        await self._resource_store.delete(await self._references.unreferenced(uids))
+        orphans = await self._references.unreferenced(uids)
+        if orphans:
+            if self._pinning is not None and await self._pinning.has_pins():
+                return ""
+            await self._resource_store.delete(orphans)
         return uids[-1]
