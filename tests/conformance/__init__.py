@@ -1,6 +1,7 @@
 """The conformance suite is in `app.autocrud.testing`; this package re-exports it under its former name."""
 
 from app.autocrud.testing import (
+    BlobStoreConformance,
     CacheClock,
     CacheConformance,
     DurableConformance,
@@ -10,6 +11,7 @@ from app.autocrud.testing import (
 )
 
 __all__ = [
+    "BlobStoreConformance",
     "CacheClock",
     "CacheConformance",
     "DurableConformance",

@@ -32,7 +32,7 @@ base                                            fixtures
 revisions, queries, batches, idempotency, races, hostile, sweeping, snapshots, limits
                                                 what every storage promises
 blobs, blob_machine, shared_blobs               what a storage with rows of blobs promises
-blob_contents                                   what a storage with rows and content of blobs promises
+blob_contents, files                            what a storage with rows and content of blobs promises
 reindexing, new_fields                          what durable storages promise
 suite, shared                                   the classes above
 caches                                          what a cache promises
