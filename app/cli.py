@@ -23,16 +23,17 @@ from cyclopts.validators import Number
 from fastapi import FastAPI
 from msgspec.structs import replace
 
-from . import iam_auth
+from . import backup_commands, iam_auth
 from .autocrud.errors import ConfigError, CrudError, HeadLost, StoreDamaged, StoreUnavailable
 from .autocrud.resource_manager.backends.s3.errors import describe
 from .dev import local_s3 as s3_server
 from .dev import pulumi_cli
 from .dev.aws_account import check_profile, stack_profile, use_profile
+from .dev.environment import environment
 from .main import create_app
 from .s3_tools.lost_copies import lost_copies, remedy
 from .server import serve as http_server
-from .settings import STACK_VARIABLES, LocalOverrides, TokenAuth, is_loopback, load, parse_storage
+from .settings import LocalOverrides, TokenAuth, is_loopback, load
 from .wiring import needs_s3, region_of
 
 cli = App(
@@ -45,6 +46,8 @@ cli = App(
 
 tokens = App(name="token", help="Bearer tokens, for CRUDSTACK_AUTH.", help_format="plaintext", version_flags=[])
 cli.command(tokens)
+cli.command(backup_commands.export)
+cli.command(backup_commands.snapshot)
 
 
 @cli.command
@@ -80,7 +83,7 @@ def serve(
     access_log
         Write one JSON line to stdout for each request.
     """
-    settings = load(_environment(storage, stack))
+    settings = load(environment(storage, stack))
     if settings.outputs.auth is None and not is_loopback(host):
         raise ConfigError(
             f"every client that reaches {host} could read and write: set CRUDSTACK_AUTH (`crudstack token new` creates"
@@ -206,7 +209,7 @@ def s3_rescue(
     """
     from .s3_tools.s3_rescue import rescue
 
-    settings = load(_environment(storage, stack))
+    settings = load(environment(storage, stack))
     if settings.local.data_dir is None:
         raise ConfigError(
             "CRUDSTACK_DATA_DIR is not set: forks are recorded in that directory; without it only the log names"
@@ -230,21 +233,6 @@ def s3_rescue(
             print(f"to resume, stop the program and run `crudstack s3-rescue {file} --resume`")
 
     asyncio.run(run())
-
-
-def _environment(storage: str | None, stack: str | None) -> dict[str, str]:
-    """Return the environment. The options --storage and --stack replace its settings of the storage."""
-    environment = dict(os.environ)
-    if storage is not None:
-        parse_storage(storage, "--storage")  # so that an error names the option, not a variable
-        environment["CRUDSTACK_STORAGE"] = storage
-        environment.pop("CRUDSTACK_OUTPUTS", None)
-    if stack is not None:
-        for name in STACK_VARIABLES:
-            environment.pop(name, None)
-        environment["CRUDSTACK_OUTPUTS"] = msgspec.json.encode(pulumi_cli.outputs(stack)).decode()
-        use_profile(stack_profile(pulumi_cli.config(stack)))
-    return environment
 
 
 def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOverrides:

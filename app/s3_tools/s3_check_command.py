@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import msgspec
 
 from ..autocrud.errors import ConfigError
 from ..autocrud.resource_manager.runtime.drivers import driver
+from ..progress_line import ProgressLine
 from ..settings import s3_endpoint
 from ..wiring import checked_prefix, region_or_default
 from .s3_check import Finding, Report, S3Check
@@ -33,7 +33,7 @@ def run(store: str, *, as_json: bool) -> int:
         from ..autocrud.resource_manager.backends.s3.object_store import S3ObjectStore
     region = region_or_default(os.environ.get("CRUDSTACK_REGION"))
     objects = S3ObjectStore(bucket, s3_endpoint(), region_name=region)
-    progress = Progress()
+    progress = ProgressLine()
 
     def say(finding: Finding) -> None:
         progress.clear()
@@ -63,27 +63,6 @@ def parse_store(store: str) -> tuple[str, str]:
         found = "has an @" if "@" in store else f"is {store!r}"  # before an @ there may be a key
         raise ConfigError(f"the store {found}: expected s3://bucket or s3://bucket/prefix")
     return parts.netloc, checked_prefix(parts.path.removeprefix("/"))
-
-
-class Progress:
-    """A line on stderr with the current step, if stderr is a terminal."""
-
-    def __init__(self) -> None:
-        self._shown = False
-        self._watched = sys.stderr is not None and sys.stderr.isatty()
-
-    def __call__(self, what: str) -> None:
-        """Show a step in place of the one before."""
-        if self._watched:
-            line = f"{what}..."[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-            self._shown = True
-
-    def clear(self) -> None:
-        """Remove the line."""
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            self._shown = False
 
 
 async def _cancelled_by_sigterm(check: S3Check) -> Report:

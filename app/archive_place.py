@@ -1,0 +1,97 @@
+"""The place of an archive that a command names: a file, an object on S3, or stdin and stdout."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from .autocrud.errors import ConfigError
+from .autocrud.resource_manager.backends.s3.object_store import ObjectStore
+from .autocrud.resource_manager.runtime.drivers import driver
+from .autocrud.resource_manager.runtime.temporary import ProcessDirectory
+from .settings import Settings, s3_endpoint
+from .wiring import region_of
+
+STDIO = "-"
+
+
+class ArchivePlace:
+    """The place of an archive.
+
+    Raises ConfigError if the text names none.
+
+    text  a path, s3://bucket/key, or - for stdin and stdout
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.is_stdio = text == STDIO
+        self._bucket = self._key = ""
+        if text.startswith("-") and not self.is_stdio:
+            raise ConfigError(f"{text[:60]!r} is no option, and no name of an archive: expected ./{text[:60]}")
+        if text.startswith("s3:"):
+            parts = urlsplit(text)
+            self._bucket, self._key = parts.netloc, unquote(parts.path.removeprefix("/"))
+            if not self._bucket or not self._key or parts.query or parts.fragment or "@" in parts.netloc:
+                found = "has an @" if "@" in text else f"is {text!r}"  # before an @ there may be a key
+                raise ConfigError(f"the archive {found}: expected s3://bucket/key")
+
+    @property
+    def name(self) -> str:
+        """Return the last part of the path or key."""
+        return self._key.rpartition("/")[2] if self._bucket else Path(self.text).name
+
+    @contextlib.asynccontextmanager
+    async def writing(self, settings: Settings, *, force: bool) -> AsyncIterator[Path | BinaryIO]:
+        """Give the path or file to write the archive to. At the end of the context, it is at its place.
+
+        Raises ConfigError if something is there already, unless `force` is given.
+        """
+        if self.is_stdio:
+            yield sys.stdout.buffer
+        elif not self._bucket:
+            self._refuse_existing(await asyncio.to_thread(os.path.lexists, self.text), force=force)
+            yield Path(self.text)
+        else:
+            objects = self._objects(settings)
+            self._refuse_existing(await self._exists(objects), force=force)
+            with ProcessDirectory() as directory:
+                path = directory.path / self.name
+                yield path
+                self._refuse_existing(await self._exists(objects), force=force)
+                await objects.upload(self._key, path)
+
+    @contextlib.asynccontextmanager
+    async def reading(self, settings: Settings) -> AsyncIterator[Path | BinaryIO]:
+        """Give the path or file to read the archive from. Raises ConfigError if there is none."""
+        if self.is_stdio:
+            yield sys.stdin.buffer
+        elif not self._bucket:
+            if not await asyncio.to_thread(Path(self.text).is_file):
+                raise ConfigError(f"{self.text} is no file: expected an archive that `crudstack export` wrote")
+            yield Path(self.text)
+        else:
+            with ProcessDirectory() as directory:
+                path = directory.path / "archive"
+                if not await self._objects(settings).download(self._key, path):
+                    raise ConfigError(f"there is no object {self.text}")
+                yield path
+
+    def _refuse_existing(self, exists: bool, *, force: bool) -> None:
+        if exists and not force:
+            raise ConfigError(f"{self.text} exists: give another name, or --force to replace it")
+
+    async def _exists(self, objects: ObjectStore) -> bool:
+        return await objects.head(self._key) is not None
+
+    def _objects(self, settings: Settings) -> ObjectStore:
+        """Return the client of the bucket, with the endpoint and the keys of `serve`."""
+        with driver("s3"):
+            from .autocrud.resource_manager.backends.s3.object_store import s3
+        return s3(self._bucket, settings.local.s3_endpoint_url or s3_endpoint(), region_name=region_of(settings))

@@ -1,0 +1,220 @@
+"""The commands `crudstack export`, `import` and `snapshot`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
+
+import msgspec
+from cyclopts import Parameter
+
+from .archive_place import ArchivePlace
+from .autocrud.errors import ConfigError, CrudError, InvalidData
+from .dev.environment import environment
+from .progress_line import MB, ProgressBar
+from .settings import Pair, Settings, load
+from .wiring import pairs
+
+if TYPE_CHECKING:
+    from .autocrud import AutoCRUD
+
+T = TypeVar("T")
+
+FAILED, INTERRUPTED = 1, 130
+SHOWN_IDS = 10
+Flag = Annotated[bool, Parameter(negative="")]
+Models = Annotated[list[str] | None, Parameter(negative="")]
+Archive = Annotated[str, Parameter(allow_leading_hyphen=True)]  # for `-`
+
+
+def export(
+    archive: Archive,
+    *,
+    storage: str | None = None,
+    stack: str | None = None,
+    model: Models = None,
+    per_resource: Flag = False,
+    force: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Write an archive of all models, or of some, while programs read and write them.
+
+    The archive holds all fields of all resources, deleted ones too.
+
+    The exit code is 0 if the archive is complete, 1 if the export failed,
+    and 2 if an argument or a setting is wrong.
+
+    Parameters
+    ----------
+    archive
+        A file whose name ends with .tar.gz or .tar.zst, s3://bucket/key, or - for stdout (.tar.gz).
+    storage
+        The value of `serve --storage`.
+    stack
+        The value of `serve --stack`.
+    model
+        Export this model only. May be given several times.
+    per_resource
+        Export each resource as at some moment, and not all of a model as at the same one.
+    force
+        Replace an archive that exists.
+    json
+        Print one JSON document instead of sentences.
+    """
+    from .autocrud.backup.compression import Compression
+    from .autocrud.backup.exporting import ExportResult, export_all
+
+    place = ArchivePlace(archive)
+    compression = Compression.gzip if place.is_stdio else Compression.of_name(place.name)
+    if place.is_stdio and sys.stdout.isatty():
+        raise ConfigError("stdout is a terminal: redirect it to a file, or give the name of a file")
+    settings = load(environment(storage, stack))
+
+    async def work(crud: AutoCRUD) -> ExportResult:
+        async with place.writing(settings, force=force) as output:
+            return await export_all(
+                crud.managers,
+                output,
+                models=model,
+                each_resource=per_resource,
+                progress=progress,
+                compression=compression,
+            )
+
+    progress = ProgressBar(" files")
+    result = _run(settings, model, work, progress)
+    report = sys.stderr if place.is_stdio else sys.stdout
+    if json:
+        models = [one._asdict() for one in result.models]
+        _print_json({"archive": archive, "sha256": result.sha256, "size": result.size, "models": models}, report)
+        return
+    print(f"{archive}: {_megabytes(result.size)}, SHA-256 {result.sha256}", file=report)
+    for one in result.models:
+        moment = "" if one.one_moment else "; each resource as at some moment"
+        print(
+            f"{one.name}: {one.resources} resources, {one.revisions} revisions, {one.blobs} files{moment}", file=report
+        )
+        if one.absent:
+            print(f"{one.name}: not in the archive, because they were purged: {_some(one.absent)}", file=report)
+
+
+def snapshot(directory: Path, *, storage: str | None = None, json: Flag = False) -> None:
+    """Copy the data directory of the kinds disk and memory-disk while the server runs.
+
+    The copy can be used as CRUDSTACK_DATA_DIR. The files of resources are linked
+    if it is on the same file system.
+
+    The exit code is 0 if the copy is complete, 1 if it failed or if the data
+    directory lacks files, and 2 if an argument or a setting is wrong.
+
+    Parameters
+    ----------
+    directory
+        The new directory.
+    storage
+        The value of `serve --storage`.
+    json
+        Print one JSON document instead of sentences.
+    """
+    from .autocrud.backup.directory_snapshot import snapshot_directory
+
+    settings = load(environment(storage, None))
+    _check_on_disk(pairs(settings))
+    if settings.local.data_dir is None:
+        raise ConfigError("CRUDSTACK_DATA_DIR is not set: it names the directory to copy")
+    progress = ProgressBar(" index", " bodies")
+    with _failures(progress):
+        models = snapshot_directory(Path(settings.local.data_dir).expanduser(), directory, progress)
+    damaged = [one for one in models if one.damaged]
+    if json:
+        _print_json({"directory": str(directory), "models": [one._asdict() for one in models]}, sys.stdout)
+    else:
+        for one in models:
+            print(f"{one.name}: {one.resources} resources, {one.files} files")
+            if one.purged:
+                print(f"{one.name}: not in the copy, because they were purged: {_some(one.purged)}")
+    for one in damaged:
+        print(f"{one.name}: the data directory lacks files of these resources: {_some(one.damaged)}", file=sys.stderr)
+    if damaged:
+        sys.exit(FAILED)
+
+
+def _check_on_disk(stores: Collection[Pair]) -> None:
+    for pair in stores:
+        if pair.resource != "disk" or pair.meta not in ("disk", "memory"):
+            raise ConfigError(
+                f"found a model with metadata in {pair.meta!r} and bodies in {pair.resource!r}; expected the kinds disk"
+                " and memory-disk, which keep all data in the data directory: use `crudstack export`"
+            )
+
+
+def _run(
+    settings: Settings, models: Collection[str] | None, work: Callable[[AutoCRUD], Awaitable[T]], progress: ProgressBar
+) -> T:
+    """Export or import the models of the settings. Ends the program if that fails."""
+    from .main import create_app
+
+    crud: AutoCRUD = create_app(settings).state.crud
+    _check_durable(crud, models)
+
+    async def run() -> T:
+        task = asyncio.current_task()
+        assert task is not None, "asyncio.run makes one"
+        with suppress(NotImplementedError, RuntimeError):  # not on this platform, or not in the main thread
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        try:
+            return await work(crud)
+        finally:
+            await crud.close()
+
+    with _failures(progress):
+        return asyncio.run(run())
+
+
+@contextmanager
+def _failures(progress: ProgressBar) -> Iterator[None]:
+    """End the program with one sentence if the work is stopped or fails. Wrong arguments and settings are raised."""
+    try:
+        yield
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        progress.clear()
+        print("crudstack: stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ConfigError, InvalidData):
+        progress.clear()
+        raise
+    except CrudError as error:
+        progress.clear()
+        print(f"crudstack: {error.detail}", file=sys.stderr)
+        sys.exit(FAILED)
+    else:
+        progress.clear()
+
+
+def _check_durable(crud: AutoCRUD, models: Collection[str] | None) -> None:
+    """Raise ConfigError if a model is in the memory of a server, which only the server can read."""
+    for name, manager in crud.managers.items():
+        if not manager.storage.durable and (not models or name in models):
+            raise ConfigError(
+                f"the model {name!r} is in the memory of the running server: export it with"
+                " `curl -fo backup.tar.gz http://localhost:8000/export`, and import it with"
+                " `curl -f -X POST -T backup.tar.gz http://localhost:8000/import`; choose other models by --model"
+            )
+
+
+def _print_json(document: Mapping[str, Any], file: IO[str]) -> None:
+    print(msgspec.json.format(msgspec.json.encode(document)).decode(), file=file)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / MB:,.1f} MB"
+
+
+def _some(ids: Collection[str]) -> str:
+    shown = ", ".join(list(ids)[:SHOWN_IDS])
+    return shown if len(ids) <= SHOWN_IDS else f"{shown} and {len(ids) - SHOWN_IDS} more"
