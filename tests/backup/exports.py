@@ -79,7 +79,7 @@ PINNED = ("memory", "disk", "memory-disk", "s3-sqlite", "disk-s3")
 
 
 class Exported(NamedTuple):
-    """What an archive holds of the model."""
+    """The content of an archive for one model."""
 
     entry: ModelEntry
     resources: dict[str, tuple[ResourceMeta, list[tuple[RevisionInfo, bytes | None]]]]

@@ -36,7 +36,7 @@ Item = tuple[ResourceMeta | RevisionInfo, bytes | None]
 
 
 class ExportedModel(NamedTuple):
-    """What an archive holds of one model.
+    """The part of an archive with one model.
 
     one_moment  whether all resources are as at the same moment
     resources   how many resources, absent ones included

@@ -5,7 +5,7 @@
 - HEAD decides whether a pin exists, so every commit that was made before a pin was added comes before the pin, and P1
   needs no request: the HEAD that a commit made, or that a lookup of references saw, names the pins of that moment.
 - A pin is dropped when its marker is PIN_LIFE_S older than a marker that was just written. Both dates are those of S3.
-- A marker is written before HEAD names its pin. So a pin of HEAD without a marker is one that nobody renews.
+- A marker is written before HEAD names its pin. So a pin of HEAD without a marker is not renewed any more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .replica import Replica
 log = logging.getLogger("crudstack.s3sqlite")
 
 LOOKS_PER_LIFE = 10
-"""While there are pins, `exist` looks for those that nobody renews so often in PIN_LIFE_S."""
+"""While there are pins, `exist` looks so often in PIN_LIFE_S for those that are not renewed."""
 
 
 class HeadPins:
@@ -82,7 +82,7 @@ class HeadPins:
         return pin in (await self._replica.head()).pins
 
     async def _drop_lapsed(self) -> None:
-        """Drop the pins that nobody renews, and delete markers that belong to no pin."""
+        """Drop the pins that are not renewed, and delete markers that belong to no pin."""
         await self._replica.coalesced_check()
         head = await self._replica.head()  # before the listing, which then has the markers of all its pins
         fresh = uuid4().hex

@@ -30,7 +30,7 @@ CACHE_KIB = 4096
 class SqliteSnapshot:
     """A MetaSnapshot, and a BodySnapshot if the database has a table `bodies`.
 
-    connection  used by nobody else; a read transaction is open, or nothing else can write to the database
+    connection  used by this object alone; a read transaction is open, or nothing else can write to the database
     translated  returns the error for an error of SQLite
     """
 
