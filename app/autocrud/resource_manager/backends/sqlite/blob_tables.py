@@ -21,6 +21,7 @@ from typing import Any
 
 import apsw
 
+from ....errors import StoreDamaged
 from ...basic import BlobRow, RevisionInfo, blob_epoch_of
 from ...contract.blobs import BLOBS_MARKER, BlobUsage, BlobUse
 from ...contract.store_errors import blob_gone, over_quota, stale_upload
@@ -42,8 +43,15 @@ CREATE TRIGGER IF NOT EXISTS blobs_delete AFTER DELETE ON blobs
 
 
 def exist(connection: apsw.Connection) -> bool:
-    """Return whether the database has the tables."""
-    return connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'blob_state'").get is not None
+    """Return whether the database must have the tables.
+
+    A marked database that has lost them is damaged, so the statements that use them must fail.
+    """
+    found: Any = connection.execute(
+        "SELECT format = ? OR EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'blob_state') FROM state",
+        (FORMAT_WITH_BLOBS,),
+    ).get
+    return bool(found)
 
 
 def is_marked(connection: apsw.Connection) -> bool:
@@ -54,15 +62,12 @@ def is_marked(connection: apsw.Connection) -> bool:
 
 def epoch(connection: apsw.Connection) -> int:
     """Return the epoch with which the uids of new uploads begin."""
-    return int(connection.execute("SELECT epoch FROM blob_state").get) if exist(connection) else 0
+    return _state(connection)[0] if exist(connection) else 0
 
 
 def usage(connection: apsw.Connection) -> BlobUsage:
     """Return how many blobs have a row, and their size together."""
-    if not exist(connection):
-        return BlobUsage(0, 0)
-    found: Any = connection.execute("SELECT blobs, size FROM blob_state").get
-    return BlobUsage(*found)
+    return BlobUsage(*_state(connection)[1:]) if exist(connection) else BlobUsage(0, 0)
 
 
 def rows(connection: apsw.Connection, sha256s: Sequence[str]) -> list[BlobRow]:
@@ -187,6 +192,15 @@ def drop_uses(connection: apsw.Connection, resource_id: str, rid: int, uid: str)
 def purge_uses(connection: apsw.Connection, resource_id: str) -> None:
     """Remove the uses of all revisions of a resource."""
     connection.execute("DELETE FROM blob_uses WHERE id = ?", (resource_id,))
+
+
+def _state(connection: apsw.Connection) -> tuple[int, int, int]:
+    """Return the epoch, the number of blobs and their size. Raises StoreDamaged if the row is missing."""
+    found: Any = connection.execute("SELECT epoch, blobs, size FROM blob_state").get
+    if found is None:
+        raise StoreDamaged("the table `blob_state` is empty; restore the database from a copy")
+    epoch_, blobs, size = found
+    return epoch_, blobs, size
 
 
 def _has_row(connection: apsw.Connection, key: str) -> bool:
