@@ -187,7 +187,7 @@ def test_a_running_older_program_refuses_to_write_beside_blobs(store, old):
         else:
             with pytest.raises(Refused, match=store.read):
                 old("texts")
-        with contextlib.suppress(Refused):  # it may be refused, but must neither remove nor lose anything
+        with contextlib.suppress(Refused):  # it may be refused, but must not remove or lose anything
             old("maintain", 10)
         await new.maintain(10)
         await new.close()

@@ -151,7 +151,7 @@ LATE = InjectedFault("unknown", late=3.0)
 
 
 @pytest.mark.parametrize("fault", [DROPPED, LOST_ANSWER, FALSE_CONFLICT, InjectedFault("conflict", applied=True), LATE])
-def test_a_failed_swap_repeats_no_row_and_loses_none(objects, fault):
+def test_a_failed_swap_does_not_repeat_or_lose_a_row(objects, fault):
     async def main() -> None:
         manager, other = instance(objects), instance(objects)
         await manager.open()

@@ -93,8 +93,9 @@ class BlobConformance(Conformance):
     @pytest.fixture
     async def rows(self, manager: ResourceManager[Item]) -> BlobRows:
         """Return the rows of blobs of the storage under test."""
+        rows = blob_rows_of(manager)
         await manager.open()
-        return blob_rows_of(manager)
+        return rows
 
     @pytest.fixture
     def names(self, manager: ResourceManager[Item]) -> NamedBlobs:
@@ -242,8 +243,8 @@ class BlobConformance(Conformance):
 
     async def test_retention_ends_the_uses_of_the_revisions_that_it_removes(self, root: Path) -> None:
         manager = manage(self.make(root), retention=Retention(last=2))
-        await manager.open()
         rows, names = blob_rows_of(manager), NamedBlobs(manager.storage)
+        await manager.open()
         old, new = upload(b"one"), upload(b"two")
         for row in (old, new):
             await rows.add_blob(row)
@@ -415,8 +416,8 @@ class DurableBlobConformance(BlobConformance):
 
     async def test_rows_uses_and_epoch_are_there_after_a_restart(self, root: Path) -> None:
         manager = manage(self.make(root))
-        await manager.open()
         rows, names = blob_rows_of(manager), NamedBlobs(manager.storage)
+        await manager.open()
         used, unused, removed = upload(b"one"), upload(b"two"), upload(b"one")
         for row in (used, unused, removed):
             await rows.add_blob(row)
@@ -427,8 +428,8 @@ class DurableBlobConformance(BlobConformance):
         await rows.remove_blobs([removed.key, upload(epoch=1).key])
         await manager.close()
         manager = manage(self.make(root))
-        await manager.open()
         rows, names = blob_rows_of(manager), NamedBlobs(manager.storage)
+        await manager.open()
         assert await rows.blob_epoch() == 2
         assert await rows.blobs([used.sha256, unused.sha256]) == sorted([used, unused], key=lambda row: row.key)
         assert await rows.blob_usage() == BlobUsage(2, 6)
@@ -446,8 +447,9 @@ class DurableBlobConformance(BlobConformance):
 
     async def test_a_field_becomes_unique_in_a_model_with_blobs(self, root: Path) -> None:
         manager = manage(self.make(root), indexed=["text"])
+        rows = blob_rows_of(manager)
         await manager.create(Item(code="c"))
-        await blob_rows_of(manager).add_blob(upload())
+        await rows.add_blob(upload())
         await manager.close()
         again = manage(self.make(root))
         with pytest.raises(UniqueConflict):

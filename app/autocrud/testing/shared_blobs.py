@@ -22,9 +22,9 @@ class SharedBlobConformance(Conformance):
 
     async def test_instances_share_rows_uses_and_epoch(self, root: Path) -> None:
         here, there = manage(self.make(root)), manage(self.make(root))
+        rows_here, rows_there = blob_rows_of(here), blob_rows_of(there)
         for manager in (here, there):
             await manager.open()
-        rows_here, rows_there = blob_rows_of(here), blob_rows_of(there)
         names_here, names_there = NamedBlobs(here.storage), NamedBlobs(there.storage)
         await here.create(Item(text="before any blob"), resource_id="a")
         used, unused = upload(), upload()
@@ -81,9 +81,9 @@ class SharedBlobConformance(Conformance):
 
     async def _prepare_blobs(self, root: Path) -> list[str]:
         manager = manage(self.make(root))
+        rows = blob_rows_of(manager)
         await manager.open()
         stored = [upload() for _ in range(ROUNDS)]
-        rows = blob_rows_of(manager)
         for row in stored:
             await rows.add_blob(row)
         await manager.close()

@@ -68,7 +68,7 @@ class LogOperation(Struct, frozen=True, omit_defaults=True, rename={"resource_id
 
     @property
     def is_about_a_resource(self) -> bool:
-        """Whether `resource_id` is the id of a resource."""
+        """True if `resource_id` is the id of a resource."""
         return self.kind in ("put", "index", "purge")
 
     @property

@@ -40,7 +40,7 @@ class WriteRequest(NamedTuple):
 
     @property
     def writes_resources(self) -> bool:
-        """Whether this is a commit of changes."""
+        """True if this is a commit of changes."""
         return not self.entries and self.blobs is None
 
 
