@@ -20,6 +20,10 @@ FORK = [
 ]
 NEIGHBOURS = ["tests/stores/test_neighbours.py"]
 STOPPED = ["tests/stores/test_stopped_process.py"]
+POSTGRES_BLOBS = ["tests/stores/test_postgres_blobs.py"]
+POSTGRES_SNAPSHOTS = ["tests/stores/test_postgres_snapshots.py", "tests/stores/test_pins.py"]
+REDIS_BLOBS = ["tests/stores/redis"]
+OLDER = ["tests/stores/test_older_program.py"]
 DAMAGED = [f"tests/stores/damaged/test_{part}.py" for part in ("resources", "stores")]
 SECRETS = ["tests/test_secrets.py", "tests/test_secrets_of_programs.py"]
 P = "app/autocrud/resource_manager/backends/s3_sqlite/"
@@ -340,5 +344,131 @@ STORE_MUTANTS = [
         'self._address.hide(str(error).partition(", with args beginning with")[0])',
         "str(error)",
         SECRETS,
+    ),
+    (
+        "a removal in PostgreSQL looks for uses before it waits",
+        M + "backends/postgres/blob_schema.py",
+        "(SELECT key FROM <blobs> WHERE key = ANY (keys_) ORDER BY key FOR UPDATE) locked;",
+        "(SELECT key FROM <blobs> WHERE key = ANY (keys_) ORDER BY key) locked;",
+        POSTGRES_BLOBS,
+    ),
+    (
+        "a removal in PostgreSQL locks rows in another order",
+        M + "backends/postgres/blob_schema.py",
+        "ORDER BY key FOR UPDATE",
+        "ORDER BY key DESC FOR UPDATE",
+        POSTGRES_BLOBS,
+    ),
+    (
+        "a commit in PostgreSQL does not lock the rows that it names",
+        M + "backends/postgres/schema.py",
+        "ORDER BY key FOR KEY SHARE",
+        "ORDER BY key",
+        POSTGRES_BLOBS,
+    ),
+    (
+        "uploads and removals in PostgreSQL do not take turns",
+        M + "backends/postgres/blob_schema.py",
+        "INTO state_ FROM <blob-state> FOR UPDATE;",
+        "INTO state_ FROM <blob-state>;",
+        POSTGRES_BLOBS,
+    ),
+    (
+        "functions of older programs stay in PostgreSQL",
+        M + "backends/postgres/blob_schema.py",
+        "            await connection.execute(refusal.encode())",
+        "            pass",
+        OLDER,
+    ),
+    (
+        "older programs start beside blobs in PostgreSQL",
+        M + "backends/postgres/blob_schema.py",
+        "array_append(array_remove(uniques, <marker>), <marker>)",
+        "uniques",
+        OLDER,
+    ),
+    (
+        "a newer format in PostgreSQL is written to",
+        M + "backends/postgres/schema.py",
+        "IF format_ > <format> THEN",
+        "IF FALSE THEN",
+        POSTGRES_BLOBS,
+    ),
+    (
+        "a purge in PostgreSQL leaves uses",
+        M + "backends/postgres/schema.py",
+        "DELETE FROM <blob-uses> WHERE id = c->>'id';",
+        "PERFORM 1;",
+        ["tests/stores/test_postgres.py"],
+    ),
+    (
+        "a pin in PostgreSQL is gone while it is renewed",
+        M + "meta_store/postgres_snapshots.py",
+        'await self._changed(f"DELETE FROM <pins> WHERE {_LAPSED}", (snapshots.PIN_LIFE_S,))\n',
+        'return bool(await self._rows(f"SELECT 1 FROM <pins> WHERE NOT {_LAPSED}", (snapshots.PIN_LIFE_S,)))\n',
+        POSTGRES_SNAPSHOTS,
+    ),
+    (
+        "a snapshot of PostgreSQL has the limits of other transactions",
+        M + "backends/postgres/session.py",
+        'f"SET LOCAL {name} = 0; "',
+        "f\"SELECT '{name}'; \"",
+        POSTGRES_SNAPSHOTS,
+    ),
+    (
+        "a snapshot of PostgreSQL shows several moments",
+        M + "backends/postgres/session.py",
+        "set_isolation_level(IsolationLevel.REPEATABLE_READ)",
+        "set_isolation_level(IsolationLevel.READ_COMMITTED)",
+        POSTGRES_SNAPSHOTS,
+    ),
+    (
+        "a key without a row is named in Redis",
+        M + "backends/redis/scripts.py",
+        "if not before[key] and not row_of(key) then return key end",
+        "",
+        REDIS_BLOBS,
+    ),
+    (
+        "a used row is removed from Redis",
+        M + "backends/redis/blob_scripts.py",
+        "if redis.call('ZCARD', uses_of(key)) == 0 then",
+        "if true then",
+        REDIS_BLOBS,
+    ),
+    (
+        "a purge in Redis leaves uses",
+        M + "backends/redis/scripts.py",
+        "      if number then unname(c, number) end\n",
+        "",
+        REDIS_BLOBS,
+    ),
+    (
+        "a newer format in Redis is written to",
+        M + "backends/redis/script_parts.py",
+        "if format > KNOWN then return say('format', format) end",
+        "",
+        REDIS_BLOBS,
+    ),
+    (
+        "older programs write beside blobs in Redis",
+        M + "backends/redis/blob_scripts.py",
+        "'format', 2, 'unique', unique)",
+        "'format', 2)",
+        OLDER,
+    ),
+    (
+        "a large resource in Redis is read while it changes",
+        M + "meta_store/redis_snapshots.py",
+        "if (after.version, after.nonce) == (meta.version, meta.nonce):",
+        "if True:",
+        REDIS_BLOBS,
+    ),
+    (
+        "rows of blobs in Redis are read when they are needed",
+        M + "meta_store/redis_snapshots.py",
+        "await self._spool.add_blob_rows([row_of(row) for row in rows])",
+        "pass",
+        REDIS_BLOBS,
     ),
 ]

@@ -143,19 +143,34 @@ async def test_a_removal_waits_for_an_upload_of_its_key(store: PostgresMetaStore
     assert (await store.blob_epoch(), await store.blob_usage()) == (0, BlobUsage(1, 3))
 
 
-async def test_commits_and_removals_in_opposite_orders_do_not_deadlock(store: PostgresMetaStore, caplog):
-    """Otherwise PostgreSQL would end one of them after a second, and log it."""
+@pytest.mark.parametrize("first", ["commit", "removal"])
+async def test_commits_and_removals_lock_rows_in_one_order(store: PostgresMetaStore, caplog, first):
+    """Otherwise each would hold rows that the other one needs, and PostgreSQL would end one of them, and log it."""
     rows = sorted((upload() for _ in range(6)), key=lambda row: row.key)
     for row in rows:
         await store.add_blob(row)
     keys = [row.key for row in rows]
     caplog.set_level("INFO", "crudstack.postgres")
-    await asyncio.gather(
-        *(store.commit([naming(f"{at}-a", *keys), naming(f"{at}-b", keys[0])]) for at in range(20)),
-        *(store.commit([naming(f"{at}-c", keys[-1]), naming(f"{at}-d", keys[0])]) for at in range(20)),
-        *(store.remove_blobs(keys[::-1]) for _ in range(20)),
-        return_exceptions=True,
-    )
+    work = [
+        lambda: store.commit([naming("a", *keys), naming("b", keys[0])]),
+        lambda: store.remove_blobs(keys[::-1]),
+    ]
+    async with opened(store) as transaction:
+        await transaction.connection.execute(
+            store._filled("SELECT 1 FROM <blobs> WHERE key = %s FOR UPDATE"), (keys[3],)
+        )
+        tasks = []
+        for call in work if first == "commit" else work[::-1]:
+            tasks.append(asyncio.create_task(call()))
+            await waiting(tasks[-1])
+        await transaction.connection.commit()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    committed, removed = results if first == "commit" else results[::-1]
+    if isinstance(committed, BlobGone):
+        assert removed == keys[::-1]
+    else:
+        assert removed == []
+        assert [meta.resource_id for meta in committed] == ["a", "b"]
     assert not [message for message in caplog.messages if "ended the transaction" in message]
 
 
