@@ -170,9 +170,6 @@ class SimulatedSlow(MemoryMetaStore):
     async def keep_findings(self, findings):
         self.kept = findings
 
-    async def stored_keys(self, after="", limit=500):
-        return []
-
     async def pause(self) -> None:
         slow = self.world.random.random() < self.world.trouble / 3
         await asyncio.sleep(self.world.random.uniform(0, 3) if slow else self.world.random.expovariate(50))

@@ -82,10 +82,6 @@ async def test_a_snapshot_has_keys_and_rows_of_its_moment(store: PostgresMetaSto
         assert await snapshot.blob_rows(keys[::-1]) == rows[::-1]
         expected = StoredKey(key="a", request="request", time=5, results=(meta_of("r"), None))
         assert [key async for key in snapshot.keys()] == [expected]  # noqa: SIM118 - no mapping
-    stored = await store.stored_keys()
-    assert [key.key for key in stored] == ["a", "b"]
-    assert await store.stored_keys("", 1) == stored[:1]
-    assert await store.stored_keys("a") == stored[1:]
 
 
 async def test_a_snapshot_outlasts_the_limits_of_other_transactions(store: PostgresMetaStore, monkeypatch):

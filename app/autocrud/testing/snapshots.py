@@ -9,13 +9,14 @@ import itertools
 import msgspec
 import pytest
 
-from ..errors import WriteContention
+from ..errors import StoreDamaged, WriteContention
 from ..resource_manager.basic import ResourceMeta, RevisionInfo
 from ..resource_manager.contract.snapshots import SnapshotReading, StorageSnapshot
 from ..resource_manager.core import ResourceManager
 from ..resource_manager.engine.operations import Update
 from ..resource_manager.storage.snapshots import open_any_snapshot
 from .base import Conformance, keyed
+from .blobs import NamedBlobs, blob_rows_of, upload
 from .model import Item, storage_of
 
 ACCOUNTS, TOTAL = 8, 800
@@ -124,6 +125,28 @@ class SnapshotConformance(Conformance):
             stop.set()
             steps = await asyncio.gather(*writers)
         assert min(steps) > 1
+
+    @pytest.mark.parametrize("each_resource", [False, True])
+    async def test_a_snapshot_has_the_rows_of_blobs_that_were_removed_since(
+        self, manager: ResourceManager[Item], each_resource: bool
+    ) -> None:
+        await manager.open()
+        stored, names = blob_rows_of(manager), NamedBlobs(manager.storage)
+        rows = [upload(b"one"), upload(b"two"), upload(b"one")]
+        for row in rows:
+            await stored.add_blob(row)
+        keys = [row.key for row in rows]
+        names.by_resource["r"] = tuple(keys)
+        await manager.create(Item(text="1"), resource_id="r", status="draft")
+        async with open_any_snapshot(manager.storage, each_resource=each_resource) as snapshot:
+            await read(snapshot)
+            names.by_resource["r"] = ()
+            await manager.modify("r", Item(text="2"))
+            assert await stored.remove_blobs(keys) == keys
+            assert await snapshot.blob_rows(keys[::-1]) == rows[::-1]
+            assert await snapshot.blob_rows([]) == []
+            with pytest.raises(StoreDamaged):
+                await snapshot.blob_rows([upload().key])
 
     async def test_a_snapshot_does_not_change(self, manager: ResourceManager[Item]) -> None:
         for rid in ("a", "b", "purged"):

@@ -74,15 +74,6 @@ class SnapshotReading(Protocol):
 
 
 @runtime_checkable
-class KeyListing(Protocol):
-    """A MetaStore that lists the results that it keeps for Idempotency-Keys, page by page and not as at one moment."""
-
-    @abstractmethod
-    async def stored_keys(self, after: str = "", limit: int = 500) -> list[StoredKey]:
-        """Return the results of up to `limit` keys that follow `after`, by ascending key."""
-
-
-@runtime_checkable
 class BodySnapshots(Protocol):
     """A ResourceStore that can be read as at one moment. Used within the context of a MetaSnapshot."""
 

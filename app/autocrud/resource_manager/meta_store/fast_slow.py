@@ -49,13 +49,12 @@ from ..basic import (
     Reindex,
     ResourceMeta,
     RevisionInfo,
-    StoredKey,
 )
 from ..contract.blobs import BlobRows, BlobUsage, BlobUse
 from ..contract.metadata_codec import encoder, meta_of
 from ..contract.overrides import check_meta_store
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
-from ..contract.snapshots import KeyListing, MetaSnapshot, Pinning, SnapshotReading
+from ..contract.snapshots import MetaSnapshot, Pinning, SnapshotReading
 from ..contract.store_errors import missing
 from ..runtime.threads import shielded
 
@@ -88,7 +87,7 @@ class Fence(NamedTuple):
 
 
 @runtime_checkable
-class Slow(IndexMigration, FindingsKeeping, MetaSweeping, BlobRows, Pinning, SnapshotReading, KeyListing, Protocol):
+class Slow(IndexMigration, FindingsKeeping, MetaSweeping, BlobRows, Pinning, SnapshotReading, Protocol):
     """The abilities that a slow store needs. All processes see the same state of it."""
 
     async def get_fenced(self, resource_id: str) -> tuple[Fence, ResourceMeta | None]:
@@ -122,7 +121,6 @@ class FastSlowMetaStore(
     BlobRows,
     Pinning,
     SnapshotReading,
-    KeyListing,
 ):
     """A durable MetaStore with a cache for `get` in front.
 
@@ -436,10 +434,6 @@ class FastSlowMetaStore(
     @override
     def snapshot(self) -> AbstractAsyncContextManager[MetaSnapshot]:
         return self._slow.snapshot()
-
-    @override
-    async def stored_keys(self, after: str = "", limit: int = 500) -> list[StoredKey]:
-        return await self._slow.stored_keys(after, limit)
 
     # Maintenance
 

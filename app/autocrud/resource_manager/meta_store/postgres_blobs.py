@@ -24,7 +24,12 @@ class PostgresBlobRows(PostgresAccess, BlobRows):
     def bind(self, spec: ModelSpec) -> None:
         super().bind(spec)
         self._blobs = BlobSchema(self._schema)
-        self._has_blob_tables = self._blobs_ready = False  # once true, they stay true
+        self._has_blob_tables = self._blobs_ready = False  # once true, they stay true until `close`
+
+    @override
+    async def close(self) -> None:
+        self._has_blob_tables = self._blobs_ready = False
+        await super().close()
 
     @override
     async def blob_epoch(self) -> int:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from typing_extensions import override
 
-from ..backends.postgres.snapshot import KEY_COLUMNS, PostgresSnapshot, stored_key
-from ..basic import StoredKey
+from ..backends.postgres.snapshot import PostgresSnapshot
 from ..contract import snapshots
-from ..contract.snapshots import KeyListing, MetaSnapshot, Pinning, SnapshotReading
+from ..contract.snapshots import MetaSnapshot, Pinning, SnapshotReading
 from .postgres_access import PostgresAccess
 
 _LAPSED = "abs(extract(epoch FROM now() - time)) >= %s"
 """The condition for pins that were not renewed in time. A time in the future is of a clock that was set back."""
 
 
-class PostgresSnapshots(PostgresAccess, Pinning, SnapshotReading, KeyListing):
+class PostgresSnapshots(PostgresAccess, Pinning, SnapshotReading):
     """A MetaStore in PostgreSQL with pins and snapshots."""
 
     @override
@@ -52,12 +50,3 @@ class PostgresSnapshots(PostgresAccess, Pinning, SnapshotReading, KeyListing):
         await self._opened()
         async with self._pool().own_connection() as connection, connection.snapshot_transaction():
             yield PostgresSnapshot(connection, self._schema)
-
-    @override
-    async def stored_keys(self, after: str = "", limit: int = 500) -> list[StoredKey]:
-        rows = await self._rows(
-            f"SELECT {KEY_COLUMNS} FROM <done> WHERE key IN"
-            " (SELECT DISTINCT key FROM <done> WHERE key > %s ORDER BY key LIMIT %s) ORDER BY key, operation",
-            (after, limit),
-        )
-        return [stored_key(list(of_key)) for _, of_key in itertools.groupby(rows, key=lambda row: row[0])]

@@ -1,7 +1,7 @@
 """Each resource of a storage as at some moment, for stores that cannot be read as at one moment.
 
 A resource is read, and then its metadata again. If a commit came between, it is read again. So its metadata, its
-records and, without a pin, its bodies belong together.
+records, the rows of its blobs and, without a pin, its bodies belong together.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing_extensions import override
 from ...errors import ResourceNotFound, StoreDamaged, WriteContention
 from ...query import Query
 from ..basic import READ_AT_ONCE, BlobRow, IStorage, ResourceMeta, RevisionInfo, StoredKey
-from ..contract.blobs import BlobRows
 from ..contract.snapshots import BodySnapshot, MetaSnapshot
+from .kept_rows import KeptRows
 
 MAX_ATTEMPTS = 100
 """How often a resource is read that changes each time."""
@@ -36,7 +36,7 @@ class EachResource(MetaSnapshot, BodySnapshot):
 
     storage    used through `IStorage` alone
     stored     the bodies of the storage
-    blob_rows  the MetaStore, if it keeps rows of blobs
+    blob_rows  keeps the rows of blobs; None if the store has none
     keys_of    opens a moment of the store, of which the keys of requests are read; None: there are none
     pinned     whether a pin keeps bodies; if not, the bodies of small resources are read with their records
     """
@@ -45,7 +45,7 @@ class EachResource(MetaSnapshot, BodySnapshot):
         self,
         storage: IStorage,
         stored: BodySnapshot,
-        blob_rows: BlobRows | None,
+        blob_rows: KeptRows | None,
         keys_of: Callable[[], AbstractAsyncContextManager[MetaSnapshot]] | None,
         *,
         pinned: bool,
@@ -81,6 +81,8 @@ class EachResource(MetaSnapshot, BodySnapshot):
                 records.clear()
                 async for record in self._records(meta):
                     records.add(record)
+                if self._blob_rows is not None:
+                    await self._blob_rows.keep(records)
                 bodies = {} if self._pinned else await self._bodies_of(records)
                 now = await self._storage.get(meta.resource_id)
                 if (now.version, now.nonce) == (meta.version, meta.nonce):
@@ -130,13 +132,11 @@ class EachResource(MetaSnapshot, BodySnapshot):
 
     @override
     async def blob_rows(self, keys: Sequence[str]) -> list[BlobRow]:
-        rows = {}
         if self._blob_rows is not None:
-            rows = {row.key: row for row in await self._blob_rows.blobs([key.partition("/")[0] for key in keys])}
-        missing = [key for key in keys if key not in rows]
-        if missing:
-            raise StoreDamaged(f"the file {missing[0]} is missing, although a revision names it")
-        return [rows[key] for key in keys]
+            return await self._blob_rows.get(keys)
+        if keys:
+            raise StoreDamaged(f"the file {keys[0]} is missing, although a revision names it")
+        return []
 
 
 class _Records:

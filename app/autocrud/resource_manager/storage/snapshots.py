@@ -37,6 +37,7 @@ from ..contract.snapshots import (
 )
 from .each_resource import EachResource
 from .held_pin import HeldPin
+from .kept_rows import KeptRows
 
 
 @asynccontextmanager
@@ -71,7 +72,9 @@ async def open_snapshot(
             bodies = await _bodies(resource_store, context, later=not meta.one_moment)
         else:
             decides = resource_store if records else meta_store
-            blob_rows = decides if isinstance(decides, BlobRows) else None
+            blob_rows = KeptRows(decides) if isinstance(decides, BlobRows) else None
+            if blob_rows is not None:
+                context.push_async_callback(blob_rows.close)
             stored = await _bodies(resource_store, context, later=True)
             keys_of: Callable[[], AbstractAsyncContextManager[MetaSnapshot]] | None = None
             if records and isinstance(resource_store, RecordSnapshots):

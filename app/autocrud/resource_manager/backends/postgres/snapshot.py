@@ -51,13 +51,13 @@ class PostgresSnapshot(MetaSnapshot):
     @override
     async def keys(self) -> AsyncIterator[StoredKey]:
         rows: list[tuple[Any, ...]] = []
-        async for row in self._cursor(f"SELECT {KEY_COLUMNS} FROM <done> ORDER BY key, operation"):
+        async for row in self._cursor("SELECT key, request, time, doc FROM <done> ORDER BY key, operation"):
             if rows and rows[0][0] != row[0]:
-                yield stored_key(rows)
+                yield _stored_key(rows)
                 rows = []
             rows.append(row)
         if rows:
-            yield stored_key(rows)
+            yield _stored_key(rows)
 
     @override
     async def blob_rows(self, keys: Sequence[str]) -> list[BlobRow]:
@@ -86,11 +86,7 @@ class PostgresSnapshot(MetaSnapshot):
             await self._connection.execute(f"CLOSE {name}".encode())
 
 
-KEY_COLUMNS = "key, request, time, doc"
-"""The columns of `{t}:done` that `stored_key` takes."""
-
-
-def stored_key(rows: Sequence[tuple[Any, ...]]) -> StoredKey:
+def _stored_key(rows: Sequence[tuple[Any, ...]]) -> StoredKey:
     """Return the results of one Idempotency-Key, from its rows in the order of the operations."""
     key, request, time, _ = rows[0]
     return StoredKey(
