@@ -18,6 +18,7 @@ survive a crash sets `durable = True`. `app.autocrud.testing` has the tests that
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Hashable, Sequence
@@ -181,6 +182,12 @@ class ResourceStore(Store):
     @abstractmethod
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         """Store a body, durably if the store is durable. Idempotent: a uid is always put with the same body."""
+
+    async def put_many(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
+        """Store several bodies under the uids of their records, like `put`."""
+        for start in range(0, len(bodies), READ_AT_ONCE):
+            some = bodies[start : start + READ_AT_ONCE]
+            await asyncio.gather(*(self.put(info.uid, info, body) for info, body in some))
 
     @abstractmethod
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:

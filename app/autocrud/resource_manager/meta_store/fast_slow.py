@@ -51,12 +51,14 @@ from ..basic import (
     RevisionInfo,
 )
 from ..contract.blobs import BlobRows, BlobUsage, BlobUse
+from ..contract.import_journal import ImportKeeping
 from ..contract.metadata_codec import encoder, meta_of
 from ..contract.overrides import check_meta_store
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
 from ..contract.snapshots import MetaSnapshot, Pinning, SnapshotReading
 from ..contract.store_errors import missing
 from ..runtime.threads import shielded
+from .slow_imports import SlowImports
 
 if TYPE_CHECKING:
     from ..backends.redis.lease import Lease, Leases
@@ -87,7 +89,7 @@ class Fence(NamedTuple):
 
 
 @runtime_checkable
-class Slow(IndexMigration, FindingsKeeping, MetaSweeping, BlobRows, Pinning, SnapshotReading, Protocol):
+class Slow(IndexMigration, FindingsKeeping, MetaSweeping, BlobRows, Pinning, SnapshotReading, ImportKeeping, Protocol):
     """The abilities that a slow store needs. All processes see the same state of it."""
 
     async def get_fenced(self, resource_id: str) -> tuple[Fence, ResourceMeta | None]:
@@ -99,8 +101,8 @@ class Slow(IndexMigration, FindingsKeeping, MetaSweeping, BlobRows, Pinning, Sna
     async def adopt(self, server_epoch: str, lease_s: float, min_age_s: float) -> Fence:
         """Make this the epoch in use, with leases of at least this length, and return the new fence.
 
-        Does nothing if it is in use already, or if the epoch in use is younger than `min_age_s` seconds. In any case a
-        second step notes the age, if it is not known yet.
+        Does nothing if it is in use already, or if the epoch in use is younger than `min_age_s` seconds. In any case,
+        a second step notes the age if it is not known yet.
         """
 
 
@@ -121,6 +123,7 @@ class FastSlowMetaStore(
     BlobRows,
     Pinning,
     SnapshotReading,
+    SlowImports,
 ):
     """A durable MetaStore with a cache for `get` in front.
 
@@ -151,6 +154,11 @@ class FastSlowMetaStore(
             None  # the id of the slow store, with which its entries begin; None until the fence was read
         )
         self._skip_until = self._adopt_after = float("-inf")
+
+    @property
+    @override
+    def _import_keeping(self) -> ImportKeeping:
+        return self._slow
 
     @property
     @override

@@ -50,6 +50,7 @@ from ..basic import (
     RevisionInfo,
     Version,
 )
+from ..contract.import_journal import forget_purged
 from ..contract.metadata_codec import hit_of, info_of, meta_of
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping
 from ..contract.store_errors import (
@@ -66,6 +67,7 @@ from ..runtime.threads import shielded
 from .fast_slow import Fence
 from .postgres_access import server_error
 from .postgres_blobs import PostgresBlobRows
+from .postgres_imports import PostgresImports
 from .postgres_snapshots import PostgresSnapshots
 
 SCAN_PAGE = 500
@@ -75,7 +77,9 @@ FENCE = """fast_life, fast_lease, CASE fast_since WHEN '-infinity' THEN 'infinit
 ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) END, fast_store"""
 
 
-class PostgresMetaStore(PostgresBlobRows, PostgresSnapshots, IndexMigration, FindingsKeeping, MetaSweeping):
+class PostgresMetaStore(
+    PostgresBlobRows, PostgresSnapshots, PostgresImports, IndexMigration, FindingsKeeping, MetaSweeping
+):
     """A MetaStore in tables of a PostgreSQL database. Durable, and shared by any number of processes.
 
     pg_dsn      the address of the database. TLS as in libpq: `?sslmode=verify-full&sslrootcert=...`
@@ -200,6 +204,7 @@ class PostgresMetaStore(PostgresBlobRows, PostgresSnapshots, IndexMigration, Fin
         return await shielded(asyncio.ensure_future(self._commit(list(changes), once)))
 
     async def _commit(self, changes: list[Change], once: IdempotentCommit | None) -> list[ResourceMeta]:
+        await forget_purged(self, changes)
         await self._write(CommitArguments(changes, once, await self._opened(), self._encode))
         return [change.meta for change in changes]
 

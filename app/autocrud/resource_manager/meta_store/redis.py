@@ -54,11 +54,13 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
+from ..contract.import_journal import forget_purged
 from ..contract.metadata_codec import meta_of
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping
 from ..contract.store_errors import blob_gone, check_expectation, expectation_of, missing
 from .redis_access import PAUSE_S
 from .redis_blobs import RedisBlobRows
+from .redis_imports import RedisImports
 from .redis_snapshots import RedisSnapshots
 from .simple import SCAN_PAGE
 
@@ -67,7 +69,7 @@ T = TypeVar("T")
 HIGHEST = 2**53
 
 
-class RedisMetaStore(RedisBlobRows, RedisSnapshots, IndexMigration, FindingsKeeping, MetaSweeping):
+class RedisMetaStore(RedisBlobRows, RedisSnapshots, RedisImports, IndexMigration, FindingsKeeping, MetaSweeping):
     """A MetaStore in Redis or Valkey.
 
     redis_url  redis://, rediss:// (TLS) or unix://, with user and password, and the options of the driver
@@ -157,6 +159,7 @@ class RedisMetaStore(RedisBlobRows, RedisSnapshots, IndexMigration, FindingsKeep
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         if not changes and once is None:
             return []
+        await forget_purged(self, changes)
 
         def arguments(unique: list[str]) -> list[Any]:
             return [*self._arguments.once(once, changes), *self._arguments.changes(changes, unique)]

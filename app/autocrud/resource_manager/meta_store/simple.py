@@ -21,6 +21,7 @@ from ..backends.sqlite.blob_rows import DatabaseBlobRows
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase, MemoryDatabase
 from ..backends.sqlite.findings_table import keep_findings, read_findings
+from ..backends.sqlite.import_keeping import DatabaseImportKeeping
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     Change,
@@ -44,7 +45,9 @@ from .pinning import FilePinning, MemoryPinning
 SCAN_PAGE = 500
 
 
-class _TablesMetaStore(DatabaseBlobRows, MetaStore, SnapshotReading, IndexMigration, MetaSweeping):
+class _TablesMetaStore(
+    DatabaseBlobRows, DatabaseImportKeeping, MetaStore, SnapshotReading, IndexMigration, MetaSweeping
+):
     """A MetaStore whose truth is `ResourceTables` in a database."""
 
     _db: MemoryDatabase | FileDatabase

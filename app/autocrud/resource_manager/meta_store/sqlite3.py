@@ -49,7 +49,9 @@ from ..basic import (
     RevisionInfo,
 )
 from ..contract.blobs import BlobRows, BlobUsage, BlobUse
+from ..contract.import_journal import forget_purged
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
+from .s3_imports import S3ImportKeeping
 from .s3_pinning import S3Pinning
 from .simple import SCAN_PAGE
 
@@ -61,7 +63,9 @@ Consistency = Literal["strong", "bounded", "local"]
 MAX_EDITS = 50
 
 
-class S3SqliteMetaStore(MetaStore, S3Pinning, Freshness, IndexMigration, FindingsKeeping, MetaSweeping, BlobRows):
+class S3SqliteMetaStore(
+    MetaStore, S3Pinning, S3ImportKeeping, Freshness, IndexMigration, FindingsKeeping, MetaSweeping, BlobRows
+):
     """A MetaStore in a SQLite database whose durable form is a log and snapshots on S3.
 
     bucket, key        all objects lie below `{key}/`. A plain database that `export` wrote to `key` itself is imported
@@ -278,6 +282,7 @@ class S3SqliteMetaStore(MetaStore, S3Pinning, Freshness, IndexMigration, Finding
 
     @override
     async def commit(self, changes: Sequence[Change], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
+        await forget_purged(self, changes)
         return await self._write(WriteRequest(changes=changes, once=once))
 
     async def _write(self, work: WriteRequest) -> list[Any]:
@@ -316,6 +321,7 @@ class S3SqliteMetaStore(MetaStore, S3Pinning, Freshness, IndexMigration, Finding
             if schema is None or await self._replace_schema(state, schema):
                 return
 
+    @override
     async def _edit(self, edit: HeadEdit) -> Head | None:
         return await self._loop_state().committer.edit(edit)
 

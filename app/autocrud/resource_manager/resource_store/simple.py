@@ -26,6 +26,7 @@ from ...errors import ConfigError, StoreDamaged, StoreUnavailable
 from ..backends.sqlite.blob_rows import DatabaseBlobRows
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase
+from ..backends.sqlite.import_keeping import DatabaseImportKeeping
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import Change, CommitResult, Encoding, IdempotentCommit, ModelSpec, ResourceStore, RevisionInfo, Write
 from ..contract.protocols import BodySweeping, RecordKeeping
@@ -91,7 +92,13 @@ def _lost(uid: str) -> StoreDamaged:
 
 
 class DiskResourceStore(
-    DatabaseBlobRows, StagedResourceStore, BodySweeping, RecordKeeping, BodySnapshots, RecordSnapshots
+    DatabaseBlobRows,
+    DatabaseImportKeeping,
+    StagedResourceStore,
+    BodySweeping,
+    RecordKeeping,
+    BodySnapshots,
+    RecordSnapshots,
 ):
     """Bodies as rows of `rootdir/bodies.sqlite`. It also keeps the records for a MetaStore that is not durable.
 
@@ -127,6 +134,11 @@ class DiskResourceStore(
     @override
     async def put(self, uid: str, info: RevisionInfo, body: bytes) -> None:
         await self._db.write(lambda db: _put(db, [(uid, body)]))
+
+    @override
+    async def put_many(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
+        rows = [(info.uid, body) for info, body in bodies]
+        await self._db.write(lambda db: _put(db, rows))
 
     @override
     def put_stage(self, bodies: Sequence[tuple[str, bytes]]) -> Stage:

@@ -33,6 +33,11 @@ class HeldPin:
         self._lost = False
         self._renewing: asyncio.Task[None] | None = None
 
+    @property
+    def name(self) -> str:
+        """The name of the pin in the MetaStore."""
+        return self._pin
+
     async def __aenter__(self) -> Self:
         if self._pinning is not None:
             await self._pinning.add_pin(self._pin)

@@ -8,6 +8,7 @@ This module only composes others. These modules do the work, and state the invar
 - `sweeping` removes orphaned bodies (M2: a body that was swept cannot be committed),
 - `dropped_bodies` removes bodies whose records were removed, and `blobs` stores and removes files (F1 to F4),
 - `snapshots` reads one moment for exports (P1, P2). All removals obey pins, except those of a purge,
+- `imports` keeps the journal of an import (J1 to J4),
 - `opening` opens and rebuilds, `reindexing` completes the index (R1 to R5),
 - `unique_values` reserves values of unique fields if the commit is a record on disk.
 
@@ -67,6 +68,7 @@ from .blobs import KEEP_UPLOADS_S, BlobSweep, StoredBlobs
 from .commits import AnnouncedCommits, Commits, MetaStoreCommits, RecordCommits, new_bodies
 from .disk_pair import DiskPair
 from .dropped_bodies import DroppedBodies
+from .imports import StorageImports
 from .opening import Opening, rebuild
 from .reindexing import Reindexing
 from .snapshots import open_snapshot
@@ -79,7 +81,7 @@ MAX_RENEWALS = 8
 """How often a commit may fail because a sweep was faster. Each time, the bodies are put again under new uids."""
 
 
-class SimpleStorage(IStorage, SnapshotStorage, BlobStorage):
+class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, StorageImports):
     """A MetaStore, a ResourceStore and perhaps a BlobStore as one storage.
 
     If a MemoryMetaStore is combined with a ResourceStore on S3, an index on S3 beside the bodies replaces it, because
@@ -122,15 +124,16 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage):
             self._pair = DiskPair(meta_store, resource_store)
         self._before_open, self.keep_uploads_s = before_open, keep_uploads_s
         self._opening = Opening()
-        self._sweep = Sweep(self.meta_store, resource_store)
-        pinning = self.meta_store if isinstance(self.meta_store, Pinning) else None
-        self._dropped = DroppedBodies(resource_store, pinning)
+        self._compose_imports()
+        pins = self._pins
+        self._sweep = Sweep(self.meta_store, resource_store, pins)
+        self._dropped = DroppedBodies(resource_store, pins)
         self._blobs: StoredBlobs | None = None
         self._blob_sweep: BlobSweep | None = None
         blob_rows = self.meta_store if self._records is None else resource_store
         if blob_store is not None and isinstance(blob_rows, BlobRows):
             self._blobs = StoredBlobs(blob_rows, blob_store)
-            self._blob_sweep = BlobSweep(blob_rows, blob_store, pinning, keep_uploads_s)
+            self._blob_sweep = BlobSweep(blob_rows, blob_store, pins, keep_uploads_s)
         self._compose(ModelSpec("unbound"))
 
     def _compose(self, spec: ModelSpec) -> None:
@@ -320,7 +323,7 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage):
 
     @override
     async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
-        released = await self._blobs_of_purged(writes)
+        released, kept = await self._blobs_of_purged(writes), await self._kept_of_purged(writes)
         for _ in range(MAX_RENEWALS):
             try:
                 committed = await self._commit(writes, once)
@@ -342,6 +345,8 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage):
                 "bodies were swept faster than they could be written; nothing was changed, try again"
             )
         await self._dropped.remove_of(writes)
+        await self._dropped.remove([record.uid for record in kept])
+        released.update(key for record in kept for key in record.blobs)
         if released and self._blobs is not None:
             await self._blobs.release_purged(released)
         return committed

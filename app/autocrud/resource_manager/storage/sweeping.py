@@ -28,10 +28,10 @@ class Sweep:
     Does nothing if a store lacks the ability (MetaSweeping, BodySweeping).
     """
 
-    def __init__(self, meta_store: MetaStore, resource_store: ResourceStore) -> None:
+    def __init__(self, meta_store: MetaStore, resource_store: ResourceStore, pins: Pinning | None = None) -> None:
         self._references = meta_store if isinstance(meta_store, MetaSweeping) else None
         self._bodies = resource_store if isinstance(resource_store, BodySweeping) else None
-        self._pinning = meta_store if isinstance(meta_store, Pinning) else None
+        self._pins = pins
         self._resource_store = resource_store
         self._generation = 0
         self._after = ""  # the last uid that this sweep looked at; empty between two sweeps
@@ -75,7 +75,7 @@ class Sweep:
             return ""
         orphans = await self._references.unreferenced(uids)
         if orphans:
-            if self._pinning is not None and await self._pinning.has_pins():
+            if self._pins is not None and await self._pins.has_pins():
                 return ""
             await self._resource_store.delete(orphans)
         return uids[-1]

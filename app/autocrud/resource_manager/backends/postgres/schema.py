@@ -11,6 +11,7 @@
     {t}:specs          the sets of indexed fields, with their kinds, under which rows were written
     {t}:state          one row: format, generation, unique fields, findings (see `storage.reindexing`), and the server
                        epoch of the cache that is in use (see `meta_store.fast_slow`)
+    {t}:import         the entries of the journal of an import: see `contract.import_journal`
     {t}:pins           the pins of exports and imports, with the time of the last renewal by the clock of the server
     {t}:blobs, {t}:blob-uses, {t}:blob-state
                        see `blob_schema`; they exist only if an upload was received
@@ -53,7 +54,7 @@ UNKNOWN_FORMAT, NO_BLOB, QUOTA = "CS007", "CS008", "CS009"
 FORMAT = 2
 """The newest format of a store that this program knows: format 1, and blobs (P5)."""
 PARTS = (
-    *("revisions", "unique", "shared-values", "done", "recent", "specs", "state", "pins"),
+    *("revisions", "unique", "shared-values", "done", "recent", "specs", "state", "pins", "import"),
     *("blobs", "blob-uses", "blob-state"),
 )
 
@@ -166,6 +167,7 @@ ALTER TABLE <state> ADD COLUMN IF NOT EXISTS fast_life text, ADD COLUMN IF NOT E
   ADD COLUMN IF NOT EXISTS fast_store text NOT NULL DEFAULT gen_random_uuid()::text;
 INSERT INTO <state> (one, format, generation, uniques, findings) VALUES (1, 1, 0, '{}', '{"healed":true}')
 ON CONFLICT DO NOTHING;
+CREATE TABLE IF NOT EXISTS <import> (name text COLLATE "C" PRIMARY KEY, value bytea NOT NULL);
 CREATE TABLE IF NOT EXISTS <pins> (pin text PRIMARY KEY, time timestamptz NOT NULL DEFAULT now());
 """
 

@@ -5,6 +5,7 @@
     seg/{ver}-{first}-{uuid}           a segment: older log records; immutable
     snap/{ver}-{seq}-{uuid}.sqlite     a snapshot: an ordinary SQLite file; immutable
     race/{uuid}                        written and deleted during the race check
+    import/{name}                      an entry of the journal of an import; the state of the import is in HEAD
     pin/{pin}                          shows when a pin was renewed last: see pins
 
 The name of a segment or snapshot starts with the version of the first HEAD that can refer to it. So if that version is
@@ -116,6 +117,7 @@ class Head(Struct, frozen=True, kw_only=True):
     findings: Findings = Findings()  # what was found when the model was indexed
     blob_epoch: int = 0  # see `contract.blobs`, F2. Left out if it is 0
     pins: tuple[str, ...] = ()  # while there are any, no bodies and blobs are removed. Left out if there are none
+    importing: bytes = b""  # the state of an import: see `contract.import_journal`. Left out if it is empty
     past: tuple[tuple[int, bytes], ...] = ()  # earlier versions with their nonces, the newest last
     others: dict[str, Any] = {}  # keys that later programs wrote, kept as they are
 
@@ -127,7 +129,7 @@ class Head(Struct, frozen=True, kw_only=True):
     def encode(self) -> bytes:
         """Return the bytes of the object HEAD."""
         known = {name: getattr(self, name) for name in _KNOWN}
-        for name in ("blob_epoch", "pins"):
+        for name in ("blob_epoch", "pins", "importing"):
             if not known[name]:
                 del known[name]
         return _encode({**self.others, **known})

@@ -60,7 +60,7 @@ from ...contract.store_errors import (
     taken,
 )
 from ..query_sql import quoted
-from . import blob_tables, sql
+from . import blob_tables, import_table, sql
 from .definitions import FORMAT, FORMAT_WITH_BLOBS, INDEXES, META_COLUMNS, TABLES
 from .results_table import ResultsTable
 
@@ -321,6 +321,7 @@ class ResourceTables:
             for table in ("list_values", "revisions", "resources"):
                 connection.execute(f"DELETE FROM {table} WHERE rid = ?", (rid,))
             self.results.forget(connection, resource_id)
+            import_table.forget(connection, resource_id)
             if format_ == FORMAT_WITH_BLOBS:
                 blob_tables.purge_uses(connection, resource_id)
 

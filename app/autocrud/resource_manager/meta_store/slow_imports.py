@@ -1,0 +1,35 @@
+"""The part of FastSlowMetaStore for imports: the journal is in the slow store."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from ..contract.import_journal import ImportKeeping
+
+
+class SlowImports(ImportKeeping):
+    """The entries of a journal in the slow store."""
+
+    @property
+    @abstractmethod
+    def _import_keeping(self) -> ImportKeeping:
+        """Return the slow store."""
+
+    @override
+    async def import_entry(self, name: str) -> bytes | None:
+        return await self._import_keeping.import_entry(name)
+
+    @override
+    async def put_import_entry(self, name: str, value: bytes, *, replaces: bytes | None) -> bool:
+        return await self._import_keeping.put_import_entry(name, value, replaces=replaces)
+
+    @override
+    async def import_entries(self, prefix: str, after: str, limit: int) -> list[str]:
+        return await self._import_keeping.import_entries(prefix, after, limit)
+
+    @override
+    async def remove_import_entries(self, names: Sequence[str]) -> None:
+        await self._import_keeping.remove_import_entries(names)
