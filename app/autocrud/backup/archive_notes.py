@@ -1,44 +1,65 @@
-"""What must be remembered about an archive for as long as it is read, in a temporary file: memory stays constant.
+"""Facts about an archive that must be remembered while it is read, in a temporary file: memory stays constant.
 
-Nothing is written for an archive without blobs and Idempotency-Keys.
+The file is made when the first fact is noted.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import apsw
+import msgspec
 
+from ..resource_manager.basic import RevisionInfo
 from ..resource_manager.runtime.disk_space import full, is_full
 from ..resource_manager.runtime.temporary import ProcessDirectory
+from ..values import Key
 
 _TABLES = """
 CREATE TABLE blob_refs (model TEXT, key TEXT, id TEXT, PRIMARY KEY (model, key, id)) WITHOUT ROWID;
 CREATE TABLE blobs (model TEXT, key TEXT, new TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE uids (model TEXT, uid TEXT, new TEXT, PRIMARY KEY (model, uid)) WITHOUT ROWID;
+CREATE TABLE currents (model TEXT, id TEXT, record BLOB, body BLOB, PRIMARY KEY (model, id));
+CREATE TABLE uniques (model TEXT, field TEXT, value, id TEXT, PRIMARY KEY (model, field, value)) WITHOUT ROWID;
+CREATE TABLE excluded (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
+CREATE TABLE ids (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
+CREATE TABLE digests (model TEXT, digest BLOB, PRIMARY KEY (model, digest)) WITHOUT ROWID;
 BEGIN;
 """
 
+MOST = 200_000
+"""How many references to missing blobs are looked at."""
 _UNRESOLVED = "WHERE model = ?1 AND NOT EXISTS (SELECT 1 FROM blobs b WHERE b.model = r.model AND b.key = r.key)"
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(RevisionInfo).decode
 
 
 class ArchiveNotes:
-    """A temporary database. Blocks. Used by one thread at a time.
+    """A temporary database. Blocks. May be used by several threads.
 
     blob_refs  the resources whose records name a blob
     blobs      the blobs of the archive, with their keys in the store of the model
     uids       the bodies that results of Idempotency-Keys name, with their uids in the store of the model
+    currents   the current revisions of large resources, which an import stores first
+    uniques    the values of unique fields, with the resources that have them
+    excluded   the resources that are left out, because another one has a unique value of theirs
+    ids        the ids of the resources of models with data
+    digests    the resources that an interrupted import may have created
     """
 
     def __init__(self) -> None:
         self._directory: ProcessDirectory | None = None
         self._connection: apsw.Connection | None = None
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Remove the database."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
         if self._directory is not None:
             self._directory.remove()
 
@@ -67,12 +88,13 @@ class ArchiveNotes:
 
     def unresolved(self, model: str, absent: Collection[str]) -> tuple[str, str] | None:
         """Return a blob that the archive lacks, and a resource that refers to it and is not absent; None if none."""
-        rows = self._rows(f"SELECT key, id FROM blob_refs r {_UNRESOLVED}", (model,))
-        return next(((key, resource_id) for key, resource_id in rows if resource_id not in absent), None)
+        rows = self._rows(f"SELECT key, id FROM blob_refs r {_UNRESOLVED} LIMIT {MOST}", (model,))
+        found = next(((key, resource_id) for key, resource_id in rows if resource_id not in absent), None)
+        return rows[-1] if found is None and len(rows) == MOST else found
 
     def is_referred_to(self, model: str, key: str, absent: Collection[str]) -> bool:
         """Return whether a resource that is not absent refers to a blob."""
-        rows = self._rows("SELECT id FROM blob_refs WHERE model = ? AND key = ?", (model, key))
+        rows = self._rows("SELECT id FROM blob_refs WHERE model = ? AND key = ? LIMIT ?", (model, key, len(absent) + 1))
         return any(resource_id not in absent for (resource_id,) in rows)
 
     def set_blob(self, model: str, key: str, new: str) -> None:
@@ -81,42 +103,97 @@ class ArchiveNotes:
 
     def new_blob(self, model: str, key: str) -> str | None:
         """Return the key that a blob has in the store; None if it is not stored."""
-        return next(
-            (new for (new,) in self._rows("SELECT new FROM blobs WHERE model = ? AND key = ?", (model, key))), None
-        )
+        new: str | None = self._first("SELECT new FROM blobs WHERE model = ? AND key = ?", (model, key))
+        return new
 
     def want_uids(self, model: str, uids: Iterable[str]) -> None:
         """Note that results of Idempotency-Keys name these bodies."""
         self._write("INSERT OR IGNORE INTO uids VALUES (?, ?, NULL)", [(model, uid) for uid in uids])
 
-    def set_uid(self, model: str, uid: str, new: str) -> None:
-        """Note the uid that a body has in the store, if a result names it."""
+    def set_uids(self, model: str, uids: Iterable[tuple[str, str]]) -> None:
+        """Note the uids that bodies have in the store, as pairs of old and new, if results name them."""
         if self._connection is not None:
-            self._write("UPDATE uids SET new = ?3 WHERE model = ?1 AND uid = ?2", [(model, uid, new)])
+            self._write(
+                "UPDATE uids SET new = ?3 WHERE model = ?1 AND uid = ?2", [(model, old, new) for old, new in uids]
+            )
 
     def new_uid(self, model: str, uid: str) -> str | None:
         """Return the uid that a body has in the store; None if it is not known."""
-        return next(
-            (new for (new,) in self._rows("SELECT new FROM uids WHERE model = ? AND uid = ?", (model, uid))), None
+        new: str | None = self._first("SELECT new FROM uids WHERE model = ? AND uid = ?", (model, uid))
+        return new
+
+    def keep_current(self, model: str, record: RevisionInfo, body: bytes) -> None:
+        """Keep the current revision of a large resource."""
+        self._write("INSERT INTO currents VALUES (?, ?, ?, ?)", [(model, record.resource_id, _encode(record), body)])
+
+    def current(self, model: str, resource_id: str) -> tuple[RevisionInfo, bytes] | None:
+        """Return the current revision of a large resource; None if the resource is not large."""
+        rows = self._rows("SELECT record, body FROM currents WHERE model = ? AND id = ?", (model, resource_id))
+        return next(((_decode(record), body) for record, body in rows), None)
+
+    def claim(self, model: str, field: str, value: Key, resource_id: str) -> None:
+        """Note that a resource has a value of a unique field."""
+        self._write("INSERT OR IGNORE INTO uniques VALUES (?, ?, ?, ?)", [(model, field, value, resource_id)])
+
+    def owner(self, model: str, field: str, value: Key) -> str | None:
+        """Return the resource that has a value of a unique field; None if none has it."""
+        found: str | None = self._first(
+            "SELECT id FROM uniques WHERE model = ? AND field = ? AND value = ?", (model, field, value)
+        )
+        return found
+
+    def claims(self, model: str, after: tuple[str, Key] | None, limit: int) -> list[tuple[str, Key, str]]:
+        """Return values of unique fields that follow `after`, with their fields and resources."""
+        where, values = ("", (model,)) if after is None else ("AND (field, value) > (?, ?)", (model, *after))
+        return self._rows(
+            f"SELECT field, value, id FROM uniques WHERE model = ? {where} ORDER BY field, value LIMIT ?",
+            (*values, limit),
         )
 
-    def _write(self, statement: str, rows: list[tuple[str, ...]]) -> None:
+    def note_id(self, model: str, resource_id: str) -> None:
+        """Note the id of a resource."""
+        self._write("INSERT OR IGNORE INTO ids VALUES (?, ?)", [(model, resource_id)])
+
+    def ids(self, model: str, after: str, limit: int) -> list[str]:
+        """Return up to `limit` noted ids that follow `after`, ascending."""
+        rows = self._rows("SELECT id FROM ids WHERE model = ? AND id > ? ORDER BY id LIMIT ?", (model, after, limit))
+        return [resource_id for (resource_id,) in rows]
+
+    def exclude(self, model: str, resource_id: str) -> None:
+        """Note that a resource is left out."""
+        self._write("INSERT OR IGNORE INTO excluded VALUES (?, ?)", [(model, resource_id)])
+
+    def is_excluded(self, model: str, resource_id: str) -> bool:
+        """Return whether a resource is left out."""
+        return self._first("SELECT id FROM excluded WHERE model = ? AND id = ?", (model, resource_id)) is not None
+
+    def note_digests(self, model: str, digests: Iterable[bytes]) -> None:
+        """Note resources that an interrupted import may have created."""
+        self._write("INSERT OR IGNORE INTO digests VALUES (?, ?)", [(model, digest) for digest in digests])
+
+    def has_digest(self, model: str, digest: bytes) -> bool:
+        """Return whether an interrupted import may have created a resource."""
+        return self._first("SELECT digest FROM digests WHERE model = ? AND digest = ?", (model, digest)) is not None
+
+    def _first(self, statement: str, values: tuple[Any, ...]) -> Any:
+        return next((value for (value,) in self._rows(statement, values)), None)
+
+    def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         if not rows:
             return
-        connection = self._opened()
-        try:
-            connection.executemany(statement, rows)
-        except apsw.Error as error:
-            assert self._directory is not None, "`_opened` makes it"
-            if is_full(error, self._directory.path):
-                raise full(error, self._directory.path) from error
-            raise
+        with self._lock:
+            connection = self._opened()
+            try:
+                connection.executemany(statement, rows)
+            except apsw.Error as error:
+                assert self._directory is not None, "`_opened` makes it"
+                if is_full(error, self._directory.path):
+                    raise full(error, self._directory.path) from error
+                raise
 
-    def _rows(self, statement: str, values: tuple[str | int, ...]) -> Iterable[tuple[str, ...]]:
-        if self._connection is None:
-            return ()
-        rows: Iterable[tuple[str, ...]] = self._connection.execute(statement, values)
-        return rows
+    def _rows(self, statement: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return [] if self._connection is None else self._connection.execute(statement, values).fetchall()
 
     def _opened(self) -> apsw.Connection:
         if self._connection is None:

@@ -388,6 +388,7 @@ def verify(
     *,
     max_bytes: int | None = None,
     sha256: str | None = None,
+    notes: ArchiveNotes | None = None,
     visitor: Visitor | None = None,
     progress: Progress | None = None,
 ) -> VerifiedArchive:
@@ -398,16 +399,17 @@ def verify(
         max_bytes: How many bytes the archive may have when it is decompressed; None: the free space of the disk for
             temporary files.
         sha256: The SHA-256 that the file must have, in hex; None: any.
+        notes: Where facts are noted, to be closed with the archive; None: a new temporary file.
         visitor: Sees the items.
         progress: Called with the bytes of the file that were verified.
 
     Raises BadArchive, ArchiveTooLarge, InvalidData if the file cannot be opened, and ConfigError if a package is
     missing.
     """
-    file = _opened(Path(path))
-    notes = ArchiveNotes()
+    notes = notes or ArchiveNotes()
     with contextlib.ExitStack() as undo:
         undo.callback(notes.close)
+        file = _opened(Path(path))
         undo.callback(file.close)
         size = os.fstat(file.fileno()).st_size
         if sha256 is not None:

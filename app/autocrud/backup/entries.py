@@ -209,7 +209,6 @@ class ResourceItems:
         record = plain_revision(line)
         wrong = (
             check_revision(meta, record, self._previous)
-            or _wrong_names(record.created_by, record.updated_by)
             or _wrong_times(record.created_time, record.updated_time)
             or _wrong_blobs(record)
         )
@@ -233,7 +232,7 @@ class ResourceItems:
 def checked_meta(line: ArchivedMeta) -> ResourceMeta:
     """Return the metadata of a line. Raises BadArchive if they are wrong, or if no store can hold them."""
     wrong = (
-        _wrong_names(line.resource_id, line.created_by, line.updated_by, line.uid)
+        _wrong_names(line.resource_id, line.uid)
         or _wrong_times(line.created_time, line.updated_time)
         or ("" if line.revision <= line.total_revision_count else "its current revision is above the count of them")
     )

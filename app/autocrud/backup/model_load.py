@@ -1,0 +1,100 @@
+"""Fills an empty model in one step: its bodies and the content of its blobs are stored first, which nothing names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Protocol, runtime_checkable
+
+from ..resource_manager.basic import IStorage, RevisionInfo, StoredKey
+from ..resource_manager.contract.import_journal import ImportStorage
+from ..resource_manager.contract.loading import BulkLoading, LoadedResource, Loader
+from .archive_reader import VerifiedArchive
+from .blob_import import import_blobs
+from .import_states import ModelImport
+from .pieces import Piece, Rewriting, batches_of, new_uids, pieces_of, prefetched
+from .survey import Index
+
+
+@runtime_checkable
+class LoadingStorage(Protocol):
+    """An IStorage into which a whole model may be loaded."""
+
+    @property
+    def loading(self) -> BulkLoading | None:
+        """Return what loads the model; None if the stores cannot do it. Its pins are those of the MetaStore."""
+
+
+class ModelLoad:
+    """Gives the contents of a model of an archive to a loader."""
+
+    def __init__(
+        self,
+        storage: IStorage,
+        loader: Loader,
+        archive: VerifiedArchive,
+        model: str,
+        index: Index,
+        result: ModelImport,
+    ) -> None:
+        self._storage, self._loader, self._archive = storage, loader, archive
+        self._model, self._index, self._result = model, index, result
+
+    async def fill(self, progress: Callable[[int], None], keys: AsyncIterator[list[StoredKey]]) -> None:
+        """Store bodies and blobs, and add everything to the loader."""
+        storage, notes, model = self._storage, self._archive.notes, self._model
+        assert isinstance(storage, ImportStorage), "the caller has looked"
+        if self._archive.model(model).blobs:
+            self._result.blobs = await import_blobs(storage, self._archive, model, loader=self._loader)
+        rewriting = Rewriting(storage.new_uid, lambda key: notes.new_blob(model, key))
+        ascending = _Ascending()
+        batches = batches_of(pieces_of(self._archive, model, self._index))
+        async with aclosing(prefetched(batches)) as prepared:
+            async for batch in prepared:
+                await self._add(batch, rewriting, ascending)
+                progress(self._result.created)
+        await self._loader.add(ascending.end())
+        async for page in keys:
+            await self._loader.add_keys(page)
+            self._result.keys += len(page)
+
+    async def _add(self, batch: Sequence[Piece], rewriting: Rewriting, ascending: _Ascending) -> None:
+        items: list[LoadedResource | RevisionInfo] = []
+        bodies: list[tuple[RevisionInfo, bytes]] = []
+        uids: list[tuple[str, str]] = []
+        for piece in batch:
+            writes = rewriting.writes(piece, piece.meta, None)
+            records = [write.change.record for write in writes if write.change.record is not None]
+            bodies += zip(records, (body for _, body in piece.revisions), strict=True)
+            uids += new_uids(piece, writes)
+            if piece.entry is not None:
+                items += ascending.end()
+                items.append(LoadedResource(writes[0].change.meta, piece.entry))
+                self._result.created += 1
+            items += ascending.records(piece, records)
+        assert isinstance(self._storage, ImportStorage), "`fill` has looked"
+        await self._storage.put_bodies(bodies)
+        await self._loader.add(items)
+        await asyncio.to_thread(self._archive.notes.set_uids, self._model, uids)
+
+
+class _Ascending:
+    """Puts the current revision of a large resource, which comes first, to its place among the others."""
+
+    def __init__(self) -> None:
+        self._current: RevisionInfo | None = None
+
+    def records(self, piece: Piece, records: Sequence[RevisionInfo]) -> Iterator[RevisionInfo]:
+        """Yield the records of a piece by ascending number."""
+        if piece.large and piece.entry is not None:
+            self._current, *records = records
+        for record in records:
+            if self._current is not None and self._current.revision < record.revision:
+                yield from self.end()
+            yield record
+
+    def end(self) -> list[RevisionInfo]:
+        """Return the current revision, if its place is behind all others of its resource."""
+        current, self._current = self._current, None
+        return [] if current is None else [current]

@@ -1,0 +1,112 @@
+"""The survey of an archive for an import, made while the archive is verified, before anything is changed.
+
+It counts the bodies that do not fit the models of this program, finds unique values that two resources of the archive
+share, and keeps the current revisions of large resources, which must be stored before the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from typing_extensions import override
+
+from ..resource_manager.basic import Encoding, IndexEntry, ResourceMeta, RevisionInfo
+from ..resource_manager.model.codec import Codec, CodecIndex
+from .archive_notes import ArchiveNotes
+from .archive_reader import Visitor
+
+LARGE_REVISIONS = 1000
+LARGE_BYTES = 4 * 1024 * 1024
+"""A resource with more revisions, or more bytes of bodies, is imported in several pieces."""
+
+
+class Index:
+    """Makes the index entries of bodies. A body that does not fit the model has an entry of the fields that fit."""
+
+    def __init__(self, codec: Codec[Any]) -> None:
+        self.codec = codec
+        self._index = CodecIndex(codec)
+
+    def entry(self, body: bytes, encoding: Encoding) -> IndexEntry:
+        """Return the entry of a body."""
+        try:
+            return self._index(body, encoding)
+        except Exception:  # the codec raises the errors of msgspec, of conversions and of limits
+            return self._index.kept(body, encoding, b"{}")
+
+    def fits(self, body: bytes, encoding: Encoding) -> bool:
+        """Return whether a body fits the model."""
+        try:
+            self.codec.decode(body, encoding)
+        except Exception:  # the same
+            return False
+        return True
+
+
+class Survey(Visitor):
+    """Sees each resource of an archive once.
+
+    indexes  of the models that are imported, by name
+    noted    the models whose ids are noted
+    taken    how many resources have a unique value that an earlier one of the archive has, by model and field
+    """
+
+    def __init__(self, indexes: Mapping[str, Index], notes: ArchiveNotes, noted: Collection[str] = ()) -> None:
+        self.misfits: Counter[str] = Counter()
+        """How many bodies do not fit the model, by model."""
+        self.taken: dict[str, Counter[str]] = {name: Counter() for name in indexes}
+        self._indexes, self._notes, self._noted = indexes, notes, noted
+        self._model = ""
+        self._meta: ResourceMeta | None = None
+        self._current: tuple[RevisionInfo, bytes] | None = None
+        self._complete = True
+        self._revisions = self._bytes = 0
+
+    @override
+    def resource(self, model: str, meta: ResourceMeta) -> None:
+        self.end()
+        if model in self._indexes:
+            self._model, self._meta = model, meta
+            self._current, self._complete, self._revisions, self._bytes = None, True, 0, 0
+
+    @override
+    def revision(self, model: str, meta: ResourceMeta, record: RevisionInfo, body: bytes | None) -> None:
+        index = self._indexes.get(model)
+        if index is None:
+            return
+        if body is None:
+            self._complete = False
+            return
+        self._revisions += 1
+        self._bytes += len(body)
+        if not index.fits(body, record.encoding):
+            self.misfits[model] += 1
+        if record.revision == meta.revision:
+            self._current = record, body
+
+    def end(self) -> None:
+        """End the last resource. Called once more after the archive was verified."""
+        meta, self._meta = self._meta, None
+        if meta is None or self._current is None or not self._complete:
+            return
+        record, body = self._current
+        if self._revisions > LARGE_REVISIONS or self._bytes > LARGE_BYTES:
+            self._notes.keep_current(self._model, record, body)
+        index = self._indexes[self._model]
+        if self._model in self._noted:
+            self._notes.note_id(self._model, meta.resource_id)
+        if index.codec.unique:
+            self._claim(meta.resource_id, index.codec.unique, index.entry(body, record.encoding))
+
+    def _claim(self, resource_id: str, unique: tuple[str, ...], entry: IndexEntry) -> None:
+        keys = {name: key for name in unique if (key := entry.keys.get(name)) is not None and not isinstance(key, list)}
+        owned = [name for name, key in keys.items() if self._notes.owner(self._model, name, key) is not None]
+        for name in owned:
+            self.taken[self._model][name] += 1
+        if owned:
+            self._notes.exclude(self._model, resource_id)
+            return
+        for name, key in keys.items():
+            self._notes.claim(self._model, name, key, resource_id)
