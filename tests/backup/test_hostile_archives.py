@@ -275,7 +275,6 @@ LINES: list[tuple[str, Callable[[list[Any]], object]]] = [
     ("resources", lambda lines: lines[0]["resource"].update(resource_id="")),
     ("resources", lambda lines: lines[0]["resource"].update(resource_id="c")),
     ("resources", lambda lines: lines[0]["resource"].update(resource_id="a\0")),
-    ("resources", lambda lines: lines[0]["resource"].update(created_by="\0")),
     ("resources", lambda lines: lines[0]["resource"].update(version=0)),
     ("resources", lambda lines: lines[0]["resource"].update(version=10**18)),
     ("resources", lambda lines: lines[0]["resource"].update(nonce='0123456789abcde"')),
