@@ -33,6 +33,7 @@ revisions, queries, batches, idempotency, races, hostile, sweeping, snapshots, l
                                                 what every storage promises
 blobs, blob_machine, shared_blobs               what a storage with rows of blobs promises
 blob_contents, files                            what a storage with rows and content of blobs promises
+loading                                         what a storage promises into which a whole model can be loaded
 reindexing, new_fields                          what durable storages promise
 suite, shared                                   the classes above
 caches                                          what a cache promises

@@ -23,6 +23,7 @@ from .blobs import BlobConformance, DurableBlobConformance
 from .hostile import HostileInputConformance
 from .idempotency import IdempotencyConformance
 from .limits import DurableLimitsConformance, LimitsConformance
+from .loading import DurableLoadingConformance, LoadingConformance
 from .model import Clock, Item, manage
 from .new_fields import NewFieldConformance
 from .queries import QueryConformance
@@ -42,6 +43,7 @@ class StorageConformance(
     HostileInputConformance,
     SweepConformance,
     SnapshotConformance,
+    LoadingConformance,
     LimitsConformance,
     BlobConformance,
     BlobMachineConformance,
@@ -56,6 +58,7 @@ class DurableConformance(
     DurableLimitsConformance,
     DurableBlobConformance,
     DurableBlobContentConformance,
+    DurableLoadingConformance,
     StorageConformance,
 ):
     """Tests for storages that keep acknowledged data after the process ends."""

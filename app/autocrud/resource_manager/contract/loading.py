@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from ..basic import BlobRow, IndexEntry, ResourceMeta, RevisionInfo, StoredKey
 
@@ -49,6 +49,10 @@ class Loader(Protocol):
         """
 
 
+StagedModel: TypeAlias = Any
+"""The contents of a model that are not visible yet. Callers do not look inside."""
+
+
 @runtime_checkable
 class BulkLoading(Protocol):
     """A MetaStore into which a whole model can be loaded."""
@@ -59,3 +63,35 @@ class BulkLoading(Protocol):
 
         `pin` is a pin of this store that the caller holds. Raises ModelNotEmpty if the model is not empty now.
         """
+
+
+@runtime_checkable
+class IndexLoading(Protocol):
+    """A MetaStore that is not authoritative, and whose index can follow what was loaded into records."""
+
+    @abstractmethod
+    def holds_pin(self, pin: str) -> bool:
+        """Return whether a pin was not dropped."""
+
+    @abstractmethod
+    def apply_loaded(self, staged: StagedModel) -> None:
+        """Add what was loaded to the index, which is empty. Called in the order of commits. Blocks."""
+
+
+@runtime_checkable
+class RecordLoading(Protocol):
+    """A ResourceStore whose records are the commit, and into which a whole model can be loaded."""
+
+    @abstractmethod
+    def load_records(self, index: IndexLoading, pin: str) -> AbstractAsyncContextManager[Loader]:
+        """Return a loader as `BulkLoading.load` does. What it publishes, `index` applies before `publish` returns."""
+
+
+@runtime_checkable
+class LoadingStorage(Protocol):
+    """An IStorage into which a whole model may be loaded."""
+
+    @property
+    @abstractmethod
+    def loading(self) -> BulkLoading | None:
+        """Return what loads the model; None if the stores cannot do it. Its pins are those of the MetaStore."""

@@ -7,6 +7,8 @@ from ...errors import (
     BlobQuotaExceeded,
     ConfigError,
     InvalidData,
+    ModelNotEmpty,
+    PinLost,
     ResourceNotFound,
     StaleGeneration,
     StoreDamaged,
@@ -16,6 +18,7 @@ from ...errors import (
     Violation,
 )
 from ..basic import BlobRow, Change, Expect, Version
+from . import snapshots
 from .limits import MAX_ID, MAX_NAME
 
 
@@ -151,6 +154,22 @@ def generation_of(uid: str) -> int:
 def blob_gone(key: str) -> BlobGone:
     """Return the error for a key in a new record that has no row."""
     return BlobGone(f"there is no file with the SHA-256 {key.partition('/')[0]} any more: upload it again")
+
+
+def model_not_empty(found: str) -> ModelNotEmpty:
+    """Return the error for a model that has data. `found`: what it has."""
+    return ModelNotEmpty(
+        f"found {found} in the model, expected it to be empty; nothing was loaded: import into it in batches, or purge"
+        " what it has"
+    )
+
+
+def pin_lost() -> PinLost:
+    """Return the error for a pin that was dropped."""
+    return PinLost(
+        "found the pin of this export or import dropped, because it was not renewed for"
+        f" {snapshots.PIN_LIFE_S:g} s; what it needs may be removed: start it again"
+    )
 
 
 def stale_upload(key: str) -> StaleGeneration:

@@ -48,6 +48,11 @@ class MemoryPinning(Pinning):
             self._drop_lapsed()
             return bool(self._pins)
 
+    def holds_pin(self, pin: str) -> bool:
+        """Return whether a pin was not dropped. A pin that lapsed keeps what it protects until it is dropped."""
+        with self._pins_lock:
+            return pin in self._pins
+
     def _drop_lapsed(self) -> None:
         end = time.monotonic() - snapshots.PIN_LIFE_S
         for pin in [pin for pin, renewed in self._pins.items() if renewed <= end]:

@@ -13,15 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import apsw
 from typing_extensions import override
 
 from ...query import Query
 from ...values import Key
+from ..backends.sqlite import loading
 from ..backends.sqlite.blob_rows import DatabaseBlobRows
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase, MemoryDatabase
 from ..backends.sqlite.findings_table import keep_findings, read_findings
 from ..backends.sqlite.import_keeping import DatabaseImportKeeping
+from ..backends.sqlite.loading import StagedModel
+from ..backends.sqlite.pins import has_pin
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     Change,
@@ -37,6 +41,7 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
+from ..contract.loading import BulkLoading, IndexLoading, Loader
 from ..contract.protocols import FindingsKeeping, IndexMigration, MetaSweeping, RecordReplay
 from ..contract.snapshots import MetaSnapshot, SnapshotReading
 from ..contract.staged_stores import StagedMetaStore, WriteStage
@@ -137,7 +142,7 @@ class _TablesMetaStore(
         await self._db.close()
 
 
-class MemoryMetaStore(_TablesMetaStore, MemoryPinning, RecordReplay):
+class MemoryMetaStore(_TablesMetaStore, MemoryPinning, RecordReplay, BulkLoading, IndexLoading):
     """A MetaStore in the memory of this process. Not durable by itself: see SimpleStorage."""
 
     authoritative: ClassVar[bool] = False
@@ -151,6 +156,7 @@ class MemoryMetaStore(_TablesMetaStore, MemoryPinning, RecordReplay):
     @override
     def bind(self, spec: ModelSpec) -> None:
         MemoryPinning.__init__(self)
+        self._spec = spec
         self._tables = ResourceTables(spec, self._encoding, lazy=True)
         self._db = MemoryDatabase(self._tables.create)
 
@@ -162,8 +168,24 @@ class MemoryMetaStore(_TablesMetaStore, MemoryPinning, RecordReplay):
     async def owner_of(self, name: str, key: Key) -> str | None:
         return await self._db.read(lambda db: self._tables.owner_of(db, name, key), quick=True)
 
+    @override
+    def load(self, pin: str) -> AbstractAsyncContextManager[Loader]:
+        async def publish(staged: StagedModel) -> None:
+            await self._db.load(staged.path, move)
 
-class DiskMetaStore(_TablesMetaStore, FilePinning, StagedMetaStore, FindingsKeeping):
+        def move(db: apsw.Connection) -> None:
+            loading.check_empty(db)
+            loading.check_pin(self.holds_pin(pin))
+            loading.move(db, self._tables)
+
+        return loading.staged_loader(None, self._db, ResourceTables(self._spec, self._encoding, lazy=True), publish)
+
+    @override
+    def apply_loaded(self, staged: StagedModel) -> None:
+        self._db.load_now(staged.path, lambda db: loading.move(db, self._tables, only_index=True))
+
+
+class DiskMetaStore(_TablesMetaStore, FilePinning, StagedMetaStore, FindingsKeeping, BulkLoading):
     """A MetaStore in `rootdir/index.sqlite`. Durable, and shared by the processes of one machine."""
 
     durable: ClassVar[bool] = True
@@ -210,8 +232,22 @@ class DiskMetaStore(_TablesMetaStore, FilePinning, StagedMetaStore, FindingsKeep
         return self._db.read_now(lambda db: self._tables.search(db, query))
 
     @override
+    def load(self, pin: str) -> AbstractAsyncContextManager[Loader]:
+        async def publish(staged: StagedModel) -> None:
+            await self._db.load(staged.path, move)
+
+        def move(db: apsw.Connection) -> None:
+            loading.check_empty(db)
+            loading.check_pin(has_pin(db, pin))
+            loading.move(db, self._tables)
+
+        tables = ResourceTables(self._spec, self._encoding, lazy=True)
+        return loading.staged_loader(self._path.parent, self._db, tables, publish)
+
+    @override
     async def maintain(self, budget_s: float) -> None:
         await self._db.checkpoint()  # the process that purged may have ended before its own checkpoint
+        await loading.remove_abandoned_loads(self._path.parent)
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
@@ -219,5 +255,6 @@ class DiskMetaStore(_TablesMetaStore, FilePinning, StagedMetaStore, FindingsKeep
 
     @override
     def bind(self, spec: ModelSpec) -> None:
+        self._spec = spec
         self._tables = ResourceTables(spec, self._encoding)
         self._db = FileDatabase(self._path, self._tables.create)

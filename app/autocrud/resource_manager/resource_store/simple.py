@@ -22,13 +22,16 @@ import apsw
 import msgspec
 from typing_extensions import override
 
-from ...errors import ConfigError, StoreDamaged, StoreUnavailable
+from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged, StoreUnavailable
+from ..backends.sqlite import loading
 from ..backends.sqlite.blob_rows import DatabaseBlobRows
 from ..backends.sqlite.committer import Stage
 from ..backends.sqlite.database import FileDatabase
 from ..backends.sqlite.import_keeping import DatabaseImportKeeping
+from ..backends.sqlite.loading import StagedModel
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import Change, CommitResult, Encoding, IdempotentCommit, ModelSpec, ResourceStore, RevisionInfo, Write
+from ..contract.loading import IndexLoading, Loader, RecordLoading
 from ..contract.protocols import BodySweeping, RecordKeeping
 from ..contract.snapshots import BodySnapshot, BodySnapshots, RecordSnapshot, RecordSnapshots
 from ..contract.staged_stores import StagedResourceStore
@@ -99,6 +102,7 @@ class DiskResourceStore(
     RecordKeeping,
     BodySnapshots,
     RecordSnapshots,
+    RecordLoading,
 ):
     """Bodies as rows of `rootdir/bodies.sqlite`. It also keeps the records for a MetaStore that is not durable.
 
@@ -118,6 +122,7 @@ class DiskResourceStore(
 
     @override
     def bind(self, spec: ModelSpec) -> None:
+        self._spec = spec
         # Records need no index: searches are the MetaStore's.
         self._records = ResourceTables(msgspec.structs.replace(spec, fields={}, unique=()))
         self._db = FileDatabase(self.rootdir / "bodies.sqlite", self._create)
@@ -243,12 +248,25 @@ class DiskResourceStore(
         return self._db.snapshot()
 
     @override
+    def load_records(self, index: IndexLoading, pin: str) -> AbstractAsyncContextManager[Loader]:
+        def move(db: apsw.Connection) -> None:
+            loading.check_empty(db)
+            loading.check_pin(index.holds_pin(pin))
+            loading.move(db, self._records)
+
+        async def publish(staged: StagedModel) -> None:
+            await self._db.load(staged.path, move, after=lambda: _applied(index, staged))
+
+        return loading.staged_loader(self.rootdir, self._db, ResourceTables(self._spec, lazy=True), publish)
+
+    @override
     async def health(self) -> None:
         await self._db.read(lambda db: db.execute("SELECT 1 FROM bodies LIMIT 1").get)
 
     @override
     async def maintain(self, budget_s: float) -> None:
         await self._db.checkpoint()  # the process that purged may have ended before its own checkpoint
+        await loading.remove_abandoned_loads(self.rootdir)
 
     @override
     async def purge_remnants(self, now: dt.datetime) -> dt.datetime:
@@ -258,6 +276,16 @@ class DiskResourceStore(
     async def close(self) -> None:
         await self._db.close()
         self._disown()
+
+
+def _applied(index: IndexLoading, staged: StagedModel) -> None:
+    """Let the index follow what was committed. Raises OutcomeUnknown if it cannot: its next start makes it again."""
+    try:
+        index.apply_loaded(staged)
+    except (apsw.Error, CrudError, MemoryError) as error:
+        raise OutcomeUnknown(
+            "the model is loaded, but the index in memory could not be filled: start the program again"
+        ) from error
 
 
 def _put(connection: apsw.Connection, bodies: Sequence[tuple[str, bytes]]) -> None:

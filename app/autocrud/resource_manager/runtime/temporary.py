@@ -52,19 +52,19 @@ _cleaned: set[str] = set()
 
 
 class ProcessDirectory:
-    """A new directory in the system's directory for temporary files. Its `path` is an attribute.
+    """A new directory in the system's directory for temporary files, or in `parent`. Its `path` is an attribute.
 
     The directory is removed by `remove`, when this object is garbage-collected, or when the process ends. If the
     process is killed, a later process removes it: the first ProcessDirectory of a process removes those of processes
-    that have ended. Blocks. Raises OSError.
+    that have ended, in the same parent. Blocks. Raises OSError.
     """
 
-    def __init__(self) -> None:
-        parent = tempfile.gettempdir()
-        if parent not in _cleaned:
-            _cleaned.add(parent)
-            remove_abandoned()
-        self.path, lock = _make(parent)
+    def __init__(self, parent: Path | None = None) -> None:
+        within = tempfile.gettempdir() if parent is None else str(parent)
+        if within not in _cleaned:
+            _cleaned.add(within)
+            remove_abandoned(parent)
+        self.path, lock = _make(within)
         self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
 
     def remove(self) -> None:
@@ -131,10 +131,10 @@ def _remove(path: Path, lock: int | None, process: int) -> None:
         os.close(lock)
 
 
-def remove_abandoned() -> None:
+def remove_abandoned(parent: Path | None = None) -> None:
     """Remove the directories of processes that have ended. Blocks until they are removed; logs errors, raises none."""
     try:
-        with os.scandir(tempfile.gettempdir()) as entries:
+        with os.scandir(tempfile.gettempdir() if parent is None else parent) as entries:
             paths = [
                 entry.path
                 for entry in entries

@@ -116,7 +116,7 @@ class RecordCommits:
     """Commits to records beside the bodies. The MetaStore applies the records in the order of their commits."""
 
     def __init__(self, replay: RecordReplay, records: RecordKeeping, unique_values: UniqueValues) -> None:
-        self._replay, self._records, self._unique_values = replay, records, unique_values
+        self._replay, self._records, self.unique_values = replay, records, unique_values
 
     async def commit(self, writes: Sequence[Write], once: IdempotentCommit | None = None) -> list[ResourceMeta]:
         """Write bodies and records in one step.
@@ -128,7 +128,7 @@ class RecordCommits:
 
     async def _commit(self, writes: Sequence[Write], once: IdempotentCommit | None) -> list[ResourceMeta]:
         changes = [write.change for write in writes]
-        async with self._unique_values.reserved(changes):
+        async with self.unique_values.reserved(changes):
             await self._records.put_records(writes, self._replay.apply_committed, once)
         return [change.meta for change in changes]
 

@@ -12,6 +12,7 @@ from uuid import uuid4
 from ...errors import CrudError, PinLost
 from ..contract import snapshots
 from ..contract.snapshots import Pinning
+from ..contract.store_errors import pin_lost
 
 log = logging.getLogger("crudstack.storage")
 
@@ -63,14 +64,14 @@ class HeldPin:
     def check(self) -> None:
         """Raise PinLost if the pin is known to be dropped."""
         if self._lost:
-            raise _lost()
+            raise pin_lost()
 
     async def renew(self) -> None:
         """Renew the pin now. Raises PinLost if it was dropped."""
         self.check()
         if self._pinning is not None and not await self._pinning.renew_pin(self._pin):
             self._lost = True
-            raise _lost()
+            raise pin_lost()
 
     async def _renew_forever(self, pinning: Pinning) -> None:
         pause = snapshots.RENEW_PIN_S
@@ -83,10 +84,3 @@ class HeldPin:
             except CrudError as error:
                 log.warning("a pin could not be renewed, it is tried again: %s", error)
                 pause /= RETRIES
-
-
-def _lost() -> PinLost:
-    return PinLost(
-        "found the pin of this export or import dropped, because it was not renewed for"
-        f" {snapshots.PIN_LIFE_S:g} s; what it needs may be removed: start it again"
-    )

@@ -52,6 +52,7 @@ from ..basic import (
     Write,
 )
 from ..contract.blobs import BlobRows, Blobs, BlobStorage
+from ..contract.loading import BulkLoading, LoadingStorage
 from ..contract.overrides import check_blob_store, check_meta_store, check_resource_store
 from ..contract.protocols import (
     FindingsKeeping,
@@ -61,7 +62,7 @@ from ..contract.protocols import (
     RecordKeeping,
     RecordReplay,
 )
-from ..contract.snapshots import Pinning, SnapshotStorage, StorageSnapshot
+from ..contract.snapshots import SnapshotStorage, StorageSnapshot
 from ..contract.staged_stores import StagedMetaStore, StagedResourceStore
 from ..contract.store_errors import WriteTimedOut
 from .blobs import KEEP_UPLOADS_S, BlobSweep, StoredBlobs
@@ -69,6 +70,7 @@ from .commits import AnnouncedCommits, Commits, MetaStoreCommits, RecordCommits,
 from .disk_pair import DiskPair
 from .dropped_bodies import DroppedBodies
 from .imports import StorageImports
+from .loading import loading_of
 from .opening import Opening, rebuild
 from .reindexing import Reindexing
 from .snapshots import open_snapshot
@@ -81,7 +83,7 @@ MAX_RENEWALS = 8
 """How often a commit may fail because a sweep was faster. Each time, the bodies are put again under new uids."""
 
 
-class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, StorageImports):
+class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, LoadingStorage, StorageImports):
     """A MetaStore, a ResourceStore and perhaps a BlobStore as one storage.
 
     If a MemoryMetaStore is combined with a ResourceStore on S3, an index on S3 beside the bodies replaces it, because
@@ -303,6 +305,11 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, StorageImports):
     @override
     def scan(self) -> AsyncIterator[ResourceMeta]:
         return self.meta_store.scan()
+
+    @property
+    @override
+    def loading(self) -> BulkLoading | None:
+        return loading_of(self.meta_store, self.resource_store, self._commits)
 
     @override
     def snapshot(self, *, each_resource: bool = False) -> AbstractAsyncContextManager[StorageSnapshot]:

@@ -123,11 +123,16 @@ def add(connection: apsw.Connection, row: BlobRow, quota: int | None) -> bool:
 
 def put(connection: apsw.Connection, row: BlobRow) -> None:
     """Store a row without checks, and mark the database."""
+    mark(connection)
+    connection.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", (row.key, row.size, row.owner))
+
+
+def mark(connection: apsw.Connection) -> None:
+    """Mark the database as one with rows of blobs (F5), and make the tables. Does nothing if it is marked."""
     if not is_marked(connection):
         connection.execute(TABLES)
         connection.execute("INSERT OR IGNORE INTO uniques VALUES (?)", (BLOBS_MARKER,))
         connection.execute("UPDATE state SET format = ?", (FORMAT_WITH_BLOBS,))
-    connection.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", (row.key, row.size, row.owner))
 
 
 def remove(connection: apsw.Connection, keys: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -207,6 +207,8 @@ def _run_without_transaction(connection: apsw.Connection, jobs: list[_Job], numb
             job.results.append(job.stages[number].work(connection))
         except apsw.Error as error:
             job.error = _translated(error, job, number)
+        except CrudError as error:
+            job.error = error
     return all(job.error is None for job in jobs)
 
 
@@ -231,16 +233,22 @@ def _run_in_transaction(connection: apsw.Connection, jobs: list[_Job], number: i
     try:
         connection.execute("COMMIT" if done else "ROLLBACK")
     except apsw.Error as error:
-        failure = _translated(error, done[0], number) if done else translated(error)
-        if not isinstance(error, apsw.FullError | apsw.BusyError):
-            # The log may contain the commit although its sync failed. The state after a restart cannot be known.
-            failure = OutcomeUnknown("the disk failed during the commit; read before you try again")
+        failure = failed_commit(error, done[0].stages[number].database.path.parent if done else None)
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         for job in done:
             job.error = failure
         return False
     return True
+
+
+def failed_commit(error: apsw.Error, directory: Path | None) -> CrudError:
+    """Return the error of the engine for a COMMIT that failed in a database in `directory`."""
+    failure = translated(error, directory)
+    if isinstance(error, apsw.FullError | apsw.BusyError):
+        return failure
+    # The log may contain the commit although its sync failed. The state after a restart cannot be known.
+    return OutcomeUnknown("the disk failed during the commit; read before you try again")
 
 
 def _attempt(connection: apsw.Connection, jobs: list[_Job], number: int, *, savepoints: bool) -> bool:

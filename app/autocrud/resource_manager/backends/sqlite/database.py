@@ -43,7 +43,7 @@ from ...contract.store_errors import WriteTimedOut
 from ...runtime.disk_space import full, is_full
 from ...runtime.files import make_directory
 from ...runtime.threads import in_thread
-from .committer import FileCommitter, Stage, Work
+from .committer import FileCommitter, Stage, Work, failed_commit
 from .errors import translated
 from .snapshot import SqliteSnapshot, begin_reading
 
@@ -130,6 +130,19 @@ class MemoryDatabase:
             yield snapshot
         finally:
             snapshot.close()
+
+    async def load(self, path: Path, move: Work[None]) -> None:
+        """Run `move` in a transaction, with the database `path` attached as `loaded`. Other work waits meanwhile."""
+        await asyncio.get_running_loop().run_in_executor(None, lambda: self.load_now(path, move))
+
+    def load_now(self, path: Path, move: Work[None]) -> None:
+        """Do the same as `load`. Blocks."""
+        with self._lock:
+            self._open_now().execute("ATTACH ? AS loaded", (str(path),))
+            try:
+                self._transact(move)
+            finally:
+                self._connection.execute("DETACH loaded")
 
     async def close(self) -> None:
         """Do nothing: a later event loop may still read the data."""
@@ -241,12 +254,42 @@ class FileDatabase:
         if not closed:
             log.warning("%s stays open: another process keeps its lock", self.path)
 
+    async def load(self, path: Path, move: Work[None], after: Callable[[], None] | None = None) -> None:
+        """Run `move` in a transaction, with the database `path` attached as `loaded`. Durable on return.
+
+        `after` is called as that of `write`. Raises OutcomeUnknown if the disk failed during the commit.
+        """
+        await self.open()
+        (connection,) = await self.committer.write(
+            [Stage(self, lambda _: self._load(path, move), without_transaction=True)], after
+        )
+        await asyncio.get_running_loop().run_in_executor(None, _checkpoint_and_close, connection)
+
     async def _write_without_transaction(self, work: Work[T]) -> T:
         (result,) = await self.committer.write([Stage(self, work, without_transaction=True)])
         done: T = result
         return done
 
     # The rest runs in threads.
+
+    def _load(self, path: Path, move: Work[None]) -> apsw.Connection:
+        """Load a database, under the file lock. Return the connection, whose log is still to be moved into the file.
+
+        The connection is a new one, because a database cannot be attached in a transaction.
+        """
+        connection = self._connect()
+        with contextlib.ExitStack() as failed:
+            failed.callback(connection.close, force=True)
+            connection.wal_autocheckpoint(0)  # it would prolong the lock
+            connection.execute("ATTACH ? AS loaded", (str(path),))
+            connection.execute("BEGIN IMMEDIATE")
+            move(connection)
+            try:
+                connection.execute("COMMIT")
+            except apsw.Error as error:
+                raise failed_commit(error, self.path.parent) from error
+            failed.pop_all()
+        return connection
 
     def read_now(self, work: Work[T]) -> T:
         """Run `work`, and return its result. Blocks.
@@ -345,6 +388,17 @@ class FileDatabase:
         if lock is not None:
             lock.close()
         return True
+
+
+def _checkpoint_and_close(connection: apsw.Connection) -> None:
+    """Move the log into the file, as far as no snapshot reads it. Writers go on meanwhile."""
+    try:
+        with contextlib.suppress(apsw.BusyError):  # another process does it
+            connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+    except apsw.Error as error:
+        log.warning("the log stays until its next checkpoint: %s", error)
+    finally:
+        connection.close(force=True)
 
 
 def empty_log(connection: apsw.Connection, busy_ms: int) -> bool:

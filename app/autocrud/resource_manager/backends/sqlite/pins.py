@@ -60,5 +60,10 @@ def count_pins(connection: apsw.Connection) -> tuple[int, int]:
     return int(pins), int(lapsed)
 
 
+def has_pin(connection: apsw.Connection, pin: str) -> bool:
+    """Return whether a pin was not dropped. A pin that lapsed keeps what it protects until it is dropped."""
+    return _has_table(connection) and bool(connection.execute("SELECT 1 FROM pins WHERE id = ?", (pin,)).get)
+
+
 def _has_table(connection: apsw.Connection) -> bool:
     return connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'pins'").get is not None

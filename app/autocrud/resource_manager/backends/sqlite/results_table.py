@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import apsw
 
-from ...basic import KEEP_KEYS_US, CommitResult, IdempotentCommit, ResourceMeta
+from ...basic import KEEP_KEYS_US, CommitResult, IdempotentCommit, ResourceMeta, StoredKey
 from ...contract.idempotency import results_to_keep
 from ...contract.metadata_codec import meta_of
 
@@ -44,6 +44,14 @@ class ResultsTable:
             connection.execute(
                 "INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?)",
                 (once.key, operation, once.request, once.time, *kept),
+            )
+
+    def put(self, connection: apsw.Connection, key: StoredKey) -> None:
+        """Store the results of a key as they are. The caller is in a transaction."""
+        for operation, meta in enumerate(key.results):
+            kept = (None, None) if meta is None else (meta.resource_id, self._encode(meta))
+            connection.execute(
+                "INSERT INTO done VALUES (?, ?, ?, ?, ?, ?)", (key.key, operation, key.request, key.time, *kept)
             )
 
     def forget(self, connection: apsw.Connection, resource_id: str) -> None:

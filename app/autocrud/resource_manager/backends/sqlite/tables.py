@@ -435,6 +435,20 @@ class ResourceTables:
             (rid, record.revision, record.uid, self._encode(record)),
         )
 
+    def take_staged(self, connection: apsw.Connection) -> None:
+        """Insert the resources and records of the attached database `loaded`. There are none in this database."""
+        columns = ", ".join([*META_COLUMNS, "shown", "missing", *map(sql.column, self.spec.fields)])
+        connection.execute(
+            f"INSERT INTO main.resources (rid, spec, {columns})"
+            f" SELECT rid, {self._spec_id}, {columns} FROM loaded.resources ORDER BY rid"
+        )
+        connection.execute("INSERT INTO main.revisions SELECT * FROM loaded.revisions ORDER BY rid, revision")
+        if self._lists:
+            connection.execute(
+                "INSERT INTO main.list_values SELECT * FROM loaded.list_values ORDER BY field, value, rid"
+            )
+        connection.execute("UPDATE state SET stale = 1 WHERE spec <> ?", (self._spec_id,))
+
     def _meta_row(self, meta: ResourceMeta) -> tuple[Any, ...]:
         created = datetime_key(meta.created_time)
         return (
