@@ -66,9 +66,10 @@ class BlobRows(Protocol):
     async def add_blob(self, row: BlobRow, *, quota: int | None = None) -> None:
         """Store the row of an upload whose content is stored. Does nothing if the row exists.
 
-        Raises StaleGeneration if the epoch of the key is below that of the store (F2). Raises BlobQuotaExceeded if
+        Raises StaleGeneration if the epoch of the key is below that of the store (F2), else BlobQuotaExceeded if
         the blobs would take more than `quota` bytes together. The first row marks the store (F5). Raises OutcomeUnknown
-        if the store does not know whether it committed.
+        if the store does not know whether it committed. Then the caller must not repeat the call: the row may have been
+        removed meanwhile, together with the content, and a repeated call would store it again (F1).
         """
 
     @abstractmethod
@@ -77,7 +78,7 @@ class BlobRows(Protocol):
 
     @abstractmethod
     async def blob_uses(self, key: str, limit: int = 100) -> list[BlobUse]:
-        """Return up to `limit` revisions whose records name a blob, one for each resource, by ascending id."""
+        """Return the newest revision that names a blob of each of up to `limit` resources, by ascending id."""
 
     @abstractmethod
     async def blob_usage(self) -> BlobUsage:
@@ -87,8 +88,8 @@ class BlobRows(Protocol):
     async def remove_blobs(self, keys: Sequence[str]) -> list[str]:
         """Remove the rows of those keys that no record names, and return these keys, also those without a row.
 
-        The same commit raises the epoch above those of all returned keys that had no row (F2). So the content of the
-        returned keys may be removed.
+        Returns each key once, in the order of `keys`. The same commit raises the epoch above those of all returned
+        keys that had no row (F2). So the content of the returned keys may be removed.
         """
 
 
