@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from uuid import uuid4
 
 import psycopg
+import pytest
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Encoding
-from app.autocrud.resource_manager.basic import IndexedField, IStorage
+from app.autocrud.resource_manager.basic import IndexedField, IStorage, ModelSpec
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
@@ -49,6 +51,21 @@ def manager_of(dsn: str, name: str, fields=FIELDS, bodies=None, **options):
             )
 
     return AutoCRUD(storage_factory=Factory()).add_model(Note, indexed_fields=list(fields))
+
+
+def dsn_of(request: pytest.FixtureRequest) -> str:
+    """Return the address of a server, or of a pooler in front of one if the parameter of the fixture is "pooled"."""
+    if request.param == "pooled":
+        request.getfixturevalue("pgbouncer")
+        return os.environ["TEST_PGBOUNCER"]
+    return request.getfixturevalue("postgres")
+
+
+def new_store(dsn: str, prefix: str, **options) -> PostgresMetaStore:
+    """Return a store of the model `item`, whose fields are not indexed, with tables of its own."""
+    store = PostgresMetaStore(dsn, table_name=f"{prefix}{uuid4().hex[:12]}", **options)
+    store.bind(ModelSpec("item"))
+    return store
 
 
 async def waits_for_advisory_lock(dsn: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
@@ -21,18 +20,12 @@ from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.testing.blobs import upload
 from app.autocrud.values import kind_of
 from tests.stores.changes import naming
+from tests.stores.postgres_helpers import dsn_of, new_store
 
 
 @pytest.fixture(params=["direct", "pooled"])
 async def store(request) -> AsyncIterator[PostgresMetaStore]:
-    """A store with a table of its own, direct and behind a pooler in transaction mode."""
-    if request.param == "direct":
-        dsn = request.getfixturevalue("postgres")
-    else:
-        request.getfixturevalue("pgbouncer")
-        dsn = os.environ["TEST_PGBOUNCER"]
-    store = PostgresMetaStore(dsn, table_name=f"blobs_{uuid4().hex[:12]}")
-    store.bind(ModelSpec("item"))
+    store = new_store(dsn_of(request), "blobs_")
     yield store
     await store.close()
 

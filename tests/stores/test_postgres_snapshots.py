@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import random
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from uuid import uuid4
 
 import psycopg
 import pytest
@@ -22,17 +20,12 @@ from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.testing.blobs import upload
 from app.autocrud.values import kind_of
 from tests.stores.changes import meta_of, naming, once, read
+from tests.stores.postgres_helpers import dsn_of, new_store
 
 
 @pytest.fixture(params=["direct", "pooled"])
 async def store(request) -> AsyncIterator[PostgresMetaStore]:
-    if request.param == "direct":
-        dsn = request.getfixturevalue("postgres")
-    else:
-        request.getfixturevalue("pgbouncer")
-        dsn = os.environ["TEST_PGBOUNCER"]
-    store = PostgresMetaStore(dsn, table_name=f"snapshots_{uuid4().hex[:12]}")
-    store.bind(ModelSpec("item"))
+    store = new_store(dsn_of(request), "snapshots_")
     yield store
     await store.close()
 
@@ -165,8 +158,7 @@ async def test_a_snapshot_whose_connection_is_lost_fails(store: PostgresMetaStor
 
 async def test_snapshots_are_not_counted_among_the_connections_of_the_pool(postgres):
     """A process may have all its connections in use by requests, and several exports beside them."""
-    store = PostgresMetaStore(postgres, table_name=f"snapshots_{uuid4().hex[:12]}", max_size=1, password=lambda: "")
-    store.bind(ModelSpec("item"))
+    store = new_store(postgres, "snapshots_", max_size=1, password=lambda: "")
     await store.commit([naming("a")])
     async with AsyncExitStack() as stack:
         snapshots = [await stack.enter_async_context(store.snapshot()) for _ in range(3)]
@@ -177,8 +169,7 @@ async def test_snapshots_are_not_counted_among_the_connections_of_the_pool(postg
 
 
 async def test_memory_does_not_grow_with_the_number_of_resources_or_revisions(postgres):
-    store = PostgresMetaStore(postgres, table_name=f"snapshots_{uuid4().hex[:12]}")
-    store.bind(ModelSpec("item"))
+    store = new_store(postgres, "snapshots_")
     await store.commit([naming("r")], once("k", 1, 0))
 
     async def many(connection: psycopg.AsyncConnection) -> None:

@@ -11,8 +11,8 @@ all that was committed before the statement began.
   that waited for a removal sees the epoch that the removal left, and a removal that waited for an upload sees its row.
 - B2 *A row is not removed while a commit that names it is running.* A commit locks the rows of all keys that it names
   (FOR KEY SHARE), in order of the keys and before it locks resources. A removal locks its rows in the same order (FOR
-  UPDATE), and thereby waits for these commits. Only then, in another statement, it looks for uses: the statement that
-  waited still sees the state from before. A commit that waits for a removal finds no row afterwards.
+  UPDATE), which waits for these commits. Only then, in another statement, it looks for uses: the statement that waited
+  still sees the state from before. A commit that waits for a removal finds no row afterwards.
 - B3 *Uses are those of the records.* The function that commits changes both. The uses of a key that a commit replaces
   are visible to removals until this commit ends, and so keep the row.
 - B4 *No commit that began before format 2 drops a reference.* The move to format 2 holds the lock of the schema (P3)

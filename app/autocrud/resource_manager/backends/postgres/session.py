@@ -181,7 +181,7 @@ class SessionlessConnection(AsyncConnection[Any]):
     async def snapshot_transaction(self) -> AsyncIterator[None]:
         """Read as at one moment, in an explicit transaction that takes no lock which writers wait for.
 
-        Neither the transaction nor its statements have a time limit on the server.
+        On the server, the transaction and its statements have no time limit.
         """
         self.disposable = True
         await self.set_isolation_level(IsolationLevel.REPEATABLE_READ)
