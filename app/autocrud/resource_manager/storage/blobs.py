@@ -33,6 +33,7 @@ from ...errors import (
 )
 from ..basic import BlobRow, BlobStore, BlobWriter, owner_of
 from ..contract.blobs import BlobRows, Blobs, BlobUse, Upload
+from ..contract.import_journal import BlobRestoring
 from ..contract.snapshots import Pinning
 from ..contract.store_errors import WriteTimedOut
 
@@ -46,7 +47,7 @@ PAGE = 1000
 """How many blobs are looked up and removed at a time."""
 
 
-class StoredBlobs(Blobs):
+class StoredBlobs(Blobs, BlobRestoring):
     """The blobs of one model.
 
     rows   the MetaStore, or the ResourceStore whose records are the commit
@@ -63,6 +64,13 @@ class StoredBlobs(Blobs):
         left = None if quota is None else quota - (await self._rows.blob_usage()).size
         async with self._store.receive() as writer:
             yield _Upload(self._rows, self._store, writer, owner_of(caller), max_size, quota, left)
+
+    @override
+    @asynccontextmanager
+    async def restore(self, owner: str, *, max_size: int, row: bool = True) -> AsyncIterator[Upload]:
+        kind = _Upload if row else _Content
+        async with self._store.receive() as writer:
+            yield kind(self._rows, self._store, writer, owner, max_size, None, None)
 
     @override
     async def rows(self, sha256s: Sequence[str]) -> list[BlobRow]:
@@ -173,6 +181,15 @@ class _Upload(Upload):
             await self._store.delete([key])
         except CrudError as error:
             log.warning("the content of an upload stays until the next sweep: %s", error)
+
+
+class _Content(_Upload):
+    """An upload whose row another step adds, while a pin keeps the content."""
+
+    @override
+    async def finish(self) -> BlobRow:
+        key = await self._writer.store(f"{await self._rows.blob_epoch()}-{uuid7().hex}")
+        return BlobRow(key=key, size=self.size, owner=self._owner)
 
 
 class BlobSweep:

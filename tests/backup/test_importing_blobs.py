@@ -1,0 +1,140 @@
+"""Imports of files: their content, their owners, and the references of revisions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.autocrud.backup.exporting import export_all
+from app.autocrud.backup.importing import import_all
+from app.autocrud.errors import ConfigError
+from app.autocrud.resource_manager.core import SimpleStorage
+from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
+from app.autocrud.resource_manager.resource_store.simple import MemoryResourceStore
+
+from .archives import Content, blob, read_back, resource, write
+from .imports import Note, Place, program
+from .test_importing import Killed, programs, stop_after
+
+__all__ = ["programs"]
+
+KINDS = ("memory", "disk", "memory-disk", "s3-sqlite", "memory-s3", "cached-s3")
+
+
+def content() -> Content:
+    """Return resources that refer to files: one twice, one from an earlier revision only, one that is empty."""
+    blobs = [blob(content, owner) for content, owner in ((b"a" * 3_000_000, "alice"), (os.urandom(70_000), "bob"), (b"", "bob"))]
+    first, second, third = (row.key for row, _ in blobs)
+    resources = [
+        resource("a", [{"text": "1"}, {"text": "2"}], blobs=[[first, second], [first]]),
+        resource("b", [{"text": "3"}], blobs=[[third]]),
+        resource("c", [{"text": "4"}]),
+    ]
+    return Content(resources=resources, blobs=sorted(blobs, key=lambda one: one[0].key))
+
+
+async def files_of(storage: Any) -> dict[tuple[str, int], list[tuple[bytes, int, str]]]:
+    """Return content, size and owner of the files of each revision."""
+    found = {}
+    async for meta in storage.scan():
+        for record in (await storage.revisions(meta.resource_id)).items:
+            files = []
+            for key in record.blobs:
+                row = next(row for row in await storage.blobs.rows([key.partition("/")[0]]) if row.key == key)
+                text = b"".join([chunk async for chunk in storage.blobs.read(key)])
+                files.append((text, row.size, row.owner))
+            found[meta.resource_id, record.revision] = sorted(files)
+    return found
+
+
+def expected_of(content: Content) -> dict[tuple[str, int], list[tuple[bytes, int, str]]]:
+    files = {row.key: (text, row.size, row.owner) for row, text in content.blobs}
+    return {
+        (meta.resource_id, record.revision): sorted(files[key] for key in record.blobs)
+        for meta, revisions in content.resources
+        for record, _ in revisions
+    }
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_files_are_equal_after_an_import(programs, tmp_path, kind, empty):
+    expected = content()
+    await write(tmp_path / "a.tar.gz", {"note": expected})
+    crud = programs(kind)
+    storage = crud.resource_manager(Note).storage
+    if not empty:
+        await crud.resource_manager(Note).create(Note(text="mine"), resource_id="mine")
+    (model,) = (await import_all(crud.managers, tmp_path / "a.tar.gz")).models.values()
+    assert model.blobs == 3
+    found = await files_of(storage)
+    assert found.pop(("mine", 1), None) == (None if empty else [])
+    assert found == expected_of(expected)
+    await export_all(crud.managers, tmp_path / "b.tar.gz")
+    again = read_back(tmp_path / "b.tar.gz")["note"]
+    assert sorted((row.sha256, text) for row, text in again.blobs) == sorted(
+        (row.sha256, text) for row, text in expected.blobs
+    )
+    await crud.resource_manager(Note).purge("a")
+    used = {row.sha256 for row, _ in expected.blobs if row.size == 0}
+    left = [row for row, _ in expected.blobs if await storage.blobs.rows([row.sha256])]
+    assert {row.sha256 for row in left} == used
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_files_are_uploaded_once_if_an_import_is_resumed(programs, tmp_path, monkeypatch, kind):
+    expected = content()
+    await write(tmp_path / "a.tar.gz", {"note": expected})
+    crud = programs(kind)
+    manager = crud.resource_manager(Note)
+    await manager.create(Note(text="mine"), resource_id="b")
+    with monkeypatch.context() as patch:
+        stop_after(patch, manager.storage, 0)
+        with pytest.raises(Killed):
+            await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict="replace")
+    for row, _ in expected.blobs:
+        assert len(await manager.storage.blobs.rows([row.sha256])) == 1
+    await manager.maintain(10)
+    await import_all(crud.managers, tmp_path / "a.tar.gz", resume=True)
+    assert await files_of(manager.storage) == expected_of(expected)
+    for row, _ in expected.blobs:
+        assert len(await manager.storage.blobs.rows([row.sha256])) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_files_of_replaced_resources_come_back(programs, tmp_path, monkeypatch, kind):
+    """The journal keeps the files of what the import has replaced, whatever sweeps do."""
+    first, second = content(), Content(resources=[resource("a", [{"text": "new"}])])
+    await write(tmp_path / "a.tar.gz", {"note": first})
+    await write(tmp_path / "b.tar.gz", {"note": second})
+    crud = programs(kind)
+    manager = crud.resource_manager(Note)
+    await import_all(crud.managers, tmp_path / "a.tar.gz")
+    with monkeypatch.context() as patch:
+        stop_after(patch, manager.storage, 1)
+        with pytest.raises(Killed):
+            await import_all(crud.managers, tmp_path / "b.tar.gz", on_conflict="replace")
+    manager.storage._blob_sweep._keep_s = 0
+    assert (await manager.get("a")).data.text == "new"
+    for _ in range(3):
+        await manager.maintain(10)
+    (model,) = (await import_all(crud.managers, tmp_path / "b.tar.gz", abort=True)).models.values()
+    assert (model.taken_back, model.not_taken_back) == (1, 0)
+    assert await files_of(manager.storage) == expected_of(first)
+
+
+async def test_a_storage_without_files_refuses_an_archive_with_files(programs, tmp_path):
+    await write(tmp_path / "a.tar.gz", {"note": content()})
+
+    class WithoutBlobs:
+        def build(self, _name: str) -> SimpleStorage:
+            return SimpleStorage(MemoryMetaStore(), MemoryResourceStore())
+
+    crud = program("memory", Place(Path(tmp_path)))
+    crud.storage_factory = WithoutBlobs()  # type: ignore[assignment]
+    manager = crud.add_model(Note, name="other")
+    with pytest.raises(ConfigError, match="give it a BlobStore"):
+        await import_all({"note": manager}, tmp_path / "a.tar.gz")
