@@ -29,6 +29,7 @@ from app.autocrud.resource_manager.storage_factory import (
     S3StorageFactory,
 )
 from app.autocrud.testing.blobs import NamedBlobs, blob_rows_of, upload
+from app.autocrud.testing.loading import example, fill, loading
 from app.autocrud.testing.model import Item, manage
 from tests.services import BUCKET, S3Server
 
@@ -300,3 +301,32 @@ def test_an_older_program_refuses_records_beside_bodies_with_blobs(source, tmp_p
             await new.close()
 
         asyncio.run(with_blobs())
+
+
+def test_a_running_older_program_uses_a_loaded_model(store, old):
+    """The older program has the empty model open while it is loaded."""
+    old("create", "purged", "1")
+    old("purge", "purged")
+    contents = asyncio.run(example())
+
+    async def load() -> None:
+        new = manage(store.factory())
+        async with loading(new) as (loader, _):
+            await fill(new, loader, contents)
+            await loader.publish()
+        loaded = {meta.resource_id for meta in contents.metas}
+        assert old("texts").keys() == loaded  # deleted ones too
+        old("update", "r0", "by old")
+        old("create", "by old", "1")
+        with pytest.raises(Refused, match="VersionConflict"):
+            old("create", "r4", "x")
+        await new.update("r4", Item(text="by new"))
+        old("maintain", 10)
+        await new.maintain(10)
+        assert old("texts")["r4"] == "by new"
+        found = await new.search(Query())
+        texts = {hit.meta.resource_id: hit.data.text for hit in found.items}
+        assert (texts["r0"], texts["by old"], texts["ü"]) == ("by old", "1", "ö")
+        await new.close()
+
+    asyncio.run(load())

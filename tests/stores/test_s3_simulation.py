@@ -8,6 +8,7 @@ instance reads must keep these rules:
 - Revisions have no gaps.
 - Of the writers that expected the same version, at most one succeeded.
 - A read that began after an acknowledgement saw that write.
+- Of the loads of a whole model, at most one succeeded, and only before every write.
 
 `SIMULATIONS=1000 pytest tests/stores/test_s3_simulation.py` runs more seeds.
 """
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import os
 import random
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +28,15 @@ import pytest
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD
-from app.autocrud.errors import ConfigError, CrudError, HistoryForked, OutcomeUnknown, ResourceNotFound, StoreDamaged
+from app.autocrud.errors import (
+    ConfigError,
+    CrudError,
+    HistoryForked,
+    OutcomeUnknown,
+    ResourceNotFound,
+    StoreDamaged,
+    StoreUnavailable,
+)
 from app.autocrud.resource_manager.backends.s3.memory_object_store import (
     DROPPED,
     FALSE_CONFLICT,
@@ -35,7 +46,8 @@ from app.autocrud.resource_manager.backends.s3.memory_object_store import (
     MemoryObjectStore,
 )
 from app.autocrud.resource_manager.backends.s3_sqlite import head, housekeeping
-from app.autocrud.resource_manager.basic import IndexedField, IStorage
+from app.autocrud.resource_manager.basic import Encoding, IndexedField, IStorage, ResourceMeta, RevisionInfo
+from app.autocrud.resource_manager.contract.loading import LoadedResource
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
@@ -74,9 +86,10 @@ class SmallTails(IStorageFactory):
 
 
 class World:
-    def __init__(self, seed: int, root: Path) -> None:
+    def __init__(self, seed: int, root: Path, *, loads: bool = False) -> None:
         self.random = random.Random(seed)
         self.root = root
+        self.loading, self.first_write = loads, self.random.uniform(0, 4)
         self.objects = MemoryObjectStore()
         self.objects.latency = lambda _: self.random.expovariate(1 / 0.02)
         self.trouble = self.random.choice([0.0, 0.02, 0.1, 0.3])
@@ -88,6 +101,7 @@ class World:
         self.made = 0
         self.again: list[tuple[str, Note]] = []  # writes with a key whose outcome no client knows
         self.heard_again = 0
+        self.loads: dict[str, str] = {}  # the outcome of each load, by its token
         self.objects.fault = self.fault
 
     def fault(self, call: Call) -> InjectedFault | None:
@@ -110,6 +124,7 @@ class World:
             tasks = [
                 asyncio.create_task(self.writer(manager, f"{number}.{life}.{writer}")) for writer in range(WRITERS)
             ]
+            tasks += [asyncio.create_task(self.loader(manager, f"{number}.{life}.load"))] if self.loading else []
             reader = asyncio.create_task(self.reader(manager))
             doomed = self.random.random() < 0.4
             if doomed and (number, life) != (0, 1):  # one instance stays that can finish opening
@@ -129,6 +144,35 @@ class World:
             with contextlib.suppress(CrudError):
                 await manager.count()
 
+    async def loader(self, manager, token: str) -> None:
+        """Load a model, and read what was loaded at once."""
+        pin, storage = token.encode().hex(), manager.storage
+        contents = loaded(manager, token, self.random)
+        self.loads[token] = "refused"  # as long as it is not published
+        try:
+            await manager.open()
+            await storage.meta_store.add_pin(pin)
+            async with storage.loading.load(pin) as loader:
+                for resource, record, body in contents:
+                    await storage.resource_store.put(record.uid, record, body)
+                    await loader.add([resource, record])
+                await asyncio.sleep(self.random.choice([0, self.random.uniform(0, 0.5)]))
+                self.loads[token] = "unknown"
+                await loader.publish()
+        except (StoreDamaged, ConfigError, HistoryForked):
+            raise
+        except OutcomeUnknown:
+            return
+        except CrudError:
+            self.loads[token] = "refused"
+            return
+        self.loads[token] = "published"
+        for rid in RESOURCES:
+            self.newest[rid] = max(self.newest[rid], 1)
+        with contextlib.suppress(StoreUnavailable):
+            assert (await manager.meta("loaded")).version == 1
+            await storage.meta_store.remove_pin(pin)
+
     async def kill(self, manager, tasks) -> None:
         """Stop an instance at once. Requests under way to S3 may still take effect."""
         store = manager.storage.meta_store
@@ -139,6 +183,8 @@ class World:
         await asyncio.sleep(0)
 
     async def writer(self, manager, name: str) -> None:
+        if self.loading:
+            await asyncio.sleep(self.first_write + self.random.expovariate(1))
         for step in range(STEPS):
             token = f"{name}.{step}"
             try:
@@ -234,6 +280,7 @@ class World:
         assert not [token for token, count in tokens.items() if count > 1], "something happened twice"
         for token, place in self.acknowledged.items():
             assert places.get(token) == place, f"{token} was acknowledged as {place} and is {places.get(token)}"
+        await self.check_loads(reader, tokens)
         assert not self.refused & tokens.keys(), "something was refused and happened"
         assert tokens.keys() <= self.acknowledged.keys() | self.unknown
         assert all(count == 1 for count in self.winners.values()), "two writers won one version"
@@ -242,9 +289,51 @@ class World:
         await reader.maintain(60)
         assert await self.manager().count() == await reader.count()
 
+    async def check_loads(self, reader, tokens: Counter[str]) -> None:
+        """Check the loads, and remove their tokens from those of the writes."""
+        found = {token for token in self.loads if tokens[f"{token} a"]}
+        assert len(found) <= 1, "two loads were published"
+        assert {token for token, outcome in self.loads.items() if outcome == "published"} <= found
+        assert not {token for token, outcome in self.loads.items() if outcome == "refused"} & found
+        for token in found:
+            for rid in RESOURCES:
+                assert tokens.pop(f"{token} {rid}") == 1
+            assert (await reader.get("loaded")).data.token == f"{token} loaded"
+        if not found:
+            with pytest.raises(ResourceNotFound):
+                await reader.meta("loaded")
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_every_history_keeps_the_guarantees(seed, tmp_path, monkeypatch):
+
+def loaded(manager, token: str, draw: random.Random) -> list[tuple[LoadedResource, RevisionInfo, bytes]]:
+    """Return the contents of a load: the resources of the simulation, and one that only loads make."""
+    found = []
+    now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    for rid in sorted(("loaded", *RESOURCES)):
+        data = manager.codec.accept(Note(f"{token} {rid}"))
+        meta = ResourceMeta(
+            resource_id=rid,
+            version=1,
+            nonce=f"{draw.getrandbits(64):016x}",
+            revision=1,
+            total_revision_count=1,
+            schema_version=1,
+            status="stable",
+            is_deleted=False,
+            uid=f"0/{uuid.UUID(int=draw.getrandbits(128))}",
+            data_hash=data.hash,
+            encoding=Encoding.json,
+            created_time=now,
+            updated_time=now,
+            created_by="loader",
+            updated_by="loader",
+        )
+        body = manager.codec.encode(data, Encoding.json)
+        found.append((LoadedResource(meta, manager.codec.index(data.data)), RevisionInfo.of_change(meta, None), body))
+    return found
+
+
+def run(seed: int, tmp_path: Path, monkeypatch, **named) -> World:
+    """Run the simulation of a seed."""
     monkeypatch.setattr(housekeeping, "LEAST_LOG", 20_000)
     monkeypatch.setattr(housekeeping, "ABANDONED", 8_000)
     monkeypatch.setattr(housekeeping, "FANOUT", 3)
@@ -252,10 +341,20 @@ def test_every_history_keeps_the_guarantees(seed, tmp_path, monkeypatch):
         head, "MAX_PAST", (1, 3, 32)[seed % 3]
     )  # if HEADs name few versions, records decide whether history has forked
 
-    async def main() -> int:
-        world = World(seed, tmp_path)
+    async def main() -> World:
+        world = World(seed, tmp_path, **named)
         await asyncio.gather(*(world.instance(number) for number in range(INSTANCES)))
         await world.check()
-        return len(world.acknowledged)
+        return world
 
-    assert virtual_time.run(main()) > 0
+    return virtual_time.run(main())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_history_keeps_the_guarantees(seed, tmp_path, monkeypatch):
+    assert run(seed, tmp_path, monkeypatch).acknowledged
+
+
+@pytest.mark.parametrize("seed", SEEDS[::2])
+def test_loads_race_with_commits_and_with_each_other(seed, tmp_path, monkeypatch):
+    assert run(seed, tmp_path, monkeypatch, loads=True).acknowledged

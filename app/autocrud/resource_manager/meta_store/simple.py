@@ -178,7 +178,9 @@ class MemoryMetaStore(_TablesMetaStore, MemoryPinning, RecordReplay, BulkLoading
             loading.check_pin(self.holds_pin(pin))
             loading.move(db, self._tables)
 
-        return loading.staged_loader(None, self._db, ResourceTables(self._spec, self._encoding, lazy=True), publish)
+        return loading.staged_loader(
+            None, self._db.read, ResourceTables(self._spec, self._encoding, lazy=True), publish
+        )
 
     @override
     def apply_loaded(self, staged: StagedModel) -> None:
@@ -242,7 +244,7 @@ class DiskMetaStore(_TablesMetaStore, FilePinning, StagedMetaStore, FindingsKeep
             loading.move(db, self._tables)
 
         tables = ResourceTables(self._spec, self._encoding, lazy=True)
-        return loading.staged_loader(self._path.parent, self._db, tables, publish)
+        return loading.staged_loader(self._path.parent, self._db.read, tables, publish)
 
     @override
     async def maintain(self, budget_s: float) -> None:

@@ -52,6 +52,7 @@ from ..contract.blobs import BlobRows, BlobUsage, BlobUse
 from ..contract.import_journal import forget_purged
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
 from .s3_imports import S3ImportKeeping
+from .s3_loading import S3Loading
 from .s3_pinning import S3Pinning
 from .simple import SCAN_PAGE
 
@@ -64,7 +65,7 @@ MAX_EDITS = 50
 
 
 class S3SqliteMetaStore(
-    MetaStore, S3Pinning, S3ImportKeeping, Freshness, IndexMigration, FindingsKeeping, MetaSweeping, BlobRows
+    MetaStore, S3Pinning, S3ImportKeeping, S3Loading, Freshness, IndexMigration, FindingsKeeping, MetaSweeping, BlobRows
 ):
     """A MetaStore in a SQLite database whose durable form is a log and snapshots on S3.
 
@@ -150,7 +151,8 @@ class S3SqliteMetaStore(
         self.key = self._key_of(spec).rstrip("/")
         name = hashlib.sha256(f"{self._bucket}\n{self.key}".encode()).hexdigest()[:16]
         self._directory = None if self._local_dir is None else self._local_dir / name
-        self._tables = ResourceTables(spec, self._encoding)
+        self._spec = spec
+        self._tables = self._new_tables()
         self._replica = Replica(self._objects, self.key, self._tables, self._directory)
         self._pins = HeadPins(self._replica, self._edit)
 
@@ -247,6 +249,7 @@ class S3SqliteMetaStore(
                 yield meta
             after = page[-1].resource_id
 
+    @override
     async def refresh(self) -> None:
         """Update the local copy to all writes that are acknowledged now."""
         await self._replica.open()
@@ -332,6 +335,15 @@ class S3SqliteMetaStore(
             return head.next(schema=schema) if head.ver == state.ver else None
 
         return await self._loop_state().committer.edit(edit) is not None
+
+    @override
+    def _new_tables(self, *, lazy: bool = False) -> ResourceTables:
+        return ResourceTables(self._spec, self._encoding, lazy=lazy)
+
+    @override
+    def _workers(self) -> tuple[S3Committer, Housekeeping]:
+        loop_state = self._loop_state()
+        return loop_state.committer, loop_state.housekeeping
 
     @override
     async def advance_generation(self) -> int:

@@ -257,7 +257,7 @@ class DiskResourceStore(
         async def publish(staged: StagedModel) -> None:
             await self._db.load(staged.path, move, after=lambda: _applied(index, staged))
 
-        return loading.staged_loader(self.rootdir, self._db, ResourceTables(self._spec, lazy=True), publish)
+        return loading.staged_loader(self.rootdir, self._db.read, ResourceTables(self._spec, lazy=True), publish)
 
     @override
     async def health(self) -> None:

@@ -43,7 +43,7 @@ from ....errors import (
 from ...runtime.threads import shielded
 from ..s3.object_store import UNCHANGED, Object, Stored
 from .head import Head, LogRecord, Segment, encode_segment, microseconds, segment_key
-from .local_copy import REMEMBERED_TXIDS, Trial
+from .local_copy import REMEMBERED_TXIDS, HeadState, LocalCopy, Trial
 from .replica import Replica
 from .write_requests import WriteRequest
 
@@ -297,11 +297,23 @@ class S3Committer:
 
         Raises StoreUnavailable if no swap succeeded for COMMIT_TIMEOUT_S, and the errors of `Replica.check`.
         """
+
+        def decide(copy: LocalCopy) -> tuple[HeadState, Head | None]:
+            state, base = copy.state_and_head()
+            return state, edit(base)
+
+        return await self.edit_copy(decide)
+
+    async def edit_copy(self, decide: Callable[[LocalCopy], tuple[HeadState, Head | None]]) -> Head | None:
+        """Do the same as `edit`, with a function that returns the state of a copy and the HEAD that is to follow it.
+
+        It runs in a thread, and is called again after each swap that failed or whose outcome is not known. It sees then
+        what the swap may have done.
+        """
         deadline = self._loop.time() + COMMIT_TIMEOUT_S
         async with self._swap_lock:
             while self._loop.time() < deadline:
-                state, base = await self._replica.blocking(lambda copy: copy.state_and_head())
-                head = edit(base)
+                state, head = await self._replica.blocking(decide)
                 if head is None:
                     return None
                 body = head.encode()

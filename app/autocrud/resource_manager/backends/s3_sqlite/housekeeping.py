@@ -86,7 +86,7 @@ class Housekeeping:
         With `forget`, no record that the snapshot covers stays in the log. Other copies must then read the snapshot,
         even if reading the log would be cheaper.
         """
-        key = await self._announce(lambda head: snapshot_key(self._replica.prefix, head.ver + 1, head.seq))
+        key = await self.announce(lambda head: snapshot_key(self._replica.prefix, head.ver + 1, head.seq))
         path = new_path(self._replica.directory)
         replaced: set[str] = set()
         try:
@@ -110,7 +110,7 @@ class Housekeeping:
             return new
 
         await self._committer.edit(install)
-        return await self._finish(key, replaced)
+        return await self.finish(key, replaced)
 
     # Merges
 
@@ -131,10 +131,10 @@ class Housekeeping:
         return max(0, round(math.log(max(segment.size, 1) / self._tail_bytes, FANOUT)))
 
     async def _merge(self, run: Sequence[Segment]) -> bool:
-        key = await self._announce(lambda head: segment_key(self._replica.prefix, head.ver + 1, run[0].first))
+        key = await self.announce(lambda head: segment_key(self._replica.prefix, head.ver + 1, run[0].first))
         got = await asyncio.gather(*(self._objects.get(segment.key) for segment in run))
         if any(one is None for one in got):
-            return await self._finish(key, set())  # another instance merged them, or made a snapshot
+            return await self.finish(key, set())  # another instance merged them, or made a snapshot
         body = encode_segment([record for one in got if one is not None for record in decode_segment(one.body)])
         await self._objects.put(key, body)
         merged = Segment(key, run[0].first, run[-1].last, len(body))
@@ -153,11 +153,11 @@ class Housekeeping:
             return new
 
         await self._committer.edit(install)
-        return await self._finish(key, replaced)
+        return await self.finish(key, replaced)
 
     # Announcements
 
-    async def _announce(self, new_key: Callable[[Head], str]) -> str:
+    async def announce(self, new_key: Callable[[Head], str]) -> str:
         """Announce a new key in `pend`, and remove abandoned announcements. Return the key."""
         drawn: list[str] = []
 
@@ -172,7 +172,7 @@ class Housekeeping:
         named = [one.key for one in head.pend if one.key in drawn]
         return named[0] if named else drawn[-1]
 
-    async def _finish(self, key: str, replaced: set[str]) -> bool:
+    async def finish(self, key: str, replaced: set[str]) -> bool:
         """Withdraw the announcement if it is still there, and delete objects that HEAD no longer refers to.
 
         Return whether HEAD refers to `key`.

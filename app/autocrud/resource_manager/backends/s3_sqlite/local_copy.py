@@ -201,6 +201,20 @@ class LocalCopy:
         row: Any = self.read(lambda db: db.execute("SELECT store, seq, ver, etag, head FROM copy").get)
         return HeadState(*row[:4]), decode_head(row[4]) if row[4] else None
 
+    @contextlib.contextmanager
+    def read_transaction(self) -> Iterator[apsw.Connection]:
+        """Read one state of the copy."""
+        with self._connection() as connection, _read_transaction(connection):
+            yield connection
+
+    @staticmethod
+    def state_and_head_of(connection: apsw.Connection) -> tuple[HeadState, Head]:
+        """Return what `state_and_head` does, in a read transaction."""
+        body: Any = connection.execute("SELECT head FROM copy").get
+        if not body:
+            raise _no_head()
+        return _state(connection), decode_head(body)
+
     def txids(self) -> dict[int, bytes]:
         """Return the transaction ids of the newest REMEMBERED_TXIDS records, by number."""
         return self.read(lambda db: dict(db.execute("SELECT seq, txid FROM recent")))
@@ -405,6 +419,10 @@ class LocalCopy:
             if name not in kinds:
                 raise not_indexed(self.tables.spec.name, name)
         return IndexSchema(specs, (*schema.unique, *added)), spec
+
+    def schema_of_writes(self, connection: apsw.Connection, schema: IndexSchema) -> IndexSchema:
+        """Return the schema with the fields of this program, as a commit to this state changes it."""
+        return self._schema(connection, schema, with_unique=True)[0]
 
     def _added(self, schema: IndexSchema) -> list[str]:
         return [name for name in self.tables.spec.unique if name not in schema.unique]

@@ -27,7 +27,6 @@ from ...runtime.temporary import ProcessDirectory, remove_abandoned
 from ...runtime.threads import shielded
 from ..query_sql import quoted
 from . import blob_tables, sql
-from .database import FileDatabase, MemoryDatabase
 from .errors import translated
 from .tables import ResourceTables
 
@@ -248,18 +247,18 @@ class StagedLoader(Loader):
 @contextlib.asynccontextmanager
 async def staged_loader(
     parent: Path | None,
-    database: MemoryDatabase | FileDatabase,
+    read: Callable[[Callable[[apsw.Connection], None]], Awaitable[None]],
     tables: ResourceTables,
     publish: Callable[[StagedModel], Awaitable[None]],
 ) -> AsyncIterator[Loader]:
     """Give a loader, and remove what it staged afterwards. Raises ModelNotEmpty if the database is not empty now.
 
-    parent    the directory in which the file is made; None for that of the system for temporary files
-    database  the one that is to be loaded
-    tables    new tables of the model
-    publish   called with the staged model once it is checked and closed
+    parent   the directory in which the file is made; None for that of the system for temporary files
+    read     reads the database that is to be loaded, with a function of a connection
+    tables   new tables of the model
+    publish  called with the staged model once it is checked and closed
     """
-    await database.read(check_empty)
+    await read(check_empty)
     loader = StagedLoader(parent, tables, publish)
     try:
         yield loader
