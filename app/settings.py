@@ -208,6 +208,8 @@ class StackOutputs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     region: str | None = None
     api_url: str | None = None
     function_name: str | None = None
+    backup_function_name: str | None = None
+    """The function that exports and imports, if the stack has servers in a closed network."""
     db: Db | None = None
     cache: CacheServer | None = None
     broker: Broker | None = None

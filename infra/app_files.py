@@ -38,6 +38,7 @@ NOT_DEPLOYED = frozenset(
         "dev/local_s3.py",
         "dev/pulumi_cli.py",
         "s3_tools/__init__.py",
+        "s3_tools/direct_checks.py",
         "s3_tools/lost_copies.py",
         "s3_tools/s3_check.py",
         "s3_tools/s3_check_command.py",

@@ -104,7 +104,7 @@ class StackConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     cors: list[Annotated[str, Meta(pattern=r"^(\*|https?://[^/\s*]+)\Z")]] = []
     """[https://HOST], or ["*"] outside of prod
 
-    Origins whose pages may call the API."""
+    Origins whose pages may call the API, and send files to the bucket and read them from it."""
     domain: Domain | None = None
     """{name: api.example.org, zone: Z0123456789, base_path: /v1}, of which base_path is optional, or null
 

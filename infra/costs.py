@@ -274,9 +274,10 @@ A choice adds these amounts. Choices about a database, cache or broker are compa
 - `snap_start` is counted for one version of the function. **Each `pulumi up` that changes the function publishes
   another version**, and AWS bills every version that exists, {SNAP_START.usd:g} USD per million GB-seconds: ten
   versions cost ten times as much. Delete the versions that the alias `live` does not name.
-- Not counted: cold starts; restoring the snapshots of SnapStart (0.00014 per GB each); storing logs (0.03 per
-  GB-month); the logs of database and broker; reading secrets; traffic between zones; the Route 53 zone of a domain
-  (0.50); CPU credits of t4g instances that are busy all day; backups that are larger than the database.
+- Not counted: the function for backups, 0.02 for each run of 15 minutes; cold starts; restoring the snapshots of
+  SnapStart (0.00014 per GB each); storing logs (0.03 per GB-month); the logs of database and broker; reading secrets;
+  traffic between zones; the Route 53 zone of a domain (0.50); CPU credits of t4g instances that are busy all day;
+  backups that are larger than the database.
 
 ## Arithmetic
 

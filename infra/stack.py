@@ -2,6 +2,7 @@
 
 requests -> HttpApi or FunctionUrl -> ApiFunction -> DataBucket
                                                   -> Postgres, Cache, Broker in a Network, if a storage needs them
+crudstack export, import -> "backup" -> the same, if there is a Network
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from infra.components import StackContext, Transform
 from infra.components.broker import Broker
 from infra.components.bucket import DataBucket
 from infra.components.cache import Cache
-from infra.components.function import ApiFunction
+from infra.components.function import ApiFunction, Function
 from infra.components.http_api import FunctionUrl, HttpApi
 from infra.components.network import Network
 from infra.components.observability import Observability
@@ -30,6 +31,11 @@ from infra.config import StackConfig
 from infra.deployed_code import Package, package_of
 from infra.environment import VARIABLE
 from infra.zones import subnet_zones
+
+BACKUP_S = 900
+"""Seconds that an invocation of the function for backups may take, which is the maximum of Lambda."""
+BACKUP_MB, BACKUP_DISK_MB = 1769, 10240
+"""MB of memory of the function for backups, which give it one whole CPU, and of its disk. They cost while it runs."""
 
 
 def build(
@@ -57,8 +63,9 @@ def build(
     )
     zones = subnet_zones(context.name, state) if config.needs_network else []
     code = Package(str(zip)) if isinstance(zip, Path) else zip or package_of(package(config), state)
-    bucket = DataBucket(context, keep_days=30 if config.is_protected else 1)
+    bucket = DataBucket(context, keep_days=30 if config.is_protected else 1, origins=config.cors)
     grants = [bucket.grant("write")]
+    of_backups = list(grants)
 
     network = postgres = cache = broker = None
     if config.needs_network:
@@ -68,15 +75,18 @@ def build(
         assert network is not None
         postgres = Postgres(context, settings=config.postgres, network=network, zip=code, log_days=config.log_days)
         grants.append(postgres.grant())
+        of_backups.append(postgres.grant(direct=True))
     if "cache" in config.servers:
         assert network is not None
         # The name of the user must be unique in the whole account, as the name of the bucket is.
         cache = Cache(context, settings=config.cache, network=network, user=bucket.bucket)
         grants.append(cache.grant())
+        of_backups.append(cache.grant())
     if "broker" in config.servers:
         assert network is not None
         broker = Broker(context, settings=config.broker, network=network)
         grants.append(broker.grant())
+        of_backups.append(broker.grant())
 
     token_sha256 = None
     if config.auth == "token":
@@ -103,6 +113,25 @@ def build(
         log_days=config.log_days,
         has_url=config.edge == "function-url",
     )
+    backup = None
+    if network is not None:
+        told = dict(outputs)
+        for grant in of_backups:
+            told |= grant.outputs
+        # Runs for commands of the stack's user only, who cannot reach the servers in the network.
+        backup = Function(
+            context,
+            "backup",
+            zip=code,
+            handler="app.backup.handler",
+            grants=of_backups,
+            network=network,
+            environment={VARIABLE: Output.json_dumps(told)},
+            memory_mb=BACKUP_MB,
+            ephemeral_mb=BACKUP_DISK_MB,
+            timeout_s=BACKUP_S,
+            log_days=config.log_days,
+        )
     http_api = None
     if config.edge == "http-api":
         http_api = edge = HttpApi(
@@ -128,8 +157,9 @@ def build(
         email=config.alarm_email,
         budget_usd=config.budget_usd,
     )
-    # The function cannot have these two in its environment, because they are made from the function.
-    return {**outputs, "api_url": url, "function_name": function.name}
+    # The functions cannot have these in their environment, because they are made from the functions.
+    made = {"api_url": url, "function_name": function.name}
+    return {**outputs, **made, **({"backup_function_name": backup.name} if backup is not None else {})}
 
 
 def package(config: StackConfig) -> Artifact:

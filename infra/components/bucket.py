@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pulumi_aws as aws
 from pulumi import Input, Output
 
@@ -10,19 +12,28 @@ from infra.grants import Grant, Statement
 
 READ = ("s3:GetObject",)
 WRITE = (*READ, "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
+EXPORTS = "exports/"
+"""The beginning of the keys of exports, which are removed after a day."""
+UPLOAD_HEADERS = ["content-type", "if-match", "if-none-match", "if-range", "range", "x-amz-checksum-sha256"]
+"""Headers that pages may send to the bucket."""
+DOWNLOAD_HEADERS = ["accept-ranges", "content-disposition", "content-range", "etag"]
+"""Headers of the bucket's answers that pages may read, besides those that every page may read."""
 
 
 class DataBucket(Component):
-    """The bucket, its policy and its rules for old versions.
+    """The bucket, its policy, and its rules for old versions, exports and pages of other origins.
 
     keep_days      days that deleted and overwritten objects can be restored
     keep_newest    the largest number of old versions of one object that are kept for these days: HEAD of an S3-SQLite
                    log is overwritten at every commit
+    origins        origins whose pages may upload and download files by presigned URLs
 
     Outputs: `bucket`, which is its name, `arn` and `region`.
     """
 
-    def __init__(self, context: StackContext, *, keep_days: int = 30, keep_newest: int = 100) -> None:
+    def __init__(
+        self, context: StackContext, *, keep_days: int = 30, keep_newest: int = 100, origins: Sequence[str] = ()
+    ) -> None:
         super().__init__(context, "bucket")
         bucket = aws.s3.Bucket(
             self.resource_name("data"), force_destroy=not context.is_protected, opts=self.data_options()
@@ -80,10 +91,34 @@ class DataBucket(Component):
                     "filter": {"prefix": ""},
                     "noncurrent_version_expiration": {"noncurrent_days": 1, "newer_noncurrent_versions": keep_newest},
                 },
+                # An export is removed after its download. This rule removes those whose command was interrupted.
+                {
+                    "id": "exports",
+                    "status": "Enabled",
+                    "filter": {"prefix": EXPORTS},
+                    "expiration": {"days": 1},
+                    "noncurrent_version_expiration": {"noncurrent_days": 1},
+                },
             ],
             # S3 accepts a rule about old versions only if versioning is on.
             opts=self.data_options(depends_on=[versioning]),
         )
+        if origins:
+            # Not protected, unlike the rest: `cors` may become empty again.
+            aws.s3.BucketCorsConfiguration(
+                self.resource_name("data"),
+                bucket=bucket.bucket,
+                cors_rules=[
+                    {
+                        "allowed_origins": list(origins),
+                        "allowed_methods": ["GET", "HEAD", "PUT"],
+                        "allowed_headers": UPLOAD_HEADERS,
+                        "expose_headers": DOWNLOAD_HEADERS,
+                        "max_age_seconds": 3600,
+                    }
+                ],
+                opts=self.child_options(),
+            )
         aws.s3.BucketPolicy(
             self.resource_name("data"),
             bucket=bucket.bucket,

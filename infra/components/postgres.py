@@ -83,20 +83,25 @@ class Postgres(Component):
             self._database.resource_id,
         )
         self._port_access = PortAccess("postgres", self._group.id, PORT)
+        self._direct = (self.host, self._resource_id, self._port_access)
         self._create_app_user(network, zip, log_days)
         if settings.proxy:
             self._proxy(network)
         self.register_outputs({"host": self.host, "identifier": self.identifier})
 
-    def grant(self) -> Grant:
-        """Return a grant to sign in as the app's user."""
+    def grant(self, *, direct: bool = False) -> Grant:
+        """Return a grant to sign in as the app's user.
+
+        direct    whether to connect to the database itself and not to the proxy, so that sessions may change settings
+        """
+        host, resource_id, port_access = self._direct if direct else (self.host, self._resource_id, self._port_access)
         # IAM knows a database user by arn:aws:rds-db:REGION:ACCOUNT:dbuser:ID/USER.
         here = self._database.arn.apply(lambda arn: (arn or "").rsplit(":", 2)[0].replace(":rds:", ":rds-db:"))
-        user = Output.format("{0}:dbuser:{1}/{2}", here, self._resource_id, APP)
+        user = Output.format("{0}:dbuser:{1}/{2}", here, resource_id, APP)
         return Grant(
             statements=(Statement("SignInToDatabase", ("rds-db:connect",), (user,)),),
-            outputs={"db": {"host": self.host, "port": PORT, "name": DATABASE, "user": self._user, "auth": "iam"}},
-            ports=(self._port_access,),
+            outputs={"db": {"host": host, "port": PORT, "name": DATABASE, "user": self._user, "auth": "iam"}},
+            ports=(port_access,),
         )
 
     def _instance(self, subnets: aws.rds.SubnetGroup) -> _Database:

@@ -423,6 +423,12 @@ MAKERS: dict[str, Callable[[Cloud, Resource, dict[str, Any], bytes], Made]] = {
     "aws:s3/bucketLifecycleConfiguration:BucketLifecycleConfiguration": _of_bucket(
         "put_bucket_lifecycle_configuration", "LifecycleConfiguration", "delete_bucket_lifecycle", _lifecycle
     ),
+    "aws:s3/bucketCorsConfiguration:BucketCorsConfiguration": _of_bucket(
+        "put_bucket_cors",
+        "CORSConfiguration",
+        "delete_bucket_cors",
+        lambda given: {"CORSRules": [asked(rule) for rule in given["corsRules"]]},
+    ),
     "aws:s3/bucketPolicy:BucketPolicy": _of_bucket(
         "put_bucket_policy", "Policy", "delete_bucket_policy", lambda given: given["policy"]
     ),

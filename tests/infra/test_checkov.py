@@ -35,8 +35,8 @@ SKIPS = {
     "CKV2_AWS_75": Skip("cors: ['*'], which is refused in prod", "function-url-dev/"),
     "CKV2_AWS_8": Skip("the cluster makes its own backups"),
     "CKV_AWS_115": Skip(
-        "concurrency null means the account's limit; with a database it has a limit of its own",
-        r".*(-sqlite-|bootstrap)",
+        "concurrency null means the account's limit; with a database it has a limit of its own; backups run by hand",
+        r".*(-sqlite-|bootstrap|-backup)",
     ),
     "CKV_AWS_116": Skip("a failed request gets an error response; housekeeping runs again within the hour"),
     "CKV_AWS_117": Skip("a function that uses no database needs no network", r"(s3-sqlite|function-url)|.*-outside$"),

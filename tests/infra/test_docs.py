@@ -382,8 +382,10 @@ def test_permissions_follow_the_roles():
         found.setdefault(who.strip("`"), set()).update(re.findall("`(.*?)`", actions))
     each = found.pop("each function")
     network = found.pop("functions in the network")
+    assert found.pop("backup") == set(), "the same as the app"
     expected = {
         "the app": found["the app"] | each | network,
+        "backup": found["the app"] | each | network,
         "bootstrap-inside": each | network,
         "bootstrap-outside": found["bootstrap-outside"] | each,
         "the proxy": found["the proxy"],

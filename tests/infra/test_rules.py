@@ -26,8 +26,15 @@ VERSION, LIFECYCLE = (
     "aws:secretsmanager/secretVersion:SecretVersion",
     "aws:s3/bucketLifecycleConfiguration:BucketLifecycleConfiguration",
 )
+CORS = "aws:s3/bucketCorsConfiguration:BucketCorsConfiguration"
 INGRESS, PERMISSION = "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule", "aws:lambda/permission:Permission"
 S3, FULL, ALL, URL = "s3-sqlite-dev", "full-dev", "everything-prod", "function-url-prod"
+
+
+def change_call(stack):
+    """Let the schedule call the function for backups."""
+    stack.one(PERMISSION, "-maintain").depends["function"] = [stack.one(FUNCTION, "-backup").urn]
+
 
 PLANTED = {
     "arguments_fit_the_sdk": [
@@ -111,6 +118,14 @@ PLANTED = {
         (S3, lambda stack: stack.one(LIFECYCLE).inputs["rules"].pop(0)),
         (S3, lambda stack: stack.one(LIFECYCLE).inputs["rules"].pop(1)),
         (S3, lambda stack: stack.one(LIFECYCLE).inputs["rules"].pop(2)),
+        (S3, lambda stack: stack.one(LIFECYCLE).inputs["rules"].pop(3)),
+        (S3, nested(LIFECYCLE, "rules", 3, "filter", "prefix", to="export/")),
+        (S3, nested(LIFECYCLE, "rules", 3, "noncurrentVersionExpiration", to=...)),
+        (ALL, without(CORS)),
+        (ALL, nested(CORS, "corsRules", 0, "allowedOrigins", to=["*"])),
+        (ALL, nested(CORS, "corsRules", 0, "allowedMethods", to=["GET", "HEAD", "PUT", "DELETE"])),
+        (ALL, nested(CORS, "corsRules", 0, "allowedHeaders", to=["content-type"])),
+        (ALL, nested(CORS, "corsRules", 0, "exposeHeaders", to=[])),
         (
             S3,
             change(
@@ -145,6 +160,10 @@ PLANTED = {
         (S3, nested(FUNCTION, "environment", "variables", "PASSWORD", to="x")),
         (S3, change("aws:cloudwatch/eventTarget:EventTarget", input="{}")),
         (FULL, change(FUNCTION, "-api", reservedConcurrentExecutions=...)),
+        (FULL, change(FUNCTION, "-backup", timeout=60)),
+        (FULL, change(FUNCTION, "-backup", handler="app.handler.handler")),
+        (FULL, lambda stack: stack.resources.remove(stack.one(FUNCTION, "-backup"))),
+        (FULL, change_call),
     ],
     "calls_come_by_the_edge": [
         (S3, change(PERMISSION, "-api", principal="*")),
@@ -250,6 +269,8 @@ PLANTED = {
         ),
         (ALL, on("aws:rds/clusterParameterGroup:ClusterParameterGroup", protect=False)),
         (ALL, on("aws:apigatewayv2/route:Route", "-preflight", protect=True)),
+        (ALL, on(CORS, protect=True)),
+        (ALL, on(CORS, retain=True)),
         ("full-prod", on(BROKER, protect=True)),
         ("full-prod", on("aws:ec2/subnet:Subnet", retain=True)),
         ("mq-cached-s3-prod", on("aws:ec2/vpc:Vpc", protect=True)),

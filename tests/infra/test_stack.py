@@ -32,7 +32,7 @@ from tests.infra.stacks import CONFIGS, STAGES, environment, policies, recording
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 UPDATE = "CRUDSTACK_UPDATE_SNAPSHOTS"
 
-COUNTS = {"s3-sqlite": 34, "cached-s3": 34, "postgres-s3": 71, "redis-postgres": 79, "mq-cached-s3": 59, "full": 92}
+COUNTS = {"s3-sqlite": 34, "cached-s3": 34, "postgres-s3": 81, "redis-postgres": 91, "mq-cached-s3": 71, "full": 108}
 """Resources of a kind, the stack itself and the components included."""
 
 
@@ -110,8 +110,10 @@ def test_the_role_of_the_function_is_the_sum_of_its_links(kind):
         {"postgres": "SignInToDatabase", "cache": "SignInToCache", "broker": "ReadBrokerSecret"}[need] for need in needs
     }
     found = policies(recording(f"{kind}-dev"))
-    of_the_network = found.get("crudstack-dev-api-network", [])  # a policy of its own, of the same role
-    assert {statement["Sid"] for statement in (*found["crudstack-dev-api"], *of_the_network)} == expected
+    for function in ("api", "backup") if needs else ("api",):
+        of_the_network = found.get(f"crudstack-dev-{function}-network", [])  # a policy of its own, of the same role
+        statements = (*found[f"crudstack-dev-{function}"], *of_the_network)
+        assert {statement["Sid"] for statement in statements} == expected
 
 
 def test_the_functions_that_make_the_database_user_may_do_that_alone():
@@ -152,6 +154,39 @@ def test_iam_is_told_the_arn_of_a_database_user(monkeypatch):
     assert roles["crudstack-dev-proxy"][0]["Resource"] == [
         "arn:aws:rds-db:eu-central-1:123456789012:dbuser:db-ABC/crudstack_app"
     ]
+
+
+def test_backups_connect_to_the_database_and_not_to_its_proxy():
+    """A proxy would pin the session that sets limits of its own, and ends transactions that are idle for long."""
+    stack = recording("everything-prod")
+    hosts = {
+        name: json.loads(environment(stack.one(FUNCTION, name))["CRUDSTACK_OUTPUTS"])["db"]["host"]
+        for name in ("-api", "-backup")
+    }
+    assert hosts == {
+        "-api": "${aws_db_proxy.crudstack-prod-proxy.endpoint}",
+        "-backup": "${aws_rds_cluster.crudstack-prod-database.endpoint}",
+    }
+    rule = "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule"
+    groups = {name: stack.one(rule, f"postgres-from-{name}").depends["securityGroupId"] for name in ("api", "backup")}
+    assert [group[0].rpartition("::")[2] for group in groups.values()] == [
+        "crudstack-prod-proxy",
+        "crudstack-prod-database",
+    ]
+    roles = policies(stack)
+    signs_in = {
+        name: next(each for each in roles[f"crudstack-prod-{name}"] if each["Sid"] == "SignInToDatabase")
+        for name in ("api", "backup")
+    }
+    assert signs_in["api"]["Resource"] != signs_in["backup"]["Resource"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_command_knows_the_function_for_backups_if_the_servers_are_closed(name):
+    stack = recording(name)
+    assert ("backup_function_name" in stack.outputs) == CONFIGS[name].needs_network
+    for function in stack.all(FUNCTION):
+        assert "backup_function_name" not in environment(function).get("CRUDSTACK_OUTPUTS", "")
 
 
 # Secrets
@@ -261,7 +296,7 @@ def test_permissions_for_the_network_outlive_the_security_group():
     """Lambda deletes its network interfaces after the function, and uses the function's permissions for that."""
     stack = recording("full-dev")
     named = {(one.type, one.name): one for one in stack.resources}
-    for function in ("api", "bootstrap-inside"):
+    for function in ("api", "backup", "bootstrap-inside"):
         allowed = named["aws:iam/rolePolicy:RolePolicy", f"crudstack-dev-{function}-network"]
         group = named["aws:ec2/securityGroup:SecurityGroup", f"crudstack-dev-{function}"]
         assert allowed.urn in group.depends[""]
@@ -277,7 +312,7 @@ def test_the_program_makes_no_connection_and_writes_no_file(monkeypatch):
     monkeypatch.setattr(artifact, "build", lambda *_, **__: pytest.fail("the program builds a zip"))
     for preview in (True, False):
         stack = record(lambda: build(StackConfig(storage="full"), zip=Path("/nowhere/app.zip")), preview=preview)
-        assert stack.types[FUNCTION] == 3
+        assert stack.types[FUNCTION] == 4
 
 
 def test_a_program_that_waits_for_ever_ends_with_a_timeout_and_others_can_run_after_it(monkeypatch):

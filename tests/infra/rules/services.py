@@ -60,7 +60,7 @@ def buckets_are_complete(stack: Recording, config: StackConfig) -> Iterator[str]
         bounds = [
             each["noncurrentVersionExpiration"]
             for each in rules
-            if "noncurrentVersionExpiration" in each and each["status"] == "Enabled"
+            if "noncurrentVersionExpiration" in each and each["status"] == "Enabled" and not each["filter"]["prefix"]
         ]
         if not any("newerNoncurrentVersions" not in bound for bound in bounds):
             yield f"{bucket.name} keeps versions for ever"
@@ -70,6 +70,21 @@ def buckets_are_complete(stack: Recording, config: StackConfig) -> Iterator[str]
             yield f"{bucket.name} keeps any number of versions"
         if not any("abortIncompleteMultipartUpload" in each for each in rules):
             yield f"{bucket.name} keeps broken uploads"
+        exports = [each for each in rules if each["filter"]["prefix"] == "exports/" and each["status"] == "Enabled"]
+        if [(each["expiration"], each["noncurrentVersionExpiration"]) for each in exports] != [
+            ({"days": 1}, {"noncurrentDays": 1})
+        ]:
+            yield f"{bucket.name} keeps exports"
+        of_pages = beside["bucketCorsConfiguration"].inputs["corsRules"] if "bucketCorsConfiguration" in beside else []
+        if [each["allowedOrigins"] for each in of_pages] != ([config.cors] if config.cors else []):
+            yield f"{bucket.name} is for other pages"
+        for each in of_pages:
+            if set(each["allowedMethods"]) != {"GET", "HEAD", "PUT"}:
+                yield f"pages may {each['allowedMethods']} in {bucket.name}"
+            if not {"content-type", "range", "x-amz-checksum-sha256"} <= set(each["allowedHeaders"]):
+                yield f"pages may not send what an upload to {bucket.name} needs"
+            if not {"etag", "content-range"} <= set(each["exposeHeaders"]):
+                yield f"pages may not read what a download from {bucket.name} answers"
         (statement,) = json.loads(beside["bucketPolicy"].inputs["policy"])["Statement"]
         if (statement["Effect"], statement["Principal"], statement["Condition"]) != (
             "Deny",
@@ -165,6 +180,17 @@ def functions_are_for_lambda_and_log_for_a_while(stack: Recording, config: Stack
         yield f"the function has {found}"
     if api["handler"] != "app.handler.handler":
         yield f"the handler is {api['handler']}"
+    functions = stack.all("aws:lambda/function:Function")
+    backups = [each for each in functions if each.name.endswith("-backup")]
+    if len(backups) != config.needs_network:
+        yield f"there are {len(backups)} functions for backups"
+    for each in backups:
+        found = (each.inputs["handler"], each.inputs["timeout"], each.inputs["ephemeralStorage"])
+        if found != ("app.backup.handler", 900, {"size": 10240}) or each.inputs.get("reservedConcurrentExecutions"):
+            yield f"the function for backups has {found}"
+        reached = [*stack.all("aws:lambda/permission:Permission"), *stack.all("aws:lambda/alias:Alias")]
+        if any(each.urn in other.depends.get("function", other.depends.get("functionName", ())) for other in reached):
+            yield "the function for backups can be called by others than the stack's user"
     target = stack.one("aws:cloudwatch/eventTarget:EventTarget")
     if json.loads(target.inputs["input"]) != {"crudstack": "maintain"} or not target.depends.get("arn"):
         yield "no schedule starts the housekeeping"

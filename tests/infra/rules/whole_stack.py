@@ -18,6 +18,8 @@ from tests.infra.sdk_types import findings
 from tests.infra.stacks import environment
 
 VERSION = "aws:secretsmanager/secretVersion:SecretVersion"
+OF_PAGES = "aws:s3/bucketCorsConfiguration:BucketCorsConfiguration"
+"""It holds no data, and goes when `cors` is empty again."""
 DATA = {
     "aws:s3/bucket:Bucket",
     "aws:rds/instance:Instance",
@@ -53,7 +55,7 @@ THE_URL = {
 def protected(resource: Resource, config: StackConfig) -> bool:
     """Return whether prod must protect the resource: data and their dependencies, the URL, or the current token."""
     if resource.type in DATA or resource.type.startswith("aws:s3/bucket"):
-        return True
+        return resource.type != OF_PAGES
     if "postgres" in config.servers and resource.type in OF_A_DATABASE:
         return True
     if resource.type == "aws:ec2/securityGroup:SecurityGroup":
@@ -164,7 +166,8 @@ def prod_keeps_and_the_others_leave_nothing(stack: Recording, config: StackConfi
         if resource.protect != (keeps and protected(resource, config)):
             yield f"{resource.name} is{'' if resource.protect else ' not'} protected"
         # The settings that protect the data of a bucket are retained as long as the data.
-        if resource.retain != (keeps and (resource.type in DATA or resource.type.startswith("aws:s3/bucket"))):
+        holds = resource.type in DATA or (resource.type.startswith("aws:s3/bucket") and resource.type != OF_PAGES)
+        if resource.retain != (keeps and holds):
             yield f"{resource.name} is{'' if resource.retain else ' not'} retained"
     versions = {each.name.rpartition("-")[2]: each for each in stack.all(VERSION) if "-token-" in each.name}
     before = f"{config.token_generation - 1}"
