@@ -10,12 +10,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+from typing_extensions import override
+
 from ..basic import BlobRow, IndexEntry, ResourceMeta, RevisionInfo, StoredKey
+from ..runtime.threads import shielded
 
 
 class LoadedResource(NamedTuple):
@@ -95,3 +99,30 @@ class LoadingStorage(Protocol):
     @abstractmethod
     def loading(self) -> BulkLoading | None:
         """Return what loads the model; None if the stores cannot do it. Its pins are those of the MetaStore."""
+
+
+class LoaderAround(Loader):
+    """A Loader that publishes in a context. `publish` runs to completion even if its caller is cancelled."""
+
+    def __init__(self, loader: Loader, around: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self._loader, self._around = loader, around
+
+    @override
+    async def add(self, items: Sequence[LoadedResource | RevisionInfo]) -> None:
+        await self._loader.add(items)
+
+    @override
+    async def add_blobs(self, rows: Sequence[BlobRow]) -> None:
+        await self._loader.add_blobs(rows)
+
+    @override
+    async def add_keys(self, keys: Sequence[StoredKey]) -> None:
+        await self._loader.add_keys(keys)
+
+    @override
+    async def publish(self) -> None:
+        await shielded(asyncio.ensure_future(self._publish()))
+
+    async def _publish(self) -> None:
+        async with self._around():
+            await self._loader.publish()

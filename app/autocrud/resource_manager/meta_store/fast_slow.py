@@ -27,7 +27,7 @@ import datetime as dt
 import logging
 import time
 from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from typing_extensions import override
@@ -52,6 +52,7 @@ from ..basic import (
 )
 from ..contract.blobs import BlobRows, BlobUsage, BlobUse
 from ..contract.import_journal import ImportKeeping
+from ..contract.loading import BulkLoading, Loader, LoaderAround
 from ..contract.metadata_codec import encoder, meta_of
 from ..contract.overrides import check_meta_store
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
@@ -89,7 +90,17 @@ class Fence(NamedTuple):
 
 
 @runtime_checkable
-class Slow(IndexMigration, FindingsKeeping, MetaSweeping, BlobRows, Pinning, SnapshotReading, ImportKeeping, Protocol):
+class Slow(
+    IndexMigration,
+    FindingsKeeping,
+    MetaSweeping,
+    BlobRows,
+    Pinning,
+    SnapshotReading,
+    ImportKeeping,
+    BulkLoading,
+    Protocol,
+):
     """The abilities that a slow store needs. All processes see the same state of it."""
 
     async def get_fenced(self, resource_id: str) -> tuple[Fence, ResourceMeta | None]:
@@ -124,6 +135,7 @@ class FastSlowMetaStore(
     Pinning,
     SnapshotReading,
     SlowImports,
+    BulkLoading,
 ):
     """A durable MetaStore with a cache for `get` in front.
 
@@ -442,6 +454,19 @@ class FastSlowMetaStore(
     @override
     def snapshot(self) -> AbstractAsyncContextManager[MetaSnapshot]:
         return self._slow.snapshot()
+
+    @override
+    @asynccontextmanager
+    async def load(self, pin: str) -> AsyncIterator[Loader]:
+        async with self._slow.load(pin) as loader:
+            yield LoaderAround(loader, self._until_leases_expire)
+
+    @asynccontextmanager
+    async def _until_leases_expire(self) -> AsyncIterator[None]:
+        """Wait after a load (F4). A process may have purged a resource of an equal id and ended before END_WRITE."""
+        yield
+        await self._learn_store_id()
+        await asyncio.sleep(_with_margin(self._longest_s))
 
     # Maintenance
 

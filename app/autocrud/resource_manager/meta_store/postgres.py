@@ -66,8 +66,8 @@ from ..contract.store_errors import (
 from ..runtime.threads import shielded
 from .fast_slow import Fence
 from .postgres_access import server_error
-from .postgres_blobs import PostgresBlobRows
 from .postgres_imports import PostgresImports
+from .postgres_loading import PostgresLoading
 from .postgres_snapshots import PostgresSnapshots
 
 SCAN_PAGE = 500
@@ -78,7 +78,7 @@ ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) EN
 
 
 class PostgresMetaStore(
-    PostgresBlobRows, PostgresSnapshots, PostgresImports, IndexMigration, FindingsKeeping, MetaSweeping
+    PostgresLoading, PostgresSnapshots, PostgresImports, IndexMigration, FindingsKeeping, MetaSweeping
 ):
     """A MetaStore in tables of a PostgreSQL database. Durable, and shared by any number of processes.
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from typing_extensions import override
 
 from ...errors import OutcomeUnknown
-from ..basic import BlobRow, MetaStore, ResourceStore, RevisionInfo, StoredKey
-from ..contract.loading import BulkLoading, IndexLoading, LoadedResource, Loader, RecordLoading
+from ..basic import MetaStore, ResourceStore
+from ..contract.loading import BulkLoading, IndexLoading, Loader, LoaderAround, RecordLoading
 from ..contract.protocols import IndexKeeping
-from ..runtime.threads import shielded
 from .commits import AnnouncedCommits, Commits, RecordCommits
 
 
@@ -32,33 +30,6 @@ def loading_of(meta_store: MetaStore, resource_store: ResourceStore, commits: Co
     return meta_store
 
 
-class _Published(Loader):
-    """A Loader with another `publish`, which runs to completion even if the caller is cancelled."""
-
-    def __init__(self, loader: Loader, publish: Callable[[Loader], AbstractAsyncContextManager[None]]) -> None:
-        self._loader, self._around = loader, publish
-
-    @override
-    async def add(self, items: Sequence[LoadedResource | RevisionInfo]) -> None:
-        await self._loader.add(items)
-
-    @override
-    async def add_blobs(self, rows: Sequence[BlobRow]) -> None:
-        await self._loader.add_blobs(rows)
-
-    @override
-    async def add_keys(self, keys: Sequence[StoredKey]) -> None:
-        await self._loader.add_keys(keys)
-
-    @override
-    async def publish(self) -> None:
-        await shielded(asyncio.ensure_future(self._publish()))
-
-    async def _publish(self) -> None:
-        async with self._around(self._loader):
-            await self._loader.publish()
-
-
 class _RecordLoading(BulkLoading):
     """Loads records beside the bodies, which the index in memory follows.
 
@@ -73,7 +44,7 @@ class _RecordLoading(BulkLoading):
     @asynccontextmanager
     async def load(self, pin: str) -> AsyncIterator[Loader]:
         async with self._records.load_records(self._index, pin) as loader:
-            yield _Published(loader, lambda _: self._commits.unique_values.held_off())
+            yield LoaderAround(loader, self._commits.unique_values.held_off)
 
 
 class _AnnouncedLoading(BulkLoading):
@@ -86,10 +57,10 @@ class _AnnouncedLoading(BulkLoading):
     @asynccontextmanager
     async def load(self, pin: str) -> AsyncIterator[Loader]:
         async with self._meta_store.load(pin) as loader:
-            yield _Published(loader, self._announced)
+            yield LoaderAround(loader, self._announced)
 
     @asynccontextmanager
-    async def _announced(self, _: Loader) -> AsyncIterator[None]:
+    async def _announced(self) -> AsyncIterator[None]:
         try:
             yield
         except OutcomeUnknown:

@@ -186,10 +186,17 @@ class SessionlessConnection(AsyncConnection[Any]):
         self.disposable = True
         await self.set_isolation_level(IsolationLevel.REPEATABLE_READ)
         await self.set_read_only(True)
+        async with self.transaction():
+            await super().execute(f"{self._without_limits()}SELECT 1".encode())  # the first query chooses the moment
+            yield
+
+    async def begin_load(self) -> None:
+        """Begin a transaction that writes, without time limits on the server. The caller commits it by a statement."""
+        self.disposable = True
+        await super().execute(f"BEGIN ISOLATION LEVEL READ COMMITTED; {self._without_limits()}SELECT 1".encode())
+
+    def _without_limits(self) -> str:
         limits = ["statement_timeout", "idle_in_transaction_session_timeout"]
         if self.info.server_version >= 170_000:
             limits.append("transaction_timeout")
-        async with self.transaction():
-            settings = "".join(f"SET LOCAL {name} = 0; " for name in limits)
-            await super().execute(f"{settings}SELECT 1".encode())  # the first query chooses the moment
-            yield
+        return "".join(f"SET LOCAL {name} = 0; " for name in limits)
