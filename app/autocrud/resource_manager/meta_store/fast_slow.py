@@ -27,7 +27,7 @@ import datetime as dt
 import logging
 import time
 from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from typing_extensions import override
@@ -36,7 +36,6 @@ from ...errors import ConfigError, CrudError, OutcomeUnknown, StoreDamaged
 from ...query import Query
 from ..basic import (
     AlreadyCommitted,
-    BlobRow,
     Change,
     CommitResult,
     Encoding,
@@ -50,15 +49,16 @@ from ..basic import (
     ResourceMeta,
     RevisionInfo,
 )
-from ..contract.blobs import BlobRows, BlobUsage, BlobUse
+from ..contract.blobs import BlobRows
 from ..contract.import_journal import ImportKeeping
 from ..contract.loading import BulkLoading, Loader, LoaderAround
 from ..contract.metadata_codec import encoder, meta_of
 from ..contract.overrides import check_meta_store
 from ..contract.protocols import FindingsKeeping, Freshness, IndexMigration, MetaSweeping
-from ..contract.snapshots import MetaSnapshot, Pinning, SnapshotReading
+from ..contract.snapshots import Pinning, SnapshotReading
 from ..contract.store_errors import missing
 from ..runtime.threads import shielded
+from .slow_blobs import BlobsAndSnapshots, SlowBlobs
 from .slow_imports import SlowImports
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ class FastSlowMetaStore(
     IndexMigration,
     FindingsKeeping,
     MetaSweeping,
-    BlobRows,
-    Pinning,
-    SnapshotReading,
+    SlowBlobs,
     SlowImports,
     BulkLoading,
 ):
@@ -170,6 +168,11 @@ class FastSlowMetaStore(
     @property
     @override
     def _import_keeping(self) -> ImportKeeping:
+        return self._slow
+
+    @property
+    @override
+    def _slow_blobs(self) -> BlobsAndSnapshots:
         return self._slow
 
     @property
@@ -409,51 +412,7 @@ class FastSlowMetaStore(
     async def advance_generation(self) -> int:
         return await self._slow.advance_generation()
 
-    # Blobs, pins and snapshots: of the slow store alone, because the fast store has no records
-
-    @override
-    async def blob_epoch(self) -> int:
-        return await self._slow.blob_epoch()
-
-    @override
-    async def add_blob(self, row: BlobRow, *, quota: int | None = None) -> None:
-        await self._slow.add_blob(row, quota=quota)
-
-    @override
-    async def blobs(self, sha256s: Sequence[str]) -> list[BlobRow]:
-        return await self._slow.blobs(sha256s)
-
-    @override
-    async def blob_uses(self, key: str, limit: int = 100) -> list[BlobUse]:
-        return await self._slow.blob_uses(key, limit)
-
-    @override
-    async def blob_usage(self) -> BlobUsage:
-        return await self._slow.blob_usage()
-
-    @override
-    async def remove_blobs(self, keys: Sequence[str]) -> list[str]:
-        return await self._slow.remove_blobs(keys)
-
-    @override
-    async def add_pin(self, pin: str) -> None:
-        await self._slow.add_pin(pin)
-
-    @override
-    async def renew_pin(self, pin: str) -> bool:
-        return await self._slow.renew_pin(pin)
-
-    @override
-    async def remove_pin(self, pin: str) -> bool:
-        return await self._slow.remove_pin(pin)
-
-    @override
-    async def has_pins(self) -> bool:
-        return await self._slow.has_pins()
-
-    @override
-    def snapshot(self) -> AbstractAsyncContextManager[MetaSnapshot]:
-        return self._slow.snapshot()
+    # Imports
 
     @override
     @asynccontextmanager
