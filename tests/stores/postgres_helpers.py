@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Encoding
 from app.autocrud.resource_manager.basic import IndexedField, IStorage, ModelSpec
+from app.autocrud.resource_manager.blob_store.simple import DiskBlobStore
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore, MemoryResourceStore
@@ -29,7 +30,12 @@ class WithDisk(IStorageFactory):
             table_name=f"{self.root.name}/meta_{model_name}",
             max_size=4,
         )
-        return SimpleStorage(meta_store, DiskResourceStore(self.root / model_name, encoding=self.encoding))
+        directory = self.root / model_name
+        return SimpleStorage(
+            meta_store,
+            DiskResourceStore(directory, encoding=self.encoding),
+            DiskBlobStore(directory / "blobs"),
+        )
 
 
 class Note(Struct):

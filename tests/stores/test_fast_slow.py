@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from app.autocrud.resource_manager.basic import IStorage
+from app.autocrud.resource_manager.blob_store.simple import DiskBlobStore
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.fast_slow import FastSlowMetaStore
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
@@ -34,7 +35,8 @@ class RedisPg(IStorageFactory):
             ),
             lease_s=0.2,
         )
-        return SimpleStorage(meta_store, DiskResourceStore(self.root / model_name))
+        directory = self.root / model_name
+        return SimpleStorage(meta_store, DiskResourceStore(directory), DiskBlobStore(directory / "blobs"))
 
 
 @pytest.mark.usefixtures("valkey", "postgres")

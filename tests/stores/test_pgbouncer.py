@@ -19,6 +19,7 @@ from app.autocrud.errors import CrudError, OutcomeUnknown, StoreUnavailable
 from app.autocrud.resource_manager.backends.postgres import pool, session
 from app.autocrud.resource_manager.backends.postgres.session import Guard
 from app.autocrud.resource_manager.basic import IStorage
+from app.autocrud.resource_manager.blob_store.simple import DiskBlobStore
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.postgres import PostgresMetaStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
@@ -51,7 +52,8 @@ class WithDisk(IStorageFactory):
     def build(self, model_name: str) -> IStorage:
         table = f"{self.root.name}/meta_{model_name}"
         meta_store = PostgresMetaStore(os.environ[self.address], table_name=table, max_size=4)
-        return SimpleStorage(meta_store, DiskResourceStore(self.root / model_name))
+        directory = self.root / model_name
+        return SimpleStorage(meta_store, DiskResourceStore(directory), DiskBlobStore(directory / "blobs"))
 
 
 @pytest.mark.usefixtures("pgbouncer")

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from app.autocrud import AutoCRUD, Encoding
 from app.autocrud.query import Query
 from app.autocrud.resource_manager.basic import Change, IndexedField, IStorage, ResourceMeta, Version
+from app.autocrud.resource_manager.blob_store.simple import DiskBlobStore
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey, ResourceManager, SimpleStorage
 from app.autocrud.resource_manager.meta_store.redis import RedisMetaStore
 from app.autocrud.resource_manager.resource_store.simple import DiskResourceStore
@@ -33,6 +34,7 @@ class RedisAndDisk(IStorageFactory):
         return SimpleStorage(
             RedisMetaStore(self.url, prefix=self.prefix or f"{self.root.name}:{model_name}:", encoding=self.encoding),
             DiskResourceStore(self.root / model_name, encoding=self.encoding),
+            DiskBlobStore(self.root / model_name / "blobs"),
         )
 
 

@@ -114,16 +114,20 @@ async def test_a_key_of_another_type_changes_nothing(store, server, name):
     row = upload()
     await store.add_blob(row)
     await store.commit([naming("other")])
-    server.set(f"{store._prefix}{name.format(row.key)}", "not a sorted set")
-    before = {key: server.dump(key) for key in server.keys(f"{store._prefix}*")}
-    for write in (
-        lambda: store.commit([naming("other", version=2), naming("r", row.key)]),
-        lambda: store.remove_blobs([row.key]),
-        *([lambda: store.add_blob(upload())] if name == "blobs" else []),
-    ):
-        with pytest.raises(StoreDamaged):
-            await write()
-    assert {key: server.dump(key) for key in server.keys(f"{store._prefix}*")} == before
+    wrong = f"{store._prefix}{name.format(row.key)}"
+    server.set(wrong, "not a sorted set")
+    try:
+        before = {key: server.dump(key) for key in server.keys(f"{store._prefix}*")}
+        for write in (
+            lambda: store.commit([naming("other", version=2), naming("r", row.key)]),
+            lambda: store.remove_blobs([row.key]),
+            *([lambda: store.add_blob(upload())] if name == "blobs" else []),
+        ):
+            with pytest.raises(StoreDamaged):
+                await write()
+        assert {key: server.dump(key) for key in server.keys(f"{store._prefix}*")} == before
+    finally:
+        server.delete(wrong)  # other tests read all keys of the server
 
 
 async def test_a_row_whose_answer_is_lost_is_stored_once(store, valkey, proxy):
