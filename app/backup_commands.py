@@ -8,10 +8,11 @@ import sys
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from .archive_place import ArchivePlace
 from .autocrud.errors import ConfigError, CrudError, InvalidData
@@ -22,6 +23,7 @@ from .wiring import pairs
 
 if TYPE_CHECKING:
     from .autocrud import AutoCRUD
+    from .autocrud.backup.importing import ImportResult, ModelImport
 
 T = TypeVar("T")
 
@@ -101,6 +103,97 @@ def export(
         )
         if one.absent:
             print(f"{one.name}: not in the archive, because they were purged: {_some(one.absent)}", file=report)
+
+
+def import_archive(
+    archive: Archive,
+    *,
+    storage: str | None = None,
+    stack: str | None = None,
+    model: Models = None,
+    on_conflict: Literal["fail", "skip", "replace"] = "fail",
+    sha256: str | None = None,
+    max_bytes: Annotated[int | None, Parameter(validator=Number(gt=0))] = None,
+    resume: Flag = False,
+    abort: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Put the resources of an archive into the models, while programs read and write them.
+
+    The whole archive is verified before anything is changed. If the import is
+    killed, run it again with --resume or with --abort.
+
+    The exit code is 0 if all is imported, 1 if the import failed, and 2 if an
+    argument or a setting is wrong.
+
+    Parameters
+    ----------
+    archive
+        A file, s3://bucket/key, or - for stdin.
+    storage
+        The value of `serve --storage`.
+    stack
+        The value of `serve --stack`.
+    model
+        Import this model only. May be given several times.
+    on_conflict
+        If a model has a resource of the archive already: "fail" refuses the import, "skip" keeps the stored one,
+        "replace" takes the one of the archive.
+    sha256
+        Refuse an archive with another SHA-256.
+    max_bytes
+        Refuse an archive that takes more bytes when it is decompressed. The default is the free disk space.
+    resume
+        Continue an import of the same archive that was killed.
+    abort
+        Take back an import of the same archive that was killed.
+    json
+        Print one JSON document instead of sentences.
+    """
+    from .autocrud.backup.importing import import_all
+
+    place = ArchivePlace(archive)
+    settings = load(environment(storage, stack))
+
+    async def work(crud: AutoCRUD) -> ImportResult:
+        async with place.reading(settings) as source:
+            return await import_all(
+                crud.managers,
+                source,
+                models=model,
+                on_conflict=on_conflict,
+                sha256=sha256,
+                max_bytes=max_bytes,
+                resume=resume,
+                abort=abort,
+                progress=progress,
+            )
+
+    progress = ProgressBar("verify", " files")
+    result = _run(settings, model, work, progress)
+    if json:
+        _print_json({"archive": archive, **result._asdict()}, sys.stdout)
+        return
+    print(f"{archive}: {_megabytes(result.size)}, SHA-256 {result.sha256}")
+    for name, one in result.models.items():
+        print(f"{name}: {_outcome(one)}")
+        if one.ids:
+            print(f"{name}: {_some(one.ids)}")
+
+
+def _outcome(one: ModelImport) -> str:
+    """Return what an import did to a model, as one line."""
+    amounts = {
+        "created": one.created,
+        "replaced": one.replaced,
+        "skipped": one.skipped,
+        "taken back": one.taken_back,
+        "not taken back": one.not_taken_back,
+        "files": one.blobs,
+        "bodies that do not fit the model": one.misfits,
+        **{f"left out for the value of {field}": count for field, count in one.unique_conflicts.items()},
+    }
+    return ", ".join(f"{count} {what}" for what, count in amounts.items() if count) or "nothing to do"
 
 
 def snapshot(directory: Path, *, storage: str | None = None, json: Flag = False) -> None:

@@ -47,6 +47,7 @@ cli = App(
 tokens = App(name="token", help="Bearer tokens, for CRUDSTACK_AUTH.", help_format="plaintext", version_flags=[])
 cli.command(tokens)
 cli.command(backup_commands.export)
+cli.command(backup_commands.import_archive, name="import")
 cli.command(backup_commands.snapshot)
 
 

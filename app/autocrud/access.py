@@ -31,10 +31,12 @@ from msgspec import Struct
 from .errors import ConfigError, CrudError
 from .query import Filter, Or, field
 
-Action = Literal["read", "create", "update", "delete", "purge"]
+Action = Literal["read", "create", "update", "delete", "purge", "export", "import"]
 """`update` covers PUT, PATCH, publish and switch; `delete` covers restore too."""
 
 ACTIONS: tuple[Action, ...] = get_args(Action)
+EXPLICIT: frozenset[Action] = frozenset({"export", "import"})
+"""Actions that no `*` allows: an export shows all fields, and an import writes what it is given as of any author."""
 
 
 class Unauthenticated(CrudError):
@@ -95,11 +97,15 @@ class Permissions:
             "*": {"*": role("admin")},
         })
 
-    The actions are read, create, update, delete and purge. The action `*` stands for all actions that a row does not
-    name, the model `*` for all models without a row. A rule is a function of the principal that returns True, False or
-    a filter. A list of rules allows everything that at least one of them allows. Actions without a rule are forbidden.
+    The actions are read, create, update, delete, purge, export and import. The action `*` stands for all actions that a
+    row does not name, the model `*` for all models without a row. A rule is a function of the principal that returns
+    True, False or a filter. A list of rules allows everything that at least one of them allows. Actions without a rule
+    are forbidden.
 
-    Raises ConfigError if a row names an unknown action.
+    No `*` allows export and import: an archive holds all fields of all resources, and an import writes resources of any
+    author. Only a row of the model itself that names the action allows it, and only if a rule returns True.
+
+    Raises ConfigError if a row names an unknown action, or the row `*` names export or import.
     """
 
     def __init__(self, table: Mapping[str, Mapping[str, Rule | Sequence[Rule]]]) -> None:
@@ -108,6 +114,11 @@ class Permissions:
                 if action not in (*ACTIONS, "*"):
                     raise ConfigError(
                         f"permissions of {model!r} name the action {action!r}; there are {', '.join(ACTIONS)} and *"
+                    )
+                if model == "*" and action in EXPLICIT:
+                    raise ConfigError(
+                        f"permissions of all models name the action {action!r}: name it in the row of each model that"
+                        " may be exported or imported"
                     )
         self._table = {
             model: {action: tuple(rules) if isinstance(rules, Sequence) else (rules,) for action, rules in row.items()}
@@ -121,9 +132,13 @@ class Permissions:
 
     def __call__(self, principal: Principal, action: Action, model: str) -> Decision:
         """Return whether the principal may do this: True, False, or a filter of the allowed resources."""
-        row = self._table.get(model, self._table.get("*", {}))
+        if action in EXPLICIT:
+            rules = self._table.get(model, {}).get(action, ())
+        else:
+            row = self._table.get(model, self._table.get("*", {}))
+            rules = row.get(action, row.get("*", ()))
         filters: list[Filter] = []
-        for rule in row.get(action, row.get("*", ())):
+        for rule in rules:
             decision = rule(principal)
             if isinstance(decision, Filter):
                 filters.append(decision)

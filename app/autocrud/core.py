@@ -15,11 +15,11 @@ import logging
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from .access import Authorize, Permissions
 from .errors import ConfigError, CrudError, HeadLost, StoreDamaged
-from .http import searching, service
+from .http import backups, searching, service
 from .http.guard import Authenticate
 from .http.model_context import Policy
 from .resource_manager.basic import Encoding, IndexedField
@@ -32,6 +32,7 @@ from .resource_manager.storage_factory import IStorageFactory, MemoryStorageFact
 
 if TYPE_CHECKING:
     from .backup.exporting import ExportResult, Progress
+    from .backup.importing import ImportResult, OnConflict
 
 T = TypeVar("T")
 
@@ -220,6 +221,7 @@ class AutoCRUD:
                 f"permissions name the model {min(unknown)!r}; there are {', '.join(self._managers)} and *"
             )
         made = service.routes(self._managers, self._policy)
+        made += backups.routes(self._managers, self._policy, self._export_to, self._import_from)
         authenticated = self._policy.authenticate is not None
         service.mount(app_or_router, made, self._lifespan, self._managers, authenticated=authenticated)
         self._applied = True
@@ -302,6 +304,69 @@ class AutoCRUD:
         return await export_all(
             self._managers, output_path, models=models, each_resource=each_resource, progress=progress
         )
+
+    async def import_all(
+        self,
+        input_path: str | Path,
+        *,
+        on_conflict: OnConflict = "fail",
+        models: Collection[str] | None = None,
+        sha256: str | None = None,
+        max_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> ImportResult:
+        """Put the resources of an archive into the stores. The whole archive is verified before anything is changed.
+
+            await crud.import_all(input_path="./backup.tar.gz")
+
+        Args:
+            input_path: An archive that `export_all` or `crudstack export` wrote, from any kind of storage.
+            on_conflict: What happens to a resource whose id the model has already: "fail" refuses the import, "skip"
+                keeps the stored one, "replace" takes that of the archive.
+            models: Names of models of the archive. The default is all.
+            sha256: The SHA-256 that the archive must have.
+            max_bytes: How many bytes the archive may take when it is decompressed. The default is the free disk space.
+            progress: Called with the amount that is done, the total if it is known, and what is counted.
+
+        Raises BadArchive, ArchiveTooLarge or ImportConflict.
+        """
+        from .backup.importing import import_all
+
+        return await import_all(
+            self._managers,
+            input_path,
+            on_conflict=on_conflict,
+            models=models,
+            sha256=sha256,
+            max_bytes=max_bytes,
+            progress=progress,
+        )
+
+    async def _export_to(self, output: BinaryIO, options: backups.ExportOptions) -> object:
+        from .backup.compression import Compression
+        from .backup.exporting import export_all
+
+        compression = Compression.gzip if options.format == "tar.gz" else Compression.zstd
+        return await export_all(
+            self._managers,
+            output,
+            models=options.models,
+            each_resource=options.each_resource,
+            compression=compression,
+        )
+
+    async def _import_from(self, archive: AsyncIterator[bytes], options: backups.ImportOptions) -> object:
+        from .backup.importing import import_all
+
+        result = await import_all(
+            self._managers,
+            archive,
+            on_conflict=cast("OnConflict", options.on_conflict),
+            models=options.models,
+            sha256=options.sha256,
+            max_bytes=options.max_bytes,
+        )
+        return result._asdict()
 
     async def close(self) -> None:
         """Close all stores. The next use opens them again."""

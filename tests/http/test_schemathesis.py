@@ -32,6 +32,7 @@ GONE = "410: the resource may be deleted"
 KIND = "409: a unique value, a stable revision or a patch that does not apply"
 DATA = "422: rules of msgspec that JSON Schema lacks, times without zone in an index, patches that make invalid data"
 INTEGER = "422: to JSON Schema 1.0 is an integer, to msgspec it is not"
+ARCHIVE = "422: made-up bytes are no archive"
 MODE = "400: mode=modify takes no status"
 EXPECTED = {
     "list": [CURSOR],
@@ -52,14 +53,17 @@ EXPECTED = {
     "diff": [MISSING, GONE],
     "healthz": [],
     "readyz": [],
+    "export": [],
+    "import": [ARCHIVE, "413: it may have more bytes than max_bytes says"],
 }
+SERVICE = ("healthz", "readyz", "export", "import")
 
 app, crud = make()
 numbers = itertools.count()
 
 
 def configuration() -> SchemathesisConfig:
-    names = [f"{verb}_{model}" for verb in EXPECTED for model in ("every_type", "article")] + ["healthz", "readyz"]
+    names = [f"{verb}_{model}" for verb in EXPECTED for model in ("every_type", "article")] + list(SERVICE)
     operations = [
         {
             "include-operation-id": name,

@@ -11,7 +11,7 @@ import msgspec
 
 from ..query import META_FIELDS, SET_OPS, STATE_OPS, ops_of
 from ..resource_manager.core import MAX_BATCH, ResourceManager
-from . import batches
+from . import batches, openapi_backups
 from .openapi_parts import (
     CREATE_ONLY,
     CURSOR,
@@ -70,6 +70,9 @@ def describe(description: Description, own: dict[str, Any]) -> dict[str, Any]:
         model = _Model(name, manager, description)
         schemas.update(model.schemas())
         paths.update({f"{prefix}{path}": item for path, item in model.paths().items()})
+    exclusive = [name for name, manager in description.managers.items() if manager.storage.exclusive]
+    for path, item in openapi_backups.paths(exclusive).items():
+        paths[f"{prefix}{path}"] = {verb: _signed_in(description, operation) for verb, operation in item.items()}
     merged.setdefault("paths", {}).update(paths)
     return merged
 

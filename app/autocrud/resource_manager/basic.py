@@ -288,6 +288,11 @@ class IStorage(ABC):
         return False
 
     @property
+    def exclusive(self) -> bool:
+        """Return whether only this process can read the data while it runs."""
+        return not self.durable
+
+    @property
     def location_keys(self) -> list[Hashable]:
         """Return the `Store.location_key` of each store of this storage that has one."""
         return []

@@ -180,6 +180,11 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, LoadingStorage, Stor
 
     @property
     @override
+    def exclusive(self) -> bool:
+        return not self.durable or self._records is not None
+
+    @property
+    @override
     def encoding(self) -> Encoding:
         return self.resource_store.encoding or self._spec.encoding or Encoding.json
 

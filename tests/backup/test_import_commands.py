@@ -1,0 +1,106 @@
+"""The command `crudstack import`, as a program."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from app import models
+from tests.services import BUCKET, S3Server
+
+from .test_commands import PROGRAM, disk, environment, filled, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    asyncio.run(filled(tmp_path / "data"))
+    run(environment(tmp_path / "data"), "export", tmp_path / "x.tar.gz")
+    return tmp_path / "x.tar.gz"
+
+
+async def ids(data_dir: Path) -> list[str]:
+    crud = disk(data_dir)
+    found = [meta.resource_id async for meta in crud.resource_manager(models.Article).storage.scan()]
+    await crud.close()
+    return found
+
+
+def test_an_archive_is_imported_and_told(archive: Path, tmp_path: Path):
+    given = environment(tmp_path / "other")
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    done = run(given, "import", archive, "--sha256", digest)
+    assert f"SHA-256 {digest}" in done.stdout
+    assert "article: 3 created" in done.stdout.splitlines()
+    assert done.stderr == ""
+    assert asyncio.run(ids(tmp_path / "other")) == ["a000000", "a000001", "a000002"]
+    done = run(given, "import", archive, code=1)
+    assert done.stderr.startswith("crudstack: ")
+    assert done.stderr.count("\n") == 1
+    told = json.loads(run(given, "import", archive, "--on-conflict", "replace", "--json", "--model", "article").stdout)
+    assert told["sha256"] == digest
+    assert told["models"]["article"]["replaced"] == 3
+    assert list(told["models"]) == ["article"]
+
+
+def test_stdin(archive: Path, tmp_path: Path):
+    with archive.open("rb") as file:
+        done = subprocess.run(
+            [*PROGRAM, "import", "-"],
+            env=environment(tmp_path / "other"),
+            stdin=file,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "article: 3 created" in done.stdout
+
+
+def test_refusals_exit_with_1_or_2_and_one_sentence(archive: Path, tmp_path: Path):
+    given = environment(tmp_path / "other")
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(archive.read_bytes()[:-20])
+    no_archive = tmp_path / "none.tar.gz"
+    no_archive.write_text("no archive")
+    for code, arguments in (
+        (1, (archive, "--sha256", "0" * 64)),
+        (1, (archive, "--max-bytes", "100")),
+        (1, (cut,)),
+        (1, (no_archive,)),
+        (1, (archive, "--resume")),
+        (1, (archive, "--abort")),
+        (2, (archive, "--model", "nope")),
+        (2, (archive, "--resume", "--abort")),
+        (2, (archive, "--on-conflict", "nope")),
+        (2, (archive, "--max-bytes", "0")),
+        (2, (tmp_path / "missing.tar.gz",)),
+        (2, (tmp_path,)),
+    ):
+        done = run(given, "import", *arguments, code=code)
+        assert done.stderr.startswith("crudstack: "), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+    assert asyncio.run(ids(tmp_path / "other")) == []
+    done = run(environment(tmp_path, "memory"), "import", archive, code=2)
+    assert "is in the memory of the running server" in done.stderr
+
+
+def test_an_archive_on_s3(ministack_s3: S3Server, tmp_path: Path):
+    asyncio.run(filled(tmp_path / "data"))
+    s3 = {
+        "CRUDSTACK_S3_ENDPOINT_URL": ministack_s3.url,
+        "AWS_ACCESS_KEY_ID": ministack_s3.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": ministack_s3.secret_access_key,
+    }
+    url = f"s3://{BUCKET}/{tmp_path.name}/x.tar.gz"
+    told = json.loads(run(environment(tmp_path / "data", **s3), "export", url, "--json").stdout)
+    done = run(environment(tmp_path / "other", **s3), "import", url, "--sha256", told["sha256"])
+    assert "article: 3 created" in done.stdout
+    done = run(environment(tmp_path / "other", **s3), "import", f"{url}.missing", code=2)
+    assert "there is no object s3://" in done.stderr
