@@ -49,7 +49,10 @@ SAFE_HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"private, no-cache"),
 )
-"""Headers of every response: no content sniffing, no use as script or image of another origin, no shared caching."""
+"""Headers of every response: no content sniffing, no use as script or image of another origin, no shared caching.
+
+A response that has one of them keeps its own, for example a file, which a browser may keep in its cache.
+"""
 OF_PAGES = frozenset({b"origin", b"sec-fetch-site"})
 """Headers that only browsers send."""
 MAX_KNOWN = 100
@@ -112,7 +115,9 @@ class ForeignPages:
 
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *SAFE_HEADERS]
+                headers = message.get("headers", ())
+                own = {name for name, _ in headers}
+                message["headers"] = [*headers, *(header for header in SAFE_HEADERS if header[0] not in own)]
             await send(message)
 
         host: bytes | None = None
@@ -145,7 +150,9 @@ class ForeignPages:
             found = f"the origin {origins[0][:MAX_QUOTED]!r}" if origins else "a page of another site"
             return ForeignOrigin(f"found {found}; expected the server's own, or one that CRUDSTACK_CORS or cors names")
         if origins and _has_body(scope) and not _values(scope, b"content-type"):
-            return ContentTypeMissing("found a body without a content type from a page; expected application/json")
+            return ContentTypeMissing(
+                "found a body without a content type from a page; expected one, like application/json"
+            )
         return None
 
     def _is_ours(self, host: str) -> bool:

@@ -14,6 +14,7 @@ from .autocrud import AutoCRUD
 from .autocrud.errors import ConfigError
 from .autocrud.http.guard import Guard
 from .autocrud.http.messages import Scope
+from .autocrud.resource_manager.core import MAX_BLOB
 from .base_path import BasePath
 from .foreign_pages import ForeignPages
 from .settings_errors import found, meant
@@ -40,7 +41,15 @@ def create_app(
     given = given or settings.load()
     factory = wiring.storage_factory(given, idle_work=idle_work)
     authenticate = authentication.authenticator(given.outputs.auth)
-    crud = AutoCRUD(storage_factory=factory, authenticate=authenticate, authorize=models.authorize, fits=fits)
+    max_blob, quota = given.local.max_blob_mb, given.local.blob_quota_mb
+    crud = AutoCRUD(
+        storage_factory=factory,
+        authenticate=authenticate,
+        authorize=models.authorize,
+        max_blob=MAX_BLOB if max_blob is None else max_blob * 1024**2,
+        blob_quota=None if quota is None else quota * 1024**2,
+        fits=fits,
+    )
     models.register(crud)
     for model in factory.overrides:
         if model not in crud.managers:

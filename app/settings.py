@@ -11,6 +11,8 @@ holds the settings of this machine: addresses with passwords, and directories.
 | CRUDSTACK_DATA_DIR | the directory of stores on disk, and of local copies and caches of S3 (none if not set) |
 | CRUDSTACK_CACHE_MB | MB (1024 * 1024 bytes) of the cache on disk; default: a quarter of the disk, 1024 at most |
 | CRUDSTACK_KEEP_UPLOADS_HOURS | hours for which an upload is kept that no revision refers to; default: 24 |
+| CRUDSTACK_MAX_BLOB_MB | MB (1024 * 1024 bytes) of the largest file in a Blob field; default: 5120 |
+| CRUDSTACK_BLOB_QUOTA_MB | MB that all files of a model may take together; no limit if not set |
 | CRUDSTACK_BUCKET | the bucket of stores on S3 |
 | CRUDSTACK_PREFIX | the beginning of all keys on S3 and in Redis, and a part of the names of tables and exchanges |
 | CRUDSTACK_REGION | the region of the bucket |
@@ -227,6 +229,8 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
     data_dir: str | None = None
     cache_mb: int | None = None
     keep_uploads_hours: int | None = None
+    max_blob_mb: int | None = None
+    blob_quota_mb: int | None = None
     s3_endpoint_url: str | None = None
     pg_dsn: Secret | None = None
     redis_url: Secret | None = None
@@ -264,6 +268,8 @@ VARIABLES = (
     "CRUDSTACK_DATA_DIR",
     "CRUDSTACK_CACHE_MB",
     "CRUDSTACK_KEEP_UPLOADS_HOURS",
+    "CRUDSTACK_MAX_BLOB_MB",
+    "CRUDSTACK_BLOB_QUOTA_MB",
     "CRUDSTACK_S3_ENDPOINT_URL",
     "CRUDSTACK_PG_DSN",
     "CRUDSTACK_REDIS_URL",
@@ -272,13 +278,18 @@ VARIABLES = (
     "CRUDSTACK_HOSTS",
     "CRUDSTACK_BASE_PATH",
 )
-EXPOSED_HEADERS = ("etag", "location", "link", "retry-after", "idempotency-replayed", "x-request-id")
+EXPOSED_HEADERS = (
+    *("etag", "location", "link", "retry-after", "idempotency-replayed", "x-request-id"),
+    *("accept-ranges", "content-range", "content-disposition"),
+)
 """Headers of responses that pages of allowed origins may read."""
 BASE_PATH = r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
 OWN_PATHS = ("healthz", "readyz", "docs", "openapi.json")
 """First segments of the app's own paths. No base path may begin with one."""
 MAX_CACHE_MB = 1_000_000
 MAX_KEEP_HOURS = 100 * 366 * 24
+MAX_BLOB_MB = 1_000_000
+MAX_QUOTA_MB = 100_000_000
 ORIGIN = r"\*|https?://[^/\s*@]+"
 PAIR = '{"meta": "postgres", "resource": "s3"}'
 AUTH = '{"mode": "jwt", "issuer": "https://...", "audiences": ["..."]}, or what `crudstack token new` prints'
@@ -295,6 +306,8 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
         data_dir=given.get("CRUDSTACK_DATA_DIR"),
         cache_mb=_whole_number(given, "CRUDSTACK_CACHE_MB", "megabytes", MAX_CACHE_MB),
         keep_uploads_hours=_whole_number(given, "CRUDSTACK_KEEP_UPLOADS_HOURS", "hours", MAX_KEEP_HOURS),
+        max_blob_mb=_whole_number(given, "CRUDSTACK_MAX_BLOB_MB", "megabytes", MAX_BLOB_MB),
+        blob_quota_mb=_whole_number(given, "CRUDSTACK_BLOB_QUOTA_MB", "megabytes", MAX_QUOTA_MB),
         s3_endpoint_url=s3_endpoint(environment),
         pg_dsn=_secret(given, "CRUDSTACK_PG_DSN"),
         redis_url=_secret(given, "CRUDSTACK_REDIS_URL"),

@@ -38,6 +38,7 @@ class Server:
         prefix: str = "",
         environment: Mapping[str, str] = {},
         max_files: int | None = None,
+        module: str = "app.cli",
     ) -> None:
         more = environment
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("CRUDSTACK_", "AWS_"))}
@@ -50,7 +51,7 @@ class Server:
                 "AWS_SECRET_ACCESS_KEY": s3.secret_access_key,
             }
         environment |= more
-        command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", *arguments]
+        command = [sys.executable, "-c", f"from {module} import main; main()", "serve", "--port", "0", *arguments]
         if max_files is not None:
             command = ["sh", "-c", f'ulimit -n {max_files}; exec "$0" "$@"', *command]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

@@ -7,9 +7,11 @@ import hashlib
 import httpx
 import pytest
 
+from app import models
 from app.autocrud.errors import ConfigError
 from app.main import create_app
 from app.settings import load
+from tests.http.albums import register
 
 ARTICLE = {"title": "Sun", "content": "", "author": "a"}
 WRITES = [
@@ -176,3 +178,43 @@ def test_an_invalid_origin_is_refused(given):
 def test_an_invalid_host_is_refused():
     with pytest.raises(ConfigError, match=r"CRUDSTACK_HOSTS has .* expected host names like"):
         load({"CRUDSTACK_STORAGE": "memory", "CRUDSTACK_HOSTS": "https://api.test"})
+
+
+@pytest.fixture
+def albums(monkeypatch):
+    monkeypatch.setattr(models, "register", register)
+
+
+@pytest.mark.usefixtures("albums")
+async def test_a_foreign_page_cannot_upload():
+    """A form can be sent without a preflight request."""
+    async with client() as one:
+        for page in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
+            for body in (
+                {"files": {"file": ("x", b"x")}},
+                {"content": b"x", "headers": {"content-type": "text/plain"}},
+            ):
+                answer = await one.post("/album/blobs", **{**body, "headers": {**body.get("headers", {}), **page}})
+                assert (answer.status_code, answer.json()["type"]) == (403, "urn:crudstack:foreign-origin")
+        answer = await one.post(
+            "/album/blobs", files={"file": ("x", b"x")}, headers={"origin": "http://localhost:5173"}
+        )
+        assert answer.status_code == 201
+
+
+@pytest.mark.usefixtures("albums")
+async def test_an_allowed_page_reads_files_and_their_ranges():
+    page = {"origin": "https://app.example.org"}
+    async with client(CRUDSTACK_CORS="https://app.example.org") as one:
+        ref = (await one.post("/album/blobs", content=b"content", headers={"content-type": "image/png"})).json()
+        path = (await one.post("/album", json={"title": "x", "cover": ref})).headers["location"]
+        answer = await one.get(f"{path}/blobs/{ref['sha256']}", headers=page | {"range": "bytes=0-2"})
+        assert (answer.status_code, answer.content) == (206, b"con")
+        exposed = {name.strip() for name in answer.headers["access-control-expose-headers"].split(",")}
+        assert {"accept-ranges", "content-range", "content-disposition", "etag"} <= exposed
+        assert answer.headers.get_list("cache-control") == ["private, immutable, max-age=31536000"]
+        assert answer.headers.get_list("x-content-type-options") == ["nosniff"]
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+        assert {name.strip().lower() for name in answer.headers["vary"].split(",")} == {"authorization", "origin"}
+        preflight = {"access-control-request-method": "POST", "access-control-request-headers": "content-disposition"}
+        assert (await one.options("/album/blobs", headers=page | preflight)).status_code == 200

@@ -1,4 +1,7 @@
-"""The fields of a request's log line that describe caches. tests/aws_lambda/test_requests.py checks the rest."""
+"""The fields of a request's log line that describe caches, and the lines of files.
+
+tests/aws_lambda/test_requests.py checks the rest.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from app.autocrud.resource_manager.resource_store.cache import MemoryCache
 from app.autocrud.resource_manager.resource_store.cached_s3 import CachedS3ResourceStore
 from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from app.request_log import RequestLog
+from tests.http.albums import app_of, sent
 from tests.http.conftest import client_of
 
 
@@ -45,3 +49,21 @@ async def test_a_line_has_the_hits_and_misses_of_caches():
     assert [(line["cache_hits"], line["cache_misses"]) for line in lines] == [(0, 0), (0, 0), (1, 0), (0, 2), (2, 0)]
     metrics = {metric["Name"] for metric in lines[0]["_aws"]["CloudWatchMetrics"][0]["Metrics"]}
     assert {"cache_hits", "cache_misses"} <= metrics
+
+
+async def test_a_line_of_a_file_names_no_hash_and_no_file():
+    lines = []
+    app, _ = app_of()
+    async with app.router.lifespan_context(app), client_of(RequestLog(app, write=lines.append)) as api:
+        ref = await sent(api, b"content", "secret.txt")
+        path = (await api.post("/album", json={"title": "x", "cover": ref})).headers["location"]
+        await api.get(f"{path}/blobs/{ref['sha256']}")
+        await api.get(f"{path}/blobs/{'0' * 64}")
+    assert [(line["route"], line["status"]) for line in lines] == [
+        ("/album/blobs", 201),
+        ("/album", 201),
+        ("/album/{id}/blobs/{sha256}", 200),
+        ("/album/{id}/blobs/{sha256}", 404),
+    ]
+    assert "secret" not in str(lines)
+    assert ref["sha256"] not in str(lines)

@@ -24,8 +24,7 @@ from .http.guard import Authenticate
 from .http.model_context import Policy
 from .resource_manager.basic import Encoding, IndexedField
 from .resource_manager.contract.limits import MAX_SCHEMA_VERSION
-from .resource_manager.core import BlobLimits, ResourceManager
-from .resource_manager.engine.blobs import MAX_BLOB
+from .resource_manager.core import MAX_BLOB, BlobLimits, ResourceManager
 from .resource_manager.engine.operations import Retention
 from .resource_manager.model.codec import Codec
 from .resource_manager.storage_factory import IStorageFactory, MemoryStorageFactory
@@ -59,6 +58,13 @@ NAMINGS: dict[str, Callable[[str], str]] = {
 def utc_now() -> dt.datetime:
     """Return the current time, in UTC."""
     return dt.datetime.now(dt.UTC)
+
+
+def _checked(limits: BlobLimits) -> BlobLimits:
+    for name, value in (("max_blob", limits.max_size), ("blob_quota", limits.quota)):
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise ConfigError(f"{name}: expected a number of bytes above 0, got {value!r}")
+    return limits
 
 
 class AutoCRUD:
@@ -105,7 +111,7 @@ class AutoCRUD:
         self.encoding = encoding
         self._naming = NAMINGS[model_naming] if isinstance(model_naming, str) else model_naming
         self._policy = Policy(authenticate, authorize, require_if_match, max_body, fits)
-        self._clock, self._blob_limits = clock, BlobLimits(max_blob, blob_quota)
+        self._clock, self._blob_limits = clock, _checked(BlobLimits(max_blob, blob_quota))
         self._managers: dict[str, ResourceManager[Any]] = {}
         self._model_at: dict[Hashable, str] = {}  # the model that keeps its data at a location
         self._applied = self._warned = False
@@ -164,6 +170,7 @@ class AutoCRUD:
             self._blob_limits.max_size if max_blob is None else max_blob,
             self._blob_limits.quota if blob_quota is None else blob_quota,
         )
+        _checked(limits)
         codec = Codec(model, indexed_fields)
         for field in codec.fields:
             if field in searching.LIST_PARAMETERS or field == "meta" or field.startswith("meta."):

@@ -7,8 +7,9 @@ Invariants (`http_protocol` has those of a single connection):
 - C2 *Waiting for a client ends.* Every SWEEP_S seconds, `sweep` makes each connection check its deadlines. One timer
   for all connections costs less than one for each request.
 - C3 *A new client gets a connection.* Above the limit of connections, the connection that has waited longest for its
-  client is closed. So any number of idle clients cannot lock out an active one. A connection with a request in progress
-  is never closed; if all connections have one, the new connection is refused.
+  client is closed. So any number of idle clients cannot lock out an active one. An upload, and a response that is sent
+  in parts, wait for their clients after each part. Any other connection with a request in progress is never closed; if
+  all connections have one, the new connection is refused.
 """
 
 from __future__ import annotations
@@ -144,6 +145,11 @@ class Connections:
     @staticmethod
     def _first(some: OrderedDict[Connection, None]) -> list[Connection]:
         return [next(iter(some))] if some else []
+
+    def wait(self, connection: Connection) -> None:
+        """Note that a connection waits for its client from now on."""
+        self.waiting[connection] = None
+        self.waiting.move_to_end(connection)
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection that has ended."""

@@ -10,6 +10,13 @@ from typing_extensions import override
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
+from .request_body import MIN_RATE
+
+WRITE_S = 30.0
+"""Seconds within which a client must read something of a response.
+
+The buffers of both kernels hold megabytes, so progress is visible only rarely if a client reads 40 KB per second.
+"""
 BODY_MESSAGE = "http.response.body"
 UNUSUAL = frozenset({b"connection", b"transfer-encoding"})
 WITHOUT_BODY = frozenset({204, 304})
@@ -37,10 +44,37 @@ class AnswerTransport:
         self._write, self.is_closing, self.close, self._count = transport.write, transport.is_closing, close, count
 
     def write(self, data: bytes) -> None:
-        """Write bytes of a response, and count those of large parts."""
-        if len(data) > HIGH_WATER_LIMIT:
-            self._count(len(data))
+        """Write bytes of a response, and count them."""
+        self._count(len(data))
         self._write(data)
+
+
+class ReadDeadline:
+    """The time in which a client must read what was written to it. `written` counts all bytes of responses."""
+
+    __slots__ = ("_read_at_first", "_since", "written")
+
+    def __init__(self) -> None:
+        self.written = 0
+        self._since: float | None = None
+        self._read_at_first = 0
+
+    def is_missed(self, now: float, unsent: int, pause: float) -> bool:
+        """Return whether the client reads too slowly. Called regularly while bytes are unsent.
+
+        A response in parts is written as fast as the client reads, so bytes are unsent all the time. Only the number of
+        bytes that the client has read shows its progress.
+
+        pause  seconds since the client has read anything
+        """
+        read = self.written - unsent
+        if self._since is None:
+            self._since, self._read_at_first = now, read
+        return now - self._since > WRITE_S + (read - self._read_at_first) / MIN_RATE or pause > WRITE_S
+
+    def restart(self) -> None:
+        """Begin again: no bytes are unsent."""
+        self._since = None
 
 
 class WholeAnswer(RequestResponseCycle):

@@ -34,6 +34,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..autocrud.errors import CrudError
+from ..autocrud.http.messages import STREAMED
 from .connections import (
     SWEEP_S,
     CodingNotSupported,
@@ -46,28 +47,16 @@ from .connections import (
     UriTooLong,
     refusal,
 )
-from .http_answers import AnswerTransport, HeldFlow, WholeAnswer
+from .http_answers import AnswerTransport, HeldFlow, ReadDeadline, WholeAnswer
+from .request_body import RequestBody
 from .request_head import MAX_LINE, RequestHead
 
 MAX_FIELDS = 100
-MAX_CHUNKS = 32 * 1024
-MAX_FRAMING = 32 * 1024
-"""Bytes of chunk extensions and trailers of a body."""
-CHUNK_FRAMING = 12
-"""Bytes of size and line ends that each chunk may have."""
 SLICE = 32 * 1024
 """Bytes of a chunked body that are parsed before the event loop serves other connections."""
 
 HEAD_S = 10.0
 IDLE_S = 5.0
-BODY_S = 10.0
-WRITE_S = 30.0
-"""Seconds within which a client must read something of a response.
-
-The buffers of both kernels hold megabytes, so progress is visible only rarely if a client reads 40 KB per second.
-"""
-MIN_RATE = 4096
-"""Bytes per second of a body that a client must send, or of a response that it must read, after BODY_S or WRITE_S."""
 LINGER_S = 5.0
 MAX_LINGER = 64 * 1024 * 1024
 
@@ -93,18 +82,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self._registry = connections
         self._since = self.loop.time()
         self._head = RequestHead()
-        self._left: int | None = 0
-        """Bytes of the body that have not arrived; None if the body is chunked."""
-        self._raw = self._received = self._chunks = 0
+        self._body = RequestBody()
         self._keep_alive = True
         self.held = b""
         """Unparsed bytes after the request in progress."""
         self._refusal: CrudError | None = None
         self._dropped = 0
         self._progress = (0, 0)
-        """Bytes of the body and of the unsent response at `_moved`, when the client last sent or read something."""
-        self._moved = self._unsent_since = self._since
-        self._unsent_at_first = 0
+        """Bytes that the client had sent and read at `_moved`, when it last sent or read something."""
+        self._moved = self._since
+        self._reading = ReadDeadline()
 
     @property
     def uploads(self) -> bool:
@@ -117,9 +104,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", transport))
         self.flow = HeldFlow(self.transport, lambda: bool(self.held))
-        self._answers = AnswerTransport(self.transport, self._finish, self._count_answer)
+        self._answers = AnswerTransport(self.transport, self._finish, self._wrote)
         if self._registry.add(self):
-            self._registry.waiting[self] = None
+            self._registry.wait(self)
         else:
             self.refuse(
                 TooManyConnections(
@@ -145,8 +132,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def shutdown(self) -> None:
-        """End the connection after the response in progress. Incomplete requests are dropped."""
-        if self.phase == ANSWER and not self.cycle.response_complete:
+        """End the connection after the response in progress. Incomplete requests and streamed responses are dropped."""
+        if self.phase == ANSWER and self.cycle.response_started and not self.cycle.response_complete:
+            self._abort()
+        elif self.phase == ANSWER and not self.cycle.response_complete:
             self.cycle.keep_alive = False
             self.held = b""
         else:
@@ -167,13 +156,15 @@ class LimitedProtocol(HttpToolsProtocol):
         """End the connection if its client has missed a deadline."""
         now = self.loop.time()
         unsent = self.transport.get_write_buffer_size()
-        progress = (self._raw, unsent)
+        progress = (self._body.raw, self._reading.written - unsent)
         if progress != self._progress:
             self._progress, self._moved = progress, now
         if unsent:
-            self._check_reader(now, unsent)
+            self._since = now  # no other deadline runs until the client has read the response
+            if self._reading.is_missed(now, unsent, now - self._moved):
+                self._abort()
             return
-        self._unsent_at_first = 0
+        self._reading.restart()
         waited = now - self._since
         if self.phase == HEAD:
             if self._head.size and waited > HEAD_S:
@@ -183,23 +174,10 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self.phase == BODY:
             if self.flow.read_paused:  # the application does not read
                 self._since += SWEEP_S
-            elif waited > BODY_S + self._raw / MIN_RATE or now - max(self._moved, self._since) > BODY_S:
-                self.refuse(
-                    RequestTimeout(
-                        f"found {self._received} bytes of a body after {waited:.0f} s;"
-                        f" expected {MIN_RATE} bytes a second after the first {BODY_S:g} s"
-                    )
-                )
+            elif (late := self._body.lateness(waited, now - max(self._moved, self._since))) is not None:
+                self.refuse(late)
         elif self.phase == CLOSING and waited > LINGER_S:
             self.transport.abort()
-
-    def _check_reader(self, now: float, unsent: int) -> None:
-        self._since = now  # no other deadline runs until the client has read the response
-        if unsent > self._unsent_at_first:
-            self._unsent_since, self._unsent_at_first = now, unsent
-        read = self._unsent_at_first - unsent
-        if now - self._unsent_since > WRITE_S + read / MIN_RATE or now - self._moved > WRITE_S:
-            self._abort()
 
     # Input from the client
 
@@ -225,12 +203,12 @@ class LimitedProtocol(HttpToolsProtocol):
             if self.phase == HEAD:
                 taken = self._head_part(data)
             elif self.phase == BODY:
-                taken = min(len(data), SLICE if self._left is None else self._left)
+                taken = min(len(data), SLICE if self._body.left is None else self._body.left)
             else:
                 if self.phase == ANSWER:
                     self._hold(data)
                 return
-            sliced = self.phase == BODY and taken < len(data) and self._left is None
+            sliced = self.phase == BODY and taken < len(data) and self._body.left is None
             if taken:
                 self._parse(data if taken == len(data) else data[:taken])
                 data = data[taken:]
@@ -258,11 +236,9 @@ class LimitedProtocol(HttpToolsProtocol):
             return 0
 
     def _parse(self, data: bytes) -> None:
-        chunked = self.phase == BODY and self._left is None
+        chunked = self.phase == BODY and self._body.left is None
         if self.phase == BODY:
-            self._raw += len(data)
-            if self._left is not None:
-                self._left -= len(data)
+            self._body.arrived(len(data))
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -276,18 +252,8 @@ class LimitedProtocol(HttpToolsProtocol):
                     self._refusal or MalformedRequest(f"found a request that breaks HTTP: {said}; expected HTTP/1.1")
                 )
             return
-        if chunked and self.phase == BODY:
-            self._check_framing()
-
-    def _check_framing(self) -> None:
-        if self._chunks > MAX_CHUNKS:
-            self.refuse(MalformedRequest(f"found a body of over {MAX_CHUNKS} chunks; expected fewer and larger ones"))
-        elif self._raw - self._received > MAX_FRAMING + CHUNK_FRAMING * self._chunks:
-            self.refuse(
-                HeadersTooLarge(
-                    f"found over {MAX_FRAMING} bytes of chunk extensions or trailers; expected at most {MAX_FRAMING}"
-                )
-            )
+        if chunked and self.phase == BODY and (wrong := self._body.framing_error()) is not None:
+            self.refuse(wrong)
 
     # Callbacks of the parser
 
@@ -310,23 +276,23 @@ class LimitedProtocol(HttpToolsProtocol):
         if version != "1.1":
             scope["http_version"] = version
         scope["method"] = parser.get_method().decode("ascii")
-        self._left, expect, hosts = 0, False, 0
+        body, expect, hosts = RequestBody(), False, 0
         for name, value in headers:
             if name not in FRAMING:
                 continue
             if name == b"content-length":
-                self._left = int(value)
+                body.left = int(value)
             elif name == b"host":
                 hosts += 1
             elif name == b"transfer-encoding":
-                self._left = None
+                body.left = None
                 if value.strip().lower() != b"chunked" or version != "1.1":
                     raise self._refused(CodingNotSupported("found a transfer coding besides chunked; expected chunked"))
             elif name == b"expect":
                 expect = value.strip().lower() == b"100-continue"
             elif value.strip().lower() == b"websocket":
                 raise self._refused(UpgradeNotSupported("found Upgrade: websocket; expected a plain HTTP request"))
-        if self._left != 0 and parser.should_upgrade():  # the parser would parse the body as the next request
+        if body.left != 0 and parser.should_upgrade():  # the parser would parse the body as the next request
             raise self._refused(
                 UpgradeNotSupported("found an upgrade of a request with a body; expected only one of the two")
             )
@@ -342,7 +308,7 @@ class LimitedProtocol(HttpToolsProtocol):
         path = raw_path.decode("ascii")
         scope["path"] = unquote(path) if "%" in path else path
         scope["raw_path"] = raw_path
-        self._begin(expect, keep_alive=version != "1.0" and parser.should_keep_alive())
+        self._begin(body, expect, keep_alive=version != "1.0" and parser.should_keep_alive())
 
     def _target(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """Set the query string, and return the path. The host of an absolute target replaces the Host header."""
@@ -355,10 +321,10 @@ class LimitedProtocol(HttpToolsProtocol):
         path: bytes = target.path or b"/"
         return path
 
-    def _begin(self, expect: bool, *, keep_alive: bool) -> None:
+    def _begin(self, body: RequestBody, expect: bool, *, keep_alive: bool) -> None:
         self.headers = []  # trailers are not headers of the request (RFC 9110, 6.5.1)
-        self.phase, self._keep_alive = BODY, keep_alive
-        self._raw = self._received = self._chunks = 0
+        self.phase, self._keep_alive, self._body = BODY, keep_alive, body
+        cast("dict[str, Any]", self.scope)[STREAMED] = self._stream_body
         # No further request can follow on this connection before the body has arrived.
         self.cycle = WholeAnswer(
             scope=self.scope,
@@ -377,16 +343,23 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_chunk_header(self) -> None:
         """Count the chunks of a body."""
-        self._chunks += 1
+        self._body.chunks += 1
+
+    def _stream_body(self) -> None:
+        """Apply the limits of uploads to the body: what has arrived holds no memory, and has more time."""
+        self._body.streamed = True
+        self._registry.forget_body(self)
 
     @override
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
-        self._received += len(body)
+        self._body.received += len(body)
         if self.phase != BODY or cycle.disconnected or cycle.response_complete:
             return
         cycle.body += body
-        if self._left != 0:
+        if self._body.streamed:
+            self._registry.wait(self)
+        elif self._body.left != 0:
             self._registry.count_body(self, len(body))
         if len(cycle.body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
@@ -413,7 +386,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._registry.forget_body(self)
         if self.phase != ANSWER or self.transport.is_closing():
             return
-        self._registry.waiting[self] = None
+        self._registry.wait(self)
         if self.flow.write_paused:
             self.flow.pause_reading()
         else:
@@ -427,9 +400,13 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             self.flow.resume_reading()
 
-    def _count_answer(self, size: int) -> None:
-        self.answer_bytes += size
-        self._registry.writing.add(self)
+    def _wrote(self, size: int) -> None:
+        self._reading.written += size
+        if not self.cycle.response_complete:  # further parts of the response wait until the client has read this one
+            self._registry.wait(self)
+        if size > HIGH_WATER_LIMIT:
+            self.answer_bytes += size
+            self._registry.writing.add(self)
 
     @override
     def resume_writing(self) -> None:

@@ -9,6 +9,7 @@ Invariants:
 - O1 *At most IN_PROGRESS requests run.* A request holds a slot from its admission until its response is passed to the
   server. It releases the slot while the server waits for the client to send the body, and while the request waits for
   its turn with large JSON (`threads.heavy` limits that). So a client that sends slowly, or sends much, holds no slot.
+  Uploads and downloads of files hold none either; `autocrud.http.transfers` limits their number.
 - O2 *The queue is bounded.* At most QUEUED requests wait, each for at most WAIT_S. An admitted request is never
   refused: after its body has arrived, it gets the next free slot, before all new requests.
 - O3 *Slots are not lost.* `free` plus the held slots is always IN_PROGRESS, also after errors and cancellation: each

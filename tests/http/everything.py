@@ -14,6 +14,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from app.autocrud import AutoCRUD, IndexedField
 from app.models import Article
 
+from .albums import Album
+
 
 class Color(enum.Enum):
     red = "red"
@@ -79,6 +81,7 @@ def make() -> tuple[FastAPI, AutoCRUD]:
         ],
     )
     crud.add_model(Article, indexed_fields=["author"])
+    crud.add_model(Album, indexed_fields=["title"])
     app = FastAPI()
     crud.apply(app)
     return app, crud

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -22,9 +23,9 @@ def description(url: str) -> dict:
     return document
 
 
-@pytest.fixture
-def generated(serve, tmp_path, monkeypatch):
-    server = serve("disk", tmp_path / "data")
+@pytest.fixture(params=["app.cli"])
+def generated(serve, tmp_path, monkeypatch, request):
+    server = serve("disk", tmp_path / "data", module=request.param)
     (tmp_path / "openapi.json").write_text(json.dumps(description(server.url)))
     (tmp_path / "config.yml").write_text(CONFIG)
     command = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none", "--fail-on-warning"]
@@ -82,3 +83,27 @@ def test_the_generated_client_uses_the_whole_api(generated):
         assert api("restore_article").sync(rid, client=client).meta.is_deleted is False
         assert api("purge_article").sync_detailed(rid, client=client).status_code == 202
         assert api("get_article").sync_detailed(rid, client=client).status_code == 404
+
+
+@pytest.mark.parametrize("generated", ["tests.http.album_server"], indirect=True)
+def test_the_generated_client_sends_and_reads_files(generated):
+    models = importlib.import_module("generated_client.models")
+    types = importlib.import_module("generated_client.types")
+    client_module = importlib.import_module("generated_client")
+    with client_module.Client(base_url=generated.url) as client:
+        file = types.File(payload=io.BytesIO(b"content"), file_name="sun.png", mime_type="image/png")
+        name = 'attachment; filename="sun.png"'
+        raw = api("upload_blob_of_album", "album").sync_detailed(client=client, body=file, content_disposition=name)
+        assert (raw.status_code, raw.parsed.size, raw.parsed.name) == (201, 7, "sun.png")
+        form = models.UploadBlobOfAlbumFilesBody(file=file)
+        ref = api("upload_blob_of_album", "album").sync(client=client, body=form)
+        assert (ref.sha256, ref.content_type) == (raw.parsed.sha256, "image/png")
+        album = models.Album(title="Sun", cover=ref)
+        made = api("create_album", "album").sync(client=client, body=album)
+        rid = made.meta.resource_id
+        found = api("get_blob_of_album", "album").sync(rid, ref.sha256, client=client)
+        assert found.payload.read() == b"content"
+        part = api("get_blob_of_album", "album").sync_detailed(rid, ref.sha256, client=client, range_="bytes=1-2")
+        assert (part.status_code, part.parsed.payload.read()) == (206, b"on")
+        missing = api("get_blob_of_album", "album").sync(rid, "0" * 64, client=client)
+        assert missing.type_ == "urn:crudstack:blob-not-found"

@@ -16,8 +16,10 @@ from app.autocrud.http.options import ID_PATTERN, KEY_PATTERN
 from app.autocrud.query import SET_OPS
 from app.models import Article
 
+from .albums import Album, sha256_of
 from .everything import EXAMPLE, KNOWN, make
 
+CONTENT = b"content"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
 """Examples for each operation. They are the same in each run, unless `make fuzz` sets the number."""
 LISTS = tuple(f"[{op}]" for op in SET_OPS)
@@ -31,6 +33,10 @@ MISSING = "404: nothing has this id or number"
 GONE = "410: the resource may be deleted"
 KIND = "409: a unique value, a stable revision or a patch that does not apply"
 DATA = "422: rules of msgspec that JSON Schema lacks, times without zone in an index, patches that make invalid data"
+BLOB = "404: the resource has no such file"
+HASH = "412: the generator makes other ETags"
+RANGE = "416: the range may lie outside of the file"
+UPLOAD = "400: the generator makes headers and forms that are none, and a name in them may be none"
 INTEGER = "422: to JSON Schema 1.0 is an integer, to msgspec it is not"
 ARCHIVE = "422: made-up bytes are no archive"
 MODE = "400: mode=modify takes no status"
@@ -51,6 +57,8 @@ EXPECTED = {
     "list_revisions_of": [MISSING, GONE, CURSOR],
     "get_revision_of": [MISSING, GONE],
     "diff": [MISSING, GONE],
+    "upload_blob_of": [UPLOAD, DATA],
+    "get_blob_of": [MISSING, GONE, BLOB, HASH, RANGE, CONDITION],
     "healthz": [],
     "readyz": [],
     "export": [],
@@ -58,12 +66,13 @@ EXPECTED = {
 }
 SERVICE = ("healthz", "readyz", "export", "import")
 
+MODELS = ("every_type", "article", "album")
 app, crud = make()
 numbers = itertools.count()
 
 
 def configuration() -> SchemathesisConfig:
-    names = [f"{verb}_{model}" for verb in EXPECTED for model in ("every_type", "article")] + list(SERVICE)
+    names = [f"{verb}_{model}" for verb in EXPECTED for model in MODELS] + list(SERVICE)
     operations = [
         {
             "include-operation-id": name,
@@ -71,6 +80,9 @@ def configuration() -> SchemathesisConfig:
                 "positive_data_acceptance": {
                     "expected-statuses": ["2xx", "304", *(reason[:3] for reason in EXPECTED[_verb(name)])]
                 },
+                # The other methods of /{model}/blobs are those of a resource with the id "blobs".
+                "unsupported_method": {"enabled": _verb(name) != "upload_blob_of"},
+                "allow_header_conformance": {"enabled": _verb(name) != "upload_blob_of"},
             },
         }
         for name in names
@@ -87,7 +99,7 @@ def configuration() -> SchemathesisConfig:
 
 
 def _verb(name: str) -> str:
-    return name.removesuffix("_every_type").removesuffix("_article")
+    return re.sub(f"_({'|'.join(MODELS)})$", "", name)
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=configuration())
@@ -95,10 +107,12 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=configurati
 
 @schema.hook
 def map_path_parameters(context, path_parameters):  # noqa: ARG001 - the signature of a hook
-    """Replace half of the generated ids by an existing one. Ids that no resource can have must be refused."""
+    """Replace half of the ids and hashes by existing ones. Ids that no resource can have must be refused."""
     made_up = (path_parameters or {}).get("id")
     if isinstance(made_up, str) and len(made_up) % 2 and re.fullmatch(ID_PATTERN, made_up):
         path_parameters["id"] = KNOWN
+        if re.fullmatch(r"[0-9a-f]{64}", str(path_parameters.get("sha256"))):
+            path_parameters["sha256"] = sha256_of(CONTENT)
     return path_parameters
 
 
@@ -116,7 +130,8 @@ def _own_key(headers) -> None:
 
 async def _ensure_known() -> None:
     """Make sure that a resource with two revisions exists, and that the current revision is a draft."""
-    for model, data in (("every-type", EXAMPLE), ("article", Article("title", "content", "author"))):
+    album = Album("title", cover=await crud.managers["album"].upload(CONTENT, content_type="image/png", name="x.png"))
+    for model, data in (("every-type", EXAMPLE), ("article", Article("title", "content", "author")), ("album", album)):
         manager = crud.managers[model]
         try:
             await manager.create(data, resource_id=KNOWN)
@@ -137,6 +152,6 @@ def test_every_operation_is_covered():
     assert {_verb(name) for name in described} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", ["every-type", "article"])
+@pytest.mark.parametrize("name", ["every-type", "article", "album"])
 async def test_some_requests_reached_a_resource(name):
     assert (await crud.managers[name].get(KNOWN, include_deleted=True)).meta.version >= 1

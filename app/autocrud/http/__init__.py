@@ -24,6 +24,7 @@ history        the routes of revisions and differences
 routes         finds the route of a request to a model
 service        /healthz and /readyz; adds all routes to an application or a router
 openapi        the OpenAPI document
+openapi_blobs  the part of the OpenAPI document for files
 openapi_parts  the parts of the OpenAPI document that all models share
 value_schemas  JSON Schemas of single values
 docs           a docs page with local assets

@@ -12,6 +12,7 @@ from ..errors import BlobTooLarge, DigestMismatch
 from ..resource_manager.core import StoredBlob
 from ..resource_manager.engine.blobs import check_reference
 from ..resource_manager.model.blob import OCTET_STREAM, Blob, is_sha256
+from ..resource_manager.runtime.threads import TURN
 from . import conditions, multipart, problems
 from .header_values import announced_sha256, disposition, file_name, with_parameters
 from .messages import Request, Response, UnsupportedMediaType, parse_integer
@@ -63,6 +64,8 @@ class BlobRoutes:
         given = request.header(b"content-type") or OCTET_STREAM
         in_form = given.partition(";")[0].strip().lower() == "multipart/form-data"
         self._check_length(request, multipart.OVERHEAD if in_form else 0)
+        if (turn := TURN.get()) is not None:
+            turn.leave()  # for good: `transfers` limits uploads
         async with transfers().uploads.one(request.caller.name) as transfer:
             blob = await (self._upload_form if in_form else self._upload_raw)(request, given, transfer)
         return Response(201, _encode(blob))

@@ -12,8 +12,11 @@ from .conditions import InvalidCondition
 from .messages import Request
 
 _WORD = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
-_PARAMETER = re.compile(rf'[ \t]*;[ \t]*(?:({_WORD})[ \t]*=[ \t]*({_WORD}|"(?:[^"\\]|\\.)*"))?')
-_EXTENDED = re.compile(r"([A-Za-z0-9-]+)'[A-Za-z0-9-]*'((?:[A-Za-z0-9!#$&+.^_`|~-]|%[0-9A-Fa-f]{2})*)")
+_VALUE = r"[^\x00-\x20\x7f\";]+"
+"""A value without quotes. Clients also send parentheses and other characters that a token may not have."""
+_PARAMETER = re.compile(rf'[ \t]*;[ \t]*(?:({_WORD})[ \t]*=[ \t]*({_VALUE}|"(?:[^"\\]|\\.)*"))?')
+_EXTENDED = re.compile(r"([A-Za-z0-9-]+)'[A-Za-z0-9-]*'((?:[A-Za-z0-9!#$&'()*+.^_`|~-]|%[0-9A-Fa-f]{2})*)")
+"""An extended value (RFC 8187), and the characters '()* that encodeURIComponent leaves as they are."""
 _SHA256_DIGEST = re.compile(r"(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/=]*):[ \t]*(?=,|$)")
 _UNRESERVED = "!#$&+-.^_`|~"
 """Characters of an extended value that are not encoded, besides letters and digits (RFC 8187, 3.2.1)."""

@@ -29,7 +29,7 @@ STREAMED = "crudstack.streamed"
 The server then applies its limits for uploads: parts that were received hold no memory.
 """
 CHUNK = 128 * 1024
-"""Bytes of a streamed body that are passed on at once, because each part costs as much as a few kilobytes."""
+"""Bytes of a streamed body that are collected before they are passed on, because each step has a cost."""
 _ANYBODY = Caller(ANONYMOUS.name)
 
 
@@ -188,20 +188,18 @@ class Request:
         """
         if (streamed := self.scope.get(STREAMED)) is not None:
             streamed()
-        chunks: list[bytes] = []
-        size, total, more = 0, 0, True
+        part, total, more = bytearray(), 0, True
         while more:
             with waits():
                 message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             chunk, more = message.get("body", b""), message.get("more_body", False)
-            size += len(chunk)
             total += len(chunk)
-            chunks.append(chunk)
-            if size >= CHUNK or (size and not more):
-                yield b"".join(chunks)
-                chunks, size = [], 0
+            part += chunk
+            if len(part) >= CHUNK or (part and not more):
+                yield bytes(part)
+                part.clear()
         if (length := self.header(b"content-length")) is not None and length != str(total):
             raise ClientGone
 

@@ -99,10 +99,10 @@ class _Body:
 
     async def _line(self, end: bytes, most: int, what: str) -> bytes:
         """Return the bytes before `end`, and remove both from the window."""
-        while (at := self._window.find(end)) < 0:
-            if len(self._window) > most:
-                raise InvalidUpload(f"expected at most {most} bytes of {what}")
+        while (at := self._window.find(end)) < 0 and len(self._window) <= most:
             await self._more()
+        if not 0 <= at <= most:
+            raise InvalidUpload(f"expected at most {most} bytes of {what}")
         found = bytes(self._window[:at])
         del self._window[: at + len(end)]
         return found

@@ -12,6 +12,7 @@ import msgspec
 from ..query import META_FIELDS, SET_OPS, STATE_OPS, ops_of
 from ..resource_manager.core import MAX_BATCH, ResourceManager
 from . import batches, openapi_backups
+from .openapi_blobs import blob_paths
 from .openapi_parts import (
     CREATE_ONLY,
     CURSOR,
@@ -208,7 +209,7 @@ class _Model:
                 {"Link": {"schema": {"type": "string"}, "description": "next; left out if it would exceed 4 KB"}},
             )
         }
-        return {
+        return (blob_paths(base, self._op) if self.codec.has_blobs else {}) | {
             base: {
                 "get": self._op("list", [*self._search(), *self._filters()], page, 400, 500, 503),
                 "post": self._op("create", [STATUS, KEY], created, 415, *create, body=body),

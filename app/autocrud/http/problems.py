@@ -10,11 +10,14 @@ import msgspec
 from ..access import Unauthenticated
 from ..errors import CrudError, KeyInFlight, NotEnoughTime, Overloaded, StoreUnavailable, WriteContention
 from .messages import Response, Scope
+from .transfers import TooManyDownloads, TooManyUploads
 
 log = logging.getLogger("crudstack.http")
 
 CONTENT_TYPE = b"application/problem+json"
 MAX_TEXT, MAX_VIOLATIONS = 1000, 100
+AGAIN = (Overloaded, StoreUnavailable, WriteContention, KeyInFlight, TooManyUploads, TooManyDownloads)
+"""Errors after which the same request can succeed a second later."""
 ROUTE = "crudstack.route"
 """The key in the scope of the template of the path, which logs show."""
 _encode = msgspec.json.Encoder().encode
@@ -57,8 +60,7 @@ def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) ->
             {"pointer": shortened(violation.pointer), "detail": shortened(violation.detail)}
             for violation in error.violations[:MAX_VIOLATIONS]
         ]
-    again = isinstance(error, Overloaded | StoreUnavailable | WriteContention | KeyInFlight)
-    if again or (isinstance(error, NotEnoughTime) and error.may_fit):
+    if isinstance(error, AGAIN) or (isinstance(error, NotEnoughTime) and error.may_fit):
         headers = (*headers, (b"retry-after", b"1"))
     if isinstance(error, Unauthenticated):
         headers = (*headers, (b"www-authenticate", error.challenge.encode()))

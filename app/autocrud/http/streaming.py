@@ -76,9 +76,12 @@ class StreamedResponse:
     async def _first(self, pieces: AsyncGenerator[bytes]) -> bytes:
         try:
             return await anext(pieces)
-        except (StoreDamaged, StopAsyncIteration):
-            await self._check()
-            raise
+        except StopAsyncIteration:
+            found = StoreDamaged("a file has no content; restore it from a backup")
+        except StoreDamaged as error:
+            found = error
+        await self._check()
+        raise found
 
     async def _send_all(self, send: Send, first: bytes, pieces: AsyncGenerator[bytes], transfer: Transfer) -> None:
         await self._send_piece(send, first, transfer)

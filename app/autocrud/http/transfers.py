@@ -23,7 +23,7 @@ from ..errors import CrudError
 
 MAX_UPLOADS = 128
 MAX_UPLOADS_OF_CALLER = 16
-MAX_DOWNLOADS = 256
+MAX_DOWNLOADS = 128
 STALLED_S = 2.0
 """Seconds without a sign of its client after which a transfer may be replaced."""
 

@@ -23,7 +23,7 @@ from ..query import MAX_LIMIT, Filter, Query
 from .basic import Encoding, Hit, IStorage, ModelSpec, Page, ResourceMeta, RevisionInfo, Status
 from .contract.overrides import check_storage
 from .engine.access_filter import AccessFilter
-from .engine.blobs import BlobExecutor, BlobLimits, StoredBlob, blobs_of
+from .engine.blobs import MAX_BLOB, BlobExecutor, BlobLimits, StoredBlob, blobs_of
 from .engine.caller import Caller, IdempotencyKey
 from .engine.housekeeping import Housekeeping
 from .engine.operations import (
@@ -475,6 +475,7 @@ class ResourceManager(Generic[T]):
 
 __all__ = [
     "MAX_BATCH",
+    "MAX_BLOB",
     "AccessFilter",
     "BlobLimits",
     "Caller",
