@@ -23,7 +23,7 @@ from .protocols import (
     RecordKeeping,
     RecordReplay,
 )
-from .snapshots import Pinning
+from .snapshots import BodySnapshots, Pinning, RecordSnapshots, SnapshotReading
 
 _STORE = {"place": "location_key", "impairments": "degradations", "erase": "purge_remnants"}
 RENAMED_OF_META_STORE = _STORE | {
@@ -42,10 +42,13 @@ RENAMED_OF_STORAGE = {
 }
 RENAMED_OF_CACHE = {"erase": "purge_remnants"}
 
-META_STORE_PROTOCOLS = (Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay, BlobRows, Pinning)
-RESOURCE_STORE_PROTOCOLS = (BodySweeping, RecordKeeping, IndexKeeping, BlobRows)
+META_STORE_PROTOCOLS = (
+    *(Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay),
+    *(BlobRows, Pinning, SnapshotReading),
+)
+RESOURCE_STORE_PROTOCOLS = (BodySweeping, RecordKeeping, IndexKeeping, BlobRows, BodySnapshots, RecordSnapshots)
 
-_SHARED_NAMES = {"done"}
+_SHARED_NAMES = {"done", "snapshot"}
 """A ResourceStore may define these for its own purpose, so they do not show that it implements the protocol."""
 
 
