@@ -26,7 +26,10 @@ KINDS = ("memory", "disk", "memory-disk", "s3-sqlite", "memory-s3", "cached-s3")
 
 def content() -> Content:
     """Return resources that refer to files: one twice, one from an earlier revision only, one that is empty."""
-    blobs = [blob(content, owner) for content, owner in ((b"a" * 3_000_000, "alice"), (os.urandom(70_000), "bob"), (b"", "bob"))]
+    blobs = [
+        blob(content, owner)
+        for content, owner in ((b"a" * 3_000_000, "alice"), (os.urandom(70_000), "bob"), (b"", "bob"))
+    ]
     first, second, third = (row.key for row, _ in blobs)
     resources = [
         resource("a", [{"text": "1"}, {"text": "2"}], blobs=[[first, second], [first]]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,11 +14,11 @@ from ..errors import StoreDamaged, WriteContention
 from ..resource_manager.basic import ResourceMeta, RevisionInfo
 from ..resource_manager.contract.snapshots import SnapshotReading, StorageSnapshot
 from ..resource_manager.core import ResourceManager
-from ..resource_manager.engine.operations import Update
+from ..resource_manager.engine.operations import Retention, Update
 from ..resource_manager.storage.snapshots import open_any_snapshot
 from .base import Conformance, keyed
 from .blobs import NamedBlobs, blob_rows_of, upload
-from .model import Item, storage_of
+from .model import Item, manage, storage_of
 
 ACCOUNTS, TOTAL = 8, 800
 Read = dict[str, tuple[ResourceMeta, list[tuple[RevisionInfo, bytes | None]]]]
@@ -163,3 +164,20 @@ class SnapshotConformance(Conformance):
             assert {data.text for data in current_of(found).values()} == {"before"}
             assert len(records) == 1
         assert (await manager.get("a")).data.text == "after"
+
+    async def test_a_snapshot_keeps_bodies_that_are_superseded_meanwhile(self, root: Path) -> None:
+        """P1: neither edits of drafts, nor retention, nor a sweep removes a body that a pinned snapshot needs."""
+        manager = manage(self.make(root), retention=Retention(last=1))
+        await manager.create(Item(text="draft"), resource_id="draft", status="draft")
+        await manager.create(Item(text="stable"), resource_id="stable")
+        async with open_any_snapshot(manager.storage) as snapshot:
+            for number in range(3):
+                await manager.modify("draft", Item(text=f"draft {number}"))
+                await manager.update("stable", Item(text=f"stable {number}"))
+                await manager.maintain(10)
+            found = await read(snapshot)
+            if snapshot.one_moment:
+                assert {data.text for data in current_of(found).values()} == {"draft", "stable"}
+            else:
+                current_of(found)
+        await manager.close()
