@@ -41,7 +41,11 @@ class Pinning(Protocol):
 
     @abstractmethod
     async def has_pins(self) -> bool:
-        """Return whether there is a pin. Drops pins that are not renewed. Sees every acknowledged pin."""
+        """Return whether there is a pin. Drops pins that are not renewed.
+
+        Sees every pin that was added before the last commit of this process, or before its last lookup of references,
+        because P1 asks in this order. A store on S3 needs no request for that.
+        """
 
 
 class MetaSnapshot(Protocol):
