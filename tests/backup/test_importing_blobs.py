@@ -129,7 +129,7 @@ async def test_files_of_replaced_resources_come_back(programs, tmp_path, monkeyp
     assert await files_of(manager.storage) == expected_of(first)
 
 
-async def test_a_storage_without_files_refuses_an_archive_with_files(programs, tmp_path):
+async def test_a_storage_without_files_refuses_an_archive_with_files(tmp_path):
     await write(tmp_path / "a.tar.gz", {"note": content()})
 
     class WithoutBlobs:
