@@ -152,6 +152,7 @@ asyncio.run(hold(*sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgres", "redis"])
 async def test_the_pin_of_a_killed_process_is_dropped(kind: str, request, monkeypatch):
     monkeypatch.setattr(snapshots, "PIN_LIFE_S", 2.0)

@@ -30,6 +30,7 @@ async def store(request) -> AsyncIterator[PostgresMetaStore]:
     await store.close()
 
 
+@pytest.mark.slow
 async def test_each_snapshot_shows_one_moment(store: PostgresMetaStore):
     """Each commit changes several resources at once, so all of them have the same version at each moment."""
     ids = [f"r{number}" for number in range(30)]
@@ -77,6 +78,7 @@ async def test_a_snapshot_has_keys_and_rows_of_its_moment(store: PostgresMetaSto
         assert [key async for key in snapshot.keys()] == [expected]  # noqa: SIM118 - no mapping
 
 
+@pytest.mark.slow
 async def test_a_snapshot_outlasts_the_limits_of_other_transactions(store: PostgresMetaStore, monkeypatch):
     monkeypatch.setattr(pool, "STATEMENT_S", 0.3)
     monkeypatch.setattr(pool, "IDLE_IN_TRANSACTION_S", 0.3)
@@ -168,6 +170,7 @@ async def test_snapshots_are_not_counted_among_the_connections_of_the_pool(postg
     await store.close()
 
 
+@pytest.mark.slow
 async def test_memory_does_not_grow_with_the_number_of_resources_or_revisions(postgres):
     store = new_store(postgres, "snapshots_")
     await store.commit([naming("r")], once("k", 1, 0))
