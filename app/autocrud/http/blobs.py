@@ -14,6 +14,7 @@ from ..resource_manager.engine.blobs import check_reference
 from ..resource_manager.model.blob import OCTET_STREAM, Blob, is_sha256
 from ..resource_manager.runtime.threads import TURN
 from . import conditions, multipart, problems
+from .direct_blobs import check_sendable, redirected
 from .header_values import announced_sha256, disposition, file_name, with_parameters
 from .messages import Request, Response, UnsupportedMediaType, parse_integer
 from .model_context import ModelContext
@@ -102,7 +103,7 @@ class BlobRoutes:
 
     async def download(self, request: Request) -> Response | StreamedResponse:
         """Handle `GET /{model}/{id}/blobs/{sha256}`."""
-        options = request.options("revision", "include_deleted")
+        options = request.options("revision", "include_deleted", "redirect")
         resource_id, sha256 = known_id(request.rest[0]), request.rest[2]
         if not is_sha256(sha256):
             raise problems.NoSuchRoute(f"there is nothing at {request.path}")
@@ -124,8 +125,17 @@ class BlobRoutes:
         conditions.check_match(request, tag)
         if conditions.not_modified(request, tag):
             return Response(304, b"", headers)
-        # The place for answers of another kind, such as a redirect to a presigned URL of the object.
-        return _streamed(request, stored, (*headers, *_described(stored.blob)), tag, find)
+        described, mode = _described(stored.blob), options.get("redirect")
+        if request.scope["method"] == "GET":
+            elsewhere = await redirected(
+                self._manager, stored.key, mode, content_type=_type_of(stored.blob), disposition=described[0][1]
+            )
+            if elsewhere is not None:
+                return elsewhere
+        response = _streamed(request, stored, (*headers, *described), tag, find)
+        if isinstance(response, StreamedResponse) and request.scope["method"] == "GET":
+            check_sendable(response.length, self._context.policy.fits)
+        return response
 
 
 async def _verified(chunks: AsyncIterator[bytes], expected: str) -> AsyncIterator[bytes]:

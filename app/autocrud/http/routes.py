@@ -15,6 +15,7 @@ from ..resource_manager.runtime.threads import HEAVY_BYTES
 from . import patching, problems
 from .blobs import BlobRoutes
 from .collection import CollectionRoutes
+from .direct_blobs import DirectBlobRoutes
 from .guard import principal
 from .history import HistoryRoutes
 from .messages import ClientGone, Receive, Request, Response, Scope, Send, UnsupportedMediaType
@@ -57,11 +58,18 @@ class ModelRoutes:
         self._revision: Endpoints = {"GET": Endpoint("read", history.get_revision)}
         self._blobs: Endpoints | None = None
         self._blob: Endpoints | None = None
+        self._uploads: dict[int, Endpoints] = {}
         if manager.codec.has_blobs:
             blobs = BlobRoutes(context)
             # A resource whose id is "blobs" keeps its methods: a resource has no POST.
             self._blobs = {**self._resource, "POST": Endpoint(None, blobs.upload, keyed=False)}
             self._blob = {"GET": Endpoint("read", blobs.download)}
+            direct = DirectBlobRoutes(context)
+            self._uploads = {
+                2: {"POST": Endpoint(None, direct.begin, keyed=False)},
+                3: {"GET": Endpoint(None, direct.status)},
+                4: {"POST": Endpoint(None, direct.complete, keyed=False)},
+            }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request to `/{model}` or a path below it."""
@@ -120,6 +128,9 @@ class ModelRoutes:
                 return f"/{name}", self._fixed[name]
             case ["blobs"] if self._blobs is not None:
                 return "/blobs" if method == "POST" else "/{id}", self._blobs
+            case ["blobs", "uploads", *below] if self._uploads and below[1:] in ([], ["complete"]):
+                template = ("/blobs/uploads", "/blobs/uploads/{id}", "/blobs/uploads/{id}/complete")[len(below)]
+                return template, self._uploads[len(rest)]
             case [_]:
                 return "/{id}", self._resource
             case [_, below]:

@@ -33,6 +33,7 @@ from ...errors import (
 )
 from ..basic import BlobRow, BlobStore, BlobWriter, owner_of
 from ..contract.blobs import BlobRows, Blobs, BlobUse, Upload
+from ..contract.direct import without_reservations
 from ..contract.import_journal import BlobRestoring
 from ..contract.snapshots import Pinning
 from ..contract.store_errors import WriteTimedOut
@@ -74,7 +75,7 @@ class StoredBlobs(Blobs, BlobRestoring):
 
     @override
     async def rows(self, sha256s: Sequence[str]) -> list[BlobRow]:
-        return await self._rows.blobs(sha256s)
+        return without_reservations(await self._rows.blobs(sha256s))
 
     @override
     async def uses(self, key: str, limit: int = 100) -> list[BlobUse]:

@@ -41,7 +41,7 @@ from ...errors import (
     WriteContention,
 )
 from ..backends.s3.object_store import Listed, ObjectStore, S3ObjectStore, Signed
-from ..basic import BlobRow, BlobStore, MetaStore, owner_of
+from ..basic import BlobRow, BlobStore, owner_of
 from ..blob_store.s3 import S3BlobStore
 from ..contract.blobs import BlobRows
 from ..contract.direct import (
@@ -70,16 +70,16 @@ class _Marker(Struct, frozen=True, kw_only=True):
     owner: str
 
 
-def direct_transfer(blob_store: BlobStore | None, meta_store: MetaStore) -> DirectTransfer | None:
+def direct_transfer(blob_store: BlobStore | None, rows: object) -> DirectTransfer | None:
     """Return the direct transfers of a bound storage, or None if they are not possible.
 
     They need blobs on S3, rows of blobs, and botocore for the signatures.
     """
-    if not isinstance(blob_store, S3BlobStore) or not isinstance(meta_store, BlobRows):
+    if not isinstance(blob_store, S3BlobStore) or not isinstance(rows, BlobRows):
         return None
     if isinstance(blob_store.object_store, S3ObjectStore) and importlib.util.find_spec("botocore") is None:
         return None
-    return S3DirectTransfer(blob_store, meta_store)
+    return S3DirectTransfer(blob_store, rows)
 
 
 class S3DirectTransfer(DirectTransfer):

@@ -52,6 +52,7 @@ from ..basic import (
     Write,
 )
 from ..contract.blobs import BlobRows, Blobs, BlobStorage
+from ..contract.direct import DirectStorage, DirectTransfer
 from ..contract.loading import BulkLoading, LoadingStorage
 from ..contract.overrides import check_blob_store, check_meta_store, check_resource_store
 from ..contract.protocols import (
@@ -83,7 +84,7 @@ MAX_RENEWALS = 8
 """How often a commit may fail because a sweep was faster. Each time, the bodies are put again under new uids."""
 
 
-class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, LoadingStorage, StorageImports):
+class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, DirectStorage, LoadingStorage, StorageImports):
     """A MetaStore, a ResourceStore and perhaps a BlobStore as one storage.
 
     If a MemoryMetaStore is combined with a ResourceStore on S3, an index on S3 beside the bodies replaces it, because
@@ -132,7 +133,8 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, LoadingStorage, Stor
         self._dropped = DroppedBodies(resource_store, pins)
         self._blobs: StoredBlobs | None = None
         self._blob_sweep: BlobSweep | None = None
-        blob_rows = self.meta_store if self._records is None else resource_store
+        self._direct: DirectTransfer | None = None
+        self._blob_rows = blob_rows = self.meta_store if self._records is None else resource_store
         if blob_store is not None and isinstance(blob_rows, BlobRows):
             self._blobs = StoredBlobs(blob_rows, blob_store)
             self._blob_sweep = BlobSweep(blob_rows, blob_store, pins, keep_uploads_s)
@@ -182,6 +184,15 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, LoadingStorage, Stor
     @override
     def exclusive(self) -> bool:
         return not self.durable or self._records is not None
+
+    @property
+    @override
+    def direct(self) -> DirectTransfer | None:
+        if self._direct is None and self.blob_store is not None and self.blob_store.remote:
+            from .direct_s3 import direct_transfer
+
+            self._direct = direct_transfer(self.blob_store, self._blob_rows)
+        return self._direct
 
     @property
     @override
@@ -438,6 +449,8 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, LoadingStorage, Stor
         if self._blobs is not None and self._blob_sweep is not None:
             await self._blobs.release_rest()
             await self._blob_sweep.run(deadline)
+        if (direct := self.direct) is not None:
+            await direct.expire()
 
     async def _maintain_index(self, deadline: float) -> None:
         assert self._index is not None, "`open` sets it"
