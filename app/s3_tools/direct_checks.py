@@ -18,7 +18,7 @@ from .s3_requests import Answer, RecordedObjects, ask, reason_of
 
 Say = Callable[[str, Literal["ok", "note", "not tested"], str], None]
 """Takes the name of a check, its result and a sentence."""
-THROUGH_THE_SERVER = "set CRUDSTACK_S3_PUBLIC_URL=none, so that files are sent through the server of the program"
+THROUGH_THE_SERVER = "clients must send files by POST /{model}/blobs, and read them with ?redirect=false"
 SHOWN = Signed({"response-content-type": "image/png", "response-content-disposition": 'attachment; filename="a.png"'})
 
 
