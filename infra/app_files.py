@@ -31,12 +31,16 @@ CA_FILE = "rds-ca.pem"
 """AWS's bundle of certificates, without which the app cannot verify the database's certificate."""
 NOT_DEPLOYED = frozenset(
     {
+        "archive_place.py",
         "autocrud/testing",
+        "backup_commands.py",
         "cli.py",
         "dev/__init__.py",
         "dev/aws_account.py",
+        "dev/environment.py",
         "dev/local_s3.py",
         "dev/pulumi_cli.py",
+        "progress_line.py",
         "s3_tools/__init__.py",
         "s3_tools/direct_checks.py",
         "s3_tools/lost_copies.py",
@@ -45,6 +49,7 @@ NOT_DEPLOYED = frozenset(
         "s3_tools/s3_requests.py",
         "s3_tools/s3_rescue.py",
         "server/__init__.py",
+        "stack_backup.py",
         "server/connections.py",
         "server/http_answers.py",
         "server/http_protocol.py",
