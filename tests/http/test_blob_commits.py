@@ -77,7 +77,7 @@ async def test_another_upload_serves_if_a_row_is_gone_before_the_commit(manager,
 
 
 async def test_a_reference_that_is_kept_keeps_its_key(manager):
-    """Other uploads of the same content do not matter, neither older nor newer ones, of anyone."""
+    """Other uploads of the same content do not matter, older or newer ones, of any caller."""
     refs = [await manager.upload(CONTENT, by=name) for name in ("alice", "bob", "alice")]
     keys = [row.key for row in await rows(manager)]
     for number, name in enumerate(("alice", "bob", "alice")):

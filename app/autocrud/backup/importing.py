@@ -38,6 +38,7 @@ from ..resource_manager.basic import (
     StoredKey,
 )
 from ..resource_manager.contract.import_journal import ImportJournal, ImportState, ImportStorage, OnConflict
+from ..resource_manager.contract.loading import LoadingStorage
 from ..resource_manager.core import ResourceManager
 from .archive_notes import ArchiveNotes
 from .archive_reader import Progress, VerifiedArchive, verify
@@ -45,7 +46,7 @@ from .batched_import import BatchedImport, conflict, unique_conflict
 from .blob_import import blobs_of, import_blobs
 from .errors import ImportUnfinished, NoSuchImport
 from .import_states import ImportResult, ModelImport, is_empty, states_of
-from .model_load import LoadingStorage, ModelLoad
+from .model_load import ModelLoad
 from .pieces import BATCH, Rewriting, batches_of, pieces_of, prefetched
 from .sources import Source, readable_twice
 from .survey import Index, Survey

@@ -5,25 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Protocol, runtime_checkable
 
 from ..resource_manager.basic import IStorage, RevisionInfo, StoredKey
 from ..resource_manager.contract.import_journal import ImportStorage
-from ..resource_manager.contract.loading import BulkLoading, LoadedResource, Loader
+from ..resource_manager.contract.loading import LoadedResource, Loader
 from .archive_reader import VerifiedArchive
 from .blob_import import import_blobs
 from .import_states import ModelImport
 from .pieces import Piece, Rewriting, batches_of, new_uids, pieces_of, prefetched
 from .survey import Index
-
-
-@runtime_checkable
-class LoadingStorage(Protocol):
-    """An IStorage into which a whole model may be loaded."""
-
-    @property
-    def loading(self) -> BulkLoading | None:
-        """Return what loads the model; None if the stores cannot do it. Its pins are those of the MetaStore."""
 
 
 class ModelLoad:

@@ -166,7 +166,7 @@ class SnapshotConformance(Conformance):
         assert (await manager.get("a")).data.text == "after"
 
     async def test_a_snapshot_keeps_bodies_that_are_superseded_meanwhile(self, root: Path) -> None:
-        """P1: neither edits of drafts, nor retention, nor a sweep removes a body that a pinned snapshot needs."""
+        """P1: no edit of a draft, no retention and no sweep removes a body that a pinned snapshot needs."""
         manager = manage(self.make(root), retention=Retention(last=1))
         await manager.create(Item(text="draft"), resource_id="draft", status="draft")
         await manager.create(Item(text="stable"), resource_id="stable")

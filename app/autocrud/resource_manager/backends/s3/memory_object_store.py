@@ -10,8 +10,8 @@ Its operations are atomic. With `check_then_act`, a conditional PUT compares fir
 This simulates a faulty server that loses acknowledged writes. Latency uses the clock of the event loop, so it costs no
 real time on an event loop with virtual time. `requests` counts the requests by operation.
 
-`use` sends a request by a presigned URL, as a client would. With `keeps_checksums = False`, the store neither checks
-nor keeps the checksums of uploads; with `checks_copies = False`, it ignores the condition of copies. There are servers
+`use` sends a request by a presigned URL, as a client would. With `keeps_checksums = False`, the store does not check
+or keep the checksums of uploads; with `checks_copies = False`, it ignores the condition of copies. There are servers
 that do so.
 """
 
@@ -72,7 +72,7 @@ class InjectedFault(NamedTuple):
 
 
 class _Presigned(NamedTuple):
-    """What a presigned URL allows. The names of the headers are in lower case."""
+    """The request that a presigned URL allows. The names of the headers are in lower case."""
 
     method: str
     key: str
