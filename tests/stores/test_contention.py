@@ -65,7 +65,7 @@ async def rival_that_always_wins(manager: ResourceManager[Note], rid: str) -> li
         StateReader(manager.storage, manager.codec),
         schema_version=1,
         retention=None,
-        clock=manager._clock,
+        clock=manager._writes._clock,
     )
 
     async def commit_rival(number: int) -> None:

@@ -92,9 +92,13 @@ class ArchiveWriter:
         self._bodies = _Buffer()
 
     async def __aenter__(self) -> Self:
-        await self._output.open()
-        entry = encode(FormatEntry(FORMAT, VERSION))
-        await self._output.entry(FORMAT_ENTRY, [entry])
+        try:
+            await self._output.open()
+            entry = encode(FormatEntry(FORMAT, VERSION))
+            await self._output.entry(FORMAT_ENTRY, [entry])
+        except BaseException:  # cancelled, for example: `__aexit__` is not called
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

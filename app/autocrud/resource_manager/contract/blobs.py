@@ -3,6 +3,8 @@
 A BlobStore keeps the content, a MetaStore keeps a row for each upload. The record of a revision names the keys of the
 blobs that its data refers to.
 
+docs/design/blobs.md explains the protocol.
+
 - F1 *A record never names a blob that is not stored.* The content is stored before its row is committed. A commit
   checks that each key in a new record has a row (else BlobGone), in the same step that commits. A row is removed only
   in a commit that checks that no record names its key. The content is removed only after its row.

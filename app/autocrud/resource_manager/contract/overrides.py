@@ -13,6 +13,8 @@ from typing import Any
 from ...errors import ConfigError
 from ..basic import BlobStore, IStorage, MetaStore, ResourceStore
 from .blobs import BlobRows
+from .import_journal import ImportKeeping
+from .loading import BulkLoading
 from .protocols import (
     BodySweeping,
     FindingsKeeping,
@@ -44,7 +46,7 @@ RENAMED_OF_CACHE = {"erase": "purge_remnants"}
 
 META_STORE_PROTOCOLS = (
     *(Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay),
-    *(BlobRows, Pinning, SnapshotReading),
+    *(BlobRows, Pinning, SnapshotReading, ImportKeeping, BulkLoading),
 )
 RESOURCE_STORE_PROTOCOLS = (BodySweeping, RecordKeeping, IndexKeeping, BlobRows, BodySnapshots, RecordSnapshots)
 

@@ -41,7 +41,11 @@ class HeldPin:
 
     async def __aenter__(self) -> Self:
         if self._pinning is not None:
-            await self._pinning.add_pin(self._pin)
+            try:
+                await self._pinning.add_pin(self._pin)
+            except asyncio.CancelledError:
+                await self._remove_after_failure(self._pinning)  # it may have been added
+                raise
             self._renewing = asyncio.create_task(self._renew_forever(self._pinning))
         return self
 
@@ -56,8 +60,11 @@ class HeldPin:
             self._lost = not await self._pinning.remove_pin(self._pin) or self._lost
             self.check()
             return
+        await self._remove_after_failure(self._pinning)
+
+    async def _remove_after_failure(self, pinning: Pinning) -> None:
         try:
-            await self._pinning.remove_pin(self._pin)
+            await pinning.remove_pin(self._pin)
         except CrudError as failed:
             log.warning("a pin stays until it is dropped, %g s after now: %s", snapshots.PIN_LIFE_S, failed)
 
