@@ -32,6 +32,7 @@ from ..backends.s3_sqlite.replica import Replica
 from ..backends.s3_sqlite.write_requests import AddBlob, RemoveBlobs, WriteRequest
 from ..backends.sqlite import blob_tables
 from ..backends.sqlite.database import LONGEST_SNAPSHOT
+from ..backends.sqlite.loading import remove_abandoned_loads
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import (
     BlobRow,
@@ -386,6 +387,8 @@ class S3SqliteMetaStore(
         Work that does not fit into `budget_s` seconds is left to the next call.
         """
         await self._replica.open()
+        if self._directory is not None:
+            await remove_abandoned_loads(self._directory)
         loop_state, deadline = self._loop_state(), time.monotonic() + budget_s
         if await self._read(lambda db: db.execute("SELECT 1 FROM purges LIMIT 1").get):
             await self._forget()  # the purging process was stopped before this step
