@@ -392,6 +392,7 @@ TYPES: dict[str, AwsType] = {
     ),
     "aws:route53/record:Record": AwsType(made=_record, replaces=("zoneId", "name", "type"), put=True),
     "aws:s3/bucket:Bucket": AwsType(made=_bucket, named="bucket", longest=63, letters=r"[a-z0-9][a-z0-9.-]*"),
+    "aws:s3/bucketCorsConfiguration:BucketCorsConfiguration": _BESIDE_BUCKET,
     "aws:s3/bucketLifecycleConfiguration:BucketLifecycleConfiguration": _BESIDE_BUCKET,
     "aws:s3/bucketOwnershipControls:BucketOwnershipControls": _BESIDE_BUCKET,
     "aws:s3/bucketPolicy:BucketPolicy": _BESIDE_BUCKET,

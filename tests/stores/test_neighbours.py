@@ -158,7 +158,7 @@ async def test_a_key_that_contains_the_name_of_a_folder_is_not_taken_for_the_fol
     await store.generation()
     keeper = store._loop_state().housekeeping
     name = segment_key if folder == "snap" else snapshot_key
-    await keeper._announce(lambda head: name(keeper._replica.prefix, head.ver + 1, 1))
+    await keeper.announce(lambda head: name(keeper._replica.prefix, head.ver + 1, 1))
     head = replace(await keeper._replica.head(), segs=(Segment("s", 1, 1, 1),))
     assert keeper._snapshot_due(head) if folder == "snap" else keeper._mergeable(head)
     await store.close()

@@ -183,7 +183,7 @@ async def test_a_snapshot_that_was_abandoned_is_not_installed(objects, monkeypat
     objects.upload = upload
     for number in range(100):
         await other.create(Note(f"note {number}"))
-    await meta_store(other)._loop_state().housekeeping._announce(lambda head: f"{KEY}/snap/{head.ver + 1:012d}-other")
+    await meta_store(other)._loop_state().housekeeping.announce(lambda head: f"{KEY}/snap/{head.ver + 1:012d}-other")
     await other.maintain(30)
     awake.set()
     assert not await task
