@@ -20,6 +20,7 @@ holds the settings of this machine: addresses with passwords, and directories.
 | CRUDSTACK_REDIS_URL | Redis or Valkey: redis://user:password@host:port/0, or rediss:// with TLS |
 | CRUDSTACK_AMQP_URL | RabbitMQ: amqp://user:password@host:port, or amqps:// with TLS |
 | CRUDSTACK_S3_ENDPOINT_URL | an S3 server other than Amazon's; AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL are read too |
+| CRUDSTACK_S3_PUBLIC_URL | the address by which clients reach the S3 server, if the app uses another one |
 | CRUDSTACK_CORS | origins whose pages may call the API, separated by commas: https://app.example.org |
 | CRUDSTACK_HOSTS | host names of the server besides localhost and 127.0.0.1, separated by commas |
 | CRUDSTACK_BASE_PATH | the path in front of all routes at a gateway or a proxy, like `/v1`, for links; `/` for none |
@@ -232,6 +233,7 @@ class LocalOverrides(Struct, frozen=True, kw_only=True):
     max_blob_mb: int | None = None
     blob_quota_mb: int | None = None
     s3_endpoint_url: str | None = None
+    s3_public_url: str | None = None
     pg_dsn: Secret | None = None
     redis_url: Secret | None = None
     amqp_url: Secret | None = None
@@ -271,6 +273,7 @@ VARIABLES = (
     "CRUDSTACK_MAX_BLOB_MB",
     "CRUDSTACK_BLOB_QUOTA_MB",
     "CRUDSTACK_S3_ENDPOINT_URL",
+    "CRUDSTACK_S3_PUBLIC_URL",
     "CRUDSTACK_PG_DSN",
     "CRUDSTACK_REDIS_URL",
     "CRUDSTACK_AMQP_URL",
@@ -309,6 +312,7 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
         max_blob_mb=_whole_number(given, "CRUDSTACK_MAX_BLOB_MB", "megabytes", MAX_BLOB_MB),
         blob_quota_mb=_whole_number(given, "CRUDSTACK_BLOB_QUOTA_MB", "megabytes", MAX_QUOTA_MB),
         s3_endpoint_url=s3_endpoint(environment),
+        s3_public_url=_url(given, "CRUDSTACK_S3_PUBLIC_URL"),
         pg_dsn=_secret(given, "CRUDSTACK_PG_DSN"),
         redis_url=_secret(given, "CRUDSTACK_REDIS_URL"),
         amqp_url=_secret(given, "CRUDSTACK_AMQP_URL"),
@@ -344,6 +348,10 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
 
 def _secret(given: Mapping[str, str], name: str) -> Secret | None:
     return Secret(given[name]) if name in given else None
+
+
+def _url(given: Mapping[str, str], name: str) -> str | None:
+    return endpoint_url(given[name], name) if name in given else None
 
 
 def _shown(address: str) -> str:

@@ -126,6 +126,7 @@ class _Maker:
             bucket=self._bucket() if on_s3 else None,
             endpoint_url=self._local.s3_endpoint_url,
             region_name=self._region() if on_s3 else None,
+            public_url=self._local.s3_public_url,
             local_dir=self._beside_s3("copies"),
             sync_interval=5.0 if self._idle_work else None,
             pg_dsn=pg_dsn,

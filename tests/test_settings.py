@@ -161,6 +161,10 @@ WRONG = [
         "expected a URL",
     ),
     (
+        {**BACKENDS, "CRUDSTACK_STORAGE": "s3-sqlite", "CRUDSTACK_S3_PUBLIC_URL": "https://key:secret@s3.example.org"},
+        "CRUDSTACK_S3_PUBLIC_URL holds an @",
+    ),
+    (
         {"CRUDSTACK_STORAGE": '{"meta": "disk", "resource": "memory"}', "CRUDSTACK_DATA_DIR": "x"},
         "is no pair that keeps",
     ),

@@ -37,9 +37,10 @@ from app.autocrud.secret import Secret
 from app.settings import KINDS, META_TRAITS, RESOURCE_TRAITS, load
 
 ENDPOINT, REGION, PREFIX = "http://127.0.0.1:9000", "eu-central-1", "team/app/"
+PUBLIC = "https://files.example.org"
 PG, REDIS, AMQP = "postgresql://u:secret@h/d", "redis://:secret@h/0", "amqp://u:secret@h"
-S3 = {"s3_bucket": "b", "s3_endpoint": ENDPOINT, "region_name": REGION, "prefix": PREFIX}
-S3_CONFIG = {"bucket": "b", "endpoint_url": ENDPOINT, "region_name": REGION, "prefix": PREFIX}
+S3 = {"s3_bucket": "b", "s3_endpoint": ENDPOINT, "region_name": REGION, "prefix": PREFIX, "public_url": PUBLIC}
+S3_CONFIG = {"bucket": "b", "endpoint_url": ENDPOINT, "region_name": REGION, "prefix": PREFIX, "public_url": PUBLIC}
 
 
 def settings_of(kind: str, data_dir: Path, **more: str) -> dict[str, str]:
@@ -52,6 +53,7 @@ def settings_of(kind: str, data_dir: Path, **more: str) -> dict[str, str]:
         "CRUDSTACK_PREFIX": "team/app",
         "CRUDSTACK_REGION": REGION,
         "CRUDSTACK_S3_ENDPOINT_URL": ENDPOINT,
+        "CRUDSTACK_S3_PUBLIC_URL": PUBLIC,
         "CRUDSTACK_PG_DSN": PG,
         "CRUDSTACK_REDIS_URL": REDIS,
         "CRUDSTACK_AMQP_URL": AMQP,
@@ -74,7 +76,7 @@ def factory_of(kind: str, data_dir: Path, *, idle_work: bool) -> IStorageFactory
         case "memory-disk":
             return MemoryDiskStorageFactory(data_dir, **keep)
         case "s3-sqlite":
-            return S3StorageFactory("b", ENDPOINT, region_name=REGION, prefix=PREFIX, **copies, **keep)
+            return S3StorageFactory(**S3_CONFIG, **copies, **keep)
         case "postgres-s3":
             return PostgresS3StorageFactory(PG, **S3, **pool, **keep)
         case "redis-postgres":

@@ -16,7 +16,8 @@ import pytest
 from app.autocrud.errors import ConfigError, StoreUnavailable
 from app.autocrud.resource_manager.backends.s3 import signed_requests
 from app.autocrud.resource_manager.backends.s3.memory_object_store import DROPPED, MemoryObjectStore
-from app.autocrud.resource_manager.backends.s3.object_store import ObjectStore, S3ObjectStore, Signed
+from app.autocrud.resource_manager.backends.s3.object_store import ObjectStore, S3ObjectStore, Signed, s3
+from tests.services import BUCKET
 from tests.silent_s3 import SILENT, SilentS3
 
 STORES = ["memory", "ministack", "seaweed"]
@@ -152,6 +153,35 @@ async def test_a_presigned_url_of_the_store_in_memory_expires():
     url = await store.presign("k", "PUT", 60)
     now += timedelta(seconds=61)
     assert (await store.use("PUT", url, b"late")).status == 403
+
+
+async def test_presigned_urls_have_the_address_that_clients_reach(seaweed_s3, key):
+    """The signature covers the host, so a URL for one address is refused at the other one of the same server."""
+    port = urlsplit(seaweed_s3.url).port
+    inside, outside = f"127.0.0.1:{port}", f"localhost:{port}"
+    keys = seaweed_s3.access_key_id, seaweed_s3.secret_access_key, "us-east-1"
+    store = s3(BUCKET, f"http://{inside}", *keys, public_url=f"http://{outside}/")
+    body = b"from outside"
+    headers = signed_headers(body)
+    key += " ü+%"  # a custom prefix may have such characters
+    put = await store.presign(key, "PUT", 60, Signed(headers=headers))
+    assert urlsplit(put).netloc == outside
+    assert await use(store, "PUT", put.replace(outside, inside), body, headers) == 403
+    assert await use(store, "PUT", put, body, headers) == 200
+    found = await store.get(key)
+    assert found is not None
+    assert found.body == body
+    get = await store.presign(key, "GET", 60, Signed(query={"response-content-type": "image/png"}))
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(get)).content == body
+    assert await store.verifies_checksums(f"{key}-probe")
+    assert await store.copy(key, f"{key}-copy", found.etag)
+
+
+@pytest.mark.parametrize("address", ["files.example.org", "http://key:secret@files.example.org"])
+def test_a_wrong_address_for_clients_is_refused(address):
+    with pytest.raises(ConfigError, match="public_url"):
+        S3ObjectStore("b", "http://127.0.0.1:1", "key", "secret", public_url=address)
 
 
 async def test_a_session_token_is_part_of_a_presigned_url():

@@ -10,7 +10,8 @@ A factory of your own takes a few lines:
 Each factory of this module uses the same locations as the kind of storage of the same name (CRUDSTACK_STORAGE). So a
 factory can open the stores of its kind, and the reverse. The `prefix` of a factory is used unchanged. The prefix in
 CRUDSTACK_PREFIX gets a slash at its end if it has none. `keep_uploads_s` is the number of seconds for which an upload
-is kept that no revision refers to.
+is kept that no revision refers to. `public_url` is the address of the S3 server in presigned URLs, if clients do not
+reach it by the one that this process uses.
 
 If no access keys are given, the AWS credentials of the environment are used.
 """
@@ -114,6 +115,7 @@ class S3StorageFactory(PairStorageFactory):
         local_dir: str | Path | None = None,
         consistency: Consistency = "strong",
         sync_interval: float | None = 5.0,
+        public_url: str | None = None,
         object_store: ObjectStore | None = None,
         keep_uploads_s: float = KEEP_UPLOADS_S,
     ) -> None:
@@ -126,6 +128,7 @@ class S3StorageFactory(PairStorageFactory):
             access_key_id=access_key_id,
             secret_access_key=secret_access_key,
             region_name=region_name,
+            public_url=public_url,
             object_store=object_store,
             local_dir=local_dir,
             consistency=consistency,
@@ -158,6 +161,7 @@ class PostgresS3StorageFactory(PairStorageFactory):
         prefix: str = "",
         password: Callable[[], str] | None = None,
         max_size: int | None = None,
+        public_url: str | None = None,
         object_store: ObjectStore | None = None,
         former_layout: WhenFormer = "refuse",
         keep_uploads_s: float = KEEP_UPLOADS_S,
@@ -171,6 +175,7 @@ class PostgresS3StorageFactory(PairStorageFactory):
             access_key_id=s3_access_key,
             secret_access_key=s3_secret_key,
             region_name=region_name,
+            public_url=public_url,
             object_store=object_store,
             pg_dsn=pg_dsn,
             password=password,
@@ -211,6 +216,7 @@ class RedisPgStorageFactory(PairStorageFactory):
         redis_password: Callable[[], str] | None = None,
         max_size: int | None = None,
         lease_s: float = 2.0,
+        public_url: str | None = None,
         object_store: ObjectStore | None = None,
         former_layout: WhenFormer = "refuse",
         keep_uploads_s: float = KEEP_UPLOADS_S,
@@ -227,6 +233,7 @@ class RedisPgStorageFactory(PairStorageFactory):
             access_key_id=s3_access_key,
             secret_access_key=s3_secret_key,
             region_name=region_name,
+            public_url=public_url,
             object_store=object_store,
             pg_dsn=pg_dsn,
             password=password,
@@ -266,6 +273,7 @@ class CachedS3StorageFactory(PairStorageFactory):
         max_cache_bytes: int | None = None,
         local_dir: str | Path | None = None,
         sync_interval: float | None = 5.0,
+        public_url: str | None = None,
         object_store: ObjectStore | None = None,
         former_layout: WhenFormer = "refuse",
         keep_uploads_s: float = KEEP_UPLOADS_S,
@@ -279,6 +287,7 @@ class CachedS3StorageFactory(PairStorageFactory):
             access_key_id=s3_access_key,
             secret_access_key=s3_secret_key,
             region_name=region_name,
+            public_url=public_url,
             object_store=object_store,
             local_dir=local_dir,
             sync_interval=sync_interval,

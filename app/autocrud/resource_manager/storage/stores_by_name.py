@@ -49,7 +49,8 @@ class StoresByName:
     data_dir         directory of stores on disk
     bucket, endpoint_url, access_key_id, secret_access_key, region_name
                      bucket and access of stores on S3
-    object_store     a client of the bucket, instead of endpoint, keys and region
+    public_url       address by which clients reach the S3 server, for presigned URLs; None: endpoint_url
+    object_store     a client of the bucket, instead of endpoint, keys, region and public_url
     encoding         encoding of new bodies in memory and on S3
     local_dir, consistency, sync_interval
                      arguments of s3-sqlite, see S3SqliteMetaStore
@@ -85,6 +86,7 @@ class StoresByName:
         access_key_id: str | None = None,
         secret_access_key: str | Secret | None = None,
         region_name: str | None = None,
+        public_url: str | None = None,
         object_store: ObjectStore | None = None,
         encoding: Encoding | None = None,
         local_dir: str | Path | None = None,
@@ -106,7 +108,7 @@ class StoresByName:
         self.data_dir = None if data_dir is None else Path(data_dir)
         self.bucket, self.endpoint_url, self.region_name = bucket, hidden(endpoint_url), region_name
         self.access_key_id, self.secret_access_key = access_key_id, hidden(secret_access_key)
-        self.object_store, self.encoding = object_store, encoding
+        self.public_url, self.object_store, self.encoding = public_url, object_store, encoding
         self.local_dir, self.consistency, self.sync_interval = local_dir, consistency, sync_interval
         self.pg_dsn, self.password, self.max_size = hidden(pg_dsn), password, max_size
         self.redis_url, self.redis_password, self.lease_s = hidden(redis_url), redis_password, lease_s
@@ -303,4 +305,5 @@ class StoresByName:
             self.access_key_id,
             self.secret_access_key,
             self.region_name,
+            self.public_url,
         )

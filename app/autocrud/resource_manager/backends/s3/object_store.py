@@ -154,7 +154,8 @@ class S3ObjectStore(ObjectStore):
 
     Without keys, uses the credentials that obstore finds (environment, web identity, container, instance) or those of
     `credentials`, and renews them before they expire. With an endpoint, addresses are path-style, and plain HTTP is
-    allowed if the endpoint says so. Clients of one bucket should share connections: see `s3`.
+    allowed if the endpoint says so. Clients of one bucket should share connections: see `s3`. URLs that are presigned
+    with `signed` begin with `public_url`, if it is given: the address by which clients reach the server.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class S3ObjectStore(ObjectStore):
         secret_access_key: str | Secret | None = None,
         region_name: str | None = None,
         session_token: str | None = None,
+        public_url: str | None = None,
     ) -> None:
         with driver("s3"):
             import obstore
@@ -203,7 +205,7 @@ class S3ObjectStore(ObjectStore):
 
         self._clients = Clients(client, renew)
         self._verifies: bool | None = None
-        self._signed = SignedRequests(bucket, lambda key: self.presign(key, "GET", 60), provider, renew)
+        self._signed = SignedRequests(bucket, lambda key: self.presign(key, "GET", 60), provider, renew, public_url)
         wait_at_exit(_touch)
 
     @property
@@ -433,9 +435,10 @@ def s3(
     access_key_id: str | None = None,
     secret_access_key: str | Secret | None = None,
     region_name: str | None = None,
+    public_url: str | None = None,
 ) -> S3ObjectStore:
     """Return the client of a bucket. All stores of the process share it, and so its connections."""
-    return _shared(bucket, hidden(endpoint_url), access_key_id, hidden(secret_access_key), region_name)
+    return _shared(bucket, hidden(endpoint_url), access_key_id, hidden(secret_access_key), region_name, public_url)
 
 
 @functools.lru_cache(maxsize=64)
@@ -445,8 +448,10 @@ def _shared(
     access_key_id: str | None,
     secret_access_key: Secret | None,
     region_name: str | None,
+    public_url: str | None,
 ) -> S3ObjectStore:
-    return S3ObjectStore(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
+    given = endpoint_url, access_key_id, secret_access_key, region_name
+    return S3ObjectStore(bucket, *given, public_url=public_url)
 
 
 def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:

@@ -31,6 +31,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 from typing_extensions import override
 
 from ....errors import ConfigError, StoreUnavailable
+from ....secret import endpoint_url
 from .clients import RENEW_PAUSE_S, RENEWABLE, WAITS_S
 from .errors import element
 from .objects import Head, Signed
@@ -74,6 +75,7 @@ class SignedRequests:
         address: Returns the presigned URL of an object. Scheme, host, path and region are taken from it.
         credentials: Returns credentials; may block. None if botocore is to find those of the environment.
         renew: Forgets cached credentials, so that new ones are fetched.
+        public_url: The address of the server that clients reach, for presigned URLs. None: that of `address`.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class SignedRequests:
         address: Callable[[str], Any],
         credentials: Callable[[], S3Credential] | None,
         renew: Callable[[], None] | None,
+        public_url: str | None = None,
     ) -> None:
         self._bucket, self._address, self._given, self._renew = bucket, address, credentials, renew
+        self._public = None if public_url is None else endpoint_url(public_url, "public_url").rstrip("/")
         self._ambient: Any = None
         self._mutex = threading.Lock()
 
@@ -127,7 +131,8 @@ class SignedRequests:
         body, other = b"right", b"wrong"
         checksum = b64encode(hashlib.sha256(body).digest()).decode()
         signed = Signed(headers={"content-length": str(len(body)), "x-amz-checksum-sha256": checksum})
-        url = await self.presign(key, "PUT", 60, signed)
+        url, region = await self._target(key)
+        url = await self._presign(url, region, "PUT", 60, signed)
         first, second = [
             await _in_daemon_thread(functools.partial(_put, url, content, signed.headers)) for content in (body, other)
         ]
@@ -136,9 +141,13 @@ class SignedRequests:
         return second in range(400, 500)
 
     async def presign(self, key: str, method: Method, seconds: int, signed: Signed) -> str:
-        """Return a URL that allows only requests with these parameters and headers."""
+        """Return a URL, for clients, that allows only requests with these parameters and headers."""
         url, region = await self._target(key)
+        if self._public is not None:  # signed for this address, because the signature covers the host
+            url = f"{self._public}/{self._bucket}/{quote(key)}"
+        return await self._presign(url, region, method, seconds, signed)
 
+    async def _presign(self, url: str, region: str, method: Method, seconds: int, signed: Signed) -> str:
         def work() -> str:
             from botocore.auth import S3SigV4QueryAuth
             from botocore.awsrequest import AWSRequest
