@@ -11,6 +11,8 @@ import sys
 import httpx
 import pytest
 
+from .albums import sha256_of
+
 CONFIG = "package_name_override: generated_client\npost_hooks: []\n"
 
 
@@ -23,9 +25,11 @@ def description(url: str) -> dict:
     return document
 
 
-@pytest.fixture(params=["app.cli"])
+@pytest.fixture(params=[("disk", "app.cli")])
 def generated(serve, tmp_path, monkeypatch, request):
-    server = serve("disk", tmp_path / "data", module=request.param)
+    storage, module = request.param
+    s3 = {} if storage == "disk" else {"s3": request.getfixturevalue("seaweed_s3"), "prefix": tmp_path.name}
+    server = serve(storage, tmp_path / "data", module=module, **s3)
     (tmp_path / "openapi.json").write_text(json.dumps(description(server.url)))
     (tmp_path / "config.yml").write_text(CONFIG)
     command = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none", "--fail-on-warning"]
@@ -85,7 +89,7 @@ def test_the_generated_client_uses_the_whole_api(generated):
         assert api("get_article").sync_detailed(rid, client=client).status_code == 404
 
 
-@pytest.mark.parametrize("generated", ["tests.http.album_server"], indirect=True)
+@pytest.mark.parametrize("generated", [("disk", "tests.http.album_server")], indirect=True)
 def test_the_generated_client_sends_and_reads_files(generated):
     models = importlib.import_module("generated_client.models")
     types = importlib.import_module("generated_client.types")
@@ -107,3 +111,32 @@ def test_the_generated_client_sends_and_reads_files(generated):
         assert (part.status_code, part.parsed.payload.read()) == (206, b"on")
         missing = api("get_blob_of_album", "album").sync(rid, "0" * 64, client=client)
         assert missing.type_ == "urn:crudstack:blob-not-found"
+
+
+@pytest.mark.parametrize("generated", [("s3-sqlite", "tests.http.album_server")], indirect=True)
+def test_the_generated_client_sends_files_straight_to_s3(generated):
+    models = importlib.import_module("generated_client.models")
+    types = importlib.import_module("generated_client.types")
+    client_module = importlib.import_module("generated_client")
+    content = b"content"
+    with client_module.Client(base_url=generated.url) as client:
+        announced = models.UploadAnnouncement(
+            size=len(content), sha256=sha256_of(content), content_type="image/png", name="sun.png"
+        )
+        upload = api("begin_upload_of_album", "album").sync(client=client, body=announced)
+        assert api("get_upload_of_album", "album").sync(upload.id, client=client).status == "open"
+        early = api("complete_upload_of_album", "album").sync(upload.id, client=client)
+        assert early.type_ == "urn:crudstack:upload-incomplete"
+        httpx.put(upload.url, content=content, headers=upload.headers.to_dict()).raise_for_status()
+        ref = api("complete_upload_of_album", "album").sync(upload.id, client=client)
+        assert (ref.size, ref.name) == (7, "sun.png")
+        assert api("get_upload_of_album", "album").sync(upload.id, client=client).blob == ref
+        made = api("create_album", "album").sync(client=client, body=models.Album(title="Sun", cover=ref))
+        get = api("get_blob_of_album", "album").sync_detailed
+        found = get(made.meta.resource_id, ref.sha256, client=client)
+        assert found.status_code == 303
+        assert httpx.get(found.headers["location"]).content == content
+        redirect = models.GetBlobOfAlbumRedirect.FALSE
+        here = get(made.meta.resource_id, ref.sha256, client=client, redirect=redirect)
+        assert here.parsed.payload.read() == content
+        assert isinstance(here.parsed, types.File)

@@ -42,7 +42,7 @@ class FileTooLargeToSend(CrudError):
     type, title, status = "file-too-large-to-send", "The file is too large to be sent from here", 413
 
 
-class _Announcement(Struct, forbid_unknown_fields=True):
+class UploadAnnouncement(Struct, forbid_unknown_fields=True):
     """The body of a request that begins an upload."""
 
     size: Annotated[int, Meta(ge=0)]
@@ -51,7 +51,7 @@ class _Announcement(Struct, forbid_unknown_fields=True):
     name: str = ""
 
 
-_decode = msgspec.json.Decoder(_Announcement).decode
+_decode = msgspec.json.Decoder(UploadAnnouncement).decode
 
 
 class DirectBlobRoutes:
@@ -131,6 +131,12 @@ class DirectBlobRoutes:
                 f" POST /{self._manager.name}/blobs"
             )
         return direct
+
+
+def has_direct(manager: ResourceManager[Any]) -> bool:
+    """Return whether a model has direct transfers. Opens no store."""
+    storage = manager.storage
+    return isinstance(storage, DirectStorage) and storage.direct is not None
 
 
 async def direct_of(manager: ResourceManager[Any]) -> DirectTransfer | None:

@@ -12,7 +12,9 @@ import msgspec
 from ..query import META_FIELDS, SET_OPS, STATE_OPS, ops_of
 from ..resource_manager.core import MAX_BATCH, ResourceManager
 from . import batches, openapi_backups
+from .direct_blobs import has_direct
 from .openapi_blobs import blob_paths
+from .openapi_direct import direct_paths, direct_schemas
 from .openapi_parts import (
     CREATE_ONLY,
     CURSOR,
@@ -126,6 +128,7 @@ class _Model:
         self.name, self.codec = name, manager.codec
         self.snake = name.replace("-", "_")
         self.title = "".join(part[:1].upper() + part[1:] for part in self.snake.split("_"))
+        self.is_direct = self.codec.has_blobs and has_direct(manager)
         (self.schema,), self.components = msgspec.json.schema_components([self.codec.model], ref_template=REF)
         self.component = self.schema["$ref"].rpartition("/")[2]
         self._bound_indexed_fields()
@@ -157,7 +160,7 @@ class _Model:
             f"{self.title}MergePatch": {"type": "object", "additionalProperties": True},
         }
         self.components[self.component].setdefault("examples", [self._example()])
-        return close(self.components) | made | self._batch()
+        return close(self.components) | made | self._batch() | (direct_schemas() if self.is_direct else {})
 
     def _batch(self) -> dict[str, Schema]:
         """Return the schemas of a batch, with the data of this model in them."""
@@ -209,102 +212,107 @@ class _Model:
                 {"Link": {"schema": {"type": "string"}, "description": "next; left out if it would exceed 4 KB"}},
             )
         }
-        return (blob_paths(base, self._op) if self.codec.has_blobs else {}) | {
-            base: {
-                "get": self._op("list", [*self._search(), *self._filters()], page, 400, 500, 503),
-                "post": self._op("create", [STATUS, KEY], created, 415, *create, body=body),
-            },
-            f"{base}/count": {
-                "get": self._op(
-                    "count",
-                    [FIND_DELETED, *self._filters()],
-                    {200: json_content(ref("Count"), "how many")},
-                    400,
-                    500,
-                    503,
-                )
-            },
-            f"{base}/batch": {
-                "post": self._op(
-                    "batch",
-                    [KEY],
-                    {200: json_content(ref(f"{self.title}Results"), "all operations were committed")},
-                    *(415, *write),
-                    body=batch,
-                )
-            },
-            one: {
-                "get": self._op("get", reading, {200: json_content(view, "the resource", ETAG)} | unchanged, *read),
-                "put": self._op(
-                    "update",
-                    [ID, STATUS, MODE, IF_MATCH, CREATE_ONLY, KEY],
-                    changed | created,
-                    *(415, *write),
-                    body=body,
-                ),
-                "patch": self._op(
-                    "patch",
-                    [ID, STATUS, MODE, IF_MATCH, KEY],
-                    changed,
-                    *(415, *write),
-                    body={"required": True, "content": patches},
-                ),
-                "delete": self._op("delete", [ID, IF_MATCH, KEY], gone, *write),
-            },
-            f"{one}/data": {
-                "get": self._op(
-                    "get_data_of",
-                    reading,
-                    {200: json_content({"anyOf": [self.schema, ref(f"{self.title}Part")]}, "the bare data", ETAG)}
-                    | unchanged,
-                    *read,
-                )
-            },
-            f"{one}/publish": {"post": self._op("publish", [ID, IF_MATCH, KEY], changed, *write)},
-            f"{one}/switch": {"post": self._op("switch", [ID, IF_MATCH, KEY], changed, 415, *write, body=switch)},
-            f"{one}/restore": {"post": self._op("restore", [ID, IF_MATCH, KEY], changed, *write)},
-            f"{one}/purge": {
-                "post": self._op(
-                    "purge",
-                    [ID, IF_MATCH, KEY],
-                    {202: json_content(ref("Purged"), "erased; `erased_by` says when the last trace is gone")},
-                    *write,
-                )
-            },
-            f"{one}/revisions": {
-                "get": self._op(
-                    "list_revisions_of",
-                    [ID, LIMIT, CURSOR_PARAMETER, INCLUDE_DELETED],
-                    {200: json_content(ref("RevisionPage"), "history, newest first")},
-                    *read,
-                )
-            },
-            f"{one}/revisions/{{revision}}": {
-                "get": self._op(
-                    "get_revision_of",
-                    [ID, {"name": "revision", "in": "path", "required": True, "schema": REVISION}, INCLUDE_DELETED],
-                    {200: json_content(ref(f"{self.title}Revision"), "one revision")},
-                    *read,
-                )
-            },
-            f"{one}/diff": {
-                "get": self._op(
-                    "diff",
-                    [
-                        ID,
-                        {"name": "from", "in": "query", "required": True, "schema": REVISION},
-                        query_parameter("to", REVISION, "default: the current revision"),
-                        INCLUDE_DELETED,
-                    ],
-                    {
-                        200: json_content(
-                            {"type": "array", "items": ref("JsonPatchOperation")}, "JSON Patch", media=JSON_PATCH
-                        )
-                    },
-                    *read,
-                )
-            },
-        }
+        blobs = blob_paths(base, self._op, direct=self.is_direct) if self.codec.has_blobs else {}
+        return (
+            blobs
+            | (direct_paths(base, self._op) if self.is_direct else {})
+            | {
+                base: {
+                    "get": self._op("list", [*self._search(), *self._filters()], page, 400, 500, 503),
+                    "post": self._op("create", [STATUS, KEY], created, 415, *create, body=body),
+                },
+                f"{base}/count": {
+                    "get": self._op(
+                        "count",
+                        [FIND_DELETED, *self._filters()],
+                        {200: json_content(ref("Count"), "how many")},
+                        400,
+                        500,
+                        503,
+                    )
+                },
+                f"{base}/batch": {
+                    "post": self._op(
+                        "batch",
+                        [KEY],
+                        {200: json_content(ref(f"{self.title}Results"), "all operations were committed")},
+                        *(415, *write),
+                        body=batch,
+                    )
+                },
+                one: {
+                    "get": self._op("get", reading, {200: json_content(view, "the resource", ETAG)} | unchanged, *read),
+                    "put": self._op(
+                        "update",
+                        [ID, STATUS, MODE, IF_MATCH, CREATE_ONLY, KEY],
+                        changed | created,
+                        *(415, *write),
+                        body=body,
+                    ),
+                    "patch": self._op(
+                        "patch",
+                        [ID, STATUS, MODE, IF_MATCH, KEY],
+                        changed,
+                        *(415, *write),
+                        body={"required": True, "content": patches},
+                    ),
+                    "delete": self._op("delete", [ID, IF_MATCH, KEY], gone, *write),
+                },
+                f"{one}/data": {
+                    "get": self._op(
+                        "get_data_of",
+                        reading,
+                        {200: json_content({"anyOf": [self.schema, ref(f"{self.title}Part")]}, "the bare data", ETAG)}
+                        | unchanged,
+                        *read,
+                    )
+                },
+                f"{one}/publish": {"post": self._op("publish", [ID, IF_MATCH, KEY], changed, *write)},
+                f"{one}/switch": {"post": self._op("switch", [ID, IF_MATCH, KEY], changed, 415, *write, body=switch)},
+                f"{one}/restore": {"post": self._op("restore", [ID, IF_MATCH, KEY], changed, *write)},
+                f"{one}/purge": {
+                    "post": self._op(
+                        "purge",
+                        [ID, IF_MATCH, KEY],
+                        {202: json_content(ref("Purged"), "erased; `erased_by` says when the last trace is gone")},
+                        *write,
+                    )
+                },
+                f"{one}/revisions": {
+                    "get": self._op(
+                        "list_revisions_of",
+                        [ID, LIMIT, CURSOR_PARAMETER, INCLUDE_DELETED],
+                        {200: json_content(ref("RevisionPage"), "history, newest first")},
+                        *read,
+                    )
+                },
+                f"{one}/revisions/{{revision}}": {
+                    "get": self._op(
+                        "get_revision_of",
+                        [ID, {"name": "revision", "in": "path", "required": True, "schema": REVISION}, INCLUDE_DELETED],
+                        {200: json_content(ref(f"{self.title}Revision"), "one revision")},
+                        *read,
+                    )
+                },
+                f"{one}/diff": {
+                    "get": self._op(
+                        "diff",
+                        [
+                            ID,
+                            {"name": "from", "in": "query", "required": True, "schema": REVISION},
+                            query_parameter("to", REVISION, "default: the current revision"),
+                            INCLUDE_DELETED,
+                        ],
+                        {
+                            200: json_content(
+                                {"type": "array", "items": ref("JsonPatchOperation")}, "JSON Patch", media=JSON_PATCH
+                            )
+                        },
+                        *read,
+                    )
+                },
+            }
+        )
 
     def _op(
         self, verb: str, parameters: list[Any], good: Mapping[int, Schema], *errors: int, body: Schema | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..resource_manager.model.blob import OCTET_STREAM, Blob
 from .blobs import INLINE
+from .openapi_direct import REDIRECT, redirects
 from .openapi_parts import (
     ID,
     IF_MATCH,
@@ -40,11 +41,12 @@ HEADERS: Schema = {
 }
 
 
-def blob_paths(base: str, operation: Callable[..., Schema]) -> dict[str, Schema]:
+def blob_paths(base: str, operation: Callable[..., Schema], *, direct: bool) -> dict[str, Schema]:
     """Return the paths of the files of a model.
 
     base       the path of the model
     operation  describes one operation: see `openapi`
+    direct     whether downloads are redirected to the object storage
     """
     form = closed({"file": BINARY})
     body = {
@@ -65,7 +67,13 @@ def blob_paths(base: str, operation: Callable[..., Schema]) -> dict[str, Schema]
     }
     reading: list[Any] = [ID, SHA256, query_parameter("revision", REVISION), INCLUDE_DELETED]
     reading += [IF_MATCH, IF_NONE_MATCH, RANGE, IF_RANGE]
-    errors = (400, 404, 410, 412, 416, 500, 503)
+    errors = [400, 404, 410, 412, 416, 500, 503]
+    if direct:
+        elsewhere = redirects()
+        whole[200]["content"] = content | elsewhere[200]["content"]
+        whole[303] = elsewhere[303]
+        reading.append(REDIRECT)
+        errors.append(413)
     return {
         f"{base}/blobs": {
             "post": operation(
