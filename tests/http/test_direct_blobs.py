@@ -17,8 +17,9 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Blob
 from app.autocrud.http import direct_blobs
+from app.autocrud.resource_manager.contract.direct import RESERVED
 from app.autocrud.resource_manager.storage.direct_s3 import S3DirectTransfer
-from app.autocrud.resource_manager.storage_factory import MemoryStorageFactory, S3StorageFactory
+from app.autocrud.resource_manager.storage_factory import MemoryStorageFactory, PairStorageFactory, S3StorageFactory
 from tests.services import BUCKET
 
 BODY = os.urandom(3000)
@@ -156,6 +157,35 @@ async def test_a_reserved_hash_is_no_file(client):
     await client.post("/album/blobs/uploads", json=ASKED)
     answer = await client.post("/album", json={"title": "Sun", "cover": {"sha256": "0" * 64}})
     assert (answer.status_code, answer.json()["type"]) == (422, "urn:crudstack:blob-gone")
+
+
+@pytest.mark.parametrize("meta", ["postgres", "redis", "redis-postgres"])
+async def test_metadata_that_is_not_on_s3(meta, seaweed_s3, request: pytest.FixtureRequest):
+    """The rows of uploads are beside the metadata, so the quota and the reserved hash mean the same in every kind."""
+    urls = {}
+    if "postgres" in meta:
+        urls["pg_dsn"] = request.getfixturevalue("postgres")
+    if "redis" in meta:
+        urls["redis_url"] = request.getfixturevalue("valkey")
+    factory = PairStorageFactory(
+        meta, "s3", prefix=f"{uuid.uuid4().hex}/", bucket=BUCKET, object_store=seaweed_s3.object_store(), **urls
+    )
+    crud = AutoCRUD(storage_factory=factory, blob_quota=2 * len(BODY) - 1)
+    crud.add_model(Album)
+    async with client_of(crud) as client:
+        upload = await uploaded(client)
+        more = await client.post("/album/blobs/uploads", json=ASKED)
+        assert (more.status_code, more.json()["type"]) == (413, "urn:crudstack:blob-quota-exceeded")
+        assert (await client.post("/album/blobs", content=BODY)).status_code == 413
+        reserved = await client.post("/album", json={"title": "Sun", "cover": {"sha256": RESERVED}})
+        assert (reserved.status_code, reserved.json()["type"]) == (422, "urn:crudstack:blob-gone")
+        completed = await client.post(upload["complete"])
+        assert (completed.status_code, completed.json()) == (200, REFERENCE)
+        created = await client.post("/album", json={"title": "Sun", "cover": REFERENCE})
+        assert created.status_code == 201, created.text
+        answer = await client.get(f"{created.headers['location']}/blobs/{SHA256}")
+        assert httpx.get(answer.headers["location"]).content == BODY
+    await crud.close()
 
 
 async def test_a_long_completion_is_answered_202_and_goes_on(client, monkeypatch):

@@ -30,7 +30,7 @@ from app.autocrud.resource_manager.backends.s3.memory_object_store import (
     MemoryObjectStore,
 )
 from app.autocrud.resource_manager.backends.s3.object_store import ObjectStore
-from app.autocrud.resource_manager.basic import MetaStore, ModelSpec
+from app.autocrud.resource_manager.basic import BlobRow, MetaStore, ModelSpec, owner_of
 from app.autocrud.resource_manager.blob_store.s3 import S3BlobStore
 from app.autocrud.resource_manager.blob_store.simple import MemoryBlobStore
 from app.autocrud.resource_manager.contract.direct import (
@@ -45,6 +45,7 @@ from app.autocrud.resource_manager.contract.direct import (
 from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
 from app.autocrud.resource_manager.meta_store.sqlite3 import S3SqliteMetaStore
 from app.autocrud.resource_manager.storage.direct_s3 import S3DirectTransfer, direct_transfer
+from app.autocrud.resource_manager.storage.stores_by_name import StoresByName
 from tests.s3_servers.install import SERVERS
 from tests.s3_servers.servers import running
 from tests.services import BUCKET, create_bucket
@@ -100,7 +101,21 @@ def announced(body: bytes = BODY, **changes: object) -> Announced:
     return Announced(**given | changes)
 
 
-@pytest.fixture(params=["memory", "memory without checksums", "memory with s3-sqlite", *OF_FIXTURES])
+ROWS = ["s3-sqlite", "postgres", "redis", "redis-postgres"]
+"""The MetaStores that keep the rows on servers."""
+
+
+def rows_of(name: str, objects: ObjectStore, request: pytest.FixtureRequest) -> MetaStore:
+    """Return a new MetaStore by its name in settings."""
+    place = {"prefix": f"{uuid.uuid4().hex}/", "bucket": "bucket", "object_store": objects}
+    if "postgres" in name:
+        place["pg_dsn"] = request.getfixturevalue("postgres")
+    if "redis" in name:
+        place["redis_url"] = request.getfixturevalue("valkey")
+    return StoresByName(name, "s3", **place).meta_store("picture")
+
+
+@pytest.fixture(params=["memory", "memory without checksums", *(f"memory with {rows}" for rows in ROWS), *OF_FIXTURES])
 async def here(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
     name = request.param
     if not name.startswith("memory"):
@@ -108,7 +123,8 @@ async def here(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
         return
     objects = MemoryObjectStore()
     objects.keeps_checksums = "without" not in name
-    rows = S3SqliteMetaStore("bucket", "meta.sqlite", object_store=objects) if "sqlite" in name else None
+    _, _, of_rows = name.partition(" with ")
+    rows = rows_of(of_rows, objects, request) if of_rows else None
     yield place(objects, rows)
     if rows is not None:
         await rows.close()
@@ -178,7 +194,7 @@ async def test_an_empty_file(here: Place):
 
 
 @pytest.mark.parametrize("name", [*OF_FIXTURES, *SERVERS])
-async def test_no_server_makes_a_blob_of_wrong_content(name, request: pytest.FixtureRequest, tmp_path):
+async def test_no_server_makes_a_blob_of_wrong_content_or_changes_one(name, request: pytest.FixtureRequest, tmp_path):
     """Some servers refuse wrong content, others store it: then the copy is read back."""
     if name in OF_FIXTURES:
         await refuse_wrong_content(place(request.getfixturevalue(f"{name}_s3").object_store()))
@@ -196,7 +212,11 @@ async def refuse_wrong_content(here: Place) -> None:
             await here.transfer.complete(upload.id, "ann")
         assert await here.names("") == set()
     assert await here.send(upload) == 200
-    assert await here.content((await here.transfer.complete(upload.id, "ann")).row.key) == BODY
+    done = await here.transfer.complete(upload.id, "ann")
+    for again in (BODY, b"evil content".ljust(len(BODY)), b""):  # the URL is used again
+        await here.send(upload, again)
+        assert await here.content(done.row.key) == BODY
+        assert await here.transfer.complete(upload.id, "ann") == done
 
 
 @pytest.mark.parametrize("checks_copies", [True, False])
@@ -329,6 +349,33 @@ async def test_a_reservation_without_a_marker_expires():
     await here.transfer.expire()
     assert await here.rows.blob_usage() == (0, 0)
     assert await here.names("uploads/") == set()
+
+
+@pytest.mark.parametrize("name", ROWS)
+async def test_every_store_keeps_reservations_and_removes_them(name, request: pytest.FixtureRequest):
+    """A reservation takes quota from all uploads until it expires."""
+    objects = MemoryObjectStore()
+    rows = rows_of(name, objects, request)
+    here = place(objects, rows)
+    at(here, 0)
+    quota = 2 * len(BODY)
+    open_, done = [await here.transfer.begin("ann", announced(), quota=quota) for _ in range(2)]
+    await here.send(done)
+    completed = await here.transfer.complete(done.id, "ann")
+    with pytest.raises(BlobQuotaExceeded):
+        await rows.add_blob(BlobRow(key=f"{'a' * 64}/0-{'b' * 32}", size=1, owner="x"), quota=quota)
+    with pytest.raises(BlobQuotaExceeded):
+        await here.transfer.begin("bob", announced(b"x"), quota=quota)
+    reserved = await rows.blobs([RESERVED])
+    assert [(row.size, row.owner) for row in reserved] == [(len(BODY), owner_of("ann"))]
+    at(here, ENDED_S)
+    await here.transfer.expire()
+    assert await rows.blobs([RESERVED, announced().sha256]) == [completed.row]
+    assert await rows.blob_usage() == (1, len(BODY))
+    await here.transfer.begin("bob", announced(), quota=quota)
+    with pytest.raises(UploadNotFound):
+        await here.transfer.complete(open_.id, "ann")
+    await rows.close()
 
 
 async def test_an_expiry_without_uploads_takes_one_request():
