@@ -233,6 +233,12 @@ class ModelNotEmpty(CrudError):
     type, title, status = "model-not-empty", "The model has data", 409
 
 
+class LoadTooLarge(CrudError):
+    """The store cannot load so much in one step. Nothing was changed."""
+
+    type, title, status = "load-too-large", "Too much for one step", 413
+
+
 class TooManyUploads(CrudError):
     """The caller has begun too many uploads that are not complete. Nothing was changed."""
 

@@ -9,6 +9,8 @@ import pytest
 from app.autocrud import AutoCRUD
 from app.autocrud.backup.exporting import export_all
 from app.autocrud.backup.importing import import_all
+from app.autocrud.query import Query
+from app.autocrud.resource_manager.meta_store import redis_loading
 from tests.services import BUCKET
 
 from .archives import write
@@ -123,6 +125,31 @@ async def test_files_are_equal_after_an_import(programs, tmp_path, kind):
     crud = programs(kind)
     await import_all(crud.managers, tmp_path / "a.tar.gz")
     assert await files_of(crud.resource_manager(Note).storage) == expected_of(expected)
+
+
+@pytest.mark.parametrize(("limit", "in_one_step"), [(13, False), (14, True)])
+async def test_more_than_redis_can_load_in_one_step_is_imported_in_batches(
+    programs, tmp_path, monkeypatch, limit, in_one_step
+):
+    monkeypatch.setattr(redis_loading, "MAX_KEYS", limit)
+    monkeypatch.setattr(pieces, "BATCH", 3)
+    source, crud = programs("memory"), programs("redis-disk")
+    await fill(source.resource_manager(Note))
+    await export_all(source.managers, tmp_path / "a.tar.gz")
+    expected = await content(source.resource_manager(Note).storage)
+    assert len(expected["resources"]) == 14
+    storage, seen = crud.resource_manager(Note).storage, set[int]()
+
+    async def put_bodies(bodies: Any, put: Any = storage.put_bodies) -> None:
+        seen.add(await storage.count(Query()))
+        await put(bodies)
+
+    monkeypatch.setattr(storage, "put_bodies", put_bodies)
+    (model,) = (await import_all(crud.managers, tmp_path / "a.tar.gz")).models.values()
+    assert model.in_one_step == in_one_step
+    assert (seen == {0}) == in_one_step
+    assert await content(storage) == expected
+    assert await storage.import_journal.state() is None
 
 
 def test_the_kinds_on_servers_are_kinds():

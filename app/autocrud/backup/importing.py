@@ -28,7 +28,7 @@ from uuid import uuid4
 
 from msgspec.structs import replace
 
-from ..errors import ConfigError, InvalidData, ModelNotEmpty, OutcomeUnknown
+from ..errors import ConfigError, InvalidData, LoadTooLarge, ModelNotEmpty, OutcomeUnknown
 from ..query import Compare, Resolved
 from ..resource_manager.basic import (
     AlreadyCommitted,
@@ -277,8 +277,10 @@ class _Import:
             return False
         async with contextlib.AsyncExitStack() as context:
             try:
-                loader = await context.enter_async_context(loading.load(pin))
-            except ModelNotEmpty:  # it has files or Idempotency-Keys, or an earlier attempt has filled it
+                counts = self._archive.model(name)
+                loader = await context.enter_async_context(loading.load(pin, size=counts.resources + counts.blobs))
+            except (ModelNotEmpty, LoadTooLarge):
+                # It has files or Idempotency-Keys, an earlier attempt has filled it, or the archive is too large.
                 return False
             load = ModelLoad(storage, loader, self._archive, name, self._indexes[name], self._results[name])
             await load.fill(lambda done: self._report(done, name), self._keys(name))

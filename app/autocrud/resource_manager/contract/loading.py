@@ -62,10 +62,14 @@ class BulkLoading(Protocol):
     """A MetaStore into which a whole model can be loaded."""
 
     @abstractmethod
-    def load(self, pin: str) -> AbstractAsyncContextManager[Loader]:
+    def load(self, pin: str, *, size: int = 0) -> AbstractAsyncContextManager[Loader]:
         """Return a loader. At the end of the context, what was not published is discarded.
 
-        `pin` is a pin of this store that the caller holds. Raises ModelNotEmpty if the model is not empty now.
+        pin   a pin of this store that the caller holds
+        size  how many resources and blobs together will be loaded; 0 if this is not known
+
+        Raises ModelNotEmpty if the model is not empty now, and LoadTooLarge if the store cannot publish so much in one
+        step. The methods of the loader raise LoadTooLarge too.
         """
 
 

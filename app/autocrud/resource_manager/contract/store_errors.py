@@ -7,6 +7,7 @@ from ...errors import (
     BlobQuotaExceeded,
     ConfigError,
     InvalidData,
+    LoadTooLarge,
     ModelNotEmpty,
     PinLost,
     ResourceNotFound,
@@ -161,6 +162,13 @@ def model_not_empty(found: str) -> ModelNotEmpty:
     return ModelNotEmpty(
         f"found {found} in the model, expected it to be empty; nothing was loaded: import into it in batches, or purge"
         " what it has"
+    )
+
+
+def load_too_large(found: int, limit: int) -> LoadTooLarge:
+    """Return the error for a load of too many resources and blobs."""
+    return LoadTooLarge(
+        f"{found} resources and files cannot be loaded in one step, at most {limit} can; nothing was changed"
     )
 
 

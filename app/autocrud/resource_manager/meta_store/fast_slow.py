@@ -416,8 +416,8 @@ class FastSlowMetaStore(
 
     @override
     @asynccontextmanager
-    async def load(self, pin: str) -> AsyncIterator[Loader]:
-        async with self._slow.load(pin) as loader:
+    async def load(self, pin: str, *, size: int = 0) -> AsyncIterator[Loader]:
+        async with self._slow.load(pin, size=size) as loader:
             yield LoaderAround(loader, self._until_leases_expire)
 
     @asynccontextmanager

@@ -22,7 +22,7 @@ class PostgresLoading(PostgresBlobRows, BulkLoading):
 
     @override
     @asynccontextmanager
-    async def load(self, pin: str) -> AsyncIterator[Loader]:
+    async def load(self, pin: str, *, size: int = 0) -> AsyncIterator[Loader]:
         spec_id = await self._opened()
         if await self._rows("SELECT 1 FROM <main> LIMIT 1"):
             raise model_not_empty("resources")

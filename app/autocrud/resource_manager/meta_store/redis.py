@@ -61,6 +61,7 @@ from ..contract.store_errors import blob_gone, check_expectation, expectation_of
 from .redis_access import PAUSE_S
 from .redis_blobs import RedisBlobRows
 from .redis_imports import RedisImports
+from .redis_loading import RedisLoading
 from .redis_snapshots import RedisSnapshots
 from .simple import SCAN_PAGE
 
@@ -69,7 +70,9 @@ T = TypeVar("T")
 HIGHEST = 2**53
 
 
-class RedisMetaStore(RedisBlobRows, RedisSnapshots, RedisImports, IndexMigration, FindingsKeeping, MetaSweeping):
+class RedisMetaStore(
+    RedisBlobRows, RedisSnapshots, RedisImports, RedisLoading, IndexMigration, FindingsKeeping, MetaSweeping
+):
     """A MetaStore in Redis or Valkey.
 
     redis_url  redis://, rediss:// (TLS) or unix://, with user and password, and the options of the driver

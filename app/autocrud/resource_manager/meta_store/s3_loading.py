@@ -41,7 +41,7 @@ class S3Loading(BulkLoading):
         """Update the local copy to all writes that are acknowledged now."""
 
     @override
-    def load(self, pin: str) -> AbstractAsyncContextManager[Loader]:
+    def load(self, pin: str, *, size: int = 0) -> AbstractAsyncContextManager[Loader]:
         async def read(work: Callable[[apsw.Connection], T]) -> T:
             await self.refresh()
             return await self._replica.read(work)

@@ -169,7 +169,7 @@ class MemoryMetaStore(_TablesMetaStore, MemoryPinning, RecordReplay, BulkLoading
         return await self._db.read(lambda db: self._tables.owner_of(db, name, key), quick=True)
 
     @override
-    def load(self, pin: str) -> AbstractAsyncContextManager[Loader]:
+    def load(self, pin: str, *, size: int = 0) -> AbstractAsyncContextManager[Loader]:
         async def publish(staged: StagedModel) -> None:
             await self._db.load(staged.path, move)
 
@@ -234,7 +234,7 @@ class DiskMetaStore(_TablesMetaStore, FilePinning, StagedMetaStore, FindingsKeep
         return self._db.read_now(lambda db: self._tables.search(db, query))
 
     @override
-    def load(self, pin: str) -> AbstractAsyncContextManager[Loader]:
+    def load(self, pin: str, *, size: int = 0) -> AbstractAsyncContextManager[Loader]:
         async def publish(staged: StagedModel) -> None:
             await self._db.load(staged.path, move)
 

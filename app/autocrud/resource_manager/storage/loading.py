@@ -42,7 +42,7 @@ class _RecordLoading(BulkLoading):
 
     @override
     @asynccontextmanager
-    async def load(self, pin: str) -> AsyncIterator[Loader]:
+    async def load(self, pin: str, *, size: int = 0) -> AsyncIterator[Loader]:
         async with self._records.load_records(self._index, pin) as loader:
             yield LoaderAround(loader, self._commits.unique_values.held_off)
 
@@ -55,8 +55,8 @@ class _AnnouncedLoading(BulkLoading):
 
     @override
     @asynccontextmanager
-    async def load(self, pin: str) -> AsyncIterator[Loader]:
-        async with self._meta_store.load(pin) as loader:
+    async def load(self, pin: str, *, size: int = 0) -> AsyncIterator[Loader]:
+        async with self._meta_store.load(pin, size=size) as loader:
             yield LoaderAround(loader, self._announced)
 
     @asynccontextmanager

@@ -5,7 +5,6 @@ Epochs may have 18 digits, which the numbers of Lua do not hold, so they are com
 
 from __future__ import annotations
 
-from ...contract.blobs import BLOBS_MARKER
 from .script_parts import BLOBS, COMMON, WRITE, script
 
 _EPOCHS = """
@@ -28,13 +27,10 @@ redis.call('ZCARD', BLOBS)
 begin()
 redis.call('ZADD', BLOBS, 0, key .. ' ' .. size .. ' ' .. owner)
 redis.call('HINCRBY', META, 'blob_bytes', size)
-if format < 2 then  -- L4
-  unique = string.sub(unique, 1, -2) .. (unique == '[]' and '' or ',') .. '"MARKER"]'
-  redis.call('HSET', META, 'format', 2, 'unique', unique)
-end
+mark()
 note('+', txid, candidate, cap)
 return say('ok')
-""".replace("MARKER", BLOBS_MARKER),
+""",
 )
 """Stores a row. `less than the epoch` and `beyond the quota` are answered with a code."""
 

@@ -19,7 +19,9 @@ from ...basic import (
     IndexEntry,
     ModelSpec,
     Reindex,
+    ResourceMeta,
     RevisionInfo,
+    StoredKey,
     Version,
 )
 from ...contract.idempotency import results_to_keep
@@ -101,7 +103,7 @@ class ScriptArguments:
             )
             arguments.append("" if record is None else generation_of(record.uid))
             arguments += ["0"] if change.index is None else ["1", *self._index(change.index, unique)]
-            arguments += ["0"] if record is None else ["1", record.revision, record.uid, self._encode(record)]
+            arguments += ["0"] if record is None else ["1", *self.record(record)]
             blobs = () if record is None or change.purge else record.blobs
             arguments += [len(change.drop), *change.drop, len(blobs), *blobs]
         return arguments
@@ -122,6 +124,21 @@ class ScriptArguments:
         for resource_id, expect, entry in entries:
             index, *tokens = self._index(entry, unique)
             arguments += [digest(resource_id), version_text(expect), index, *tokens]
+        return arguments
+
+    def loaded(self, meta: ResourceMeta, entry: IndexEntry, unique: Sequence[str]) -> list[Any]:
+        """Return the state, the document, the index entry and the unique values of a resource that is loaded."""
+        return [version_text(Version(meta.version, meta.nonce)), self._encode(meta), *self._index(entry, unique)]
+
+    def record(self, record: RevisionInfo) -> list[Any]:
+        """Return the number, the uid and the document of a revision."""
+        return [record.revision, record.uid, self._encode(record)]
+
+    def stored_key(self, key: StoredKey) -> list[Any]:
+        """Return the arguments about the results of an Idempotency-Key that is loaded."""
+        arguments: list[Any] = [key.key, key.request, key.time, len(key.results)]
+        for meta in key.results:
+            arguments += ["", b""] if meta is None else [digest(meta.resource_id), self._encode(meta)]
         return arguments
 
     def _index(self, entry: IndexEntry, unique: Sequence[str]) -> list[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
+from ...contract.blobs import BLOBS_MARKER
+
 
 class Script(NamedTuple):
     """A Lua script and its SHA-1, by which Redis finds a script that it has already loaded."""
@@ -55,9 +57,16 @@ local function uses_of(key) return P .. 'uses:' .. key end
 local function row_of(key)
   return redis.call('ZRANGEBYLEX', BLOBS, '[' .. key .. ' ', '(' .. key .. '!', 'LIMIT', 0, 1)[1]
 end
+-- Marks a store that has blobs (L4 in `scripts`).
+local function mark()
+  if format < 2 then
+    unique = string.sub(unique, 1, -2) .. (unique == '[]' and '' or ',') .. '"MARKER"]'
+    redis.call('HSET', META, 'format', 2, 'unique', unique)
+  end
+end
 -- A use by a revision: the numbers are reversed, so that the newest one of a resource comes first.
 local function use(id, number) return id .. '\\0' .. string.format('%015.0f', BEHIND - number) end
-"""
+""".replace("MARKER", BLOBS_MARKER)
 """The functions for blobs."""
 
 # Reads the results that are kept for an Idempotency-Key: a header, and the document after each operation.

@@ -28,6 +28,7 @@ collide.
     log         list: the newest transactions; the last one has the number `meta.seq`. Each contains its txid (16 bytes)
                 and a line for each change: the hash, then "-" for a purge, or the numbers of the revisions whose
                 records were written or removed
+    import, importnames: see `meta_store.redis_imports`. Keys that begin with `load`: see `load_scripts`
 
 Invariants:
 
