@@ -33,7 +33,7 @@ from ..resource_manager.records import blob_epoch_of
 from ..resource_manager.storage_factory import IStorageFactory
 from .base import Conformance
 from .blobs import CONTENTS, NamedBlobs, blob_rows_of, sha256_of, upload
-from .model import Item, manage
+from .model import Item, manage, storage_of
 
 T = TypeVar("T")
 
@@ -208,11 +208,15 @@ class BlobMachine(RuleBasedStateMachine):
     def commit(self, steps: list[Step]) -> None:
         """Commit one or several operations at once, each with keys of its own."""
         before, planned = copy.deepcopy(self._model), []
+        named: dict[str, set[str]] = {}  # all keys that a resource ever named, up to this commit
+        for rid, resource in self._model.resources.items():
+            named[rid] = {key for _, keys in resource.revisions.values() for key in keys}
         for step in steps:
             self._number += 1
             keys = frozenset(self._upload(at).key for at in step[3])
             if (one := self._model.apply(step, keys, self._number)) is not None:
                 planned.append(one)
+                named.setdefault(step[1], set()).update(one.keys or ())
         if not planned:
             return
         self._names.in_order = [one.keys for one in planned if one.keys is not None]
@@ -224,6 +228,9 @@ class BlobMachine(RuleBasedStateMachine):
             self._model = before
         else:
             assert not refused
+            if storage_of(self._manager).blob_store is not None:  # a purge releases files
+                purged = [one.operation.resource_id for one in planned if isinstance(one.operation, Purge)]
+                self._model.remove([key for rid in purged for key in named[rid]])
 
     @precondition(lambda self: self.restarts)
     @rule()
