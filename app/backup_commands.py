@@ -86,6 +86,7 @@ def export(
                 each_resource=per_resource,
                 progress=progress,
                 compression=compression,
+                replace=force,
             )
 
     progress = ProgressBar(" files")

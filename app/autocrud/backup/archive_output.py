@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
-from uuid import uuid4
 
 from ..errors import InvalidData, StoreUnavailable
 from ..resource_manager.runtime.disk_space import full, is_full
+from ..resource_manager.runtime.partial import Partial
 from .compression import Compression, compressor
 from .tar import BLOCK, encode_header, padding
 
@@ -33,15 +33,19 @@ class ArchiveOutput:
     target       the path of the archive, or an open binary file
     compression  None: that of the name of the path, and gzip for a file
     time         the time of all entries, in seconds since 1970
+    replace      whether an existing file is replaced
     """
 
-    def __init__(self, target: str | Path | BinaryIO, compression: Compression | None, time: int) -> None:
+    def __init__(
+        self, target: str | Path | BinaryIO, compression: Compression | None, time: int, *, replace: bool = True
+    ) -> None:
         self._path = Path(target) if isinstance(target, str | Path) else None
         if compression is None:
             compression = Compression.gzip if self._path is None else Compression.of_name(self._path.name)
         self._given = None if isinstance(target, str | Path) else target
         self._compressor, self._time = compressor(compression), time
-        self._temporary: Path | None = None
+        self._replace = replace
+        self._partial: Partial | None = None
         self._file: BinaryIO | None = None
         self._hash, self._size = hashlib.sha256(), 0
         self._dense = False
@@ -57,13 +61,11 @@ class ArchiveOutput:
         if self._path is None:
             self._file = self._given
             return
-        self._temporary = self._path.with_name(f".{self._path.name}.{uuid4().hex}.partial")
         try:
-            handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._partial = Partial(self._path)
         except OSError as error:
-            self._temporary = None
             raise InvalidData(f"the archive cannot be written to {self._path.parent}: {error.strerror}") from None
-        self._file = os.fdopen(handle, "wb")
+        self._file = os.fdopen(self._partial.handle, "wb", closefd=False)
 
     async def restart(self, *, dense: bool = False) -> None:
         """Begin a new member, so that a reader can begin here. `dense`: see `Compressor.restart`."""
@@ -116,17 +118,13 @@ class ArchiveOutput:
         self._put(self._compressor.finish())
         assert self._file is not None, "`open` comes first"
         self._file.flush()
-        if self._path is None or self._temporary is None:
+        if self._path is None or self._partial is None:
             return
         os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self._path)
-        self._temporary = None
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            self._partial.publish(replace=self._replace)
+        except FileExistsError:
+            raise InvalidData(f"{self._path} was made by another program meanwhile, and is kept") from None
 
     async def discard(self) -> None:
         """Remove the file, unless it has its name. A file that was given stays open."""
@@ -140,8 +138,9 @@ class ArchiveOutput:
         if self._file is not None and self._file is not self._given:
             with contextlib.suppress(OSError):  # the disk may be full
                 self._file.close()
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
+        if self._partial is not None:
+            self._partial.discard()
+            self._partial = None
 
     def _compress(self, content: bytes) -> None:
         for start in range(0, len(content), COMPRESS_AT_ONCE):

@@ -72,6 +72,7 @@ class ArchiveWriter:
     compression  None: that of the name of the path, and gzip for a file
     created      when the export began
     program      name and version of the program, for the manifest
+    replace      whether an existing file is replaced
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class ArchiveWriter:
         *,
         created: dt.datetime,
         program: str = "crudstack",
+        replace: bool = True,
     ) -> None:
-        self._output = ArchiveOutput(target, compression, int(created.timestamp()))
+        self._output = ArchiveOutput(target, compression, int(created.timestamp()), replace=replace)
         self._notes = ArchiveNotes()
         self._created, self._program = created, program
         self._models: list[ModelEntry] = []

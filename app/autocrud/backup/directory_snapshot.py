@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
-from uuid import uuid4
 
 import apsw
 
@@ -36,6 +35,7 @@ from ..resource_manager.contract.blobs import BlobUse
 from ..resource_manager.records import BLOB_KEY
 from ..resource_manager.runtime.disk_space import full, is_full
 from ..resource_manager.runtime.files import lock_within
+from ..resource_manager.runtime.partial import Partial
 
 DISK = (Path("meta/index.sqlite"), Path("data/bodies.sqlite"))
 """The databases of a model of the kind `disk`. The first one has the metadata."""
@@ -76,23 +76,26 @@ def snapshot_directory(data_dir: Path, target: Path, report: Report) -> list[Cop
     found = sorted(_models(data_dir))
     if not found:
         raise ConfigError(f"{data_dir} has no store of the kinds disk and memory-disk")
-    partial = target.absolute().with_name(f".{target.absolute().name}.{uuid4().hex}.partial")
+    target = target.absolute()
+    partial = None
     try:
-        partial.mkdir(mode=0o700)
-        copied = [_ModelCopy(data_dir / name, partial / name, databases, report).run() for name, databases in found]
-        _sync_directories(partial)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-        _sync(target.absolute().parent)
+        partial = Partial(target, directory=True)
+        copied = [
+            _ModelCopy(data_dir / name, partial.path / name, databases, report).run() for name, databases in found
+        ]
+        _sync_directories(partial.path)
+        partial.publish(replace=False)
+    except FileExistsError:
+        raise InvalidData(f"{target} was made by another program meanwhile, and is kept") from None
     except apsw.Error as error:
-        raise translated(error, target.absolute().parent) from error
+        raise translated(error, target.parent) from error
     except OSError as error:
-        if is_full(error, target.absolute().parent):
-            raise full(error, target.absolute().parent) from error
+        if is_full(error, target.parent):
+            raise full(error, target.parent) from error
         raise StoreUnavailable(f"the data directory cannot be copied to {target}: {error.strerror}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            partial.discard()
     return copied
 
 

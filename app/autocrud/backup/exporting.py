@@ -67,8 +67,9 @@ async def export_all(
     each_resource: bool = False,
     progress: Progress | None = None,
     compression: Compression | None = None,
+    replace: bool = True,
 ) -> ExportResult:
-    """Export models, one after the other, into an archive. An existing file is replaced once the archive is complete.
+    """Export models, one after the other, into an archive. The file appears once the archive is complete.
 
     managers       the resource managers, by model name
     output         the path of the archive, whose name ends with .tar.gz or .tar.zst, or an open binary file
@@ -76,13 +77,15 @@ async def export_all(
     each_resource  whether each resource may be as at some moment, so that no long transaction is needed
     progress       is told how far the export is
     compression    None: that of the name of the path, and gzip for a file
+    replace        whether an existing file is replaced
 
-    Raises ConfigError for an unknown model. Raises StoreDamaged if a body or blob is missing that was not purged,
-    PinLost if the export was interrupted for too long, and StoreUnavailable.
+    Raises ConfigError for an unknown model, and InvalidData if a file exists that is not to be replaced. Raises
+    StoreDamaged if a body or blob is missing that was not purged, PinLost if the export was interrupted for too long,
+    and StoreUnavailable.
     """
     chosen = chosen_models(managers, models)
     exported = []
-    async with ArchiveWriter(output, compression, created=dt.datetime.now(dt.UTC)) as writer:
+    async with ArchiveWriter(output, compression, created=dt.datetime.now(dt.UTC), replace=replace) as writer:
         for name in chosen:
             export = _ModelExport(managers[name], writer, progress or _silent)
             exported.append(await export.run(each_resource=each_resource))
