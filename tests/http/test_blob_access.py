@@ -158,8 +158,10 @@ async def test_a_download_needs_the_permission_to_read():
 async def test_python_callers_follow_the_same_rule():
     manager = crud_of(None).resource_manager(Album)
     ref = await manager.upload(SECRET, by="alice")
-    with pytest.raises(BlobGone):
+    with pytest.raises(BlobGone, match="refer to a file that does not exist; upload it first"):
         await manager.create(Album("x", ref), by="bob")
+    with pytest.raises(BlobGone, match="refer to 2 files that do not exist; upload them first"):
+        await manager.create(Album("x", ref, [ref]), by="bob")
     made = await manager.create(Album("x", ref), by="alice")
     copied = await manager.create(Album("y", ref), by="bob")  # without a filter, bob reads every album
     assert (

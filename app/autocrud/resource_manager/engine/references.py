@@ -129,4 +129,5 @@ class _Readable:
 def _gone(pointers: list[str]) -> BlobGone:
     detail = "expected the SHA-256 of a file that you uploaded to this model, or that a resource you may read has"
     violations: Any = tuple(Violation(f"{pointer}/sha256", detail) for pointer in pointers[:MAX_VIOLATIONS])
-    return BlobGone(f"the data refer to {len(pointers)} files that do not exist; upload them first", violations)
+    what, them = ("a file that does", "it") if len(pointers) == 1 else (f"{len(pointers)} files that do", "them")
+    return BlobGone(f"the data refer to {what} not exist; upload {them} first", violations)
