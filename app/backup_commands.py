@@ -23,7 +23,7 @@ from .wiring import pairs
 
 if TYPE_CHECKING:
     from .autocrud import AutoCRUD
-    from .autocrud.backup.importing import ImportResult, ModelImport
+    from .autocrud.backup.importing import ImportResult, ModelImport, ModelSurvey
 
 T = TypeVar("T")
 
@@ -115,14 +115,16 @@ def import_archive(
     on_conflict: Literal["fail", "skip", "replace"] = "fail",
     sha256: str | None = None,
     max_bytes: Annotated[int | None, Parameter(validator=Number(gt=0))] = None,
+    check: Flag = False,
     resume: Flag = False,
     abort: Flag = False,
     json: Flag = False,
 ) -> None:
     """Put the resources of an archive into the models, while programs read and write them.
 
-    The whole archive is verified before anything is changed. If the import is
-    killed, run it again with --resume or with --abort.
+    The whole archive is verified before anything is changed. Then stderr tells
+    how many bodies do not fit the models. If the import is killed, run it
+    again with --resume or with --abort.
 
     The exit code is 0 if all is imported, 1 if the import failed, and 2 if an
     argument or a setting is wrong.
@@ -144,6 +146,8 @@ def import_archive(
         Refuse an archive with another SHA-256.
     max_bytes
         Refuse an archive that takes more bytes when it is decompressed. The default is the free disk space.
+    check
+        Change nothing: only verify the archive, look for conflicts, and tell what does not fit the models.
     resume
         Continue an import of the same archive that was killed.
     abort
@@ -167,9 +171,19 @@ def import_archive(
                 max_bytes=max_bytes,
                 resume=resume,
                 abort=abort,
+                check=check,
+                surveyed=surveyed,
                 progress=progress,
             )
 
+    def surveyed(models: Mapping[str, ModelSurvey]) -> None:
+        progress.clear()
+        for name, one in models.items():
+            found[name] = f"{one.resources:,} resources, {one.revisions:,} revisions"
+            if one.misfits:
+                print(_unfit(name, one), file=sys.stderr)
+
+    found: dict[str, str] = {}
     progress = ProgressBar("verify", " files")
     result = _run(settings, model, work, progress)
     if json:
@@ -177,9 +191,14 @@ def import_archive(
         return
     print(f"{archive}: {_megabytes(result.size)}, SHA-256 {result.sha256}")
     for name, one in result.models.items():
-        print(f"{name}: {_outcome(one)}")
+        print(f"{name}: {found[name] if check else _outcome(one)}")
         if one.ids:
             print(f"{name}: {_some(one.ids)}")
+
+
+def _unfit(name: str, model: ModelSurvey) -> str:
+    fit, kept = ("does not fit", "is kept as it is") if model.misfits == 1 else ("do not fit", "are kept as they are")
+    return f"{model.misfits:,} of {model.revisions:,} bodies of {name!r} {fit} today's model, and {kept}"
 
 
 def _outcome(one: ModelImport) -> str:

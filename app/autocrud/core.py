@@ -31,7 +31,7 @@ from .resource_manager.storage_factory import IStorageFactory, MemoryStorageFact
 
 if TYPE_CHECKING:
     from .backup.exporting import ExportResult, Progress
-    from .backup.importing import ImportResult, OnConflict
+    from .backup.importing import ImportResult, OnConflict, Surveyed
 
 T = TypeVar("T")
 
@@ -320,6 +320,9 @@ class AutoCRUD:
         models: Collection[str] | None = None,
         sha256: str | None = None,
         max_bytes: int | None = None,
+        without_journal: bool = False,
+        check: bool = False,
+        surveyed: Surveyed | None = None,
         progress: Progress | None = None,
     ) -> ImportResult:
         """Put the resources of an archive into the stores. The whole archive is verified before anything is changed.
@@ -333,6 +336,10 @@ class AutoCRUD:
             models: Names of models of the archive. The default is all.
             sha256: The SHA-256 that the archive must have.
             max_bytes: How many bytes the archive may take when it is decompressed. The default is the free disk space.
+            without_journal: Whether to import into a model with data whose custom storage keeps no journal.
+            check: Whether to verify the archive, and to stop before anything is changed.
+            surveyed: Called before anything is changed, with a ModelSurvey for each model: it tells how many bodies do
+                not fit.
             progress: Called with the amount that is done, the total if it is known, and what is counted.
 
         Raises BadArchive, ArchiveTooLarge or ImportConflict.
@@ -346,6 +353,9 @@ class AutoCRUD:
             models=models,
             sha256=sha256,
             max_bytes=max_bytes,
+            without_journal=without_journal,
+            check=check,
+            surveyed=surveyed,
             progress=progress,
         )
 
@@ -372,6 +382,7 @@ class AutoCRUD:
             models=options.models,
             sha256=options.sha256,
             max_bytes=options.max_bytes,
+            check=options.check,
         )
         return result._asdict()
 

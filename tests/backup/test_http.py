@@ -295,6 +295,9 @@ async def test_an_archive_is_imported_by_another_server():
         meta, again = await manager.meta(rid), await copied.meta(rid)
         assert (again.version, again.nonce, again.created_by) == (meta.version, meta.nonce, "alice")
     conflict = await receiver.post("/import", content=archive)
+    checked = await receiver.post("/import", content=archive, params={"on_conflict": "replace", "check": "true"})
+    assert (checked.status_code, checked.json()["models"]["account"]["replaced"]) == (200, 0)
+    assert checked.json()["models"]["account"]["misfits"] == 0
     assert (conflict.status_code, conflict.json()["type"]) == (409, "urn:crudstack:import-conflict")
     skipped = await receiver.post("/import", content=archive, params={"on_conflict": "skip"})
     assert skipped.json()["models"]["account"]["skipped"] == 3
@@ -308,6 +311,7 @@ async def test_an_archive_is_imported_by_another_server():
         ({"sha256": "0" * 64}, 422),
         ({"max_bytes": "100"}, 413),
         ({"on_conflict": "nope"}, 400),
+        ({"check": "nope"}, 400),
         ({"max_bytes": "x"}, 400),
         ({"model": "nope"}, 400),
         ({"nope": "1"}, 400),

@@ -9,8 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from msgspec import Struct
 
 from app import models
+from app.autocrud import AutoCRUD
+from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
 from tests.services import BUCKET, S3Server
 
 from .test_commands import PROGRAM, disk, environment, filled, run
@@ -49,6 +52,35 @@ def test_an_archive_is_imported_and_told(archive: Path, tmp_path: Path):
     assert list(told["models"]) == ["article"]
 
 
+class Old(Struct):
+    """Articles of an earlier program."""
+
+    title: str
+
+
+def test_bodies_that_do_not_fit_are_told_before_anything_is_changed(tmp_path: Path):
+    async def old() -> None:
+        crud = AutoCRUD(storage_factory=DiskStorageFactory(tmp_path / "data"))
+        crud.add_model(Old, name="article")
+        await crud.resource_manager(Old).create(Old("t"), resource_id="a1")
+        await crud.close()
+
+    asyncio.run(old())
+    asyncio.run(filled(tmp_path / "data"))
+    path = tmp_path / "x.tar.gz"
+    run(environment(tmp_path / "data"), "export", path, "--model", "article")
+    said = "1 of 4 bodies of 'article' does not fit today's model, and is kept as it is\n"
+    given = environment(tmp_path / "other")
+    done = run(given, "import", path, "--check")
+    assert (done.stderr, done.stdout.splitlines()[1:]) == (said, ["article: 4 resources, 4 revisions"])
+    assert asyncio.run(ids(tmp_path / "other")) == []
+    done = run(given, "import", path)
+    assert done.stderr == said
+    assert "article: 4 created, 1 bodies that do not fit the model" in done.stdout.splitlines()
+    done = run(given, "import", path, "--check", code=1)
+    assert "4 resources of the archive have ids that the model has already" in done.stderr
+
+
 def test_stdin(archive: Path, tmp_path: Path):
     with archive.open("rb") as file:
         done = subprocess.run(
@@ -78,6 +110,7 @@ def test_refusals_exit_with_1_or_2_and_one_sentence(archive: Path, tmp_path: Pat
         (1, (archive, "--abort")),
         (2, (archive, "--model", "nope")),
         (2, (archive, "--resume", "--abort")),
+        (2, (archive, "--resume", "--check")),
         (2, (archive, "--on-conflict", "nope")),
         (2, (archive, "--max-bytes", "0")),
         (2, (tmp_path / "missing.tar.gz",)),

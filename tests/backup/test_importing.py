@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec import Struct
 from msgspec.structs import replace
 
 from app.autocrud import AutoCRUD, Encoding, IndexedField
@@ -21,7 +20,7 @@ from app.autocrud.errors import ConfigError, InvalidData, VersionConflict
 from app.autocrud.resource_manager.core import Caller, IdempotencyKey
 
 from .archives import Content, resource, write
-from .imports import INDEXED, KINDS, LOCAL, Note, Place, content, fill, program, searches
+from .imports import INDEXED, LOCAL, Note, Place, content, fill, program, searches
 
 JOURNALLED = [kind for kind in LOCAL if kind != "custom"]
 
@@ -188,25 +187,6 @@ async def test_resources_of_the_archive_that_share_a_unique_value(programs, tmp_
     (model,) = (await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict="skip")).models.values()
     assert model.unique_conflicts == {"code": 1}
     assert {"a", "c"} <= set((await content(manager.storage))["resources"]) <= {"a", "c", "mine"}
-
-
-class Strict(Struct, kw_only=True):
-    text: str
-    needed: int
-
-
-@pytest.mark.parametrize("kind", ["memory", "disk", "s3-sqlite"])
-async def test_bodies_that_do_not_fit_are_counted_and_kept(programs, tmp_path, archive, kind):
-    place = Place(tmp_path / "strict")
-    crud = AutoCRUD(storage_factory=KINDS[kind](place))
-    crud.add_model(Strict, name="note", indexed_fields=["text"])
-    source = programs("memory")
-    await import_all(source.managers, archive)
-    result = await import_all(crud.managers, archive)
-    expected = await content(source.resource_manager(Note).storage)
-    assert result.models["note"].misfits == sum(len(records) for _, records in expected["resources"].values())
-    assert await content(crud.managers["note"].storage) == expected
-    await crud.close()
 
 
 @pytest.mark.parametrize("encoding", Encoding)

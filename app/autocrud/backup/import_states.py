@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -58,6 +58,25 @@ class ModelImport(Struct, kw_only=True):
         """Add an id to those that are named."""
         if len(self.ids) < NAMED:
             self.ids.append(resource_id)
+
+
+class ModelSurvey(NamedTuple):
+    """What an archive has for a model, known before anything is changed.
+
+    resources         how many resources the archive has
+    revisions         how many revisions they have, each with a body
+    misfits           how many of these bodies do not fit the model of this program. They are imported as they are
+    unique_conflicts  how many resources have a value of a unique field that an earlier one of the archive has, by field
+    """
+
+    resources: int
+    revisions: int
+    misfits: int
+    unique_conflicts: dict[str, int]
+
+
+Surveyed: TypeAlias = Callable[[Mapping[str, ModelSurvey]], None]
+"""Called once, with what the archive has for each model, before the import changes anything."""
 
 
 class ImportResult(NamedTuple):

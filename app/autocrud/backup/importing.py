@@ -45,14 +45,14 @@ from .archive_reader import Progress, VerifiedArchive, verify
 from .batched_import import BatchedImport, conflict, unique_conflict
 from .blob_import import blobs_of, import_blobs
 from .errors import ImportUnfinished, NoSuchImport
-from .import_states import ImportResult, ModelImport, is_empty, states_of
+from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty, states_of
 from .model_load import ModelLoad
 from .pieces import BATCH, Rewriting, batches_of, pieces_of, prefetched
 from .sources import Source, readable_twice
 from .survey import Index, Survey
 from .undo_import import Undoing
 
-__all__ = ["ImportResult", "ModelImport", "OnConflict", "import_all"]
+__all__ = ["ImportResult", "ModelImport", "ModelSurvey", "OnConflict", "Surveyed", "import_all"]
 
 log = logging.getLogger("crudstack.import")
 
@@ -70,6 +70,8 @@ async def import_all(
     resume: bool = False,
     abort: bool = False,
     without_journal: bool = False,
+    check: bool = False,
+    surveyed: Surveyed | None = None,
     progress: Progress | None = None,
 ) -> ImportResult:
     """Import an archive, and return what was imported.
@@ -87,6 +89,9 @@ async def import_all(
         abort: Whether to take back an import of the same archive that was interrupted.
         without_journal: Whether to import into models with data whose store keeps no journal. Such an import cannot be
             resumed or taken back.
+        check: Whether to stop before anything is changed. The result then tells what does not fit the models, and which
+            unique values the archive has twice.
+        surveyed: Called before anything is changed, unless an import is aborted. If it raises, nothing is changed.
         progress: Called with the amount that is done, the total, and what is counted: "verify" for bytes, or the name
             of a model for resources.
 
@@ -95,7 +100,7 @@ async def import_all(
     abort. Then nothing was changed, unless ImportConflict says otherwise. Raises ModelNotEmpty if an empty model was
     written meanwhile, and what the stores raise. Then the import can be resumed or aborted.
     """
-    _check_options(managers, models, on_conflict, resume=resume, abort=abort)
+    _check_options(managers, models, on_conflict, resume=resume, abort=abort, check=check)
     chosen = {name: manager for name, manager in managers.items() if models is None or name in models}
     for manager in chosen.values():
         await manager.open()
@@ -112,23 +117,29 @@ async def import_all(
         try:
             await asyncio.to_thread(survey.end)
             names = _names(archive, managers, models)
-            run = _Import(managers, archive, names, indexes, survey, progress)
+            run = _Import(managers, archive, names, indexes, survey, surveyed or _untold, progress)
             if abort:
                 return await run.abort()
             if resume:
                 return await run.resume()
-            return await run.begin(on_conflict, empty, without_journal=without_journal)
+            return await run.begin(on_conflict, empty, without_journal=without_journal, check=check)
         finally:
             await asyncio.to_thread(archive.close)
 
 
+def _untold(_: Mapping[str, ModelSurvey]) -> None:
+    return None
+
+
 def _check_options(
-    managers: Managers, models: Collection[str] | None, on_conflict: str, *, resume: bool, abort: bool
+    managers: Managers, models: Collection[str] | None, on_conflict: str, *, resume: bool, abort: bool, check: bool
 ) -> None:
     if on_conflict not in ("fail", "skip", "replace"):
         raise InvalidData(f"on_conflict is {on_conflict!r}, expected fail, skip or replace")
     if resume and abort:
         raise InvalidData("an import is either resumed or aborted, not both")
+    if check and (resume or abort):
+        raise InvalidData("a check changes nothing, so nothing is resumed or aborted: give one of these options")
     for name in models or ():
         if name not in managers:
             raise InvalidData(f"there is no model {name!r}; there are {', '.join(managers)}")
@@ -162,10 +173,11 @@ class _Import:
         names: Sequence[str],
         indexes: Mapping[str, Index],
         survey: Survey,
+        surveyed: Surveyed,
         progress: Progress | None,
     ) -> None:
         self._managers, self._archive, self._names = managers, archive, names
-        self._indexes, self._survey, self._progress = indexes, survey, progress
+        self._indexes, self._survey, self._surveyed, self._progress = indexes, survey, surveyed, progress
         self._results = {name: ModelImport(misfits=survey.misfits[name]) for name in names}
         self._changed = False
 
@@ -182,7 +194,21 @@ class _Import:
 
     # Begin
 
-    async def begin(self, on_conflict: OnConflict, empty: Mapping[str, bool], *, without_journal: bool) -> ImportResult:
+    def _tell_survey(self) -> None:
+        models, taken = map(self._archive.model, self._names), self._survey.taken
+        self._surveyed(
+            {
+                model.name: ModelSurvey(
+                    model.resources, model.revisions, self._survey.misfits[model.name], dict(taken[model.name])
+                )
+                for model in models
+            }
+        )
+
+    async def begin(
+        self, on_conflict: OnConflict, empty: Mapping[str, bool], *, without_journal: bool, check: bool
+    ) -> ImportResult:
+        """Check whether everything can be imported, and then import it, unless it is a check alone."""
         for name in self._names:
             journal = self._journal(name)
             if journal is not None and (state := await journal.state()) is not None:
@@ -190,9 +216,13 @@ class _Import:
             if journal is None and not empty[name] and not without_journal:
                 raise ConfigError(
                     f"the model {name!r} has data, and its store keeps no journal of imports, so that this import could"
-                    " not be resumed or taken back: import into an empty model, or give --without-journal"
+                    " not be resumed or taken back: import into an empty model, or call import_all with"
+                    " without_journal=True"
                 )
             await self._check_conflicts(name, on_conflict, empty=empty[name])
+        self._tell_survey()
+        if check:
+            return self._result
         import_id = uuid4().hex
         states = {
             name: ImportState(id=import_id, sha256=self._archive.sha256, on_conflict=on_conflict, empty=empty[name])
@@ -379,6 +409,7 @@ class _Import:
     async def resume(self) -> ImportResult:
         """Continue an interrupted import."""
         states = await self._states()
+        self._tell_survey()
         self._changed = True
         begun = any(state.finished or state.after for state in states.values())
         missing = [name for name in self._names if name not in states]

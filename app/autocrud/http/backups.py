@@ -69,12 +69,16 @@ class ExportOptions(NamedTuple):
 
 
 class ImportOptions(NamedTuple):
-    """The options of an import: the models, what happens to ids that exist, and what the archive must be."""
+    """The options of an import: the models, what happens to ids that exist, and what the archive must be.
+
+    check  whether to stop before anything is changed
+    """
 
     models: Sequence[str]
     on_conflict: str
     sha256: str | None
     max_bytes: int | None
+    check: bool
 
 
 Export = Callable[[BinaryIO, ExportOptions], Awaitable[object]]
@@ -261,12 +265,13 @@ class _ImportRoute(_BackupRoute):
 
     @override
     async def _answer(self, request: Request, send: Send) -> Response | None:
-        options, models = self._options(request, "on_conflict", "sha256", "max_bytes")
+        options, models = self._options(request, "on_conflict", "sha256", "max_bytes", "check")
         on_conflict = options.get("on_conflict", "fail")
         if on_conflict not in ("fail", "skip", "replace"):
             raise bad_parameter("on_conflict", f"expected fail, skip or replace, got {on_conflict[:60]!r}")
         limit = parse_integer("max_bytes", options["max_bytes"], 1, 2**62) if "max_bytes" in options else None
-        chosen = ImportOptions(await self._chosen(request, models), on_conflict, options.get("sha256"), limit)
+        check = "check" in options and parse_flag("check", options["check"])
+        chosen = ImportOptions(await self._chosen(request, models), on_conflict, options.get("sha256"), limit, check)
         if request.header(b"content-type") is not None:
             request.content_type(*ARCHIVE_TYPES)
         async with self._alone():
