@@ -72,25 +72,23 @@ def export(
     from .autocrud.backup.exporting import ExportResult, export_all
 
     place = ArchivePlace(archive)
+    from .stack_backup import export_stack, needs_function
+
     compression = Compression.gzip if place.is_stdio else Compression.of_name(place.name)
     if place.is_stdio and sys.stdout.isatty():
         raise ConfigError("stdout is a terminal: redirect it to a file, or give the name of a file")
     settings = load(environment(storage, stack))
 
-    async def work(crud: AutoCRUD) -> ExportResult:
+    async def work(crud: AutoCRUD | None) -> ExportResult:
+        options: dict[str, Any] = {"models": model, "each_resource": per_resource, "compression": compression}
+        options |= {"progress": progress, "replace": force}
         async with place.writing(settings, force=force) as output:
-            return await export_all(
-                crud.managers,
-                output,
-                models=model,
-                each_resource=per_resource,
-                progress=progress,
-                compression=compression,
-                replace=force,
-            )
+            if crud is None:
+                return await export_stack(settings, output, **options)
+            return await export_all(crud.managers, output, **options)
 
-    progress = ProgressBar(" files")
-    result = _run(settings, model, work, progress)
+    progress = ProgressBar(" files", "load")
+    result = _run(settings, model, work, progress, in_function=needs_function(settings))
     report = sys.stderr if place.is_stdio else sys.stdout
     if json:
         models = [one._asdict() for one in result.models]
@@ -156,25 +154,19 @@ def import_archive(
         Print one JSON document instead of sentences.
     """
     from .autocrud.backup.importing import import_all
+    from .stack_backup import import_stack, needs_function
 
     place = ArchivePlace(archive)
     settings = load(environment(storage, stack))
 
-    async def work(crud: AutoCRUD) -> ImportResult:
+    async def work(crud: AutoCRUD | None) -> ImportResult:
+        options: dict[str, Any] = {"models": model, "on_conflict": on_conflict, "sha256": sha256}
+        options |= {"max_bytes": max_bytes, "resume": resume, "abort": abort, "check": check}
+        options |= {"surveyed": surveyed, "progress": progress}
         async with place.reading(settings) as source:
-            return await import_all(
-                crud.managers,
-                source,
-                models=model,
-                on_conflict=on_conflict,
-                sha256=sha256,
-                max_bytes=max_bytes,
-                resume=resume,
-                abort=abort,
-                check=check,
-                surveyed=surveyed,
-                progress=progress,
-            )
+            if crud is None:
+                return await import_stack(settings, source, **options)
+            return await import_all(crud.managers, source, **options)
 
     def surveyed(models: Mapping[str, ModelSurvey]) -> None:
         progress.clear()
@@ -184,8 +176,8 @@ def import_archive(
                 print(_unfit(name, one), file=sys.stderr)
 
     found: dict[str, str] = {}
-    progress = ProgressBar("verify", " files")
-    result = _run(settings, model, work, progress)
+    progress = ProgressBar("verify", " files", "load")
+    result = _run(settings, model, work, progress, in_function=needs_function(settings))
     if json:
         _print_json({"archive": archive, **result._asdict()}, sys.stdout)
         return
@@ -267,13 +259,23 @@ def _check_on_disk(stores: Collection[Pair]) -> None:
 
 
 def _run(
-    settings: Settings, models: Collection[str] | None, work: Callable[[AutoCRUD], Awaitable[T]], progress: ProgressBar
+    settings: Settings,
+    models: Collection[str] | None,
+    work: Callable[[AutoCRUD | None], Awaitable[T]],
+    progress: ProgressBar,
+    *,
+    in_function: bool,
 ) -> T:
-    """Export or import the models of the settings. Ends the program if that fails."""
-    from .main import create_app
+    """Export or import the models of the settings. Ends the program if that fails.
 
-    crud: AutoCRUD = create_app(settings).state.crud
-    _check_durable(crud, models)
+    in_function  whether the function of the stack does the work, because only it reaches the servers
+    """
+    crud: AutoCRUD | None = None
+    if not in_function:
+        from .main import create_app
+
+        crud = create_app(settings).state.crud
+        _check_durable(crud, models)
 
     async def run() -> T:
         task = asyncio.current_task()
@@ -283,7 +285,8 @@ def _run(
         try:
             return await work(crud)
         finally:
-            await crud.close()
+            if crud is not None:
+                await crud.close()
 
     with _failures(progress):
         return asyncio.run(run())

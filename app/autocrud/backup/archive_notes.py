@@ -12,7 +12,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from ..resource_manager.basic import RevisionInfo
+from ..resource_manager.basic import BlobRow, RevisionInfo
 from ..resource_manager.runtime.disk_space import full, is_full
 from ..resource_manager.runtime.temporary import ProcessDirectory
 from ..values import Key
@@ -20,6 +20,7 @@ from ..values import Key
 _TABLES = """
 CREATE TABLE blob_refs (model TEXT, key TEXT, id TEXT, PRIMARY KEY (model, key, id)) WITHOUT ROWID;
 CREATE TABLE blobs (model TEXT, key TEXT, new TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
+CREATE TABLE rows (model TEXT, key TEXT, size INTEGER, owner TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE uids (model TEXT, uid TEXT, new TEXT, PRIMARY KEY (model, uid)) WITHOUT ROWID;
 CREATE TABLE currents (model TEXT, id TEXT, record BLOB, body BLOB, PRIMARY KEY (model, id));
 CREATE TABLE uniques (model TEXT, field TEXT, value, id TEXT, PRIMARY KEY (model, field, value)) WITHOUT ROWID;
@@ -41,6 +42,7 @@ class ArchiveNotes:
 
     blob_refs  the resources whose records name a blob
     blobs      the blobs of the archive, with their keys in the store of the model
+    rows       the rows of blobs
     uids       the bodies that results of Idempotency-Keys name, with their uids in the store of the model
     currents   the current revisions of large resources, which an import stores first
     uniques    the values of unique fields, with the resources that have them
@@ -96,6 +98,18 @@ class ArchiveNotes:
         """Return whether a resource that is not absent refers to a blob."""
         rows = self._rows("SELECT id FROM blob_refs WHERE model = ? AND key = ? LIMIT ?", (model, key, len(absent) + 1))
         return any(resource_id not in absent for (resource_id,) in rows)
+
+    def keep_rows(self, model: str, rows: Iterable[BlobRow]) -> None:
+        """Keep the rows of blobs."""
+        values = [(model, row.key, row.size, row.owner) for row in rows]
+        self._write("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?)", values)
+
+    def row(self, model: str, key: str) -> BlobRow:
+        """Return the row of a blob that was kept. Raises KeyError if there is none."""
+        found = self._rows("SELECT size, owner FROM rows WHERE model = ? AND key = ?", (model, key))
+        if not found:
+            raise KeyError(key)
+        return BlobRow(key=key, size=found[0][0], owner=found[0][1])
 
     def set_blob(self, model: str, key: str, new: str) -> None:
         """Note the key that a blob has in the store."""

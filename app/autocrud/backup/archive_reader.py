@@ -18,7 +18,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, Self
 
@@ -59,9 +59,15 @@ class Visitor(Protocol):
 
     def resource(self, model: str, meta: ResourceMeta) -> None:
         """See the metadata of a resource."""
+        return None
 
     def revision(self, model: str, meta: ResourceMeta, record: RevisionInfo, body: bytes | None) -> None:
         """See a revision of this resource."""
+        return None
+
+    def blobs(self, model: str, rows: Sequence[BlobRow]) -> None:
+        """See the rows of some blobs that the archive has, by ascending key."""
+        return None
 
 
 class Section(NamedTuple):
@@ -206,14 +212,16 @@ class _Verification:
     def _blobs(self, check: _ModelCheck, header: Header) -> None:
         content, part = self._entries.part(header)
         self._add(check, part)
-        present = []
+        present: list[BlobRow] = []
         for line in check.blobs.rows(content, header.name):
             found = blob_header(line.row, self._entries, check.name)
             if found is not None:
                 for _ in blob_chunks(line.row, found, self._entries):
                     pass
-                present.append(line.key)
-        self._notes.note_blobs(check.name, present)
+                present.append(line.row)
+        self._notes.note_blobs(check.name, [row.key for row in present])
+        if self._visitor is not None:
+            self._visitor.blobs(check.name, present)
 
     def _check_manifest(self, manifest: Manifest) -> None:
         names = [model.name for model in manifest.models]

@@ -197,6 +197,13 @@ class ArchiveWriter:
         if self._lines.size:
             await self._part("keys", "ndjson", self._lines.take())
 
+    async def blob_keys(self) -> AsyncIterator[list[str]]:
+        """Yield the keys of the blobs to which the revisions of the model refer, ascending, in pages."""
+        after = ""
+        while keys := await asyncio.to_thread(self._notes.referred_to, self._current().name, after, BLOB_ROWS):
+            yield keys
+            after = keys[-1]
+
     async def add_blobs(
         self,
         rows: Callable[[Sequence[str]], Awaitable[list[BlobRow]]],
@@ -209,11 +216,12 @@ class ArchiveWriter:
               `unresolved`
         """
         await self._flush_all()
-        model, after = self._current(), ""
-        while keys := await asyncio.to_thread(self._notes.referred_to, model.name, after, BLOB_ROWS):
+        model, first = self._current(), True
+        async for keys in self.blob_keys():
             found = await rows(keys)
-            if not after:
+            if first:
                 await self._output.restart()
+            first = False
             for row in found:
                 if row.size > MAX_BLOB:
                     raise ArchiveTooLarge(f"the blob {row.key} has {row.size} bytes, expected at most {MAX_BLOB}")
@@ -222,7 +230,6 @@ class ArchiveWriter:
             await asyncio.to_thread(self._notes.note_blobs, model.name, stored)
             model.blobs += len(found)
             model.blob_bytes += sum(row.size for row in found)
-            after = keys[-1]
 
     async def _blob(self, row: BlobRow, chunks: AsyncIterator[bytes]) -> bool:
         """Write the content of a blob. Return False if it is missing; then the entry is empty."""

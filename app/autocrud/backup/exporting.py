@@ -93,6 +93,43 @@ async def export_all(
     return ExportResult(result.sha256, result.size, tuple(exported))
 
 
+class ExportedPart(NamedTuple):
+    """An archive with some resources of one model, and with everything that they need.
+
+    after  the id of the last resource, if there are more resources; None if the part is the last one
+    """
+
+    sha256: str
+    size: int
+    model: ExportedModel
+    after: str | None
+
+
+async def export_part(
+    manager: ResourceManager[Any],
+    output: str | Path | BinaryIO,
+    *,
+    after: str = "",
+    is_full: Callable[[int], bool],
+    each_resource: bool = False,
+    progress: Progress | None = None,
+) -> ExportedPart:
+    """Export the resources of a model whose ids follow `after` into an archive, until it is full.
+
+    A model that is exported as at one moment is exported as a whole. The Idempotency-Keys are in the last part.
+
+    is_full  called before each resource, with the bytes of the bodies and blobs so far, unless the model is exported as
+             at one moment. A part has at least one resource, if there is any
+
+    The other arguments and the errors are those of `export_all`.
+    """
+    async with ArchiveWriter(output, created=dt.datetime.now(dt.UTC)) as writer:
+        export = _ModelExport(manager, writer, progress or _silent, after, is_full)
+        exported = await export.run(each_resource=each_resource)
+        result = await writer.close()
+    return ExportedPart(result.sha256, result.size, exported, export.rest_after)
+
+
 def chosen_models(managers: Mapping[str, ResourceManager[Any]], models: Collection[str] | None) -> list[str]:
     """Return the names of the models that are asked for, in the order of the managers. Raises ConfigError."""
     for name in models or ():
@@ -108,8 +145,18 @@ def _silent(*_: object) -> None:
 class _ModelExport:
     """The export of one model."""
 
-    def __init__(self, manager: ResourceManager[Any], writer: ArchiveWriter, progress: Progress) -> None:
+    def __init__(
+        self,
+        manager: ResourceManager[Any],
+        writer: ArchiveWriter,
+        progress: Progress,
+        after: str = "",
+        is_full: Callable[[int], bool] | None = None,
+    ) -> None:
         self._manager, self._storage, self._writer, self._progress = manager, manager.storage, writer, progress
+        self._after, self._is_full = after, is_full
+        self.rest_after: str | None = None
+        """The id of the last resource, if the export ended before the others."""
         self._absent: dict[str, None] = {}
         self._revisions = 0
         self._page_size = READ_AT_ONCE
@@ -126,9 +173,12 @@ class _ModelExport:
         )
         async with open_any_snapshot(self._storage, each_resource=each_resource) as snapshot:
             resources = await self._write_resources(snapshot)
-            async for key in snapshot.keys():
-                await self._writer.add_key(key)
-            blobs = _Blobs(snapshot, lambda done: self._progress(done, None, f"{name} files"))
+            if self.rest_after is None:
+                async for key in snapshot.keys():
+                    await self._writer.add_key(key)
+            blobs = _Blobs(snapshot, lambda done, total: self._progress(done, total, f"{name} files"))
+            async for keys in self._writer.blob_keys():
+                await blobs.expect(keys)
             await self._writer.add_blobs(blobs.rows, blobs.read)
             await self._explain_missing_blobs(snapshot)
             one_moment = snapshot.one_moment
@@ -141,10 +191,15 @@ class _ModelExport:
         """Write the metadata, the records and the bodies. Return the number of resources."""
         total, done = await snapshot.count(), 0
         meta: ResourceMeta | None = None
+        sizes = None if snapshot.one_moment or self._is_full is None else _Sizes(snapshot)
         async with contextlib.aclosing(_ahead(self._pages(snapshot))) as pages:
             async for page in pages:
                 for item, body in page:
                     if isinstance(item, ResourceMeta):
+                        full = sizes is not None and self._is_full is not None and self._is_full(sizes.total)
+                        if full and meta is not None:
+                            self.rest_after = meta.resource_id
+                            return done
                         meta, done = item, done + 1
                         await self._writer.add_resource(item)
                         continue
@@ -153,6 +208,8 @@ class _ModelExport:
                         await self._explain_missing_body(snapshot, meta, item)
                     await self._writer.add_revision(item, body)
                     self._revisions += 1
+                    if sizes is not None:
+                        await sizes.add(item, body)
                 self._progress(done, max(total, done), self._manager.name)
         return done
 
@@ -160,7 +217,7 @@ class _ModelExport:
         """Yield all metadata and records, these with their bodies."""
         items: list[ResourceMeta | RevisionInfo] = []
         uids: list[str] = []
-        async for item in snapshot.items():
+        async for item in snapshot.items(self._after):
             items.append(item)
             if isinstance(item, RevisionInfo):
                 uids.append(item.uid)
@@ -206,7 +263,7 @@ class _ModelExport:
         if not missing:
             return
         await snapshot.renew()
-        async for item in snapshot.items():
+        async for item in snapshot.items(self._after):
             if isinstance(item, ResourceMeta) and item.resource_id in missing and await self._was_purged(item):
                 self._absent[item.resource_id] = None
                 missing.discard(item.resource_id)
@@ -231,14 +288,21 @@ class _ModelExport:
 class _Blobs:
     """The blobs of a snapshot. One whose row was removed meanwhile counts as missing."""
 
-    def __init__(self, snapshot: StorageSnapshot, report: Callable[[int], None]) -> None:
+    def __init__(self, snapshot: StorageSnapshot, report: Callable[[int, int], None]) -> None:
         self._snapshot, self._report = snapshot, report
         self._rowless: set[str] = set()
-        self._done = self.count = 0
+        self._done = self._total = self.count = 0
+
+    async def expect(self, keys: Sequence[str]) -> None:
+        """Count the bytes of these blobs, which come later."""
+        self._total += sum(row.size for row in await self._rows(keys))
 
     async def rows(self, keys: Sequence[str]) -> list[BlobRow]:
         """Return the rows of these keys, in their order."""
         self.count += len(keys)
+        return await self._rows(keys)
+
+    async def _rows(self, keys: Sequence[str]) -> list[BlobRow]:
         try:
             return await self._snapshot.blob_rows(keys)
         except StoreDamaged:
@@ -258,8 +322,30 @@ class _Blobs:
             raise StoreDamaged(f"the file {key} is missing")
         async for chunk in self._snapshot.read_blob(key):
             self._done += len(chunk)
-            self._report(self._done)
+            self._report(self._done, max(self._done, self._total))
             yield chunk
+
+
+class _Sizes:
+    """The bytes of the bodies and blobs of some resources. A blob that several resources have counts for each."""
+
+    def __init__(self, snapshot: StorageSnapshot) -> None:
+        self._snapshot = snapshot
+        self._resource_id = ""
+        self._counted: set[str] = set()
+        self.total = 0
+
+    async def add(self, record: RevisionInfo, body: bytes | None) -> None:
+        """Add a revision."""
+        self.total += len(body or b"")
+        if self._resource_id != record.resource_id:
+            self._resource_id = record.resource_id
+            self._counted.clear()
+        keys = [key for key in record.blobs if key not in self._counted]
+        if keys:
+            self._counted.update(keys)
+            with contextlib.suppress(StoreDamaged):  # the export looks at missing blobs later
+                self.total += sum(row.size for row in await self._snapshot.blob_rows(keys))
 
 
 async def _ahead(pages: AsyncGenerator[T]) -> AsyncGenerator[T]:

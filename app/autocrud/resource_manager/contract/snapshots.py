@@ -58,8 +58,11 @@ class MetaSnapshot(Protocol):
     async def count(self) -> int:
         """Return how many resources there are, deleted ones too."""
 
-    def items(self) -> AsyncIterator[ResourceMeta | RevisionInfo]:
-        """Yield each resource by ascending id: its metadata, then its records by ascending number."""
+    def items(self, after: str = "") -> AsyncIterator[ResourceMeta | RevisionInfo]:
+        """Yield each resource whose id follows `after`, ascending: its metadata, then its records by ascending number.
+
+        If the resources are not as at the same moment, those up to `after` take little time.
+        """
 
     def keys(self) -> AsyncIterator[StoredKey]:
         """Yield the results that are kept for Idempotency-Keys, by ascending key."""
@@ -117,8 +120,11 @@ class StorageSnapshot(Protocol):
     async def count(self) -> int:
         """Return how many resources there are, deleted ones too."""
 
-    def items(self) -> AsyncIterator[ResourceMeta | RevisionInfo]:
-        """Yield each resource by ascending id: its metadata, then its records by ascending number."""
+    def items(self, after: str = "") -> AsyncIterator[ResourceMeta | RevisionInfo]:
+        """Yield each resource whose id follows `after`, ascending: its metadata, then its records by ascending number.
+
+        If the resources are not as at the same moment, those up to `after` take little time.
+        """
 
     def keys(self) -> AsyncIterator[StoredKey]:
         """Yield the results that are kept for Idempotency-Keys, by ascending key."""

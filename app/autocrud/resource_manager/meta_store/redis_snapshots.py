@@ -57,8 +57,8 @@ class RedisSnapshot(MetaSnapshot):
         return int(await self._store._call("SCARD", f"{self._store._prefix}ids"))
 
     @override
-    async def items(self) -> AsyncIterator[ResourceMeta | RevisionInfo]:
-        cursor, after = b"", ""
+    async def items(self, after: str = "") -> AsyncIterator[ResourceMeta | RevisionInfo]:
+        cursor = b""
         while cursor != b"0":
             cursor, documents = await self._store._run(read_scripts.IDS_PAGE, cursor or b"0", PAGE)
             await self._spool.add_names("id", [meta_of(document).resource_id for document in documents])

@@ -65,8 +65,10 @@ class EachResource(MetaSnapshot, BodySnapshot):
         return await self._storage.count(Query(include_deleted=True).resolve({}))
 
     @override
-    async def items(self) -> AsyncIterator[ResourceMeta | RevisionInfo]:
+    async def items(self, after: str = "") -> AsyncIterator[ResourceMeta | RevisionInfo]:
         async for meta in self._storage.scan():
+            if meta.resource_id <= after:
+                continue
             with _Records() as records:
                 current = await self._read(meta, records)
                 if current is not None:

@@ -146,8 +146,8 @@ class _Moment(StorageSnapshot):
         return await self._meta.count()
 
     @override
-    def items(self) -> AsyncIterator[ResourceMeta | RevisionInfo]:
-        return self._meta.items()
+    def items(self, after: str = "") -> AsyncIterator[ResourceMeta | RevisionInfo]:
+        return self._meta.items(after)
 
     @override
     def keys(self) -> AsyncIterator[StoredKey]:

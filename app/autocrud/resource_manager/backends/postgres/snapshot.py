@@ -38,13 +38,14 @@ class PostgresSnapshot(MetaSnapshot):
         return int(number)
 
     @override
-    async def items(self) -> AsyncIterator[ResourceMeta | RevisionInfo]:
+    async def items(self, after: str = "") -> AsyncIterator[ResourceMeta | RevisionInfo]:
         records = self._cursor("SELECT id, doc FROM <revisions> ORDER BY id, revision")
         next_ = await anext(records, None)
         async for id_, doc in self._cursor("SELECT id, doc FROM <main> ORDER BY id"):
-            yield meta_of(doc, id_)
+            if id_ > after:
+                yield meta_of(doc, id_)
             while next_ is not None and next_[0] <= id_:
-                if next_[0] == id_:
+                if next_[0] == id_ and id_ > after:
                     yield info_of(next_[1], id_)
                 next_ = await anext(records, None)
 

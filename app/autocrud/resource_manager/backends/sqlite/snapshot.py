@@ -60,10 +60,11 @@ class SqliteSnapshot:
         """Return how many resources there are, deleted ones too."""
         return int(await self._run(lambda db: db.execute("SELECT count(*) FROM resources").get))
 
-    async def items(self) -> AsyncIterator[ResourceMeta | RevisionInfo]:
-        """Yield each resource by ascending id: its metadata, then its records by ascending number."""
+    async def items(self, after: str = "") -> AsyncIterator[ResourceMeta | RevisionInfo]:
+        """Yield each resource whose id follows `after`, ascending: its metadata, then its records."""
         async for item in self._pages(_items):
-            yield item
+            if item.resource_id > after:
+                yield item
 
     async def keys(self) -> AsyncIterator[StoredKey]:
         """Yield the results that are kept for Idempotency-Keys, by ascending key."""

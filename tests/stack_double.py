@@ -1,0 +1,139 @@
+"""A stack with a function for backups: its handler and its bucket are real, Lambda is a stand-in."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+import boto3
+import pytest
+
+from app import settings
+from app.backup_function import MARGIN_S, BackupFunction
+from app.dev.local_s3 import make_bucket
+from tests.services import S3Server
+
+BUCKET = "stack-backup"
+FUNCTION = "backup"
+PATH = f"/2015-03-31/functions/{FUNCTION}/invocations"
+
+
+class Context:
+    """The context of an invocation whose work may take `seconds`."""
+
+    def __init__(self, seconds: float = 900) -> None:
+        self._ends = time.monotonic() + seconds + MARGIN_S
+
+    def get_remaining_time_in_millis(self) -> int:
+        return int(1000 * (self._ends - time.monotonic()))
+
+
+class Lambda:
+    """Calls the handler, one call at a time, as an instance of Lambda does.
+
+    seconds  how long the work of a call may take
+    """
+
+    def __init__(self, handler: BackupFunction) -> None:
+        self._handler, self._lock = handler, threading.Lock()
+        self.events: list[dict[str, Any]] = []
+        self.seconds: float = 900
+
+    def call(self, event: dict[str, Any]) -> bytes:
+        with self._lock:
+            self.events.append(event)
+            return json.dumps(self._handler(event, Context(self.seconds))).encode()
+
+    def invoke(self, FunctionName: str, Payload: bytes) -> dict[str, Any]:  # noqa: N803 - as boto3 names them
+        assert FunctionName == FUNCTION
+        return {"Payload": io.BytesIO(self.call(json.loads(Payload)))}
+
+    def close(self) -> None:
+        self._handler._loop.run_until_complete(self._handler.close())
+        self._handler._loop.close()
+
+
+class LambdaServer:
+    """The API of Lambda, for commands that run as programs."""
+
+    def __init__(self, function: Lambda) -> None:
+        class Api(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                event = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                status, body = (200, function.call(event)) if self.path == PATH else (404, b"{}")
+                self.send_response(status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class Stacks:
+    """Stacks that share a bucket, each with a prefix and a function of its own."""
+
+    def __init__(self, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._s3, self._monkeypatch = s3, monkeypatch
+        self._client = boto3.session.Session.client
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": s3.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": s3.secret_access_key,
+            "AWS_ENDPOINT_URL": s3.url,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
+        make_bucket(BUCKET, s3.url, "us-east-1")
+        self.functions: list[Lambda] = []
+
+    def outputs(self, prefix: str, storage: str) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "storage": storage,
+            "bucket": BUCKET,
+            "prefix": prefix,
+            "region": "us-east-1",
+            "backup_function_name": FUNCTION,
+            "auth": {"mode": "none"},
+        }
+
+    def make(self, prefix: str, storage: str = "s3-sqlite", **servers: Any) -> tuple[settings.Settings, Lambda]:
+        """Return the settings of a command for a new stack, and its function, which reaches the servers."""
+        outputs = settings.StackOutputs(**self.outputs(prefix, storage) | {"auth": settings.NoAuth()})
+        inside = settings.Settings(outputs, settings.LocalOverrides(s3_endpoint_url=self._s3.url, **servers))
+        outside = settings.Settings(outputs, settings.LocalOverrides(s3_endpoint_url=self._s3.url))
+        function = Lambda(BackupFunction(inside))
+        self.functions.append(function)
+
+        def client(session: Any, name: str, **more: Any) -> Any:
+            return function if name == "lambda" else self._client(session, name, **more)
+
+        self._monkeypatch.setattr(boto3.session.Session, "client", client)
+        return outside, function
+
+    def keys(self, prefix: str = "exports/") -> list[str]:
+        """Return the keys of all versions of objects, deleted ones too."""
+        client = self._client(boto3.session.Session(), "s3")
+        found = client.list_object_versions(Bucket=BUCKET, Prefix=prefix)
+        return [one["Key"] for one in [*found.get("Versions", []), *found.get("DeleteMarkers", [])]]
+
+    def close(self) -> None:
+        for function in self.functions:
+            function.close()
