@@ -114,8 +114,11 @@ class _Clock:
 
     def error(self, work: str, advice: str) -> NotEnoughTime:
         """Return the error with the estimate."""
-        takes = "longer" if self._estimate is None else f"about {_duration(max(self._estimate, self.passed))}"
-        return NotEnoughTime(f"{work} takes {takes}, and the function may run for {_duration(self.seconds)}: {advice}")
+        if self._estimate is None or self._estimate <= self.seconds:
+            takes = f"longer than the {_duration(self.seconds)} that the function may run"
+        else:
+            takes = f"about {_duration(self._estimate)}, and the function may run for {_duration(self.seconds)}"
+        return NotEnoughTime(f"{work} takes {takes}: {advice}")
 
 
 def _duration(seconds: float) -> str:

@@ -18,8 +18,7 @@ from app.dev.local_s3 import make_bucket
 from tests.services import S3Server
 
 BUCKET = "stack-backup"
-FUNCTION = "backup"
-PATH = f"/2015-03-31/functions/{FUNCTION}/invocations"
+INVOCATIONS = "/2015-03-31/functions/{name}/invocations"
 
 
 class Context:
@@ -35,26 +34,32 @@ class Context:
 class Lambda:
     """Calls the handler, one call at a time, as an instance of Lambda does.
 
-    seconds  how long the work of a call may take
+    settings  of the function
+    seconds   how long the work of a call may take
     """
 
-    def __init__(self, handler: BackupFunction) -> None:
-        self._handler, self._lock = handler, threading.Lock()
+    def __init__(self, given: settings.Settings) -> None:
+        self.settings, self.handler, self._lock = given, BackupFunction(given), threading.Lock()
         self.events: list[dict[str, Any]] = []
         self.seconds: float = 900
 
     def call(self, event: dict[str, Any]) -> bytes:
         with self._lock:
             self.events.append(event)
-            return json.dumps(self._handler(event, Context(self.seconds))).encode()
+            return json.dumps(self.handler(event, Context(self.seconds))).encode()
 
-    def invoke(self, FunctionName: str, Payload: bytes) -> dict[str, Any]:  # noqa: N803 - as boto3 names them
-        assert FunctionName == FUNCTION
-        return {"Payload": io.BytesIO(self.call(json.loads(Payload)))}
+    @property
+    def name(self) -> str:
+        name = self.settings.outputs.backup_function_name
+        assert name is not None
+        return name
 
     def close(self) -> None:
-        self._handler._loop.run_until_complete(self._handler.close())
-        self._handler._loop.close()
+        """Close the stores, in the loop that uses them."""
+        loop = self.handler._loop
+        loop.run_until_complete(self.handler.close())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
 
 
 class LambdaServer:
@@ -64,7 +69,9 @@ class LambdaServer:
         class Api(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 event = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                status, body = (200, function.call(event)) if self.path == PATH else (404, b"{}")
+                status, body = (
+                    (200, function.call(event)) if self.path == INVOCATIONS.format(name=function.name) else (404, b"{}")
+                )
                 self.send_response(status)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
@@ -90,7 +97,7 @@ class Stacks:
     """Stacks that share a bucket, each with a prefix and a function of its own."""
 
     def __init__(self, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._s3, self._monkeypatch = s3, monkeypatch
+        self._s3 = s3
         self._client = boto3.session.Session.client
         self.environment = {
             "AWS_ACCESS_KEY_ID": s3.access_key_id,
@@ -101,7 +108,16 @@ class Stacks:
         for name, value in self.environment.items():
             monkeypatch.setenv(name, value)
         make_bucket(BUCKET, s3.url, "us-east-1")
-        self.functions: list[Lambda] = []
+        self._functions: dict[str, Lambda] = {}
+
+        def client(session: Any, name: str, **more: Any) -> Any:
+            return self if name == "lambda" else self._client(session, name, **more)
+
+        monkeypatch.setattr(boto3.session.Session, "client", client)
+
+    def invoke(self, FunctionName: str, Payload: bytes) -> dict[str, Any]:  # noqa: N803 - as boto3 names them
+        """Call the function, as the client of Lambda does."""
+        return {"Payload": io.BytesIO(self._functions[FunctionName].call(json.loads(Payload)))}
 
     def outputs(self, prefix: str, storage: str) -> dict[str, Any]:
         return {
@@ -110,7 +126,7 @@ class Stacks:
             "bucket": BUCKET,
             "prefix": prefix,
             "region": "us-east-1",
-            "backup_function_name": FUNCTION,
+            "backup_function_name": f"backup-{prefix}",
             "auth": {"mode": "none"},
         }
 
@@ -119,13 +135,8 @@ class Stacks:
         outputs = settings.StackOutputs(**self.outputs(prefix, storage) | {"auth": settings.NoAuth()})
         inside = settings.Settings(outputs, settings.LocalOverrides(s3_endpoint_url=self._s3.url, **servers))
         outside = settings.Settings(outputs, settings.LocalOverrides(s3_endpoint_url=self._s3.url))
-        function = Lambda(BackupFunction(inside))
-        self.functions.append(function)
-
-        def client(session: Any, name: str, **more: Any) -> Any:
-            return function if name == "lambda" else self._client(session, name, **more)
-
-        self._monkeypatch.setattr(boto3.session.Session, "client", client)
+        function = Lambda(inside)
+        self._functions[function.name] = function
         return outside, function
 
     def keys(self, prefix: str = "exports/") -> list[str]:
@@ -135,5 +146,5 @@ class Stacks:
         return [one["Key"] for one in [*found.get("Versions", []), *found.get("DeleteMarkers", [])]]
 
     def close(self) -> None:
-        for function in self.functions:
+        for function in self._functions.values():
             function.close()

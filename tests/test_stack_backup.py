@@ -70,4 +70,4 @@ def test_other_events_are_refused(stacks):
     _, function = stacks.make("fourth")
     for event in ({}, {"crudstack": "maintain"}, {"crudstack": "export"}, {"requestContext": {}}):
         with pytest.raises(ValueError):
-            function._handler(event, Context())
+            function.handler(event, Context())
