@@ -53,14 +53,11 @@ def test_a_stack_is_created_refreshed_and_destroyed(engine, name):
         assert made.changes["create"] == registered
     assert made.diagnostics == []
 
-    # Update and refresh, in both orders: a refresh must read the same values that the program registers.
-    assert_unchanged(stack.up())
+    # Refresh and update, in both orders: a refresh must read the same values that the program registers.
     assert_unchanged(stack.refresh())
+    assert_unchanged(stack.up())
     assert_unchanged(stack.up(refresh=True))
-    assert_unchanged(stack.up())
-    assert_unchanged(stack.refresh())
-    assert_unchanged(stack.up())
-    assert engine.provider.requests["Read", "aws:s3/bucket:Bucket"] == 3
+    assert engine.provider.requests["Read", "aws:s3/bucket:Bucket"] == 2
 
     assert_outputs_fit(engine, stack, config)
     assert_state_tells_no_secret(engine, stack)

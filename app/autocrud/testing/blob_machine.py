@@ -269,7 +269,7 @@ class BlobMachine(RuleBasedStateMachine):
 class BlobMachineConformance(Conformance):
     """The rows of blobs after random steps."""
 
-    blob_examples: ClassVar[int] = 15
+    blob_examples: ClassVar[int] = 6
     """How many sequences of steps are tried."""
 
     def test_rows_and_uses_are_those_of_a_plain_model(self, root: Path) -> None:

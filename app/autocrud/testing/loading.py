@@ -32,7 +32,7 @@ from .blobs import NamedBlobs, blob_rows_of, upload
 from .model import Item, manage, storage_of
 
 Items = list[LoadedResource | RevisionInfo]
-KILLS = 4
+KILLS = 2
 
 
 class Contents(NamedTuple):
