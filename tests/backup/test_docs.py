@@ -15,7 +15,7 @@ import pytest
 
 from app import models
 from app.autocrud import AutoCRUD
-from app.autocrud.access import Permissions, Principal, anyone, role
+from app.autocrud.access import Principal
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory, MemoryStorageFactory
 
 from .test_commands import disk, environment
@@ -81,17 +81,17 @@ def test_the_commands_of_the_page(serve, tmp_path: Path):
 
 async def test_the_code_of_the_page(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exporting, importing, permissions = blocks("python")
+    calls, permissions = blocks("python")
+    names = {}
+    exec(calls + permissions, names)  # noqa: S102 - the code of our own page
     crud = AutoCRUD(storage_factory=DiskStorageFactory("./data"))
     models.register(crud)
     await crud.resource_manager(models.Article).create(models.Article("t", "x", "alice"), resource_id="one")
-    await run(exporting, crud=crud)
+    await names["back_up"](crud)
     other = AutoCRUD(storage_factory=MemoryStorageFactory())
     models.register(other)
-    await run(importing, crud=other)
+    await names["restore"](other)
     assert (await other.resource_manager(models.Article).get("one")).data.author == "alice"
-    names = {"Permissions": Permissions, "anyone": anyone, "role": role}
-    exec(permissions, names)  # noqa: S102 - the code of our own page
     allowed = names["authorize"](Principal(name="a", roles=frozenset({"backup"})), "export", "article")
     assert allowed is True
     await crud.close()
