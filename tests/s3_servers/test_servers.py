@@ -66,6 +66,7 @@ def slice_of(server: S3Server, tmp_path: Path, *selection: str) -> None:
         "AWS_SECRET_ACCESS_KEY": server.secret_access_key,
     }
     command = [sys.executable, "-m", "pytest", "-n0", "-m", "s3_slice", f"--basetemp={tmp_path / 'slice'}"]
+    command += ["-k", "not every_operator"]  # the local copy answers these queries
     done = subprocess.run(
         [*command, *selection], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

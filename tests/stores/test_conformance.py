@@ -101,9 +101,10 @@ class MemoryWithS3(IStorageFactory):
         )
 
 
-@pytest.mark.s3_slice
 @pytest.mark.usefixtures("s3_server")
 class TestMemoryWithS3(SharedConformance):
+    """The requests for bodies and blobs are those of S3Sqlite, so only that one is in the slice."""
+
     def make(self, root: Path) -> IStorageFactory:
         return MemoryWithS3(root)
 
