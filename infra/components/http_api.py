@@ -28,6 +28,11 @@ LOGGED = {
     "integration_error": "$context.integrationErrorMessage",
 }
 """The fields of the access log. Path, query and addresses are left out, as in the app's own log."""
+REQUEST_HEADERS = [
+    *("authorization", "content-type", "idempotency-key", "if-match", "if-none-match"),
+    *("content-disposition", "content-digest", "repr-digest", "range", "if-range"),  # of files
+]
+"""Headers that pages may send. They are listed even if all origins may call: "*" does not include Authorization."""
 
 
 def cors(origins: Sequence[str]) -> Any:
@@ -37,8 +42,7 @@ def cors(origins: Sequence[str]) -> Any:
     return {
         "allow_origins": list(origins),
         "allow_methods": ["*"],
-        # Headers are listed even if all origins may call: in browsers, "*" does not include Authorization.
-        "allow_headers": ["authorization", "content-type", "idempotency-key", "if-match", "if-none-match"],
+        "allow_headers": REQUEST_HEADERS,
         "expose_headers": list(EXPOSED_HEADERS),
         "max_age": 3600,
     }
