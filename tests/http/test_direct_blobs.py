@@ -15,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 from msgspec import Struct
 
+from app import aws_lambda
 from app.autocrud import AutoCRUD, Blob
 from app.autocrud.http import direct_blobs
 from app.autocrud.resource_manager.contract.direct import RESERVED
@@ -224,6 +225,13 @@ async def test_files_too_large_for_one_answer(crud, client):
     await small.close()
     assert (answer.status_code, answer.json()["type"]) == (413, "urn:crudstack:file-too-large-to-send")
     assert (part.status_code, part.content) == (206, BODY[:100])
+
+
+def test_lambda_sends_files_of_4_mb():
+    direct_blobs.check_sendable(4 * 1024**2, aws_lambda.fits)
+    for size in (5 * 1024**2, 5 * 1024**3):
+        with pytest.raises(direct_blobs.FileTooLargeToSend, match=str(size)):
+            direct_blobs.check_sendable(size, aws_lambda.fits)
 
 
 async def test_files_that_are_not_on_s3_have_no_urls():

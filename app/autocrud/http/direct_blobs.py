@@ -176,7 +176,8 @@ async def redirected(
 
 def check_sendable(size: int, fits: Callable[[bytes], bool]) -> None:
     """Raise FileTooLargeToSend if so many bytes cannot be sent. `fits` tells whether a body can be sent."""
-    if not fits(bytes(min(size, ONE_ANSWER))):
+    # Quotes are escaped in text, so these bytes take as much as a file of this size may take, in text and in base64.
+    if not fits(b'"' * min(size, ONE_ANSWER)):
         raise FileTooLargeToSend(
             f"the answer would have {size} bytes, too many to be sent from here: leave out redirect=false, or ask for a"
             " range of the file"
