@@ -104,7 +104,8 @@ def test_the_examples_of_the_pages_run():
         blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
         assert blocks or page.name not in ("README.md", "custom-stores.md", "s3-sqlite.md", "security.md")
         for block in blocks:
-            exec(compile(block, page.name, "exec"), {"__name__": "page"})  # noqa: S102 - it is our own page
+            code = compile(block, page.name, "exec", dont_inherit=True)
+            exec(code, {"__name__": "page"})  # noqa: S102 - it is our own page
 
 
 def test_links_have_targets():
