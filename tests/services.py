@@ -94,7 +94,11 @@ def seaweed_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:  # it sometimes waits for half a minute before it ends
+            process.kill()
+            process.wait(30)
 
 
 def _make_bucket(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
