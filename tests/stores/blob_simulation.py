@@ -68,6 +68,13 @@ def set_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", monotonic)
 
 
+def _weight(call: Call) -> int:
+    """Return how many times more likely a failure of a request is, because there are few such requests."""
+    if call.op in ("delete", "copy"):
+        return 12
+    return 4 if call.key.startswith(BLOBS) else 1
+
+
 class Bucket(MemoryObjectStore):
     """The bucket, which processes see as `ProcessBucket`.
 
@@ -79,9 +86,10 @@ class Bucket(MemoryObjectStore):
     def __init__(self, draw: random.Random) -> None:
         super().__init__()
         self.random = draw
-        self.trouble = draw.choice([0.0, 0.01, 0.04, 0.12])
-        self.violence = draw.choice([0.0, 0.0005, 0.002])
-        self.latency = lambda _: slowness.get() * draw.expovariate(1 / 0.02)
+        self.trouble = draw.choice([0.0, 0.01, 0.03, 0.06])
+        self.violence = draw.choice([0.0, 0.0005, 0.0015])
+        latency_s = draw.choice([0.02, 0.1, 0.3])  # the longer requests take, the more of them overlap
+        self.latency = lambda _: slowness.get() * draw.expovariate(1 / latency_s)
         self.clock = now
         self.requested: Counter[str] = Counter()
         self.ended = asyncio.Event()
@@ -92,7 +100,7 @@ class Bucket(MemoryObjectStore):
 
     def faults(self, call: Call) -> InjectedFault | None:
         draw = self.random
-        if draw.random() >= self.trouble:
+        if draw.random() >= min(0.5, self.trouble * _weight(call)):
             return None
         if call.op in ("get", "get_if", "list", "head"):
             return DROPPED
@@ -128,8 +136,7 @@ class ProcessBucket(MemoryObjectStore):
 
     async def _gate(self, call: Call) -> None:
         loop, bucket = asyncio.get_running_loop(), self.bucket
-        likely = 6 if call.op in ("delete", "copy") or call.key.startswith(BLOBS) else 1
-        if bucket.random.random() < bucket.violence * likely:
+        if bucket.random.random() < bucket.violence * _weight(call):
             if bucket.random.random() < 0.4:
                 self.killed.set()
             else:

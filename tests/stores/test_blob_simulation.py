@@ -156,7 +156,7 @@ class World:
 
     async def sweeper(self, manager: ResourceManager[Doc]) -> None:
         while True:
-            await asyncio.sleep(self.random.uniform(1, 10))
+            await asyncio.sleep(self.random.uniform(0.5, 5))
             with contextlib.suppress(StoreUnavailable, OutcomeUnknown):
                 await manager.maintain(10)
                 self.done["sweep"] += 1
@@ -227,7 +227,7 @@ class World:
     async def write(self, manager: ResourceManager[Doc], rid: str, state: Written | None) -> None:
         self.number += 1
         caller, token = self.random.choice(CALLERS), f"{rid} {self.number}"
-        offers = [offer for offer in self.offers[-10:] if offer.caller == caller]
+        offers = [offer for offer in self.offers[-25:] if offer.caller == caller]
         chosen = self.random.sample(offers, min(len(offers), self.random.choice([0, 1, 1, 2])))
         kept = state.contents if state is not None and self.random.random() < 0.4 else ()
         contents = tuple(dict.fromkeys((*kept, *(offer.content for offer in chosen))))
