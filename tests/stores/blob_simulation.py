@@ -88,7 +88,7 @@ class Bucket(MemoryObjectStore):
         self.random = draw
         self.trouble = draw.choice([0.0, 0.01, 0.03, 0.06])
         self.violence = draw.choice([0.0, 0.0005, 0.0015])
-        latency_s = draw.choice([0.02, 0.1, 0.3])  # the longer requests take, the more of them overlap
+        self.latency_s = latency_s = draw.choice([0.02, 0.1, 0.3])  # the longer requests take, the more of them overlap
         self.latency = lambda _: slowness.get() * draw.expovariate(1 / latency_s)
         self.clock = now
         self.requested: Counter[str] = Counter()

@@ -8,7 +8,7 @@ three revisions of each, sweep, and export. `blob_simulation` has the failures. 
   the bucket does, or if it was frozen for longer than its pin lives. An unused upload stays for KEEP_S.
 - *No orphan.* After enough time and sweeps, the bucket has exactly the bodies and the content that records name, and
   the rows of these. A purge removes what only its resource named at once, if no request fails.
-- *No key is used twice*, neither of content nor of a body.
+- *No key is used twice*, whether of content or of a body.
 
 `SIMULATIONS=1000 pytest tests/stores/test_blob_simulation.py` runs more seeds.
 """
@@ -140,7 +140,7 @@ class World:
             objects = ProcessBucket(self.bucket)
             manager = manager_of(objects)
             work = [self.writer(manager, f"{number}"), self.writer(manager, f"{number}'"), self.sweeper(manager)]
-            work += [self.exporter(manager)] if self.random.random() < 0.7 else []
+            work += [self.exporter(manager)] if self.random.random() < 0.8 else []
             tasks = [asyncio.create_task(one) for one in work]
             killed = asyncio.create_task(objects.killed.wait())
             life = min(left, self.random.uniform(0.3, 1.5) * LIFE_S)
@@ -289,11 +289,11 @@ class World:
 
     async def exporter(self, manager: ResourceManager[Doc]) -> None:
         while True:
-            await asyncio.sleep(self.random.uniform(1, 12))
+            await asyncio.sleep(self.random.uniform(0, 8))
             self.number += 1
             path = self.root / f"{self.number}.tar.gz"
             before, attempts = dict(self.written), self.attempts.copy()
-            slowness.set(self.random.choice([1, 10, 40]))
+            slowness.set(self.random.choice([1, 0.4 / self.bucket.latency_s, 1 / self.bucket.latency_s]))
             try:
                 await export_all({"doc": manager}, path)
             except CrudError as error:

@@ -252,7 +252,7 @@ async def test_a_last_step_whose_outcome_is_unknown_does_not_happen_after_the_lo
             happened = meta_store(manager)._happened
 
             async def unknown(*_: Any) -> bool:
-                raise OutcomeUnknown("nobody knows")
+                raise OutcomeUnknown("it is not known")
 
             monkeypatch.setattr(meta_store(manager), "_happened", unknown)
             await lose_a_request(proxy, loader.publish())

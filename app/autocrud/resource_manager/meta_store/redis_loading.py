@@ -22,8 +22,8 @@ from ..runtime.threads import shielded
 from .redis_access import RedisAccess
 
 MAX_KEYS = 100_000
-"""The largest number of resources and blobs that one step publishes. Redis serves nobody else during that step, which
-takes some 10 microseconds for each."""
+"""The largest number of resources and blobs that one step publishes. It takes some 10 microseconds for each, in which
+Redis serves no other request."""
 CALL_ITEMS, CALL_BYTES = 500, 2 * 1024 * 1024
 """How many items, and how many bytes of them, one call stages at most. Larger items are staged alone."""
 DISCARDED_AT_ONCE = 1000
