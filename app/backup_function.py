@@ -136,7 +136,7 @@ class BackupFunction:
     def __call__(self, event: Any, context: Any) -> dict[str, Any]:
         """Do what the event asks for. Raises ValueError if it is no event of this function."""
         asked: Models | Export | Import = msgspec.convert(event, Models | Export | Import)
-        clock = _Clock(context.get_remaining_time_in_millis() / 1e3 - MARGIN_S)
+        clock = _Clock(max(0.0, context.get_remaining_time_in_millis() / 1e3 - MARGIN_S))
         try:
             done: dict[str, Any] = self._loop.run_until_complete(self._answer(asked, clock))
         except CrudError as error:

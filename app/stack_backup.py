@@ -222,7 +222,7 @@ async def export_stack(
     writer = ArchiveWriter(output, compression, created=dt.datetime.now(dt.UTC), replace=replace)
     async with writer, stack.folder() as folder:
         for number, name in enumerate(chosen):
-            report(number, len(chosen), "models")
+            report(number, len(chosen), f"models, now {name}")
             exported.append(await _export_model(stack, folder, name, writer, report, each_resource=each_resource))
         result = await writer.close()
     return ExportResult(result.sha256, result.size, tuple(exported))

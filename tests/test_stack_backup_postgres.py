@@ -237,9 +237,8 @@ async def test_an_import_that_gets_no_further_fails_and_can_be_taken_back(stack,
     await stack_backup.export_stack(stack.given, tmp_path / "x.tar.gz")
     before = await target.contents()
     Cuts(target.function, monkeypatch, 3, 4)
-    with pytest.raises(
-        stack_backup.OutOfTime, match="takes longer than the 15 minutes .* continue by --resume, or import"
-    ):
+    late = r"takes longer than the 15 minutes that .*: continue by --resume, or import from a machine"
+    with pytest.raises(stack_backup.OutOfTime, match=late):
         await stack_backup.import_stack(target.given, tmp_path / "x.tar.gz")
     assert len((await target.contents())["album"]["resources"]) > 1
     await stack_backup.import_stack(target.given, tmp_path / "x.tar.gz", abort=True)
