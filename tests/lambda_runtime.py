@@ -93,7 +93,15 @@ def unpack(version: str, directory: Path) -> Task:
 class Instance:
     """One execution environment."""
 
-    def __init__(self, task: Task, environment: dict[str, str], directory: Path, *, snap_start: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        environment: dict[str, str],
+        directory: Path,
+        *,
+        snap_start: bool = False,
+        handler: str = "app.handler.handler",
+    ) -> None:
         self._events: queue.Queue[tuple[str, bytes, float] | None] = queue.Queue()
         self._answers: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self._server = _runtime_api(self._events, self._answers)
@@ -117,7 +125,7 @@ class Instance:
             keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
             environment = {name: value for name, value in environment.items() if name not in keys}
             environment["AWS_LAMBDA_INITIALIZATION_TYPE"] = "snap-start"
-        command = [str(task.python), "-S", "-m", "awslambdaric", "app.handler.handler"]
+        command = [str(task.python), "-S", "-m", "awslambdaric", handler]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=task.directory, env=environment, stdout=log, stderr=log)
 
