@@ -108,7 +108,7 @@ class _Clock:
 
     @property
     def is_known_to_be_short(self) -> bool:
-        """Whether the work was measured for long enough to know that it will not be done in time."""
+        """Return whether the work was measured for long enough to know that it will not be done in time."""
         measured = self.passed > min(MEASURED_S, self.seconds / 10)
         return measured and self._estimate is not None and self._estimate > self.seconds
 

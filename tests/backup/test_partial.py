@@ -34,7 +34,7 @@ def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path):
+def test_files_of_a_killed_writer_are_removed_by_the_next_one(tmp_path: Path):
     (tmp_path / ".notes.partial").write_text("of another program")
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
     try:

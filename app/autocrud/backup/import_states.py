@@ -61,7 +61,7 @@ class ModelImport(Struct, kw_only=True):
 
 
 class ModelSurvey(NamedTuple):
-    """What an archive has for a model, known before anything is changed.
+    """The part of an archive with one model, as it is known before anything is changed.
 
     resources         how many resources the archive has
     revisions         how many revisions they have, each with a body
