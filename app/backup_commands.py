@@ -172,7 +172,7 @@ def import_archive(
         progress.clear()
         for name, one in models.items():
             found[name] = f"{one.resources:,} resources, {one.revisions:,} revisions"
-            if one.misfits:
+            if one.not_fitting:
                 print(_unfit(name, one), file=sys.stderr)
 
     found: dict[str, str] = {}
@@ -189,8 +189,9 @@ def import_archive(
 
 
 def _unfit(name: str, model: ModelSurvey) -> str:
-    fit, kept = ("does not fit", "is kept as it is") if model.misfits == 1 else ("do not fit", "are kept as they are")
-    return f"{model.misfits:,} of {model.revisions:,} bodies of {name!r} {fit} today's model, and {kept}"
+    is_one = model.not_fitting == 1
+    fit, kept = ("does not fit", "is kept as it is") if is_one else ("do not fit", "are kept as they are")
+    return f"{model.not_fitting:,} of {model.revisions:,} bodies of {name!r} {fit} today's model, and {kept}"
 
 
 def _outcome(one: ModelImport) -> str:
@@ -202,7 +203,7 @@ def _outcome(one: ModelImport) -> str:
         "taken back": one.taken_back,
         "not taken back": one.not_taken_back,
         "files": one.blobs,
-        "bodies that do not fit the model": one.misfits,
+        "bodies that do not fit the model": one.not_fitting,
         **{f"left out for the value of {field}": count for field, count in one.unique_conflicts.items()},
     }
     return ", ".join(f"{count} {what}" for what, count in amounts.items() if count) or "nothing to do"

@@ -308,7 +308,7 @@ def _tell_survey(result: dict[str, Any], archive: VerifiedArchive, surveyed: Sur
         found = {}
         for name, one in result["models"].items():
             model = archive.model(name)
-            found[name] = ModelSurvey(model.resources, model.revisions, one["misfits"], one["unique_conflicts"])
+            found[name] = ModelSurvey(model.resources, model.revisions, one["not_fitting"], one["unique_conflicts"])
         surveyed(found)
 
 

@@ -116,7 +116,7 @@ async def test_a_stack_is_exported_and_imported(stacks, stack, database, tmp_pat
     told: list[Any] = []
     imported = await stack_backup.import_stack(other.given, tmp_path / "x.tar.gz", surveyed=told.append)
     assert (imported.models["album"].created, imported.models["album"].blobs) == (COUNT, 1 + COUNT // 3)
-    assert (told[0]["album"].resources, told[0]["album"].misfits) == (COUNT, 0)
+    assert (told[0]["album"].resources, told[0]["album"].not_fitting) == (COUNT, 0)
     assert without_keys_of_files(await other.contents()) == without_keys_of_files(await stack.contents())
     (ref,) = (await other.albums.get("a001")).data.photos
     photo = await other.albums.blob("a001", ref.sha256)

@@ -297,7 +297,7 @@ async def test_an_archive_is_imported_by_another_server():
     conflict = await receiver.post("/import", content=archive)
     checked = await receiver.post("/import", content=archive, params={"on_conflict": "replace", "check": "true"})
     assert (checked.status_code, checked.json()["models"]["account"]["replaced"]) == (200, 0)
-    assert checked.json()["models"]["account"]["misfits"] == 0
+    assert checked.json()["models"]["account"]["not_fitting"] == 0
     assert (conflict.status_code, conflict.json()["type"]) == (409, "urn:crudstack:import-conflict")
     skipped = await receiver.post("/import", content=archive, params={"on_conflict": "skip"})
     assert skipped.json()["models"]["account"]["skipped"] == 3

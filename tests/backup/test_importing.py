@@ -64,7 +64,7 @@ async def test_everything_is_equal_after_an_import_into_another_kind(programs, t
     assert await content(manager.storage, keys=keys) == (expected if keys else {**expected, "keys": {}})
     assert await searches(manager) == await searches(crud.resource_manager(Note))
     (model,) = result.models.values()
-    assert (model.created, model.misfits, model.skipped, model.replaced) == (len(expected["resources"]), 0, 0, 0)
+    assert (model.created, model.not_fitting, model.skipped, model.replaced) == (len(expected["resources"]), 0, 0, 0)
     await manager.update("n00000", Note(text="later", code="new"))
     await manager.switch("n00001", 1)
 

@@ -37,12 +37,12 @@ async def test_bodies_that_do_not_fit_are_counted_and_kept(tmp_path, kind):
 
     with pytest.raises(InterruptedError):
         await import_all(crud.managers, archive, surveyed=refuse)
-    assert told == [ModelSurvey(len(expected["resources"]), bodies, misfits=bodies, unique_conflicts={})]
+    assert told == [ModelSurvey(len(expected["resources"]), bodies, not_fitting=bodies, unique_conflicts={})]
     checked = (await crud.import_all(archive, check=True, surveyed=lambda models: told.append(models["note"]))).models
-    assert (checked["note"].misfits, checked["note"].created, told[1]) == (bodies, 0, told[0])
+    assert (checked["note"].not_fitting, checked["note"].created, told[1]) == (bodies, 0, told[0])
     assert (await content(crud.managers["note"].storage))["resources"] == {}, "until here, nothing is changed"
     result = await import_all(crud.managers, archive)
-    assert result.models["note"].misfits == bodies
+    assert result.models["note"].not_fitting == bodies
     assert await content(crud.managers["note"].storage) == expected
     await crud.close()
     await source.close()

@@ -45,7 +45,7 @@ class ModelImport(Struct, kw_only=True):
     replaced: int = 0
     skipped: int = 0
     unique_conflicts: dict[str, int] = {}
-    misfits: int = 0
+    not_fitting: int = 0
     """Bodies that do not fit the model of this program. They were imported as they are."""
     keys: int = 0
     blobs: int = 0
@@ -65,13 +65,13 @@ class ModelSurvey(NamedTuple):
 
     resources         how many resources the archive has
     revisions         how many revisions they have, each with a body
-    misfits           how many of these bodies do not fit the model of this program. They are imported as they are
+    not_fitting       how many of these bodies do not fit the model of this program. They are imported as they are
     unique_conflicts  how many resources have a value of a unique field that an earlier one of the archive has, by field
     """
 
     resources: int
     revisions: int
-    misfits: int
+    not_fitting: int
     unique_conflicts: dict[str, int]
 
 

@@ -178,7 +178,7 @@ class _Import:
     ) -> None:
         self._managers, self._archive, self._names = managers, archive, names
         self._indexes, self._survey, self._surveyed, self._progress = indexes, survey, surveyed, progress
-        self._results = {name: ModelImport(misfits=survey.misfits[name]) for name in names}
+        self._results = {name: ModelImport(not_fitting=survey.not_fitting[name]) for name in names}
         self._changed = False
 
     def _storage(self, name: str) -> IStorage:
@@ -199,7 +199,7 @@ class _Import:
         self._surveyed(
             {
                 model.name: ModelSurvey(
-                    model.resources, model.revisions, self._survey.misfits[model.name], dict(taken[model.name])
+                    model.resources, model.revisions, self._survey.not_fitting[model.name], dict(taken[model.name])
                 )
                 for model in models
             }

@@ -54,7 +54,7 @@ class Survey(Visitor):
     """
 
     def __init__(self, indexes: Mapping[str, Index], notes: ArchiveNotes, noted: Collection[str] = ()) -> None:
-        self.misfits: Counter[str] = Counter()
+        self.not_fitting: Counter[str] = Counter()
         """How many bodies do not fit the model, by model."""
         self.taken: dict[str, Counter[str]] = {name: Counter() for name in indexes}
         self._indexes, self._notes, self._noted = indexes, notes, noted
@@ -82,7 +82,7 @@ class Survey(Visitor):
         self._revisions += 1
         self._bytes += len(body)
         if not index.fits(body, record.encoding):
-            self.misfits[model] += 1
+            self.not_fitting[model] += 1
         if record.revision == meta.revision:
             self._current = record, body
 

@@ -1,7 +1,7 @@
 """Files and directories that are written under another name beside their place, and then get their name.
 
 A process that is killed leaves what it wrote. So a writer locks its file or directory (flock) until it has its name or
-is removed, and each new writer removes those in the same directory that nobody has locked. See `temporary` for why
+is removed, and each new writer removes those in the same directory that no process has locked. See `temporary` for why
 this is safe: a lock counts only while the name still leads to the locked inode.
 """
 
