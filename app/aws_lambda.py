@@ -29,8 +29,10 @@ from .autocrud.http.messages import Receive, Scope, Send
 from .autocrud.resource_manager.runtime.deadline import DEADLINE, Deadline
 from .base_path import below, put_below
 from .main import create_app
+from .old_exports import remove_old_exports
 from .request_log import RequestLog, write_line
 from .settings import Settings
+from .wiring import pairs
 
 log = logging.getLogger("crudstack.lambda")
 
@@ -96,6 +98,7 @@ class LambdaHandler:
                 'auth is not set: expected the authentication, for example {"mode": "token", ...};'
                 ' {"mode": "none"} gives every caller access'
             )
+        self._settings = settings
         app = create_app(settings, idle_work=False, fits=fits, own_origin=_origin)
         self._crud = app.state.crud
         if lost := [name for name, manager in self._crud.managers.items() if not manager.storage.remote]:
@@ -122,12 +125,27 @@ class LambdaHandler:
         """Run maintenance with a budget of seconds. Return False if it was cancelled after `seconds`."""
         try:
             async with asyncio.timeout(seconds) as limit:
+                await self._remove_old_exports()
                 await self._crud.maintain(budget)
         except TimeoutError:
             if not limit.expired():
                 raise
             return False
         return True
+
+    async def _remove_old_exports(self) -> None:
+        """Remove archives that commands have left in the bucket, if the stack has a function for backups."""
+        if not any(pair.servers for pair in pairs(self._settings)):
+            return
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            removed = await asyncio.to_thread(remove_old_exports, self._settings)
+        except (BotoCoreError, ClientError) as error:
+            log.warning("old archives in the bucket could not be removed, it is tried again: %s", error)
+        else:
+            if removed:
+                log.info("%d versions of old archives were removed from the bucket", removed)
 
     def _maintain(self, context: Any) -> dict[str, Any]:
         began = time.perf_counter()

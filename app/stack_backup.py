@@ -1,7 +1,7 @@
 """Export and import of a stack whose servers are in a closed network, through its function for backups.
 
-Archives pass through the bucket of the stack, at `exports/{id}/`. All their versions are deleted as soon as they are
-not needed, also if a step fails; what a killed command leaves is removed later: see docs/backup.md.
+Archives pass through the bucket of the stack, at `_exports/{id}/`. All their versions are deleted as soon as they are
+not needed, also if a step fails. `old_exports` removes those that a killed command leaves.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .autocrud.backup.sources import Source, readable_twice
 from .autocrud.errors import ConfigError, CrudError, InvalidData, NotEnoughTime, StoreUnavailable
 from .autocrud.resource_manager.runtime.drivers import driver
 from .autocrud.resource_manager.runtime.temporary import ProcessDirectory
+from .old_exports import EXPORTS
 from .settings import Settings
 
 log = logging.getLogger("crudstack.backup")
@@ -35,8 +36,6 @@ log = logging.getLogger("crudstack.backup")
 T = TypeVar("T")
 
 Progress = Callable[[int, int | None, str], None]
-EXPORTS = "exports/"
-"""The beginning of the keys of archives. A rule of the bucket removes what stays there."""
 CALL_S = 930
 """Seconds to wait for an answer of the function, which may run for 900."""
 ANY_SIZE = 2**62

@@ -69,6 +69,7 @@ def build(
 
     network = postgres = cache = broker = None
     if config.needs_network:
+        grants.append(bucket.exports_grant())
         holds_data = "postgres" in config.servers
         network = Network(context, region=bucket.region, zones=zones, holds_data=holds_data)
     if "postgres" in config.servers:

@@ -8,6 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+from uuid import uuid4
 
 import boto3
 import pytest
@@ -17,7 +18,6 @@ from app.backup_function import MARGIN_S, BackupFunction
 from app.dev.local_s3 import make_bucket
 from tests.services import S3Server
 
-BUCKET = "stack-backup"
 INVOCATIONS = "/2015-03-31/functions/{name}/invocations"
 
 
@@ -107,7 +107,8 @@ class Stacks:
         }
         for name, value in self.environment.items():
             monkeypatch.setenv(name, value)
-        make_bucket(BUCKET, s3.url, "us-east-1")
+        self.bucket = f"stacks-{uuid4().hex[:12]}"
+        make_bucket(self.bucket, s3.url, "us-east-1")
         self._functions: dict[str, Lambda] = {}
 
         def client(session: Any, name: str, **more: Any) -> Any:
@@ -123,7 +124,7 @@ class Stacks:
         return {
             "version": 1,
             "storage": storage,
-            "bucket": BUCKET,
+            "bucket": self.bucket,
             "prefix": prefix,
             "region": "us-east-1",
             "backup_function_name": f"backup-{prefix}",
@@ -139,10 +140,10 @@ class Stacks:
         self._functions[function.name] = function
         return outside, function
 
-    def keys(self, prefix: str = "exports/") -> list[str]:
+    def keys(self, prefix: str = "_exports/") -> list[str]:
         """Return the keys of all versions of objects, deleted ones too."""
         client = self._client(boto3.session.Session(), "s3")
-        found = client.list_object_versions(Bucket=BUCKET, Prefix=prefix)
+        found = client.list_object_versions(Bucket=self.bucket, Prefix=prefix)
         return [one["Key"] for one in [*found.get("Versions", []), *found.get("DeleteMarkers", [])]]
 
     def close(self) -> None:

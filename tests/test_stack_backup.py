@@ -61,9 +61,9 @@ async def test_the_reason_of_a_refusal_is_told(stacks, tmp_path):
 
 def test_nothing_is_uploaded_for_a_command_that_has_ended(stacks):
     _, function = stacks.make("fifth")
-    event = {"crudstack": "export", "model": "article", "key": "exports/x/a.tar.gz", "command": "exports/x/command"}
+    event = {"crudstack": "export", "model": "article", "key": "_exports/x/a.tar.gz", "command": "_exports/x/command"}
     assert b"the command that asked for this export has ended" in function.call(event)
-    assert stacks.keys("exports/x/") == []
+    assert stacks.keys("_exports/x/") == []
 
 
 def test_other_events_are_refused(stacks):

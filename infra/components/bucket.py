@@ -12,8 +12,8 @@ from infra.grants import Grant, Statement
 
 READ = ("s3:GetObject",)
 WRITE = (*READ, "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
-EXPORTS = "exports/"
-"""The beginning of the keys of exports, which are removed after a day."""
+EXPORTS = "_exports/"
+"""The beginning of the keys of exports, which are removed within a day. No model has such a name."""
 UPLOAD_HEADERS = ["content-type", "if-match", "if-none-match", "if-range", "range", "x-amz-checksum-sha256"]
 """Headers that pages may send to the bucket."""
 DOWNLOAD_HEADERS = ["accept-ranges", "content-disposition", "content-range", "etag"]
@@ -91,7 +91,8 @@ class DataBucket(Component):
                     "filter": {"prefix": ""},
                     "noncurrent_version_expiration": {"noncurrent_days": 1, "newer_noncurrent_versions": keep_newest},
                 },
-                # An export is removed after its download. This rule removes those whose command was interrupted.
+                # An export is removed after its download, or by the app within a day if its command was killed. This
+                # rule is for a stack whose app does not run. It takes up to four days.
                 {
                     "id": "exports",
                     "status": "Enabled",
@@ -141,6 +142,21 @@ class DataBucket(Component):
             opts=self.data_options(depends_on=[closed]),
         )
         self.register_outputs({"bucket": self.bucket, "arn": self.arn, "region": self.region})
+
+    def exports_grant(self) -> Grant:
+        """Return a grant to remove exports for good: all their versions."""
+        exports: Input[str] = Output.format("{0}/{1}*", self.arn, EXPORTS)
+        return Grant(
+            statements=(
+                Statement(
+                    "ListExports",
+                    ("s3:ListBucketVersions",),
+                    (self.arn,),
+                    {"StringLike": {"s3:prefix": f"{EXPORTS}*"}},
+                ),
+                Statement("RemoveExports", ("s3:DeleteObjectVersion",), (exports,)),
+            )
+        )
 
     def grant(self, access: str, prefix: str = "") -> Grant:
         """Return a grant to list and read the objects whose keys begin with `prefix`, or also to write them.

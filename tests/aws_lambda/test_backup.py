@@ -45,7 +45,7 @@ async def test_a_model_is_exported_and_imported(ministack_s3, database, tmp_path
     source = environment(ministack_s3, database, f"{tmp_path.name}-1", each_task)
     target = environment(ministack_s3, database, f"{tmp_path.name}-2", each_task)
     objects = s3(BUCKET, ministack_s3.url, ministack_s3.access_key_id, ministack_s3.secret_access_key, "us-east-1")
-    folder = f"exports/{tmp_path.name}/"
+    folder = f"_exports/{tmp_path.name}/"
     key, command = f"{folder}a.tar.gz", f"{folder}command"
     await objects.put(command, b"")
 

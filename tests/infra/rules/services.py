@@ -70,7 +70,7 @@ def buckets_are_complete(stack: Recording, config: StackConfig) -> Iterator[str]
             yield f"{bucket.name} keeps any number of versions"
         if not any("abortIncompleteMultipartUpload" in each for each in rules):
             yield f"{bucket.name} keeps broken uploads"
-        exports = [each for each in rules if each["filter"]["prefix"] == "exports/" and each["status"] == "Enabled"]
+        exports = [each for each in rules if each["filter"]["prefix"] == "_exports/" and each["status"] == "Enabled"]
         if [(each["expiration"], each["noncurrentVersionExpiration"]) for each in exports] != [
             ({"days": 1}, {"noncurrentDays": 1})
         ]:
