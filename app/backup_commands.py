@@ -6,20 +6,21 @@ import asyncio
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from msgspec.structs import replace
 
 from .archive_place import ArchivePlace
 from .autocrud.errors import ConfigError, CrudError, InvalidData
 from .dev.environment import environment
 from .progress_line import MB, ProgressBar
 from .settings import Pair, Settings, load
-from .wiring import pairs
+from .wiring import needs_s3, pairs
 
 if TYPE_CHECKING:
     from .autocrud import AutoCRUD
@@ -39,6 +40,7 @@ def export(
     *,
     storage: str | None = None,
     stack: str | None = None,
+    local_s3: Flag = False,
     model: Models = None,
     per_resource: Flag = False,
     force: Flag = False,
@@ -59,6 +61,8 @@ def export(
         The value of `serve --storage`.
     stack
         The value of `serve --stack`.
+    local_s3
+        Use the S3 server of `serve --local-s3` and `make run`, which may run or not.
     model
         Export this model only. May be given several times.
     per_resource
@@ -78,6 +82,9 @@ def export(
     if place.is_stdio and sys.stdout.isatty():
         raise ConfigError("stdout is a terminal: redirect it to a file, or give the name of a file")
     settings = load(environment(storage, stack))
+    running = ExitStack()
+    if local_s3:
+        settings = _with_local_s3(settings, running)
 
     async def work(crud: AutoCRUD | None) -> ExportResult:
         options: dict[str, Any] = {"models": model, "each_resource": per_resource, "compression": compression}
@@ -88,7 +95,8 @@ def export(
             return await export_all(crud.managers, output, **options)
 
     progress = ProgressBar(" files", "load")
-    result = _run(settings, model, work, progress, in_function=needs_function(settings))
+    with running:
+        result = _run(settings, model, work, progress, in_function=needs_function(settings))
     report = sys.stderr if place.is_stdio else sys.stdout
     if json:
         models = [one._asdict() for one in result.models]
@@ -109,6 +117,7 @@ def import_archive(
     *,
     storage: str | None = None,
     stack: str | None = None,
+    local_s3: Flag = False,
     model: Models = None,
     on_conflict: Literal["fail", "skip", "replace"] = "fail",
     sha256: str | None = None,
@@ -135,6 +144,8 @@ def import_archive(
         The value of `serve --storage`.
     stack
         The value of `serve --stack`.
+    local_s3
+        Use the S3 server of `serve --local-s3` and `make run`, which may run or not.
     model
         Import this model only. May be given several times.
     on_conflict
@@ -158,6 +169,9 @@ def import_archive(
 
     place = ArchivePlace(archive)
     settings = load(environment(storage, stack))
+    running = ExitStack()
+    if local_s3:
+        settings = _with_local_s3(settings, running)
 
     async def work(crud: AutoCRUD | None) -> ImportResult:
         options: dict[str, Any] = {"models": model, "on_conflict": on_conflict, "sha256": sha256}
@@ -171,13 +185,14 @@ def import_archive(
     def surveyed(models: Mapping[str, ModelSurvey]) -> None:
         progress.clear()
         for name, one in models.items():
-            found[name] = f"{one.resources:,} resources, {one.revisions:,} revisions"
+            found[name] = f"{one.resources} resources, {one.revisions} revisions"
             if one.not_fitting:
                 print(_unfit(name, one), file=sys.stderr)
 
     found: dict[str, str] = {}
     progress = ProgressBar("verify", " files", "load")
-    result = _run(settings, model, work, progress, in_function=needs_function(settings))
+    with running:
+        result = _run(settings, model, work, progress, in_function=needs_function(settings))
     if json:
         _print_json({"archive": archive, **result._asdict()}, sys.stdout)
         return
@@ -311,6 +326,15 @@ def _failures(progress: ProgressBar) -> Iterator[None]:
         sys.exit(FAILED)
     else:
         progress.clear()
+
+
+def _with_local_s3(settings: Settings, running: ExitStack) -> Settings:
+    """Use the S3 server of `serve --local-s3`. Runs one until `running` ends, if none runs."""
+    from .dev import local_s3
+
+    if settings.local.s3_endpoint_url is not None or not needs_s3(settings):
+        return settings
+    return replace(settings, local=local_s3.start(settings.local, running, share=True))
 
 
 def _check_durable(crud: AutoCRUD, models: Collection[str] | None) -> None:

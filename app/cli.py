@@ -33,7 +33,7 @@ from .dev.environment import environment
 from .main import create_app
 from .s3_tools.lost_copies import lost_copies, remedy
 from .server import serve as http_server
-from .settings import LocalOverrides, TokenAuth, is_loopback, load
+from .settings import TokenAuth, is_loopback, load
 from .wiring import needs_s3, region_of
 
 cli = App(
@@ -93,7 +93,7 @@ def serve(
     with contextlib.ExitStack() as running:
         if needs_s3(settings):
             if local_s3 and settings.local.s3_endpoint_url is None:
-                settings = replace(settings, local=_start_s3(settings.local, running))
+                settings = replace(settings, local=s3_server.start(settings.local, running))
             if make_bucket and settings.outputs.bucket is not None:
                 s3_server.make_bucket(settings.outputs.bucket, settings.local.s3_endpoint_url, region_of(settings))
         app = create_app(settings, loopback=is_loopback(host))
@@ -234,17 +234,6 @@ def s3_rescue(
             print(f"to resume, stop the program and run `crudstack s3-rescue {file} --resume`")
 
     asyncio.run(run())
-
-
-def _start_s3(local: LocalOverrides, running: contextlib.ExitStack) -> LocalOverrides:
-    """Run an S3 server until `running` ends, and use keys that it accepts."""
-    if local.data_dir is None:
-        raise ConfigError("CRUDSTACK_DATA_DIR is not set: --local-s3 keeps its data in that directory")
-    url = running.enter_context(s3_server.ministack(Path(local.data_dir) / "ministack"))
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
-        os.environ.pop(name, None)
-    os.environ.update(s3_server.LOCAL_KEYS)
-    return replace(local, s3_endpoint_url=url)
 
 
 def _serve(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:

@@ -13,14 +13,51 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from ..autocrud.errors import ConfigError
 from ..autocrud.resource_manager.runtime.files import lock_within
+from ..settings import LocalOverrides
 
 START_TIMEOUT_S = 60.0
 OWNER_TIMEOUT_S = 10.0
 """Seconds to wait for another ministack that uses the directory."""
 LOCAL_KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
 """ministack only checks the signatures of presigned URLs, and knows these keys. Other requests must be signed too."""
+
+
+def start(local: LocalOverrides, running: contextlib.ExitStack, *, share: bool = False) -> LocalOverrides:
+    """Run an S3 server with its data in the data directory until `running` ends, and use keys that it accepts.
+
+    share  whether to use the server of another process if one runs there
+
+    Returns the settings with its address. Raises ConfigError.
+    """
+    if local.data_dir is None:
+        raise ConfigError("CRUDSTACK_DATA_DIR is not set: --local-s3 keeps its data in that directory")
+    directory = Path(local.data_dir).expanduser() / "ministack"
+    url = _running(directory) if share else None
+    if url is None:
+        url = running.enter_context(ministack(directory))
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        os.environ.pop(name, None)
+    os.environ.update(LOCAL_KEYS)
+    return replace(local, s3_endpoint_url=url)
+
+
+def _running(directory: Path) -> str | None:
+    """Return the URL of the ministack that uses a directory, or None if none does."""
+    try:
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        lock_within(0, lock, 0.05)
+    except BlockingIOError:
+        return f"http://127.0.0.1:{(directory / 'port').read_text()}"
+    finally:
+        os.close(lock)
+    return None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 from msgspec import Struct
 
@@ -137,3 +138,17 @@ def test_an_archive_on_s3(ministack_s3: S3Server, tmp_path: Path):
     assert "article: 3 created" in done.stdout
     done = run(environment(tmp_path / "other", **s3), "import", f"{url}.missing", code=2)
     assert "there is no object s3://" in done.stderr
+
+
+def test_the_s3_server_of_make_run_is_used_whether_it_runs_or_not(serve, tmp_path: Path):
+    given = environment(tmp_path / "data", "s3-sqlite", CRUDSTACK_BUCKET=BUCKET)
+    server = serve("s3-sqlite", tmp_path / "data", "--local-s3", "--make-bucket")
+    article = {"title": "Sun", "content": "", "author": "a"}
+    httpx.put(f"{server.url}/article/a", json=article, headers={"if-none-match": "*"}).raise_for_status()
+    done = run(given, "export", tmp_path / "x.tar.gz", "--local-s3", "--model", "article")
+    assert "article: 1 resources, 1 revisions, 0 files" in done.stdout
+    server.stop()
+    done = run(given, "import", tmp_path / "x.tar.gz", "--local-s3", "--on-conflict", "replace")
+    assert "article: 1 replaced" in done.stdout
+    done = run(given | {"CRUDSTACK_DATA_DIR": ""}, "export", tmp_path / "y.tar.gz", "--local-s3", code=2)
+    assert done.stderr == "crudstack: CRUDSTACK_DATA_DIR is not set: --local-s3 keeps its data in that directory\n"

@@ -445,6 +445,6 @@ def _pinned(storage: IStorage) -> AbstractAsyncContextManager[str | None]:
 
 def _unfinished(name: str, state: ImportState) -> ImportUnfinished:
     return ImportUnfinished(
-        f"an import of the archive with the SHA-256 {state.sha256} into the model {name!r} is not finished: run it with"
-        " --resume to continue, or with --abort to take it back"
+        f"an import of the archive with the SHA-256 {state.sha256} into the model {name!r} is not finished: import that"
+        " archive with --resume to continue, or with --abort to take it back"
     )
