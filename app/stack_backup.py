@@ -278,6 +278,11 @@ async def import_stack(
     async with readable_twice(source, max_bytes) as path:
         archive = await asyncio.to_thread(verify, path, sha256=sha256, max_bytes=max_bytes, progress=progress)
         with archive:
+            if archive.compression is Compression.zstd:
+                raise InvalidData(
+                    "the function of the stack reads archives that are compressed by gzip only: convert this one by"
+                    " `zstd -dc ARCHIVE | gzip -n > backup.tar.gz`"
+                )
             async with stack.folder() as folder:
                 key = f"{folder}archive"
                 await stack.upload(path, key, archive.size, report)

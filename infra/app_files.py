@@ -54,6 +54,7 @@ NOT_DEPLOYED = frozenset(
         "server/http_answers.py",
         "server/http_protocol.py",
         "server/overload.py",
+        "server/request_body.py",
         "server/request_head.py",
         "server/serve.py",
     }

@@ -111,6 +111,8 @@ def test_the_archive_goes_to_stdout_and_comes_from_stdin(user):
     assert [(model["name"], model["resources"], model["one_moment"]) for model in told["models"]] == [
         ("article", 3, False)
     ]
+    refused = user.run("import", "x.tar.zst", code=2)
+    assert "convert this one by `zstd -dc ARCHIVE | gzip -n > backup.tar.gz`" in refused.stderr
     with (user.directory / "y.tar.gz").open("wb") as file:
         user.run("export", "-", stdout=file, stderr=subprocess.PIPE)
     with (user.directory / "y.tar.gz").open("rb") as file:

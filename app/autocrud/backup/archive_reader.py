@@ -42,9 +42,10 @@ from .archive_format import (
     decode_json,
 )
 from .archive_notes import ArchiveNotes
+from .compression import Compression, compression_of
 from .entries import BlobItems, Entries, Item, KeyItems, Name, ResourceItems
 from .errors import ArchiveTooLarge, BadArchive
-from .plain_stream import READ, FileHash, PlainStream, Start
+from .plain_stream import HEADER, READ, FileHash, PlainStream, Start
 from .tar import Header
 
 Progress = Callable[[int, int | None, str], None]
@@ -317,6 +318,11 @@ class VerifiedArchive:
         """Close the file, and remove the notes."""
         self._file.close()
         self.notes.close()
+
+    @property
+    def compression(self) -> Compression:
+        """How the archive is compressed."""
+        return compression_of(os.pread(self._file.fileno(), HEADER, 0))
 
     def model(self, name: str) -> ModelEntry:
         """Return the entry of a model in the manifest. Raises KeyError if it has none."""

@@ -87,6 +87,10 @@ DRIVERS = {"aio_pika", "psycopg", "redis", "yarl"}
 """Packages of single storages. Only the zips for those storages contain them."""
 
 
+UNUSED = {"backports", "compression"}
+"""Packages that no handler needs: archives of functions are compressed by gzip. The second is part of Python 3.14."""
+
+
 def imported(unpacked):
     """Return the modules that the app imports, also inside of functions."""
     modules = set()
@@ -96,7 +100,7 @@ def imported(unpacked):
                 modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.add(node.module)
-    return {module for module in modules if module.partition(".")[0] not in RUNTIME}
+    return {module for module in modules if module.partition(".")[0] not in RUNTIME | UNUSED}
 
 
 def test_unpacked_all_that_the_app_imports_is_there(python, unpacked):
