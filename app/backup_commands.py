@@ -94,7 +94,7 @@ def export(
                 return await export_stack(settings, output, **options)
             return await export_all(crud.managers, output, **options)
 
-    progress = ProgressBar(" files", "load")
+    progress = ProgressBar(" files", "download")
     with running:
         result = _run(settings, model, work, progress, in_function=needs_function(settings))
     report = sys.stderr if place.is_stdio else sys.stdout
@@ -190,7 +190,7 @@ def import_archive(
                 print(_unfit(name, one), file=sys.stderr)
 
     found: dict[str, str] = {}
-    progress = ProgressBar("verify", " files", "load")
+    progress = ProgressBar("verify", " files", "upload")
     with running:
         result = _run(settings, model, work, progress, in_function=needs_function(settings))
     if json:

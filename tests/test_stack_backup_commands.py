@@ -7,8 +7,11 @@ import hashlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +153,39 @@ def test_a_bar_shows_the_progress_on_a_terminal(user):
         os.close(terminal)
     assert "models, now airport [######..............] 1 of 3" in said
     assert "article: 3" in said
+
+
+def test_ctrl_c_ends_the_command_at_once_and_leaves_nothing(user, function, stacks):
+    """The function goes on. It then finds that the command has ended, and uploads nothing."""
+    call, waiting, released, answers = function.call, threading.Event(), threading.Event(), []
+
+    def late(event: dict[str, Any]) -> bytes:
+        if event["crudstack"] == "export":
+            waiting.set()
+            released.wait(60)
+        answers.append(call(event))
+        return answers[-1]
+
+    function.call = late
+    running = subprocess.Popen(
+        [*PROGRAM, "export", "x.tar.gz", "--stack", "dev"],
+        cwd=user.directory,
+        env=user.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert waiting.wait(60)
+        assert len(stacks.keys()) == 1, "the object that tells the function that the command waits"
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    finally:
+        released.set()
+        running.kill()
+        running.wait()
+    assert (running.returncode, said) == (130, "crudstack: stopped\n")
+    assert [entry.name for entry in user.directory.iterdir() if "x.tar" in entry.name] == []
+    while len(answers) < 2:
+        time.sleep(0.01)
+    assert b"the command that asked for this export has ended" in answers[1]
+    assert stacks.keys() == []
