@@ -15,6 +15,8 @@ from .archive_reader import VerifiedArchive
 from .errors import BadArchive
 from .pieces import prefetched
 
+UPLOADS_AT_ONCE, BYTES_AT_ONCE = 8, 64 * 1024 * 1024
+"""How many blobs are stored at the same time, and how many bytes they have together. A larger blob is stored alone."""
 UPLOADER = "import"
 """The owner of blobs in a custom storage that cannot keep the owners of the archive."""
 
@@ -39,14 +41,39 @@ async def import_blobs(
     """
     blobs, absent, count = blobs_of(storage, model), set(archive.model(model).absent), 0
     items = archive.blobs(model)
-    while (item := await asyncio.to_thread(next, items, None)) is not None:
-        row, chunks = item
-        if not await asyncio.to_thread(archive.notes.is_referred_to, model, row.key, absent):
-            continue
-        found = await _uploaded(blobs, row) if again else None
-        stored = found or await _upload(blobs, row, chunks, loader)
-        await asyncio.to_thread(archive.notes.set_blob, model, row.key, stored.key)
-        count += 1
+    running: dict[asyncio.Task[BlobRow], BlobRow] = {}
+
+    async def note(*, most: int, most_bytes: int) -> None:
+        """Note the uploads that are complete. Waits while more than so many run, or while they have more bytes."""
+        while running:
+            fits = len(running) <= most and sum(row.size for row in running.values()) <= most_bytes
+            ready, _ = await asyncio.wait(running, timeout=0 if fits else None, return_when=asyncio.FIRST_COMPLETED)
+            for task in ready:
+                stored, row = await task, running.pop(task)
+                if loader is not None:
+                    await loader.add_blobs([stored])
+                await asyncio.to_thread(archive.notes.set_blob, model, row.key, stored.key)
+            if fits and not ready:
+                return
+
+    try:
+        while (item := await asyncio.to_thread(next, items, None)) is not None:
+            row, chunks = item
+            if not await asyncio.to_thread(archive.notes.is_referred_to, model, row.key, absent):
+                continue
+            count += 1
+            if again and (found := await _uploaded(blobs, row)) is not None:
+                await asyncio.to_thread(archive.notes.set_blob, model, row.key, found.key)
+                continue
+            await note(most=UPLOADS_AT_ONCE - 1, most_bytes=max(0, BYTES_AT_ONCE - row.size))
+            received = asyncio.get_running_loop().create_future()
+            running[asyncio.create_task(_upload(blobs, row, chunks, received, committed=loader is None))] = row
+            await received  # the next blob follows these bytes in the archive
+        await note(most=0, most_bytes=0)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
     return count
 
 
@@ -55,20 +82,26 @@ async def _uploaded(blobs: Blobs, row: BlobRow) -> BlobRow | None:
     return next((one for one in rows if one.owner == row.owner and one.size == row.size), None)
 
 
-async def _upload(blobs: Blobs, row: BlobRow, chunks: Iterator[bytes], loader: Loader | None) -> BlobRow:
-    if isinstance(blobs, BlobRestoring):
-        context = blobs.restore(row.owner, max_size=row.size, row=loader is None)
-    elif loader is None:
-        context = blobs.receive(UPLOADER, max_size=row.size)
-    else:
-        raise ConfigError("the files of this storage cannot be loaded in one step")
-    async with context as upload:
-        async with aclosing(prefetched(chunks)) as prepared:
-            async for chunk in prepared:
-                await upload.write(chunk)
-        stored = await upload.finish()
+async def _upload(
+    blobs: Blobs, row: BlobRow, chunks: Iterator[bytes], received: asyncio.Future[None], *, committed: bool
+) -> BlobRow:
+    """Upload a blob. `received` is done once its bytes are read from the archive, or if they cannot be used."""
+    try:
+        if isinstance(blobs, BlobRestoring):
+            context = blobs.restore(row.owner, max_size=row.size, row=committed)
+        elif committed:
+            context = blobs.receive(UPLOADER, max_size=row.size)
+        else:
+            raise ConfigError("the files of this storage cannot be loaded in one step")
+        async with context as upload:
+            async with aclosing(prefetched(chunks)) as prepared:
+                async for chunk in prepared:
+                    await upload.write(chunk)
+            received.set_result(None)
+            stored = await upload.finish()
+    finally:
+        if not received.done():
+            received.set_result(None)
     if stored.sha256 != row.sha256:
         raise BadArchive("the archive was changed while it was read")
-    if loader is not None:
-        await loader.add_blobs([stored])
     return stored

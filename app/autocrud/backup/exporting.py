@@ -28,6 +28,8 @@ T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int | None, str], None]
 """Called with the amount that is done, the total if it is known, and what is counted: `article`, or `article files`."""
 
+PAGE_BODIES = 4 * READ_AT_ONCE
+"""How many bodies are read at once, if they are small."""
 PAGE_BYTES = 8 * 1024 * 1024
 """A page of bodies is made smaller until it takes no more than this."""
 UNKNOWN_OWNER = "0" * 64
@@ -232,7 +234,7 @@ class _ModelExport:
     ) -> list[Item]:
         found = await snapshot.bodies(uids) if uids else []
         largest = max((len(body) for body in found if body is not None), default=0)
-        self._page_size = max(1, min(READ_AT_ONCE, PAGE_BYTES // max(1, largest)))
+        self._page_size = max(1, min(PAGE_BODIES, 2 * self._page_size, PAGE_BYTES // max(1, largest)))
         bodies = iter(found)
         return [(item, next(bodies) if isinstance(item, RevisionInfo) else None) for item in items]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from typing import NamedTuple
 
 from ..resource_manager.basic import IStorage, RevisionInfo, StoredKey
 from ..resource_manager.contract.import_journal import ImportStorage
@@ -14,6 +16,9 @@ from .blob_import import import_blobs
 from .import_states import ModelImport
 from .pieces import Piece, Rewriting, batches_of, new_uids, pieces_of, prefetched
 from .survey import Index
+
+BATCHES_AT_ONCE = 3
+"""The bodies of so many batches are stored at the same time, because a store elsewhere takes long to answer."""
 
 
 class ModelLoad:
@@ -30,9 +35,19 @@ class ModelLoad:
     ) -> None:
         self._storage, self._loader, self._archive = storage, loader, archive
         self._model, self._index, self._result = model, index, result
+        self._stored: deque[_Batch] = deque()
 
     async def fill(self, progress: Callable[[int], None], keys: AsyncIterator[list[StoredKey]]) -> None:
         """Store bodies and blobs, and add everything to the loader."""
+        try:
+            await self._fill(progress, keys)
+        finally:
+            unused = [batch.stored for batch in self._stored]
+            for one in unused:
+                one.cancel()
+            await asyncio.gather(*unused, return_exceptions=True)
+
+    async def _fill(self, progress: Callable[[int], None], keys: AsyncIterator[list[StoredKey]]) -> None:
         storage, notes, model = self._storage, self._archive.notes, self._model
         assert isinstance(storage, ImportStorage), "the caller has looked"
         if self._archive.model(model).blobs:
@@ -42,14 +57,17 @@ class ModelLoad:
         batches = batches_of(pieces_of(self._archive, model, self._index))
         async with aclosing(prefetched(batches)) as prepared:
             async for batch in prepared:
-                await self._add(batch, rewriting, ascending)
+                self._store(batch, rewriting, ascending)
+                await self._add(most=BATCHES_AT_ONCE - 1)
                 progress(self._result.created)
+        await self._add(most=0)
         await self._loader.add(ascending.end())
         async for page in keys:
             await self._loader.add_keys(page)
             self._result.keys += len(page)
 
-    async def _add(self, batch: Sequence[Piece], rewriting: Rewriting, ascending: _Ascending) -> None:
+    def _store(self, batch: Sequence[Piece], rewriting: Rewriting, ascending: _Ascending) -> None:
+        """Begin to store the bodies of a batch."""
         items: list[LoadedResource | RevisionInfo] = []
         bodies: list[tuple[RevisionInfo, bytes]] = []
         uids: list[tuple[str, str]] = []
@@ -64,9 +82,25 @@ class ModelLoad:
                 self._result.created += 1
             items += ascending.records(piece, records)
         assert isinstance(self._storage, ImportStorage), "`fill` has looked"
-        await self._storage.put_bodies(bodies)
-        await self._loader.add(items)
-        await asyncio.to_thread(self._archive.notes.set_uids, self._model, uids)
+        stored = asyncio.ensure_future(self._storage.put_bodies(bodies))
+        self._stored.append(_Batch(stored, items, uids))
+
+    async def _add(self, *, most: int) -> None:
+        """Give batches to the loader, in their order, until the bodies of at most so many are being stored."""
+        while len(self._stored) > most:
+            batch = self._stored[0]
+            await batch.stored
+            self._stored.popleft()
+            await self._loader.add(batch.items)
+            await asyncio.to_thread(self._archive.notes.set_uids, self._model, batch.uids)
+
+
+class _Batch(NamedTuple):
+    """A batch whose bodies are being stored."""
+
+    stored: asyncio.Future[None]
+    items: list[LoadedResource | RevisionInfo]
+    uids: list[tuple[str, str]]
 
 
 class _Ascending:

@@ -167,7 +167,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodySnapshots, IndexKeeping):
 class _BodiesOnS3(BodySnapshot):
     def __init__(self, objects: ObjectStore, prefix: str) -> None:
         self._objects, self._prefix = objects, prefix
-        self._turns = asyncio.Semaphore(CONCURRENT_GETS)
+        self._turns = asyncio.Semaphore(2 * CONCURRENT_GETS)  # no request of a client waits for these
 
     @override
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
