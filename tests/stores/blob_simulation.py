@@ -37,10 +37,10 @@ from tests.virtual_time import VirtualTimeLoop
 T = TypeVar("T")
 
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-PIN_S, KEEP_S, URL_S, STAGING_S = 10.0, 20.0, 15, 15
+PIN_S, KEEP_S, URL_S, STAGING_S = 10.0, 6.0, 15, 15
 """Seconds that a pin lives without a renewal, an unused upload is kept, a URL can be used, and a staging object lies
 after that. They are short, so that a few minutes have everything."""
-FREEZES = ((0.5, 4), (PIN_S, 2 * PIN_S), (KEEP_S, 2 * KEEP_S))
+FREEZES = ((0.5, 4), (PIN_S, 2 * PIN_S), (3 * PIN_S, 5 * PIN_S))
 LATE_S = 4.0
 BODIES, BLOBS = "data/", "blobs/"
 _BODY = re.compile(r"[0-9]+/[0-9a-f-]{36}")
