@@ -9,6 +9,8 @@ from .mutants_of_stores import M, P
 
 ROWS = ["tests/stores/test_conformance.py", "-k", "Memory and not WithS3 or TestDisk"]
 S3_ROWS = ["tests/stores/test_s3_blobs.py", "tests/stores/test_s3_blob_simulation.py"]
+SIMULATION = ["tests/stores/test_blob_simulation.py"]
+LOADS = ["tests/stores/redis/test_loading.py"]
 OLDER = ["tests/stores/test_older_program.py"]
 T = M + "backends/sqlite/blob_tables.py"
 
@@ -78,4 +80,72 @@ BLOB_MUTANTS = [
         'for name in expected if name != "blobs" and',
         S3_ROWS,
     ),
+    (
+        "a sweep removes content while there is a pin",
+        M + "storage/blobs.py",
+        "return self._pinning is not None and await self._pinning.has_pins()",
+        "return False",
+        SIMULATION,
+    ),
+    (
+        "a sweep removes bodies while there is a pin",
+        M + "storage/sweeping.py",
+        "if self._pins is not None and await self._pins.has_pins():",
+        "if False:",
+        SIMULATION,
+    ),
+    (
+        "edits remove bodies while there is a pin",
+        M + "storage/dropped_bodies.py",
+        "            if await self._are_pinned():\n                self._keep",
+        "            if False:\n                self._keep",
+        SIMULATION,
+    ),
+    (
+        "a sweep removes content before its row",
+        M + "storage/blobs.py",
+        "        removable = await self._rows.remove_blobs(keys)\n        if removable:\n            if await self",
+        (
+            "        await self._store.delete([key for key in keys if not await self._rows.blob_uses(key)])\n"
+            "        removable = await self._rows.remove_blobs(keys)\n        if removable:\n            if await self"
+        ),
+        SIMULATION,
+    ),
+    (
+        "uploads of equal content have one key",
+        M + "storage/blobs.py",
+        'key = await self._writer.store(f"{epoch}-{uuid7().hex}")\n            row',
+        'key = await self._writer.store(f"{epoch}-{0:032x}")\n            row',
+        SIMULATION,
+    ),
+    (
+        "a purge releases nothing",
+        M + "storage/simple_storage.py",
+        "await self._blobs.release_purged(released)",
+        "pass",
+        SIMULATION,
+    ),
+    (
+        "uploads are swept at once",
+        M + "blob_store/s3.py",
+        "if listed.modified <= stored_by:",
+        "if True:",
+        SIMULATION,
+    ),
+    (
+        "Redis loads into a model with data",
+        M + "backends/redis/load_scripts.py",
+        "local found = held()\nif found then return say('full', found) end",
+        "",
+        ["tests/stores/redis/test_redis.py", "-k", "TestRedis and (that_has_data or a_load_races or of_two_loads)"],
+    ),
+    (
+        "Redis publishes half a load",
+        M + "backends/redis/load_scripts.py",
+        "if counts[i] ~= num()",
+        "if not num()",
+        LOADS,
+    ),
+    ("replicas miss a load", M + "backends/redis/load_scripts.py", "seq = seq + 2", "seq = seq + 1", LOADS),
+    ("loads expire", M + "backends/redis/load_scripts.py", "redis.call('PERSIST', move[1])", "", LOADS),
 ]

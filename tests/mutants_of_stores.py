@@ -452,7 +452,7 @@ STORE_MUTANTS = [
     ),
     (
         "older programs write beside blobs in Redis",
-        M + "backends/redis/blob_scripts.py",
+        M + "backends/redis/script_parts.py",
         "'format', 2, 'unique', unique)",
         "'format', 2)",
         OLDER,
