@@ -70,7 +70,7 @@ def set_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _weight(call: Call) -> int:
     """Return how many times more likely a failure of a request is, because there are few such requests."""
-    if call.op in ("delete", "copy"):
+    if call.op in ("delete", "copy") or BLOB_KEY.fullmatch(call.key.removeprefix(BLOBS)):
         return 12
     return 4 if call.key.startswith(BLOBS) else 1
 
