@@ -4,36 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .albums import app_of, sent
-from .conftest import MERGE, client_of, problem
-
-CONTENT = bytes(range(256)) * 40
-PNG = {"content-type": "image/png"}
-
-
-@pytest.fixture
-def crud_and_app():
-    app, crud = app_of()
-    return crud, app
-
-
-@pytest.fixture
-def crud(crud_and_app):
-    return crud_and_app[0]
-
-
-@pytest.fixture
-async def api(crud_and_app):
-    async with client_of(crud_and_app[1]) as client:
-        yield client
-
-
-@pytest.fixture
-async def album(api):
-    """An album with a cover: its path and the reference."""
-    cover = await sent(api, CONTENT, "sun.png", **PNG)
-    answer = await api.post("/album", json={"title": "Sun", "cover": cover})
-    return answer.headers["location"], cover
+from .album_fixtures import CONTENT, PNG, album_fixture, api_fixture, crud_and_app_fixture, crud_fixture  # noqa: F401
+from .albums import sent
+from .conftest import MERGE, problem
 
 
 async def test_a_download_has_the_content_and_its_headers(api, album):

@@ -10,36 +10,9 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Blob
 
+from .album_fixtures import CONTENT, PNG, album_fixture, api_fixture, crud_and_app_fixture, crud_fixture  # noqa: F401
 from .albums import Album, app_of, sent, sha256_of
 from .conftest import client_of, problem
-
-CONTENT = bytes(range(256)) * 40
-PNG = {"content-type": "image/png"}
-
-
-@pytest.fixture
-def crud_and_app():
-    app, crud = app_of()
-    return crud, app
-
-
-@pytest.fixture
-def crud(crud_and_app):
-    return crud_and_app[0]
-
-
-@pytest.fixture
-async def api(crud_and_app):
-    async with client_of(crud_and_app[1]) as client:
-        yield client
-
-
-@pytest.fixture
-async def album(api):
-    """An album with a cover: its path and the reference."""
-    cover = await sent(api, CONTENT, "sun.png", **PNG)
-    answer = await api.post("/album", json={"title": "Sun", "cover": cover})
-    return answer.headers["location"], cover
 
 
 @pytest.mark.parametrize(
