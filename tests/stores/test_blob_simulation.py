@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import os
 import random
 from collections import Counter
@@ -291,16 +292,17 @@ class World:
         while True:
             await asyncio.sleep(self.random.uniform(0, 8))
             self.number += 1
-            path = self.root / f"{self.number}.tar.gz"
+            path, file = self.root / f"{self.number}.tar.gz", io.BytesIO()  # a killed export closes no file
             before, attempts = dict(self.written), self.attempts.copy()
             slowness.set(self.random.choice([1, 0.4 / self.bucket.latency_s, 1 / self.bucket.latency_s]))
             try:
-                await exporting.export_all({"doc": manager}, path)
+                await exporting.export_all({"doc": manager}, file)
             except CrudError as error:
                 if isinstance(error, StoreDamaged) or "in a store that keeps no pins" in str(error):
                     raise AssertionError(f"an export lacks something: {error}") from error
             else:
                 unchanged = {rid: state for rid, state in before.items() if self.attempts[rid] == attempts[rid]}
+                path.write_bytes(file.getvalue())
                 self.check_archive(path, unchanged)
                 self.done["export"] += 1
 
