@@ -68,7 +68,7 @@ from .blob_simulation import (
     slowness,
 )
 
-SEEDS = range(int(os.environ.get("SIMULATIONS", "20")))
+SEEDS = range(int(os.environ.get("SIMULATIONS", "16")))
 PROCESSES, DURATION_S, LIFE_S = 3, 100.0, 45.0
 CALLERS = ("alice", "bob")
 COMMON = tuple(f"content {number}".encode() for number in range(3))
