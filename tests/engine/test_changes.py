@@ -77,7 +77,13 @@ CHANGES = {
     "timeout_s": Change(S3, "timeout_s", 20, updated={*VERSION, "MetricAlarm duration"}),
     "concurrency": Change(S3, "concurrency", 5, updated={FUNCTION}),
     "snap_start": Change(S3, "snap_start", True, updated=VERSION),
-    "cors": Change(S3, "cors", ["https://example.org"], updated={*VERSION, "Api api"}),
+    "cors": Change(
+        S3,
+        "cors",
+        ["https://example.org"],
+        updated={*VERSION, "Api api"},
+        created={"BucketCorsConfiguration data"},
+    ),
     "domain": Change(S3, "domain", DOMAIN, updated={"Api api"}, created=OF_DOMAIN),
     "domain.base_path": Change(
         msgspec.structs.replace(S3, domain=DOMAIN),

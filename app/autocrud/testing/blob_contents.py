@@ -398,8 +398,8 @@ class DurableBlobContentConformance(BlobContentConformance):
 
     async def test_blobs_are_there_after_a_restart(self, root: Path) -> None:
         manager = manage(self.make(root))
+        files = Files(manager)  # skips the test if there are no blobs, so nothing is open yet
         await manager.open()
-        files = Files(manager)
         named, unnamed = await files.upload(b"named"), await files.upload(b"unnamed" * 100_000)
         await files.create("r", named)
         await manager.close()
