@@ -41,6 +41,8 @@ OF_DOMAIN = {
 FUNCTION, ALIAS = "Function api", "Alias api"
 VERSION = {FUNCTION, ALIAS}
 """A change of the function publishes a new version, and the alias is moved to it."""
+OUTPUTS = {*VERSION, "Function backup"}
+"""Both functions of a stack with a network know its outputs."""
 
 CHANGES = {
     "storage": Change(S3, "storage", "cached-s3", updated=VERSION),
@@ -123,7 +125,7 @@ CHANGES = {
         FULL,
         "cache",
         Cache(mode="nodes"),
-        updated={*VERSION, "RolePolicy api"},
+        updated={*OUTPUTS, "RolePolicy api", "RolePolicy backup"},
         created={"ReplicationGroup cache", "SubnetGroup cache", "MetricAlarm cache-memory"},
         deleted={"ServerlessCache cache", "MetricAlarm cache-throttled"},
     ),
@@ -132,14 +134,14 @@ CHANGES = {
         FULL,
         "broker",
         Broker(mode="cluster"),
-        updated={*VERSION, "MetricAlarm broker-cpu", "MetricAlarm broker-messages"},
+        updated={*OUTPUTS, "MetricAlarm broker-cpu", "MetricAlarm broker-messages"},
         replaced={"Broker broker"},
     ),
     "broker.version": Change(
         FULL,
         "broker",
         Broker(version="3.13"),
-        updated={*VERSION, "MetricAlarm broker-cpu", "MetricAlarm broker-messages"},
+        updated={*OUTPUTS, "MetricAlarm broker-cpu", "MetricAlarm broker-messages"},
         replaced={"Broker broker"},
     ),
     "log_days": Change(S3, "log_days", 90, updated={"LogGroup api", "LogGroup access"}),
