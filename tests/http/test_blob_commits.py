@@ -173,6 +173,28 @@ async def test_uploads_references_and_purges_at_the_same_time_lose_no_file(manag
             assert (sha256_of(content), len(content)) == (cover.sha256, cover.size)
 
 
+@pytest.mark.parametrize("status", ["stable", "draft"])
+async def test_a_write_is_planned_again_if_its_resource_was_purged_and_created_meanwhile(manager, monkeypatch, status):
+    ref = await manager.upload(CONTENT, by="alice")
+    await manager.create(Album("1"), resource_id="r")
+    await manager.update("r", Album("2"), status=status)
+    revision, asked = manager.storage.revision, []
+
+    async def late(resource_id: str, number: int):
+        asked.append(number)
+        if len(asked) == 1:
+            await manager.purge("r")
+            await manager.create(Album("other"), resource_id="r", status=status)
+        return await revision(resource_id, number)
+
+    monkeypatch.setattr(manager.storage, "revision", late)
+    write = manager.update if status == "stable" else manager.modify
+    written = await write("r", Album("3", ref), by="alice")
+    assert asked == [2, 1] if status == "stable" else asked[:2] == [2, 1]
+    assert written.meta.revision == (2 if status == "stable" else 1)
+    assert await read(manager, "r", ref) == CONTENT
+
+
 async def _exists(manager, resource_id: str) -> bool:
     try:
         await manager.meta(resource_id)

@@ -30,6 +30,8 @@ from ...errors import (
     MetadataTooLarge,
     ResourceNotFound,
     RevisionIsStable,
+    RevisionNotFound,
+    StoreDamaged,
     VersionConflict,
     Violation,
 )
@@ -235,7 +237,7 @@ class Plan(Generic[T]):
         found = await self._references.of(model_data)
         if not found:
             return model_data, ()
-        record = None if replaced is None else await self._record(replaced.resource_id, replaced.revision)
+        record = None if replaced is None else await self._current_record(replaced)
         by, access_filter = self._by, self._access_filter
         return await self._references.resolved(model_data, found, record, by=by, access_filter=access_filter)
 
@@ -281,7 +283,7 @@ class Plan(Generic[T]):
             meta, uid=self._storage.new_uid(), data_hash=digest, encoding=encoding, schema_version=self._schema_version
         )
         record = replace(
-            await self._record(meta.resource_id, meta.revision),
+            await self._current_record(meta),
             uid=new.uid,
             data_hash=digest,
             encoding=encoding,
@@ -363,7 +365,7 @@ class Plan(Generic[T]):
             return state
         new = self._next(meta, status="stable")
         record = replace(
-            await self._record(meta.resource_id, meta.revision),
+            await self._current_record(meta),
             status="stable",
             updated_time=new.updated_time,
             updated_by=self._by,
@@ -405,6 +407,17 @@ class Plan(Generic[T]):
     async def _record(self, resource_id: str, revision: int) -> RevisionInfo:
         planned = self._records.get((resource_id, revision))
         return planned or await self._storage.revision(resource_id, storable_number(revision))
+
+    async def _current_record(self, meta: ResourceMeta) -> RevisionInfo:
+        """Return the record of the present revision.
+
+        Raises StoreDamaged if there is none. The resource may have been purged after its metadata was read, and created
+        again, so the caller tries again.
+        """
+        try:
+            return await self._record(meta.resource_id, meta.revision)
+        except RevisionNotFound:
+            raise StoreDamaged(f"the record of revision {meta.revision} of {meta.resource_id!r} is missing") from None
 
     async def _history(self, resource_id: str, before: int | None = None) -> AsyncIterator[RevisionInfo]:
         """Yield the records of the revisions below a number: first the planned ones, then the stored ones."""

@@ -194,8 +194,8 @@ class WriteExecutor(Generic[T]):
     ) -> Sequence[ResourceState | None] | StoreDamaged | None:
         """Return the states that the operations leave, or None if a concurrent write was committed first.
 
-        Returns StoreDamaged if a body cannot be read. Such a body may be that of a draft which was replaced after its
-        metadata was read, so the caller tries again. Raises AlreadyCommitted if the key was committed before.
+        Returns StoreDamaged if a body or a record cannot be read. It may have been replaced or purged after the
+        metadata were read, so the caller tries again. Raises AlreadyCommitted if the key was committed before.
         """
         if self._storage.may_be_stale:
             await self._check_unused(key, peek=True)
