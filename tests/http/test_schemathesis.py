@@ -102,6 +102,9 @@ def _verb(name: str) -> str:
     return re.sub(f"_({'|'.join(MODELS)})$", "", name)
 
 
+schemathesis.serializer.alias(
+    ["application/gzip", "application/x-gzip", "application/zstd"], "application/octet-stream"
+)
 schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=configuration())
 
 

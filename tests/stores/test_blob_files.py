@@ -318,4 +318,4 @@ def test_memory_does_not_depend_on_the_size(tmp_path, kind):
     process = start("memory", str(tmp_path) if kind == "disk" else "s3:memory/", "300", temp=tmp_path)
     grown_mb = float(process.communicate()[0])
     assert process.returncode == 0
-    assert grown_mb < 60
+    assert grown_mb < (60 if kind == "disk" else 100)  # S3 takes several parts of 8 MB at once, whatever the size

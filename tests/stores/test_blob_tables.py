@@ -85,7 +85,8 @@ async def test_models_without_blobs_run_no_statement_about_them(factory: type[IS
     await manager.update("r", Item(text="3"))
     await manager.purge("r")
     assert len(statements) > 20
-    assert [one for one in statements if "blob" in one or "sqlite_schema" in one] == []
+    others = [one for one in statements if "import_entries" not in one]  # a purge looks for the journal of an import
+    assert [one for one in others if "blob" in one or "sqlite_schema" in one] == []
     await manager.close()
 
 

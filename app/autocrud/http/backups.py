@@ -50,6 +50,8 @@ STALLED_S = 60.0
 """An export ends if the client reads nothing for so long."""
 FORMATS = {"tar.gz": b"application/gzip", "tar.zst": b"application/zstd"}
 ARCHIVE_TYPES = ("application/gzip", "application/x-gzip", "application/zstd", "application/octet-stream")
+MOST_BYTES = 2**53 - 1
+"""Largest `max_bytes`: JSON numbers of most programs are exact up to here."""
 
 Action = Literal["export", "import"]
 
@@ -269,7 +271,7 @@ class _ImportRoute(_BackupRoute):
         on_conflict = options.get("on_conflict", "fail")
         if on_conflict not in ("fail", "skip", "replace"):
             raise bad_parameter("on_conflict", f"expected fail, skip or replace, got {on_conflict[:60]!r}")
-        limit = parse_integer("max_bytes", options["max_bytes"], 1, 2**62) if "max_bytes" in options else None
+        limit = parse_integer("max_bytes", options["max_bytes"], 1, MOST_BYTES) if "max_bytes" in options else None
         check = "check" in options and parse_flag("check", options["check"])
         chosen = ImportOptions(await self._chosen(request, models), on_conflict, options.get("sha256"), limit, check)
         if request.header(b"content-type") is not None:

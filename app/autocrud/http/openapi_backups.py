@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .backups import ARCHIVE_TYPES, FORMATS
+from .backups import ARCHIVE_TYPES, FORMATS, MOST_BYTES
 from .openapi_parts import BOOL, json_content, query_parameter, responses_of
 from .value_schemas import Schema
 
@@ -48,7 +48,11 @@ def paths(models: Collection[str]) -> dict[str, dict[str, Schema]]:
                 "if a model has a resource of the archive already: refuse the import, keep it, or replace it",
             ),
             query_parameter("sha256", {"type": "string", "pattern": "^[0-9a-f]{64}$"}, "of the archive"),
-            query_parameter("max_bytes", {"type": "integer", "minimum": 1}, "of the decompressed archive"),
+            query_parameter(
+                "max_bytes",
+                {"type": "integer", "minimum": 1, "maximum": MOST_BYTES},
+                "of the decompressed archive",
+            ),
         ],
         "requestBody": {
             "required": True,
