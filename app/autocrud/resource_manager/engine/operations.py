@@ -11,7 +11,9 @@ from typing import Any, Generic, Literal, TypeVar
 from msgspec import Struct
 
 from ...access import Action
-from ..basic import Status, Version
+from ...errors import VersionConflict
+from ..basic import ResourceMeta, Status, Version
+from ..contract.store_errors import check_expectation
 from ..model.codec import ModelData
 
 T = TypeVar("T")
@@ -124,3 +126,15 @@ ACTIONS: dict[type[Any], Action] = {
     Purge: "purge",
 }
 """The action of access control that each operation needs. Callers cannot request Expire, so it needs none."""
+
+
+def check_expected(expect: Expected, meta: ResourceMeta) -> None:
+    """Raise VersionConflict unless the resource is in an expected state."""
+    found = Version(meta.version, meta.nonce)
+    if isinstance(expect, Version):
+        check_expectation(expect, meta.resource_id, found)
+    elif found not in expect:
+        raise VersionConflict(
+            f"resource {meta.resource_id!r} is at version {meta.version}, none of those that were expected;"
+            " read it again"
+        )

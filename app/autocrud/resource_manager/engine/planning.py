@@ -38,7 +38,7 @@ from ...errors import (
 from ...query import Filter
 from ..basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Status, Version, Write
 from ..contract.limits import check_index, check_items, may_exceed
-from ..contract.store_errors import check_expectation, check_new_id, missing, storable_number
+from ..contract.store_errors import check_new_id, missing, storable_number
 from ..model.codec import Codec, ModelData, canonical_json
 from ..model.json_shape import EXPECTED_SHAPE, misshapen
 from ..runtime.deadline import check_time
@@ -48,7 +48,6 @@ from .operations import (
     ACTIONS,
     Create,
     Delete,
-    Expected,
     Expire,
     Modify,
     Operation,
@@ -59,6 +58,7 @@ from .operations import (
     Retention,
     Switch,
     Update,
+    check_expected,
 )
 from .references import References
 from .state import ResourceState, StateReader, deleted
@@ -157,7 +157,7 @@ class Plan(Generic[T]):
             raise missing(operation.resource_id)
         meta = state.meta
         if operation.expect is not None:
-            _check_expected(operation.expect, meta)
+            check_expected(operation.expect, meta)
         if meta.is_deleted and not isinstance(operation, Restore | Purge | Expire):
             raise deleted(meta.resource_id)
         match operation:
@@ -493,17 +493,6 @@ class Plan(Generic[T]):
             self._records[meta.resource_id, record.revision] = record
         state = self._states[meta.resource_id] = ResourceState(meta, json, write=len(self.writes) - 1)
         return state
-
-
-def _check_expected(expect: Expected, meta: ResourceMeta) -> None:
-    found = Version(meta.version, meta.nonce)
-    if isinstance(expect, Version):
-        check_expectation(expect, meta.resource_id, found)
-    elif found not in expect:
-        raise VersionConflict(
-            f"resource {meta.resource_id!r} is at version {meta.version}, none of those that were expected;"
-            " read it again"
-        )
 
 
 def new_nonce() -> str:
