@@ -52,7 +52,7 @@ def test_killed_processes_leave_complete_blobs_only(tmp_path):
         for process in processes:
             lines = process.communicate()[0].split("\n")
             said += lines[: -1 if lines[-1] else None]
-    words = [line.split(" ") for line in said if line]
+    words = [line.split(" ") for line in said if " " in line]  # a killed process may write half a line
     acknowledged = {key for word, key in words if word == "stored"}
     deleted = {key for word, key in words if word == "deleted"}
     perhaps = {key for word, key in words if word == "deletes"}
