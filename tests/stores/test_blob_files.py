@@ -50,13 +50,14 @@ def test_killed_processes_leave_complete_blobs_only(tmp_path):
             time.sleep(rng.uniform(0.05, 0.3))
             process.kill()
         for process in processes:
-            lines = process.communicate()[0].split("\n")
+            lines = process.stdout.read().split("\n")  # communicate() would lose what readline() has buffered
+            process.communicate()
             said += lines[: -1 if lines[-1] else None]
-    words = [line.split(" ") for line in said if " " in line]  # a killed process may write half a line
+    words = [line.split(" ") for line in said if line]
     acknowledged = {key for word, key in words if word == "stored"}
     deleted = {key for word, key in words if word == "deleted"}
     perhaps = {key for word, key in words if word == "deletes"}
-    assert len(acknowledged) >= 12
+    assert len(acknowledged) > 50
 
     async def check() -> None:
         store = DiskBlobStore(tmp_path)
