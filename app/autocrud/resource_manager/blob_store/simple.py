@@ -197,7 +197,11 @@ class DiskBlobStore(BlobStore):
             for sha256 in _names(self.rootdir / prefix):
                 if sha256 < after[:64] or not sha256.startswith(prefix):
                     continue
-                for uid in _names(self.rootdir / prefix / sha256):
+                uids = _names(self.rootdir / prefix / sha256)
+                if not uids:  # an upload was killed before its file had a name; one that goes on makes it again
+                    with contextlib.suppress(OSError):
+                        (self.rootdir / prefix / sha256).rmdir()
+                for uid in uids:
                     key = f"{sha256}/{uid}"
                     if key <= after or BLOB_KEY.fullmatch(key) is None:
                         continue
