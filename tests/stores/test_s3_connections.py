@@ -33,6 +33,7 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(s3_clients, "WAITS_S", WAITS)
     monkeypatch.setattr(s3_clients, "RETRY_S", 0.2)
     monkeypatch.setattr(s3_clients, "RENEW_PAUSE_S", 0.01)
+    monkeypatch.setattr(s3_clients, "CONFLICT_PAUSE_S", 0.01)
 
 
 @pytest.fixture
@@ -213,6 +214,22 @@ async def test_a_conditional_put_is_not_sent_again_after_any_other_answer(server
     server.plan = lambda _: answer
     assert isinstance(await store.put_if("k", b"body", None), Unknown)
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("answer", ["409 OperationAborted", "409 ExistingObjectIsDirectory"])
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_a_request_that_met_another_one_in_progress_is_repeated(server, store, name, answer):
+    """versitygw answers it to a PUT if another one creates the same directory."""
+    server.objects["k"] = b"body"
+    expected = await REQUESTS[name](store)
+    server.objects["k"] = b"body"
+    server.plan = first(2, answer)
+    assert await REQUESTS[name](store) == expected
+    server.requests.clear()
+    server.plan = lambda _: answer
+    with pytest.raises(StoreUnavailable):
+        await REQUESTS[name](store)
+    assert len(server.requests) == 3
 
 
 # Clocks and credentials

@@ -47,6 +47,9 @@ LARGE, FILE = 128 * 1024, 8 * 1024 * 1024
 """A body above LARGE bytes has the kind "large", and one above FILE bytes the kind "file"."""
 RETRIES, RETRY_S = 4, 2.0
 IDLE_S = 60.0
+CONFLICT, CONFLICT_PAUSE_S = 409, 0.1
+"""The status of S3 for a request that met another one in progress (OperationAborted), and the pause before it is
+repeated. versitygw answers it too, if two requests create the same directory."""
 RENEW_PAUSE_S = 0.25
 """The pause before a request with a wrong time is repeated. A thawed machine sets its clock within this time."""
 RENEWABLE = {
@@ -150,6 +153,10 @@ class Clients:
         if had_no_answer(error):
             log.info("no answer within %g s; the connections are retired", waited_s)
             self._retire(pools)
+            return True
+        answer = s3_answer(error)
+        if answer is not None and answer[0] == CONFLICT:
+            await asyncio.sleep(CONFLICT_PAUSE_S)
             return True
         if attempts.renewed or not await self.renewed(pools, error):
             return False
