@@ -34,8 +34,8 @@ T = TypeVar("T")
 
 log = logging.getLogger("crudstack.blobs")
 
-CHUNK = 256 * 1024
-"""Bytes that are read at a time."""
+CHUNK = 64 * 1024
+"""Bytes that are read at a time: one piece of a download, because each client that reads slowly holds a chunk."""
 ABANDONED_AFTER_S = 24 * 3600.0
 """Seconds without a write after which the file of an unfinished upload is removed."""
 INCOMING = "incoming"
