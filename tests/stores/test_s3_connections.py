@@ -219,7 +219,7 @@ async def test_a_conditional_put_is_not_sent_again_after_any_other_answer(server
 @pytest.mark.parametrize("answer", ["409 OperationAborted", "409 ExistingObjectIsDirectory"])
 @pytest.mark.parametrize("name", REQUESTS)
 async def test_a_request_that_met_another_one_in_progress_is_repeated(server, store, name, answer):
-    """versitygw answers it to a PUT if another one creates the same directory."""
+    """Versitygw answers it to a PUT if another one creates the same directory."""
     server.objects["k"] = b"body"
     expected = await REQUESTS[name](store)
     server.objects["k"] = b"body"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
@@ -98,7 +99,7 @@ def routes(
     ]
 
 
-class _BackupRoute:
+class _BackupRoute(ABC):
     """The ASGI application of one path."""
 
     path: str
@@ -133,9 +134,9 @@ class _BackupRoute:
         if response is not None:
             await response.send(send, head=method == "HEAD")
 
+    @abstractmethod
     async def _answer(self, request: Request, send: Send) -> Response | None:
         """Return the response, or None if it was sent."""
-        raise NotImplementedError
 
     async def _chosen(self, request: Request, models: Sequence[str]) -> list[str]:
         """Return the names of the models of a request. Raises InvalidQuery, Forbidden or StoredElsewhere."""

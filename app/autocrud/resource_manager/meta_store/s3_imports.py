@@ -6,6 +6,7 @@ HEAD has the state of the import, so that it is decided like a commit. The other
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from typing_extensions import override
@@ -23,8 +24,9 @@ class S3ImportKeeping(ImportKeeping):
 
     _replica: Replica
 
+    @abstractmethod
     async def _edit(self, edit: HeadEdit) -> Head | None:
-        raise NotImplementedError
+        """Replace HEAD by what `edit` returns, and return the new one; None if it returned None."""
 
     def _object(self, name: str) -> str:
         return f"{self._replica.prefix}{FOLDER}{name}"
