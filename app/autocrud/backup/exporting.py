@@ -30,6 +30,8 @@ Progress: TypeAlias = Callable[[int, int | None, str], None]
 
 PAGE_BODIES = 4 * READ_AT_ONCE
 """How many bodies are read at once, if they are small."""
+FIRST_PAGE = 4
+"""How many bodies are read first, before it is known how large they are."""
 PAGE_BYTES = 8 * 1024 * 1024
 """A page of bodies is made smaller until it takes no more than this."""
 UNKNOWN_OWNER = "0" * 64
@@ -161,7 +163,7 @@ class _ModelExport:
         """The id of the last resource, if the export ended before the others."""
         self._absent: dict[str, None] = {}
         self._revisions = 0
-        self._page_size = READ_AT_ONCE
+        self._page_size = FIRST_PAGE
 
     async def run(self, *, each_resource: bool) -> ExportedModel:
         """Write the model."""
