@@ -26,8 +26,8 @@ from pulumi.automation._stack import ExecKind
 from pulumi.runtime import reset_options, run_in_stack, set_all_config
 from pulumi.runtime.proto import language_pb2, language_pb2_grpc
 
-GRACE_S = 2
-"""How long a program may continue after its engine has ended."""
+GRACE_S, STOP_S = 2, 60
+"""How long a program may continue after its engine has ended, and how long it may take to stop it."""
 
 
 @dataclass
@@ -79,11 +79,13 @@ class ProgramServer(LanguageServer):
     def end(self) -> None:
         """Stop a program whose engine has ended.
 
-        It would wait for answers for ever, and disturb the next program.
+        It would wait for answers for ever, and disturb the next program, because the SDK keeps its state in globals.
         """
-        if not self._ended.wait(GRACE_S) and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._ended.wait(GRACE_S)
+        if not self._ended.wait(GRACE_S):
+            assert self._loop is not None, "the program began"
+            with contextlib.suppress(RuntimeError):  # it ended just now, and its loop is closed
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            assert self._ended.wait(STOP_S), "the program did not stop"
 
     def Run(self, request: Any, context: Any) -> Any:
         self._ended.clear()
