@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
+from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.access import Permissions, Principal, Unauthenticated, anyone, own, role
@@ -74,6 +75,34 @@ async def test_the_format_and_the_models_can_be_chosen(tmp_path: Path):
     assert (await client.head("/export")).status_code == 200
     assert (await client.post("/export")).headers["allow"] == "GET, HEAD"
     assert (await client.get("/import")).headers["allow"] == "POST"
+    await client.aclose()
+
+
+class Note(Struct):
+    text: str
+
+
+async def test_an_import_without_names_of_models_takes_those_of_the_archive():
+    """An archive may have fewer models than the program, but none that the program lacks."""
+    crud, client = application()
+    await filled(crud)
+    archive = (await client.get("/export")).content
+    larger = AutoCRUD()
+    larger.add_model(Account)
+    larger.add_model(Note)
+    app = FastAPI()
+    larger.apply(app)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as other:
+        answer = await other.post("/import", content=archive)
+        assert {name: model["created"] for name, model in answer.json()["models"].items()} == {"account": 3}
+        await larger.resource_manager(Note).create(Note("x"))
+        both = (await other.get("/export")).content
+    answer = await client.post("/import", content=both)
+    assert answer.status_code == 422
+    assert "the archive has the model 'note', which this program does not have" in answer.json()["detail"]
+    assert "name the models" in answer.json()["detail"]
+    answer = await client.post("/import?model=account&on_conflict=skip", content=both)
+    assert answer.json()["models"]["account"]["skipped"] == 3
     await client.aclose()
 
 

@@ -74,10 +74,11 @@ class ExportOptions(NamedTuple):
 class ImportOptions(NamedTuple):
     """The options of an import: the models, what happens to ids that exist, and what the archive must be.
 
-    check  whether to stop before anything is changed
+    models  None: all of the archive
+    check   whether to stop before anything is changed
     """
 
-    models: Sequence[str]
+    models: Sequence[str] | None
     on_conflict: str
     sha256: str | None
     max_bytes: int | None
@@ -274,7 +275,8 @@ class _ImportRoute(_BackupRoute):
             raise bad_parameter("on_conflict", f"expected fail, skip or replace, got {on_conflict[:60]!r}")
         limit = parse_integer("max_bytes", options["max_bytes"], 1, MOST_BYTES) if "max_bytes" in options else None
         check = "check" in options and parse_flag("check", options["check"])
-        chosen = ImportOptions(await self._chosen(request, models), on_conflict, options.get("sha256"), limit, check)
+        named = await self._chosen(request, models)  # without names, the archive may hold every model
+        chosen = ImportOptions(named if models else None, on_conflict, options.get("sha256"), limit, check)
         if request.header(b"content-type") is not None:
             request.content_type(*ARCHIVE_TYPES)
         async with self._alone():
