@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 from urllib.parse import unquote, urlsplit
 
 from .autocrud.errors import ConfigError
@@ -47,6 +47,11 @@ class ArchivePlace:
         """Return the last part of the path or key."""
         return self._key.rpartition("/")[2] if self._bucket else Path(self.text).name
 
+    def check_stdout(self) -> None:
+        """Raise ConfigError if the archive would be written to a terminal, or to a stdout that is closed."""
+        if self.is_stdio and _binary(sys.stdout, "stdout").isatty():
+            raise ConfigError("stdout is a terminal: redirect it to a file, or give the name of a file")
+
     @contextlib.asynccontextmanager
     async def writing(self, settings: Settings, *, force: bool) -> AsyncIterator[Path | BinaryIO]:
         """Give the path or file to write the archive to. At the end of the context, it is at its place.
@@ -54,7 +59,7 @@ class ArchivePlace:
         Raises ConfigError if something is there already, unless `force` is given.
         """
         if self.is_stdio:
-            yield sys.stdout.buffer
+            yield _binary(sys.stdout, "stdout")
         elif not self._bucket:
             self._refuse_existing(await asyncio.to_thread(os.path.lexists, self.text), force=force)
             yield Path(self.text)
@@ -71,11 +76,12 @@ class ArchivePlace:
     async def reading(self, settings: Settings) -> AsyncIterator[Path | BinaryIO]:
         """Give the path or file to read the archive from. Raises ConfigError if there is none."""
         if self.is_stdio:
-            yield sys.stdin.buffer
+            yield _binary(sys.stdin, "stdin")
         elif not self._bucket:
-            if not await asyncio.to_thread(Path(self.text).is_file):
+            path = Path(self.text)
+            if not await asyncio.to_thread(lambda: path.is_file() or path.is_fifo()):
                 raise ConfigError(f"{self.text} is no file: expected an archive that `crudstack export` wrote")
-            yield Path(self.text)
+            yield path
         else:
             with ProcessDirectory() as directory:
                 path = directory.path / "archive"
@@ -95,3 +101,10 @@ class ArchivePlace:
         with driver("s3"):
             from .autocrud.resource_manager.backends.s3.object_store import s3
         return s3(self._bucket, settings.local.s3_endpoint_url or s3_endpoint(), region_name=region_of(settings))
+
+
+def _binary(stream: TextIO | None, name: str) -> BinaryIO:
+    """Return the file below stdin or stdout. Raises ConfigError if a shell closed it, with `<&-` or `>&-`."""
+    if stream is None:
+        raise ConfigError(f"{name} is closed: give the name of a file, or redirect {name}")
+    return stream.buffer

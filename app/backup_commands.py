@@ -79,9 +79,9 @@ def export(
     from .stack_backup import export_stack, needs_function
 
     compression = Compression.gzip if place.is_stdio else Compression.of_name(place.name)
-    if place.is_stdio and sys.stdout.isatty():
-        raise ConfigError("stdout is a terminal: redirect it to a file, or give the name of a file")
+    place.check_stdout()
     settings = load(environment(storage, stack))
+    _check_data_directory(settings)
     running = ExitStack()
     if local_s3:
         settings = _with_local_s3(settings, running)
@@ -198,7 +198,7 @@ def import_archive(
         return
     print(f"{archive}: {_megabytes(result.size)}, SHA-256 {result.sha256}")
     for name, one in result.models.items():
-        print(f"{name}: {found[name] if check else _outcome(one)}")
+        print(f"{name}: {', '.join([found[name], *_left_out(one)]) if check else _outcome(one)}")
         if one.ids:
             print(f"{name}: {_some(one.ids)}")
 
@@ -219,9 +219,13 @@ def _outcome(one: ModelImport) -> str:
         "not taken back": one.not_taken_back,
         "files": one.blobs,
         "bodies that do not fit the model": one.not_fitting,
-        **{f"left out for the value of {field}": count for field, count in one.unique_conflicts.items()},
     }
-    return ", ".join(f"{count} {what}" for what, count in amounts.items() if count) or "nothing to do"
+    told = [f"{count} {what}" for what, count in amounts.items() if count]
+    return ", ".join(told + _left_out(one)) or "nothing to do"
+
+
+def _left_out(one: ModelImport) -> list[str]:
+    return [f"{count} left out for the value of {field}" for field, count in one.unique_conflicts.items() if count]
 
 
 def snapshot(directory: Path, *, storage: str | None = None, json: Flag = False) -> None:
@@ -263,6 +267,15 @@ def snapshot(directory: Path, *, storage: str | None = None, json: Flag = False)
         print(f"{one.name}: the data directory lacks files of these resources: {_some(one.damaged)}", file=sys.stderr)
     if damaged:
         sys.exit(FAILED)
+
+
+def _check_data_directory(settings: Settings) -> None:
+    """Raise ConfigError if the directory of the data does not exist: an archive of nothing is no backup."""
+    if settings.local.data_dir is None or not any("disk" in (pair.meta, pair.resource) for pair in pairs(settings)):
+        return
+    directory = Path(settings.local.data_dir).expanduser()
+    if not directory.is_dir():
+        raise ConfigError(f"CRUDSTACK_DATA_DIR is {str(directory)!r}, and there is no such directory")
 
 
 def _check_on_disk(stores: Collection[Pair]) -> None:

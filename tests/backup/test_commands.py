@@ -133,6 +133,12 @@ def test_wrong_arguments_exit_with_2_and_one_sentence(data: Path, tmp_path: Path
         assert sentence in done.stderr
         assert done.stderr.count("\n") == 1
         assert not done.stdout
+    done = run(environment(tmp_path / "typo"), "export", tmp_path / "x.tar.gz", code=2)
+    assert f"CRUDSTACK_DATA_DIR is '{tmp_path}/typo', and there is no such directory" in done.stderr
+    assert not (tmp_path / "x.tar.gz").exists()
+    assert not (tmp_path / "typo").exists()
+    done = run(given, "export", "-", code=2, preexec_fn=lambda: os.close(1))
+    assert done.stderr == "crudstack: stdout is closed: give the name of a file, or redirect stdout\n"
     done = run(environment(data, "memory"), "export", tmp_path / "x.tar.gz", code=2)
     assert "is in the memory of the running server: export it with `curl" in done.stderr
 

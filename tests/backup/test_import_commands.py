@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -96,6 +97,14 @@ def test_stdin(archive: Path, tmp_path: Path):
     assert "article: 3 created" in done.stdout
 
 
+def test_a_pipe(archive: Path, tmp_path: Path):
+    """Such as `crudstack import <(ssh host cat backup.tar.gz)`."""
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cp", archive, tmp_path / "pipe"]) as writer:
+        assert "article: 3 created" in run(environment(tmp_path / "other"), "import", tmp_path / "pipe").stdout
+        assert writer.wait(60) == 0
+
+
 def test_refusals_exit_with_1_or_2_and_one_sentence(archive: Path, tmp_path: Path):
     given = environment(tmp_path / "other")
     cut = tmp_path / "cut.tar.gz"
@@ -121,6 +130,8 @@ def test_refusals_exit_with_1_or_2_and_one_sentence(archive: Path, tmp_path: Pat
         assert done.stderr.startswith("crudstack: "), done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
     assert asyncio.run(ids(tmp_path / "other")) == []
+    done = run(given, "import", "-", code=2, preexec_fn=lambda: os.close(0))
+    assert done.stderr == "crudstack: stdin is closed: give the name of a file, or redirect stdin\n"
     done = run(environment(tmp_path, "memory"), "import", archive, code=2)
     assert "is in the memory of the running server" in done.stderr
 

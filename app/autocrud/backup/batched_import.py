@@ -224,10 +224,10 @@ def conflict(ids: Sequence[str], count: int) -> ImportConflict:
 def unique_conflict(fields: dict[str, int], ids: Sequence[str]) -> ImportConflict:
     """Return the error for unique values that other resources have."""
     told = ", ".join(f"{count} in {name!r}" for name, count in fields.items())
+    some = f", among them {', '.join(map(repr, ids[:3]))}" if ids else ""
     error = ImportConflict(
-        f"resources of the archive have values of unique fields that other resources have ({told}), among them"
-        f" {', '.join(repr(one) for one in ids[:3])}: change these values, or import with --on-conflict skip, which"
-        " leaves such resources out"
+        f"resources of the archive have values of unique fields that other resources have ({told}){some}: change these"
+        " values, or import with --on-conflict skip, which leaves such resources out"
     )
     error.fields, error.ids = dict(fields), tuple(ids)
     return error
