@@ -111,7 +111,7 @@ def batches_of(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 async def prefetched(items: Iterator[T]) -> AsyncGenerator[T, None]:
     """Yield items of a blocking iterator. The next one is made in a thread while the caller uses one.
 
-    Close it, because the thread uses the archive until then.
+    Close it, because the thread uses the archive until then. If the caller is cancelled, waits for the thread too.
     """
 
     def take() -> T | None:
@@ -119,11 +119,13 @@ async def prefetched(items: Iterator[T]) -> AsyncGenerator[T, None]:
 
     coming = asyncio.ensure_future(asyncio.to_thread(take))
     try:
-        while (item := await coming) is not None:
+        while (item := await asyncio.shield(coming)) is not None:
             coming = asyncio.ensure_future(asyncio.to_thread(take))
             yield item
     finally:
         await asyncio.wait([coming])
+        if not coming.cancelled():
+            coming.exception()  # the error of an unused item is not logged
 
 
 class Rewriting:
