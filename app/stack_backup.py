@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from .autocrud.backup.archive_reader import VerifiedArchive, verify
+from .autocrud.backup.archive_reader import VerifiedArchive, verify_in_thread
 from .autocrud.backup.archive_writer import ArchiveWriter
 from .autocrud.backup.compression import Compression
 from .autocrud.backup.exporting import ExportedModel, ExportResult
@@ -276,7 +276,7 @@ async def import_stack(
         raise InvalidData("an import is resumed, aborted or checked: give one of these options")
     stack, report = _Stack(settings), progress or _silent
     async with readable_twice(source, max_bytes) as path:
-        archive = await asyncio.to_thread(verify, path, sha256=sha256, max_bytes=max_bytes, progress=progress)
+        archive = await verify_in_thread(path, sha256=sha256, max_bytes=max_bytes, progress=progress)
         with archive:
             if archive.compression is Compression.zstd:
                 raise InvalidData(

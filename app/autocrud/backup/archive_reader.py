@@ -8,7 +8,7 @@ V1 *Nothing of an archive is used before all of it was verified*: names, order, 
 V2 *Everything is verified again when it is read*, because the file may change. A part is compared with the manifest
 before its items are returned.
 
-All functions block; call them in a thread.
+All functions but `verify_in_thread` block; call them in a thread.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import msgspec
 from ..errors import InvalidData
 from ..resource_manager.basic import BlobRow, ResourceMeta, RevisionInfo, StoredKey
 from ..resource_manager.runtime.disk_space import space
+from ..resource_manager.runtime.threads import until_cancelled
 from .archive_format import (
     FORMAT,
     FORMAT_ENTRY,
@@ -435,6 +436,31 @@ def verify(
         manifest = verification.run()
         undo.pop_all()
     return VerifiedArchive(file, manifest, digest.hexdigest(), limit, notes, verification.sections)
+
+
+async def verify_in_thread(
+    path: str | Path,
+    *,
+    max_bytes: int | None = None,
+    sha256: str | None = None,
+    notes: ArchiveNotes | None = None,
+    visitor: Visitor | None = None,
+    progress: Progress | None = None,
+) -> VerifiedArchive:
+    """Verify an archive in a thread, as `verify` does.
+
+    If the caller is cancelled, the thread stops within a few reads of the file, and this function waits for it.
+    """
+
+    def work(check: Callable[[], None]) -> VerifiedArchive:
+        def report(done: int, total: int | None, what: str) -> None:
+            check()
+            if progress is not None:
+                progress(done, total, what)
+
+        return verify(path, max_bytes=max_bytes, sha256=sha256, notes=notes, visitor=visitor, progress=report)
+
+    return await until_cancelled(work)
 
 
 def check_sha256(handle: int, expected: str) -> None:

@@ -4,7 +4,7 @@
 
 The steps, for all models of the archive:
 
-1. `verify` the archive, and survey it: `archive_reader`, `survey`. Look for conflicts. Until here nothing is changed.
+1. Verify the archive, and survey it: `archive_reader`, `survey`. Look for conflicts. Until here nothing is changed.
 2. Begin a journal in the store of each model. It refuses a second import, and keeps what the import replaces.
 3. Import each model under a pin: its blobs, its resources, its Idempotency-Keys. An empty model is filled in one step
    if its stores can do that, other models in batches: `batched_import`.
@@ -41,7 +41,7 @@ from ..resource_manager.contract.import_journal import ImportJournal, ImportStat
 from ..resource_manager.contract.loading import LoadingStorage
 from ..resource_manager.core import ResourceManager
 from .archive_notes import ArchiveNotes
-from .archive_reader import Progress, VerifiedArchive, verify
+from .archive_reader import Progress, VerifiedArchive, verify_in_thread
 from .batched_import import BatchedImport, conflict, unique_conflict
 from .blob_import import blobs_of, import_blobs
 from .errors import ImportUnfinished, NoSuchImport
@@ -111,8 +111,8 @@ async def import_all(
     async with readable_twice(source, max_bytes) as path:
         notes = ArchiveNotes()
         survey = Survey(indexes, notes, noted)
-        archive = await asyncio.to_thread(
-            verify, path, max_bytes=max_bytes, sha256=sha256, notes=notes, visitor=survey, progress=progress
+        archive = await verify_in_thread(
+            path, max_bytes=max_bytes, sha256=sha256, notes=notes, visitor=survey, progress=progress
         )
         try:
             await asyncio.to_thread(survey.end)

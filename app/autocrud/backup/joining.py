@@ -14,13 +14,15 @@ from typing_extensions import override
 from ..errors import StoreDamaged
 from ..resource_manager.basic import BlobRow, ResourceMeta, StoredKey
 from .archive_notes import ArchiveNotes
-from .archive_reader import VerifiedArchive, Visitor, verify
+from .archive_reader import VerifiedArchive, Visitor, verify_in_thread
 from .archive_writer import ArchiveWriter
 from .entries import Item
 from .exporting import ExportedModel
 
 T = TypeVar("T")
 
+ANY_SIZE = 2**62
+"""The parts come from this program, so their size is not checked."""
 PAGE_ITEMS, PAGE_BYTES = 500, 4 * 1024 * 1024
 """A thread reads so many items, or so many bytes of bodies, before they are written."""
 
@@ -45,7 +47,7 @@ async def join_parts(name: str, parts: Sequence[tuple[Path, str]], writer: Archi
         opened.callback(notes.close)
         archives = []
         for path, sha256 in parts:
-            archive = await asyncio.to_thread(verify, path, sha256=sha256, max_bytes=2**62, visitor=_Rows(notes))
+            archive = await verify_in_thread(path, sha256=sha256, max_bytes=ANY_SIZE, visitor=_Rows(notes))
             archives.append(opened.enter_context(archive))
         return await _Join(name, archives, notes, writer).run()
 

@@ -1,7 +1,7 @@
 """Threads for blocking work: a few for reads of all stores, and one for heavy work on JSON.
 
 A read in the READERS threads waits for the disk, never for another read. `shielded` waits for work that runs to
-completion even if the caller is cancelled.
+completion even if the caller is cancelled. `until_cancelled` waits for work that stops if the caller is cancelled.
 """
 
 from __future__ import annotations
@@ -32,6 +32,30 @@ READERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="crudstack-read")
 async def in_thread(work: Callable[[], T]) -> T:
     """Run a blocking read in one of the READERS threads, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(READERS, work)
+
+
+class Stopped(Exception):
+    """The caller of `until_cancelled` was cancelled."""
+
+
+async def until_cancelled(work: Callable[[Callable[[], None]], T]) -> T:
+    """Run long blocking work in a thread, and return its result. If the caller is cancelled, waits until it has ended.
+
+    work  called with a function that it must call often: it raises Stopped once the caller is cancelled
+    """
+    cancelled = threading.Event()
+
+    def check() -> None:
+        if cancelled.is_set():
+            raise Stopped
+
+    running = asyncio.ensure_future(asyncio.to_thread(work, check))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        cancelled.set()
+        await asyncio.wait([running])
+        raise
 
 
 class Turn(Protocol):
