@@ -24,6 +24,8 @@ from app.autocrud.resource_manager.storage_factory import (
 
 from .exports import Account, read
 
+OPERATIONS = {"/export": "get", "/import": "post"}
+
 
 def application(factory: IStorageFactory | None = None, **options) -> tuple[AutoCRUD, httpx.AsyncClient]:
     crud = AutoCRUD(storage_factory=factory or MemoryStorageFactory(), **options)
@@ -299,6 +301,17 @@ async def test_a_client_that_reads_nothing_does_not_hold_its_pin_for_ever(monkey
     client.may_read.set()
     with pytest.raises(backups._AnswerCutOff):
         await running
+
+
+async def test_the_openapi_document_has_all_parameters():
+    _, client = application()
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    described = {
+        path: {one["name"] for one in paths[path][method]["parameters"]} for path, method in OPERATIONS.items()
+    }
+    assert described["/import"] == {"model", "on_conflict", "sha256", "max_bytes", "check"}
+    assert described["/export"] == {"model", "format", "per_resource"}
+    await client.aclose()
 
 
 async def test_an_import_of_another_content_type_is_refused():

@@ -53,6 +53,7 @@ def paths(models: Collection[str]) -> dict[str, dict[str, Schema]]:
                 {"type": "integer", "minimum": 1, "maximum": MOST_BYTES},
                 "of the decompressed archive",
             ),
+            query_parameter("check", BOOL, "change nothing: verify the archive, and tell what does not fit the models"),
         ],
         "requestBody": {
             "required": True,
