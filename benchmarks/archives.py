@@ -1,6 +1,6 @@
 """Export and import of large stores, beside `tar | gzip -6` of the same bytes. Each step is a process of its own.
 
-    python -m benchmarks.archives --kind disk --resources 1000000 --blob-mb 10240
+    python -m benchmarks.archives --kind disk --resources 1000000 --blob-mb 10240 --dir /tmp/archives
 
 It makes an archive with that many resources and with files of 1 MB each, imports it into an empty store, exports that
 store, and imports the export into another empty store. For each step it prints the MB/s of the archive's content and
@@ -97,9 +97,8 @@ def main() -> None:
 
 def _run(options: argparse.Namespace, *step: str) -> tuple[float, int]:
     """Run a step in a process. Return its time in s, and its peak of memory in MB less that of an idle process."""
-    arguments = [
-        f"--{name.replace('_', '-')}={getattr(options, name)}" for name in ("kind", "resources", "blob_mb", "dir")
-    ]
+    names = ("kind", "resources", "blob_mb", "random", "dir")
+    arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.archives", *arguments, "--step", *step], check=True, stdout=subprocess.PIPE
     )
