@@ -10,10 +10,8 @@ import datetime as dt
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from .settings import Settings
+from .settings import EXPORTS, Settings
 
-EXPORTS = "_exports/"
-"""The beginning of the keys of archives. The name of a model begins with a letter or a digit, so no data lie there."""
 LIFE = dt.timedelta(hours=20)
 """Age of archives that are removed. They are looked for every hour, so none is kept for longer than a day."""
 TIMEOUT_S = 10

@@ -286,6 +286,9 @@ EXPOSED_HEADERS = (
     *("accept-ranges", "content-range", "content-disposition"),
 )
 """Headers of responses that pages of allowed origins may read."""
+EXPORTS = "_exports/"
+"""The beginning of the keys of archives that pass through the bucket of a stack. They are removed within a day.
+The name of a model begins with a letter or a digit, so the keys of data differ."""
 BASE_PATH = r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
 OWN_PATHS = ("healthz", "readyz", "docs", "openapi.json")
 """First segments of the app's own paths. No base path may begin with one."""

@@ -13,7 +13,7 @@ from botocore.exceptions import EndpointConnectionError
 from app import aws_lambda, old_exports
 from app.autocrud.secret import Secret
 from app.aws_lambda import LambdaHandler
-from app.old_exports import EXPORTS
+from app.settings import EXPORTS
 from tests.stack_double import Stacks
 
 pytestmark = pytest.mark.slow

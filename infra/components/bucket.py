@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import pulumi_aws as aws
 from pulumi import Input, Output
 
+from app.settings import EXPORTS
 from infra.components import Component, StackContext
 from infra.grants import Grant, Statement
 
 READ = ("s3:GetObject",)
 WRITE = (*READ, "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
-EXPORTS = "_exports/"
-"""The beginning of the keys of exports, which are removed within a day. No model has such a name."""
 UPLOAD_HEADERS = ["content-type", "if-match", "if-none-match", "if-range", "range", "x-amz-checksum-sha256"]
 """Headers that pages may send to the bucket."""
 DOWNLOAD_HEADERS = ["accept-ranges", "content-disposition", "content-range", "etag"]
