@@ -10,9 +10,8 @@ import asyncio
 import datetime as dt
 import logging
 import secrets
-import threading
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -28,8 +27,8 @@ from .autocrud.backup.sources import Source, readable_twice
 from .autocrud.errors import ConfigError, CrudError, InvalidData, NotEnoughTime, StoreUnavailable
 from .autocrud.resource_manager.runtime.drivers import driver
 from .autocrud.resource_manager.runtime.temporary import ProcessDirectory
-from .old_exports import EXPORTS
-from .settings import Settings
+from .autocrud.resource_manager.runtime.threads import in_daemon_thread
+from .settings import EXPORTS, Settings
 
 log = logging.getLogger("crudstack.backup")
 
@@ -91,7 +90,7 @@ class _Stack:
             return answer, msgspec.json.decode(answer["Payload"].read())
 
         try:
-            answer, told = await _in_daemon(invoke)
+            answer, told = await in_daemon_thread(invoke)
         except (BotoCoreError, ClientError) as error:
             raise StoreUnavailable(f"the function {self._function} cannot be called: {error}") from None
         if "FunctionError" in answer:
@@ -138,7 +137,7 @@ class _Stack:
 
     @asynccontextmanager
     async def folder(self) -> AsyncIterator[str]:
-        """Return the beginning of new keys. At the end, all versions of the objects there are deleted.
+        """Give the beginning of new keys. At the end of the context, all versions of the objects there are deleted.
 
         The object at `command` tells the function that this program still waits.
         """
@@ -165,32 +164,6 @@ class _Stack:
                     self._s3.delete_object(Bucket=self._bucket, Key=version["Key"], VersionId=version["VersionId"])
 
         await self._transfer(delete)
-
-
-async def _in_daemon(work: Callable[[], T]) -> T:
-    """Return the result of work in a thread that does not keep the program from ending, if the command is stopped."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as raised:
-            error = raised
-        with suppress(RuntimeError):  # the loop is closed, because the command was stopped
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="crudstack-call", daemon=True).start()
-    return await done
 
 
 def _silent(*_: object) -> None:

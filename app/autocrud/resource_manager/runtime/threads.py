@@ -7,6 +7,7 @@ completion even if the caller is cancelled. `until_cancelled` waits for work tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +33,32 @@ READERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="crudstack-read")
 async def in_thread(work: Callable[[], T]) -> T:
     """Run a blocking read in one of the READERS threads, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(READERS, work)
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Run blocking work in a new thread, and return its result. The end of the process does not wait for the thread."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type] # there is a result if there is no error
+
+    def run() -> None:
+        result, failed = None, None
+        try:
+            result = work()
+        except BaseException as error:  # raised again where the result is awaited
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
+            loop.call_soon_threadsafe(finish, result, failed)
+
+    threading.Thread(target=run, name="crudstack-call", daemon=True).start()
+    return await done
 
 
 class Stopped(Exception):

@@ -10,7 +10,6 @@ HEAD and COPY may take effect twice without harm, so they are repeated, each att
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import hashlib
 import http.client
@@ -32,6 +31,7 @@ from typing_extensions import override
 
 from ....errors import ConfigError, StoreUnavailable
 from ....secret import endpoint_url
+from ...runtime.threads import in_daemon_thread
 from .clients import RENEW_PAUSE_S, RENEWABLE, WAITS_S
 from .errors import element
 from .objects import Head, Signed
@@ -134,7 +134,7 @@ class SignedRequests:
         url, region = await self._target(key)
         url = await self._presign(url, region, "PUT", 60, signed)
         first, second = [
-            await _in_daemon_thread(functools.partial(_put, url, content, signed.headers)) for content in (body, other)
+            await in_daemon_thread(functools.partial(_put, url, content, signed.headers)) for content in (body, other)
         ]
         if first != 200:
             raise _unavailable("PUT", key, f"{first} for an upload by a presigned URL")
@@ -156,7 +156,7 @@ class SignedRequests:
             S3SigV4QueryAuth(self._credentials(), "s3", region, expires=seconds).add_auth(request)
             return str(request.url)
 
-        return await _in_daemon_thread(work)
+        return await in_daemon_thread(work)
 
     async def _send(self, method: Method, key: str, headers: Mapping[str, str], waits_s: Sequence[float]) -> _Answer:
         """Send a request without a body, and return its answer. Raises StoreUnavailable if there is none.
@@ -167,7 +167,7 @@ class SignedRequests:
         problem, renewed = "", False
         for wait_s in waits_s:
             try:
-                answer = await _in_daemon_thread(
+                answer = await in_daemon_thread(
                     functools.partial(self._send_once, method, url, region, headers, wait_s)
                 )
             except (OSError, http.client.HTTPException) as error:
@@ -252,32 +252,6 @@ def _unavailable(method: str, key: str, problem: str) -> StoreUnavailable:
     """Log the problem, and return the error for the client, which does not name it."""
     log.error("%s %s: %s", method, key, problem)
     return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
-
-
-async def _in_daemon_thread(work: Callable[[], T]) -> T:
-    """Run blocking work in a thread of its own. The end of the process does not wait for it."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type] # there is a result if there is no error
-
-    def run() -> None:
-        result, failed = None, None
-        try:
-            result = work()
-        except BaseException as error:  # raised again where the result is awaited
-            failed = error
-        with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
-            loop.call_soon_threadsafe(finish, result, failed)
-
-    threading.Thread(target=run, name="crudstack-s3", daemon=True).start()
-    return await done
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
