@@ -6,6 +6,8 @@ No service may call it. `stack_backup` calls it with the permissions of the pers
     {"crudstack": "export", "model": ..., "key": ...}          writes an archive of one model to the bucket
     {"crudstack": "import", "key": ..., "on_conflict": ...}    imports the archive at a key
 
+`Export` and `Import` have all fields of these events.
+
 Each model is exported by a call of its own, so each has the whole time of the function. If its resources need not be as
 at one moment, a call ends in time and returns {"after": ID}, and the next call continues there. An error that a person
 can act on is returned as {"error": {"type": ..., "detail": ...}}. If the time of an import is over, the error has the
@@ -233,11 +235,11 @@ class BackupFunction:
 
         result = await clock.limited(work())
         if result is None:
+            states = {} if asked.check else await self._states(asked)
             advice = "import from a machine that reaches the database"
-            if not asked.check:
+            if states:
                 advice = f"continue by {'--abort' if asked.abort else '--resume'}, or {advice}"
             error = clock.error("the import", advice)
-            states = {} if asked.check else await self._states(asked)
             return {"error": {"type": error.type, "detail": error.detail, "states": states}}
         found: dict[str, Any] = msgspec.to_builtins(result._asdict())
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_nothing_is_uploaded_for_a_command_that_has_ended(stacks):
     event = {"crudstack": "export", "model": "article", "key": "_exports/x/a.tar.gz", "command": "_exports/x/command"}
     assert b"the command that asked for this export has ended" in function.call(event)
     assert stacks.keys("_exports/x/") == []
+
+
+def test_an_import_that_has_not_begun_cannot_be_continued(stacks):
+    _, function = stacks.make("seventh")
+    function.seconds = 0.0
+    error = json.loads(function.call({"crudstack": "import", "key": "_exports/x/archive"}))["error"]
+    assert (error["type"], error["states"]) == ("not-enough-time", {})
+    assert error["detail"].endswith(" may run: import from a machine that reaches the database")
 
 
 def test_other_events_are_refused(stacks):
