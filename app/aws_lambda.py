@@ -122,11 +122,12 @@ class LambdaHandler:
         return _encoded(self._mangum(event | {"headers": _sound(event.get("headers", {}))}, context))
 
     async def _maintained(self, budget: float, seconds: float) -> bool:
-        """Run maintenance with a budget of seconds. Return False if it was cancelled after `seconds`."""
+        """Run all maintenance with a budget of seconds. Return False if it was cancelled after `seconds`."""
         try:
             async with asyncio.timeout(seconds) as limit:
+                began = time.monotonic()
                 await self._remove_old_exports()
-                await self._crud.maintain(budget)
+                await self._crud.maintain(max(0.0, budget - (time.monotonic() - began)))
         except TimeoutError:
             if not limit.expired():
                 raise

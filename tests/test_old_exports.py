@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import time
 from types import SimpleNamespace
 
 import boto3
@@ -46,6 +47,21 @@ def test_all_versions_of_old_archives_are_removed(stacks, database, monkeypatch)
         handler({"crudstack": "maintain"}, context)
         assert stacks.keys(f"{EXPORTS}left/") == []
         assert stacks.keys("exports/") == [other]
+
+        maintain, budgets = handler._crud.maintain, []
+
+        async def noted(budget: float) -> None:
+            budgets.append(budget)
+            await maintain(budget)
+
+        def slow(_: object) -> int:
+            time.sleep(0.5)
+            return 0
+
+        monkeypatch.setattr(handler._crud, "maintain", noted)
+        monkeypatch.setattr(aws_lambda, "remove_old_exports", slow)
+        handler({"crudstack": "maintain"}, context)
+        assert budgets[0] <= 27.5, "the time of the removal is part of the budget"
 
         def refused(_: object) -> int:
             raise EndpointConnectionError(endpoint_url="of S3")
