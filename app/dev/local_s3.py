@@ -46,18 +46,30 @@ def start(local: LocalOverrides, running: contextlib.ExitStack, *, share: bool =
 
 
 def _running(directory: Path) -> str | None:
-    """Return the URL of the ministack that uses a directory, or None if none does."""
+    """Return the URL of the ministack that uses a directory, or None if none does. Waits for one that is being started.
+
+    Raises ConfigError if it does not answer.
+    """
     try:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    deadline = time.monotonic() + START_TIMEOUT_S
     try:
-        lock_within(0, lock, 0.05)
-    except BlockingIOError:
-        return f"http://127.0.0.1:{(directory / 'port').read_text()}"
+        while time.monotonic() < deadline:
+            try:
+                lock_within(0, lock, 0.05)
+            except BlockingIOError:
+                with contextlib.suppress(OSError):  # the port is written after the lock was taken
+                    url = f"http://127.0.0.1:{int((directory / 'port').read_text() or 0)}"
+                    if _answers(url):
+                        return url
+                time.sleep(0.05)
+            else:
+                return None
     finally:
         os.close(lock)
-    return None
+    raise ConfigError(f"the local S3 on {directory} does not answer: stop its process, and try again")
 
 
 @contextlib.contextmanager
@@ -166,14 +178,21 @@ def _die_with_parent() -> None:
 def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/_ministack/health", timeout=5):
-                return
-        except urllib.error.HTTPError:
-            return  # an error response also shows that the server runs
-        except OSError:
-            time.sleep(0.05)
+        if _answers(url):
+            return
+        time.sleep(0.05)
     raise ConfigError(f"the local S3 (ministack) did not start; {log} says why")
+
+
+def _answers(url: str) -> bool:
+    """Return whether a server answers. An error response shows too that it runs."""
+    try:
+        with urllib.request.urlopen(f"{url}/_ministack/health", timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
 
 
 def make_bucket(bucket: str, endpoint_url: str | None, region: str | None) -> None:
