@@ -17,6 +17,8 @@ import stat
 from pathlib import Path
 from uuid import uuid4
 
+from .files import sync_directory
+
 _NAME = re.compile(r"\..+\.[0-9a-f]{32}\.partial", re.DOTALL)
 ATTEMPTS = 20
 """How often a name is tried again that another process has removed at once."""
@@ -42,11 +44,13 @@ class Partial:
         raise OSError(errno.EBUSY, "new files are removed by another program at once")
 
     def publish(self, *, replace: bool) -> None:
-        """Give it its name. Blocks until the name is durable.
+        """Give the file or directory its name. Blocks until the name is durable.
 
-        replace  whether a file with this name is replaced. A directory with files never is
+        The caller syncs the content before.
 
-        Raises FileExistsError if there is something that is not to be replaced.
+        replace  whether a file with this name is replaced. A directory with files is never replaced
+
+        Raises FileExistsError if something has the name that is not to be replaced.
         """
         if stat.S_ISDIR(os.fstat(self.handle).st_mode):
             try:
@@ -59,11 +63,7 @@ class Partial:
             self.path.replace(self.target)
         else:
             self._publish_new()
-        parent = os.open(self.target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        sync_directory(self.target.parent)
 
     def _publish_new(self) -> None:
         """Give the file a name that no file has. `rename` would replace a file that was made a moment ago."""
@@ -78,7 +78,7 @@ class Partial:
             self.path.unlink()
 
     def discard(self) -> None:
-        """Remove it, unless it has its name, and release the lock."""
+        """Remove the file or directory, unless it was published, and release the lock. Called once, at the end."""
         try:
             _remove(self.path)
         finally:
