@@ -55,7 +55,7 @@ class ArchiveOutput:
     async def open(self) -> None:
         """Create the file under a temporary name, beside the path. Raises InvalidData if it cannot be created."""
         await self._run(self._open)
-        await self._wait()
+        await self.wait()
 
     def _open(self) -> None:
         if self._path is None:
@@ -73,7 +73,7 @@ class ArchiveOutput:
         await self._run(lambda: self._put(self._compressor.restart(dense=dense)))
 
     async def entry(self, name: str, pieces: Sequence[bytes]) -> EntryDigest:
-        """Write an entry. The digest is complete after `settle`."""
+        """Write an entry. The digest is complete after `wait`."""
         written = EntryDigest(name, sum(map(len, pieces)))
         if self._dense:
             await self.restart()
@@ -87,10 +87,6 @@ class ArchiveOutput:
 
         await self._run(write)
         return written
-
-    async def settle(self) -> None:
-        """Wait until everything is written. Raises the errors of writing."""
-        await self._wait()
 
     async def begin(self, name: str, size: int, *, dense: bool) -> None:
         """Begin an entry whose content follows."""
@@ -110,7 +106,7 @@ class ArchiveOutput:
     async def finish(self) -> tuple[str, int]:
         """End the archive, and give the file its name. Return the SHA-256 in hex, and the size."""
         await self._run(self._finish)
-        await self._wait()
+        await self.wait()
         return self._hash.hexdigest(), self._size
 
     def _finish(self) -> None:
@@ -155,10 +151,11 @@ class ArchiveOutput:
 
     async def _run(self, work: Callable[[], None]) -> None:
         """Do the work in the thread, once the work before has ended. Raises the error of the work before."""
-        await self._wait()
+        await self.wait()
         self._running = asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def _wait(self) -> None:
+    async def wait(self) -> None:
+        """Wait until everything that was given is written. Raises DiskFull and StoreUnavailable."""
         running = self._running
         if running is None:
             return

@@ -271,7 +271,7 @@ class ArchiveWriter:
             raise _damaged(min(lacking), f"the body of a revision of resource {min(lacking)!r} is missing")
         if unresolved := set(await self.unresolved()) - set(absent):
             raise _damaged(min(unresolved), f"a blob of resource {min(unresolved)!r} is missing")
-        await self._output.settle()
+        await self._output.wait()
         self._models.append(model.entry(one_moment, tuple(absent)))
         self._model = None
 
