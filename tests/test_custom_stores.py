@@ -19,7 +19,15 @@ import pytest
 from app import settings, wiring
 from app.autocrud.errors import ConfigError, OutcomeUnknown, StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
-from app.autocrud.resource_manager.basic import Change, IdempotentCommit, IStorage, MetaStore, ResourceStore, Version
+from app.autocrud.resource_manager.basic import (
+    BlobStore,
+    Change,
+    IdempotentCommit,
+    IStorage,
+    MetaStore,
+    ResourceStore,
+    Version,
+)
 from app.autocrud.resource_manager.contract.overrides import (
     META_STORE_PROTOCOLS,
     RENAMED_OF_CACHE,
@@ -338,7 +346,7 @@ def test_the_suite_runs_as_the_page_says(tmp_path):
 
 def test_every_method_of_a_contract_has_a_row():
     text = page("custom-stores.md")
-    for heading, contract in [("MetaStore", MetaStore), ("ResourceStore", ResourceStore)]:
+    for heading, contract in [("MetaStore", MetaStore), ("ResourceStore", ResourceStore), ("BlobStore", BlobStore)]:
         rows = " ".join(row[0] for row in table(text, heading))
         assert contract.__abstractmethods__
         assert all(f"`{name}" in rows for name in contract.__abstractmethods__)
