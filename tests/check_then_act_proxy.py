@@ -6,14 +6,15 @@ import http.client
 import random
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from tests.local_server import LocalServer, QuietHandler
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 
-class CheckThenActProxy:
+class CheckThenActProxy(LocalServer):
     """Forwards requests to the server of a URL.
 
     While `delay` is not None, it compares the conditions of PUTs itself, on average `delay` seconds before it sends the
@@ -29,31 +30,15 @@ class CheckThenActProxy:
         self._to = urlsplit(url).netloc
         proxy = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
 
             def serve(self) -> None:
                 proxy._serve(self)
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = serve  # noqa: N815
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         with self._mutex:

@@ -30,7 +30,10 @@ from typing import Any, NamedTuple, Self
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
+from typing_extensions import override
+
 from infra import artifact
+from tests.local_server import LocalServer, QuietHandler
 
 ROOT = Path(__file__).parent.parent
 MAX_EVENT = 6 * 1024 * 1024
@@ -220,7 +223,7 @@ class Instance:
         return int(resident[1]), len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
 
-class CredentialsEndpoint:
+class CredentialsEndpoint(LocalServer):
     """The server that gives a function with SnapStart its keys. It expects a token, and counts requests.
 
     https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html
@@ -242,7 +245,7 @@ class CredentialsEndpoint:
         self._stopped = threading.Event()
         endpoint = self
 
-        class Endpoint(BaseHTTPRequestHandler):
+        class Endpoint(QuietHandler):
             def do_GET(self) -> None:
                 endpoint.asked += 1
                 failure = "closed" if endpoint.dead else endpoint.failures.pop(0) if endpoint.failures else None
@@ -264,22 +267,14 @@ class CredentialsEndpoint:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        uri = f"http://127.0.0.1:{self._server.server_port}/2021-08-23/credentials"
+        super().__init__(Endpoint)
+        uri = f"{self.url}/2021-08-23/credentials"
         self.environment = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": uri, "AWS_CONTAINER_AUTHORIZATION_TOKEN": token}
 
-    def __enter__(self) -> Self:
-        return self
-
+    @override
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__exit__()
 
 
 def _runtime_api(events: Any, answers: Any) -> ThreadingHTTPServer:
@@ -422,7 +417,7 @@ def seen(returned: dict[str, Any]) -> Answer:
     return Answer(returned["statusCode"], returned.get("headers") or {}, raw, returned)
 
 
-class Gateway:
+class Gateway(LocalServer):
     """An HTTP API in front of instances, which take turns. Each serves one request at a time."""
 
     def __init__(self, instances: list[Instance]) -> None:
@@ -430,7 +425,7 @@ class Gateway:
         for instance in instances:
             free.put(instance)
 
-        class Front(BaseHTTPRequestHandler):
+        class Front(QuietHandler):
             disable_nagle_algorithm = True
             protocol_version = "HTTP/1.1"
 
@@ -454,16 +449,4 @@ class Gateway:
 
             do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_any  # noqa: N815
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Front)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Front)

@@ -6,8 +6,7 @@ import io
 import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
 import boto3
@@ -16,6 +15,7 @@ import pytest
 from app import settings
 from app.backup_function import MARGIN_S, BackupFunction
 from app.dev.local_s3 import make_bucket
+from tests.local_server import LocalServer, QuietHandler
 from tests.services import S3Server
 
 INVOCATIONS = "/2015-03-31/functions/{name}/invocations"
@@ -62,11 +62,11 @@ class Lambda:
         loop.close()
 
 
-class LambdaServer:
+class LambdaServer(LocalServer):
     """The API of Lambda, for commands that run as programs."""
 
     def __init__(self, function: Lambda) -> None:
-        class Api(BaseHTTPRequestHandler):
+        class Api(QuietHandler):
             def do_POST(self) -> None:
                 event = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 status, body = (
@@ -77,20 +77,7 @@ class LambdaServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Api)
 
 
 class Stacks:

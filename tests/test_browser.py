@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import queue
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from string import Template
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.chromium import PAGE_TIMEOUT_S, browser, dumped
+from tests.local_server import LocalServer, QuietHandler
 from tests.tcp_proxy import TcpProxy
 
 ARTICLE = {"title": "Sun", "content": "secret-of-the-sun", "author": "a"}
 
 
-class Site:
+class Site(LocalServer):
     """A web site with one page. `reported()` waits for what the page's script sends to /report."""
 
     def __init__(self, page: str = "") -> None:
@@ -27,7 +26,7 @@ class Site:
         self.at_switch = lambda: None
         site = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 if self.path.startswith("/to?"):  # sends the browser on, with the same method and body
                     self._answer(307, location=self.path.removeprefix("/to?"))
@@ -56,19 +55,7 @@ class Site:
                 self.wfile.write(body)
                 self.close_connection = True
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = self._server.server_port
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
     def reported(self) -> Any:
         return self._reports.get(timeout=PAGE_TIMEOUT_S)
