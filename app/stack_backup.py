@@ -13,14 +13,14 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import msgspec
 
 from .autocrud.backup.archive_reader import VerifiedArchive, verify_in_thread
 from .autocrud.backup.archive_writer import ArchiveWriter
 from .autocrud.backup.compression import Compression
-from .autocrud.backup.exporting import ExportedModel, ExportResult
+from .autocrud.backup.exporting import ExportedModel, ExportResult, Progress
 from .autocrud.backup.importing import ImportResult, ModelImport, ModelSurvey, Surveyed
 from .autocrud.backup.joining import join_parts
 from .autocrud.backup.sources import Source, readable_twice
@@ -32,9 +32,6 @@ from .settings import EXPORTS, Settings
 
 log = logging.getLogger("crudstack.backup")
 
-T = TypeVar("T")
-
-Progress = Callable[[int, int | None, str], None]
 CALL_S = 930
 """Seconds to wait for an answer of the function, which may run for 900."""
 ANY_SIZE = 2**62
@@ -242,8 +239,9 @@ async def import_stack(
 ) -> ImportResult:
     """Upload an archive, and import it into the models of a stack.
 
-    The arguments are those of `import_all`. Raises BadArchive before anything is uploaded, BackupFailed if the function
-    refuses the archive, OutOfTime if it got no further in its time, and StoreUnavailable.
+    The arguments are those of `import_all`, but `surveyed` is not called if an import is resumed. Raises BadArchive
+    before anything is uploaded, BackupFailed if the function refuses the archive, OutOfTime if the last call got no
+    further than the one before, and StoreUnavailable.
     """
     if sum((resume, abort, check)) > 1:
         raise InvalidData("an import is resumed, aborted or checked: give one of these options")

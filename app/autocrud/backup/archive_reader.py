@@ -293,7 +293,7 @@ class VerifiedArchive:
     manifest  the models of the archive
     sha256    of the file, in hex
     size      of the file, in bytes
-    notes     a temporary database of blobs and keys
+    notes     a temporary database of facts about the archive: see ArchiveNotes
     """
 
     def __init__(
