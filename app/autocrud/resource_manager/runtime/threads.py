@@ -82,6 +82,8 @@ async def until_cancelled(work: Callable[[Callable[[], None]], T]) -> T:
     except asyncio.CancelledError:
         cancelled.set()
         await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # nobody waits for it, so it is not logged
         raise
 
 
