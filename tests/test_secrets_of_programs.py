@@ -144,12 +144,19 @@ def logged(caplog) -> Any:
     )
 
 
-async def asked(app: Any) -> str:
-    """Return all responses of the application to requests to each route."""
+async def asked(app: Any, *, at_once: bool = False) -> str:
+    """Return all responses of the application to requests to each route, one after the other or all at once."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    answers = []
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        for method, path in [
+    turns = asyncio.Semaphore(100 if at_once else 1)
+
+    async def answer(method: str, path: str) -> str:
+        async with turns:
+            body = ARTICLE if method in ("POST", "PUT") else None
+            answer = await client.request(method, path, json=body)
+            return f"{answer.status_code} {answer.headers} {answer.text}"
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+        requests = [
             ("GET", "/readyz"),
             ("POST", "/article"),
             ("PUT", "/article/x"),
@@ -160,10 +167,8 @@ async def asked(app: Any) -> str:
             ("DELETE", "/article/x"),
             ("POST", "/article/x/purge"),
             ("GET", "/readyz"),
-        ]:
-            answer = await client.request(method, path, json=ARTICLE if method in ("POST", "PUT") else None)
-            answers.append(f"{answer.status_code} {answer.headers} {answer.text}")
-    return "\n".join(answers)
+        ]
+        return "\n".join(await asyncio.gather(*(answer(*request) for request in requests)))
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["password", "tls"])
@@ -175,13 +180,12 @@ async def test_a_server_that_refuses_the_connection(kind, tls, servers, tmp_path
         monkeypatch.setenv(name, given[name])
     settings = load(given | {"CRUDSTACK_PREFIX": tmp_path.name})
     app = main.create_app(settings)
-    said = [await asked(app)]
-    for manager in app.state.crud.managers.values():
-        for work in (manager.open, manager.storage.health, manager.storage.degradations):
-            try:
-                await work()
-            except Exception as error:
-                said += ["".join(traceback.format_exception(error)), *texts_of_error(error)]
+    said = [await asked(app, at_once=True)]  # most wait until they give up
+    managers = app.state.crud.managers.values()
+    works = [work for one in managers for work in (one.open, one.storage.health, one.storage.degradations)]
+    for error in await asyncio.gather(*(work() for work in works), return_exceptions=True):
+        if isinstance(error, BaseException):
+            said += ["".join(traceback.format_exception(error)), *texts_of_error(error)]
     said += [*texts_of_objects([settings, app]), logged()]
     await app.state.crud.close()
     said += [*texts_of_objects([settings, app]), logged(), *capfd.readouterr()]
