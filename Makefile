@@ -44,8 +44,9 @@ s3-rescue: $(VENV)/.local ## write lost changes of `make run` to FILE=lost.jsonl
 	@test -n "$(FILE)" || { echo "FILE is not set, expected a new file: make s3-rescue FILE=lost.jsonl" >&2; exit 2; }
 	@$(RUN_SETTINGS) $(BIN)/crudstack s3-rescue "$(FILE)" $(if $(filter-out 0,$(RESUME)),--resume)
 
+# Three processes: on two cores, one of them mostly waits.
 test: $(VENV)/.dev .local/checkov/.done ## the whole suite
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 test-fast: $(VENV)/.dev ## the tests of single functions and of the layout, in seconds
 	@$(BIN)/python -m pytest -m "not slow" tests/unit $(ARGS)
