@@ -53,7 +53,7 @@ async def test_the_reason_of_a_refusal_is_told(stacks, tmp_path):
         await stack_backup.export_stack(given, tmp_path / "x.tar.gz", models=["nothing"])
     path = tmp_path / "all.tar.gz"
     await stack_backup.export_stack(given, path, models=["article"])
-    with pytest.raises(stack_backup.BackupFailed, match="was interrupted"):
+    with pytest.raises(stack_backup.BackupFailed, match="there is no unfinished import"):
         await stack_backup.import_stack(given, path, resume=True)
     with pytest.raises(InvalidData, match="there is no model 'nothing'"):
         await stack_backup.import_stack(given, path, models=["nothing"])

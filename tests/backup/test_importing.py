@@ -408,9 +408,9 @@ async def test_a_purge_removes_what_the_journal_keeps(programs, archive, monkeyp
             await import_all(crud.managers, archive, on_conflict="replace")
     storage = manager.storage
     assert await storage.bodies([old.meta.uid])
-    assert await storage.import_journal.replaced("n00001")
+    assert await storage.import_journal.kept_records("n00001")
     await manager.purge("n00001")
-    assert await storage.import_journal.replaced("n00001") == []
+    assert await storage.import_journal.kept_records("n00001") == []
     with pytest.raises(Exception, match="missing"):
         await storage.bodies([old.meta.uid])
     (model,) = (await import_all(crud.managers, archive, abort=True)).models.values()

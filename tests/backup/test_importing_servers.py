@@ -110,9 +110,9 @@ async def test_a_purge_removes_what_the_journal_keeps(programs, tmp_path, monkey
         with pytest.raises(Killed):
             await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict="replace")
     assert await manager.storage.bodies([old.meta.uid])
-    assert await manager.storage.import_journal.replaced("n00001")
+    assert await manager.storage.import_journal.kept_records("n00001")
     await manager.purge("n00001")
-    assert await manager.storage.import_journal.replaced("n00001") == []
+    assert await manager.storage.import_journal.kept_records("n00001") == []
     with pytest.raises(Exception, match="missing"):
         await manager.storage.bodies([old.meta.uid])
 

@@ -1,32 +1,24 @@
 """The import of the resources of one model in batches, each a commit, with a journal in the store.
 
-Before each commit, the journal gets what the commit replaces and creates (J1 of `contract.import_journal`). If a commit
-is refused because another writer was faster, or if its outcome is unknown, the batch is planned again on the present
-states. Those that the import has written itself are recognized (N1 of `import_states`).
+Before each commit, the journal gets what the commit replaces and creates (J1 of `contract.import_journal`). Before and
+after it, the import looks whether another command has taken it over (J5): see `_look_again`. If a
+commit is refused because another writer was faster, or if its outcome is unknown, the batch is planned again on the
+present states. Those that the import has written itself are recognized (N1 of `import_states`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from msgspec.structs import replace
-
-from ..errors import (
-    NotEnoughTime,
-    OutcomeUnknown,
-    Overloaded,
-    StoreUnavailable,
-    UniqueConflict,
-    VersionConflict,
-    WriteContention,
-)
+from ..errors import CrudError, OutcomeUnknown, UniqueConflict, VersionConflict, WriteContention
 from ..resource_manager.basic import IStorage, ResourceMeta, Write
 from ..resource_manager.contract.import_journal import ImportJournal, ImportState, ReplacedPart
 from .archive_notes import ArchiveNotes
-from .errors import ImportConflict, NoSuchImport
+from .errors import ImportConflict, ImportTakenOver
+from .import_owner import ATTEMPTS, FIRST_PAUSE_S, NOT_NOW, ImportOwner, repeated
 from .import_states import (
     REVISIONS,
     ModelImport,
@@ -39,12 +31,10 @@ from .import_states import (
     version_of,
 )
 from .pieces import Piece, Rewriting, new_uids
+from .undo_import import TakingBack
 
 log = logging.getLogger("crudstack.import")
 
-ATTEMPTS = 8
-FIRST_PAUSE_S = 0.05
-"""Pause before a batch is tried again. It doubles with each attempt."""
 NOTE_EVERY = 20
 """After how many batches the journal notes how far the import got."""
 
@@ -65,6 +55,8 @@ class Planned(NamedTuple):
 class BatchedImport:
     """Imports the resources of one model.
 
+    owner    the import, as long as this attempt owns it
+    taking   takes back a batch that was committed when an abort had taken over
     changed  called before the first commit
     """
 
@@ -72,14 +64,16 @@ class BatchedImport:
         self,
         storage: IStorage,
         journal: ImportJournal | None,
-        state: ImportState,
+        owner: ImportOwner,
+        taking: TakingBack,
         rewriting: Rewriting,
         notes: ArchiveNotes,
         model: str,
         result: ModelImport,
         changed: Callable[[], None],
     ) -> None:
-        self._storage, self._journal, self.state, self._rewriting = storage, journal, state, rewriting
+        self._storage, self._journal, self._owner, self._taking = storage, journal, owner, taking
+        self._rewriting = rewriting
         self._notes, self._model, self._result, self._changed = notes, model, result, changed
         self._left_out: str | None = None  # a large resource whose later pieces are not imported either
         self._batches = 0
@@ -90,17 +84,19 @@ class BatchedImport:
         self._batches += 1
         last = batch[-1]
         if self._journal is not None and self._batches % NOTE_EVERY == 0 and not last.large:
-            noted = replace(self.state, after=last.meta.resource_id)
-            if not await self._journal.note(self.state, noted):
-                raise NoSuchImport("the import was aborted by another process")
-            self.state = noted
+            await self._owner.note(after=last.meta.resource_id)
+
+    @property
+    def _state(self) -> ImportState:
+        return self._owner.state
 
     async def _add(self, batch: Sequence[Piece]) -> None:
         for attempt in range(ATTEMPTS):
             planned = await self._plan(batch)
             if not planned:
                 return
-            await self._keep(planned)
+            kept = await self._keep(planned)
+            await self._owner.check()
             self._changed()
             try:
                 committed = await self._storage.commit([write for one in planned for write in one.writes])
@@ -111,21 +107,46 @@ class BatchedImport:
                 else:
                     self._take_conflict(planned[0].piece, error)
                 return
-            except (
-                VersionConflict,
-                WriteContention,
-                OutcomeUnknown,
-                StoreUnavailable,
-                Overloaded,
-                NotEnoughTime,
-            ) as error:
+            except (VersionConflict, WriteContention, OutcomeUnknown, *NOT_NOW) as error:
+                await self._look_again(planned, kept)
                 if attempt == ATTEMPTS - 1:
                     raise
                 log.info("%s: a batch is tried again: %s", self._model, error)
                 await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
             else:
+                await self._look_again(planned, kept)
                 await self._note(planned, committed)
                 return
+
+    async def _look_again(self, planned: Sequence[Planned], kept: Mapping[str, Sequence[ReplacedPart]]) -> None:
+        """Look whether another command has taken over before a batch was committed, or perhaps committed (J5).
+
+        If the import was aborted meanwhile, the abort may have gone past these resources already, and may even be
+        complete. So this attempt takes them back itself: it knows what it has replaced, and holds a pin, which keeps
+        the replaced bodies. If the import was resumed, the resources stay, because they are those of the same import.
+        Later pieces of a large resource are left to the abort: they were committed only if it had not taken back the
+        first one.
+        """
+        try:
+            await self._owner.check()
+        except ImportTakenOver as error:
+            if error.aborted:
+                await repeated(lambda: self._take_back(planned, kept))
+            raise
+
+    async def _take_back(self, planned: Sequence[Planned], kept: Mapping[str, Sequence[ReplacedPart]]) -> None:
+        written = [one for one in planned if one.creates or one.replaced is not None]
+        found = await states_of(self._storage, [one.piece.meta.resource_id for one in written])
+        for one in written:
+            archived = one.piece.meta
+            meta = found[archived.resource_id]
+            try:
+                if meta is not None:
+                    await self._taking.take_back(archived, meta, kept.get(archived.resource_id, ()))
+            except NOT_NOW:
+                raise
+            except CrudError as error:
+                log.warning("%s %s is not taken back: %s", self._model, archived.resource_id, error.detail)
 
     async def _plan(self, batch: Sequence[Piece]) -> list[Planned]:
         found = await states_of(self._storage, [piece.meta.resource_id for piece in batch])
@@ -133,7 +154,7 @@ class BatchedImport:
         return [one for one in planned if one is not None]
 
     async def _plan_piece(self, piece: Piece, found: ResourceMeta | None) -> Planned | None:
-        meta, state = piece.meta, self.state
+        meta, state = piece.meta, self._state
         if piece.entry is None:
             if self._left_out == meta.resource_id:
                 return None
@@ -157,19 +178,17 @@ class BatchedImport:
         writes = self._rewriting.writes(piece, replacing_state(state, meta, found), version_of(found), drop)
         return Planned(piece, writes, replaced=found)
 
-    async def _keep(self, planned: Sequence[Planned]) -> None:
-        """Write the journal of a batch, before the batch (J1)."""
+    async def _keep(self, planned: Sequence[Planned]) -> dict[str, list[ReplacedPart]]:
+        """Write the journal of a batch, before the batch (J1). Return what the batch replaces, by id."""
         if self._journal is None:
-            return
-        created = [digest_of(self.state.id, one.piece.meta.resource_id) for one in planned if one.creates]
+            return {}
+        created = [digest_of(self._state.id, one.piece.meta.resource_id) for one in planned if one.creates]
         if created:
-            await self._journal.keep_created(b"".join(created))
-        parts: list[ReplacedPart] = []
-        for one in planned:
-            if one.replaced is not None:
-                parts += await self._parts(one.replaced)
-        if parts:
-            await self._journal.keep_replaced(parts)
+            await self._journal.keep_created(self._state, b"".join(created))
+        kept = {one.replaced.resource_id: await self._parts(one.replaced) for one in planned if one.replaced}
+        if kept:
+            await self._journal.keep_replaced(self._state, [part for parts in kept.values() for part in parts])
+        return kept
 
     async def _parts(self, found: ResourceMeta) -> list[ReplacedPart]:
         records = await records_of(self._storage, found.resource_id)
@@ -202,7 +221,7 @@ class BatchedImport:
 
     def _take_conflict(self, piece: Piece, error: UniqueConflict) -> None:
         """Leave out a resource whose unique value another one has, or raise ImportConflict."""
-        if self.state.on_conflict == "fail":
+        if self._state.on_conflict == "fail":
             raise unique_conflict({error.field: 1}, [piece.meta.resource_id]) from None
         self._left_out = piece.meta.resource_id
         counts = self._result.unique_conflicts

@@ -42,3 +42,13 @@ class NoSuchImport(CrudError, LookupError):
     """There is no interrupted import of this archive to resume or abort."""
 
     type, title, status = "no-such-import", "There is no such import", 404
+
+
+class ImportTakenOver(CrudError):
+    """Another command has resumed or aborted this import while it ran, so it has stopped.
+
+    aborted  whether the import was aborted
+    """
+
+    type, title, status = "import-taken-over", "Another command has taken over this import", 409
+    aborted = False

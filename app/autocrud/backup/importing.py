@@ -11,7 +11,7 @@ The steps, for all models of the archive:
 4. End the journals.
 
 If the process is killed in step 3, `resume` continues with the same archive, and `abort` takes back what was written:
-`undo_import`.
+`undo_import`. Both may be called while the import runs: then it stops (J5 of `contract.import_journal`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from uuid import uuid4
 
 from msgspec.structs import replace
 
-from ..errors import ConfigError, InvalidData, LoadTooLarge, ModelNotEmpty, OutcomeUnknown
+from ..errors import ConfigError, CrudError, InvalidData, LoadTooLarge, ModelNotEmpty, OutcomeUnknown, PinLost
 from ..query import Compare, Resolved
 from ..resource_manager.basic import (
     AlreadyCommitted,
@@ -39,24 +39,24 @@ from ..resource_manager.basic import (
 )
 from ..resource_manager.contract.import_journal import ImportJournal, ImportState, ImportStorage, OnConflict
 from ..resource_manager.contract.loading import LoadingStorage
-from ..resource_manager.core import ResourceManager
 from .archive_notes import ArchiveNotes
 from .archive_reader import Progress, VerifiedArchive, verify_in_thread
 from .batched_import import BatchedImport, conflict, unique_conflict
-from .blob_import import blobs_of, import_blobs
-from .errors import ImportUnfinished, NoSuchImport
+from .blob_import import import_blobs
+from .errors import ImportConflict, ImportTakenOver, ImportUnfinished, NoSuchImport
+from .import_messages import add_outcome, advise_to_continue, unfinished
+from .import_options import Managers, check_options, names_of
+from .import_owner import ImportOwner
 from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty, states_of
 from .model_load import ModelLoad
 from .pieces import BATCH, Rewriting, batches_of, pieces_of, prefetched
 from .sources import Source, readable_twice
 from .survey import Index, Survey
-from .undo_import import Undoing
+from .undo_import import TakingBack, Undoing
 
 __all__ = ["ImportResult", "ModelImport", "ModelSurvey", "OnConflict", "Surveyed", "import_all"]
 
 log = logging.getLogger("crudstack.import")
-
-Managers = Mapping[str, ResourceManager[Any]]
 
 
 async def import_all(
@@ -69,6 +69,7 @@ async def import_all(
     max_bytes: int | None = None,
     resume: bool = False,
     abort: bool = False,
+    undo: bool = False,
     without_journal: bool = False,
     check: bool = False,
     surveyed: Surveyed | None = None,
@@ -85,8 +86,10 @@ async def import_all(
         sha256: The SHA-256 that the archive must have, in hex; None: any.
         max_bytes: How many bytes the archive may have when it is decompressed; None: the free space of the disk for
             temporary files.
-        resume: Whether to continue an import of the same archive that was interrupted, with its `on_conflict`.
-        abort: Whether to take back an import of the same archive that was interrupted.
+        resume: Whether to continue an import of the same archive that is not finished. It keeps its `on_conflict`,
+            unless "skip" or "replace" is given.
+        abort: Whether to take back an import of the same archive that is not finished.
+        undo: Whether to take back what was written if the import fails, but not if it is cancelled. Not for `resume`.
         without_journal: Whether to import into models with data whose store keeps no journal. Such an import cannot be
             resumed or taken back.
         check: Whether to stop before anything is changed. The result then tells what does not fit the models, and which
@@ -98,9 +101,10 @@ async def import_all(
     Raises BadArchive, ArchiveTooLarge, InvalidData or ConfigError if the archive cannot be imported into these models,
     ImportConflict, ImportUnfinished if another import is not finished, and NoSuchImport if there is none to resume or
     abort. Then nothing was changed, unless ImportConflict says otherwise. Raises ModelNotEmpty if an empty model was
-    written meanwhile, and what the stores raise. Then the import can be resumed or aborted.
+    written meanwhile, ImportTakenOver if another program has resumed or aborted this import, and what the stores raise.
+    Then the import can be resumed or aborted.
     """
-    _check_options(managers, models, on_conflict, resume=resume, abort=abort, check=check)
+    check_options(managers, models, on_conflict, resume=resume, abort=abort, check=check)
     chosen = {name: manager for name, manager in managers.items() if models is None or name in models}
     for manager in chosen.values():
         await manager.open()
@@ -116,51 +120,19 @@ async def import_all(
         )
         try:
             await asyncio.to_thread(survey.end)
-            names = _names(archive, managers, models)
+            names = names_of(archive, managers, models)
             run = _Import(managers, archive, names, indexes, survey, surveyed or _untold, progress)
             if abort:
                 return await run.abort()
             if resume:
-                return await run.resume()
-            return await run.begin(on_conflict, empty, without_journal=without_journal, check=check)
+                return await run.resume(on_conflict)
+            return await run.begin(on_conflict, empty, without_journal=without_journal, check=check, undo=undo)
         finally:
             await asyncio.to_thread(archive.close)
 
 
 def _untold(_: Mapping[str, ModelSurvey]) -> None:
     return None
-
-
-def _check_options(
-    managers: Managers, models: Collection[str] | None, on_conflict: str, *, resume: bool, abort: bool, check: bool
-) -> None:
-    if on_conflict not in ("fail", "skip", "replace"):
-        raise InvalidData(f"on_conflict is {on_conflict!r}, expected fail, skip or replace")
-    if resume and abort:
-        raise InvalidData("an import is either resumed or aborted, not both")
-    if check and (resume or abort):
-        raise InvalidData("a check changes nothing, so nothing is resumed or aborted: give one of these options")
-    for name in models or ():
-        if name not in managers:
-            raise InvalidData(f"there is no model {name!r}; there are {', '.join(managers)}")
-
-
-def _names(archive: VerifiedArchive, managers: Managers, models: Collection[str] | None) -> list[str]:
-    """Return the names of the models to import, in the order of the archive."""
-    found = [model.name for model in archive.manifest.models]
-    for name in models or ():
-        if name not in found:
-            raise InvalidData(f"the archive has no model {name!r}; it has {', '.join(found) or 'none'}")
-    names = [name for name in found if models is None or name in models]
-    for name in names:
-        if name not in managers:
-            raise InvalidData(
-                f"the archive has the model {name!r}, which this program does not have: add it, or name the models to"
-                " import (--model)"
-            )
-        if archive.model(name).blobs:
-            blobs_of(managers[name].storage, name)
-    return names
 
 
 class _Import:
@@ -179,6 +151,7 @@ class _Import:
         self._managers, self._archive, self._names = managers, archive, names
         self._indexes, self._survey, self._surveyed, self._progress = indexes, survey, surveyed, progress
         self._results = {name: ModelImport(not_fitting=survey.not_fitting[name]) for name in names}
+        self._owners: dict[str, ImportOwner] = {}  # by model, as soon as this attempt may own its import
         self._changed = False
 
     def _storage(self, name: str) -> IStorage:
@@ -206,13 +179,13 @@ class _Import:
         )
 
     async def begin(
-        self, on_conflict: OnConflict, empty: Mapping[str, bool], *, without_journal: bool, check: bool
+        self, on_conflict: OnConflict, empty: Mapping[str, bool], *, without_journal: bool, check: bool, undo: bool
     ) -> ImportResult:
         """Check whether everything can be imported, and then import it, unless it is a check alone."""
         for name in self._names:
             journal = self._journal(name)
             if journal is not None and (state := await journal.state()) is not None:
-                raise _unfinished(name, state)
+                raise unfinished(name, state)
             if journal is None and not empty[name] and not without_journal:
                 raise ConfigError(
                     f"the model {name!r} has data, and its store keeps no journal of imports, so that this import could"
@@ -223,26 +196,45 @@ class _Import:
         self._tell_survey()
         if check:
             return self._result
-        import_id = uuid4().hex
-        states = {
-            name: ImportState(id=import_id, sha256=self._archive.sha256, on_conflict=on_conflict, empty=empty[name])
-            for name in self._names
-        }
-        begun: list[str] = []
+        import_id, attempt = uuid4().hex, uuid4().hex
         try:
             for name in self._names:
-                if (journal := self._journal(name)) is not None:
-                    stored = await journal.begin(states[name])
-                    if stored is None or stored.id != import_id:
-                        raise _unfinished(name, stored or states[name])
-                begun.append(name)
-            await self._run(states, again=False)
-        except BaseException:
+                journal = self._journal(name)
+                state = ImportState(
+                    id=import_id,
+                    sha256=self._archive.sha256,
+                    on_conflict=on_conflict,
+                    empty=empty[name],
+                    attempt=attempt,
+                    named=True,
+                )
+                self._owners[name] = ImportOwner(journal, state)
+                if journal is not None and (stored := await journal.begin(state)) != state:
+                    raise unfinished(name, stored or state)
+            await self._run(again=False)
+        except BaseException as error:
             if not self._changed:
-                for name in begun:
-                    await self._end(name, import_id)
+                for owner in self._owners.values():
+                    with contextlib.suppress(ImportTakenOver):
+                        await owner.note(ending=True)
+                        await owner.end()
+            elif undo and isinstance(error, Exception) and not isinstance(error, ImportTakenOver):
+                await self._take_back_failed(error)
+            elif isinstance(error, ImportConflict):
+                advise_to_continue(error)
             raise
         return self._result
+
+    async def _take_back_failed(self, error: Exception) -> None:
+        """Take back what this import has written, and say so in the error."""
+        if any(owner.state.ending for owner in self._owners.values()):
+            return  # it is complete (J7)
+        try:
+            await self._take_back()
+        except CrudError as second:
+            add_outcome(error, None, second)
+        else:
+            add_outcome(error, sum(result.not_taken_back for result in self._results.values()), None)
 
     async def _check_conflicts(self, name: str, on_conflict: OnConflict, *, empty: bool) -> None:
         """Raise ImportConflict if the import would fail. Count the resources of the archive that are left out."""
@@ -275,37 +267,50 @@ class _Import:
 
     # Run
 
-    async def _run(self, states: Mapping[str, ImportState], *, again: bool) -> None:
-        for name in self._names:
-            if name in states and not states[name].finished:
-                await self._import_model(name, states[name], again=again)
-        for name in self._names:
-            if name in states:
-                await self._end(name, states[name].id)
+    async def _run(self, *, again: bool) -> None:
+        owned = [(name, self._owners[name]) for name in self._names if name in self._owners]
+        for name, owner in owned:
+            if not owner.state.finished:
+                await self._import_model(name, owner, again=again)
+        for _, owner in owned:  # all, before the first one ends (J7): the import is whole or can be taken back
+            await owner.note(ending=True)
+        for _, owner in owned:
+            await owner.end()
 
-    async def _import_model(self, name: str, state: ImportState, *, again: bool) -> None:
+    async def _import_model(self, name: str, owner: ImportOwner, *, again: bool) -> None:
         storage = self._storage(name)
-        async with _pinned(storage) as pin:
-            if not (state.empty and pin is not None and await self._load(name, pin)):
-                if self._archive.model(name).blobs:
-                    self._results[name].blobs = await import_blobs(storage, self._archive, name, again=again)
-                state = await self._import_batches(name, state)
-                await self._import_keys(name)
-        if (journal := self._journal(name)) is not None:
-            await journal.note(state, replace(state, finished=True))
+        try:
+            if not (owner.state.empty and await self._load(name, owner)):
+                async with _pinned(storage):
+                    if self._archive.model(name).blobs:
+                        self._results[name].blobs = await import_blobs(storage, self._archive, name, again=again)
+                    await self._import_batches(name, owner)
+                    await self._import_keys(name, owner)
+        except (PinLost, ModelNotEmpty):
+            await owner.check()  # another attempt may have dropped the pin, or filled the model
+            raise
+        await owner.note(finished=True)
 
     def _reader(self, name: str) -> tuple[Rewriting, Callable[[str], Iterator[Any]]]:
         notes = self._archive.notes
         rewriting = Rewriting(self._storage(name).new_uid, lambda key: notes.new_blob(name, key))
         return rewriting, lambda after: batches_of(pieces_of(self._archive, name, self._indexes[name], after))
 
-    async def _load(self, name: str, pin: str) -> bool:
-        """Fill an empty model in one step. Return False if its stores cannot do that, or if it is not empty."""
+    async def _load(self, name: str, owner: ImportOwner) -> bool:
+        """Fill an empty model in one step. Return False if its stores cannot do that, or if it is not empty.
+
+        The pin is not that of an import in batches, which nobody may drop: it keeps the bodies that a batch replaces,
+        until the batch cannot be taken back any more.
+        """
         storage = self._storage(name)
         loading = storage.loading if isinstance(storage, LoadingStorage) else None
         if loading is None or not isinstance(storage, ImportStorage):
             return False
         async with contextlib.AsyncExitStack() as context:
+            pin = await context.enter_async_context(_pinned(storage))
+            if pin is None:
+                return False
+            await owner.note(pin=pin)  # before the model is seen to be empty: from now on, a new owner drops this pin
             try:
                 counts = self._archive.model(name)
                 loader = await context.enter_async_context(loading.load(pin, size=counts.resources + counts.blobs))
@@ -323,7 +328,7 @@ class _Import:
         self._results[name].in_one_step = True
         return True
 
-    async def _import_batches(self, name: str, state: ImportState) -> ImportState:
+    async def _import_batches(self, name: str, owner: ImportOwner) -> None:
         def changed() -> None:
             self._changed = True
 
@@ -331,7 +336,8 @@ class _Import:
         importer = BatchedImport(
             self._storage(name),
             self._journal(name),
-            state,
+            owner,
+            TakingBack(self._storage(name), owner.state, self._indexes[name]),
             rewriting,
             self._archive.notes,
             name,
@@ -339,14 +345,13 @@ class _Import:
             changed,
         )
         done = 0
-        async with contextlib.aclosing(prefetched(batches(state.after))) as prepared:
+        async with contextlib.aclosing(prefetched(batches(owner.state.after))) as prepared:
             async for batch in prepared:
                 await importer.add(batch)
                 done += sum(piece.entry is not None for piece in batch)
                 self._report(done, name)
-        return importer.state
 
-    async def _import_keys(self, name: str) -> None:
+    async def _import_keys(self, name: str, owner: ImportOwner) -> None:
         storage = self._storage(name)
 
         async def add(key: StoredKey) -> None:
@@ -355,6 +360,7 @@ class _Import:
                 await storage.commit([], once)
 
         async for keys in self._keys(name):
+            await owner.check()
             await asyncio.gather(*map(add, keys))
             self._results[name].keys += len(keys)
 
@@ -376,14 +382,10 @@ class _Import:
         if self._progress is not None:
             self._progress(done, self._archive.model(name).resources, name)
 
-    async def _end(self, name: str, import_id: str) -> None:
-        if (journal := self._journal(name)) is not None:
-            await journal.end(import_id)
-
     # Resume and abort
 
     async def _states(self) -> dict[str, ImportState]:
-        """Return the states of the interrupted import of this archive, by model.
+        """Return the states of the import of this archive that is not finished, by model.
 
         Raises NoSuchImport if there is none, and InvalidData if a store keeps no journal.
         """
@@ -397,20 +399,34 @@ class _Import:
                 )
             state = await journal.state()
             if state is not None and state.sha256 != self._archive.sha256:
-                raise _unfinished(name, state)
+                raise unfinished(name, state)
             if state is not None:
                 states[name] = state
         if not states or len({state.id for state in states.values()}) > 1:
             raise NoSuchImport(
-                f"no import of the archive with the SHA-256 {self._archive.sha256} was interrupted in these models"
+                f"there is no unfinished import of the archive with the SHA-256 {self._archive.sha256} in these models"
             )
         return states
 
-    async def resume(self) -> ImportResult:
-        """Continue an interrupted import."""
+    async def _take_over(self, states: Mapping[str, ImportState], **changes: Any) -> None:
+        for name, state in states.items():
+            journal = self._journal(name)
+            assert journal is not None, "it has a state"
+            self._owners[name] = await ImportOwner.take_over(self._storage(name), journal, state, **changes)
+
+    async def resume(self, on_conflict: OnConflict) -> ImportResult:
+        """Continue an import that is not finished. `on_conflict` replaces that of the import, unless it is "fail"."""
         states = await self._states()
+        for name, state in states.items():
+            if state.aborting:
+                raise ImportUnfinished(
+                    f"the import of the archive with the SHA-256 {state.sha256} into the model {name!r} is being taken"
+                    " back, so it cannot be resumed: import that archive with --abort"
+                )
         self._tell_survey()
         self._changed = True
+        await self._take_over(states, **({} if on_conflict == "fail" else {"on_conflict": on_conflict}))
+        states = {name: owner.state for name, owner in self._owners.items()}
         begun = any(state.finished or state.after for state in states.values())
         missing = [name for name in self._names if name not in states]
         if missing and not begun and all(self._names.index(name) > len(states) - 1 for name in missing):
@@ -419,32 +435,48 @@ class _Import:
             for name in missing:
                 if (journal := self._journal(name)) is not None:
                     empty = await is_empty(self._storage(name))
-                    state = replace(first, empty=empty)
+                    state = replace(first, empty=empty, pin="", named=True)
                     if await journal.begin(state) != state:
-                        raise _unfinished(name, state)
-                    states[name] = state
-        await self._run(states, again=True)
+                        raise unfinished(name, state)
+                    self._owners[name] = ImportOwner(journal, state)
+        try:
+            await self._run(again=True)
+        except ImportConflict as error:
+            advise_to_continue(error)
+            raise
         return self._result
 
     async def abort(self) -> ImportResult:
-        """Take back an interrupted import."""
+        """Take back an import that is not finished."""
         states = await self._states()
-        for name, state in states.items():
-            journal, storage = self._journal(name), self._storage(name)
-            assert journal is not None, "it has a state"
-            undoing = Undoing(storage, journal, state, self._archive, name, self._indexes[name], self._results[name])
-            await undoing.run(lambda done, name=name: self._report(done, name))  # type: ignore[misc]
-            await storage.purge_remnants(dt.datetime.now(dt.UTC))
-            await self._end(name, state.id)
+        if any(state.ending and not state.aborting for state in states.values()):
+            await self._take_over(states)
+            await self._run(again=True)
+            raise NoSuchImport(
+                f"the import of the archive with the SHA-256 {self._archive.sha256} was complete, so nothing was taken"
+                " back"
+            )
+        await self._take_over(states, aborting=True)
+        await self._take_back()
         return self._result
+
+    async def _take_back(self) -> None:
+        """Take back what the import has written to all models that this attempt owns."""
+        for owner in self._owners.values():  # all, before the first resource is taken back
+            await owner.begin_abort()
+        for name, owner in self._owners.items():
+            journal, storage = self._journal(name), self._storage(name)
+            if journal is None:
+                continue
+            if not owner.state.ending:
+                undoing = Undoing(
+                    storage, journal, owner.state, self._archive, name, self._indexes[name], self._results[name]
+                )
+                await undoing.run(lambda done, name=name: self._report(done, name))  # type: ignore[misc]
+                await storage.purge_remnants(dt.datetime.now(dt.UTC))
+                await owner.note(ending=True)
+            await owner.end()
 
 
 def _pinned(storage: IStorage) -> AbstractAsyncContextManager[str | None]:
     return storage.pinned() if isinstance(storage, ImportStorage) else contextlib.nullcontext(None)
-
-
-def _unfinished(name: str, state: ImportState) -> ImportUnfinished:
-    return ImportUnfinished(
-        f"an import of the archive with the SHA-256 {state.sha256} into the model {name!r} is not finished: import that"
-        " archive with --resume to continue, or with --abort to take it back"
-    )

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from msgspec.structs import replace
 
-from ..errors import CrudError, NotEnoughTime, Overloaded, StoreUnavailable
+from ..errors import CrudError, ResourceNotFound, VersionConflict
 from ..resource_manager.basic import Change, IStorage, ResourceMeta, RevisionInfo, Write
 from ..resource_manager.contract.blobs import BlobStorage
 from ..resource_manager.contract.import_journal import ImportJournal, ImportState, ReplacedPart
 from ..resource_manager.engine.planning import new_nonce
 from .archive_reader import VerifiedArchive
+from .import_owner import NOT_NOW
 from .import_states import ModelImport, derived_nonce, digest_of, is_written, records_of, states_of, version_of
 from .pieces import BATCH, Piece, Rewriting
 from .survey import LARGE_REVISIONS, Index
@@ -27,67 +28,47 @@ from .survey import LARGE_REVISIONS, Index
 log = logging.getLogger("crudstack.import")
 
 DIGEST = 16
-NOT_NOW = (StoreUnavailable, Overloaded, NotEnoughTime)
-"""Errors after which the whole undoing is to be repeated later. Others concern one resource."""
+ATTEMPTS = 8
+"""How often a resource is tried that another process changes at the same time."""
 
 
-class Undoing:
-    """Takes back an import into one model. It may be interrupted, and repeated."""
+class TakingBack:
+    """Takes back single resources."""
 
-    def __init__(
-        self,
-        storage: IStorage,
-        journal: ImportJournal,
-        state: ImportState,
-        archive: VerifiedArchive,
-        model: str,
-        index: Index,
-        result: ModelImport,
-    ) -> None:
-        self._storage, self._journal, self._state, self._archive = storage, journal, state, archive
-        self._model, self._index, self._result = model, index, result
+    def __init__(self, storage: IStorage, state: ImportState, index: Index) -> None:
+        self._storage, self._state, self._index = storage, state, index
 
-    async def run(self, progress: Callable[[int], None]) -> None:
-        """Take back all that can be taken back. Raises StoreUnavailable; then it must be repeated."""
-        notes = self._archive.notes
-        async for digests in self._journal.created():
-            parts = [digests[start : start + DIGEST] for start in range(0, len(digests), DIGEST)]
-            await asyncio.to_thread(notes.note_digests, self._model, parts)
-        metas = self._metas()
-        done = 0
-        while batch := await asyncio.to_thread(lambda: list(itertools.islice(metas, BATCH))):
-            found = await states_of(self._storage, [meta.resource_id for meta in batch])
-            for archived in batch:
-                meta = found[archived.resource_id]
-                if meta is not None:
-                    await self._take_back(archived, meta)
-            done += len(batch)
-            progress(done)
+    async def take_back(self, archived: ResourceMeta, found: ResourceMeta, parts: Sequence[ReplacedPart]) -> bool:
+        """Take back what the import has written of a resource. Returns False if it was not written, or changed since.
 
-    def _metas(self) -> Iterator[ResourceMeta]:
-        return (item for item in self._archive.resources(self._model) if isinstance(item, ResourceMeta))
+        archived  the metadata of the resource in the archive
+        found     its present metadata
+        parts     what the import has replaced of it; empty if it has created it
 
-    async def _take_back(self, archived: ResourceMeta, found: ResourceMeta) -> None:
-        parts = await self._journal.replaced(found.resource_id)
-        undone = found.nonce == self._undone_nonce(found.resource_id, found.version)
-        if undone and await self._is_complete(parts):
-            self._result.taken_back += 1  # by an earlier attempt
-            return
-        if not undone and not is_written(self._state, archived, found):
-            if self._may_have_written(archived, found, parts):
-                self._give_up(found, "it was changed since")
-            return
-        try:
-            if parts:
-                await self._restore(parts, found)
+        Another process may do the same at the same time. Raises CrudError if the store refuses it.
+        """
+        attempt = 0
+        while True:
+            undone = found.nonce == self._undone_nonce(found.resource_id, found.version)
+            if undone and await self._is_complete(parts):
+                return True  # by an earlier attempt
+            if not undone and not is_written(self._state, archived, found):
+                return False
+            try:
+                if parts:
+                    await self._restore(parts, found)
+                else:
+                    await self._purge(found)
+            except (VersionConflict, ResourceNotFound):
+                attempt += 1
+                now = (await states_of(self._storage, [found.resource_id]))[found.resource_id]
+                if now is None:
+                    return True
+                if attempt == ATTEMPTS:
+                    raise
+                found = now
             else:
-                await self._purge(found)
-        except NOT_NOW:
-            raise
-        except CrudError as error:
-            self._give_up(found, error.detail)
-        else:
-            self._result.taken_back += 1
+                return True
 
     def _undone_nonce(self, resource_id: str, version: int) -> str:
         return derived_nonce(f"{self._state.id}-undone", resource_id, version)
@@ -95,16 +76,6 @@ class Undoing:
     async def _is_complete(self, parts: Sequence[ReplacedPart]) -> bool:
         records = sum(len(part.records) for part in parts)
         return records <= LARGE_REVISIONS or records == len(await records_of(self._storage, parts[0].meta.resource_id))
-
-    def _may_have_written(self, archived: ResourceMeta, found: ResourceMeta, parts: Sequence[ReplacedPart]) -> bool:
-        if parts:
-            return version_of(parts[0].meta) != version_of(found)
-        return self._archive.notes.has_digest(self._model, digest_of(self._state.id, archived.resource_id))
-
-    def _give_up(self, found: ResourceMeta, reason: str) -> None:
-        log.warning("%s %s is not taken back: %s", self._model, found.resource_id, reason)
-        self._result.not_taken_back += 1
-        self._result.name(found.resource_id)
 
     async def _purge(self, found: ResourceMeta) -> None:
         drop = {record.uid for record in await records_of(self._storage, found.resource_id)}
@@ -144,3 +115,65 @@ class Undoing:
         return {
             row.key for start in range(0, len(hashes), 100) for row in await blobs.rows(hashes[start : start + 100])
         }
+
+
+class Undoing:
+    """Takes back an import into one model. It may be interrupted, and repeated."""
+
+    def __init__(
+        self,
+        storage: IStorage,
+        journal: ImportJournal,
+        state: ImportState,
+        archive: VerifiedArchive,
+        model: str,
+        index: Index,
+        result: ModelImport,
+    ) -> None:
+        self._storage, self._journal, self._state, self._archive = storage, journal, state, archive
+        self._model, self._result = model, result
+        self._taking = TakingBack(storage, state, index)
+
+    async def run(self, progress: Callable[[int], None]) -> None:
+        """Take back all that can be taken back. Raises StoreUnavailable; then it must be repeated."""
+        notes = self._archive.notes
+        async for digests in self._journal.created(self._state):
+            parts = [digests[start : start + DIGEST] for start in range(0, len(digests), DIGEST)]
+            await asyncio.to_thread(notes.note_digests, self._model, parts)
+        metas = self._metas()
+        done = 0
+        while batch := await asyncio.to_thread(lambda: list(itertools.islice(metas, BATCH))):
+            found = await states_of(self._storage, [meta.resource_id for meta in batch])
+            for archived in batch:
+                meta = found[archived.resource_id]
+                if meta is not None:
+                    await self._take_back(archived, meta)
+            done += len(batch)
+            progress(done)
+
+    def _metas(self) -> Iterator[ResourceMeta]:
+        return (item for item in self._archive.resources(self._model) if isinstance(item, ResourceMeta))
+
+    async def _take_back(self, archived: ResourceMeta, found: ResourceMeta) -> None:
+        parts = await self._journal.replaced(self._state, found.resource_id)
+        try:
+            taken_back = await self._taking.take_back(archived, found, parts)
+        except NOT_NOW:
+            raise
+        except CrudError as error:
+            self._give_up(found, error.detail)
+            return
+        if taken_back:
+            self._result.taken_back += 1
+        elif self._may_have_written(archived, found, parts):
+            self._give_up(found, "it was changed since")
+
+    def _may_have_written(self, archived: ResourceMeta, found: ResourceMeta, parts: Sequence[ReplacedPart]) -> bool:
+        if parts:
+            return version_of(parts[0].meta) != version_of(found)
+        return self._archive.notes.has_digest(self._model, digest_of(self._state.id, archived.resource_id))
+
+    def _give_up(self, found: ResourceMeta, reason: str) -> None:
+        log.warning("%s %s is not taken back: %s", self._model, found.resource_id, reason)
+        self._result.not_taken_back += 1
+        self._result.name(found.resource_id)

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing_extensions import override
 
 from ..basic import MetaStore, ResourceStore, RevisionInfo, Write
-from ..contract.import_journal import STATE, ImportJournal, ImportKeeping, ImportStorage
+from ..contract.import_journal import ImportJournal, ImportKeeping, ImportStorage, is_importing
 from ..contract.protocols import RecordKeeping
 from ..contract.snapshots import Pinning
 from .held_pin import HeldPin
@@ -45,7 +45,7 @@ class JournalledPins(Pinning):
     async def has_pins(self) -> bool:
         if self._pinning is not None and await self._pinning.has_pins():
             return True
-        return self._keeping is not None and await self._keeping.import_entry(STATE) is not None
+        return self._keeping is not None and await is_importing(self._keeping)
 
 
 class StorageImports(ImportStorage):
@@ -73,6 +73,11 @@ class StorageImports(ImportStorage):
     async def pinned(self) -> AsyncIterator[str | None]:
         async with HeldPin(self._pinning) as pin:
             yield None if self._pinning is None else pin.name
+
+    @override
+    async def drop_pin(self, pin: str) -> None:
+        if self._pinning is not None:
+            await self._pinning.remove_pin(pin)
 
     @override
     async def put_bodies(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
