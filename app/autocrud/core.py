@@ -320,6 +320,8 @@ class AutoCRUD:
         models: Collection[str] | None = None,
         sha256: str | None = None,
         max_bytes: int | None = None,
+        resume: bool = False,
+        abort: bool = False,
         without_journal: bool = False,
         check: bool = False,
         surveyed: Surveyed | None = None,
@@ -336,13 +338,16 @@ class AutoCRUD:
             models: Names of models of the archive. The default is all.
             sha256: The SHA-256 that the archive must have.
             max_bytes: How many bytes the archive may take when it is decompressed. The default is the free disk space.
+            resume: Whether to continue an import of the same archive that is not finished. It keeps its `on_conflict`,
+                unless "skip" or "replace" is given.
+            abort: Whether to take back an import of the same archive that is not finished.
             without_journal: Whether to import into a model with data whose custom storage keeps no journal.
             check: Whether to verify the archive, and to stop before anything is changed.
             surveyed: Called before anything is changed, with a ModelSurvey for each model: it tells how many bodies do
                 not fit.
             progress: Called with the amount that is done, the total if it is known, and what is counted.
 
-        Raises BadArchive, ArchiveTooLarge or ImportConflict.
+        Raises BadArchive, ArchiveTooLarge, ImportConflict, ImportUnfinished or ImportTakenOver.
         """
         from .backup.importing import import_all
 
@@ -353,6 +358,8 @@ class AutoCRUD:
             models=models,
             sha256=sha256,
             max_bytes=max_bytes,
+            resume=resume,
+            abort=abort,
             without_journal=without_journal,
             check=check,
             surveyed=surveyed,
@@ -382,6 +389,9 @@ class AutoCRUD:
             models=options.models,
             sha256=options.sha256,
             max_bytes=options.max_bytes,
+            resume=options.resume,
+            abort=options.abort,
+            undo=True,
             check=options.check,
         )
         return result._asdict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ from msgspec import Struct
 
 from app.autocrud import AutoCRUD
 from app.autocrud.access import Permissions, Principal, Unauthenticated, anyone, own, role
+from app.autocrud.backup import pieces
 from app.autocrud.errors import ConfigError
 from app.autocrud.http import backups
 from app.autocrud.resource_manager.storage_factory import (
@@ -309,7 +311,7 @@ async def test_the_openapi_document_has_all_parameters():
     described = {
         path: {one["name"] for one in paths[path][method]["parameters"]} for path, method in OPERATIONS.items()
     }
-    assert described["/import"] == {"model", "on_conflict", "sha256", "max_bytes", "check"}
+    assert described["/import"] == {"model", "on_conflict", "sha256", "max_bytes", *backups.FLAGS}
     assert described["/export"] == {"model", "format", "per_resource"}
     await client.aclose()
 
@@ -354,6 +356,10 @@ async def test_an_archive_is_imported_by_another_server():
         ({"max_bytes": "100"}, 413),
         ({"on_conflict": "nope"}, 400),
         ({"check": "nope"}, 400),
+        ({"resume": "nope"}, 400),
+        ({"resume": "true", "abort": "true"}, 422),
+        ({"resume": "true"}, 404),
+        ({"abort": "true"}, 404),
         ({"max_bytes": "x"}, 400),
         ({"model": "nope"}, 400),
         ({"nope": "1"}, 400),
@@ -372,6 +378,82 @@ async def test_an_import_that_is_refused_changes_nothing(query, status):
     assert await other.resource_manager(Account).count() == 0
     await client.aclose()
     await receiver.aclose()
+
+
+class Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+def at_second_commit(monkeypatch: pytest.MonkeyPatch, crud: AutoCRUD, work: Callable[[], Awaitable[object]]) -> None:
+    """Do some work before the second commit of an import."""
+    storage = crud.resource_manager(Account).storage
+    commit, count = storage.commit, 0
+
+    async def watched(writes, once=None):
+        nonlocal count
+        count += 1
+        if count == 2:
+            await work()
+        return await commit(writes, once)
+
+    monkeypatch.setattr(storage, "commit", watched)
+
+
+async def half_imported(monkeypatch: pytest.MonkeyPatch, work) -> tuple[AutoCRUD, httpx.AsyncClient, bytes]:
+    """Return a program with data of its own, its client, and an archive of whose import the second commit does work."""
+    crud, client = application()
+    await filled(crud, 9)
+    archive = (await client.get("/export")).content
+    await client.aclose()
+    crud, client = application()
+    await crud.resource_manager(Account).create(Account(1), resource_id="own")
+    monkeypatch.setattr(pieces, "BATCH", 3)
+    at_second_commit(monkeypatch, crud, lambda: work(crud))
+    return crud, client, archive
+
+
+async def test_an_import_that_fails_in_the_middle_takes_back_what_it_has_written(monkeypatch):
+    async def other_client(crud: AutoCRUD) -> None:
+        await crud.resource_manager(Account).create(Account(1, "mine"), resource_id="a8")
+
+    crud, client, archive = await half_imported(monkeypatch, other_client)
+    answer = await client.post("/import", content=archive)
+    assert (answer.status_code, answer.json()["type"]) == (409, "urn:crudstack:import-conflict")
+    assert "import with on_conflict=skip or replace; what was imported until then is taken back" in answer.text
+    manager = crud.resource_manager(Account)
+    assert [meta.resource_id async for meta in manager.storage.scan()] == ["a8", "own"]
+    answer = await client.post("/import?on_conflict=skip", content=archive)
+    assert answer.json()["models"]["account"]["created"] == 8
+    await client.aclose()
+
+
+@pytest.mark.parametrize("how", ["resume", "abort"])
+async def test_an_import_that_is_not_finished_is_resumed_or_taken_back_over_http(monkeypatch, how):
+    async def end(_: AutoCRUD) -> None:
+        raise Ended
+
+    crud, client, archive = await half_imported(monkeypatch, end)
+    with pytest.raises(Ended):
+        await client.post("/import", content=archive)
+    manager = crud.resource_manager(Account)
+    answer = await client.post("/import", content=archive)
+    assert (answer.status_code, answer.json()["type"]) == (409, "urn:crudstack:import-unfinished")
+    assert "with resume=true to continue, or with abort=true to take it back" in answer.json()["detail"]
+    await manager.update("a0", Account(5, "edited"))
+    if how == "resume":
+        answer = await client.post("/import?resume=true", content=archive)
+        assert "continue with resume=true and on_conflict=skip or replace, or" in answer.json()["detail"]
+        answer = await client.post("/import?resume=true&on_conflict=skip", content=archive)
+        assert answer.json()["models"]["account"]["skipped"] == 1
+        assert await manager.count() == 10
+    else:
+        answer = await client.post("/import?abort=true", content=archive)
+        assert (answer.status_code, answer.json()["models"]["account"]["taken_back"]) == (200, 2)
+        assert answer.json()["models"]["account"]["ids"] == ["a0"]
+        assert [meta.resource_id async for meta in manager.storage.scan()] == ["a0", "own"]
+    assert (await manager.get("a0")).data.note == "edited"
+    assert (await client.post("/import?on_conflict=skip", content=archive)).status_code == 200
+    await client.aclose()
 
 
 async def test_an_import_whose_client_is_gone_changes_nothing():

@@ -1,4 +1,7 @@
-"""Sentences about imports that are not finished. They name the options of the command: see `http.import_messages`."""
+"""Sentences about imports that are not finished.
+
+They name the options of the command: `http.backups.with_parameters` puts parameters in their place.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ def advise_to_continue(error: ImportConflict) -> None:
     found, _, _ = error.detail.rpartition(": ")
     _tell(
         error,
-        f"{found}: a part of the archive is imported already; continue with --resume --on-conflict skip or replace, or"
-        " take it back with --abort",
+        f"{found}: a part of the archive is imported already; continue with --resume and --on-conflict skip or"
+        " replace, or take it back with --abort",
     )
 
 

@@ -299,8 +299,8 @@ class _Import:
     async def _load(self, name: str, owner: ImportOwner) -> bool:
         """Fill an empty model in one step. Return False if its stores cannot do that, or if it is not empty.
 
-        The pin is not that of an import in batches, which nobody may drop: it keeps the bodies that a batch replaces,
-        until the batch cannot be taken back any more.
+        The pin is only for this step. An import in batches holds another one, which no other attempt may drop: it keeps
+        the bodies that a batch replaces, until the batch cannot be taken back any more.
         """
         storage = self._storage(name)
         loading = storage.loading if isinstance(storage, LoadingStorage) else None

@@ -6,6 +6,8 @@ are exported and imported by `crudstack export` and `crudstack import`, without 
 - The actions `export` and `import` must be allowed explicitly for each model: see `access.Permissions`.
 - Memory use does not depend on the size of the archive. An export waits until the client has read what is written; an
   import is spooled to a file.
+- An import that fails takes back what it has written. If the process ends meanwhile, or if that fails too, the import
+  is not finished; then it is continued with `resume=true`, or taken back with `abort=true`.
 - One export or import runs at a time, because each may take a pin, a copy of a store in memory, or space on the disk.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -53,6 +56,9 @@ FORMATS = {"tar.gz": b"application/gzip", "tar.zst": b"application/zstd"}
 ARCHIVE_TYPES = ("application/gzip", "application/x-gzip", "application/zstd", "application/octet-stream")
 MOST_BYTES = 2**53 - 1
 """Largest `max_bytes`: JSON numbers of most programs are exact up to here."""
+FLAGS = ("check", "resume", "abort")
+"""Parameters of an import that are true or false."""
+_OPTION = re.compile(r"(?<!\w)--(check|resume|abort|on-conflict|model|max-bytes|sha256)\b(?:(?<=conflict) (?=\w))?")
 
 Action = Literal["export", "import"]
 
@@ -76,6 +82,8 @@ class ImportOptions(NamedTuple):
 
     models  None: all of the archive
     check   whether to stop before anything is changed
+    resume  whether to continue an import of the same archive that is not finished
+    abort   whether to take it back
     """
 
     models: Sequence[str] | None
@@ -83,6 +91,8 @@ class ImportOptions(NamedTuple):
     sha256: str | None
     max_bytes: int | None
     check: bool
+    resume: bool
+    abort: bool
 
 
 Export = Callable[[BinaryIO, ExportOptions], Awaitable[object]]
@@ -269,19 +279,33 @@ class _ImportRoute(_BackupRoute):
 
     @override
     async def _answer(self, request: Request, send: Send) -> Response | None:
-        options, models = self._options(request, "on_conflict", "sha256", "max_bytes", "check")
+        options, models = self._options(request, "on_conflict", "sha256", "max_bytes", *FLAGS)
         on_conflict = options.get("on_conflict", "fail")
         if on_conflict not in ("fail", "skip", "replace"):
             raise bad_parameter("on_conflict", f"expected fail, skip or replace, got {on_conflict[:60]!r}")
         limit = parse_integer("max_bytes", options["max_bytes"], 1, MOST_BYTES) if "max_bytes" in options else None
-        check = "check" in options and parse_flag("check", options["check"])
+        flags = {name: name in options and parse_flag(name, options[name]) for name in FLAGS}
         named = await self._chosen(request, models)  # without names, the archive may hold every model
-        chosen = ImportOptions(named if models else None, on_conflict, options.get("sha256"), limit, check)
+        chosen = ImportOptions(named if models else None, on_conflict, options.get("sha256"), limit, **flags)
         if request.header(b"content-type") is not None:
             request.content_type(*ARCHIVE_TYPES)
         async with self._alone():
-            result = await self._import(_chunks(request), chosen)
+            try:
+                result = await self._import(_chunks(request), chosen)
+            except CrudError as error:
+                error.detail = with_parameters(error.detail)
+                raise
         return Response(200, msgspec.json.encode(result))
+
+
+def with_parameters(text: str) -> str:
+    """Return a message with the parameters of `POST /import` in place of the options of the command."""
+
+    def parameter(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        return f"{name}=true" if name in FLAGS else f"{name}="
+
+    return _OPTION.sub(parameter, text)
 
 
 class _AnswerCutOff(Exception):

@@ -54,6 +54,8 @@ def paths(models: Collection[str]) -> dict[str, dict[str, Schema]]:
                 "of the decompressed archive",
             ),
             query_parameter("check", BOOL, "change nothing: verify the archive, and tell what does not fit the models"),
+            query_parameter("resume", BOOL, "continue an import of the same archive that is not finished"),
+            query_parameter("abort", BOOL, "take back an import of the same archive that is not finished"),
         ],
         "requestBody": {
             "required": True,
@@ -61,7 +63,7 @@ def paths(models: Collection[str]) -> dict[str, dict[str, Schema]]:
         },
         "responses": responses_of(
             {200: json_content({"type": "object"}, "what was imported, by model")},
-            *(400, 403, 409, 413, 415, 422, 500, 503),
+            *(400, 403, 404, 409, 413, 415, 422, 500, 503),
         ),
     }
     return {"/export": {"get": export}, "/import": {"post": import_}}
