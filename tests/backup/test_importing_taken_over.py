@@ -349,3 +349,19 @@ async def test_a_failed_import_is_taken_back_if_it_is_asked_for(target, tmp_path
     found = await resources(target)
     assert set(found) == {*before, "m1", "m8"}
     assert await manager.storage.import_journal.state() is None
+
+
+async def test_an_import_that_is_not_finished_is_reported(target, archive, monkeypatch, caplog):
+    (path, _) = archive
+    manager = target.resource_manager(Note)
+    assert await manager.degradations() == []
+    await killed_at(monkeypatch, target, path, 1, on_conflict="replace")
+    state = await manager.storage.import_journal.state()
+    for _ in range(2):
+        await manager.maintain(10)
+        (told,) = await manager.degradations()
+    assert told.startswith("an import is not finished")
+    assert state.sha256 in told
+    assert [record.getMessage() for record in caplog.records if "an import" in record.getMessage()] == [f"note: {told}"]
+    await import_all(target.managers, path, abort=True)
+    assert await manager.degradations() == []

@@ -6,16 +6,20 @@ commit (M3). J2 *The journal keeps bodies and blobs*: every removal of bodies an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from typing_extensions import override
 
+from ...errors import CrudError
 from ..basic import MetaStore, ResourceStore, RevisionInfo, Write
 from ..contract.import_journal import ImportJournal, ImportKeeping, ImportStorage, is_importing
 from ..contract.protocols import RecordKeeping
 from ..contract.snapshots import Pinning
 from .held_pin import HeldPin
+
+log = logging.getLogger("crudstack.storage")
 
 
 class JournalledPins(Pinning):
@@ -54,6 +58,7 @@ class StorageImports(ImportStorage):
     meta_store: MetaStore
     resource_store: ResourceStore
     _records: RecordKeeping | None
+    _logged_import = ""
 
     def _compose_imports(self) -> None:
         decides = self.meta_store if self._records is None else self.resource_store
@@ -89,3 +94,24 @@ class StorageImports(ImportStorage):
             return []
         purged = [change.meta.resource_id for change, _ in writes if change.purge]
         return [record for resource_id in purged for record in await self._journal.kept_records(resource_id)]
+
+    async def _unfinished_import(self, model: str) -> list[str]:
+        """Return a sentence about an import that is not finished, which also keeps everything (J2). Logs it once.
+
+        It may be running: its process may be another one, and no time tells whether that was killed.
+        """
+        try:
+            state = None if self._journal is None else await self._journal.state()
+        except CrudError:  # the health check reports it
+            return []
+        if state is None:
+            return []
+        how = "to take it back" if state.aborting else "to resume it or to take it back"
+        sentence = (
+            "an import is not finished, and until then nothing that is not needed any more is removed: if it does not"
+            f" run any more, import the archive with the SHA-256 {state.sha256} again, {how}"
+        )
+        if state.id != self._logged_import:
+            self._logged_import = state.id
+            log.warning("%s: %s", model, sentence)
+        return [sentence]

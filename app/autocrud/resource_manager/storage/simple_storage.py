@@ -428,6 +428,7 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, DirectStorage, Loadi
     @override
     async def degradations(self) -> list[str]:
         found = [sentence for store in self._stores for sentence in await store.degradations()]
+        found += await self._unfinished_import(self._spec.name)
         return found if self._reindexing is None else [*found, *self._reindexing.degradations()]
 
     @override
@@ -437,6 +438,7 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, DirectStorage, Loadi
         Work that does not fit into `budget_s` seconds is left to the next call.
         """
         deadline = time.monotonic() + budget_s
+        await self._unfinished_import(self._spec.name)
         if self._records is None:
             await self._maintain_index(deadline)
         await self.resource_store.maintain(max(0.0, deadline - time.monotonic()) / 2)
