@@ -131,7 +131,7 @@ def import_archive(
 
     The whole archive is verified before anything is changed. Then stderr tells
     how many bodies do not fit the models. If the import is killed, run it
-    again with --resume or with --abort.
+    again with --resume or with --abort. If it still runs, they stop it.
 
     The exit code is 0 if all is imported, 1 if the import failed, and 2 if an
     argument or a setting is wrong.
@@ -158,9 +158,10 @@ def import_archive(
     check
         Change nothing: only verify the archive, look for conflicts, and tell what does not fit the models.
     resume
-        Continue an import of the same archive that was killed.
+        Continue an import of the same archive that is not finished, with its --on-conflict or, if that is given,
+        with "skip" or "replace".
     abort
-        Take back an import of the same archive that was killed.
+        Take back an import of the same archive that is not finished.
     json
         Print one JSON document instead of sentences.
     """

@@ -20,6 +20,8 @@ from .archives import Content, resource, write
 from .imports import Note, Place, content, program
 
 KINDS = ("memory", "disk", "memory-disk", "s3-sqlite")
+SHARED = ("disk", "s3-sqlite")
+"""Kinds that several programs may use at once."""
 COUNT = 20
 
 
@@ -27,24 +29,41 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+OTHERS: dict[AutoCRUD, AutoCRUD] = {}
+"""By program, another one with the same stores; the same one if only one program may use them."""
+
+
+async def made(kind: str, place: Place) -> AutoCRUD:
+    crud = program(kind, place)
+    OTHERS[crud] = program(kind, place) if kind in SHARED else crud
+    await OTHERS[crud].open()
+    return crud
+
+
+def other(crud: AutoCRUD) -> Any:
+    return OTHERS[crud].managers
+
+
 @pytest.fixture(params=KINDS)
 async def target(request, tmp_path, monkeypatch) -> AutoCRUD:
     """A program whose model has four resources of the archive, and one of its own."""
     monkeypatch.setattr(pieces, "BATCH", 3)
-    crud = program(request.param, Place(tmp_path / "target"))
+    crud = await made(request.param, Place(tmp_path / "target"))
     manager = crud.resource_manager(Note)
     for rid in ("n00001", "n00005", "n00010", "n00019", "own"):
         await manager.create(Note(text="mine", code=rid), resource_id=rid)
         await manager.update(rid, Note(text="mine 2", code=rid))
     yield crud
+    await OTHERS.pop(crud).close()
     await crud.close()
 
 
 @pytest.fixture(params=KINDS)
 async def empty(request, tmp_path, monkeypatch) -> AutoCRUD:
     monkeypatch.setattr(pieces, "BATCH", 3)
-    crud = program(request.param, Place(tmp_path / "empty"))
+    crud = await made(request.param, Place(tmp_path / "empty"))
     yield crud
+    await OTHERS.pop(crud).close()
     await crud.close()
 
 
@@ -104,9 +123,9 @@ async def test_an_abort_stops_an_import_in_batches_that_runs(target, archive, mo
     results = []
 
     async def abort() -> None:
-        results.append(await import_all(target.managers, path, abort=True))
+        results.append(await import_all(other(target), path, abort=True))
         for _ in range(3):
-            await target.maintain(10)  # does not remove the bodies that are replaced now
+            await OTHERS[target].maintain(10)  # does not remove the bodies that are replaced now
 
     with monkeypatch.context() as patch:
         at_commit(patch, target, number, when, abort)
@@ -128,7 +147,7 @@ async def test_a_resume_by_another_command_stops_an_import_that_runs(target, arc
     own = (await resources(target))["own"]
 
     async def resume() -> None:
-        await import_all(target.managers, path, resume=True)
+        await import_all(other(target), path, resume=True)
 
     with monkeypatch.context() as patch:
         at_commit(patch, target, number, when, resume)
@@ -150,7 +169,7 @@ async def test_a_load_in_one_step_that_is_taken_over_does_not_appear(empty, arch
         await fill(self, *arguments)
         calls += 1
         if calls == 1:
-            (model,) = (await import_all(empty.managers, path, **{how: True})).models.values()
+            (model,) = (await import_all(other(empty), path, **{how: True})).models.values()
             assert (model.created, model.taken_back) == ((COUNT, 0) if how == "resume" else (0, 0))
 
     with monkeypatch.context() as patch:
@@ -171,7 +190,7 @@ async def test_an_abort_after_the_one_step_takes_everything_back(empty, archive,
     async def slow_note(before: ImportState, state: ImportState) -> bool:
         if state.finished:
             monkeypatch.undo()
-            (model,) = (await import_all(empty.managers, path, abort=True)).models.values()
+            (model,) = (await import_all(other(empty), path, abort=True)).models.values()
             assert model.taken_back == COUNT
         return await note(before, state)
 
@@ -187,7 +206,7 @@ async def test_a_second_import_is_told_that_the_first_may_run(target, archive, m
 
     async def second() -> None:
         with pytest.raises(ImportUnfinished) as caught:
-            await import_all(target.managers, path, on_conflict="skip")
+            await import_all(other(target), path, on_conflict="skip")
         told.append(str(caught.value))
 
     with monkeypatch.context() as patch:
@@ -222,10 +241,10 @@ async def test_entries_that_an_aborted_import_leaves_do_not_matter_to_the_next_o
     await journal.keep_created(late, b"0" * 16)
     assert len(await entries(target)) == 2
     await manager.update("n00001", Note(text="important", code="n00001"))
-    (other, _) = await archive_of(tmp_path / "b.tar.gz", "other")
-    await killed_at(monkeypatch, target, other, 1, on_conflict="replace")
+    (second, _) = await archive_of(tmp_path / "b.tar.gz", "other")
+    await killed_at(monkeypatch, target, second, 1, on_conflict="replace")
     assert all(late.id not in name for name in await entries(target))
-    (model,) = (await import_all(target.managers, other, abort=True)).models.values()
+    (model,) = (await import_all(target.managers, second, abort=True)).models.values()
     assert (model.taken_back, model.not_taken_back) == (3, 0)
     assert (await manager.get("n00001")).data.text == "important"
 

@@ -68,7 +68,8 @@ class ImportKeeping(Protocol):
     async def put_import_entry(self, name: str, value: bytes, *, replaces: bytes | None) -> bool:
         """Store an entry if the present one equals `replaces`; None: if there is none. Returns False if it differs.
 
-        Only for the entry STATE the comparison and the change must be one atomic step. Other names are used once.
+        Only for the entry STATE the comparison and the change must be one atomic step. Its value is empty after an
+        import; a store may return None instead. Other names are used once.
         """
 
     @abstractmethod
