@@ -140,6 +140,30 @@ async def test_an_abort_stops_an_import_in_batches_that_runs(target, archive, mo
     assert await entries(target) == []
 
 
+async def test_an_import_that_was_aborted_commits_no_further_batch(target, archive, monkeypatch):
+    (path, _) = archive
+    before = await resources(target)
+    storage = target.resource_manager(Note).storage
+    keep, commit, commits = storage.import_journal.keep_created, storage.commit, []
+
+    async def abort_first(state: ImportState, digests: bytes) -> None:
+        await import_all(other(target), path, abort=True)
+        commits.clear()
+        await keep(state, digests)
+
+    async def counted(writes: Any, once: Any = None) -> Any:
+        commits.append(writes)
+        return await commit(writes, once)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.import_journal, "keep_created", abort_first)
+        patch.setattr(storage, "commit", counted)
+        with pytest.raises(ImportTakenOver):
+            await import_all(target.managers, path, on_conflict="replace")
+    assert commits == []
+    assert await resources(target) == before
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 async def test_a_resume_by_another_command_stops_an_import_that_runs(target, archive, monkeypatch, number, when):
