@@ -108,8 +108,8 @@ class StorageImports(ImportStorage):
             return []
         how = "to take it back" if state.aborting else "to resume it or to take it back"
         sentence = (
-            "an import is not finished, and until then nothing that is not needed any more is removed: if it does not"
-            f" run any more, import the archive with the SHA-256 {state.sha256} again, {how}"
+            "an import is not finished: until it is, data that are not needed any more are kept; if it does not run any"
+            f" more, import the archive with the SHA-256 {state.sha256} again, {how}"
         )
         if state.id != self._logged_import:
             self._logged_import = state.id
