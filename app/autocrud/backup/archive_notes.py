@@ -25,6 +25,7 @@ CREATE TABLE uids (model TEXT, uid TEXT, new TEXT, PRIMARY KEY (model, uid)) WIT
 CREATE TABLE currents (model TEXT, id TEXT, record BLOB, body BLOB, PRIMARY KEY (model, id));
 CREATE TABLE uniques (model TEXT, field TEXT, value, id TEXT, PRIMARY KEY (model, field, value)) WITHOUT ROWID;
 CREATE TABLE excluded (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
+CREATE TABLE left_out (model TEXT, id TEXT, field TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
 CREATE TABLE ids (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
 CREATE TABLE digests (model TEXT, digest BLOB, PRIMARY KEY (model, digest)) WITHOUT ROWID;
 BEGIN;
@@ -46,7 +47,9 @@ class ArchiveNotes:
     uids       the bodies that results of Idempotency-Keys name, with their uids in the store of the model
     currents   the current revisions of large resources, which an import stores first
     uniques    the values of unique fields, with the resources that have them
-    excluded   the resources that are left out, because another one has a unique value of theirs
+    excluded   the resources that are never written: another one of the archive has a unique value of theirs, or the
+               model has them and keeps its own
+    left_out   the resources that are left out, because another one of the model has a unique value of theirs
     ids        the ids of the resources of models with data
     digests    the resources that an interrupted import may have created
     """
@@ -95,8 +98,12 @@ class ArchiveNotes:
         return rows[-1] if found is None and len(rows) == MOST else found
 
     def is_referred_to(self, model: str, key: str, absent: Collection[str]) -> bool:
-        """Return whether a resource that is not absent refers to a blob."""
-        rows = self._rows("SELECT id FROM blob_refs WHERE model = ? AND key = ? LIMIT ?", (model, key, len(absent) + 1))
+        """Return whether a resource that is not absent and not excluded refers to a blob."""
+        rows = self._rows(
+            "SELECT id FROM blob_refs r WHERE model = ? AND key = ?"
+            " AND NOT EXISTS (SELECT 1 FROM excluded e WHERE e.model = r.model AND e.id = r.id) LIMIT ?",
+            (model, key, len(absent) + 1),
+        )
         return any(resource_id not in absent for (resource_id,) in rows)
 
     def keep_rows(self, model: str, rows: Iterable[BlobRow]) -> None:
@@ -173,13 +180,40 @@ class ArchiveNotes:
         rows = self._rows("SELECT id FROM ids WHERE model = ? AND id > ? ORDER BY id LIMIT ?", (model, after, limit))
         return [resource_id for (resource_id,) in rows]
 
-    def exclude(self, model: str, resource_id: str) -> None:
-        """Note that a resource is left out."""
-        self._write("INSERT OR IGNORE INTO excluded VALUES (?, ?)", [(model, resource_id)])
+    def exclude(self, model: str, ids: Iterable[str]) -> None:
+        """Note that resources are never written."""
+        self._write("INSERT OR IGNORE INTO excluded VALUES (?, ?)", [(model, resource_id) for resource_id in ids])
 
     def is_excluded(self, model: str, resource_id: str) -> bool:
-        """Return whether a resource is left out."""
+        """Return whether a resource is never written."""
         return self._first("SELECT id FROM excluded WHERE model = ? AND id = ?", (model, resource_id)) is not None
+
+    def leave_out(self, model: str, resource_id: str, field: str) -> None:
+        """Note that a resource is left out for now, because another one has its value of a unique field."""
+        self._write("INSERT OR REPLACE INTO left_out VALUES (?, ?, ?)", [(model, resource_id, field)])
+
+    def take_up(self, model: str, ids: Iterable[str]) -> None:
+        """Note that resources are not left out any more."""
+        if self._connection is not None:
+            values = [(model, resource_id) for resource_id in ids]
+            self._write("DELETE FROM left_out WHERE model = ? AND id = ?", values)
+
+    def is_left_out(self, model: str, resource_id: str) -> bool:
+        """Return whether a resource is left out for now."""
+        return self._first("SELECT id FROM left_out WHERE model = ? AND id = ?", (model, resource_id)) is not None
+
+    def count_left_out(self, model: str) -> int:
+        """Return how many resources are left out for now."""
+        return self._first("SELECT count(*) FROM left_out WHERE model = ?", (model,)) or 0
+
+    def left_out(self, model: str, limit: int) -> list[tuple[str, int, list[str]]]:
+        """Return each field because of which resources are left out, how many they are, and up to `limit` ids."""
+        fields = self._rows("SELECT field, count(*) FROM left_out WHERE model = ? GROUP BY field", (model,))
+        ids = "SELECT id FROM left_out WHERE model = ? AND field = ? ORDER BY id LIMIT ?"
+        return [
+            (field, count, [resource_id for (resource_id,) in self._rows(ids, (model, field, limit))])
+            for field, count in fields
+        ]
 
     def note_digests(self, model: str, digests: Iterable[bytes]) -> None:
         """Note resources that an interrupted import may have created."""

@@ -21,7 +21,7 @@ import contextlib
 import datetime as dt
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import uuid4
@@ -294,11 +294,6 @@ class _Import:
         if (journal := self._journal(name)) is not None:
             await journal.note(state, replace(state, finished=True))
 
-    def _reader(self, name: str) -> tuple[Rewriting, Callable[[str], Iterator[Any]]]:
-        notes = self._archive.notes
-        rewriting = Rewriting(self._storage(name).new_uid, lambda key: notes.new_blob(name, key))
-        return rewriting, lambda after: batches_of(pieces_of(self._archive, name, self._indexes[name], after))
-
     async def _load(self, name: str, pin: str) -> bool:
         """Fill an empty model in one step. Return False if its stores cannot do that, or if it is not empty."""
         storage = self._storage(name)
@@ -327,23 +322,31 @@ class _Import:
         def changed() -> None:
             self._changed = True
 
-        rewriting, batches = self._reader(name)
+        notes, index = self._archive.notes, self._indexes[name]
+        rewriting = Rewriting(self._storage(name).new_uid, lambda key: notes.new_blob(name, key))
         importer = BatchedImport(
             self._storage(name),
             self._journal(name),
             state,
             rewriting,
-            self._archive.notes,
+            notes,
             name,
             self._results[name],
             changed,
         )
         done = 0
-        async with contextlib.aclosing(prefetched(batches(state.after))) as prepared:
+        batches = batches_of(pieces_of(self._archive, name, index, state.after))
+        async with contextlib.aclosing(prefetched(batches)) as prepared:
             async for batch in prepared:
                 await importer.add(batch)
                 done += sum(piece.entry is not None for piece in batch)
                 self._report(done, name)
+        while await importer.begin_pass():
+            batches = batches_of(pieces_of(self._archive, name, index, left_out=True))
+            async with contextlib.aclosing(prefetched(batches)) as prepared:
+                async for batch in prepared:
+                    await importer.add(batch)
+        await importer.end()
         return importer.state
 
     async def _import_keys(self, name: str) -> None:

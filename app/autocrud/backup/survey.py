@@ -110,7 +110,7 @@ class Survey(Visitor):
         for name in owned:
             self.taken[self._model][name] += 1
         if owned:
-            self._notes.exclude(self._model, resource_id)
+            self._notes.exclude(self._model, [resource_id])
             return
         for name, key in keys.items():
             self._notes.claim(self._model, name, key, resource_id)
