@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from app.autocrud.backup.importing import import_all
 from app.autocrud.errors import StoreUnavailable, UniqueConflict
 from app.autocrud.resource_manager.core import ResourceManager
 
-from .archives import Content, resource, write
+from .archives import Content, blob, resource, write
 from .imports import Note
 from .test_importing import JOURNALLED, Killed, programs, stop_after
 
@@ -162,3 +163,50 @@ async def test_resources_are_counted_once_however_often_a_batch_is_tried(program
     monkeypatch.setattr(manager.storage, "commit", busy)
     (model,) = (await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict="skip")).models.values()
     assert (model.created, model.skipped, model.unique_conflicts, model.ids) == (2, 1, {"code": 1}, ["a"])
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "s3-sqlite"])
+async def test_files_of_skipped_resources_are_not_stored_again(programs, tmp_path, kind):
+    """A file to which another resource refers too is stored."""
+    (one, first), (both, second), (new, third) = (blob(os.urandom(1000)) for _ in range(3))
+    resources = [
+        resource("a", [{"text": "1"}], blobs=[[one.key, both.key]]),
+        resource("b", [{"text": "2"}], blobs=[[both.key, new.key]]),
+        resource("twice", [{"text": "3", "code": "c"}]),
+        resource("twice too", [{"text": "3", "code": "c"}], blobs=[[one.key]]),
+    ]
+    files = sorted([(one, first), (both, second), (new, third)], key=lambda one: one[0].key)
+    await write(tmp_path / "a.tar.gz", {"note": Content(resources=resources, blobs=files)})
+    crud = programs(kind)
+    manager = crud.resource_manager(Note)
+    await manager.create(Note(text="mine"), resource_id="a")
+    await manager.create(Note(text="mine"), resource_id="twice too")
+    for expected in ((2, 2, 2), (0, 4, 0)):
+        (model,) = (await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict="skip")).models.values()
+        skipped = expected[1] - 1  # `twice too` is left out
+        assert (model.created, model.skipped, model.blobs) == (expected[0], skipped, expected[2])
+        assert model.unique_conflicts == {"code": 1}
+        stored = [len(await manager.storage.blobs.rows([row.sha256])) for row in (one, both, new)]
+        assert stored == [0, 1, 1]
+
+
+@pytest.mark.parametrize("commits", [0, 1, 2])
+async def test_a_resumed_import_skips_what_the_model_had(programs, tmp_path, monkeypatch, commits):
+    monkeypatch.setattr(pieces, "BATCH", 2)
+    monkeypatch.setattr(batched_import, "NOTE_EVERY", 1)
+    blobs = [blob(os.urandom(1000)) for _ in range(8)]
+    files = sorted(blobs, key=lambda one: one[0].key)
+    resources = [resource(f"n{at}", [{"text": ""}], blobs=[[row.key]]) for at, (row, _) in enumerate(blobs)]
+    await write(tmp_path / "a.tar.gz", {"note": Content(resources=resources, blobs=files)})
+    crud = programs("disk")
+    manager = crud.resource_manager(Note)
+    for number in (0, 5):
+        await manager.create(Note(text="mine"), resource_id=f"n{number}")
+    with monkeypatch.context() as patch:
+        stop_after(patch, manager.storage, commits)
+        with pytest.raises(Killed):
+            await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict="skip")
+    await import_all(crud.managers, tmp_path / "a.tar.gz", resume=True)
+    for at, (row, _) in enumerate(blobs):
+        assert (await manager.get(f"n{at}")).data.text == ("mine" if at in (0, 5) else "")
+        assert len(await manager.storage.blobs.rows([row.sha256])) == (at not in (0, 5))

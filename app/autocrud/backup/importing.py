@@ -45,7 +45,7 @@ from .archive_reader import Progress, VerifiedArchive, verify_in_thread
 from .batched_import import BatchedImport, conflict, unique_conflict
 from .blob_import import blobs_of, import_blobs
 from .errors import ImportUnfinished, NoSuchImport
-from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty, states_of
+from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty, is_written, states_of
 from .model_load import ModelLoad
 from .pieces import BATCH, Rewriting, batches_of, pieces_of, prefetched
 from .sources import Source, readable_twice
@@ -106,7 +106,7 @@ async def import_all(
         await manager.open()
     fresh = not resume and not abort
     empty = {name: await is_empty(manager.storage) for name, manager in chosen.items()} if fresh else {}
-    noted = [name for name, is_it in empty.items() if not is_it] if on_conflict == "fail" else []
+    noted = [name for name in chosen if not empty.get(name, False)] if resume or on_conflict != "replace" else []
     indexes = {name: Index(manager.codec) for name, manager in chosen.items()}
     async with readable_twice(source, max_bytes) as path:
         notes = ArchiveNotes()
@@ -288,11 +288,29 @@ class _Import:
         async with _pinned(storage) as pin:
             if not (state.empty and pin is not None and await self._load(name, pin)):
                 if self._archive.model(name).blobs:
+                    await self._exclude_skipped(name, state)
                     self._results[name].blobs = await import_blobs(storage, self._archive, name, again=again)
                 state = await self._import_batches(name, state)
                 await self._import_keys(name)
         if (journal := self._journal(name)) is not None:
             await journal.note(state, replace(state, finished=True))
+
+    async def _exclude_skipped(self, name: str, state: ImportState) -> None:
+        """Exclude the resources that will be skipped, so that files to which only they refer are not uploaded."""
+        if state.on_conflict != "skip" or state.empty:
+            return
+        notes, result, after = self._archive.notes, self._results[name], ""
+        while page := await asyncio.to_thread(notes.ids, name, after, BATCH):
+            after = page[-1]
+            skipped = [
+                resource_id
+                for resource_id, meta in (await states_of(self._storage(name), page)).items()
+                if meta is not None
+                and not is_written(state, meta, meta)  # by an earlier attempt
+                and not notes.is_excluded(name, resource_id)
+            ]
+            await asyncio.to_thread(notes.exclude, name, skipped)
+            result.skipped += sum(resource_id > state.after for resource_id in skipped)
 
     async def _load(self, name: str, pin: str) -> bool:
         """Fill an empty model in one step. Return False if its stores cannot do that, or if it is not empty."""
@@ -334,7 +352,7 @@ class _Import:
             self._results[name],
             changed,
         )
-        done = 0
+        done = self._results[name].skipped
         batches = batches_of(pieces_of(self._archive, name, index, state.after))
         async with contextlib.aclosing(prefetched(batches)) as prepared:
             async for batch in prepared:
