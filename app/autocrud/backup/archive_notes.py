@@ -22,6 +22,7 @@ CREATE TABLE blob_refs (model TEXT, key TEXT, id TEXT, PRIMARY KEY (model, key, 
 CREATE TABLE blobs (model TEXT, key TEXT, new TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE rows (model TEXT, key TEXT, size INTEGER, owner TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE uids (model TEXT, uid TEXT, new TEXT, PRIMARY KEY (model, uid)) WITHOUT ROWID;
+CREATE TABLE bodies (model TEXT, uid TEXT, PRIMARY KEY (model, uid)) WITHOUT ROWID;
 CREATE TABLE currents (model TEXT, id TEXT, record BLOB, body BLOB, PRIMARY KEY (model, id));
 CREATE TABLE uniques (model TEXT, field TEXT, value, id TEXT, PRIMARY KEY (model, field, value)) WITHOUT ROWID;
 CREATE TABLE excluded (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
@@ -45,6 +46,7 @@ class ArchiveNotes:
     blobs      the blobs of the archive, with their keys in the store of the model
     rows       the rows of blobs
     uids       the bodies that results of Idempotency-Keys name, with their uids in the store of the model
+    bodies     the uids of the bodies that an import has stored before their records
     currents   the current revisions of large resources, which an import stores first
     uniques    the values of unique fields, with the resources that have them
     excluded   the resources that are never written: another one of the archive has a unique value of theirs, or the
@@ -126,6 +128,20 @@ class ArchiveNotes:
         """Return the key that a blob has in the store; None if it is not stored."""
         new: str | None = self._first("SELECT new FROM blobs WHERE model = ? AND key = ?", (model, key))
         return new
+
+    def stored_blobs(self, model: str, after: str, limit: int) -> list[tuple[str, str]]:
+        """Return up to `limit` stored blobs whose keys in the archive follow `after`, with their keys in the store."""
+        statement = "SELECT key, new FROM blobs WHERE model = ? AND key > ? AND new NOT NULL ORDER BY key LIMIT ?"
+        return self._rows(statement, (model, after, limit))
+
+    def keep_bodies(self, model: str, uids: Iterable[str]) -> None:
+        """Note the uids of bodies that are being stored."""
+        self._write("INSERT OR IGNORE INTO bodies VALUES (?, ?)", [(model, uid) for uid in uids])
+
+    def stored_bodies(self, model: str, after: str, limit: int) -> list[str]:
+        """Return up to `limit` uids of bodies that were stored, ascending, that follow `after`."""
+        statement = "SELECT uid FROM bodies WHERE model = ? AND uid > ? ORDER BY uid LIMIT ?"
+        return [uid for (uid,) in self._rows(statement, (model, after, limit))]
 
     def want_uids(self, model: str, uids: Iterable[str]) -> None:
         """Note that results of Idempotency-Keys name these bodies."""

@@ -28,7 +28,15 @@ from uuid import uuid4
 
 from msgspec.structs import replace
 
-from ..errors import ConfigError, InvalidData, LoadTooLarge, ModelNotEmpty, OutcomeUnknown
+from ..errors import (
+    ConfigError,
+    InvalidData,
+    LoadTooLarge,
+    ModelNotEmpty,
+    OutcomeUnknown,
+    PinLost,
+    UniqueConflict,
+)
 from ..query import Compare, Resolved
 from ..resource_manager.basic import (
     AlreadyCommitted,
@@ -318,21 +326,32 @@ class _Import:
         loading = storage.loading if isinstance(storage, LoadingStorage) else None
         if loading is None or not isinstance(storage, ImportStorage):
             return False
-        async with contextlib.AsyncExitStack() as context:
-            try:
-                counts = self._archive.model(name)
-                loader = await context.enter_async_context(loading.load(pin, size=counts.resources + counts.blobs))
-            except (ModelNotEmpty, LoadTooLarge):
-                # It has files or Idempotency-Keys, an earlier attempt has filled it, or the archive is too large.
-                return False
-            load = ModelLoad(storage, loader, self._archive, name, self._indexes[name], self._results[name])
-            await load.fill(lambda done: self._report(done, name), self._keys(name))
-            try:
-                await loader.publish()
-            except OutcomeUnknown:
+        load: ModelLoad | None = None
+        discarded = True  # whether nothing of the load will ever be visible
+        try:
+            async with contextlib.AsyncExitStack() as context:
+                try:
+                    counts = self._archive.model(name)
+                    loader = await context.enter_async_context(loading.load(pin, size=counts.resources + counts.blobs))
+                except (ModelNotEmpty, LoadTooLarge):
+                    # It has files or Idempotency-Keys, an earlier attempt has filled it, or the archive is too large.
+                    return False
+                load = ModelLoad(storage, loader, self._archive, name, self._indexes[name], self._results[name])
+                await load.fill(lambda done: self._report(done, name), self._keys(name))
+                discarded = False
+                try:
+                    await loader.publish()
+                except (ModelNotEmpty, LoadTooLarge, PinLost, UniqueConflict):
+                    discarded = True
+                    raise
+                except OutcomeUnknown:
+                    self._changed = True
+                    raise
                 self._changed = True
-                raise
-            self._changed = True
+        except BaseException:
+            if load is not None and discarded:
+                await load.discard()
+            raise
         self._results[name].in_one_step = True
         return True
 
