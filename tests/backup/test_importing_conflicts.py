@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from app.autocrud.backup import batched_import, pieces, survey
+from app.autocrud.backup.errors import BadArchive
 from app.autocrud.backup.exporting import export_all
+from app.autocrud.backup.import_states import version_of
 from app.autocrud.backup.importing import import_all
-from app.autocrud.errors import StoreUnavailable, UniqueConflict
+from app.autocrud.errors import StoreUnavailable, UniqueConflict, VersionConflict
+from app.autocrud.resource_manager.contract.limits import MAX_VERSION
 from app.autocrud.resource_manager.core import ResourceManager
 
 from .archives import Content, blob, resource, write
@@ -210,3 +213,28 @@ async def test_a_resumed_import_skips_what_the_model_had(programs, tmp_path, mon
     for at, (row, _) in enumerate(blobs):
         assert (await manager.get(f"n{at}")).data.text == ("mine" if at in (0, 5) else "")
         assert len(await manager.storage.blobs.rows([row.sha256])) == (at not in (0, 5))
+
+
+@pytest.mark.parametrize("kind", JOURNALLED)
+async def test_a_resource_of_the_largest_version_is_changed_exported_and_imported(programs, tmp_path, kind):
+    largest = resource("a", [{"text": "1"}], version=MAX_VERSION)
+    await write(tmp_path / "a.tar.gz", {"note": Content(resources=[largest])})
+    crud, other = programs(kind), programs(kind)
+    manager = crud.resource_manager(Note)
+    await import_all(crud.managers, tmp_path / "a.tar.gz")
+    before = await manager.meta("a")
+    after = (await manager.update("a", Note(text="2"), expect=version_of(before))).meta
+    assert (after.version, after.nonce == before.nonce) == (MAX_VERSION, False)
+    with pytest.raises(VersionConflict):
+        await manager.update("a", Note(text="3"), expect=version_of(before))
+    await export_all(crud.managers, tmp_path / "b.tar.gz")
+    await import_all(other.managers, tmp_path / "b.tar.gz")
+    assert (await other.resource_manager(Note).get("a")).data.text == "2"
+    await import_all(other.managers, tmp_path / "a.tar.gz", on_conflict="replace")
+    replaced = await other.resource_manager(Note).get("a")
+    assert (replaced.data.text, replaced.meta.version) == ("1", MAX_VERSION)
+    assert replaced.meta.nonce not in (before.nonce, after.nonce)
+    await other.resource_manager(Note).purge("a")
+    await write(tmp_path / "c.tar.gz", {"note": Content(resources=[resource("a", [{}], version=MAX_VERSION + 1)])})
+    with pytest.raises(BadArchive):
+        await import_all(other.managers, tmp_path / "c.tar.gz")
