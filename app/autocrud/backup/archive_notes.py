@@ -6,7 +6,7 @@ The file is made when the first fact is noted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import apsw
@@ -22,7 +22,7 @@ CREATE TABLE blob_refs (model TEXT, key TEXT, id TEXT, PRIMARY KEY (model, key, 
 CREATE TABLE blobs (model TEXT, key TEXT, new TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE rows (model TEXT, key TEXT, size INTEGER, owner TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE uids (model TEXT, uid TEXT, new TEXT, PRIMARY KEY (model, uid)) WITHOUT ROWID;
-CREATE TABLE bodies (model TEXT, uid TEXT, PRIMARY KEY (model, uid)) WITHOUT ROWID;
+CREATE TABLE bodies (number INTEGER PRIMARY KEY, model TEXT, uids BLOB);
 CREATE TABLE currents (model TEXT, id TEXT, record BLOB, body BLOB, PRIMARY KEY (model, id));
 CREATE TABLE uniques (model TEXT, field TEXT, value, id TEXT, PRIMARY KEY (model, field, value)) WITHOUT ROWID;
 CREATE TABLE excluded (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
@@ -59,6 +59,7 @@ class ArchiveNotes:
     def __init__(self) -> None:
         self._directory: ProcessDirectory | None = None
         self._connection: apsw.Connection | None = None
+        self._used: set[str] = set()  # tables that have rows, of those that are asked for each resource
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -134,22 +135,27 @@ class ArchiveNotes:
         statement = "SELECT key, new FROM blobs WHERE model = ? AND key > ? AND new NOT NULL ORDER BY key LIMIT ?"
         return self._rows(statement, (model, after, limit))
 
-    def keep_bodies(self, model: str, uids: Iterable[str]) -> None:
+    def keep_bodies(self, model: str, uids: Sequence[str]) -> None:
         """Note the uids of bodies that are being stored."""
-        self._write("INSERT OR IGNORE INTO bodies VALUES (?, ?)", [(model, uid) for uid in uids])
+        self._write("INSERT INTO bodies VALUES (NULL, ?, ?)", [(model, msgspec.msgpack.encode(uids))])
 
-    def stored_bodies(self, model: str, after: str, limit: int) -> list[str]:
-        """Return up to `limit` uids of bodies that were stored, ascending, that follow `after`."""
-        statement = "SELECT uid FROM bodies WHERE model = ? AND uid > ? ORDER BY uid LIMIT ?"
-        return [uid for (uid,) in self._rows(statement, (model, after, limit))]
+    def stored_bodies(self, model: str) -> Iterator[list[str]]:
+        """Yield the uids that were noted, as `keep_bodies` got them."""
+        after = 0
+        while rows := self._rows(
+            "SELECT number, uids FROM bodies WHERE model = ? AND number > ? ORDER BY number LIMIT 1", (model, after)
+        ):
+            after, uids = rows[0]
+            yield msgspec.msgpack.decode(uids, type=list[str])
 
     def want_uids(self, model: str, uids: Iterable[str]) -> None:
         """Note that results of Idempotency-Keys name these bodies."""
+        self._used.add("uids")
         self._write("INSERT OR IGNORE INTO uids VALUES (?, ?, NULL)", [(model, uid) for uid in uids])
 
     def set_uids(self, model: str, uids: Iterable[tuple[str, str]]) -> None:
         """Note the uids that bodies have in the store, as pairs of old and new, if results name them."""
-        if self._connection is not None:
+        if "uids" in self._used:
             self._write(
                 "UPDATE uids SET new = ?3 WHERE model = ?1 AND uid = ?2", [(model, old, new) for old, new in uids]
             )
@@ -161,10 +167,13 @@ class ArchiveNotes:
 
     def keep_current(self, model: str, record: RevisionInfo, body: bytes) -> None:
         """Keep the current revision of a large resource."""
+        self._used.add("currents")
         self._write("INSERT INTO currents VALUES (?, ?, ?, ?)", [(model, record.resource_id, _encode(record), body)])
 
     def current(self, model: str, resource_id: str) -> tuple[RevisionInfo, bytes] | None:
         """Return the current revision of a large resource; None if the resource is not large."""
+        if "currents" not in self._used:
+            return None
         rows = self._rows("SELECT record, body FROM currents WHERE model = ? AND id = ?", (model, resource_id))
         return next(((_decode(record), body) for record, body in rows), None)
 
@@ -198,10 +207,13 @@ class ArchiveNotes:
 
     def exclude(self, model: str, ids: Iterable[str]) -> None:
         """Note that resources are never written."""
+        self._used.add("excluded")
         self._write("INSERT OR IGNORE INTO excluded VALUES (?, ?)", [(model, resource_id) for resource_id in ids])
 
     def is_excluded(self, model: str, resource_id: str) -> bool:
         """Return whether a resource is never written."""
+        if "excluded" not in self._used:
+            return False
         return self._first("SELECT id FROM excluded WHERE model = ? AND id = ?", (model, resource_id)) is not None
 
     def leave_out(self, model: str, resource_id: str, field: str) -> None:

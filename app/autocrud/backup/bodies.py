@@ -6,8 +6,6 @@ decoders with a type skip the fields that the type does not have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import msgspec
 
 from ..resource_manager.basic import Encoding, RevisionInfo
@@ -32,7 +30,7 @@ def check_body(record: RevisionInfo, body: bytes) -> None:
             text = canonical_json(tree)
     except (*UNDECODABLE, OverflowError) as error:
         raise _bad(record, f"cannot be decoded as {record.encoding}: {error}") from None
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, dict):
         raise _bad(record, "is not an object")
     if text.count(b"[") + text.count(b"{") > MAX_NESTING and (depth := shape(text).depth) > MAX_NESTING:
         raise _bad(record, f"is nested {depth} deep, expected at most {MAX_NESTING}")

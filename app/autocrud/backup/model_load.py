@@ -56,10 +56,8 @@ class ModelLoad:
         storage, notes, model, after = self._storage, self._archive.notes, self._model, ""
         assert isinstance(storage, ImportStorage), "the caller has looked"
         try:
-            while uids := await asyncio.to_thread(notes.stored_bodies, model, after, BATCH):
+            for uids in notes.stored_bodies(model):
                 await storage.discard_bodies(uids)
-                after = uids[-1]
-            after = ""
             while stored := await asyncio.to_thread(notes.stored_blobs, model, after, BATCH):
                 blobs = blobs_of(storage, model)
                 if isinstance(blobs, BlobRestoring):
