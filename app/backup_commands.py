@@ -210,12 +210,11 @@ def _tell_left_out(models: Mapping[str, ModelImport]) -> bool:
     """Print how many resources of each model were left out, and return whether there are any."""
     found = False
     for name, model in models.items():
-        fields = ", ".join(f"{count} for the value of {field}" for field, count in model.unique_conflicts.items())
-        if fields:
+        if counts := [f"{count} for the value of {field}" for field, count in model.unique_conflicts.items() if count]:
             found = True
             print(
                 f"crudstack: resources of {name!r} were left out, because other resources have their unique values:"
-                f" {fields}",
+                f" {', '.join(counts)}",
                 file=sys.stderr,
             )
     return found
