@@ -133,8 +133,9 @@ def import_archive(
     how many bodies do not fit the models. If the import is killed, run it
     again with --resume or with --abort. If it still runs, they stop it.
 
-    The exit code is 0 if all is imported, 1 if the import failed, and 2 if an
-    argument or a setting is wrong.
+    The exit code is 0 if all is imported, 1 if the import failed or if it left
+    out resources whose unique values other resources have, and 2 if an argument
+    or a setting is wrong. Resources that "skip" keeps count as imported.
 
     Parameters
     ----------
@@ -196,12 +197,28 @@ def import_archive(
         result = _run(settings, model, work, progress, in_function=needs_function(settings))
     if json:
         _print_json({"archive": archive, **result._asdict()}, sys.stdout)
-        return
-    print(f"{archive}: {_megabytes(result.size)}, SHA-256 {result.sha256}")
-    for name, one in result.models.items():
-        print(f"{name}: {', '.join([found[name], *_left_out(one)]) if check else _outcome(one)}")
-        if one.ids:
-            print(f"{name}: {_some(one.ids)}")
+    else:
+        print(f"{archive}: {_megabytes(result.size)}, SHA-256 {result.sha256}")
+        for name, one in result.models.items():
+            print(f"{name}: {', '.join([found[name], *_left_out(one)]) if check else _outcome(one)}")
+            if one.ids:
+                print(f"{name}: {_some(one.ids)}")
+    if not check and _tell_left_out(result.models):
+        sys.exit(FAILED)
+
+
+def _tell_left_out(models: Mapping[str, ModelImport]) -> bool:
+    """Print how many resources of each model were left out, and return whether there are any."""
+    found = False
+    for name, model in models.items():
+        if counts := [f"{count} for the value of {field}" for field, count in model.unique_conflicts.items() if count]:
+            found = True
+            print(
+                f"crudstack: resources of {name!r} were left out, because other resources have their unique values:"
+                f" {', '.join(counts)}",
+                file=sys.stderr,
+            )
+    return found
 
 
 def _unfit(name: str, model: ModelSurvey) -> str:

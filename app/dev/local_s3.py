@@ -25,6 +25,17 @@ OWNER_TIMEOUT_S = 10.0
 LOCAL_KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
 """ministack only checks the signatures of presigned URLs, and knows these keys. Other requests must be signed too."""
 
+_DYING_WITH_PARENT = (
+    (
+        *(sys.executable, "-I", "-S", "-c"),
+        "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])",
+    )
+    if sys.platform == "linux"
+    else ()
+)
+"""A command before another one: the kernel ends it (SIGTERM) if its parent is killed: prctl PR_SET_PDEATHSIG. It is not
+done between fork and exec, because there a process with threads may run no Python."""
+
 
 def start(local: LocalOverrides, running: contextlib.ExitStack, *, share: bool = False) -> LocalOverrides:
     """Run an S3 server with its data in the data directory until `running` ends, and use keys that it accepts.
@@ -103,14 +114,13 @@ def _run(directory: Path, lock: int) -> Iterator[str]:
     with log.open("w") as out:
         # A new session, so that Ctrl-C reaches only `crudstack serve`, which needs ministack for an orderly shutdown.
         process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ministack"))],
+            [*_DYING_WITH_PARENT, str(Path(sys.executable).with_name("ministack"))],
             env=environment,
             cwd=directory,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=(lock,),  # ministack holds the lock until it has ended, even if this process is killed
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no thread runs yet
         )
     try:
         _await(url, process, log)
@@ -166,13 +176,6 @@ def _free_port(memory: Path) -> int:
             memory.write_text(str(port))
             return port
     raise ConfigError("there is no free port on 127.0.0.1")
-
-
-def _die_with_parent() -> None:
-    """Let the kernel end this process (SIGTERM) if its parent is killed: prctl PR_SET_PDEATHSIG."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, 15)
 
 
 def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -42,7 +42,8 @@ def uid() -> str:
 
 
 def body_of(data: Any, encoding: Encoding) -> tuple[bytes, str]:
-    """Return a body, and the hash of its JSON."""
+    """Return a body, and the hash of its JSON. Data that is no object becomes a field of one."""
+    data = data if isinstance(data, dict) else {"data": data}
     text = msgspec.json.encode(data, order="deterministic")
     body = text if encoding == Encoding.json else msgspec.msgpack.encode(data)
     return body, hashlib.sha256(text).hexdigest()

@@ -54,6 +54,31 @@ def test_an_archive_is_imported_and_told(archive: Path, tmp_path: Path):
     assert list(told["models"]) == ["article"]
 
 
+def test_the_exit_code_tells_that_resources_were_left_out(tmp_path: Path):
+    async def store(data_dir: Path, resource_id: str) -> None:
+        crud = disk(data_dir)
+        user = models.User("alice", "alice@example.org")
+        await crud.resource_manager(models.User).create(user, resource_id=resource_id)
+        await crud.close()
+
+    asyncio.run(store(tmp_path / "data", "a"))
+    asyncio.run(store(tmp_path / "other", "b"))
+    run(environment(tmp_path / "data"), "export", tmp_path / "x.tar.gz")
+    given = environment(tmp_path / "other")
+    for on_conflict, more in (("skip", ()), ("replace", ()), ("skip", ("--json",))):
+        done = run(given, "import", tmp_path / "x.tar.gz", "--on-conflict", on_conflict, *more, code=1)
+        assert done.stderr == (
+            "crudstack: resources of 'user' were left out, because other resources have their unique values:"
+            " 1 for the value of email\n"
+        )
+        if more:
+            assert json.loads(done.stdout)["models"]["user"]["unique_conflicts"] == {"email": 1}
+        else:
+            assert "user: 1 left out for the value of email" in done.stdout.splitlines()
+    run(given, "import", tmp_path / "x.tar.gz", "--on-conflict", "skip", "--check")
+    run(environment(tmp_path / "data"), "import", tmp_path / "x.tar.gz", "--on-conflict", "skip")
+
+
 class Old(Struct):
     """Articles of an earlier program."""
 

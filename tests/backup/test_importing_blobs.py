@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import Struct
 
+from app.autocrud import AutoCRUD, Blob, Encoding
+from app.autocrud.backup.errors import BadArchive
 from app.autocrud.backup.exporting import export_all
 from app.autocrud.backup.importing import import_all
 from app.autocrud.errors import ConfigError
+from app.autocrud.resource_manager.basic import BlobRow
 from app.autocrud.resource_manager.core import SimpleStorage
 from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
 from app.autocrud.resource_manager.resource_store.simple import MemoryResourceStore
@@ -141,3 +145,42 @@ async def test_a_storage_without_files_refuses_an_archive_with_files(tmp_path):
     manager = crud.add_model(Note, name="other")
     with pytest.raises(ConfigError, match="give it a BlobStore"):
         await import_all({"note": manager}, tmp_path / "a.tar.gz")
+
+
+class Photo(Struct):
+    title: str
+    images: list[Blob] = []
+    cover: Blob | None = None
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+async def test_references_to_files_that_the_record_does_not_name_are_refused(tmp_path, encoding):
+    """Also those of earlier revisions. A record may name more files than the model of today finds."""
+    (one, text), (other, _) = blob(b"one"), blob(b"other")
+    crud = AutoCRUD()
+    crud.add_model(Photo)
+
+    def photo(*rows: BlobRow) -> dict[str, Any]:
+        return {"title": "t", "images": [{"sha256": row.sha256} for row in rows]}
+
+    async def refusal(datas: list[Any], blobs: list[list[str]]) -> str:
+        resources = [resource("a", datas, blobs=blobs, encoding=encoding)]
+        named = {key for keys in blobs for key in keys}
+        files = [found for found in ((one, text),) if found[0].key in named]
+        await write(tmp_path / "a.tar.gz", {"photo": Content(resources=resources, blobs=files)})
+        with pytest.raises(BadArchive) as caught:
+            await crud.import_all(tmp_path / "a.tar.gz")
+        return caught.value.detail
+
+    said = "the data of revision {} of resource 'a' refer to the file {}, which its record does not name"
+    assert await refusal([photo(one)], [[]]) == said.format(1, one.sha256)
+    assert await refusal([photo(other), photo()], [[], []]) == said.format(1, other.sha256)
+    assert await refusal([photo(), photo(one, other)], [[one.key], [one.key]]) == said.format(2, other.sha256)
+    assert await refusal([{"title": "t", "cover": {"sha256": other.sha256}}], [[one.key]]) == said.format(
+        1, other.sha256
+    )
+    assert [meta async for meta in crud.resource_manager(Photo).storage.scan()] == []
+    named = [resource("a", [photo(one), photo()], blobs=[[one.key], [one.key]], encoding=encoding)]
+    await write(tmp_path / "a.tar.gz", {"photo": Content(resources=named, blobs=[(one, text)])})
+    assert (await crud.import_all(tmp_path / "a.tar.gz")).models["photo"].blobs == 1
+    await crud.close()

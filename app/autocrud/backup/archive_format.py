@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..resource_manager.basic import BlobRow, Encoding, ResourceMeta, RevisionInfo
-from ..resource_manager.contract.limits import MAX_SCHEMA_VERSION
+from ..resource_manager.contract.limits import MAX_SCHEMA_VERSION, MAX_VERSION
 from ..resource_manager.records import BLOB_KEY
 from .errors import BadArchive
 
@@ -63,7 +63,7 @@ class ArchivedMeta(ResourceMeta, frozen=True, kw_only=True, forbid_unknown_field
     """The metadata in a line, with the limits of its fields."""
 
     resource_id: _Text
-    version: Annotated[int, Meta(ge=1, lt=10**18)]
+    version: Annotated[int, Meta(ge=1, le=MAX_VERSION)]
     nonce: Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
     revision: _Number
     total_revision_count: _Number

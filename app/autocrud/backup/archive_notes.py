@@ -6,7 +6,7 @@ The file is made when the first fact is noted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import apsw
@@ -22,9 +22,11 @@ CREATE TABLE blob_refs (model TEXT, key TEXT, id TEXT, PRIMARY KEY (model, key, 
 CREATE TABLE blobs (model TEXT, key TEXT, new TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE rows (model TEXT, key TEXT, size INTEGER, owner TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE uids (model TEXT, uid TEXT, new TEXT, PRIMARY KEY (model, uid)) WITHOUT ROWID;
+CREATE TABLE bodies (number INTEGER PRIMARY KEY, model TEXT, uids BLOB);
 CREATE TABLE currents (model TEXT, id TEXT, record BLOB, body BLOB, PRIMARY KEY (model, id));
 CREATE TABLE uniques (model TEXT, field TEXT, value, id TEXT, PRIMARY KEY (model, field, value)) WITHOUT ROWID;
 CREATE TABLE excluded (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
+CREATE TABLE left_out (model TEXT, id TEXT, field TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
 CREATE TABLE ids (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
 CREATE TABLE digests (model TEXT, digest BLOB, PRIMARY KEY (model, digest)) WITHOUT ROWID;
 BEGIN;
@@ -44,9 +46,12 @@ class ArchiveNotes:
     blobs      the blobs of the archive, with their keys in the store of the model
     rows       the rows of blobs
     uids       the bodies that results of Idempotency-Keys name, with their uids in the store of the model
+    bodies     the uids of the bodies that an import has stored before their records
     currents   the current revisions of large resources, which an import stores first
     uniques    the values of unique fields, with the resources that have them
-    excluded   the resources that are left out, because another one has a unique value of theirs
+    excluded   the resources that are never written: another one of the archive has a unique value of theirs, or the
+               model has them and keeps its own
+    left_out   the resources that are left out, because another one of the model has a unique value of theirs
     ids        the ids of the resources of models with data
     digests    the resources that an interrupted import may have created
     """
@@ -54,6 +59,7 @@ class ArchiveNotes:
     def __init__(self) -> None:
         self._directory: ProcessDirectory | None = None
         self._connection: apsw.Connection | None = None
+        self._used: set[str] = set()  # tables that have rows, of those that are asked for each resource
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -95,8 +101,12 @@ class ArchiveNotes:
         return rows[-1] if found is None and len(rows) == MOST else found
 
     def is_referred_to(self, model: str, key: str, absent: Collection[str]) -> bool:
-        """Return whether a resource that is not absent refers to a blob."""
-        rows = self._rows("SELECT id FROM blob_refs WHERE model = ? AND key = ? LIMIT ?", (model, key, len(absent) + 1))
+        """Return whether a resource that is not absent and not excluded refers to a blob."""
+        rows = self._rows(
+            "SELECT id FROM blob_refs r WHERE model = ? AND key = ?"
+            " AND NOT EXISTS (SELECT 1 FROM excluded e WHERE e.model = r.model AND e.id = r.id) LIMIT ?",
+            (model, key, len(absent) + 1),
+        )
         return any(resource_id not in absent for (resource_id,) in rows)
 
     def keep_rows(self, model: str, rows: Iterable[BlobRow]) -> None:
@@ -120,13 +130,32 @@ class ArchiveNotes:
         new: str | None = self._first("SELECT new FROM blobs WHERE model = ? AND key = ?", (model, key))
         return new
 
+    def stored_blobs(self, model: str, after: str, limit: int) -> list[tuple[str, str]]:
+        """Return up to `limit` stored blobs whose keys in the archive follow `after`, with their keys in the store."""
+        statement = "SELECT key, new FROM blobs WHERE model = ? AND key > ? AND new NOT NULL ORDER BY key LIMIT ?"
+        return self._rows(statement, (model, after, limit))
+
+    def keep_bodies(self, model: str, uids: Sequence[str]) -> None:
+        """Note the uids of bodies that are being stored."""
+        self._write("INSERT INTO bodies VALUES (NULL, ?, ?)", [(model, msgspec.msgpack.encode(uids))])
+
+    def stored_bodies(self, model: str) -> Iterator[list[str]]:
+        """Yield the uids that were noted, as `keep_bodies` got them."""
+        after = 0
+        while rows := self._rows(
+            "SELECT number, uids FROM bodies WHERE model = ? AND number > ? ORDER BY number LIMIT 1", (model, after)
+        ):
+            after, uids = rows[0]
+            yield msgspec.msgpack.decode(uids, type=list[str])
+
     def want_uids(self, model: str, uids: Iterable[str]) -> None:
         """Note that results of Idempotency-Keys name these bodies."""
+        self._used.add("uids")
         self._write("INSERT OR IGNORE INTO uids VALUES (?, ?, NULL)", [(model, uid) for uid in uids])
 
     def set_uids(self, model: str, uids: Iterable[tuple[str, str]]) -> None:
         """Note the uids that bodies have in the store, as pairs of old and new, if results name them."""
-        if self._connection is not None:
+        if "uids" in self._used:
             self._write(
                 "UPDATE uids SET new = ?3 WHERE model = ?1 AND uid = ?2", [(model, old, new) for old, new in uids]
             )
@@ -138,10 +167,13 @@ class ArchiveNotes:
 
     def keep_current(self, model: str, record: RevisionInfo, body: bytes) -> None:
         """Keep the current revision of a large resource."""
+        self._used.add("currents")
         self._write("INSERT INTO currents VALUES (?, ?, ?, ?)", [(model, record.resource_id, _encode(record), body)])
 
     def current(self, model: str, resource_id: str) -> tuple[RevisionInfo, bytes] | None:
         """Return the current revision of a large resource; None if the resource is not large."""
+        if "currents" not in self._used:
+            return None
         rows = self._rows("SELECT record, body FROM currents WHERE model = ? AND id = ?", (model, resource_id))
         return next(((_decode(record), body) for record, body in rows), None)
 
@@ -173,13 +205,43 @@ class ArchiveNotes:
         rows = self._rows("SELECT id FROM ids WHERE model = ? AND id > ? ORDER BY id LIMIT ?", (model, after, limit))
         return [resource_id for (resource_id,) in rows]
 
-    def exclude(self, model: str, resource_id: str) -> None:
-        """Note that a resource is left out."""
-        self._write("INSERT OR IGNORE INTO excluded VALUES (?, ?)", [(model, resource_id)])
+    def exclude(self, model: str, ids: Iterable[str]) -> None:
+        """Note that resources are never written."""
+        self._used.add("excluded")
+        self._write("INSERT OR IGNORE INTO excluded VALUES (?, ?)", [(model, resource_id) for resource_id in ids])
 
     def is_excluded(self, model: str, resource_id: str) -> bool:
-        """Return whether a resource is left out."""
+        """Return whether a resource is never written."""
+        if "excluded" not in self._used:
+            return False
         return self._first("SELECT id FROM excluded WHERE model = ? AND id = ?", (model, resource_id)) is not None
+
+    def leave_out(self, model: str, resource_id: str, field: str) -> None:
+        """Note that a resource is left out for now, because another one has its value of a unique field."""
+        self._write("INSERT OR REPLACE INTO left_out VALUES (?, ?, ?)", [(model, resource_id, field)])
+
+    def take_up(self, model: str, ids: Iterable[str]) -> None:
+        """Note that resources are not left out any more."""
+        if self._connection is not None:
+            values = [(model, resource_id) for resource_id in ids]
+            self._write("DELETE FROM left_out WHERE model = ? AND id = ?", values)
+
+    def is_left_out(self, model: str, resource_id: str) -> bool:
+        """Return whether a resource is left out for now."""
+        return self._first("SELECT id FROM left_out WHERE model = ? AND id = ?", (model, resource_id)) is not None
+
+    def count_left_out(self, model: str) -> int:
+        """Return how many resources are left out for now."""
+        return self._first("SELECT count(*) FROM left_out WHERE model = ?", (model,)) or 0
+
+    def left_out(self, model: str, limit: int) -> list[tuple[str, int, list[str]]]:
+        """Return each field because of which resources are left out, how many they are, and up to `limit` ids."""
+        fields = self._rows("SELECT field, count(*) FROM left_out WHERE model = ? GROUP BY field", (model,))
+        ids = "SELECT id FROM left_out WHERE model = ? AND field = ? ORDER BY id LIMIT ?"
+        return [
+            (field, count, [resource_id for (resource_id,) in self._rows(ids, (model, field, limit))])
+            for field, count in fields
+        ]
 
     def note_digests(self, model: str, digests: Iterable[bytes]) -> None:
         """Note resources that an interrupted import may have created."""

@@ -4,7 +4,8 @@
         for model in archive.manifest.models:
             for item in archive.resources(model.name): ...
 
-V1 *Nothing of an archive is used before all of it was verified*: names, order, sizes, hashes, counts, references.
+V1 *Nothing of an archive is used before all of it was verified*: names, order, sizes, hashes, counts, references,
+   and that each body can be decoded.
 V2 *Everything is verified again when it is read*, because the file may change. A part is compared with the manifest
 before its items are returned.
 
@@ -43,6 +44,7 @@ from .archive_format import (
     decode_json,
 )
 from .archive_notes import ArchiveNotes
+from .bodies import check_body
 from .compression import Compression, compression_of
 from .entries import BlobItems, Entries, Item, KeyItems, Name, ResourceItems
 from .errors import ArchiveTooLarge, BadArchive
@@ -207,6 +209,8 @@ class _Verification:
                     visitor.resource(check.name, item)
                 continue
             record, body = item
+            if body is not None:
+                check_body(record, body)
             self._notes.note_references(check.name, record.resource_id, record.blobs)
             if visitor is not None and check.resources.meta is not None:
                 visitor.revision(check.name, check.resources.meta, record, body)

@@ -1,9 +1,14 @@
 """The import of the resources of one model in batches, each a commit, with a journal in the store.
 
 Before each commit, the journal gets what the commit replaces and creates (J1 of `contract.import_journal`). Before and
-after it, the import looks whether another command has taken it over (J5): see `_look_again`. If a
-commit is refused because another writer was faster, or if its outcome is unknown, the batch is planned again on the
-present states. Those that the import has written itself are recognized (N1 of `import_states`).
+after it, the import looks whether another command has taken it over (J5): see `_look_again`. If a commit is refused
+because another writer was faster, or if its outcome is unknown, the batch is planned again on the present states. Those
+that the import has written itself are recognized (N1 of `import_states`).
+
+- B1 *The batches do not decide what is imported.* If a unique value belongs to a resource that a batch does not change,
+  only the resources that want the value are left out of the batch. With `replace`, a later batch may free the value, so
+  further passes try what was left out, until a pass imports nothing. Resources that pass values on in a circle must be
+  in one batch: those that were left out are, up to the size of a batch.
 """
 
 from __future__ import annotations
@@ -11,15 +16,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import CrudError, OutcomeUnknown, UniqueConflict, VersionConflict, WriteContention
+from ..query import Compare, Resolved
 from ..resource_manager.basic import IStorage, ResourceMeta, Write
 from ..resource_manager.contract.import_journal import ImportJournal, ImportState, ReplacedPart
 from .archive_notes import ArchiveNotes
 from .errors import ImportConflict, ImportTakenOver
 from .import_owner import ATTEMPTS, FIRST_PAUSE_S, NOT_NOW, ImportOwner, repeated
 from .import_states import (
+    NAMED,
     REVISIONS,
     ModelImport,
     created_state,
@@ -37,6 +44,19 @@ log = logging.getLogger("crudstack.import")
 
 NOTE_EVERY = 20
 """After how many batches the journal notes how far the import got."""
+
+
+class Plan(NamedTuple):
+    """What is to be done with a batch.
+
+    planned  the pieces that are to be written
+    written  for each resource that the import has written before, whether it replaced one
+    skipped  how many resources the model had already
+    """
+
+    planned: list[Planned]
+    written: list[bool]
+    skipped: int
 
 
 class Planned(NamedTuple):
@@ -75,15 +95,19 @@ class BatchedImport:
         self._storage, self._journal, self._owner, self._taking = storage, journal, owner, taking
         self._rewriting = rewriting
         self._notes, self._model, self._result, self._changed = notes, model, result, changed
-        self._left_out: str | None = None  # a large resource whose later pieces are not imported either
+        self._large_left_out: set[str] = set()  # large resources whose later pieces are not imported either
         self._batches = 0
+        self._notes_progress = True
+        self._left_out_before = 0  # how many resources were left out before the present pass
 
     async def add(self, batch: Sequence[Piece]) -> None:
         """Import a batch. Raises ImportConflict, and what the storage raises."""
         await self._add(batch)
         self._batches += 1
         last = batch[-1]
-        if self._journal is not None and self._batches % NOTE_EVERY == 0 and not last.large:
+        if self._journal is None or not self._notes_progress:
+            return
+        if self._batches % NOTE_EVERY == 0 and not last.large:
             await self._owner.note(after=last.meta.resource_id)
 
     @property
@@ -91,31 +115,38 @@ class BatchedImport:
         return self._owner.state
 
     async def _add(self, batch: Sequence[Piece]) -> None:
-        for attempt in range(ATTEMPTS):
-            planned = await self._plan(batch)
-            if not planned:
+        attempt = 0
+        while batch:
+            plan = await self._plan(batch)
+            if not plan.planned:
+                self._count_plan(plan)
                 return
-            kept = await self._keep(planned)
+            kept = await self._keep(plan.planned)
             await self._owner.check()
             self._changed()
             try:
-                committed = await self._storage.commit([write for one in planned for write in one.writes])
+                committed = await self._storage.commit([write for one in plan.planned for write in one.writes])
             except UniqueConflict as error:
-                if len(batch) > 1:
+                refused = await self._refused(plan.planned, error)
+                if not refused:
                     for piece in batch:
                         await self._add([piece])
-                else:
-                    self._take_conflict(planned[0].piece, error)
-                return
+                    return
+                for piece in refused:
+                    await self._leave_out(piece, error)
+                ids = {piece.meta.resource_id for piece in refused}
+                batch = [piece for piece in batch if piece.meta.resource_id not in ids]
             except (VersionConflict, WriteContention, OutcomeUnknown, *NOT_NOW) as error:
-                await self._look_again(planned, kept)
-                if attempt == ATTEMPTS - 1:
+                await self._look_again(plan.planned, kept)
+                attempt += 1
+                if attempt == ATTEMPTS:
                     raise
                 log.info("%s: a batch is tried again: %s", self._model, error)
-                await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
+                await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
             else:
-                await self._look_again(planned, kept)
-                await self._note(planned, committed)
+                await self._look_again(plan.planned, kept)
+                self._count_plan(plan)
+                await self._note(plan.planned, committed)
                 return
 
     async def _look_again(self, planned: Sequence[Planned], kept: Mapping[str, Sequence[ReplacedPart]]) -> None:
@@ -148,35 +179,56 @@ class BatchedImport:
             except CrudError as error:
                 log.warning("%s %s is not taken back: %s", self._model, archived.resource_id, error.detail)
 
-    async def _plan(self, batch: Sequence[Piece]) -> list[Planned]:
-        found = await states_of(self._storage, [piece.meta.resource_id for piece in batch])
-        planned = [await self._plan_piece(piece, found[piece.meta.resource_id]) for piece in batch]
-        return [one for one in planned if one is not None]
+    async def _refused(self, planned: Sequence[Planned], error: UniqueConflict) -> list[Piece]:
+        """Return the pieces with a value of the field that a resource has which this batch does not change.
 
-    async def _plan_piece(self, piece: Piece, found: ResourceMeta | None) -> Planned | None:
-        meta, state = piece.meta, self._state
-        if piece.entry is None:
-            if self._left_out == meta.resource_id:
-                return None
-            return Planned(piece, self._rewriting.writes(piece, meta, None))
-        if found is None:
-            created = created_state(state, meta)
-            return Planned(piece, self._rewriting.writes(piece, created, None), creates=True)
-        if is_written(state, meta, found):
-            if not piece.large:
-                self._count(replaced=found.version != meta.version)
-                return None
-            writes = self._rewriting.continue_with(piece, found)
-            return Planned(piece, writes) if writes else None
-        if state.on_conflict == "fail":
-            raise conflict([meta.resource_id], 1)
-        if state.on_conflict == "skip":
-            self._result.skipped += 1
-            self._left_out = meta.resource_id
-            return None
-        drop = [record.uid for record in await records_of(self._storage, meta.resource_id)]
-        writes = self._rewriting.writes(piece, replacing_state(state, meta, found), version_of(found), drop)
-        return Planned(piece, writes, replaced=found)
+        Returns an empty list if none is found. Then the pieces must be tried one by one.
+        """
+        if len(planned) == 1:
+            return [planned[0].piece]
+        changed = {one.piece.meta.resource_id for one in planned}
+
+        async def is_taken(value: Any) -> bool:
+            query = Resolved(where=Compare(error.field, "eq", value), limit=2, include_deleted=True)
+            return any(hit.meta.resource_id not in changed for hit in (await self._storage.search(query)).items)
+
+        found: list[Piece] = []
+        for piece in (one.piece for one in planned):
+            value = None if piece.entry is None else piece.entry.keys.get(error.field)
+            if value is not None and not isinstance(value, list) and await is_taken(value):
+                found.append(piece)
+        return found
+
+    async def _plan(self, batch: Sequence[Piece]) -> Plan:
+        found = await states_of(self._storage, [piece.meta.resource_id for piece in batch])
+        plan = Plan([], [], 0)
+        for piece in batch:
+            meta = found[piece.meta.resource_id]
+            if piece.entry is None:
+                if piece.meta.resource_id not in self._large_left_out:
+                    plan.planned.append(Planned(piece, self._rewriting.writes(piece, piece.meta, None)))
+            elif meta is None:
+                created = created_state(self._state, piece.meta)
+                plan.planned.append(Planned(piece, self._rewriting.writes(piece, created, None), creates=True))
+            elif is_written(self._state, piece.meta, meta):
+                if not piece.large:
+                    plan.written.append(meta.version != piece.meta.version)
+                elif writes := self._rewriting.continue_with(piece, meta):
+                    plan.planned.append(Planned(piece, writes))
+            elif self._state.on_conflict == "skip":
+                plan = plan._replace(skipped=plan.skipped + 1)
+                if piece.large:
+                    self._large_left_out.add(piece.meta.resource_id)
+            else:
+                plan.planned.append(await self._replacing(piece, meta))
+        return plan
+
+    async def _replacing(self, piece: Piece, found: ResourceMeta) -> Planned:
+        if self._state.on_conflict == "fail":
+            raise conflict([found.resource_id], 1)
+        drop = [record.uid for record in await records_of(self._storage, found.resource_id)]
+        meta = replacing_state(self._state, piece.meta, found)
+        return Planned(piece, self._rewriting.writes(piece, meta, version_of(found), drop), replaced=found)
 
     async def _keep(self, planned: Sequence[Planned]) -> dict[str, list[ReplacedPart]]:
         """Write the journal of a batch, before the batch (J1). Return what the batch replaces, by id."""
@@ -212,6 +264,15 @@ class BatchedImport:
                 self._rewriting.written(committed[position])
             position += len(writes)
         await asyncio.to_thread(self._notes.set_uids, self._model, uids)
+        if self._left_out_before:
+            ids = [one.piece.meta.resource_id for one in planned]
+            await asyncio.to_thread(self._notes.take_up, self._model, ids)
+
+    def _count_plan(self, plan: Plan) -> None:
+        """Count the resources that need no write. Called once for a batch, which may be planned several times."""
+        self._result.skipped += plan.skipped
+        for replaced in plan.written:
+            self._count(replaced=replaced)
 
     def _count(self, *, replaced: bool) -> None:
         if replaced:
@@ -219,14 +280,37 @@ class BatchedImport:
         else:
             self._result.created += 1
 
-    def _take_conflict(self, piece: Piece, error: UniqueConflict) -> None:
+    async def _leave_out(self, piece: Piece, error: UniqueConflict) -> None:
         """Leave out a resource whose unique value another one has, or raise ImportConflict."""
+        resource_id = piece.meta.resource_id
         if self._state.on_conflict == "fail":
-            raise unique_conflict({error.field: 1}, [piece.meta.resource_id]) from None
-        self._left_out = piece.meta.resource_id
-        counts = self._result.unique_conflicts
-        self._result.unique_conflicts = {**counts, error.field: counts.get(error.field, 0) + 1}
-        self._result.name(piece.meta.resource_id)
+            raise unique_conflict({error.field: 1}, [resource_id]) from None
+        if piece.large:
+            self._large_left_out.add(resource_id)
+        if self._state.on_conflict == "replace":
+            self._notes_progress = False  # a resumed import must see it again, because a later pass may import it
+        await asyncio.to_thread(self._notes.leave_out, self._model, resource_id, error.field)
+
+    async def begin_pass(self) -> bool:
+        """Begin another pass over the resources that were left out, if it may import some of them.
+
+        Another resource of the archive may have replaced the one that had the value. Returns False if there are none,
+        or if the last pass has imported none.
+        """
+        left_out = await asyncio.to_thread(self._notes.count_left_out, self._model)
+        may_help = self._state.on_conflict == "replace" and left_out not in (0, self._left_out_before)
+        self._left_out_before = left_out
+        self._large_left_out.clear()
+        return may_help
+
+    async def end(self) -> None:
+        """Count the resources that stay left out."""
+        counts = dict(self._result.unique_conflicts)
+        for field, count, ids in await asyncio.to_thread(self._notes.left_out, self._model, NAMED):
+            counts[field] = counts.get(field, 0) + count
+            for resource_id in ids:
+                self._result.name(resource_id)
+        self._result.unique_conflicts = counts
 
 
 def conflict(ids: Sequence[str], count: int) -> ImportConflict:

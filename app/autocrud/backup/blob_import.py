@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from functools import partial
 
 from ..errors import ConfigError
 from ..resource_manager.basic import BlobRow, IStorage
-from ..resource_manager.contract.blobs import Blobs, BlobStorage
+from ..resource_manager.contract.blobs import Blobs, BlobStorage, Upload
 from ..resource_manager.contract.import_journal import BlobRestoring
 from ..resource_manager.contract.loading import Loader
 from .archive_reader import VerifiedArchive
@@ -49,10 +50,10 @@ async def import_blobs(
             fits = len(running) <= most and sum(row.size for row in running.values()) <= most_bytes
             ready, _ = await asyncio.wait(running, timeout=0 if fits else None, return_when=asyncio.FIRST_COMPLETED)
             for task in ready:
-                stored, row = await task, running.pop(task)
+                stored = await task
+                running.pop(task)
                 if loader is not None:
                     await loader.add_blobs([stored])
-                await asyncio.to_thread(archive.notes.set_blob, model, row.key, stored.key)
             if fits and not ready:
                 return
 
@@ -67,7 +68,9 @@ async def import_blobs(
                 continue
             await note(most=UPLOADS_AT_ONCE - 1, most_bytes=max(0, BYTES_AT_ONCE - row.size))
             received = asyncio.get_running_loop().create_future()
-            running[asyncio.create_task(_upload(blobs, row, chunks, received, committed=loader is None))] = row
+            noted = partial(archive.notes.set_blob, model, row.key)
+            upload = _upload(blobs, row, chunks, received, noted, committed=loader is None)
+            running[asyncio.create_task(upload)] = row
             await received  # the next blob follows these bytes in the archive
         await note(most=0, most_bytes=0)
     finally:
@@ -83,9 +86,24 @@ async def _uploaded(blobs: Blobs, row: BlobRow) -> BlobRow | None:
 
 
 async def _upload(
-    blobs: Blobs, row: BlobRow, chunks: Iterator[bytes], received: asyncio.Future[None], *, committed: bool
+    blobs: Blobs,
+    row: BlobRow,
+    chunks: Iterator[bytes],
+    received: asyncio.Future[None],
+    note: Callable[[str], None],
+    *,
+    committed: bool,
 ) -> BlobRow:
-    """Upload a blob. `received` is done once its bytes are read from the archive, or if they cannot be used."""
+    """Upload a blob. `received` is done once its bytes are read from the archive, or if they cannot be used.
+
+    `note` gets the key of each blob that was stored, also if the upload is cancelled meanwhile.
+    """
+
+    async def finish(upload: Upload) -> BlobRow:
+        stored = await upload.finish()
+        await asyncio.to_thread(note, stored.key)
+        return stored
+
     try:
         if isinstance(blobs, BlobRestoring):
             context = blobs.restore(row.owner, max_size=row.size, row=committed)
@@ -98,7 +116,12 @@ async def _upload(
                 async for chunk in prepared:
                     await upload.write(chunk)
             received.set_result(None)
-            stored = await upload.finish()
+            finished = asyncio.ensure_future(finish(upload))
+            try:
+                stored = await asyncio.shield(finished)
+            except asyncio.CancelledError:
+                await asyncio.gather(finished, return_exceptions=True)  # a thread would go on
+                raise
     finally:
         if not received.done():
             received.set_result(None)

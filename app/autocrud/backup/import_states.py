@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from ..errors import ResourceNotFound
 from ..resource_manager.basic import IStorage, ResourceMeta, RevisionInfo, Version
 from ..resource_manager.contract.import_journal import ImportState
+from ..resource_manager.contract.limits import next_version
 
 NAMED = 20
 """How many ids a result names."""
@@ -106,7 +107,7 @@ def created_state(state: ImportState, archived: ResourceMeta) -> ResourceMeta:
 
 def replacing_state(state: ImportState, archived: ResourceMeta, found: ResourceMeta) -> ResourceMeta:
     """Return the metadata of a resource that the import replaces. The version never moves backwards."""
-    version = max(archived.version, found.version) + 1
+    version = next_version(max(archived.version, found.version))
     return replace(archived, version=version, nonce=derived_nonce(state.id, archived.resource_id, version))
 
 

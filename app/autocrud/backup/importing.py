@@ -21,15 +21,23 @@ import contextlib
 import datetime as dt
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import uuid4
 
 from msgspec.structs import replace
 
-from ..errors import ConfigError, CrudError, InvalidData, LoadTooLarge, ModelNotEmpty, OutcomeUnknown, PinLost
-from ..query import Compare, Resolved
+from ..errors import (
+    ConfigError,
+    CrudError,
+    InvalidData,
+    LoadTooLarge,
+    ModelNotEmpty,
+    OutcomeUnknown,
+    PinLost,
+    UniqueConflict,
+)
 from ..resource_manager.basic import (
     AlreadyCommitted,
     IdempotentCommit,
@@ -41,13 +49,14 @@ from ..resource_manager.contract.import_journal import ImportJournal, ImportStat
 from ..resource_manager.contract.loading import LoadingStorage
 from .archive_notes import ArchiveNotes
 from .archive_reader import Progress, VerifiedArchive, verify_in_thread
-from .batched_import import BatchedImport, conflict, unique_conflict
+from .batched_import import BatchedImport, unique_conflict
 from .blob_import import import_blobs
 from .errors import ImportConflict, ImportTakenOver, ImportUnfinished, NoSuchImport
+from .import_conflicts import check_conflicts, exclude_skipped
 from .import_messages import add_outcome, advise_to_continue, unfinished
 from .import_options import Managers, check_options, names_of
 from .import_owner import ImportOwner
-from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty, states_of
+from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty
 from .model_load import ModelLoad
 from .pieces import BATCH, Rewriting, batches_of, pieces_of, prefetched
 from .sources import Source, readable_twice
@@ -110,7 +119,7 @@ async def import_all(
         await manager.open()
     fresh = not resume and not abort
     empty = {name: await is_empty(manager.storage) for name, manager in chosen.items()} if fresh else {}
-    noted = [name for name, is_it in empty.items() if not is_it] if on_conflict == "fail" else []
+    noted = [name for name in chosen if not empty.get(name, False)] if resume or on_conflict != "replace" else []
     indexes = {name: Index(manager.codec) for name, manager in chosen.items()}
     async with readable_twice(source, max_bytes) as path:
         notes = ArchiveNotes()
@@ -192,7 +201,12 @@ class _Import:
                     " not be resumed or taken back: import into an empty model, or call import_all with"
                     " without_journal=True"
                 )
-            await self._check_conflicts(name, on_conflict, empty=empty[name])
+            taken = self._results[name].unique_conflicts = dict(self._survey.taken[name])  # these are left out
+            if on_conflict == "fail":
+                if taken:
+                    raise unique_conflict(taken, [])
+                if not empty[name]:
+                    await check_conflicts(self._storage(name), self._archive.notes, name)
         self._tell_survey()
         if check:
             return self._result
@@ -238,35 +252,6 @@ class _Import:
         else:
             add_outcome(error, sum(result.not_taken_back for result in self._results.values()), None)
 
-    async def _check_conflicts(self, name: str, on_conflict: OnConflict, *, empty: bool) -> None:
-        """Raise ImportConflict if the import would fail. Count the resources of the archive that are left out."""
-        taken = dict(self._survey.taken[name])
-        self._results[name].unique_conflicts = taken
-        if on_conflict != "fail":
-            return
-        if taken:
-            raise unique_conflict(taken, [])
-        if empty:
-            return
-        storage, notes, after = self._storage(name), self._archive.notes, ""
-        ids: list[str] = []
-        while page := await asyncio.to_thread(notes.ids, name, after, BATCH):
-            ids += [one for one, meta in (await states_of(storage, page)).items() if meta is not None]
-            after = page[-1]
-        if ids:
-            raise conflict(ids[:100], len(ids))
-        fields: dict[str, int] = {}
-        last = None
-        while claims := await asyncio.to_thread(notes.claims, name, last, BATCH):
-            for field, value, resource_id in claims:
-                query = Resolved(where=Compare(field, "eq", value), limit=1, include_deleted=True)
-                if (await storage.search(query)).items:
-                    fields[field] = fields.get(field, 0) + 1
-                    ids.append(resource_id)
-            last = claims[-1][:2]
-        if fields:
-            raise unique_conflict(fields, ids[:100])
-
     # Run
 
     async def _run(self, *, again: bool) -> None:
@@ -285,6 +270,9 @@ class _Import:
             if not (owner.state.empty and await self._load(name, owner)):
                 async with _pinned(storage):
                     if self._archive.model(name).blobs:
+                        if owner.state.on_conflict == "skip" and not owner.state.empty:
+                            skipped = await exclude_skipped(storage, self._archive.notes, name, owner.state)
+                            self._results[name].skipped += skipped
                         self._results[name].blobs = await import_blobs(storage, self._archive, name, again=again)
                     await self._import_batches(name, owner)
                     await self._import_keys(name, owner)
@@ -292,11 +280,6 @@ class _Import:
             await owner.check()  # another attempt may have dropped the pin, or filled the model
             raise
         await owner.note(finished=True)
-
-    def _reader(self, name: str) -> tuple[Rewriting, Callable[[str], Iterator[Any]]]:
-        notes = self._archive.notes
-        rewriting = Rewriting(self._storage(name).new_uid, lambda key: notes.new_blob(name, key))
-        return rewriting, lambda after: batches_of(pieces_of(self._archive, name, self._indexes[name], after))
 
     async def _load(self, name: str, owner: ImportOwner) -> bool:
         """Fill an empty model in one step. Return False if its stores cannot do that, or if it is not empty.
@@ -308,25 +291,36 @@ class _Import:
         loading = storage.loading if isinstance(storage, LoadingStorage) else None
         if loading is None or not isinstance(storage, ImportStorage):
             return False
-        async with contextlib.AsyncExitStack() as context:
-            pin = await context.enter_async_context(_pinned(storage))
-            if pin is None:
-                return False
-            await owner.note(pin=pin)  # before the model is seen to be empty: from now on, a new owner drops this pin
-            try:
-                counts = self._archive.model(name)
-                loader = await context.enter_async_context(loading.load(pin, size=counts.resources + counts.blobs))
-            except (ModelNotEmpty, LoadTooLarge):
-                # It has files or Idempotency-Keys, an earlier attempt has filled it, or the archive is too large.
-                return False
-            load = ModelLoad(storage, loader, self._archive, name, self._indexes[name], self._results[name])
-            await load.fill(lambda done: self._report(done, name), self._keys(name))
-            try:
-                await loader.publish()
-            except OutcomeUnknown:
+        load: ModelLoad | None = None
+        discarded = True  # whether nothing of the load will ever be visible
+        try:
+            async with contextlib.AsyncExitStack() as context:
+                pin = await context.enter_async_context(_pinned(storage))
+                if pin is None:
+                    return False
+                await owner.note(pin=pin)  # before the model is seen to be empty: from now on, a new owner drops it
+                try:
+                    counts = self._archive.model(name)
+                    loader = await context.enter_async_context(loading.load(pin, size=counts.resources + counts.blobs))
+                except (ModelNotEmpty, LoadTooLarge):
+                    # It has files or Idempotency-Keys, an earlier attempt has filled it, or the archive is too large.
+                    return False
+                load = ModelLoad(storage, loader, self._archive, name, self._indexes[name], self._results[name])
+                await load.fill(lambda done: self._report(done, name), self._keys(name))
+                discarded = False
+                try:
+                    await loader.publish()
+                except (ModelNotEmpty, LoadTooLarge, PinLost, UniqueConflict):
+                    discarded = True
+                    raise
+                except OutcomeUnknown:
+                    self._changed = True
+                    raise
                 self._changed = True
-                raise
-            self._changed = True
+        except BaseException:
+            if load is not None and discarded:
+                await load.discard()
+            raise
         self._results[name].in_one_step = True
         return True
 
@@ -334,24 +328,32 @@ class _Import:
         def changed() -> None:
             self._changed = True
 
-        rewriting, batches = self._reader(name)
+        notes, index = self._archive.notes, self._indexes[name]
+        rewriting = Rewriting(self._storage(name).new_uid, lambda key: notes.new_blob(name, key))
         importer = BatchedImport(
             self._storage(name),
             self._journal(name),
             owner,
             TakingBack(self._storage(name), owner.state, self._indexes[name]),
             rewriting,
-            self._archive.notes,
+            notes,
             name,
             self._results[name],
             changed,
         )
-        done = 0
-        async with contextlib.aclosing(prefetched(batches(owner.state.after))) as prepared:
+        done = self._results[name].skipped
+        batches = batches_of(pieces_of(self._archive, name, index, owner.state.after))
+        async with contextlib.aclosing(prefetched(batches)) as prepared:
             async for batch in prepared:
                 await importer.add(batch)
                 done += sum(piece.entry is not None for piece in batch)
                 self._report(done, name)
+        while await importer.begin_pass():
+            batches = batches_of(pieces_of(self._archive, name, index, left_out=True))
+            async with contextlib.aclosing(prefetched(batches)) as prepared:
+                async for batch in prepared:
+                    await importer.add(batch)
+        await importer.end()
 
     async def _import_keys(self, name: str, owner: ImportOwner) -> None:
         storage = self._storage(name)

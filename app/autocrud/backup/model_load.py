@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
 from ..resource_manager.basic import IStorage, RevisionInfo, StoredKey
-from ..resource_manager.contract.import_journal import ImportStorage
+from ..resource_manager.contract.import_journal import BlobRestoring, ImportStorage
 from ..resource_manager.contract.loading import LoadedResource, Loader
 from .archive_reader import VerifiedArchive
-from .blob_import import import_blobs
+from .blob_import import blobs_of, import_blobs
 from .import_states import ModelImport
-from .pieces import Piece, Rewriting, batches_of, new_uids, pieces_of, prefetched
+from .pieces import BATCH, Piece, Rewriting, batches_of, new_uids, pieces_of, prefetched
 from .survey import Index
+
+log = logging.getLogger("crudstack.import")
 
 BATCHES_AT_ONCE = 3
 """The bodies of so many batches are stored at the same time, because a store elsewhere takes long to answer."""
@@ -42,10 +45,26 @@ class ModelLoad:
         try:
             await self._fill(progress, keys)
         finally:
-            unused = [batch.stored for batch in self._stored]
-            for one in unused:
-                one.cancel()
-            await asyncio.gather(*unused, return_exceptions=True)
+            # Not cancelled, because a thread would go on. `discard` removes all that was stored.
+            await asyncio.gather(*(batch.stored for batch in self._stored), return_exceptions=True)
+
+    async def discard(self) -> None:
+        """Remove the bodies and the content of blobs that were stored, after the load has failed for good.
+
+        No record will name them. Failures are logged, and a sweep removes the rest.
+        """
+        storage, notes, model, after = self._storage, self._archive.notes, self._model, ""
+        assert isinstance(storage, ImportStorage), "the caller has looked"
+        try:
+            for uids in notes.stored_bodies(model):
+                await storage.discard_bodies(uids)
+            while stored := await asyncio.to_thread(notes.stored_blobs, model, after, BATCH):
+                blobs = blobs_of(storage, model)
+                if isinstance(blobs, BlobRestoring):
+                    await blobs.discard([key for _, key in stored])
+                after = stored[-1][0]
+        except Exception as error:  # the import has failed already, for a reason that must be told
+            log.warning("%s: bodies and files of the failed import stay until the next sweep: %s", model, error)
 
     async def _fill(self, progress: Callable[[int], None], keys: AsyncIterator[list[StoredKey]]) -> None:
         storage, notes, model = self._storage, self._archive.notes, self._model
@@ -57,7 +76,7 @@ class ModelLoad:
         batches = batches_of(pieces_of(self._archive, model, self._index))
         async with aclosing(prefetched(batches)) as prepared:
             async for batch in prepared:
-                self._store(batch, rewriting, ascending)
+                await self._store(batch, rewriting, ascending)
                 await self._add(most=BATCHES_AT_ONCE - 1)
                 progress(self._result.created)
         await self._add(most=0)
@@ -66,7 +85,7 @@ class ModelLoad:
             await self._loader.add_keys(page)
             self._result.keys += len(page)
 
-    def _store(self, batch: Sequence[Piece], rewriting: Rewriting, ascending: _Ascending) -> None:
+    async def _store(self, batch: Sequence[Piece], rewriting: Rewriting, ascending: _Ascending) -> None:
         """Begin to store the bodies of a batch."""
         items: list[LoadedResource | RevisionInfo] = []
         bodies: list[tuple[RevisionInfo, bytes]] = []
@@ -82,6 +101,7 @@ class ModelLoad:
                 self._result.created += 1
             items += ascending.records(piece, records)
         assert isinstance(self._storage, ImportStorage), "`fill` has looked"
+        await asyncio.to_thread(self._archive.notes.keep_bodies, self._model, [record.uid for record, _ in bodies])
         stored = asyncio.ensure_future(self._storage.put_bodies(bodies))
         self._stored.append(_Batch(stored, items, uids))
 
@@ -89,7 +109,7 @@ class ModelLoad:
         """Give batches to the loader, in their order, until the bodies of at most so many are being stored."""
         while len(self._stored) > most:
             batch = self._stored[0]
-            await batch.stored
+            await asyncio.shield(batch.stored)
             self._stored.popleft()
             await self._loader.add(batch.items)
             await asyncio.to_thread(self._archive.notes.set_uids, self._model, batch.uids)

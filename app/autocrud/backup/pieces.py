@@ -74,16 +74,24 @@ class _Resource:
             self._revisions, self._size, self._first = [], 0, False
 
 
-def pieces_of(archive: VerifiedArchive, model: str, index: Index, after: str = "") -> Iterator[Piece]:
-    """Yield the resources of a model whose ids follow `after`, in pieces. Blocks."""
+def pieces_of(
+    archive: VerifiedArchive, model: str, index: Index, after: str = "", *, left_out: bool = False
+) -> Iterator[Piece]:
+    """Yield the resources of a model whose ids follow `after`, in pieces. Blocks.
+
+    left_out  whether to yield only those that are left out for now
+    """
+    notes = archive.notes
     resource: _Resource | None = None
     for item in archive.resources(model):
         if isinstance(item, ResourceMeta):
             if resource is not None:
                 yield from resource.piece()
             resource = None
-            if item.resource_id > after and not archive.notes.is_excluded(model, item.resource_id):
-                resource = _Resource(item, archive.notes.current(model, item.resource_id), index)
+            resource_id = item.resource_id
+            wanted = notes.is_left_out(model, resource_id) if left_out else not notes.is_excluded(model, resource_id)
+            if resource_id > after and wanted:
+                resource = _Resource(item, notes.current(model, resource_id), index)
         elif resource is not None and item[1] is not None:
             resource.add(item[0], item[1])
             if resource.is_full:

@@ -1,7 +1,8 @@
 """The survey of an archive for an import, made while the archive is verified, before anything is changed.
 
-It counts the bodies that do not fit the models of this program, finds unique values that two resources of the archive
-share, and keeps the current revisions of large resources, which must be stored before the others.
+It refuses an archive whose data refer to files that their records do not name. It counts the bodies that do not fit
+the models of this program, finds unique values that two resources of the archive share, and keeps the current revisions
+of large resources, which must be stored before the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..resource_manager.basic import Encoding, IndexEntry, ResourceMeta, Revisio
 from ..resource_manager.model.codec import Codec, CodecIndex
 from .archive_notes import ArchiveNotes
 from .archive_reader import Visitor
+from .errors import BadArchive
 
 LARGE_REVISIONS = 1000
 LARGE_BYTES = 4 * 1024 * 1024
@@ -36,13 +38,12 @@ class Index:
         except Exception:  # the codec raises the errors of msgspec, of conversions and of limits
             return self._index.kept(body, encoding, b"{}")
 
-    def fits(self, body: bytes, encoding: Encoding) -> bool:
-        """Return whether a body fits the model."""
+    def data(self, body: bytes, encoding: Encoding) -> Any:
+        """Return the data of a body; None if it does not fit the model."""
         try:
-            self.codec.decode(body, encoding)
+            return self.codec.decode(body, encoding)
         except Exception:  # the same
-            return False
-        return True
+            return None
 
 
 class Survey(Visitor):
@@ -81,8 +82,11 @@ class Survey(Visitor):
             return
         self._revisions += 1
         self._bytes += len(body)
-        if not index.fits(body, record.encoding):
+        data = index.data(body, record.encoding)
+        if data is None:
             self.not_fitting[model] += 1
+        else:
+            _check_references(index.codec, record, data)
         if record.revision == meta.revision:
             self._current = record, body
 
@@ -106,7 +110,23 @@ class Survey(Visitor):
         for name in owned:
             self.taken[self._model][name] += 1
         if owned:
-            self._notes.exclude(self._model, resource_id)
+            self._notes.exclude(self._model, [resource_id])
             return
         for name, key in keys.items():
             self._notes.claim(self._model, name, key, resource_id)
+
+
+def _check_references(codec: Codec[Any], record: RevisionInfo, data: Any) -> None:
+    """Raise BadArchive if data refer to a blob that their record does not name.
+
+    A record may name more blobs, because the model may have had more fields.
+    """
+    if not codec.has_blobs:
+        return
+    named = {key.partition("/")[0] for key in record.blobs}
+    for _, blob in codec.references(data):
+        if blob.sha256 not in named:
+            raise BadArchive(
+                f"the data of revision {record.revision} of resource {record.resource_id!r} refer to the file"
+                f" {blob.sha256}, which its record does not name"
+            )

@@ -18,6 +18,7 @@ from ..errors import CrudError, ResourceNotFound, VersionConflict
 from ..resource_manager.basic import Change, IStorage, ResourceMeta, RevisionInfo, Write
 from ..resource_manager.contract.blobs import BlobStorage
 from ..resource_manager.contract.import_journal import ImportJournal, ImportState, ReplacedPart
+from ..resource_manager.contract.limits import next_version
 from ..resource_manager.engine.planning import new_nonce
 from .archive_reader import VerifiedArchive
 from .import_owner import NOT_NOW
@@ -80,7 +81,7 @@ class TakingBack:
     async def _purge(self, found: ResourceMeta) -> None:
         drop = {record.uid for record in await records_of(self._storage, found.resource_id)}
         change = Change(
-            meta=replace(found, version=found.version + 1, nonce=new_nonce()),
+            meta=replace(found, version=next_version(found.version), nonce=new_nonce()),
             record=None,
             index=None,
             expect=version_of(found),
@@ -95,7 +96,7 @@ class TakingBack:
         records = [record for part in parts for record in part.records]
         present = await self._blobs(records)
         rewriting = Rewriting(self._storage.new_uid, lambda key: key if key in present else None)
-        version = max(before.version, found.version) + 1
+        version = next_version(max(before.version, found.version))
         meta = replace(before, version=version, nonce=self._undone_nonce(before.resource_id, version))
         drop = [record.uid for record in await records_of(self._storage, found.resource_id)]
         records.sort(key=lambda record: record.revision != before.revision)  # Q1 of `pieces`

@@ -287,6 +287,10 @@ class ImportStorage(Protocol):
     async def put_bodies(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
         """Store bodies that no record names yet."""
 
+    @abstractmethod
+    async def discard_bodies(self, uids: Sequence[str]) -> None:
+        """Remove bodies that `put_bodies` has stored, and that no record will ever name."""
+
 
 @runtime_checkable
 class BlobRestoring(Protocol):
@@ -298,3 +302,7 @@ class BlobRestoring(Protocol):
 
         With `row=False`, only the content is stored. The caller adds the row.
         """
+
+    @abstractmethod
+    async def discard(self, keys: Sequence[str]) -> None:
+        """Remove content that was stored with `row=False`, and whose row will never be added."""

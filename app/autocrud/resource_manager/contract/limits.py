@@ -37,8 +37,15 @@ MAX_FIELDS = 500
 """Largest number of indexed fields of a model. SQLite allows 2,000 columns in a table. PostgreSQL failed with 1,000
 indexes on a table."""
 MAX_SCHEMA_VERSION = 2**63 - 1
+MAX_VERSION = 10**18 - 1
+"""Largest version of a resource: ETags have up to 18 digits. Only an archive that another program wrote has it."""
 
 _MISSING: Any = object()
+
+
+def next_version(version: int) -> int:
+    """Return the version that follows. MAX_VERSION stays, and the nonce alone tells the states apart."""
+    return min(version + 1, MAX_VERSION)
 
 
 def may_exceed(json: bytes) -> bool:

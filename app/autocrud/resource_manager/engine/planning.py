@@ -37,7 +37,7 @@ from ...errors import (
 )
 from ...query import Filter
 from ..basic import Change, IndexEntry, IStorage, ResourceMeta, RevisionInfo, Status, Version, Write
-from ..contract.limits import check_index, check_items, may_exceed
+from ..contract.limits import check_index, check_items, may_exceed, next_version
 from ..contract.store_errors import check_new_id, missing, storable_number
 from ..model.codec import Codec, ModelData, canonical_json
 from ..model.json_shape import EXPECTED_SHAPE, misshapen
@@ -460,7 +460,7 @@ class Plan(Generic[T]):
     def _next(self, meta: ResourceMeta, **changes: Any) -> ResourceMeta:
         return replace(
             meta,
-            version=meta.version + 1,
+            version=next_version(meta.version),
             nonce=new_nonce(),
             updated_time=max(self._now, meta.updated_time),
             updated_by=self._by,

@@ -148,8 +148,13 @@ class Codec(Generic[T]):
         return self._json.decode(body) if encoding == Encoding.json else self._msgpack.decode(body)
 
     def to_json(self, body: bytes, encoding: str) -> bytes:
-        """Return a stored body as JSON. A JSON body is returned unchanged."""
-        return body if encoding == Encoding.json else canonical_json(self._msgpack.decode(body))
+        """Return a stored body as JSON. A JSON body is returned unchanged, also if it no longer fits the model."""
+        if encoding == Encoding.json:
+            return body
+        try:
+            return canonical_json(self._msgpack.decode(body))
+        except msgspec.ValidationError:
+            return canonical_json(msgspec.msgpack.decode(body))
 
     def has_path(self, path: str) -> bool:
         """Return whether the JSON of the data may have the path `a.b`."""

@@ -83,7 +83,7 @@ async def until_cancelled(work: Callable[[Callable[[], None]], T]) -> T:
         cancelled.set()
         await asyncio.wait([running])
         if not running.cancelled():
-            running.exception()  # nobody waits for it, so it is not logged
+            running.exception()  # taken, so that it is not logged
         raise
 
 

@@ -74,6 +74,10 @@ class StoredBlobs(Blobs, BlobRestoring):
             yield kind(self._rows, self._store, writer, owner, max_size, None, None)
 
     @override
+    async def discard(self, keys: Sequence[str]) -> None:
+        await self._store.delete(keys)
+
+    @override
     async def rows(self, sha256s: Sequence[str]) -> list[BlobRow]:
         return without_reservations(await self._rows.blobs(sha256s))
 

@@ -88,6 +88,10 @@ class StorageImports(ImportStorage):
     async def put_bodies(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
         await self.resource_store.put_many(bodies)
 
+    @override
+    async def discard_bodies(self, uids: Sequence[str]) -> None:
+        await self.resource_store.delete(uids)
+
     async def _kept_of_purged(self, writes: Sequence[Write]) -> list[RevisionInfo]:
         """Return the records that the journal keeps of the resources that these writes purge (J3)."""
         if self._journal is None:

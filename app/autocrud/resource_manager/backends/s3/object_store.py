@@ -346,7 +346,7 @@ class S3ObjectStore(ObjectStore):
     async def download(self, key: str, path: Path) -> bool:
         reception = self._reception(key)
         try:
-            with await asyncio.to_thread(path.open, "wb") as file:
+            with path.open("wb") as file:  # not in a thread: if the caller is cancelled, it would stay open
                 await reception.begin()
                 async for chunk in reception.chunks(8 * 1024 * 1024):
                     await asyncio.to_thread(file.write, chunk)

@@ -1,0 +1,60 @@
+"""Conflicts of an archive with the resources that a model has, found before anything is changed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..query import Compare, Resolved
+from ..resource_manager.basic import IStorage
+from ..resource_manager.contract.import_journal import ImportState
+from .archive_notes import ArchiveNotes
+from .batched_import import conflict, unique_conflict
+from .import_states import is_written, states_of
+from .pieces import BATCH
+
+NAMED = 100
+"""An error names so many resources."""
+
+
+async def check_conflicts(storage: IStorage, notes: ArchiveNotes, model: str) -> None:
+    """Raise ImportConflict if the model has an id of the archive already, or a unique value."""
+    ids: list[str] = []
+    count, after = 0, ""
+    while page := await asyncio.to_thread(notes.ids, model, after, BATCH):
+        found = [one for one, meta in (await states_of(storage, page)).items() if meta is not None]
+        count += len(found)
+        ids += found[: NAMED - len(ids)]
+        after = page[-1]
+    if ids:
+        raise conflict(ids, count)
+    fields: dict[str, int] = {}
+    last = None
+    while claims := await asyncio.to_thread(notes.claims, model, last, BATCH):
+        for field, value, resource_id in claims:
+            query = Resolved(where=Compare(field, "eq", value), limit=1, include_deleted=True)
+            if (await storage.search(query)).items:
+                fields[field] = fields.get(field, 0) + 1
+                ids += [resource_id] if len(ids) < NAMED else []
+        last = claims[-1][:2]
+    if fields:
+        raise unique_conflict(fields, ids)
+
+
+async def exclude_skipped(storage: IStorage, notes: ArchiveNotes, model: str, state: ImportState) -> int:
+    """Exclude the resources that the model has, so that files to which only they refer are not uploaded.
+
+    Returns how many of them this attempt would have come to.
+    """
+    count, after = 0, ""
+    while page := await asyncio.to_thread(notes.ids, model, after, BATCH):
+        after = page[-1]
+        skipped = [
+            resource_id
+            for resource_id, meta in (await states_of(storage, page)).items()
+            if meta is not None
+            and not is_written(state, meta, meta)  # by an earlier attempt
+            and not notes.is_excluded(model, resource_id)
+        ]
+        await asyncio.to_thread(notes.exclude, model, skipped)
+        count += sum(resource_id > state.after for resource_id in skipped)
+    return count
