@@ -47,7 +47,7 @@ NOTE_EVERY = 20
 
 
 class Plan(NamedTuple):
-    """What is to be done with a batch.
+    """The work that a batch needs.
 
     planned  the pieces that are to be written
     written  for each resource that the import has written before, whether it replaced one

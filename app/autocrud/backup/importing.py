@@ -233,7 +233,7 @@ class _Import:
                         await owner.note(ending=True)
                         await owner.end()
             elif not all(map(self._journal, self._owners)):
-                pass  # it can neither be resumed nor taken back
+                pass  # it cannot be resumed or taken back
             elif undo and isinstance(error, Exception) and not isinstance(error, ImportTakenOver):
                 await self._take_back_failed(error)
             elif isinstance(error, ImportConflict):
