@@ -221,15 +221,20 @@ class _ModelExport:
         """Yield all metadata and records, these with their bodies."""
         items: list[ResourceMeta | RevisionInfo] = []
         uids: list[str] = []
-        async for item in snapshot.items(self._after):
-            items.append(item)
-            if isinstance(item, RevisionInfo):
-                uids.append(item.uid)
-                if len(uids) >= self._page_size:
-                    yield await self._with_bodies(snapshot, items, uids)
-                    items, uids = [], []
-        if items:
-            yield await self._with_bodies(snapshot, items, uids)
+        found = snapshot.items(self._after)
+        try:
+            async for item in found:
+                items.append(item)
+                if isinstance(item, RevisionInfo):
+                    uids.append(item.uid)
+                    if len(uids) >= self._page_size:
+                        yield await self._with_bodies(snapshot, items, uids)
+                        items, uids = [], []
+            if items:
+                yield await self._with_bodies(snapshot, items, uids)
+        finally:
+            if isinstance(found, AsyncGenerator):  # it may have a file open
+                await found.aclose()
 
     async def _with_bodies(
         self, snapshot: StorageSnapshot, items: Sequence[ResourceMeta | RevisionInfo], uids: Sequence[str]
