@@ -11,7 +11,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +23,7 @@ from app.autocrud.errors import StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager.backends.s3.memory_object_store import DROPPED, MemoryObjectStore
 from app.autocrud.resource_manager.blob_store.s3 import S3BlobStore
 from app.autocrud.resource_manager.blob_store.simple import ABANDONED_AFTER_S, INCOMING, DiskBlobStore
+from app.autocrud.resource_manager.blob_store.spool import COLLECTED, Spool
 from app.autocrud.resource_manager.runtime.disk_space import DiskFull
 from app.autocrud.testing.blob_stores import content_of, new_uid, stored
 from tests.small_disk import fill, small_disk
@@ -326,3 +329,21 @@ def test_memory_does_not_depend_on_the_size(tmp_path, kind):
     grown_mb = float(process.communicate()[0])
     assert process.returncode == 0
     assert grown_mb < (60 if kind == "disk" else 100)  # S3 takes several parts of 8 MB at once, whatever the size
+
+
+async def test_an_upload_whose_caller_is_cancelled_again_closes_and_removes_its_file(tmp_path):
+    """The call waits for a thread when it is cancelled."""
+    spool = Spool(lambda: tmp_path / "file")
+    await spool.write(b"x" * COLLECTED)
+    assert (tmp_path / "file").exists()
+    busy = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+        threads.submit(busy.wait)
+        closing = asyncio.create_task(spool.close())
+        await asyncio.sleep(0.01)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        busy.set()
+    assert not (tmp_path / "file").exists()

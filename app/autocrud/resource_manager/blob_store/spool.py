@@ -20,6 +20,7 @@ from ...errors import StoreUnavailable
 from ..basic import BlobWriter
 from ..runtime.disk_space import full, is_full
 from ..runtime.files import sync_directory
+from ..runtime.threads import shielded
 from .keys import key_of
 
 T = TypeVar("T")
@@ -89,8 +90,8 @@ class Spool:
         await self._in_thread(lambda: self._move(target))
 
     async def close(self) -> None:
-        """Close the file, and remove it unless it was moved."""
-        await asyncio.to_thread(self._close)
+        """Close the file, and remove it unless it was moved. Done even if the caller is cancelled again."""
+        await shielded(asyncio.ensure_future(asyncio.to_thread(self._close)))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         try:
