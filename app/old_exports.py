@@ -1,7 +1,7 @@
 """Removes archives that a killed command has left in the bucket of a stack, with all their versions.
 
 `stack_backup` deletes its archives as soon as they are not needed. A rule of the bucket cannot be relied on to remove
-what is left within a day: it acts at midnight, and in a bucket with versions twice.
+what is left within a day: it acts at midnight only, and in a bucket with versions it needs two such nights.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class ArchiveNotes:
         self._write("INSERT OR IGNORE INTO uids VALUES (?, ?, NULL)", [(model, uid) for uid in uids])
 
     def set_uids(self, model: str, uids: Iterable[tuple[str, str]]) -> None:
-        """Note the uids that bodies have in the store, as pairs of old and new, if results name them."""
+        """Note which uid replaces which, as pairs (archive, store). Keeps those of `want_uids` only."""
         if "uids" in self._used:
             self._write(
                 "UPDATE uids SET new = ?3 WHERE model = ?1 AND uid = ?2", [(model, old, new) for old, new in uids]

@@ -355,7 +355,7 @@ class VerifiedArchive:
         items.end()
 
     def keys(self, name: str) -> Iterator[StoredKey]:
-        """Yield the Idempotency-Keys by ascending key."""
+        """Yield the results that a model keeps for Idempotency-Keys, by ascending key."""
         model, items = self.model(name), KeyItems()
         parts = [part for part in model.parts if Name(part.name).kind == "keys"]
         if not parts:

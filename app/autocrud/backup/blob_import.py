@@ -45,7 +45,10 @@ async def import_blobs(
     running: dict[asyncio.Task[BlobRow], BlobRow] = {}
 
     async def note(*, most: int, most_bytes: int) -> None:
-        """Note the uploads that are complete. Waits while more than so many run, or while they have more bytes."""
+        """Add the uploads that have ended to what is stored.
+
+        Waits until at most `most` uploads are left, with at most `most_bytes` bytes together.
+        """
         while running:
             fits = len(running) <= most and sum(row.size for row in running.values()) <= most_bytes
             ready, _ = await asyncio.wait(running, timeout=0 if fits else None, return_when=asyncio.FIRST_COMPLETED)

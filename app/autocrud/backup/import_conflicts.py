@@ -12,8 +12,8 @@ from .batched_import import conflict, unique_conflict
 from .import_states import is_written, states_of
 from .pieces import BATCH
 
-NAMED = 100
-"""An error names so many resources."""
+IDS = 100
+"""An error has the ids of so many resources."""
 
 
 async def check_conflicts(storage: IStorage, notes: ArchiveNotes, model: str) -> None:
@@ -23,7 +23,7 @@ async def check_conflicts(storage: IStorage, notes: ArchiveNotes, model: str) ->
     while page := await asyncio.to_thread(notes.ids, model, after, BATCH):
         found = [one for one, meta in (await states_of(storage, page)).items() if meta is not None]
         count += len(found)
-        ids += found[: NAMED - len(ids)]
+        ids += found[: IDS - len(ids)]
         after = page[-1]
     if ids:
         raise conflict(ids, count)
@@ -34,7 +34,7 @@ async def check_conflicts(storage: IStorage, notes: ArchiveNotes, model: str) ->
             query = Resolved(where=Compare(field, "eq", value), limit=1, include_deleted=True)
             if (await storage.search(query)).items:
                 fields[field] = fields.get(field, 0) + 1
-                ids += [resource_id] if len(ids) < NAMED else []
+                ids += [resource_id] if len(ids) < IDS else []
         last = claims[-1][:2]
     if fields:
         raise unique_conflict(fields, ids)

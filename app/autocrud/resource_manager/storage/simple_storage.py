@@ -382,9 +382,10 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, DirectStorage, Loadi
         await self._commits.confirm(resource_ids)
 
     async def _blobs_of_purged(self, writes: Sequence[Write]) -> set[str]:
-        """Return the keys of the blobs of the resources that these writes purge, of all their revisions.
+        """Return the keys of all blobs, in any revision, of the resources that these writes purge.
 
-        If the commit succeeds, these are all keys, because each resource is in the state that its purge expects.
+        They are read before the commit, and none is missing if it succeeds: a purge is refused if its resource was
+        changed meanwhile.
         """
         purged = {change.meta.resource_id for change, _ in writes if change.purge}
         if not purged or self._blobs is None:
