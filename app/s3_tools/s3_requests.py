@@ -127,8 +127,8 @@ class RecordedObjects(ObjectStore):
     async def get(self, key: str) -> Object | None:
         return await self._objects.get(key)
 
-    async def get_range(self, key: str, start: int, end: int) -> bytes:
-        """Return the bytes of an object from `start` to before `end`."""
+    @override
+    async def get_range(self, key: str, start: int, end: int) -> bytes | None:
         return await self._objects.get_range(key, start, end)
 
     @override

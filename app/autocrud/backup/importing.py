@@ -329,7 +329,7 @@ class _Import:
             self._changed = True
 
         notes, index = self._archive.notes, self._indexes[name]
-        rewriting = Rewriting(self._storage(name).new_uid, lambda key: notes.new_blob(name, key))
+        rewriting = Rewriting(lambda _: self._storage(name).new_uid(), lambda key: notes.new_blob(name, key))
         importer = BatchedImport(
             self._storage(name),
             self._journal(name),

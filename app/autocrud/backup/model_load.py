@@ -71,7 +71,8 @@ class ModelLoad:
         assert isinstance(storage, ImportStorage), "the caller has looked"
         if self._archive.model(model).blobs:
             self._result.blobs = await import_blobs(storage, self._archive, model, loader=self._loader)
-        rewriting = Rewriting(storage.new_uid, lambda key: notes.new_blob(model, key))
+        self._uids = storage.allotment()
+        rewriting = Rewriting(self._uids.uid_for, lambda key: notes.new_blob(model, key))
         ascending = _Ascending()
         batches = batches_of(pieces_of(self._archive, model, self._index))
         async with aclosing(prefetched(batches)) as prepared:
@@ -100,6 +101,7 @@ class ModelLoad:
                 items.append(LoadedResource(writes[0].change.meta, piece.entry))
                 self._result.created += 1
             items += ascending.records(piece, records)
+        self._uids.end_batch()
         assert isinstance(self._storage, ImportStorage), "`fill` has looked"
         await asyncio.to_thread(self._archive.notes.keep_bodies, self._model, [record.uid for record, _ in bodies])
         stored = asyncio.ensure_future(self._storage.put_bodies(bodies))

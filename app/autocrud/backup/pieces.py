@@ -139,11 +139,11 @@ async def prefetched(items: Iterator[T]) -> AsyncGenerator[T, None]:
 class Rewriting:
     """Gives bodies new uids, and blobs the keys that they have in the store of a model.
 
-    new_uid   returns the uid of a new body
+    new_uid   returns the uid of a new body, which is given
     new_blob  returns the key of a blob in the store, by its key in the records; None if it is not stored. May block
     """
 
-    def __init__(self, new_uid: Callable[[], str], new_blob: Callable[[str], str | None]) -> None:
+    def __init__(self, new_uid: Callable[[bytes], str], new_blob: Callable[[str], str | None]) -> None:
         self._new_uid, self._new_blob = new_uid, new_blob
         self._large: ResourceMeta | None = None  # the metadata of the last resource, as they were written
 
@@ -154,7 +154,7 @@ class Rewriting:
         expect  the version that the resource has; None if the first piece creates it
         drop    the uids of the bodies of the resource that the first piece replaces
         """
-        records = [self._record(record) for record, _ in piece.revisions]
+        records = [self._record(record, body) for record, body in piece.revisions]
         if piece.entry is not None:
             current = next(record for record in records if record.revision == meta.revision)
             meta = replace(meta, uid=current.uid)
@@ -190,13 +190,13 @@ class Rewriting:
         """Take the metadata of the last resource as the storage has written them."""
         self._large = meta
 
-    def _record(self, record: RevisionInfo) -> RevisionInfo:
+    def _record(self, record: RevisionInfo, body: bytes) -> RevisionInfo:
         if not record.blobs:
-            return replace(record, uid=self._new_uid())
+            return replace(record, uid=self._new_uid(body))
         blobs = [self._new_blob(key) for key in record.blobs]
         if None in blobs:
             raise StoreDamaged(f"a file of resource {record.resource_id!r} is missing")
-        return replace(record, uid=self._new_uid(), blobs=tuple(sorted(key for key in blobs if key is not None)))
+        return replace(record, uid=self._new_uid(body), blobs=tuple(sorted(key for key in blobs if key is not None)))
 
 
 def new_uids(piece: Piece, writes: Sequence[Write]) -> list[tuple[str, str]]:

@@ -95,7 +95,7 @@ class TakingBack:
         before = parts[0].meta
         records = [record for part in parts for record in part.records]
         present = await self._blobs(records)
-        rewriting = Rewriting(self._storage.new_uid, lambda key: key if key in present else None)
+        rewriting = Rewriting(lambda _: self._storage.new_uid(), lambda key: key if key in present else None)
         version = next_version(max(before.version, found.version))
         meta = replace(before, version=version, nonce=self._undone_nonce(before.resource_id, version))
         drop = [record.uid for record in await records_of(self._storage, found.resource_id)]

@@ -40,6 +40,7 @@ from msgspec import Struct
 
 from ..basic import Change, ResourceMeta, RevisionInfo
 from .blobs import Upload
+from .packs import UidAllotment
 
 OnConflict = Literal["fail", "skip", "replace"]
 """What an import does with a resource whose id the model has already."""
@@ -284,8 +285,12 @@ class ImportStorage(Protocol):
         """Drop a pin that another attempt holds, or has held. Its work then fails with PinLost."""
 
     @abstractmethod
+    def allotment(self) -> UidAllotment:
+        """Return what gives uids to the bodies of a model that is loaded in one step."""
+
+    @abstractmethod
     async def put_bodies(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
-        """Store bodies that no record names yet."""
+        """Store bodies that no record names yet: those of a whole batch, if `allotment` gave their uids."""
 
     @abstractmethod
     async def discard_bodies(self, uids: Sequence[str]) -> None:

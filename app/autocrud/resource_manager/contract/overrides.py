@@ -15,6 +15,7 @@ from ..basic import BlobStore, IStorage, MetaStore, ResourceStore
 from .blobs import BlobRows
 from .import_journal import ImportKeeping
 from .loading import BulkLoading
+from .packs import BodyPacking, PackReferences
 from .protocols import (
     BodySweeping,
     FindingsKeeping,
@@ -46,9 +47,12 @@ RENAMED_OF_CACHE = {"erase": "purge_remnants"}
 
 META_STORE_PROTOCOLS = (
     *(Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay),
-    *(BlobRows, Pinning, SnapshotReading, ImportKeeping, BulkLoading),
+    *(BlobRows, Pinning, SnapshotReading, ImportKeeping, BulkLoading, PackReferences),
 )
-RESOURCE_STORE_PROTOCOLS = (BodySweeping, RecordKeeping, IndexKeeping, BlobRows, BodySnapshots, RecordSnapshots)
+RESOURCE_STORE_PROTOCOLS = (
+    *(BodySweeping, BodyPacking, RecordKeeping, IndexKeeping),
+    *(BlobRows, BodySnapshots, RecordSnapshots),
+)
 
 _SHARED_NAMES = {"done", "snapshot"}
 """A ResourceStore may define these for its own purpose, so they do not show that it implements the protocol."""

@@ -1,9 +1,9 @@
-"""Loads of S3SqliteMetaStore."""
+"""Loads of S3SqliteMetaStore, whose records may name bodies in packs."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TypeVar
@@ -16,16 +16,19 @@ from ..backends.s3_sqlite.housekeeping import Housekeeping
 from ..backends.s3_sqlite.loading import HeadLoad
 from ..backends.s3_sqlite.replica import Replica
 from ..backends.sqlite.loading import StagedModel, staged_loader
+from ..backends.sqlite.packs import packs_with_orphans
 from ..backends.sqlite.tables import ResourceTables
 from ..contract.loading import BulkLoading, Loader
+from ..contract.packs import PackReferences, StoredPack
 
 T = TypeVar("T")
 
 
-class S3Loading(BulkLoading):
-    """Loads a model by one swap of HEAD."""
+class S3Loading(BulkLoading, PackReferences):
+    """Loads a model by one swap of HEAD. It raises the format of the store if a record names a body in a pack."""
 
     _replica: Replica
+    _tables: ResourceTables
     _directory: Path | None
 
     @abstractmethod
@@ -52,3 +55,8 @@ class S3Loading(BulkLoading):
             await HeadLoad(self._replica, committer, housekeeping, staged, self._new_tables(), pin).publish()
 
         return staged_loader(self._directory, read, self._new_tables(lazy=True), publish)
+
+    @override
+    async def packs_with_orphans(self, packs: Sequence[StoredPack]) -> Mapping[str, Sequence[str]]:
+        await self.refresh()  # with every `consistency`, because the other bodies of these packs are removed
+        return await self._replica.read(lambda db: packs_with_orphans(self._tables, db, packs))

@@ -1,12 +1,12 @@
-"""Bodies on S3. Each revision takes one PUT, and each read one GET."""
+"""Bodies on S3. Each revision takes one PUT, and each read one GET. Small bodies of an import share objects: packs."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from typing_extensions import override
 
@@ -14,17 +14,24 @@ from ...errors import ConfigError, StoreDamaged
 from ...secret import Secret
 from ..backends.s3.object_store import CONCURRENT_GETS, ObjectStore, s3
 from ..basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
+from ..contract.packs import BodyPacking, StoredPack, UidAllotment
 from ..contract.protocols import BodySweeping, IndexKeeping
 from ..contract.snapshots import BodySnapshot, BodySnapshots
+from ..contract.store_errors import generation_of
+from .packs import PACK, PackAllotment, Packs, Place, place_of, places_by_pack
 
 if TYPE_CHECKING:
     from ..meta_store.sqlite3 import S3SqliteMetaStore
 
-UID = re.compile(r"(0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+UID = re.compile(PACK)
+"""The uid of a body with an object of its own. Packs are named alike."""
+EDITS_AT_ONCE = 8
+"""Bodies are removed from so many packs at the same time."""
+_GetMany: TypeAlias = Callable[[Sequence[str], asyncio.Semaphore], Awaitable[list[bytes | None]]]
 
 
-class S3ResourceStore(ResourceStore, BodySweeping, BodySnapshots, IndexKeeping):
-    """Bodies at the keys `{prefix}{uid}` of a bucket.
+class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, IndexKeeping):
+    """Bodies at the keys `{prefix}{uid}` of a bucket, and in packs.
 
     bucket                            the name of the bucket
     prefix                            begins the keys, one for each model; `{model}/` if it is empty
@@ -42,7 +49,8 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodySnapshots, IndexKeeping):
     *Other data may lie below the prefix*: an index, other models, a whole deployment. The sweep removes bodies that no
     record of this model names, so it must not take other data for such bodies. A body of this store is a key that is
     exactly the prefix and a uid. A body of another store never is: both keys end with a number, a slash and a UUID, so
-    one prefix would have to be the other one and digits, and no prefix may end with a digit.
+    one prefix would have to be the other one and digits, and no prefix may end with a digit. A pack is a key that is
+    exactly the prefix, `packs/`, a uid and `.pack`. For the same reason, no other store has such a key.
     """
 
     durable: ClassVar[bool] = True
@@ -110,37 +118,102 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodySnapshots, IndexKeeping):
         await self._objects.put(self._prefix + uid, body)
 
     @override
+    async def put_many(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
+        """Store bodies. Those of a pack are among the `bodies` of one call, and are not put into caches."""
+        single: list[tuple[RevisionInfo, bytes]] = []
+        packed: dict[str, dict[Place, bytes]] = {}
+        for info, body in bodies:
+            if (place := place_of(info.uid)) is None:
+                single.append((info, body))
+            else:
+                packed.setdefault(place.pack, {})[place] = body
+        await asyncio.gather(*(self._packs.put(pack, content) for pack, content in packed.items()))
+        await super().put_many(single)
+
+    @override
     async def get(self, uid: str) -> bytes:
-        return await self._get(uid)
+        return self._found(uid, await self._get(uid))
 
     @override
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         if len(uids) == 1:
-            return [await self._get(uids[0])]
-        turns = asyncio.Semaphore(CONCURRENT_GETS)
-
-        async def one(uid: str) -> bytes:
-            async with turns:
-                return await self._get(uid)
-
-        return await asyncio.gather(*map(one, uids))
+            return [self._found(uids[0], await self._get(uids[0]))]
+        found = await self._get_many(uids, asyncio.Semaphore(CONCURRENT_GETS))
+        return [self._found(uid, body) for uid, body in zip(uids, found, strict=True)]
 
     @override
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[BodySnapshot]:
         """Give the bodies of the bucket. A body never changes, and a pin keeps it. Caches are left as they are."""
-        yield _BodiesOnS3(self._objects, self._prefix)
+        yield _BodiesOnS3(self._get_many)
 
-    async def _get(self, uid: str) -> bytes:
+    async def _get(self, uid: str) -> bytes | None:
+        if (place := place_of(uid)) is not None:
+            (body,) = await self._packs.get([place])
+            return body
         found = await self._objects.get(self._prefix + uid)
-        if found is None:
+        return None if found is None else found.body
+
+    async def _get_many(self, uids: Sequence[str], turns: asyncio.Semaphore) -> list[bytes | None]:
+        """Return bodies in the order of the uids; None for each one that is missing. A request needs a turn."""
+        found: dict[str, bytes | None] = {}
+
+        async def single(uid: str) -> None:
+            async with turns:
+                found[uid] = await self._get(uid)
+
+        async def packed(uids_of_pack: Sequence[tuple[str, Place]]) -> None:
+            async with turns:
+                bodies = await self._packs.get([place for _, place in uids_of_pack])
+            found.update(zip((uid for uid, _ in uids_of_pack), bodies, strict=True))
+
+        packs: dict[str, list[tuple[str, Place]]] = {}
+        reads = []
+        for uid in dict.fromkeys(uids):
+            if (place := place_of(uid)) is None:
+                reads.append(single(uid))
+            else:
+                packs.setdefault(place.pack, []).append((uid, place))
+        await asyncio.gather(*reads, *map(packed, packs.values()))
+        return [found[uid] for uid in uids]
+
+    @staticmethod
+    def _found(uid: str, body: bytes | None) -> bytes:
+        if body is None:
             raise StoreDamaged(f"the body {uid} is missing")
-        return found.body
+        return body
 
     @override
     async def delete(self, uids: Sequence[str]) -> None:
-        if uids:
-            await self._objects.delete([self._prefix + uid for uid in uids])
+        single = [uid for uid in uids if place_of(uid) is None]
+        if single:
+            await self._objects.delete([self._prefix + uid for uid in single])
+        packs = places_by_pack(uids)
+        turns = asyncio.Semaphore(EDITS_AT_ONCE)
+
+        async def remove(places: Sequence[Place]) -> None:
+            async with turns:
+                await self._packs.remove(places)
+
+        await asyncio.gather(*map(remove, packs.values()))
+
+    # Packs
+
+    @property
+    def _packs(self) -> Packs:
+        return Packs(self._objects, self._prefix)
+
+    @override
+    def allotment(self, new_uid: Callable[[], str]) -> UidAllotment:
+        return PackAllotment(new_uid)
+
+    @override
+    async def packs_older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[StoredPack]:
+        return await self._packs.older_than(generation, after, limit)
+
+    @override
+    async def retain(self, pack: str, uids: Sequence[str]) -> None:
+        await self._packs.retain(pack, [place for uid in uids if (place := place_of(uid)) is not None])
 
     @override
     async def health(self) -> None:
@@ -156,8 +229,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodySnapshots, IndexKeeping):
             uid = listed.key.removeprefix(self._prefix)
             if uid > ":":  # it follows the digits: no uid comes after it, but millions of other objects may
                 break
-            ours = UID.fullmatch(uid)
-            if ours is not None and int(ours[1]) < generation:
+            if UID.fullmatch(uid) is not None and generation_of(uid) < generation:
                 found.append(uid)
                 if len(found) == limit:
                     break
@@ -165,15 +237,10 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodySnapshots, IndexKeeping):
 
 
 class _BodiesOnS3(BodySnapshot):
-    def __init__(self, objects: ObjectStore, prefix: str) -> None:
-        self._objects, self._prefix = objects, prefix
+    def __init__(self, get_many: _GetMany) -> None:
+        self._get_many = get_many
         self._turns = asyncio.Semaphore(2 * CONCURRENT_GETS)  # no request of a client waits for these
 
     @override
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        return await asyncio.gather(*map(self._body, uids))
-
-    async def _body(self, uid: str) -> bytes | None:
-        async with self._turns:
-            found = await self._objects.get(self._prefix + uid)
-        return None if found is None else found.body
+        return await self._get_many(uids, self._turns)

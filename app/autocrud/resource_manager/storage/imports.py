@@ -15,9 +15,11 @@ from typing_extensions import override
 from ...errors import CrudError
 from ..basic import MetaStore, ResourceStore, RevisionInfo, Write
 from ..contract.import_journal import ImportJournal, ImportKeeping, ImportStorage, is_importing
+from ..contract.packs import BodyPacking, PackReferences, SingleUids, UidAllotment
 from ..contract.protocols import RecordKeeping
 from ..contract.snapshots import Pinning
 from .held_pin import HeldPin
+from .sweeping import Sweep
 
 log = logging.getLogger("crudstack.storage")
 
@@ -58,6 +60,7 @@ class StorageImports(ImportStorage):
     meta_store: MetaStore
     resource_store: ResourceStore
     _records: RecordKeeping | None
+    _sweep: Sweep
     _logged_import = ""
 
     def _compose_imports(self) -> None:
@@ -83,6 +86,12 @@ class StorageImports(ImportStorage):
     async def drop_pin(self, pin: str) -> None:
         if self._pinning is not None:
             await self._pinning.remove_pin(pin)
+
+    @override
+    def allotment(self) -> UidAllotment:
+        if isinstance(self.resource_store, BodyPacking) and isinstance(self.meta_store, PackReferences):
+            return self.resource_store.allotment(self._sweep.new_uid)
+        return SingleUids(self._sweep.new_uid)
 
     @override
     async def put_bodies(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:

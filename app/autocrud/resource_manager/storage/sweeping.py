@@ -4,22 +4,30 @@
   sweep first advances the generation to g. Then it removes bodies older than g - 1 that no record names. The MetaStore
   refuses to commit these uids in the same step that commits, and the body is put again under a new uid. No clock
   decides.
+- M4 *A body that an import loads is not swept.* An import holds a pin from before it stores bodies until a record names
+  them, so the generation does not matter to it (L3). The sweep lists bodies, then finds that there is no pin, then
+  looks for references, and removes what has none. When there was no pin, the imports that stored the listed bodies had
+  ended, so this last look sees their records.
 - P1 (see `contract.snapshots`) *A pin keeps bodies.* The sweep first looks for bodies that no record names, then for
-  pins, and only then removes the bodies.
+  pins, and only then removes the bodies. So it looks for references twice: before it asks for pins, and after.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from uuid_utils import uuid7
 
 from ..basic import MetaStore, ResourceStore
+from ..contract.packs import BodyPacking, PackReferences, StoredPack
 from ..contract.protocols import BodySweeping, MetaSweeping
 from ..contract.snapshots import Pinning
 
 SWEEP_PAGE = 1000
 """How many bodies are looked up and removed at a time."""
+PACKS_PAGE = 100
+"""How many packs are looked up and cleared at a time."""
 
 
 class Sweep:
@@ -35,6 +43,9 @@ class Sweep:
         self._resource_store = resource_store
         self._generation = 0
         self._after = ""  # the last uid that this sweep looked at; empty between two sweeps
+        self._packs: _PackSweep | None = None
+        if isinstance(meta_store, PackReferences) and isinstance(resource_store, BodyPacking):
+            self._packs = _PackSweep(meta_store, resource_store, pins)
 
     def new_uid(self) -> str:
         """Return the uid of a new body, with the generation that this process last read."""
@@ -55,7 +66,9 @@ class Sweep:
         while time.monotonic() < deadline:
             self._after = await self._remove_page(self._generation - 1, self._after)
             if not self._after:
-                return
+                break
+        if not self._after and self._packs is not None:
+            await self._packs.run(self._generation - 1, deadline)
 
     async def run_alone(self) -> None:
         """Remove all bodies that no record names. Only safe if no other process or task writes to the store."""
@@ -77,5 +90,34 @@ class Sweep:
         if orphans:
             if self._pins is not None and await self._pins.has_pins():
                 return ""
-            await self._resource_store.delete(orphans)
+            await self._resource_store.delete(await self._references.unreferenced(orphans))  # M4
         return uids[-1]
+
+
+class _PackSweep:
+    """The sweep of packs, which follows that of the other bodies. Each call continues where the last one stopped."""
+
+    def __init__(self, references: PackReferences, bodies: BodyPacking, pins: Pinning | None) -> None:
+        self._references, self._bodies, self._pins = references, bodies, pins
+        self._after = ""  # the last pack that this sweep looked at; empty between two sweeps
+
+    async def run(self, generation: int, deadline: float) -> None:
+        """Remove the orphans in packs before a generation, until the deadline."""
+        while time.monotonic() < deadline:
+            packs = await self._bodies.packs_older_than(generation, self._after, PACKS_PAGE)
+            if not await self._clear([pack for pack in packs if pack.bodies]):
+                return
+            self._after = packs[-1].name if len(packs) == PACKS_PAGE else ""
+            if not self._after:
+                return
+
+    async def _clear(self, packs: Sequence[StoredPack]) -> bool:
+        """Remove the orphans in these packs. Return False if a pin keeps them."""
+        found = await self._references.packs_with_orphans(packs) if packs else {}
+        if found:
+            if self._pins is not None and await self._pins.has_pins():
+                return False
+            found = await self._references.packs_with_orphans([pack for pack in packs if pack.name in found])  # M4
+        for pack, uids in found.items():
+            await self._bodies.retain(pack, uids)
+        return True

@@ -143,6 +143,11 @@ class MemoryObjectStore(ObjectStore):
         return await self._serve(Call("get", key), lambda fault: self._found(fault, key))
 
     @override
+    async def get_range(self, key: str, start: int, end: int) -> bytes | None:
+        found = await self.get(key)
+        return None if found is None else found.body[start:end]
+
+    @override
     async def get_if_changed(self, key: str, etag: str) -> Object | Unchanged | None:
         def work(fault: InjectedFault | None) -> Object | Unchanged | None:
             found = self._found(fault, key)

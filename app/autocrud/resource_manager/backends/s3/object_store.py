@@ -83,6 +83,10 @@ class ObjectStore(ABC):
         """Return the object, UNCHANGED if its ETag is still this one, or None if there is no such object."""
 
     @abstractmethod
+    async def get_range(self, key: str, start: int, end: int) -> bytes | None:
+        """Return the bytes from `start` up to but not including `end`, or None if there is no such object."""
+
+    @abstractmethod
     async def put(self, key: str, body: bytes) -> None:
         """Write an object, and replace an existing one."""
 
@@ -171,7 +175,7 @@ class S3ObjectStore(ObjectStore):
         with driver("s3"):
             import obstore
             from obstore import exceptions
-            from obstore.store import S3Store
+            from obstore.store import MemoryStore, S3Store
 
         self._obstore, self._errors = obstore, exceptions
         self._endpoint = server_name(endpoint_url)
@@ -206,7 +210,7 @@ class S3ObjectStore(ObjectStore):
         self._clients = Clients(client, renew)
         self._verifies: bool | None = None
         self._signed = SignedRequests(bucket, lambda key: self.presign(key, "GET", 60), provider, renew, public_url)
-        wait_at_exit(_touch)
+        wait_at_exit(MemoryStore)  # a call of obstore, after which it drops what its threads gave up
 
     @property
     @override
@@ -255,9 +259,8 @@ class S3ObjectStore(ObjectStore):
 
         return await self._repeated("small", request)
 
-    async def get_range(self, key: str, start: int, end: int) -> bytes:
-        """Return the bytes from `start` up to but not including `end`. Raises StoreUnavailable otherwise."""
-
+    @override
+    async def get_range(self, key: str, start: int, end: int) -> bytes | None:
         async def request(client: S3Store) -> bytes:
             count("GET")
             return bytes(await tracked(self._obstore.get_range_async(client, key, start=start, end=end)))
@@ -265,6 +268,8 @@ class S3ObjectStore(ObjectStore):
         try:
             return await self._repeated("small", request)
         except self._failed as error:
+            if isinstance(error, self._missing):
+                return None
             raise _unavailable("GET", key, error) from error
 
     @override
@@ -468,13 +473,6 @@ def _content(path: Path) -> bytes | Path:
 async def _no_bytes() -> AsyncGenerator[bytes, None]:
     return
     yield b""
-
-
-def _touch() -> None:
-    """Call obstore and return, so that it drops the references that its threads gave up."""
-    from obstore.store import MemoryStore
-
-    MemoryStore()
 
 
 __all__ = [

@@ -23,7 +23,8 @@ from ...basic import Findings
 from ..s3.object_store import Object, ObjectStore, Outcome, Stored, Unknown
 from ..sqlite import blob_tables
 from .copy_files import new_path
-from .head import FORMAT, FORMAT_WITH_BLOBS, Head, Snapshot, snapshot_key
+from .formats import format_of
+from .head import Head, Snapshot, snapshot_key
 
 log = logging.getLogger("crudstack.s3sqlite")
 
@@ -151,9 +152,8 @@ def _exported_head(body: bytes, directory: Path, key: str) -> Head:
     try:
         connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
         seq = int(connection.execute("SELECT seq FROM copy JOIN state").get)
-        fmt = FORMAT_WITH_BLOBS if blob_tables.is_marked(connection) else FORMAT
         epoch = blob_tables.epoch(connection)
-        return Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, fmt=fmt, blob_epoch=epoch)
+        return Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, fmt=format_of(connection), blob_epoch=epoch)
     except (apsw.Error, TypeError) as error:
         raise ConfigError(f"{key} is not a database that crudstack exported ({error}); move it away") from None
     finally:

@@ -33,6 +33,9 @@ from ..log_records import LogOperation
 FORMAT = 1
 FORMAT_WITH_BLOBS = 2
 """The format from the first row of a blob on. Programs that would lose references to blobs do not know it (F5)."""
+FORMAT_WITH_PACKS = 3
+"""The format from the first record on that names a body in a pack: see `contract.packs`. There may be blobs too."""
+FORMATS = (FORMAT, FORMAT_WITH_BLOBS, FORMAT_WITH_PACKS)
 _NAME = re.compile(r"(?:seg/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}|snap/([0-9]{12,})-[0-9]{12,}-[0-9a-f]{32}\.sqlite)")
 PIN_FOLDER = "pin/"
 MAX_PAST = 32
@@ -167,9 +170,9 @@ def decode_head(body: bytes) -> Head:
     try:
         raw = _decode(body)
         found = raw["fmt"]
-        if found not in (FORMAT, FORMAT_WITH_BLOBS):
+        if found not in FORMATS:
             raise ConfigError(
-                f"the store in the bucket has format {found}, this program knows {FORMAT} and {FORMAT_WITH_BLOBS}:"
+                f"the store in the bucket has format {found}, this program knows {', '.join(map(str, FORMATS))}:"
                 " deploy a newer one"
             )
         others = {key: value for key, value in raw.items() if key not in _KNOWN}

@@ -21,22 +21,24 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import apsw
 
 from ....errors import ConfigError, CrudError, HistoryForked, OutcomeUnknown, StoreDamaged, StoreUnavailable
-from ..sqlite import blob_tables
 from ..sqlite.errors import translated
 from ..sqlite.loading import StagedModel, check_empty, check_pin, check_unique
 from ..sqlite.tables import ResourceTables
 from .committer import COMMIT_TIMEOUT_S, FIRST_PAUSE_S, LONGEST_PAUSE_S, S3Committer
 from .copy_files import sha256_of
 from .current_copy import in_executor
-from .head import FORMAT_WITH_BLOBS, Head, IndexSchema, Snapshot, snapshot_key
+from .formats import format_of
+from .head import Head, IndexSchema, Snapshot, snapshot_key
 from .housekeeping import Housekeeping
 from .local_copy import REMEMBERED_TXIDS, TABLES, HeadState, LocalCopy
 from .replica import Replica
+
+T = TypeVar("T")
 
 log = logging.getLogger("crudstack.s3sqlite")
 
@@ -87,7 +89,7 @@ class HeadLoad:
 
     async def publish(self) -> None:
         """Publish the model. See `Loader.publish`. The caller runs it to completion."""
-        marked = await self._locally(self._complete)
+        fmt = await self._locally(self._complete)
         for _ in range(MAX_UPLOADS):
             seen = await self._replica.blocking(self._look)
             key = await self._housekeeping.announce(
@@ -95,7 +97,7 @@ class HeadLoad:
             )
             try:
                 snapshot = await self._upload(key, seen)
-                await self._swap(snapshot, marked=marked)
+                await self._swap(snapshot, fmt)
             except _Moved:
                 await self._withdraw(key)
                 continue
@@ -121,10 +123,10 @@ class HeadLoad:
         with contextlib.suppress(CrudError):
             await self._housekeeping.finish(key, self._replaced)
 
-    async def _locally(self, work: Callable[[apsw.Connection], bool]) -> bool:
+    async def _locally(self, work: Callable[[apsw.Connection], T]) -> T:
         """Work on the staged file in a thread."""
 
-        def run() -> bool:
+        def run() -> T:
             try:
                 with contextlib.closing(apsw.Connection(str(self._staged.path))) as connection:
                     connection.pragma("journal_mode", "off")
@@ -135,16 +137,16 @@ class HeadLoad:
 
         return await in_executor(run)
 
-    def _complete(self, connection: apsw.Connection) -> bool:
-        """Make the tables and indexes of a copy. Return whether the model has blobs."""
+    def _complete(self, connection: apsw.Connection) -> int:
+        """Make the tables and indexes of a copy. Return the format that HEAD must have."""
         connection.execute("BEGIN")
         self._tables.create(connection)
         self._tables.clear_stale_if_indexed(connection)
         connection.execute(TABLES)
         connection.execute("COMMIT")
-        return blob_tables.is_marked(connection)
+        return format_of(connection)
 
-    def _stamp(self, connection: apsw.Connection, seen: _Seen) -> bool:
+    def _stamp(self, connection: apsw.Connection, seen: _Seen) -> None:
         """Make the file the database at the record after the state that was seen."""
         seq = seen.state.seq + 1
         connection.execute("BEGIN")
@@ -155,7 +157,6 @@ class HeadLoad:
         check = connection.pragma("quick_check")
         if check != "ok":
             raise apsw.CorruptError(f"quick_check: {check}")
-        return True
 
     def _look(self, copy: LocalCopy) -> _Seen:
         """Read the state of a copy. Raises ModelNotEmpty and PinLost, unless the load is in the history."""
@@ -173,7 +174,7 @@ class HeadLoad:
             recent: list[Any] = connection.execute("SELECT seq, txid FROM recent ORDER BY seq").fetchall()
         return _Seen(state, head, schema, published=False, recent=recent)
 
-    def _next(self, copy: LocalCopy, snapshot: Snapshot, *, marked: bool) -> tuple[HeadState, Head | None]:
+    def _next(self, copy: LocalCopy, snapshot: Snapshot, fmt: int) -> tuple[HeadState, Head | None]:
         """Return the state of a copy, and the HEAD that publishes the model there; None if it is published."""
         seen = self._look(copy)
         if seen.published:
@@ -193,13 +194,13 @@ class HeadLoad:
             tail=(),
             pend=(),  # what others announced is older than this snapshot
             schema=seen.schema,
-            fmt=FORMAT_WITH_BLOBS if marked else seen.head.fmt,
+            fmt=max(seen.head.fmt, fmt),
         )
         self._base_seq = seen.state.seq if self._base_seq is None else self._base_seq
         self._replaced = seen.head.keys - head.keys
         return seen.state, head
 
-    async def _swap(self, snapshot: Snapshot, *, marked: bool) -> None:
+    async def _swap(self, snapshot: Snapshot, fmt: int) -> None:
         """Swap in the snapshot, or find out that this happened.
 
         Raises OutcomeUnknown if a PUT that carried it may have taken effect, or may still do so. Any other error says
@@ -209,7 +210,7 @@ class HeadLoad:
         deadline, pause = loop.time() + COMMIT_TIMEOUT_S, FIRST_PAUSE_S
         while True:
             try:
-                await self._committer.edit_copy(lambda copy: self._next(copy, snapshot, marked=marked))
+                await self._committer.edit_copy(lambda copy: self._next(copy, snapshot, fmt))
                 return
             except (ConfigError, StoreDamaged, HistoryForked):
                 if self._base_seq is None:

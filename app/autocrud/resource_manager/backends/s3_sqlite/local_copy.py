@@ -39,7 +39,8 @@ from ..sqlite.replay import replay
 from ..sqlite.snapshot import SqliteSnapshot, begin_reading
 from ..sqlite.tables import ResourceTables
 from .copy_files import remove_database
-from .head import FORMAT_WITH_BLOBS, Head, IndexSchema, LogRecord, decode_head, decode_ops
+from .formats import format_without_packs
+from .head import Head, IndexSchema, LogRecord, decode_head, decode_ops
 from .write_requests import Attempt, WriteRequest, attempt
 
 T = TypeVar("T")
@@ -361,7 +362,7 @@ class LocalCopy:
             changes: dict[str, Any] = {"schema": schema}
             if any(request.blobs is not None for request in requests):
                 changes["blob_epoch"] = blob_tables.epoch(connection)
-                changes["fmt"] = FORMAT_WITH_BLOBS if blob_tables.is_marked(connection) else head.fmt
+                changes["fmt"] = max(head.fmt, format_without_packs(connection))
         return Trial(state, head, changes, attempts)
 
     def schema_with_unique_fields(self, *, force: bool) -> tuple[HeadState, IndexSchema | None]:

@@ -50,6 +50,7 @@ INDEXES = {
     "created_time": "CREATE INDEX IF NOT EXISTS by_created ON resources (is_deleted, created_time, id)",
     "updated_time": "CREATE INDEX IF NOT EXISTS by_updated ON resources (is_deleted, updated_time, id)",
     "uid = ?": "CREATE INDEX IF NOT EXISTS by_uid ON revisions (uid)",
+    "uid > ?": "CREATE INDEX IF NOT EXISTS by_uid ON revisions (uid)",
 }
 """The statement that makes each index, by a text that occurs in every statement that the index serves."""
 

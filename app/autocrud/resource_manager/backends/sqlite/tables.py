@@ -131,7 +131,7 @@ class ResourceTables:
 
     # Reading
 
-    def _indexed(self, connection: apsw.Connection, statement: str) -> str:
+    def indexed(self, connection: apsw.Connection, statement: str) -> str:
         """Make the indexes that may serve a statement, and return the statement."""
         if self._unmade:
             for served in [served for served in self._unmade if served in statement]:
@@ -170,7 +170,7 @@ class ResourceTables:
     def search(self, connection: apsw.Connection, query: Query) -> Page[Hit]:
         """Return a page of the resources that match a resolved query."""
         statement, params = self._search(query)
-        rows: list[Any] = connection.execute(self._indexed(connection, statement), params).fetchall()
+        rows: list[Any] = connection.execute(self.indexed(connection, statement), params).fetchall()
         next_ = None
         if len(rows) > query.limit:
             rows.pop()
@@ -184,7 +184,7 @@ class ResourceTables:
         if query.where is None and not query.include_deleted:
             return int(connection.execute("SELECT live FROM state").get)
         statement, params = self._sql.count(query)
-        return int(connection.execute(self._indexed(connection, statement), params).get)
+        return int(connection.execute(self.indexed(connection, statement), params).get)
 
     def scan(self, connection: apsw.Connection, after: str, limit: int) -> list[ResourceMeta]:
         """Return at most `limit` metadata whose ids come after `after`, in the order of ids."""
@@ -201,7 +201,7 @@ class ResourceTables:
 
     def unreferenced(self, connection: apsw.Connection, uids: Sequence[str]) -> list[str]:
         """Return those uids that no record names."""
-        statement = self._indexed(connection, "SELECT 1 FROM revisions WHERE uid = ?")
+        statement = self.indexed(connection, "SELECT 1 FROM revisions WHERE uid = ?")
         return [uid for uid in uids if connection.execute(statement, (uid,)).get is None]
 
     def outdated(self, connection: apsw.Connection, limit: int) -> list[ResourceMeta]:

@@ -1,0 +1,192 @@
+"""Packs: objects on S3 that each hold many small bodies of an import.
+
+    {prefix}packs/{pack}.pack     the bodies of one pack, one after the other; a pack is named like a body
+    {pack}.{start}-{end}          the uid of the body that lies there, from `start` up to but not including `end`
+
+A body of its own object costs a request at the import and at each export. The bodies of a pack share them.
+
+- K1 *A body is at its place or removed.* A pack is written once, before any record names its bodies. From then on, its
+  bytes only become zero, by conditional PUTs. No body in a pack begins with a zero byte, so one that does was removed.
+  Each of these PUTs has other bytes than all before it, so no ETag returns, and none that arrives late brings back what
+  was removed.
+- K2 *The length of a pack tells how many bodies it has.* The bodies are padded to a multiple of UNIT, and one more byte
+  follows for each body that was not removed. So a sweep finds what should have been removed by a listing and the index,
+  and reads no other packs: what a killed process has left, and what the first PUT of a pack brought back, if it was
+  repeated and arrived very late.
+- K3 *An older program refuses the store.* It would remove nothing from a pack at a purge. So packs are only made where
+  the MetaStore tells older programs in the same step that publishes them: see `PackReferences`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from typing_extensions import override
+
+from ...errors import StoreUnavailable
+from ..backends.s3.object_store import ObjectStore, Stored
+from ..contract.packs import StoredPack, UidAllotment
+
+PACK_BYTES = 120 * 1024
+"""The bodies of a pack have at most so many bytes. The whole pack is a small body for the clients of S3."""
+BODY_BYTES = PACK_BYTES // 4
+"""A larger body has an object of its own."""
+UNIT = 1024
+"""A pack has fewer bodies than this: see K2."""
+FOLDER, SUFFIX = "packs/", ".pack"
+PACK = r"(?:0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+_UID = re.compile(rf"({PACK})\.(0|[1-9][0-9]*)-([1-9][0-9]*)")
+_NAME = re.compile(PACK)
+MAX_ATTEMPTS = 20
+"""How often a pack is edited anew because others edit it too."""
+PAUSE_S = 0.05
+
+
+class Place(NamedTuple):
+    """Where a body lies: in which pack, and from which byte up to but not including which byte."""
+
+    pack: str
+    start: int
+    end: int
+
+
+def place_of(uid: str) -> Place | None:
+    """Return the place of a body in a pack; None if it has an object of its own."""
+    if "." not in uid:
+        return None
+    found = _UID.fullmatch(uid)
+    return None if found is None else Place(found[1], int(found[2]), int(found[3]))
+
+
+def places_by_pack(uids: Iterable[str]) -> dict[str, list[Place]]:
+    """Return the places of those of these bodies that are in packs, for each pack."""
+    found: dict[str, list[Place]] = {}
+    for uid in uids:
+        if (place := place_of(uid)) is not None:
+            found.setdefault(place.pack, []).append(place)
+    return found
+
+
+class PackAllotment(UidAllotment):
+    """Gives small bodies places in packs, in the order in which it is asked."""
+
+    def __init__(self, new_uid: Callable[[], str]) -> None:
+        self._new_uid = new_uid
+        self._pack, self._size, self._count = "", 0, 0
+
+    @override
+    def uid_for(self, body: bytes) -> str:
+        size = len(body)
+        if size > BODY_BYTES or body[:1] in (b"", b"\0"):  # the latter may be in a body that does not fit the model
+            return self._new_uid()
+        if not self._pack or self._size + size > PACK_BYTES or self._count == UNIT - 1:
+            self._pack, self._size, self._count = self._new_uid(), 0, 0
+        start, self._size, self._count = self._size, self._size + size, self._count + 1
+        return f"{self._pack}.{start}-{self._size}"
+
+    @override
+    def end_batch(self) -> None:
+        self._pack = ""
+
+
+def content_of(bodies: Mapping[Place, bytes]) -> bytes:
+    """Return the bytes of a new pack with these bodies."""
+    content = bytearray(_padded(max(place.end for place in bodies)))
+    for place, body in bodies.items():
+        content[place.start : place.end] = body
+    return bytes(content) + bytes(len(bodies))
+
+
+def _padded(size: int) -> int:
+    return -(-size // UNIT) * UNIT
+
+
+class Packs:
+    """The packs of one model in a bucket. All methods raise StoreUnavailable.
+
+    prefix  begins their keys, and those of the bodies
+    """
+
+    def __init__(self, objects: ObjectStore, prefix: str) -> None:
+        self._objects, self._folder = objects, prefix + FOLDER
+
+    def _key(self, pack: str) -> str:
+        return f"{self._folder}{pack}{SUFFIX}"
+
+    async def put(self, pack: str, bodies: Mapping[Place, bytes]) -> None:
+        """Store a new pack with all its bodies."""
+        await self._objects.put(self._key(pack), content_of(bodies))
+
+    async def get(self, places: Sequence[Place]) -> list[bytes | None]:
+        """Return bodies of one pack, by one request; None for each that was removed."""
+        first, last = min(place.start for place in places), max(place.end for place in places)
+        found = await self._objects.get_range(self._key(places[0].pack), first, last)
+        if found is None:
+            return [None] * len(places)
+        bodies = (found[place.start - first : place.end - first] for place in places)
+        return [None if body[:1] in (b"", b"\0") else body for body in bodies]
+
+    async def remove(self, places: Sequence[Place]) -> None:
+        """Remove bodies of one pack."""
+
+        def without(content: bytearray) -> int:
+            removed = 0
+            for place in places:
+                removed += content[place.start] != 0
+                content[place.start : place.end] = bytes(place.end - place.start)
+            return -removed
+
+        await self._edit(places[0].pack, lambda content, count: count + without(content))
+
+    async def retain(self, pack: str, places: Sequence[Place]) -> None:
+        """Remove all bodies of a pack but these."""
+
+        def only(content: bytearray, _: int) -> int:
+            kept = [(place, content[place.start : place.end]) for place in places]
+            content[:] = bytes(len(content))
+            for place, body in kept:
+                content[place.start : place.end] = body
+            return sum(body[0] != 0 for _, body in kept)
+
+        await self._edit(pack, only)
+
+    async def _edit(self, pack: str, edit: Callable[[bytearray, int], int]) -> None:
+        """Change the bodies of a pack, and delete it with its last one.
+
+        edit  changes the bodies, is given how many there are, and returns how many are left
+        """
+        key = self._key(pack)
+        for attempt in range(MAX_ATTEMPTS):
+            found = await self._objects.get(key)
+            if found is None:
+                return
+            count = len(found.body) % UNIT
+            content = bytearray(found.body[: len(found.body) - count])
+            left = edit(content, count)
+            if left <= 0:
+                # Unconditional: bodies are only ever removed, so nobody can add one meanwhile (K1).
+                await self._objects.delete([key])
+                return
+            edited = bytes(content) + bytes(left)
+            if edited == found.body:
+                return
+            if isinstance(await self._objects.put_if(key, edited, found.etag), Stored):
+                return
+            # Another process was faster, or the outcome is unknown: look again (K1).
+            await asyncio.sleep(random.uniform(0, PAUSE_S * min(attempt + 1, 10)))
+        raise StoreUnavailable("bodies that are not needed any more could not be removed; the next sweep does it")
+
+    async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[StoredPack]:
+        """Return packs of generations below `generation`, ascending, that follow the pack `after`."""
+        found: list[StoredPack] = []
+        async for listed in self._objects.list(self._folder, self._key(after) if after else ""):
+            pack = listed.key.removeprefix(self._folder).removesuffix(SUFFIX)
+            if self._key(pack) == listed.key and _NAME.fullmatch(pack) and int(pack.partition("/")[0]) < generation:
+                found.append(StoredPack(pack, listed.size % UNIT))
+                if len(found) == limit:
+                    break
+        return found

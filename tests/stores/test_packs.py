@@ -1,0 +1,480 @@
+"""Packs: small bodies of an import share objects. K1 to K3 of `packs`, and M4 of `sweeping`."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from uuid_utils import uuid7
+
+from app.autocrud import Query
+from app.autocrud.backup.exporting import export_all
+from app.autocrud.backup.importing import import_all
+from app.autocrud.errors import ConfigError, StoreUnavailable
+from app.autocrud.resource_manager.backends.s3.memory_object_store import (
+    DROPPED,
+    FALSE_CONFLICT,
+    LOST_ANSWER,
+    Call,
+    InjectedFault,
+    MemoryObjectStore,
+)
+from app.autocrud.resource_manager.backends.s3_sqlite import head
+from app.autocrud.resource_manager.backends.s3_sqlite.head import decode_head
+from app.autocrud.resource_manager.contract.packs import StoredPack
+from app.autocrud.resource_manager.core import ResourceManager
+from app.autocrud.resource_manager.resource_store.packs import (
+    BODY_BYTES,
+    PACK_BYTES,
+    UNIT,
+    PackAllotment,
+    Packs,
+    Place,
+    place_of,
+    places_by_pack,
+)
+from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
+from app.autocrud.resource_manager.storage.sweeping import Sweep
+from tests import virtual_time
+from tests.backup.imports import Note, fill, program
+from tests.backup.imports import Place as Location
+
+KINDS = ("s3-sqlite", "memory-s3", "cached-s3")
+
+
+def new_uid() -> str:
+    return f"0/{uuid7()}"
+
+
+# Places
+
+
+def allotted(bodies: list[bytes]) -> list[str]:
+    allotment = PackAllotment(new_uid)
+    return [allotment.uid_for(body) for body in bodies]
+
+
+@given(st.lists(st.binary(max_size=40) | st.integers(0, PACK_BYTES).map(lambda size: b"x" * size), max_size=40))
+def test_bodies_lie_one_after_the_other_in_packs(bodies):
+    uids = allotted(bodies)
+    assert len(set(uids)) == len(uids)
+    places = [place_of(uid) for uid in uids]
+    for body, place in zip(bodies, places, strict=True):
+        assert (place is None) == (len(body) > BODY_BYTES or body[:1] in (b"", b"\0"))
+        assert place is None or place.end - place.start == len(body)
+    for of_pack in places_by_pack(uids).values():
+        assert [place.start for place in of_pack] == [0, *(place.end for place in of_pack[:-1])]
+        assert of_pack[-1].end <= PACK_BYTES
+
+
+def test_a_pack_has_less_than_unit_bodies():
+    uids = allotted([b"{}"] * (2 * UNIT))
+    sizes = [len(places) for places in places_by_pack(uids).values()]
+    assert sizes == [UNIT - 1, UNIT - 1, 2]
+
+
+def test_each_batch_has_packs_of_its_own():
+    allotment = PackAllotment(new_uid)
+    first = allotment.uid_for(b"{}")
+    allotment.end_batch()
+    assert place_of(first).pack != place_of(allotment.uid_for(b"{}")).pack
+
+
+@pytest.mark.parametrize(
+    "uid", [new_uid(), f"{new_uid()}.", f"{new_uid()}.0-0", f"{new_uid()}.01-2", f"{new_uid()}.1-2x", "1.0-2", ".0-1"]
+)
+def test_other_uids_have_no_place(uid):
+    assert place_of(uid) is None
+
+
+# Edits
+
+
+def stored(count: int, draw: random.Random) -> dict[Place, bytes]:
+    bodies, start, pack = {}, 0, new_uid()
+    for number in range(count):
+        body = f"{{{number}:{'x' * draw.randrange(300)}}}".encode()
+        bodies[Place(pack, start, start + len(body))] = body
+        start += len(body)
+    return bodies
+
+
+async def check(packs: Packs, objects: MemoryObjectStore, bodies: dict[Place, bytes], left: set[Place]) -> None:
+    """Check that exactly these bodies are left, and no byte of another one."""
+    (pack,) = {place.pack for place in bodies}
+    found = await packs.get(list(bodies))
+    assert {place for place, body in zip(bodies, found, strict=True) if body is not None} == left
+    assert all(body in (None, bodies[place]) for place, body in zip(bodies, found, strict=True))
+    listed = await packs.older_than(1)
+    assert listed == ([StoredPack(pack, len(left))] if left else [])
+    for stored in objects.objects.values():
+        expected = bytearray(len(stored.body))
+        for place in left:
+            expected[place.start : place.end] = bodies[place]
+        assert stored.body == expected
+
+
+@given(st.randoms(use_true_random=False))
+def test_what_is_removed_leaves_nothing_and_all_else_stays(draw):
+    async def main() -> None:
+        objects = MemoryObjectStore()
+        packs, bodies = Packs(objects, "data/"), stored(draw.randrange(1, 20), draw)
+        (pack,) = {place.pack for place in bodies}
+        await packs.put(pack, bodies)
+        left = set(bodies)
+        await check(packs, objects, bodies, left)
+        for _ in range(6):
+            some = draw.sample(list(bodies), draw.randint(1, min(4, len(bodies))))
+            if draw.random() < 0.7:
+                await packs.remove(some)
+                left -= set(some)
+            else:
+                await packs.retain(pack, kept := [place for place in left if draw.random() < 0.8])
+                left &= set(kept)
+            await check(packs, objects, bodies, left)
+
+    asyncio.run(main())
+
+
+def test_a_pack_is_deleted_with_its_last_body():
+    async def main() -> None:
+        objects = MemoryObjectStore()
+        packs, bodies = Packs(objects, "data/"), stored(3, random.Random(1))
+        await packs.put(next(iter(bodies)).pack, bodies)
+        await packs.remove(list(bodies)[:2])
+        assert len(objects.objects) == 1
+        await packs.remove(list(bodies)[2:])
+        assert not objects.objects
+        await packs.remove(list(bodies))  # no error
+        assert await packs.get(list(bodies)) == [None] * 3
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_processes_that_remove_bodies_of_one_pack_at_once(seed):
+    """Every answer may be lost, and every PUT may arrive late."""
+    draw = random.Random(seed)
+
+    async def main() -> None:
+        objects = MemoryObjectStore()
+        packs, bodies = Packs(objects, "data/"), stored(24, draw)
+        await packs.put(next(iter(bodies)).pack, bodies)
+        objects.latency = lambda _: draw.expovariate(20)
+
+        def fault(call: Call) -> InjectedFault | None:
+            if draw.random() >= 0.3:
+                return None
+            late = InjectedFault(late=draw.expovariate(1))
+            return draw.choice([DROPPED, LOST_ANSWER, late, FALSE_CONFLICT]) if call.op == "put_if" else DROPPED
+
+        objects.fault = fault
+        places = list(bodies)
+        draw.shuffle(places)
+        kept, rest = set(places[:8]), places[8:]
+
+        async def remove(some: list[Place]) -> None:
+            while True:
+                try:
+                    await packs.remove(some)
+                    return
+                except StoreUnavailable:
+                    await asyncio.sleep(0.1)
+
+        tasks = [remove(rest[at : at + 4]) for at in range(0, 16, 4)]
+        tasks += [remove(rest[at : at + 6]) for at in (1, 7)]
+        await asyncio.gather(*tasks)
+        objects.fault = lambda _: None
+        await check(packs, objects, bodies, kept)
+        await asyncio.sleep(60)  # what is late arrives
+        await check(packs, objects, bodies, kept)
+
+    virtual_time.run(main())
+
+
+async def test_bodies_of_one_pack_take_one_request():
+    objects = MemoryObjectStore()
+    store = S3ResourceStore("b", prefix="data/", object_store=objects)
+    bodies = [b'{"n":%d}' % number for number in range(50)] + [b"\0", b"y" * (BODY_BYTES + 1)]
+    allotment = store.allotment(new_uid)
+    uids = [allotment.uid_for(body) for body in bodies]
+    infos: list[Any] = [type("Info", (), {"uid": uid}) for uid in uids]
+    await store.put_many(list(zip(infos, bodies, strict=True)))
+    assert objects.requests == {"put": 3}
+    assert await store.get_many([*uids, uids[3]]) == [*bodies, bodies[3]]
+    assert objects.requests["get"] == 3
+    assert await store.get(uids[7]) == bodies[7]
+    async with store.snapshot() as snapshot:
+        await store.delete([uids[3], uids[-1]])
+        expected = [None if at in (3, 51) else body for at, body in enumerate(bodies)]
+        assert await snapshot.bodies(uids) == expected
+    assert await store.older_than(1) == [uids[50]]
+    assert [pack.bodies for pack in await store.packs_older_than(1)] == [49]
+    assert await store.packs_older_than(0) == []
+
+
+async def test_packs_are_listed_in_pages():
+    objects = MemoryObjectStore()
+    packs = Packs(objects, "data/")
+    names = sorted(f"{generation}/{uuid7()}" for generation in (0, 1, 2, 9, 10, 11))
+    for name in names:
+        await packs.put(name, {Place(name, 0, 2): b"{}"})
+    for key in ("data/packs/x", "data/packs/0/x.pack", f"data/packs/00/{uuid7()}.pack", f"data/{uuid7()}.pack"):
+        await objects.put(key, b"other")
+    old = [name for name in names if int(name.partition("/")[0]) < 10]
+    found, after = [], ""
+    while page := await packs.older_than(10, after, 2):
+        found += [pack.name for pack in page]
+        after = found[-1]
+    assert found == old
+
+
+# Imports
+
+
+async def archive_of(path: Path, count: int = 12) -> Path:
+    source = program("memory", Location(path / "source"))
+    await fill(source.resource_manager(Note), count)
+    await export_all(source.managers, path / "a.tar.gz")
+    return path / "a.tar.gz"
+
+
+async def imported(kind: str, tmp_path: Path, count: int = 12) -> tuple[ResourceManager[Note], MemoryObjectStore]:
+    """Return a model into which resources were imported, and its bucket."""
+    place = Location(tmp_path / "data")
+    crud = program(kind, place)
+    await import_all(crud.managers, await archive_of(tmp_path, count))
+    return crud.resource_manager(Note), place.s3["object_store"]
+
+
+def packs_of(objects: MemoryObjectStore) -> dict[str, bytes]:
+    return {key: stored.body for key, stored in objects.objects.items() if key.endswith(".pack")}
+
+
+async def uids_of(manager: ResourceManager[Note]) -> set[str]:
+    """Return the uids of all revisions."""
+    storage, found = manager.storage, set()
+    async for meta in storage.scan():
+        found |= {info.uid for info in (await storage.revisions(meta.resource_id, limit=200)).items}
+    return found
+
+
+async def advance(manager: ResourceManager[Note]) -> None:
+    for _ in range(3):
+        await manager.maintain(10)
+
+
+async def check_packs(manager: ResourceManager[Note], objects: MemoryObjectStore) -> None:
+    """Check that the packs have the bodies that records name, and nothing else."""
+    places = places_by_pack(await uids_of(manager))
+    found = packs_of(objects)
+    assert {key.partition("packs/")[2].removesuffix(".pack") for key in found} == set(places)
+    for key, body in found.items():
+        of_pack = places[key.partition("packs/")[2].removesuffix(".pack")]
+        rest = bytearray(body)
+        for place in of_pack:
+            assert rest[place.start]
+            rest[place.start : place.end] = bytes(place.end - place.start)
+        assert not any(rest)
+        assert len(body) % UNIT == len(of_pack)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_import_stores_packs(tmp_path, kind):
+    manager, objects = await imported(kind, tmp_path)
+    uids = await uids_of(manager)
+    assert len(uids) > 20
+    assert all(place_of(uid) for uid in uids)
+    assert len(packs_of(objects)) == 1
+    await check_packs(manager, objects)
+    await advance(manager)
+    await check_packs(manager, objects)
+    assert len(await uids_of(manager)) == len(uids)
+    for uid in uids:
+        assert await manager.storage.body(uid)
+
+
+@pytest.mark.parametrize("kind", ["postgres-s3", "redis-postgres", "disk-s3"])
+def test_only_stores_that_older_programs_refuse_have_packs(tmp_path, kind):
+    """K3. `disk-s3` keeps its metadata in a file."""
+    place = Location(tmp_path, "postgresql://u:p@127.0.0.1:1/d", "redis://127.0.0.1:1")
+    storage: Any = program(kind, place).resource_manager(Note).storage
+    assert place_of(storage.allotment().uid_for(b"{}")) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_purge_leaves_no_byte_in_a_pack(tmp_path, kind):
+    manager, objects = await imported(kind, tmp_path)
+    bodies = await manager.storage.bodies(
+        [info.uid for info in (await manager.storage.revisions("n00003", limit=200)).items]
+    )
+    assert any(body in packed for body in bodies for packed in packs_of(objects).values())
+    await manager.purge("n00003")
+    assert not any(body in packed for body in bodies for packed in packs_of(objects).values())
+    await check_packs(manager, objects)
+
+
+async def test_the_sweep_removes_what_a_killed_purge_has_left(tmp_path):
+    manager, objects = await imported("s3-sqlite", tmp_path)
+    objects.fault = lambda call: DROPPED if call.op == "put_if" and call.key.endswith(".pack") else None
+    await manager.purge("n00003")
+    objects.fault = lambda _: None
+    with pytest.raises(AssertionError):
+        await check_packs(manager, objects)
+    await advance(manager)
+    await check_packs(manager, objects)
+
+
+async def test_the_sweep_removes_what_a_late_put_brought_back(tmp_path):
+    manager, objects = await imported("s3-sqlite", tmp_path)
+    before = packs_of(objects)
+    await manager.purge("n00003")
+    for key, body in before.items():
+        await objects.put(key, body)
+    await advance(manager)
+    await check_packs(manager, objects)
+
+
+async def test_a_sweep_reads_only_packs_with_orphans(tmp_path):
+    manager, objects = await imported("s3-sqlite", tmp_path)
+    read: list[str] = []
+
+    def fault(call: Call) -> None:
+        if call.key.endswith(".pack"):
+            read.append(call.op)
+
+    objects.fault = fault
+    await advance(manager)
+    assert not read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_load_that_was_killed_leaves_packs_until_the_next_sweep(tmp_path, kind, monkeypatch):
+    place = Location(tmp_path / "data")
+    crud = program(kind, place)
+    manager, objects = crud.resource_manager(Note), place.s3["object_store"]
+    await manager.open()
+    path = await archive_of(tmp_path)
+
+    def fault(call: Call) -> InjectedFault | None:
+        return DROPPED if packs_of(objects) and "/HEAD" in call.key else None
+
+    objects.fault = fault  # it neither publishes nor removes what it has stored
+    monkeypatch.setattr(S3ResourceStore, "delete", lambda *_: asyncio.sleep(0))
+    with pytest.raises(Exception, match="object storage"):
+        await import_all(crud.managers, path)
+    monkeypatch.undo()
+    objects.fault = lambda _: None
+    (model,) = (await import_all(program(kind, place).managers, path, resume=True)).models.values()
+    assert model.in_one_step
+    assert len(packs_of(objects)) == 2
+    await advance(manager)
+    await check_packs(manager, objects)
+
+
+async def test_pages_of_a_list_read_each_pack_once(tmp_path):
+    manager, objects = await imported("s3-sqlite", tmp_path)
+    await manager.count()
+    objects.requests.clear()
+    page = await manager.search(Query(limit=10))
+    assert len(page.items) == 10
+    assert objects.requests["get"] == 1
+
+
+async def test_older_programs_refuse_a_store_with_packs(tmp_path, monkeypatch):
+    """K3. Stores without packs keep their format."""
+    plain = Location(tmp_path / "plain")
+    await fill(program("s3-sqlite", plain).resource_manager(Note))
+    _, objects = await imported("s3-sqlite", tmp_path)
+    monkeypatch.setattr(head, "FORMATS", (1, 2))  # as the programs before
+    (body,) = (stored.body for key, stored in objects.objects.items() if key.endswith("/HEAD"))
+    with pytest.raises(ConfigError, match="format 3, this program knows 1, 2: deploy a newer one"):
+        decode_head(body)
+    (body,) = (stored.body for key, stored in plain.s3["object_store"].objects.items() if key.endswith("/HEAD"))
+    assert decode_head(body).fmt == 1
+
+
+async def test_the_format_stays_after_later_writes(tmp_path):
+    manager, objects = await imported("s3-sqlite", tmp_path)
+    await manager.create(Note(text="new"), resource_id="new")
+    await manager.storage.meta_store._loop_state().housekeeping.snapshot()
+    await manager.purge("new")
+    await advance(manager)
+    (body,) = (stored.body for key, stored in objects.objects.items() if key.endswith("/HEAD"))
+    assert decode_head(body).fmt == 3
+
+
+async def test_an_exported_database_keeps_the_format(tmp_path):
+    manager, objects = await imported("s3-sqlite", tmp_path)
+    await manager.storage.meta_store.export(tmp_path / "plain.sqlite")
+    (key,) = (key.removesuffix("/HEAD") for key in objects.objects if key.endswith("/HEAD"))
+    for stored_key in [one for one in objects.objects if one.startswith(f"{key}/")]:
+        del objects.objects[stored_key]
+    objects.objects.clear()
+    await objects.put(key, (tmp_path / "plain.sqlite").read_bytes())
+    place = Location(tmp_path / "other", s3={"bucket": "b", "object_store": objects})
+    place.name = key.partition("/")[0]
+    other = program("s3-sqlite", place).resource_manager(Note)
+    assert await other.count() > 5
+    (body,) = (stored.body for name, stored in objects.objects.items() if name.endswith("/HEAD"))
+    assert decode_head(body).fmt == 3
+
+
+# M4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_a_sweep_keeps_what_is_published_while_it_looks(packed):
+    """An import publishes its records, and removes its pin, after the sweep has looked for references."""
+    body, named = (f"0/{uuid7()}", set[str]())
+    pinned, removed = True, []
+
+    class Stores:
+        async def generation(self) -> int:
+            return 5
+
+        async def advance_generation(self) -> int:
+            return 5
+
+        async def unreferenced(self, uids: list[str]) -> list[str]:
+            return [uid for uid in uids if uid not in named]
+
+        async def packs_with_orphans(self, packs: list[StoredPack]) -> dict[str, list[str]]:
+            return {pack.name: [] for pack in packs if pack.name not in named}
+
+        async def add_pin(self, pin: str) -> None: ...
+
+        async def renew_pin(self, pin: str) -> bool: ...
+
+        async def remove_pin(self, pin: str) -> bool: ...
+
+        async def has_pins(self) -> bool:
+            nonlocal pinned
+            named.add(body)
+            pinned = False
+            return pinned
+
+        async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
+            return [] if packed or after else [body]
+
+        def allotment(self, new_uid: Any) -> Any: ...
+
+        async def packs_older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[StoredPack]:
+            return [StoredPack(body, 1)] if packed else []
+
+        async def retain(self, pack: str, uids: list[str]) -> None:
+            removed.append(pack)
+
+        async def delete(self, uids: list[str]) -> None:
+            removed.extend(uids)
+
+    stores: Any = Stores()
+    sweep = Sweep(stores, stores, stores)
+    await sweep.run(float("inf"))
+    assert named == {body}
+    assert not removed
