@@ -347,7 +347,7 @@ class S3Check:
             self._found("presigned URLs", "note", f"a request failed ({reason_of(error)}): {THROUGH_THE_SERVER}")
 
     async def _check_ranges(self) -> None:
-        """Test reads of a range. Only interrupted downloads need them, so a failure is only a note."""
+        """Test reads of a range. Imported bodies and interrupted downloads need them."""
         key, body = self._key("range"), uuid4().hex.encode()
         await self._objects.put(key, body)
         try:
@@ -356,14 +356,11 @@ class S3Check:
             problem = reason_of(error)
         else:
             problem = "" if part == body[8:16] else "the answer has other bytes"
-        if problem:
-            self._found(
-                "ranges",
-                "note",
-                f"a GET of a range failed ({problem}); an interrupted download starts again from its beginning",
-            )
-        else:
-            self._found("ranges", "ok", "a GET of a range returned that range")
+        self._judge(
+            "ranges",
+            [f"a GET of a range failed ({problem}), so imported bodies could not be read"] if problem else [],
+            "a GET of a range returned that range",
+        )
 
     async def _check_listing(self) -> None:
         oldest = 0.0

@@ -120,7 +120,7 @@ async def check(packs: Packs, objects: MemoryObjectStore, bodies: dict[Place, by
 
 
 @given(st.randoms(use_true_random=False))
-def test_what_is_removed_leaves_nothing_and_all_else_stays(draw):
+def test_removed_bodies_leave_no_byte_and_the_others_stay(draw):
     async def main() -> None:
         objects = MemoryObjectStore()
         packs, bodies = Packs(objects, "data/"), stored(draw.randrange(1, 20), draw)
@@ -205,7 +205,8 @@ async def test_bodies_of_one_pack_take_one_request():
     uids = [allotment.uid_for(body) for body in bodies]
     infos: list[Any] = [type("Info", (), {"uid": uid}) for uid in uids]
     await store.put_many(list(zip(infos, bodies, strict=True)))
-    assert objects.requests == {"put": 3}
+    assert objects.requests == {"put": 3, "get": 1}  # one part of the first pack
+    objects.requests.clear()
     assert await store.get_many([*uids, uids[3]]) == [*bodies, bodies[3]]
     assert objects.requests["get"] == 3
     assert await store.get(uids[7]) == bodies[7]
@@ -216,6 +217,22 @@ async def test_bodies_of_one_pack_take_one_request():
     assert await store.older_than(1) == [uids[50]]
     assert [pack.bodies for pack in await store.packs_older_than(1)] == [49]
     assert await store.packs_older_than(0) == []
+
+
+@pytest.mark.parametrize("answer", [lambda body: body, lambda body: body[:512], lambda _: None])
+async def test_a_server_without_ranges_gets_no_import(monkeypatch, tmp_path, answer):
+    place = Location(tmp_path / "data")
+    crud, objects = program("s3-sqlite", place), place.s3["object_store"]
+
+    async def get_range(key: str, _start: int, _end: int) -> bytes | None:
+        found = await objects.get(key)
+        return None if found is None else answer(found.body)
+
+    monkeypatch.setattr(objects, "get_range", get_range)
+    with pytest.raises(ConfigError, match="does not answer a GET of a range with that range"):
+        await import_all(crud.managers, await archive_of(tmp_path))
+    assert not packs_of(objects)
+    assert await crud.resource_manager(Note).count() == 0
 
 
 async def test_packs_are_listed_in_pages():
@@ -364,7 +381,7 @@ async def test_a_load_that_was_killed_leaves_packs_until_the_next_sweep(tmp_path
     def fault(call: Call) -> InjectedFault | None:
         return DROPPED if packs_of(objects) and "/HEAD" in call.key else None
 
-    objects.fault = fault  # it neither publishes nor removes what it has stored
+    objects.fault = fault  # it cannot publish, and cannot remove what it has stored
     monkeypatch.setattr(S3ResourceStore, "delete", lambda *_: asyncio.sleep(0))
     with pytest.raises(Exception, match="object storage"):
         await import_all(crud.managers, path)

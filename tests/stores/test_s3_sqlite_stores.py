@@ -296,8 +296,8 @@ async def test_keys_that_later_programs_wrote_are_kept(objects):
     objects._store(HEAD, msgspec.msgpack.encode(raw | {"later": {"a": [1]}, "ver": raw["ver"] + 1}))
     await manager.create(Note("1"))
     assert msgspec.msgpack.decode(objects.objects[HEAD].body)["later"] == {"a": [1]}
-    objects._store(HEAD, msgspec.msgpack.encode(raw | {"fmt": 3, "ver": raw["ver"] + 9}))
-    with pytest.raises(ConfigError, match="format 3"):
+    objects._store(HEAD, msgspec.msgpack.encode(raw | {"fmt": 4, "ver": raw["ver"] + 9}))
+    with pytest.raises(ConfigError, match="format 4"):
         await manager.count()
 
 

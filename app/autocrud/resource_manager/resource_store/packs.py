@@ -42,12 +42,12 @@ PACK = r"(?:0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3
 _UID = re.compile(rf"({PACK})\.(0|[1-9][0-9]*)-([1-9][0-9]*)")
 _NAME = re.compile(PACK)
 MAX_ATTEMPTS = 20
-"""How often a pack is edited anew because others edit it too."""
+"""How often an edit of a pack begins again, because others edit it too."""
 PAUSE_S = 0.05
 
 
 class Place(NamedTuple):
-    """Where a body lies: in which pack, and from which byte up to but not including which byte."""
+    """The pack of a body, and its bytes there: from `start` up to but not including `end`."""
 
     pack: str
     start: int
@@ -121,14 +121,23 @@ class Packs:
         """Store a new pack with all its bodies."""
         await self._objects.put(self._key(pack), content_of(bodies))
 
+    async def put_and_try(self, pack: str, bodies: Mapping[Place, bytes]) -> bool:
+        """Store a new pack. Return whether the server answers a GET of a range with that range."""
+        await self.put(pack, bodies)
+        start, end = UNIT // 2, UNIT  # each pack has these bytes
+        return await self._objects.get_range(self._key(pack), start, end) == content_of(bodies)[start:end]
+
     async def get(self, places: Sequence[Place]) -> list[bytes | None]:
-        """Return bodies of one pack, by one request; None for each that was removed."""
+        """Return bodies of one pack, by one request; None for each that was removed, or is not there in full."""
         first, last = min(place.start for place in places), max(place.end for place in places)
         found = await self._objects.get_range(self._key(places[0].pack), first, last)
         if found is None:
             return [None] * len(places)
-        bodies = (found[place.start - first : place.end - first] for place in places)
-        return [None if body[:1] in (b"", b"\0") else body for body in bodies]
+        bodies = [found[place.start - first : place.end - first] for place in places]
+        return [
+            None if body[:1] == b"\0" or len(body) < place.end - place.start else body
+            for place, body in zip(places, bodies, strict=True)
+        ]
 
     async def remove(self, places: Sequence[Place]) -> None:
         """Remove bodies of one pack."""
@@ -168,7 +177,7 @@ class Packs:
             content = bytearray(found.body[: len(found.body) - count])
             left = edit(content, count)
             if left <= 0:
-                # Unconditional: bodies are only ever removed, so nobody can add one meanwhile (K1).
+                # Without a condition, because no other process can add a body meanwhile (K1).
                 await self._objects.delete([key])
                 return
             edited = bytes(content) + bytes(left)

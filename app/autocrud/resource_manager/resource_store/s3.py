@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
@@ -78,6 +78,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
         self.encoding = encoding
         self._bucket, self._given, self._prefix = bucket, prefix, prefix
         self._index: S3SqliteMetaStore | None = None
+        self._read_a_pack = False
         self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
 
     @override
@@ -127,6 +128,8 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
                 single.append((info, body))
             else:
                 packed.setdefault(place.pack, {})[place] = body
+        if packed and not self._read_a_pack:
+            await self._put_first(*packed.popitem())
         await asyncio.gather(*(self._packs.put(pack, content) for pack, content in packed.items()))
         await super().put_many(single)
 
@@ -198,6 +201,15 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
         await asyncio.gather(*map(remove, packs.values()))
 
     # Packs
+
+    async def _put_first(self, pack: str, bodies: Mapping[Place, bytes]) -> None:
+        """Store a pack, and look whether the server returns parts of it. Raises ConfigError if it does not."""
+        if not await self._packs.put_and_try(pack, bodies):
+            raise ConfigError(
+                "the object storage does not answer a GET of a range with that range, so imported bodies could not be"
+                " read; `crudstack s3-check` tells more"
+            )
+        self._read_a_pack = True
 
     @property
     def _packs(self) -> Packs:

@@ -46,7 +46,7 @@ from .objects import (
     count,
 )
 from .obstore_exit import tracked, wait_at_exit
-from .reception import Reception, pages
+from .reception import Reception, no_bytes, pages
 from .signed_requests import SignedRequests
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ T = TypeVar("T")
 log = logging.getLogger("crudstack.s3")
 
 CONCURRENT_GETS = 32
+BEHIND_THE_END = 416, "InvalidRange"
+"""The answer of S3 to a GET of a range that starts behind the end of the object."""
 STREAM_CHUNK = 256 * 1024
 """Least size in bytes of the chunks of a stream."""
 PART, PARTS_AT_ONCE = 8 * 1024 * 1024, 4
@@ -84,7 +86,10 @@ class ObjectStore(ABC):
 
     @abstractmethod
     async def get_range(self, key: str, start: int, end: int) -> bytes | None:
-        """Return the bytes from `start` up to but not including `end`, or None if there is no such object."""
+        """Return the bytes from `start` up to but not including `end`, or None if there is no such object.
+
+        If the object is shorter than `end`, the bytes up to its end are returned.
+        """
 
     @abstractmethod
     async def put(self, key: str, body: bytes) -> None:
@@ -270,6 +275,8 @@ class S3ObjectStore(ObjectStore):
         except self._failed as error:
             if isinstance(error, self._missing):
                 return None
+            if s3_answer(error) == BEHIND_THE_END:
+                return b""
             raise _unavailable("GET", key, error) from error
 
     @override
@@ -371,8 +378,8 @@ class S3ObjectStore(ObjectStore):
         except self._failed as error:
             if isinstance(error, self._missing):
                 return None
-            if s3_answer(error) == (416, "InvalidRange"):  # the object ends before `start`
-                return _no_bytes()
+            if s3_answer(error) == BEHIND_THE_END:
+                return no_bytes()
             raise _unavailable("GET", key, error) from error
         return self._received(key, reception)
 
@@ -468,11 +475,6 @@ def _unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
 def _content(path: Path) -> bytes | Path:
     """Return what obstore is to upload: the bytes of a small file, sent in one request, or the path of a large one."""
     return path if path.stat().st_size > FILE else path.read_bytes()
-
-
-async def _no_bytes() -> AsyncGenerator[bytes, None]:
-    return
-    yield b""
 
 
 __all__ = [

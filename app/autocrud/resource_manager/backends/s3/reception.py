@@ -90,3 +90,9 @@ async def pages(stream: Any) -> AsyncGenerator[Any, None]:
         except StopAsyncIteration:
             return
         yield page
+
+
+async def no_bytes() -> AsyncGenerator[bytes, None]:
+    """Yield nothing."""
+    return
+    yield b""
