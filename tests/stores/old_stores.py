@@ -1,10 +1,12 @@
 """Make, keep and open stores that earlier commits wrote, each in one file.
 
-    python tests/stores/old_stores.py DIRECTORY [large]
+    python tests/stores/old_stores.py DIRECTORY [large | imported]
 
 makes the files with the `app` that Python finds first. To make them with an earlier commit, set PYTHONPATH to a
 checkout of that commit. The files of a commit are kept in `tests/stores/old/COMMIT/` and never change. With `large`,
-the stores hold larger values than later commits accept. These files are in `tests/stores/old_large/COMMIT/`.
+the stores hold larger values than later commits accept. These files are in `tests/stores/old_large/COMMIT/`. With
+`imported`, the content of a store in memory was imported into stores of IMPORTED. These files are in
+`tests/stores/old_imported/COMMIT/`.
 
 A file is a tar of the directory (`disk/`), the bucket (`s3/`), Redis (`redis.json`), PostgreSQL (`postgres.sql`), and
 the content of the store as the API shows it (`content.json`). If Redis is only a cache, it is left out.
@@ -32,6 +34,7 @@ import redis
 from msgspec import Struct
 
 from app.autocrud import AutoCRUD, Encoding, IndexedField, Query, field
+from app.autocrud.backup.importing import import_all
 from app.autocrud.query import Filter
 from app.autocrud.resource_manager.backends.s3.memory_object_store import MemoryObjectStore
 from app.autocrud.resource_manager.basic import IStorage
@@ -48,6 +51,7 @@ from app.autocrud.resource_manager.storage_factory import (
     FullStorageFactory,
     IStorageFactory,
     MemoryDiskStorageFactory,
+    MemoryStorageFactory,
     MQCachedS3StorageFactory,
     PostgresS3StorageFactory,
     RedisPgStorageFactory,
@@ -85,6 +89,10 @@ class Servers:
     def s3_config(self) -> dict[str, Any]:
         """The bucket, as factories with RabbitMQ take it."""
         return {"bucket": "b", "prefix": PREFIX, "object_store": self.objects}
+
+
+IMPORTED = ("s3-sqlite", "memory-s3")
+"""Kinds of KINDS whose imports store packs."""
 
 
 class Made(IStorageFactory):
@@ -344,12 +352,24 @@ def _to_redis(url: str, content: dict[str, Any]) -> None:
         client.close()
 
 
-async def _make(kind: str, directory: Path, postgres: str, redis_url: str, pg_dump: list[str], *, large: bool) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+async def _import(manager: ResourceManager[Note], scratch: Path) -> None:
+    """Import what `fill` leaves in a store in memory."""
+    source = AutoCRUD(storage_factory=MemoryStorageFactory())
+    source.add_model(Note, indexed_fields=INDEXED)
+    await fill(source.resource_manager(Note))
+    await source.export_all(scratch / "archive.tar.gz")
+    await import_all({manager.name: manager}, scratch / "archive.tar.gz")
+
+
+async def _make(kind: str, directory: Path, postgres: str, redis_url: str, pg_dump: list[str], filled: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as archive:
         servers = Servers(Path(scratch), postgres, redis_url)
         manager = program(kind, servers)
-        await (fill_large(manager, kind) if large else fill(manager))
-        held = await content(manager, large_searches(kind) if large else SEARCHES)
+        if filled == "imported":
+            await _import(manager, Path(archive))
+        else:
+            await (fill_large(manager, kind) if filled == "large" else fill(manager))
+        held = await content(manager, large_searches(kind) if filled == "large" else SEARCHES)
         await manager.storage.close()
         pack(servers, held, directory / f"{kind}.tar.gz", pg_dump)
 
@@ -359,15 +379,15 @@ def main() -> None:
     from tests.valkey import Valkey
 
     directory = Path(sys.argv[1]).absolute()
-    large = sys.argv[2:] == ["large"]
+    filled = "".join(sys.argv[2:])
     directory.mkdir(parents=True, exist_ok=True)
-    for kind in KINDS:
+    for kind in IMPORTED if filled == "imported" else KINDS:
         postgres, valkey = Postgres(), Valkey(Path(tempfile.mkdtemp()))
         valkey.start()
         pg_dump = as_somebody(binaries() / "pg_dump", "--no-owner", "--no-privileges", "--inserts")
         os.chdir("/")
         try:
-            asyncio.run(_make(kind, directory, postgres.dsn, valkey.url, pg_dump, large=large))
+            asyncio.run(_make(kind, directory, postgres.dsn, valkey.url, pg_dump, filled))
         finally:
             valkey.stop()
             postgres.remove()

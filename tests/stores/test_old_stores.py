@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tarfile
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ from app.autocrud import AutoCRUD, Query, field
 from app.autocrud.errors import ConfigError, MetadataTooLarge, UniqueConflict
 from app.autocrud.resource_manager.engine import planning
 from tests.stores.old_stores import (
+    IMPORTED,
     INDEXED,
     KINDS,
     LONG_ID,
@@ -33,7 +35,9 @@ from tests.valkey import Valkey
 
 OLD = Path(__file__).with_name("old")
 OLD_LARGE = Path(__file__).with_name("old_large")
+OLD_IMPORTED = Path(__file__).with_name("old_imported")
 FILES = sorted(path.relative_to(OLD).as_posix() for path in OLD.glob("*/*.tar.gz"))
+IMPORTED_FILES = sorted(path.relative_to(OLD_IMPORTED).as_posix() for path in OLD_IMPORTED.glob("*/*.tar.gz"))
 LARGE_FILES = sorted(path.relative_to(OLD_LARGE).as_posix() for path in OLD_LARGE.glob("*/*.tar.gz"))
 
 
@@ -50,6 +54,12 @@ def test_there_is_one_of_every_kind(files: list[str]):
         for commit in commits
         for kind in (KINDS if commit in WITHOUT_NAMED_KINDS else KINDS | OF_KINDS | OF_FACTORIES)
     }
+
+
+def test_there_is_an_imported_one_of_each_kind_with_packs():
+    commits = {name.partition("/")[0] for name in IMPORTED_FILES}
+    assert set(IMPORTED_FILES) == {f"{commit}/{kind}.tar.gz" for commit in commits for kind in IMPORTED}
+    assert commits
 
 
 def test_every_kind_of_the_settings_was_written():
@@ -75,10 +85,22 @@ def servers(tmp_path: Path, database: str, request: pytest.FixtureRequest):
         valkey.stop()
 
 
+@pytest.mark.parametrize("name", IMPORTED_FILES)
+async def test_a_store_into_which_an_earlier_commit_imported(servers: Servers, name: str):
+    with tarfile.open(OLD_IMPORTED / name) as tar:
+        assert any(path.endswith(".pack") for path in tar.getnames())
+    await check_old_store(servers, OLD_IMPORTED / name)
+
+
 @pytest.mark.parametrize("name", FILES)
 async def test_a_store_of_an_earlier_commit(servers: Servers, name: str):
-    kind = Path(name).name.removesuffix(".tar.gz")
-    held = unpack(OLD / name, servers)
+    await check_old_store(servers, OLD / name)
+
+
+async def check_old_store(servers: Servers, path: Path) -> None:
+    """Check that a store has the content that it had, and can be written to."""
+    kind = path.name.removesuffix(".tar.gz")
+    held = unpack(path, servers)
     assert len(held["resources"]) == 8
     for _ in range(2):  # the first start may add what an earlier program did not store
         manager = program(kind, servers)
