@@ -119,6 +119,16 @@ async def check(packs: Packs, objects: MemoryObjectStore, bodies: dict[Place, by
         assert stored.body == expected
 
 
+async def test_a_part_of_a_pack_does_not_replace_the_pack():
+    objects = MemoryObjectStore()
+    packs, bodies = Packs(objects, "data/"), stored(3, random.Random(2))
+    first, *rest = bodies
+    await packs.put(first.pack, bodies)
+    with pytest.raises(ValueError, match="is not the place of a body"):
+        await packs.put(first.pack, {place: bodies[place] for place in rest})
+    await check(packs, objects, bodies, set(bodies))
+
+
 @given(st.randoms(use_true_random=False))
 def test_removed_bodies_leave_no_byte_and_the_others_stay(draw):
     async def main() -> None:

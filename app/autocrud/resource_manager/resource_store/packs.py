@@ -94,15 +94,13 @@ class PackAllotment(UidAllotment):
 
 
 def content_of(bodies: Mapping[Place, bytes]) -> bytes:
-    """Return the bytes of a new pack with these bodies."""
-    content = bytearray(_padded(max(place.end for place in bodies)))
-    for place, body in bodies.items():
-        content[place.start : place.end] = body
-    return bytes(content) + bytes(len(bodies))
-
-
-def _padded(size: int) -> int:
-    return -(-size // UNIT) * UNIT
+    """Return the bytes of a new pack with these bodies, which lie one after the other."""
+    content = bytearray()
+    for place in sorted(bodies):
+        if place.start != len(content) or place.end != place.start + len(bodies[place]):
+            raise ValueError(f"{place} is not the place of a body that follows {len(content)} bytes")
+        content += bodies[place]
+    return bytes(content) + bytes(-len(content) % UNIT + len(bodies))
 
 
 class Packs:
