@@ -90,7 +90,8 @@ class Sweep:
         if orphans:
             if self._pins is not None and await self._pins.has_pins():
                 return ""
-            await self._resource_store.delete(await self._references.unreferenced(orphans))  # M4
+            if orphans := await self._references.unreferenced(orphans):  # M4
+                await self._resource_store.delete(orphans)
         return uids[-1]
 
 
