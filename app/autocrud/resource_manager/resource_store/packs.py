@@ -198,6 +198,9 @@ class Packs:
 
     async def retain(self, pack: str, places: Sequence[Place]) -> None:
         """Remove all bodies of a pack but these."""
+        if not places:
+            await self._objects.delete([self._key(pack)])
+            return
 
         def only(content: bytearray, _: int) -> int:
             kept = [(place, bytes(content[place.start : place.end])) for place in places]
