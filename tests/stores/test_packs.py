@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from uuid_utils import uuid7
 
-from app.autocrud import Query
+from app.autocrud import AutoCRUD, Query
 from app.autocrud.backup.exporting import export_all
 from app.autocrud.backup.importing import import_all
 from app.autocrud.errors import ConfigError, StoreUnavailable
@@ -28,6 +28,7 @@ from app.autocrud.resource_manager.backends.s3_sqlite import head
 from app.autocrud.resource_manager.backends.s3_sqlite.head import decode_head
 from app.autocrud.resource_manager.contract.packs import StoredPack
 from app.autocrud.resource_manager.core import ResourceManager
+from app.autocrud.resource_manager.resource_store import packs as packs_module
 from app.autocrud.resource_manager.resource_store.packs import (
     BODY_BYTES,
     PACK_BYTES,
@@ -40,9 +41,11 @@ from app.autocrud.resource_manager.resource_store.packs import (
 )
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
 from app.autocrud.resource_manager.storage.sweeping import Sweep
+from app.autocrud.resource_manager.storage_factory import CachedS3StorageFactory
 from tests import virtual_time
 from tests.backup.imports import Note, fill, program
 from tests.backup.imports import Place as Location
+from tests.stores.old_stores import INDEXED
 
 KINDS = ("s3-sqlite", "memory-s3", "cached-s3")
 
@@ -144,7 +147,7 @@ def test_removed_bodies_leave_no_byte_and_the_others_stay(draw):
                 await packs.remove(some)
                 left -= set(some)
             else:
-                await packs.retain(pack, kept := [place for place in left if draw.random() < 0.8])
+                await packs.retain(pack, kept := [place for place in sorted(left) if draw.random() < 0.8])
                 left &= set(kept)
             await check(packs, objects, bodies, left)
 
@@ -505,3 +508,73 @@ async def test_a_sweep_keeps_what_is_published_while_it_looks(packed):
     await sweep.run(float("inf"))
     assert named == {body}
     assert not removed
+
+
+# Damage, and many removals at once
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, 1024, 1030, 2000, 3000])
+async def test_a_pack_that_was_cut_short_loses_nothing_more(tmp_path, size):
+    manager, objects = await imported("s3-sqlite", tmp_path, 30)
+    (key,) = packs_of(objects)
+    cut = packs_of(objects)[key][:size]
+    await objects.put(key, cut)
+    (purged,) = places_by_pack([(await manager.storage.get("n00010")).uid]).values()
+    (behind,) = places_by_pack([(await manager.storage.get("n00029")).uid]).values()
+    await manager.purge("n00010")
+    await manager.purge("n00029")
+    await advance(manager)
+    expected = bytearray(cut)
+    for place in (*purged, *behind):
+        expected[place.start : place.end] = bytes(len(expected[place.start : place.end]))
+    left = packs_of(objects).get(key)
+    assert left is None if not any(expected) else left == expected
+
+
+async def test_removals_that_wait_for_one_pack_share_its_edits():
+    objects = MemoryObjectStore()
+    packs, bodies = Packs(objects, "data/"), stored(300, random.Random(1))
+    await packs.put(next(iter(bodies)).pack, bodies)
+    objects.latency = lambda _: 0.05
+    removals = [asyncio.create_task(packs.remove([place])) for place in list(bodies)[:200]]
+    await asyncio.sleep(0.01)
+    removals[0].cancel()  # the one that edits
+    removals[1].cancel()
+    results = await asyncio.gather(*removals, return_exceptions=True)
+    assert [result for result in results if result is not None] == results[:2]
+    assert objects.requests["put_if"] <= 2
+    objects.latency = lambda _: 0.0
+    found = await packs.get(list(bodies))
+    assert not any(found[2:200])
+    assert all(found[200:])
+
+
+async def test_removals_that_wait_for_one_pack_fail_together(monkeypatch):
+    monkeypatch.setattr(packs_module, "MAX_ATTEMPTS", 2)
+    objects = MemoryObjectStore()
+    packs, bodies = Packs(objects, "data/"), stored(30, random.Random(1))
+    await packs.put(next(iter(bodies)).pack, bodies)
+    objects.fault = lambda call: DROPPED if call.op == "put_if" else None
+    removals = await asyncio.gather(*(packs.remove([place]) for place in list(bodies)[:20]), return_exceptions=True)
+    assert all(isinstance(error, StoreUnavailable) for error in removals)
+    assert objects.requests["put_if"] <= 4
+    objects.fault = lambda _: None
+    await packs.remove(list(bodies)[:20])
+    assert [body is None for body in await packs.get(list(bodies))] == [True] * 20 + [False] * 10
+
+
+async def test_a_former_store_whose_bodies_are_all_in_packs_is_refused(tmp_path):
+    objects, archive = MemoryObjectStore(), await archive_of(tmp_path)
+
+    def former(**options: Any) -> AutoCRUD:
+        factory = CachedS3StorageFactory("b", None, tmp_path / "cache", object_store=objects, **options)
+        crud = AutoCRUD(storage_factory=factory)
+        crud.add_model(Note, indexed_fields=INDEXED)
+        return crud
+
+    crud = former(former_layout="open")
+    await import_all(crud.managers, archive)
+    assert packs_of(objects)
+    await crud.close()
+    with pytest.raises(ConfigError, match="former_layout='open'"):
+        await former().resource_manager(Note).count()

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -103,6 +104,23 @@ def content_of(bodies: Mapping[Place, bytes]) -> bytes:
     return bytes(content) + bytes(-len(content) % UNIT + len(bodies))
 
 
+class _Removal:
+    """One call of `Packs.remove`, which waits for its turn."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = places
+        self.error: StoreUnavailable | None = None  # of the edit that included it
+
+
+class _Turns:
+    """The calls of `Packs.remove` for one pack. One of them edits the pack for all that wait."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.waiting: list[_Removal] = []
+        self.calls = 0
+
+
 class Packs:
     """The packs of one model in a bucket. All methods raise StoreUnavailable.
 
@@ -111,6 +129,9 @@ class Packs:
 
     def __init__(self, objects: ObjectStore, prefix: str) -> None:
         self._objects, self._folder = objects, prefix + FOLDER
+        self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Turns]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def _key(self, pack: str) -> str:
         return f"{self._folder}{pack}{SUFFIX}"
@@ -138,33 +159,64 @@ class Packs:
         ]
 
     async def remove(self, places: Sequence[Place]) -> None:
-        """Remove bodies of one pack."""
+        """Remove bodies of one pack. Calls that wait for the same pack share one edit."""
+        pack, removal = places[0].pack, _Removal(places)
+        of_loop = self._turns.setdefault(asyncio.get_running_loop(), {})
+        turns = of_loop.setdefault(pack, _Turns())
+        turns.calls += 1
+        turns.waiting.append(removal)
+        try:
+            async with turns.lock:
+                if removal in turns.waiting:
+                    await self._remove_waiting(pack, turns)
+        finally:
+            if removal in turns.waiting:  # this call was cancelled, or its edit raised another error
+                turns.waiting.remove(removal)
+            turns.calls -= 1
+            if not turns.calls:
+                del of_loop[pack]
+        if removal.error is not None:
+            raise removal.error
 
-        def without(content: bytearray) -> int:
-            removed = 0
+    async def _remove_waiting(self, pack: str, turns: _Turns) -> None:
+        removals = list(turns.waiting)
+        places = [place for removal in removals for place in removal.places]
+
+        def without(content: bytearray, count: int) -> int:
             for place in places:
-                removed += content[place.start] != 0
-                content[place.start : place.end] = bytes(place.end - place.start)
-            return -removed
+                body = bytes(content[place.start : place.end])
+                count -= body[:1] not in (b"", b"\0")
+                content[place.start : place.end] = bytes(len(body))
+            return count
 
-        await self._edit(places[0].pack, lambda content, count: count + without(content))
+        try:
+            await self._edit(pack, without)
+        except StoreUnavailable as error:
+            for removal in removals:
+                removal.error = error
+        turns.waiting = [removal for removal in turns.waiting if removal not in removals]
 
     async def retain(self, pack: str, places: Sequence[Place]) -> None:
         """Remove all bodies of a pack but these."""
+        if not places:
+            await self._objects.delete([self._key(pack)])
+            return
 
         def only(content: bytearray, _: int) -> int:
-            kept = [(place, content[place.start : place.end]) for place in places]
+            kept = [(place, bytes(content[place.start : place.end])) for place in places]
             content[:] = bytes(len(content))
             for place, body in kept:
-                content[place.start : place.end] = body
-            return sum(body[0] != 0 for _, body in kept)
+                content[place.start : place.start + len(body)] = body
+            return sum(body[:1] not in (b"", b"\0") for _, body in kept)
 
         await self._edit(pack, only)
 
     async def _edit(self, pack: str, edit: Callable[[bytearray, int], int]) -> None:
         """Change the bodies of a pack, and delete it with its last one.
 
-        edit  changes the bodies, is given how many there are, and returns how many are left
+        A pack that was damaged, for example cut short, keeps its length and all bytes that are not to be removed.
+
+        edit  changes the bodies in place, is given how many there are, and returns how many are left
         """
         key = self._key(pack)
         for attempt in range(MAX_ATTEMPTS):
@@ -172,13 +224,14 @@ class Packs:
             if found is None:
                 return
             count = len(found.body) % UNIT
-            content = bytearray(found.body[: len(found.body) - count])
-            left = edit(content, count)
-            if left <= 0:
+            damaged = any(found.body[len(found.body) - count :])
+            content = bytearray(found.body if damaged else found.body[: len(found.body) - count])
+            left = max(edit(content, count), 0)
+            if not left and not any(content):
                 # Without a condition, because no other process can add a body meanwhile (K1).
                 await self._objects.delete([key])
                 return
-            edited = bytes(content) + bytes(left)
+            edited = bytes(content) + bytes(0 if damaged else left)
             if edited == found.body:
                 return
             if isinstance(await self._objects.put_if(key, edited, found.etag), Stored):

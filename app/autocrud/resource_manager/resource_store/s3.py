@@ -80,6 +80,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
         self._index: S3SqliteMetaStore | None = None
         self._read_a_pack = False
         self._objects = object_store or s3(bucket, endpoint_url, access_key_id, secret_access_key, region_name)
+        self._packs = Packs(self._objects, prefix)
 
     @override
     def index(self) -> S3SqliteMetaStore:
@@ -101,6 +102,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
     @override
     def bind(self, spec: ModelSpec) -> None:
         self._prefix = self._prefix_of(spec)
+        self._packs = Packs(self._objects, self._prefix)
 
     def _prefix_of(self, spec: ModelSpec) -> str:
         return self._given or f"{spec.name}/"
@@ -210,10 +212,6 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
                 " read; `crudstack s3-check` tells more"
             )
         self._read_a_pack = True
-
-    @property
-    def _packs(self) -> Packs:
-        return Packs(self._objects, self._prefix)
 
     @override
     def allotment(self, new_uid: Callable[[], str]) -> UidAllotment:

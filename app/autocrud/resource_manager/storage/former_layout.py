@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 
 from ...errors import ConfigError
 from ..basic import ResourceStore
+from ..contract.packs import BodyPacking
 from ..contract.protocols import BodySweeping
 
 WhenFormer = Literal["refuse", "open", "ignore"]
@@ -52,10 +53,12 @@ async def refuse_former(
         return
     assert isinstance(former_bodies, BodySweeping), "a factory builds no other ResourceStore beside S3 and PostgreSQL"
     try:
-        bodies = await former_bodies.older_than(ANY_GENERATION, "", 1)
+        found = bool(await former_bodies.older_than(ANY_GENERATION, "", 1))
+        if not found and isinstance(former_bodies, BodyPacking):
+            found = bool(await former_bodies.packs_older_than(ANY_GENERATION, "", 1))
     finally:
         await former_bodies.close()
-    if bodies:
+    if found:
         before, now = names
         raise ConfigError(
             f"{factory}: the store of the model {model!r} was written by an earlier release, with its metadata in"

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -28,6 +29,8 @@ SWEEP_PAGE = 1000
 """How many bodies are looked up and removed at a time."""
 PACKS_PAGE = 100
 """How many packs are looked up and cleared at a time."""
+EDITS_AT_ONCE = 8
+"""So many of them are cleared at the same time."""
 
 
 class Sweep:
@@ -119,6 +122,11 @@ class _PackSweep:
             if self._pins is not None and await self._pins.has_pins():
                 return False
             found = await self._references.packs_with_orphans([pack for pack in packs if pack.name in found])  # M4
-        for pack, uids in found.items():
-            await self._bodies.retain(pack, uids)
+        turns = asyncio.Semaphore(EDITS_AT_ONCE)
+
+        async def retain(pack: str, uids: Sequence[str]) -> None:
+            async with turns:
+                await self._bodies.retain(pack, uids)
+
+        await asyncio.gather(*(retain(pack, uids) for pack, uids in found.items()))
         return True
