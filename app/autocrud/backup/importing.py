@@ -56,6 +56,7 @@ from .import_conflicts import check_conflicts, exclude_skipped
 from .import_messages import add_outcome, advise_to_continue, unfinished
 from .import_options import Managers, check_options, names_of
 from .import_owner import ImportOwner
+from .import_space import check_space
 from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty
 from .model_load import ModelLoad
 from .option_names import option_names
@@ -208,6 +209,8 @@ class _Import:
                     raise unique_conflict(taken, [])
                 if not empty[name]:
                     await check_conflicts(self._storage(name), self._archive.notes, name)
+        whole = {name: self._storage(name) for name in self._names if empty[name] or on_conflict != "skip"}
+        await asyncio.to_thread(check_space, whole, self._survey)
         self._tell_survey()
         if check:
             return self._result
