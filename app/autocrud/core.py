@@ -381,19 +381,21 @@ class AutoCRUD:
 
     async def _import_from(self, archive: AsyncIterator[bytes], options: backups.ImportOptions) -> object:
         from .backup.importing import import_all
+        from .backup.option_names import PARAMETERS, options_named
 
-        result = await import_all(
-            self._managers,
-            archive,
-            on_conflict=cast("OnConflict", options.on_conflict),
-            models=options.models,
-            sha256=options.sha256,
-            max_bytes=options.max_bytes,
-            resume=options.resume,
-            abort=options.abort,
-            undo=True,
-            check=options.check,
-        )
+        with options_named(PARAMETERS):
+            result = await import_all(
+                self._managers,
+                archive,
+                on_conflict=cast("OnConflict", options.on_conflict),
+                models=options.models,
+                sha256=options.sha256,
+                max_bytes=options.max_bytes,
+                resume=options.resume,
+                abort=options.abort,
+                undo=True,
+                check=options.check,
+            )
         return result._asdict()
 
     async def close(self) -> None:

@@ -19,6 +19,7 @@ from app.autocrud import Encoding
 from app.autocrud.backup.archive_reader import VerifiedArchive, verify
 from app.autocrud.backup.archive_writer import ArchiveResult, ArchiveWriter
 from app.autocrud.backup.compression import Compression
+from app.autocrud.errors import StoreDamaged
 from app.autocrud.resource_manager.basic import BlobRow, ResourceMeta, RevisionInfo, StoredKey
 from app.autocrud.resource_manager.records import owner_of
 
@@ -132,7 +133,9 @@ async def _add_blobs(writer: ArchiveWriter, blobs: Sequence[tuple[BlobRow, bytes
         return [stored[key][0] for key in keys]
 
     async def read(key: str) -> AsyncIterator[bytes]:
-        content = stored[key][1]
+        row, content = stored[key]
+        if len(content) != row.size:
+            raise StoreDamaged("the file was purged")
         for start in range(0, len(content), 1000):
             yield content[start : start + 1000]
 

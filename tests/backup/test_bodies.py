@@ -13,8 +13,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.autocrud import AutoCRUD, Encoding
-from app.autocrud.backup.bodies import MAX_NESTING
 from app.autocrud.backup.errors import BadArchive
+from app.autocrud.resource_manager.model.json_shape import MAX_STORED_DEPTH as MAX_NESTING
 
 from .archives import Content, resource, write
 from .imports import KINDS, Place

@@ -37,6 +37,7 @@ from .import_states import (
     states_of,
     version_of,
 )
+from .option_names import option_names
 from .pieces import Piece, Rewriting, new_uids
 from .undo_import import TakingBack
 
@@ -316,21 +317,20 @@ class BatchedImport:
 def conflict(ids: Sequence[str], count: int) -> ImportConflict:
     """Return the error for ids that exist already."""
     named = ", ".join(repr(one) for one in ids[:3])
-    error = ImportConflict(
-        f"{count} resources of the archive have ids that the model has already, among them {named}: import with"
-        " --on-conflict skip or replace"
+    return ImportConflict(
+        f"{count} resources of the archive have ids that the model has already, among them {named}",
+        f"import with {option_names().on_conflict}skip or replace",
+        ids=ids,
     )
-    error.ids = tuple(ids)
-    return error
 
 
 def unique_conflict(fields: dict[str, int], ids: Sequence[str]) -> ImportConflict:
     """Return the error for unique values that other resources have."""
     told = ", ".join(f"{count} in {name!r}" for name, count in fields.items())
     some = f", among them {', '.join(map(repr, ids[:3]))}" if ids else ""
-    error = ImportConflict(
-        f"resources of the archive have values of unique fields that other resources have ({told}){some}: change these"
-        " values, or import with --on-conflict skip, which leaves such resources out"
+    return ImportConflict(
+        f"resources of the archive have values of unique fields that other resources have ({told}){some}",
+        f"change these values, or import with {option_names().on_conflict}skip, which leaves such resources out",
+        ids=ids,
+        fields=fields,
     )
-    error.fields, error.ids = dict(fields), tuple(ids)
-    return error

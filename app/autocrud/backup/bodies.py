@@ -10,12 +10,10 @@ import msgspec
 
 from ..resource_manager.basic import Encoding, RevisionInfo
 from ..resource_manager.model.codec import canonical_json
-from ..resource_manager.model.json_shape import shape
+from ..resource_manager.model.json_shape import MAX_STORED_DEPTH, excessive_depth
 from ..resource_manager.model.verification import UNDECODABLE
 from .errors import BadArchive
 
-MAX_NESTING = 800
-"""Deepest nesting of a body. Python 3.11 decodes up to about 1,000 levels, fewer inside of nested calls of a server."""
 _json = msgspec.json.Decoder().decode
 _msgpack = msgspec.msgpack.Decoder().decode
 
@@ -32,8 +30,8 @@ def check_body(record: RevisionInfo, body: bytes) -> None:
         raise _bad(record, f"cannot be decoded as {record.encoding}: {error}") from None
     if not isinstance(tree, dict):
         raise _bad(record, "is not an object")
-    if text.count(b"[") + text.count(b"{") > MAX_NESTING and (depth := shape(text).depth) > MAX_NESTING:
-        raise _bad(record, f"is nested {depth} deep, expected at most {MAX_NESTING}")
+    if (depth := excessive_depth(text)) is not None:
+        raise _bad(record, f"is nested {depth} deep, expected at most {MAX_STORED_DEPTH}")
 
 
 def _bad(record: RevisionInfo, what: str) -> BadArchive:

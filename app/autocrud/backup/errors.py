@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from ..errors import CrudError
 
 
@@ -23,13 +25,19 @@ class ArchiveTooLarge(CrudError):
 class ImportConflict(CrudError):
     """Ids or unique values of the archive exist already. Nothing was changed, unless the message says how much was.
 
+    cause   the first part of the message: what was found
+    advice  the second part: what to do
     ids     some ids of the archive that the model has already
     fields  how many resources of the archive have a unique value that another resource has, by field
     """
 
     type, title, status = "import-conflict", "The model has such resources already", 409
-    ids: tuple[str, ...] = ()
-    fields: dict[str, int] = {}  # noqa: RUF012 - replaced for each error, never changed
+
+    def __init__(
+        self, cause: str, advice: str, *, ids: Sequence[str] = (), fields: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(f"{cause}: {advice}")
+        self.cause, self.ids, self.fields = cause, tuple(ids), dict(fields or {})
 
 
 class ImportUnfinished(CrudError):

@@ -3,7 +3,9 @@
 - X1 *Each model is as at one moment*, or each of its resources, as the manifest says. A pin keeps what is needed.
 - X2 *A body or a blob is missing from the archive only if its resource was purged.* Such a resource is listed as
   absent. If anything else is missing, the export fails, and no file has the name of the archive.
-- X3 *Memory use is constant.* At most two pages of bodies are in memory, and pieces of one blob.
+- X3 *Memory use is constant.* At most two pages of bodies are in memory, and pieces of one blob. A page ends once its
+  bodies take more than PAGE_BYTES, if the store can stop there. If the bodies of a store on S3 suddenly become large,
+  one page has up to PAGE_BODIES of them, because their sizes are known only once they are read.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 from ..errors import ConfigError, ResourceNotFound, RevisionNotFound, StoreDamaged, StoreUnavailable
 from ..resource_manager.basic import READ_AT_ONCE, BlobRow, ResourceMeta, RevisionInfo
-from ..resource_manager.contract.snapshots import StorageSnapshot
+from ..resource_manager.contract.snapshots import PAGE_BYTES, StorageSnapshot
 from ..resource_manager.core import ResourceManager
 from ..resource_manager.storage.snapshots import open_any_snapshot
 from .archive_writer import ArchiveWriter
@@ -32,8 +34,6 @@ PAGE_BODIES = 4 * READ_AT_ONCE
 """How many bodies are read at once, if they are small."""
 FIRST_PAGE = 4
 """How many bodies are read first, before it is known how large they are."""
-PAGE_BYTES = 8 * 1024 * 1024
-"""A page of bodies is made smaller until it takes no more than this."""
 UNKNOWN_OWNER = "0" * 64
 
 Item = tuple[ResourceMeta | RevisionInfo, bytes | None]
@@ -227,23 +227,29 @@ class _ModelExport:
                 items.append(item)
                 if isinstance(item, RevisionInfo):
                     uids.append(item.uid)
-                    if len(uids) >= self._page_size:
-                        yield await self._with_bodies(snapshot, items, uids)
-                        items, uids = [], []
-            if items:
-                yield await self._with_bodies(snapshot, items, uids)
+                    while len(uids) >= self._page_size:
+                        page, items, uids = await self._with_bodies(snapshot, items, uids)
+                        yield page
+            while items:
+                page, items, uids = await self._with_bodies(snapshot, items, uids)
+                yield page
         finally:
             if isinstance(found, AsyncGenerator):  # it may have a file open
                 await found.aclose()
 
     async def _with_bodies(
-        self, snapshot: StorageSnapshot, items: Sequence[ResourceMeta | RevisionInfo], uids: Sequence[str]
-    ) -> list[Item]:
-        found = await snapshot.bodies(uids) if uids else []
+        self, snapshot: StorageSnapshot, items: list[ResourceMeta | RevisionInfo], uids: list[str]
+    ) -> tuple[list[Item], list[ResourceMeta | RevisionInfo], list[str]]:
+        """Return the next page, and the items and uids that are left for later ones because their bodies are large."""
+        found = await snapshot.bodies(uids[: self._page_size]) if uids else []
         largest = max((len(body) for body in found if body is not None), default=0)
         self._page_size = max(1, min(PAGE_BODIES, 2 * self._page_size, PAGE_BYTES // max(1, largest)))
         bodies = iter(found)
-        return [(item, next(bodies) if isinstance(item, RevisionInfo) else None) for item in items]
+        page = [
+            (item, next(bodies) if isinstance(item, RevisionInfo) else None)
+            for item in (items if len(found) == len(uids) else _first(items, len(found)))
+        ]
+        return page, items[len(page) :], uids[len(found) :]
 
     # X2
 
@@ -292,6 +298,12 @@ class _ModelExport:
             return (await self._storage.get(meta.resource_id)).created_time != meta.created_time
         except ResourceNotFound:
             return True
+
+
+def _first(items: Sequence[ResourceMeta | RevisionInfo], records: int) -> Sequence[ResourceMeta | RevisionInfo]:
+    """Return the first items, up to so many records."""
+    at = [at for at, item in enumerate(items) if isinstance(item, RevisionInfo)][records - 1]
+    return items[: at + 1]
 
 
 class _Blobs:

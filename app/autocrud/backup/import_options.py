@@ -9,6 +9,7 @@ from ..errors import InvalidData
 from ..resource_manager.core import ResourceManager
 from .archive_reader import VerifiedArchive
 from .blob_import import blobs_of
+from .option_names import option_names
 
 Managers = Mapping[str, ResourceManager[Any]]
 
@@ -39,7 +40,7 @@ def names_of(archive: VerifiedArchive, managers: Managers, models: Collection[st
         if name not in managers:
             raise InvalidData(
                 f"the archive has the model {name!r}, which this program does not have: add it, or name the models to"
-                " import (--model)"
+                f" import ({option_names().model})"
             )
         if archive.model(name).blobs:
             blobs_of(managers[name].storage, name)

@@ -13,6 +13,7 @@ from ..errors import NotEnoughTime, Overloaded, StoreUnavailable
 from ..resource_manager.basic import IStorage
 from ..resource_manager.contract.import_journal import ImportJournal, ImportState, ImportStorage
 from .errors import ImportTakenOver
+from .option_names import option_names
 
 T = TypeVar("T")
 
@@ -75,14 +76,17 @@ class ImportOwner:
         if found is not None and found.attempt == self.state.attempt:
             self.state = found  # it differs if the outcome of an earlier `note` was unknown
             return
+        names = option_names()
         is_same = found is not None and found.id == self.state.id
         if found is not None and is_same and not found.aborting:
-            raise _taken_over("another command continues this import (--resume): this one has stopped")
+            raise _taken_over(f"another command continues this import ({names.resume}): this one has stopped")
         if is_same or await repeated(self._was_aborted):
-            error = _taken_over("another command has taken this import back (--abort): this one has stopped")
+            error = _taken_over(f"another command has taken this import back ({names.abort}): this one has stopped")
             error.aborted = True
             raise error
-        raise _taken_over("another command has continued this import (--resume) and completed it: this one has stopped")
+        raise _taken_over(
+            f"another command has continued this import ({names.resume}) and completed it: this one has stopped"
+        )
 
     async def _was_aborted(self) -> bool:
         return self._journal is not None and await self._journal.was_aborted(self.state.id)

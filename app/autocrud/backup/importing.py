@@ -56,8 +56,10 @@ from .import_conflicts import check_conflicts, exclude_skipped
 from .import_messages import add_outcome, advise_to_continue, unfinished
 from .import_options import Managers, check_options, names_of
 from .import_owner import ImportOwner
+from .import_space import check_space
 from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty
 from .model_load import ModelLoad
+from .option_names import option_names
 from .pieces import BATCH, Rewriting, batches_of, pieces_of, prefetched
 from .sources import Source, readable_twice
 from .survey import Index, Survey
@@ -207,6 +209,8 @@ class _Import:
                     raise unique_conflict(taken, [])
                 if not empty[name]:
                     await check_conflicts(self._storage(name), self._archive.notes, name)
+        whole = {name: self._storage(name) for name in self._names if empty[name] or on_conflict != "skip"}
+        await asyncio.to_thread(check_space, whole, self._survey)
         self._tell_survey()
         if check:
             return self._result
@@ -399,7 +403,7 @@ class _Import:
             if journal is None:
                 raise InvalidData(
                     f"the store of the model {name!r} keeps no journal, so its import cannot be resumed or taken back:"
-                    " name the other models (--model)"
+                    f" name the other models ({option_names().model})"
                 )
             state = await journal.state()
             if state is not None and state.sha256 != self._archive.sha256:
@@ -425,7 +429,7 @@ class _Import:
             if state.aborting:
                 raise ImportUnfinished(
                     f"the import of the archive with the SHA-256 {state.sha256} into the model {name!r} is being taken"
-                    " back, so it cannot be resumed: import that archive with --abort"
+                    f" back, so it cannot be resumed: import that archive with {option_names().abort}"
                 )
         self._tell_survey()
         self._changed = True

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .compression import GZIP_MAGIC, Decompressor, compression_of, decompressor
 from .errors import ArchiveTooLarge, BadArchive
+from .option_names import option_names
 
 READ = 256 * 1024
 CHUNK = 1024 * 1024
@@ -113,7 +114,7 @@ class PlainStream:
                 if self._produced > self._max_bytes:
                     raise ArchiveTooLarge(
                         f"the archive has more than {self._max_bytes} bytes when it is decompressed; if it is yours,"
-                        " raise the limit (--max-bytes)"
+                        f" raise the limit ({option_names().max_bytes})"
                     )
                 self._plain, self._used = plain, 0
                 return True

@@ -8,12 +8,12 @@ of large resources, which must be stored before the others.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from typing_extensions import override
 
-from ..resource_manager.basic import Encoding, IndexEntry, ResourceMeta, RevisionInfo
+from ..resource_manager.basic import BlobRow, Encoding, IndexEntry, ResourceMeta, RevisionInfo
 from ..resource_manager.model.codec import Codec, CodecIndex
 from .archive_notes import ArchiveNotes
 from .archive_reader import Visitor
@@ -58,6 +58,10 @@ class Survey(Visitor):
         self.not_fitting: Counter[str] = Counter()
         """How many bodies do not fit the model, by model."""
         self.taken: dict[str, Counter[str]] = {name: Counter() for name in indexes}
+        self.body_bytes: Counter[str] = Counter()
+        """Bytes of the bodies of whole resources, by model."""
+        self.blob_bytes: Counter[str] = Counter()
+        """Bytes of the blobs whose content the archive has, by model."""
         self._indexes, self._notes, self._noted = indexes, notes, noted
         self._model = ""
         self._meta: ResourceMeta | None = None
@@ -90,12 +94,17 @@ class Survey(Visitor):
         if record.revision == meta.revision:
             self._current = record, body
 
+    @override
+    def blobs(self, model: str, rows: Sequence[BlobRow]) -> None:
+        self.blob_bytes[model] += sum(row.size for row in rows)
+
     def end(self) -> None:
         """End the last resource. Called once more after the archive was verified."""
         meta, self._meta = self._meta, None
         if meta is None or self._current is None or not self._complete:
             return
         record, body = self._current
+        self.body_bytes[self._model] += self._bytes
         if self._revisions > LARGE_REVISIONS or self._bytes > LARGE_BYTES:
             self._notes.keep_current(self._model, record, body)
         index = self._indexes[self._model]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -58,7 +57,6 @@ MOST_BYTES = 2**53 - 1
 """Largest `max_bytes`: JSON numbers of most programs are exact up to here."""
 FLAGS = ("check", "resume", "abort")
 """Parameters of an import that are true or false."""
-_OPTION = re.compile(r"(?<!\w)--(check|resume|abort|on-conflict|model|max-bytes|sha256)\b(?:(?<=conflict) (?=\w))?")
 
 Action = Literal["export", "import"]
 
@@ -290,22 +288,8 @@ class _ImportRoute(_BackupRoute):
         if request.header(b"content-type") is not None:
             request.content_type(*ARCHIVE_TYPES)
         async with self._alone():
-            try:
-                result = await self._import(_chunks(request), chosen)
-            except CrudError as error:
-                error.detail = with_parameters(error.detail)
-                raise
+            result = await self._import(_chunks(request), chosen)
         return Response(200, msgspec.json.encode(result))
-
-
-def with_parameters(text: str) -> str:
-    """Return a message with the parameters of `POST /import` in place of the options of the command."""
-
-    def parameter(found: re.Match[str]) -> str:
-        name = found[1].replace("-", "_")
-        return f"{name}=true" if name in FLAGS else f"{name}="
-
-    return _OPTION.sub(parameter, text)
 
 
 class _AnswerCutOff(Exception):

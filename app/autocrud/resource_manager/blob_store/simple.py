@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from ...errors import StoreUnavailable
 from ..basic import BLOB_KEY, BlobStore, BlobWriter
+from ..contract.directories import InDirectory
 from ..runtime.files import make_directory, sync_directory
 from .keys import key_of, missing, stop_of, too_short
 from .spool import spooled
@@ -108,7 +109,7 @@ class _MemoryWriter(BlobWriter):
         return key
 
 
-class DiskBlobStore(BlobStore):
+class DiskBlobStore(BlobStore, InDirectory):
     """Blobs as the files `rootdir/{first two digits of the hash}/{hash}/{uid}`. Several processes may share it.
 
     - *A file that has its name is complete.* An upload is written below `rootdir/incoming`, synced, and then renamed.
@@ -126,6 +127,11 @@ class DiskBlobStore(BlobStore):
     @override
     def location_key(self) -> Hashable:
         return "blobs on disk", self.rootdir.absolute()
+
+    @property
+    @override
+    def local_directory(self) -> Path:
+        return self.rootdir
 
     @override
     def receive(self) -> AbstractAsyncContextManager[BlobWriter]:

@@ -21,6 +21,8 @@ PIN_LIFE_S = 600.0
 """Seconds after which a pin that was not renewed is dropped."""
 RENEW_PIN_S = 60.0
 """Seconds between two renewals of a pin."""
+PAGE_BYTES = 8 * 1024 * 1024
+"""A snapshot reads no further bodies at once if those so far take more than this."""
 
 
 @runtime_checkable
@@ -96,7 +98,10 @@ class BodySnapshot(Protocol):
     """The bodies of one moment."""
 
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        """Return bodies in the order of the uids; None for each one that is missing."""
+        """Return bodies in the order of the uids; None for each one that is missing.
+
+        May leave out the last ones, but not the first one, once the bodies take more than PAGE_BYTES.
+        """
 
 
 class RecordSnapshot(MetaSnapshot, BodySnapshot, Protocol):
@@ -130,7 +135,10 @@ class StorageSnapshot(Protocol):
         """Yield the results that are kept for Idempotency-Keys, by ascending key."""
 
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        """Return bodies in the order of the uids; None for each one that is missing."""
+        """Return bodies in the order of the uids; None for each one that is missing.
+
+        Leaves out the last ones, but not the first one, if the bodies take much more than PAGE_BYTES.
+        """
 
     async def blob_rows(self, keys: Sequence[str]) -> list[BlobRow]:
         """Return the rows of these keys, in their order. Raises StoreDamaged if one is missing."""

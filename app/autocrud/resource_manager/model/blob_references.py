@@ -44,7 +44,7 @@ class BlobFinder:
         self._root = root
         self._fields: dict[Any, list[_Field]] = {}  # by class: the fields that can hold references
         self._known: dict[int, bool] = {}  # by identity of a type below the root: whether it can hold references
-        found = list(_nodes(root))
+        found = list(nodes(root))
         self.exists = any(_is_blob(node) for node in found)
         for node in found:
             if isinstance(node, msgspec.inspect.SetType | msgspec.inspect.FrozenSetType) and _holds(node):
@@ -132,7 +132,7 @@ class BlobFinder:
 
 def _holds(node: Any) -> bool:
     """Return whether values of a type can hold references."""
-    return any(_is_blob(inner) for inner in _nodes(node))
+    return any(_is_blob(inner) for inner in nodes(node))
 
 
 def _is_blob(node: Any) -> bool:
@@ -144,7 +144,7 @@ def _class_of(node: Any) -> Any:
     return typing.get_origin(node.cls) or node.cls
 
 
-def _nodes(root: Any) -> Iterator[Any]:
+def nodes(root: Any) -> Iterator[Any]:
     """Yield a type and all types inside of it. Each class is entered once, because a type may contain itself."""
     entered: set[Any] = set()
     waiting = [root]

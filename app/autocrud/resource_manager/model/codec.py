@@ -22,9 +22,9 @@ from ...errors import ConfigError, InvalidData, Violation
 from ...values import FieldKind
 from ..basic import Encoding, IndexedField, IndexEntry, IndexOf
 from ..contract.limits import MAX_FIELDS
-from .blob_references import BlobFinder, BlobReference
+from .blob_references import BlobFinder, BlobReference, nodes
 from .fields import MISSING, FieldPath, project, step_of
-from .json_shape import strings
+from .json_shape import MAX_STORED_DEPTH, excessive_depth, strings
 from .unknown_fields import UnknownFields, escaped
 
 T = TypeVar("T")
@@ -73,6 +73,7 @@ class Codec(Generic[T]):
                 f"{model.__name__} has {len(indexed_fields)} indexed fields, expected at most {MAX_FIELDS}: index fewer"
             )
         self._unknown = UnknownFields(info)
+        self._has_raw = any(isinstance(node, msgspec.inspect.RawType) for node in nodes(info))
         self._blobs = BlobFinder(model.__name__, info)
         self.has_blobs = self._blobs.exists
         self._paths = [FieldPath(model, given) for given in map(_indexed_field, indexed_fields)]
@@ -86,13 +87,14 @@ class Codec(Generic[T]):
     def parse(self, body: bytes) -> ModelData[T]:
         """Decode and validate JSON from a client.
 
-        Raises InvalidData if the JSON does not fit the model, has unknown fields, has a key twice in one object, or has
-        an invalid reference to a blob.
+        Raises InvalidData if the JSON does not fit the model, has unknown fields, has a key twice in one object, has a
+        number that no decoder reads, or has an invalid reference to a blob.
         """
         try:
             data = self._json.decode(body)
             canonical = canonical_json(data)
-            if canonical != body and not self._unknown.has_none(body):
+            # The decoder looks into a Raw for its end only. It may hold a number that no decoder reads, or a key twice.
+            if (self._has_raw or canonical != body) and not self._unknown.has_none(body):
                 violations = tuple(itertools.islice(self._unknown.violations(_decode_strictly(body)), MAX_VIOLATIONS))
                 if violations:
                     raise InvalidData(f"the data has fields that {self.model.__name__} does not have", violations)
@@ -121,6 +123,9 @@ class Codec(Generic[T]):
             canonical = canonical_json(data)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidData(f"the data cannot be encoded: {error}", (Violation("", str(error)),)) from None
+        if (depth := excessive_depth(canonical)) is not None:
+            detail = f"nested {depth} deep, expected at most {MAX_STORED_DEPTH}"
+            raise InvalidData(f"the data is {detail}", (Violation("", detail),))
         return self.parse(canonical)
 
     def references(self, data: T) -> list[BlobReference]:
@@ -138,23 +143,26 @@ class Codec(Generic[T]):
         if encoding == Encoding.json:
             return model_data.json
         try:
-            return _msgpack(model_data.data)
+            # A Raw has JSON, which is no MessagePack.
+            return _msgpack(msgspec.json.decode(model_data.json) if self._has_raw else model_data.data)
         except OverflowError:
             detail = "integers outside 64 bits cannot be stored as MessagePack"
             raise InvalidData(detail, (Violation("", detail),)) from None
 
     def decode(self, body: bytes, encoding: str) -> T:
         """Decode a stored body into the model."""
-        return self._json.decode(body) if encoding == Encoding.json else self._msgpack.decode(body)
+        if encoding == Encoding.json:
+            return self._json.decode(body)
+        return self._json.decode(self.to_json(body, encoding)) if self._has_raw else self._msgpack.decode(body)
 
     def to_json(self, body: bytes, encoding: str) -> bytes:
         """Return a stored body as JSON. A JSON body is returned unchanged, also if it no longer fits the model."""
         if encoding == Encoding.json:
             return body
-        try:
-            return canonical_json(self._msgpack.decode(body))
-        except msgspec.ValidationError:
-            return canonical_json(msgspec.msgpack.decode(body))
+        if not self._has_raw:
+            with contextlib.suppress(msgspec.ValidationError):
+                return canonical_json(self._msgpack.decode(body))
+        return canonical_json(msgspec.msgpack.decode(body))
 
     def has_path(self, path: str) -> bool:
         """Return whether the JSON of the data may have the path `a.b`."""
@@ -315,10 +323,10 @@ def parse_json(body: bytes) -> Any:
 def _not_json(error: Exception, body: bytes) -> InvalidData:
     """Return the error for a body that is not JSON.
 
-    The message names an unpaired surrogate, which msgspec calls truncated data or an error of UTF-16.
+    The message names an unpaired surrogate, which msgspec calls truncated data, an error of UTF-16 or of an escape.
     """
     said = str(error)
-    if "truncated" in said or "surrogate" in said:
+    if any(word in said for word in ("truncated", "surrogate", "hex escape")):
         with contextlib.suppress(ValueError, RecursionError):
             json.loads(body.decode())  # accepts unpaired surrogates
             said = "it has an unpaired surrogate (one of \\ud800 to \\udfff by itself), which is no character"

@@ -25,6 +25,9 @@ MAX_VALUES = 1_000_000
 MAX_DIGITS = 400
 """Digits of a number in a text of HEAVY_BYTES or more, because decoding takes quadratic time. The largest float has
 309 digits."""
+MAX_STORED_DEPTH = 800
+"""Deepest nesting of stored data. Python 3.11 decodes up to about 1,000 levels, fewer inside of nested calls of a
+server."""
 EXPECTED_SHAPE = (
     f"expected at most {MAX_VALUES} values, {MAX_NAMES} names and {MAX_CONTAINERS} objects and lists, nested at most"
     f" {MAX_DEPTH} deep, and numbers of at most {MAX_DIGITS} digits"
@@ -80,6 +83,14 @@ def shape(body: bytes) -> Shape:
     """Return the shape of a JSON text."""
     outside = _outside_of_strings(_without_escapes(body))
     return Shape(*_counts(outside), _depth(outside))
+
+
+def excessive_depth(text: bytes) -> int | None:
+    """Return how deep a JSON text is nested if that is deeper than MAX_STORED_DEPTH, or None."""
+    if text.count(b"[") + text.count(b"{") <= MAX_STORED_DEPTH:
+        return None
+    depth = shape(text).depth
+    return depth if depth > MAX_STORED_DEPTH else None
 
 
 def weight(body: bytes) -> int:

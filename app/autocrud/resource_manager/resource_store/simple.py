@@ -31,6 +31,7 @@ from ..backends.sqlite.import_keeping import DatabaseImportKeeping
 from ..backends.sqlite.loading import StagedModel
 from ..backends.sqlite.tables import ResourceTables
 from ..basic import Change, CommitResult, Encoding, IdempotentCommit, ModelSpec, ResourceStore, RevisionInfo, Write
+from ..contract.directories import InDirectory
 from ..contract.loading import IndexLoading, Loader, RecordLoading
 from ..contract.protocols import BodySweeping, RecordKeeping
 from ..contract.snapshots import BodySnapshot, BodySnapshots, RecordSnapshot, RecordSnapshots
@@ -103,6 +104,7 @@ class DiskResourceStore(
     BodySnapshots,
     RecordSnapshots,
     RecordLoading,
+    InDirectory,
 ):
     """Bodies as rows of `rootdir/bodies.sqlite`. It also keeps the records for a MetaStore that is not durable.
 
@@ -131,6 +133,11 @@ class DiskResourceStore(
     @override
     def location_key(self) -> Hashable:
         return "disk", self.rootdir.absolute()
+
+    @property
+    @override
+    def local_directory(self) -> Path:
+        return self.rootdir
 
     def _create(self, connection: apsw.Connection) -> None:
         connection.execute("CREATE TABLE IF NOT EXISTS bodies (uid TEXT PRIMARY KEY, body BLOB NOT NULL)")

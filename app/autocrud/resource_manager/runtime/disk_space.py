@@ -17,10 +17,12 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from ...errors import StoreUnavailable
 from .temporary import remove_abandoned
+
+T = TypeVar("T")
 
 log = logging.getLogger("crudstack.disk")
 
@@ -66,16 +68,29 @@ def space(directory: Path) -> Space:
 
     Raises OSError.
     """
+    found = _of_nearest(directory, os.statvfs)
+    inodes = found.f_files == 0 or found.f_favail > 0  # 0: the file system has no fixed number of inodes
+    return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize, inodes)
+
+
+def device(directory: Path) -> int:
+    """Return the number of the file system of a directory, or of its nearest parent if it does not exist.
+
+    Raises OSError.
+    """
+    return _of_nearest(directory, os.stat).st_dev
+
+
+def _of_nearest(directory: Path, look: Callable[[Path], T]) -> T:
+    """Return a fact about a directory, or about its nearest parent if it does not exist."""
+    directory = directory.absolute()
     while True:
         try:
-            found = os.statvfs(directory)
+            return look(directory)
         except FileNotFoundError:
             if directory == directory.parent:
                 raise
             directory = directory.parent
-        else:
-            inodes = found.f_files == 0 or found.f_favail > 0  # 0: the file system has no fixed number of inodes
-            return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize, inodes)
 
 
 def reserve(total: int) -> int:

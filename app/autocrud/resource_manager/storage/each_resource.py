@@ -6,6 +6,7 @@ records, the rows of its blobs and, without a pin, its bodies belong together.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -116,11 +117,12 @@ class EachResource(MetaSnapshot, BodySnapshot):
 
     @override
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        """Return bodies that `items` has read already, and the others from the store."""
+        """Return bodies that `items` has read already, and the others from the store, up to one that it left out."""
         missing = [uid for uid in uids if uid not in self._kept]
-        found = dict(zip(missing, await self._stored.bodies(missing), strict=True)) if missing else {}
-        bodies = [self._kept[uid] if uid in self._kept else found[uid] for uid in uids]
-        for uid in uids:
+        found = dict(zip(missing, await self._stored.bodies(missing), strict=False)) if missing else {}
+        first = list(itertools.takewhile(lambda uid: uid in self._kept or uid in found, uids))
+        bodies = [self._kept[uid] if uid in self._kept else found[uid] for uid in first]
+        for uid in first:
             self._kept_bytes -= len(self._kept.pop(uid, b""))
         return bodies
 

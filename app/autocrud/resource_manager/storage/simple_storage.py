@@ -53,6 +53,7 @@ from ..basic import (
 )
 from ..contract.blobs import BlobRows, Blobs, BlobStorage
 from ..contract.direct import DirectStorage, DirectTransfer
+from ..contract.directories import Directories, DirectoryStorage, directory_of
 from ..contract.loading import BulkLoading, LoadingStorage
 from ..contract.overrides import check_blob_store, check_meta_store, check_resource_store
 from ..contract.protocols import (
@@ -84,7 +85,9 @@ MAX_RENEWALS = 8
 """How often a commit may fail because a sweep was faster. Each time, the bodies are put again under new uids."""
 
 
-class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, DirectStorage, LoadingStorage, StorageImports):
+class SimpleStorage(
+    IStorage, SnapshotStorage, BlobStorage, DirectStorage, LoadingStorage, DirectoryStorage, StorageImports
+):
     """A MetaStore, a ResourceStore and perhaps a BlobStore as one storage.
 
     If a MemoryMetaStore is combined with a ResourceStore on S3, an index on S3 beside the bodies replaces it, because
@@ -219,6 +222,11 @@ class SimpleStorage(IStorage, SnapshotStorage, BlobStorage, DirectStorage, Loadi
     @override
     def location_keys(self) -> list[Hashable]:
         return [key for store in self._stores if (key := store.location_key) is not None]
+
+    @property
+    @override
+    def directories(self) -> Directories:
+        return Directories(directory_of(self.resource_store), directory_of(self.blob_store))
 
     # Opening
 

@@ -26,6 +26,7 @@ from ..basic import (
 )
 from ..contract.blobs import BlobRows
 from ..contract.snapshots import (
+    PAGE_BYTES,
     BodySnapshot,
     BodySnapshots,
     MetaSnapshot,
@@ -116,8 +117,8 @@ class StoredBodies(BodySnapshot):
     @override
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
         found: list[bytes | None] = []
-        for start in range(0, len(uids), READ_AT_ONCE):
-            found += await self._page(uids[start : start + READ_AT_ONCE])
+        while len(found) < len(uids) and sum(len(body) for body in found if body is not None) <= PAGE_BYTES:
+            found += await self._page(uids[len(found) : len(found) + READ_AT_ONCE])
         return found
 
     async def _page(self, uids: Sequence[str]) -> list[bytes | None]:

@@ -16,6 +16,7 @@ import apsw
 
 from ....errors import CrudError, StoreDamaged
 from ...basic import BlobRow, ResourceMeta, RevisionInfo, StoredKey
+from ...contract import snapshots
 from ...contract.metadata_codec import info_of, meta_of
 from ...runtime.threads import in_thread
 from . import blob_tables
@@ -82,8 +83,11 @@ class SqliteSnapshot:
         return await self._run(lambda db: [_blob_row(db, key) for key in keys])
 
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        """Return bodies in the order of the uids; None for each one that is missing."""
-        return await self._run(lambda db: [_body(db, uid) for uid in uids])
+        """Return bodies in the order of the uids; None for each one that is missing.
+
+        Leaves out the last ones, but not the first one, once the bodies take more than `snapshots.PAGE_BYTES`.
+        """
+        return await self._run(lambda db: _first_bodies(db, uids))
 
 
 def begin_reading(connection: apsw.Connection) -> None:
@@ -127,6 +131,13 @@ def _blob_row(connection: apsw.Connection, key: str) -> BlobRow:
     return row
 
 
-def _body(connection: apsw.Connection, uid: str) -> bytes | None:
-    body: bytes | None = connection.execute("SELECT body FROM bodies WHERE uid = ?", (uid,)).get
-    return body
+def _first_bodies(connection: apsw.Connection, uids: Sequence[str]) -> list[bytes | None]:
+    bodies: list[bytes | None] = []
+    size = 0
+    for uid in uids:
+        body: bytes | None = connection.execute("SELECT body FROM bodies WHERE uid = ?", (uid,)).get
+        bodies.append(body)
+        size += len(body or b"")
+        if size > snapshots.PAGE_BYTES:
+            break
+    return bodies
