@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("older_program_worker.py")
 BEFORE_BLOBS = "9daec23"
 """The last commit without blobs."""
+BEFORE_PACKS = "57ba9ac"
+"""The last commit without packs."""
 
 
 def sources(commit: str, directory: Path) -> Path:
