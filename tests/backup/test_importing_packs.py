@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,11 @@ async def test_an_exported_database_keeps_the_format(tmp_path):
     assert await other.count() > 5
     (body,) = (stored.body for name, stored in objects.objects.items() if name.endswith("/HEAD"))
     assert decode_head(body).fmt == 3
+    with (
+        contextlib.closing(sqlite3.connect(tmp_path / "plain.sqlite")) as plain,
+        pytest.raises(sqlite3.OperationalError, match="no such table: copy"),
+    ):
+        plain.execute("SELECT seq FROM copy JOIN state")  # as older programs begin
 
 
 @pytest.mark.parametrize("size", [0, 10, 1000, 1024, 1030, 2000, 3000])

@@ -428,7 +428,7 @@ class S3SqliteMetaStore(
         """Write the database as one plain SQLite file: to `path`, or as the object `export_key`."""
         await self._read(self._tables.generation)  # as new as `consistency` requires
         if path is not None:
-            await self._replica.blocking(lambda copy: copy.copy_to(Path(path)))
+            await self._replica.blocking(lambda copy: copy.export_to(Path(path)))
         elif self._export_key is None:
             raise ConfigError("export: give a path, or the store an export_key")
         else:

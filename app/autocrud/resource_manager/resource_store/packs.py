@@ -45,6 +45,7 @@ _NAME = re.compile(PACK)
 MAX_ATTEMPTS = 20
 """How often an edit of a pack begins again, because others edit it too."""
 PAUSE_S = 0.05
+"""Seconds until an edit begins again: a random part of this, times the number of the attempt, up to ten."""
 
 
 class Place(NamedTuple):

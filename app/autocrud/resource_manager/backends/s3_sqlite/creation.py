@@ -23,7 +23,7 @@ from ...basic import Findings
 from ..s3.object_store import Object, ObjectStore, Outcome, Stored, Unknown
 from ..sqlite import blob_tables
 from .copy_files import new_path
-from .formats import format_of
+from .formats import format_of, reveal
 from .head import Head, Snapshot, snapshot_key
 
 log = logging.getLogger("crudstack.s3sqlite")
@@ -69,12 +69,12 @@ class StoreCreation:
         plain = await self._objects.get(self._key)
         if plain is None:
             return None
-        exported = await asyncio.get_running_loop().run_in_executor(
-            None, lambda: _exported_head(plain.body, directory, self._key)
+        exported, body = await asyncio.get_running_loop().run_in_executor(
+            None, lambda: _exported(plain.body, directory, self._key)
         )
         key = snapshot_key(self._prefix, 1, exported.seq)
-        await self._objects.put(key, plain.body)
-        snapshot = Snapshot(key, exported.seq, len(plain.body), hashlib.sha256(plain.body).hexdigest())
+        await self._objects.put(key, body)
+        snapshot = Snapshot(key, exported.seq, len(body), hashlib.sha256(body).hexdigest())
         return replace(exported, snap=snapshot, imported=plain.etag)
 
     async def record_store_id(self, head: Head) -> None:
@@ -144,16 +144,19 @@ def _check_may_write(outcome: Unknown) -> None:
         )
 
 
-def _exported_head(body: bytes, directory: Path, key: str) -> Head:
-    """Return a HEAD for a database that `export` wrote. Raises ConfigError for any other file."""
+def _exported(body: bytes, directory: Path, key: str) -> tuple[Head, bytes]:
+    """Return a HEAD and a snapshot for a database that `export` wrote. Raises ConfigError for any other file."""
     path = new_path(directory)
     path.write_bytes(body)
     connection = None
     try:
-        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        connection = apsw.Connection(str(path))
+        reveal(connection)
         seq = int(connection.execute("SELECT seq FROM copy JOIN state").get)
         epoch = blob_tables.epoch(connection)
-        return Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, fmt=format_of(connection), blob_epoch=epoch)
+        head = Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, fmt=format_of(connection), blob_epoch=epoch)
+        connection.close()
+        return head, path.read_bytes()
     except (apsw.Error, TypeError) as error:
         raise ConfigError(f"{key} is not a database that crudstack exported ({error}); move it away") from None
     finally:

@@ -1,4 +1,8 @@
-"""The format that HEAD must have for a database, so that no program uses it that would lose data."""
+"""The format that HEAD must have for a database, so that no program uses it that would lose data.
+
+A plain database that `export` wrote has no HEAD. If it names bodies in packs, its table `copy` has another name, so
+that older programs refuse it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import apsw
 
 from ..sqlite import blob_tables
 from .head import FORMAT, FORMAT_WITH_BLOBS, FORMAT_WITH_PACKS
+
+_CONCEALED = "copy_with_packs"
 
 
 def format_of(connection: apsw.Connection) -> int:
@@ -17,3 +23,15 @@ def format_of(connection: apsw.Connection) -> int:
 def format_without_packs(connection: apsw.Connection) -> int:
     """Return what `format_of` would, if no record named a body in a pack."""
     return FORMAT_WITH_BLOBS if blob_tables.is_marked(connection) else FORMAT
+
+
+def conceal(connection: apsw.Connection) -> None:
+    """Let older programs refuse an exported database, if it needs the format with packs."""
+    if format_of(connection) == FORMAT_WITH_PACKS:
+        connection.execute(f"ALTER TABLE copy RENAME TO {_CONCEALED}")
+
+
+def reveal(connection: apsw.Connection) -> None:
+    """Undo `conceal`."""
+    if connection.table_exists("main", _CONCEALED):
+        connection.execute(f"ALTER TABLE {_CONCEALED} RENAME TO copy")

@@ -333,10 +333,10 @@ class Replica:
     # Other operations
 
     async def export(self, key: str) -> None:
-        """Write a compact copy of the database to an object. Raises StoreUnavailable."""
+        """Write a plain database to an object. Raises StoreUnavailable."""
         path = new_path(self.directory)
         try:
-            await self.blocking(lambda copy: copy.copy_to(path))
+            await self.blocking(lambda copy: copy.export_to(path))
             await self.objects.upload(key, path)
         finally:
             await in_executor(lambda: path.unlink(missing_ok=True))
