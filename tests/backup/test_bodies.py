@@ -39,7 +39,7 @@ REFUSED = {
     "no bytes": (Encoding.msgpack, b""),
     "an array": (Encoding.msgpack, b"\x90"),
     "more than MessagePack": (Encoding.msgpack, b"\x81\xa5title\xa1t\xc0"),
-    "a key that is no text": (Encoding.msgpack, b"\x82\xa5title\xa1t\x01\x01"),
+    "a key that JSON cannot have": (Encoding.msgpack, b"\x82\xa5title\xa1t\xc3\x01"),
     "an extension": (Encoding.msgpack, b"\x82\xa5title\xa1t\xa1x\xd4\x05x"),
     "no UTF-8": (Encoding.msgpack, b"\x82\xa5title\xa1t\xa1x\xa1\xff"),
     "an array in arrays": (Encoding.msgpack, b"\x81\xa1x" + b"\x91" * MAX_NESTING + b"\x90"),

@@ -31,8 +31,23 @@ T = TypeVar("T")
 
 
 MAX_VIOLATIONS = 100
-canonical_json = msgspec.json.Encoder(order="deterministic").encode
-_msgpack = msgspec.msgpack.Encoder(order="deterministic").encode
+_sorted_json = msgspec.json.Encoder(order="deterministic").encode
+_sorted_msgpack = msgspec.msgpack.Encoder(order="deterministic").encode
+
+
+def canonical_json(data: Any) -> bytes:
+    """Return the JSON of data, with sorted keys. Raises the errors of msgspec if it cannot be encoded."""
+    try:
+        return _sorted_json(data)
+    except TypeError:  # msgspec sorts text only, so keys like those of dict[int, X] must be text first
+        return _sorted_json(msgspec.to_builtins(data, str_keys=True))
+
+
+def _msgpack(data: Any) -> bytes:
+    try:
+        return _sorted_msgpack(data)
+    except TypeError:
+        return msgspec.msgpack.encode(data)
 
 
 class ModelData(NamedTuple, Generic[T]):
