@@ -12,7 +12,7 @@ from app.autocrud.backup import exporting
 from app.autocrud.resource_manager.basic import READ_AT_ONCE
 from app.autocrud.resource_manager.contract import snapshots
 from app.autocrud.resource_manager.engine.operations import Create
-from app.autocrud.resource_manager.resource_store import simple
+from app.autocrud.resource_manager.resource_store import s3, simple
 from app.autocrud.resource_manager.storage import snapshots as stored
 
 from .exports import Account, World, read
@@ -29,6 +29,8 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(exporting, "PAGE_BYTES", LIMIT)
     monkeypatch.setattr(snapshots, "PAGE_BYTES", LIMIT)
     monkeypatch.setattr(stored, "PAGE_BYTES", LIMIT)
+    monkeypatch.setattr(s3, "PAGE_BYTES", LIMIT)
+    monkeypatch.setattr(s3, "CONCURRENT_GETS", 4)
     found: list[int] = []
     with_bodies = exporting._ModelExport._with_bodies
 
@@ -55,6 +57,7 @@ async def fill(world: World) -> Any:
     [
         ("disk", False, LIMIT + SIZE),
         ("memory-disk", False, LIMIT + SIZE),
+        ("s3-sqlite", False, LIMIT + 8 * SIZE),
         ("disk", True, READ_AT_ONCE * SIZE),  # so many are read before their sizes are known
     ],
 )
@@ -74,6 +77,7 @@ async def test_a_page_of_bodies_that_suddenly_become_large_ends_early(
 
 
 async def test_any_snapshot_may_leave_out_the_last_bodies_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(exporting, "PAGE_BODIES", 128)
     world = World("memory", tmp_path)
     crud = await fill(world)
     asked: list[int] = []

@@ -318,3 +318,15 @@ async def test_a_sweep_keeps_what_is_published_while_it_looks(packed):
     await sweep.run(float("inf"))
     assert named == {body}
     assert not removed
+
+
+async def test_reads_stop_after_a_failure():
+    objects = MemoryObjectStore()
+    store = S3ResourceStore("b", prefix="data/", object_store=objects)
+    uids = [new_uid() for _ in range(500)]
+    objects.latency = lambda _: 0.001
+    objects.fault = lambda call: DROPPED if call.key.endswith(uids[40]) else None
+    with pytest.raises(StoreUnavailable):
+        await store.get_many(uids)
+    await asyncio.sleep(0.1)
+    assert objects.requests["get"] < 150

@@ -4,8 +4,8 @@
 - X2 *A body or a blob is missing from the archive only if its resource was purged.* Such a resource is listed as
   absent. If anything else is missing, the export fails, and no file has the name of the archive.
 - X3 *Memory use is constant.* At most two pages of bodies are in memory, and pieces of one blob. A page ends once its
-  bodies take more than PAGE_BYTES, if the store can stop there. If the bodies of a store on S3 suddenly become large,
-  one page has up to PAGE_BODIES of them, because their sizes are known only once they are read.
+  bodies take more than PAGE_BYTES. If the bodies of a store on S3 suddenly become large, up to 64 more of them may be
+  under way, because their sizes are known only once they are read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int | None, str], None]
 """Called with the amount that is done, the total if it is known, and what is counted: `article`, or `article files`."""
 
-PAGE_BODIES = 4 * READ_AT_ONCE
+PAGE_BODIES = 16 * READ_AT_ONCE
 """How many bodies are read at once, if they are small."""
 FIRST_PAGE = 4
 """How many bodies are read first, before it is known how large they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from ..backends.s3.object_store import CONCURRENT_GETS, ObjectStore, s3
 from ..basic import Encoding, ModelSpec, ResourceStore, RevisionInfo
 from ..contract.packs import BodyPacking, StoredPack, UidAllotment
 from ..contract.protocols import BodySweeping, IndexKeeping
-from ..contract.snapshots import BodySnapshot, BodySnapshots
+from ..contract.snapshots import PAGE_BYTES, BodySnapshot, BodySnapshots
 from ..contract.store_errors import generation_of
 from .packs import PACK, PackAllotment, Packs, Place, place_of, places_by_pack
 
@@ -27,7 +28,7 @@ UID = re.compile(PACK)
 """The uid of a body with an object of its own. Packs are named alike."""
 EDITS_AT_ONCE = 8
 """Bodies are removed from so many packs at the same time."""
-_GetMany: TypeAlias = Callable[[Sequence[str], asyncio.Semaphore], Awaitable[list[bytes | None]]]
+_Read: TypeAlias = Callable[[Sequence[str], int, int], Awaitable[Mapping[str, bytes | None]]]
 
 
 class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, IndexKeeping):
@@ -143,14 +144,14 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         if len(uids) == 1:
             return [self._found(uids[0], await self._get(uids[0]))]
-        found = await self._get_many(uids, asyncio.Semaphore(CONCURRENT_GETS))
-        return [self._found(uid, body) for uid, body in zip(uids, found, strict=True)]
+        found = await self._read(uids, CONCURRENT_GETS)
+        return [self._found(uid, found[uid]) for uid in uids]
 
     @override
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[BodySnapshot]:
         """Give the bodies of the bucket. A body never changes, and a pin keeps it. Caches are left as they are."""
-        yield _BodiesOnS3(self._get_many)
+        yield _BodiesOnS3(self._read)
 
     async def _get(self, uid: str) -> bytes | None:
         if (place := place_of(uid)) is not None:
@@ -159,28 +160,42 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
         found = await self._objects.get(self._prefix + uid)
         return None if found is None else found.body
 
-    async def _get_many(self, uids: Sequence[str], turns: asyncio.Semaphore) -> list[bytes | None]:
-        """Return bodies in the order of the uids; None for each one that is missing. A request needs a turn."""
+    async def _read(self, uids: Sequence[str], at_once: int, most: int | None = None) -> dict[str, bytes | None]:
+        """Return the bodies of these uids; None for each one that is missing. Those of one pack take one request.
+
+        at_once  how many requests are under way at the same time
+        most     no further request is sent once the bodies take more bytes; None: all bodies are read
+        """
         found: dict[str, bytes | None] = {}
-
-        async def single(uid: str) -> None:
-            async with turns:
-                found[uid] = await self._get(uid)
-
-        async def packed(uids_of_pack: Sequence[tuple[str, Place]]) -> None:
-            async with turns:
-                bodies = await self._packs.get([place for _, place in uids_of_pack])
-            found.update(zip((uid for uid, _ in uids_of_pack), bodies, strict=True))
-
-        packs: dict[str, list[tuple[str, Place]]] = {}
-        reads = []
-        for uid in dict.fromkeys(uids):
+        packed: dict[str, dict[str, Place]] = {}
+        requests: dict[str, dict[str, Place] | None] = {}  # by uid or pack, in the order of the uids
+        for uid in uids:
             if (place := place_of(uid)) is None:
-                reads.append(single(uid))
+                requests[uid] = None
             else:
-                packs.setdefault(place.pack, []).append((uid, place))
-        await asyncio.gather(*reads, *map(packed, packs.values()))
-        return [found[uid] for uid in uids]
+                requests[place.pack] = packed.setdefault(place.pack, {})
+                packed[place.pack][uid] = place
+        left, size = iter(requests.items()), 0
+
+        async def work() -> None:
+            nonlocal size
+            for name, places in left:
+                if places is None:
+                    found[name] = await self._get(name)
+                    size += len(found[name] or b"")
+                else:
+                    bodies = await self._packs.get(list(places.values()))
+                    found.update(zip(places, bodies, strict=True))
+                    size += sum(len(body or b"") for body in bodies)
+                if most is not None and size > most:
+                    return
+
+        try:
+            await asyncio.gather(*(work() for _ in range(min(at_once, len(requests)))))
+        finally:
+            for _ in left:  # after a failure, the others send no further requests
+                pass
+        return found
 
     @staticmethod
     def _found(uid: str, body: bytes | None) -> bytes:
@@ -247,10 +262,10 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
 
 
 class _BodiesOnS3(BodySnapshot):
-    def __init__(self, get_many: _GetMany) -> None:
-        self._get_many = get_many
-        self._turns = asyncio.Semaphore(2 * CONCURRENT_GETS)  # no request of a client waits for these
+    def __init__(self, read: _Read) -> None:
+        self._read = read
 
     @override
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        return await self._get_many(uids, self._turns)
+        found = await self._read(uids, 2 * CONCURRENT_GETS, PAGE_BYTES)
+        return [found[uid] for uid in itertools.takewhile(found.__contains__, uids)]
