@@ -3,8 +3,8 @@
 `python -m tests.mutants s3_sqlite` tries those of files whose path contains that text.
 
 Each mutant replaces a text in a file, runs the tests that should notice, and restores the file. The mutants are in
-`mutants_of_stores`, `mutants_of_blobs`, `mutants_of_files` and
-`mutants_of_app`.
+`mutants_of_stores`, `mutants_of_blobs`, `mutants_of_files`, `mutants_of_packs`
+and `mutants_of_app`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from .mutants_of_app import APP_MUTANTS
 from .mutants_of_blobs import BLOB_MUTANTS
 from .mutants_of_files import FILE_MUTANTS
+from .mutants_of_packs import PACK_MUTANTS
 from .mutants_of_stores import STORE_MUTANTS
 
 ROOT = Path(__file__).parent.parent
-MUTANTS = [*STORE_MUTANTS, *BLOB_MUTANTS, *FILE_MUTANTS, *APP_MUTANTS]
+MUTANTS = [*STORE_MUTANTS, *BLOB_MUTANTS, *FILE_MUTANTS, *PACK_MUTANTS, *APP_MUTANTS]
 
 
 def main() -> None:

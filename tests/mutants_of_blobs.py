@@ -48,7 +48,13 @@ BLOB_MUTANTS = [
         '"UPDATE state SET format = 1 OR ?"',
         OLDER,
     ),
-    ("HEAD does not tell about blobs", P + "local_copy.py", "FORMAT_WITH_BLOBS if blob", "head.fmt if blob", S3_ROWS),
+    (
+        "HEAD does not tell about blobs",
+        P + "local_copy.py",
+        "max(head.fmt, format_without",
+        "min(head.fmt, format_without",
+        S3_ROWS,
+    ),
     (
         "HEAD forgets the epoch",
         P + "local_copy.py",
@@ -72,7 +78,7 @@ BLOB_MUTANTS = [
         S3_ROWS,
     ),
     ("an imported database begins at epoch 0", P + "creation.py", "blob_epoch=epoch)", "blob_epoch=0)", S3_ROWS),
-    ("an imported database is not marked", P + "creation.py", "FORMAT_WITH_BLOBS if blob", "FORMAT if blob", S3_ROWS),
+    ("an imported database is not marked", P + "creation.py", "fmt=format_of(connection)", "fmt=1", S3_ROWS),
     (
         "the log forgets keys of records",
         M + "backends/log_records.py",

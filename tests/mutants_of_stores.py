@@ -257,8 +257,8 @@ STORE_MUTANTS = [
     (
         "the sweep takes what lies deeper",
         M + "resource_store/s3.py",
-        "ours = UID.fullmatch(uid)",
-        'ours = re.match(r"(0|[1-9][0-9]*)/", uid)',
+        "if UID.fullmatch(uid) is not None and",
+        'if re.match(r"(0|[1-9][0-9]*)/", uid) is not None and',
         NEIGHBOURS,
     ),
     (

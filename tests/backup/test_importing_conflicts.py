@@ -14,7 +14,7 @@ from app.autocrud.backup.import_states import version_of
 from app.autocrud.backup.importing import import_all
 from app.autocrud.errors import StoreUnavailable, UniqueConflict, VersionConflict
 from app.autocrud.resource_manager.contract.limits import MAX_VERSION
-from app.autocrud.resource_manager.core import ResourceManager
+from app.autocrud.resource_manager.core import ResourceManager, Retention
 
 from .archives import Content, blob, resource, write
 from .imports import Note
@@ -238,3 +238,29 @@ async def test_a_resource_of_the_largest_version_is_changed_exported_and_importe
     await write(tmp_path / "c.tar.gz", {"note": Content(resources=[resource("a", [{}], version=MAX_VERSION + 1)])})
     with pytest.raises(BadArchive):
         await import_all(other.managers, tmp_path / "c.tar.gz")
+
+
+@pytest.mark.parametrize("change", ["purge", "update"])
+async def test_a_resource_changes_right_after_its_bodies_got_other_uids(programs, tmp_path, monkeypatch, change):
+    """A sweep was faster than the commit of a batch, so the storage has stored the bodies again."""
+    crud = programs("s3-sqlite", retention=Retention(last=1))
+    manager = crud.resource_manager(Note)
+    await manager.create(Note(text="own"), resource_id="own")
+    await write(tmp_path / "a.tar.gz", {"note": Content(resources=[resource("a", [{"text": "1"}, {"text": "2"}])])})
+    storage, commit = manager.storage, manager.storage.commit
+
+    async def commit_late(writes: Any, once: Any = None) -> Any:
+        monkeypatch.setattr(storage, "commit", commit)
+        for _ in range(3):
+            await storage.meta_store.advance_generation()
+        committed = await commit(writes, once)
+        assert committed[0].uid != writes[0].change.meta.uid
+        if change == "purge":
+            await manager.purge("a")
+        else:
+            await manager.update("a", Note(text="changed"))
+        return committed
+
+    monkeypatch.setattr(storage, "commit", commit_late)
+    (model,) = (await import_all(crud.managers, tmp_path / "a.tar.gz")).models.values()
+    assert model.created == 1

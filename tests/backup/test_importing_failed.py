@@ -165,3 +165,18 @@ async def test_a_full_disk_is_empty_after_the_failure(tmp_path, archive, monkeyp
         left = os.statvfs(directory)
         assert (before - left.f_bavail) * left.f_frsize < 500_000
         await crud.close()
+
+
+async def test_a_pack_that_a_sweep_removed_says_nothing_about_the_server(programs, tmp_path, monkeypatch):
+    """The process was suspended for longer than PIN_LIFE_S before it read the pack."""
+    place = Place(tmp_path / "data")
+    crud, objects = programs("s3-sqlite", place), place.s3["object_store"]
+    await write(tmp_path / "a.tar.gz", {"note": Content(resources=[resource("a", [{"text": "1"}])])})
+
+    async def get_range(key: str, _start: int, _end: int) -> bytes | None:
+        await objects.delete([key])
+        return None
+
+    monkeypatch.setattr(objects, "get_range", get_range)
+    with pytest.raises(StoreUnavailable, match="bodies were removed while they were stored"):
+        await import_all(crud.managers, tmp_path / "a.tar.gz")

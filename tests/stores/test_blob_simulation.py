@@ -20,8 +20,8 @@ import contextlib
 import hashlib
 import io
 import os
-import random
 from collections import Counter
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +37,7 @@ from app.autocrud.errors import (
     OutcomeUnknown,
     ResourceNotFound,
     StoreDamaged,
-    StoreUnavailable,
     VersionConflict,
-    WriteContention,
 )
 from app.autocrud.resource_manager.backends.s3_sqlite import housekeeping
 from app.autocrud.resource_manager.basic import BlobRow, IStorage, RevisionInfo
@@ -61,15 +59,15 @@ from .blob_simulation import (
     PIN_S,
     STAGING_S,
     URL_S,
-    Bucket,
     ProcessBucket,
+    Processes,
     now,
     set_times,
     slowness,
 )
 
 SEEDS = range(int(os.environ.get("SIMULATIONS", "16")))
-PROCESSES, DURATION_S, LIFE_S = 3, 100.0, 45.0
+DURATION_S, LIFE_S = 100.0, 45.0
 CALLERS = ("alice", "bob")
 COMMON = tuple(f"content {number}".encode() for number in range(3))
 KEPT = 2
@@ -119,50 +117,22 @@ def manager_of(objects: ProcessBucket) -> ResourceManager[Doc]:
     return AutoCRUD(storage_factory=Stores(objects), clock=now).add_model(Doc, retention=Retention(last=KEPT))
 
 
-class World:
+class World(Processes):
     def __init__(self, seed: int, root: Path) -> None:
-        self.random, self.root = random.Random(seed), root
-        self.bucket = Bucket(self.random)
-        self.is_calm = self.bucket.trouble == 0 and self.bucket.violence == 0
+        super().__init__(seed, DURATION_S, LIFE_S)
+        self.root = root
         self.offers: list[Offer] = []
         self.purged: set[str] = set()  # hashes of content that a purge may have removed
         self.named: Counter[str] = Counter()  # how many writes named a hash
         self.written: dict[str, Written | None] = {}  # None: not known
         self.attempts: Counter[str] = Counter()  # how many writes were tried, by resource
-        self.done: Counter[str] = Counter()
-        self.number = 0
 
     # Processes
 
-    async def process(self, number: int) -> None:
-        """Run one process after the other, until the end of the simulation. The next one uses the same resources."""
-        loop = asyncio.get_running_loop()
-        while (left := DURATION_S - loop.time()) > 0:
-            objects = ProcessBucket(self.bucket)
-            manager = manager_of(objects)
-            work = [self.writer(manager, f"{number}"), self.writer(manager, f"{number}'"), self.sweeper(manager)]
-            work += [self.exporter(manager)] if self.random.random() < 0.8 else []
-            tasks = [asyncio.create_task(one) for one in work]
-            killed = asyncio.create_task(objects.killed.wait())
-            life = min(left, self.random.uniform(0.3, 1.5) * LIFE_S)
-            await asyncio.wait([*tasks, killed], timeout=life, return_when=asyncio.FIRST_COMPLETED)
-            killed.cancel()
-            if not objects.killed.is_set() and self.random.random() < 0.5:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks, timeout=PIN_S)
-            objects.killed.set()
-            for task in tasks:
-                if task.done() and not task.cancelled():
-                    task.result()
-            await asyncio.sleep(self.random.uniform(0, PIN_S))
-
-    async def sweeper(self, manager: ResourceManager[Doc]) -> None:
-        while True:
-            await asyncio.sleep(self.random.uniform(0.5, 5))
-            with contextlib.suppress(StoreUnavailable, OutcomeUnknown, WriteContention):
-                await manager.maintain(10)
-                self.done["sweep"] += 1
+    def work(self, objects: ProcessBucket, number: int) -> list[Coroutine[Any, Any, None]]:
+        manager = manager_of(objects)
+        work = [self.writer(manager, f"{number}"), self.writer(manager, f"{number}'"), self.sweeper(manager)]
+        return work + ([self.exporter(manager)] if self.random.random() < 0.8 else [])
 
     async def writer(self, manager: ResourceManager[Doc], name: str) -> None:
         while True:
@@ -378,13 +348,7 @@ def simulate(seed: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[
     monkeypatch.setattr(exporting, "READ_AT_ONCE", 1)  # so an export needs many requests
 
     async def main() -> Counter[str]:
-        world = World(seed, root)
-        try:
-            await asyncio.gather(*(world.process(number) for number in range(PROCESSES)))
-            await world.check()
-        finally:
-            world.bucket.ended.set()
-        return world.done
+        return await World(seed, root).history()
 
     return virtual_time.run(main())
 

@@ -260,14 +260,22 @@ class BatchedImport:
             if committed[position].uid == writes[0].change.meta.uid:
                 uids += new_uids(piece, writes)
             else:  # the storage has put the bodies under other uids
-                records = {one.revision: one for one in await records_of(self._storage, piece.meta.resource_id)}
-                uids += [(record.uid, records[record.revision].uid) for record, _ in piece.revisions]
+                uids += await self._stored_uids(piece)
                 self._rewriting.written(committed[position])
             position += len(writes)
         await asyncio.to_thread(self._notes.set_uids, self._model, uids)
         if self._left_out_before:
             ids = [one.piece.meta.resource_id for one in planned]
             await asyncio.to_thread(self._notes.take_up, self._model, ids)
+
+    async def _stored_uids(self, piece: Piece) -> list[tuple[str, str]]:
+        """Return the uids of the bodies of a piece, as they were and as they are stored.
+
+        Another program may have removed some of the records since they were committed, or all.
+        """
+        found = await records_of(self._storage, piece.meta.resource_id)
+        stored = {record.revision: record.uid for record in found}
+        return [(record.uid, stored[record.revision]) for record, _ in piece.revisions if record.revision in stored]
 
     def _count_plan(self, plan: Plan) -> None:
         """Count the resources that need no write. Called once for a batch, which may be planned several times."""

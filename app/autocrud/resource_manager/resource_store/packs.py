@@ -142,10 +142,16 @@ class Packs:
         await self._objects.put(self._key(pack), content_of(bodies))
 
     async def put_and_try(self, pack: str, bodies: Mapping[Place, bytes]) -> bool:
-        """Store a new pack. Return whether the server answers a GET of a range with that range."""
+        """Store a new pack. Return whether the server answers a GET of a range with that range.
+
+        Raises StoreUnavailable if the pack is gone, because a sweep removed it before it was read.
+        """
         await self.put(pack, bodies)
         start, end = UNIT // 2, UNIT  # each pack has these bytes
-        return await self._objects.get_range(self._key(pack), start, end) == content_of(bodies)[start:end]
+        found = await self._objects.get_range(self._key(pack), start, end)
+        if found is None and await self._objects.get(self._key(pack)) is None:
+            raise StoreUnavailable("bodies were removed while they were stored, because it took too long; try again")
+        return found == content_of(bodies)[start:end]
 
     async def get(self, places: Sequence[Place]) -> list[bytes | None]:
         """Return bodies of one pack, by one request; None for each that was removed, or is not there in full."""
