@@ -347,7 +347,7 @@ class S3Check:
             self._found("presigned URLs", "note", f"a request failed ({reason_of(error)}): {THROUGH_THE_SERVER}")
 
     async def _check_ranges(self) -> None:
-        """Test reads of a range. Imported bodies and interrupted downloads need them."""
+        """Test reads of a range. Reads of bodies and interrupted downloads need them."""
         key, body = self._key("range"), uuid4().hex.encode()
         await self._objects.put(key, body)
         try:
@@ -358,7 +358,7 @@ class S3Check:
             problem = "" if part == body[8:16] else "the answer has other bytes"
         self._judge(
             "ranges",
-            [f"a GET of a range failed ({problem}), so imported bodies could not be read"] if problem else [],
+            [f"a GET of a range failed ({problem}), so bodies could not be read"] if problem else [],
             "a GET of a range returned that range",
         )
 

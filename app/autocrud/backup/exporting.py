@@ -30,7 +30,7 @@ T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int | None, str], None]
 """Called with the amount that is done, the total if it is known, and what is counted: `article`, or `article files`."""
 
-PAGE_BODIES = 16 * READ_AT_ONCE
+PAGE_BODIES = 4 * READ_AT_ONCE
 """How many bodies are read at once, if they are small."""
 FIRST_PAGE = 4
 """How many bodies are read first, before it is known how large they are."""

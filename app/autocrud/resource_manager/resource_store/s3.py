@@ -157,8 +157,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
         if (place := place_of(uid)) is not None:
             (body,) = await self._packs.get([place])
             return body
-        found = await self._objects.get(self._prefix + uid)
-        return None if found is None else found.body
+        return await self._objects.read(self._prefix + uid)
 
     async def _read(self, uids: Sequence[str], at_once: int, most: int | None = None) -> dict[str, bytes | None]:
         """Return the bodies of these uids; None for each one that is missing. Those of one pack take one request.

@@ -8,8 +8,15 @@ because only the dump has it.
 from __future__ import annotations
 
 import html
+import logging
 import re
 
+from ....errors import StoreUnavailable
+
+log = logging.getLogger("crudstack.s3")
+
+BEHIND_THE_END = 416, "InvalidRange"
+"""The answer of S3 to a GET of a range that starts behind the end of the object."""
 LONGEST = 300
 """A message of the server is cut after so many characters, because some quote the whole request."""
 NO_CREDENTIALS = (
@@ -23,6 +30,12 @@ _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _OS_MESSAGE = re.compile(r'Os \{[^}]*?message: "([^"]*)"')
 _DNS = re.compile(r'"dns error",.*?error: "([^"]*)"', re.DOTALL)
 _PROVIDER = re.compile(r"External AWS credential provider: (?:\w+: )?(.*)", re.DOTALL)
+
+
+def unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
+    """Return the error for the client. The details, for example an address, go only to the log."""
+    log.error("%s %s: %s: %s", method, key, type(error).__name__, describe(error))
+    return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
 
 
 def describe(error: BaseException) -> str:
