@@ -13,6 +13,20 @@ SWEEP = M + "storage/sweeping.py"
 
 PACK_MUTANTS = [
     (
+        "a sweep of packs uses only the second look",
+        SWEEP,
+        "sorted({*before[name], *uids})",
+        "uids",
+        ["tests/stores/test_packs.py"],
+    ),
+    (
+        "a sweep of packs uses only the first look",
+        SWEEP,
+        "sorted({*before[name], *uids})",
+        "before[name]",
+        ["tests/stores/test_packs.py"],
+    ),
+    (
         "a sweep of packs ignores pins",
         SWEEP,
         "if self._pins is not None and await self._pins.has_pins():\n                return False",
@@ -54,7 +68,7 @@ PACK_MUTANTS = [
     (
         "only packs without any reference are swept",
         M + "backends/sqlite/packs.py",
-        "if len(rows) < pack.bodies:",
+        "if len(rows) < max(1, pack.bodies):",
         "if not rows:",
         SIMULATION,
     ),
@@ -68,8 +82,8 @@ PACK_MUTANTS = [
     (
         "packs have a generation that no sweep reaches",
         M + "storage/imports.py",
-        "self.resource_store.allotment(self._sweep.new_uid)",
-        "self.resource_store.allotment(lambda: f'999{self._sweep.new_uid()}')",
+        "self.resource_store.uid_allotment(self._sweep.new_uid)",
+        "self.resource_store.uid_allotment(lambda: f'999{self._sweep.new_uid()}')",
         SIMULATION,
     ),
     (

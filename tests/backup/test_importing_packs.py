@@ -25,7 +25,7 @@ from app.autocrud.resource_manager.backends.s3_sqlite import head
 from app.autocrud.resource_manager.backends.s3_sqlite.head import decode_head
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.resource_store.packs import (
-    UNIT,
+    PADDING,
     place_of,
     places_by_pack,
 )
@@ -89,7 +89,7 @@ async def check_packs(manager: ResourceManager[Note], objects: MemoryObjectStore
             assert rest[place.start]
             rest[place.start : place.end] = bytes(place.end - place.start)
         assert not any(rest)
-        assert len(body) % UNIT == len(of_pack)
+        assert len(body) % PADDING == len(of_pack)
 
 
 @pytest.mark.parametrize("answer", [lambda body: body, lambda body: body[:512], lambda _: None])
@@ -175,6 +175,15 @@ async def test_a_sweep_reads_only_packs_with_orphans(tmp_path):
     objects.fault = fault
     await advance(manager)
     assert not read
+
+
+async def test_a_sweep_deletes_a_pack_whose_length_names_no_bodies(tmp_path):
+    """It was cut short, so its length tells nothing."""
+    manager, objects = await imported("s3-sqlite", tmp_path)
+    (body,), prefix = packs_of(objects).values(), prefix_of(objects)
+    await objects.put(f"{prefix}packs/0/{uuid7()}.pack", body[:PADDING])
+    await advance(manager)
+    await check_packs(manager, objects)
 
 
 async def test_a_sweep_deletes_packs_that_no_record_names_unread(tmp_path):

@@ -8,7 +8,7 @@ from uuid import UUID
 import httpx
 import pytest
 from fastapi import FastAPI
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from app.autocrud import AutoCRUD, Encoding
 
@@ -17,12 +17,14 @@ class Grade(Struct):
     name: str
     per_level: dict[int, str] = {}
     per_day: dict[dt.date, dict[UUID, float]] = {}
+    raw: Raw = Raw(b"null")
 
 
 DATA = {
     "name": "n",
     "per_level": {"10": "ten", "9": "nine", "-1": "minus"},
     "per_day": {"2026-01-31": {"0" * 8 + "-0000-7000-8000-" + "0" * 12: 1.5}},
+    "raw": {"b": [1.25, "x"], "a": None},
 }
 
 

@@ -38,7 +38,7 @@ from app.autocrud.resource_manager.backends.s3_sqlite import race_check
 from app.autocrud.resource_manager.basic import BLOB_KEY
 from app.autocrud.resource_manager.contract import snapshots
 from app.autocrud.resource_manager.core import ResourceManager
-from app.autocrud.resource_manager.resource_store.packs import FOLDER, SUFFIX, UNIT, place_of, places_by_pack
+from app.autocrud.resource_manager.resource_store.packs import FOLDER, PADDING, SUFFIX, place_of, places_by_pack
 from app.autocrud.resource_manager.storage import direct_s3
 from tests.virtual_time import VirtualTimeLoop
 
@@ -149,7 +149,7 @@ class Bucket(MemoryObjectStore):
         assert found.keys() == {f"{PACKS}{pack}{SUFFIX}" for pack in places}, "a pack is lost, or is an orphan"
         for pack, of_pack in places.items():
             rest = bytearray(found[f"{PACKS}{pack}{SUFFIX}"])
-            assert len(rest) % UNIT == len(of_pack), "the length of a pack does not tell how many bodies it has"
+            assert len(rest) % PADDING == len(of_pack), "the length of a pack does not tell how many bodies it has"
             for place in of_pack:
                 assert rest[place.start], "a body is lost"
                 rest[place.start : place.end] = bytes(place.end - place.start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from app.autocrud.resource_manager.resource_store import packs as packs_module
 from app.autocrud.resource_manager.resource_store.packs import (
     BODY_BYTES,
     PACK_BYTES,
-    UNIT,
+    PADDING,
     PackAllotment,
     Packs,
     Place,
@@ -33,7 +34,7 @@ from app.autocrud.resource_manager.resource_store.packs import (
     places_by_pack,
 )
 from app.autocrud.resource_manager.resource_store.s3 import S3ResourceStore
-from app.autocrud.resource_manager.storage.sweeping import Sweep
+from app.autocrud.resource_manager.storage.sweeping import Sweep, _PackSweep
 from tests import virtual_time
 
 
@@ -62,10 +63,10 @@ def test_bodies_lie_one_after_the_other_in_packs(bodies):
         assert of_pack[-1].end <= PACK_BYTES
 
 
-def test_a_pack_has_less_than_unit_bodies():
-    uids = allotted([b"{}"] * (2 * UNIT))
+def test_a_pack_has_fewer_bodies_than_the_padding():
+    uids = allotted([b"{}"] * (2 * PADDING))
     sizes = [len(places) for places in places_by_pack(uids).values()]
-    assert sizes == [UNIT - 1, UNIT - 1, 2]
+    assert sizes == [PADDING - 1, PADDING - 1, 2]
 
 
 def test_each_batch_has_packs_of_its_own():
@@ -234,7 +235,7 @@ async def test_bodies_of_one_pack_take_one_request():
     objects = MemoryObjectStore()
     store = S3ResourceStore("b", prefix="data/", object_store=objects)
     bodies = [b'{"n":%d}' % number for number in range(50)] + [b"\0", b"y" * (BODY_BYTES + 1)]
-    allotment = store.allotment(new_uid)
+    allotment = store.uid_allotment(new_uid)
     uids = [allotment.uid_for(body) for body in bodies]
     infos: list[Any] = [type("Info", (), {"uid": uid}) for uid in uids]
     await store.put_many(list(zip(infos, bodies, strict=True)))
@@ -302,12 +303,12 @@ async def test_a_sweep_keeps_what_is_published_while_it_looks(packed):
         async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[str]:
             return [] if packed or after else [body]
 
-        def allotment(self, new_uid: Any) -> Any: ...
+        def uid_allotment(self, new_uid: Any) -> Any: ...
 
         async def packs_older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[StoredPack]:
             return [StoredPack(body, 1)] if packed else []
 
-        async def retain(self, pack: str, uids: list[str]) -> None:
+        async def retain_in_pack(self, pack: str, uids: list[str]) -> None:
             removed.append(pack)
 
         async def delete(self, uids: list[str]) -> None:
@@ -318,6 +319,65 @@ async def test_a_sweep_keeps_what_is_published_while_it_looks(packed):
     await sweep.run(float("inf"))
     assert named == {body}
     assert not removed
+
+
+async def test_a_sweep_of_packs_keeps_what_a_pin_needs_that_was_added_while_it_looks():
+    """After the sweep has found no pin, an export adds one, and a commit drops a body that the export needs."""
+    pack = new_uid()
+    looks = iter([[f"{pack}.0-2", f"{pack}.2-4"], [f"{pack}.2-4"]])
+    kept: list[Any] = []
+
+    class Stores:
+        async def packs_with_orphans(self, packs: list[StoredPack]) -> dict[str, list[str]]:
+            return {pack: next(looks)}
+
+        async def packs_older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[StoredPack]:
+            return [StoredPack(pack, 3)]
+
+        async def has_pins(self) -> bool:
+            return False
+
+        async def retain_in_pack(self, pack: str, uids: list[str]) -> None:
+            kept.append((pack, set(uids)))
+
+    stores: Any = Stores()
+    await _PackSweep(stores, stores, stores).run(1, float("inf"))
+    assert kept == [(pack, {f"{pack}.0-2", f"{pack}.2-4"})]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_store_removes_bodies_of_a_pack_in_several_event_loops(threads):
+    objects = MemoryObjectStore()
+    packs, bodies = Packs(objects, "data/"), stored(40, random.Random(1))
+    asyncio.run(packs.put(next(iter(bodies)).pack, bodies))
+    places = list(bodies)
+
+    async def remove(some: list[Place]) -> None:
+        await asyncio.gather(*(packs.remove([place]) for place in some))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda at: asyncio.run(remove(places[at : at + 15])), (0, 15)))
+    asyncio.run(check(packs, objects, bodies, set(places[30:])))
+
+
+async def test_a_failed_edit_ends_a_sweep_of_packs():
+    objects = MemoryObjectStore()
+    store = S3ResourceStore("b", prefix="data/", object_store=objects)
+    names = [new_uid() for _ in range(40)]
+    for name in names:
+        await store._packs.put(name, {Place(name, 0, 2): b"{}"})
+    objects.latency = lambda _: 0.001
+    objects.fault = lambda call: DROPPED if call.op == "delete" else None
+
+    class References:
+        async def packs_with_orphans(self, packs: list[StoredPack]) -> dict[str, list[str]]:
+            return {pack.name: [] for pack in packs}
+
+    references: Any = References()
+    with pytest.raises(StoreUnavailable):
+        await _PackSweep(references, store, None).run(1, float("inf"))
+    await asyncio.sleep(0.1)
+    assert objects.requests["delete"] <= 8
 
 
 async def test_reads_stop_after_a_failure():

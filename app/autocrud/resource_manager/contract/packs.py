@@ -29,7 +29,7 @@ class UidAllotment(Protocol):
 
 
 class SingleUids(UidAllotment):
-    """Gives each body a uid that says nothing about other bodies."""
+    """Gives each body a uid of its own, outside of packs."""
 
     def __init__(self, new_uid: Callable[[], str]) -> None:
         self._new_uid = new_uid
@@ -48,21 +48,24 @@ class BodyPacking(Protocol):
     """A ResourceStore that can store the bodies of an import in packs. A uid of such a body is `{pack}.{place}`."""
 
     @abstractmethod
-    def allotment(self, new_uid: Callable[[], str]) -> UidAllotment:
-        """Return what gives the bodies of an import their uids. `new_uid` returns a new uid, or name of a pack."""
+    def uid_allotment(self, new_uid: Callable[[], str]) -> UidAllotment:
+        """Return an object that gives uids to the bodies of one import.
+
+        `new_uid` returns a new uid. The name of a pack is one too.
+        """
 
     @abstractmethod
     async def packs_older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[StoredPack]:
         """Return up to `limit` packs of generations below `generation`, ascending, that follow the pack `after`."""
 
     @abstractmethod
-    async def retain(self, pack: str, uids: Sequence[str]) -> None:
-        """Remove all bodies of a pack but these."""
+    async def retain_in_pack(self, pack: str, uids: Sequence[str]) -> None:
+        """Remove all other bodies of a pack."""
 
 
 @runtime_checkable
 class PackReferences(Protocol):
-    """A MetaStore whose records may name bodies in packs, once a whole model was loaded with such records.
+    """A MetaStore whose records may name bodies in packs, after `load` has published such records.
 
     Older programs would remove nothing from a pack at a purge. So the step that publishes these records also raises the
     format of the store, and older programs refuse it.
@@ -70,4 +73,7 @@ class PackReferences(Protocol):
 
     @abstractmethod
     async def packs_with_orphans(self, packs: Sequence[StoredPack]) -> Mapping[str, Sequence[str]]:
-        """Return those packs that have more bodies than records name, each with the uids that records name."""
+        """Return the packs that have more bodies than records name. Each one comes with the uids that records name.
+
+        A pack without bodies that no record names is one of them too.
+        """

@@ -40,7 +40,7 @@ def canonical_json(data: Any) -> bytes:
     try:
         return _sorted_json(data)
     except TypeError:  # msgspec sorts text only, so keys like those of dict[int, X] must be text first
-        return _sorted_json(msgspec.to_builtins(data, str_keys=True))
+        return _sorted_json(msgspec.json.decode(msgspec.json.encode(data)))
 
 
 def _msgpack(data: Any) -> bytes:

@@ -5,16 +5,17 @@
 
 A body of its own object costs a request at the import and at each export. The bodies of a pack share them.
 
-- K1 *A body is at its place or removed.* A pack is written once, before any record names its bodies. From then on, its
-  bytes only become zero, by conditional PUTs. No body in a pack begins with a zero byte, so one that does was removed.
-  Each of these PUTs has other bytes than all before it, so no ETag returns, and none that arrives late brings back what
-  was removed.
-- K2 *The length of a pack tells how many bodies it has.* The bodies are padded to a multiple of UNIT, and one more byte
-  follows for each body that was not removed. So a sweep finds what should have been removed by a listing and the index,
-  and reads no other packs: what a killed process has left, and what the first PUT of a pack brought back, if it was
-  repeated and arrived very late.
-- K3 *An older program refuses the store.* It would remove nothing from a pack at a purge. So packs are only made where
-  the MetaStore tells older programs in the same step that publishes them: see `PackReferences`.
+- K1 *A body is at its place or removed.* A pack is written before any record names its bodies. After that, conditional
+  PUTs replace bodies by zero bytes, and a DELETE removes an empty pack. No body in a pack begins with a zero byte, so a
+  body that does was removed. Each conditional PUT has content that the pack never had, so one that arrives late fails.
+  There is an exception: if the first PUT was repeated, the second copy may arrive late and bring everything back. K2
+  handles this.
+- K2 *The length of a pack tells how many bodies it has*, unless it was damaged. The bodies are padded to a multiple of
+  PADDING bytes. One more byte follows for each body that is left. A sweep compares this number with the number of
+  records that name the pack, and reads only packs with more bodies than records. So it finds bodies that a killed
+  process did not remove, and bodies that a late first PUT brought back.
+- K3 *Older programs refuse the store*, because at a purge they would remove nothing from a pack. So packs are made only
+  if the MetaStore raises its format in the step that publishes them: see `PackReferences`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from typing_extensions import override
 
 from ...errors import StoreUnavailable
+from ..backends.s3.errors import RangesUnsupported
 from ..backends.s3.object_store import ObjectStore, Stored
 from ..contract.packs import StoredPack, UidAllotment
 
@@ -36,16 +38,16 @@ PACK_BYTES = 120 * 1024
 """The bodies of a pack have at most so many bytes. The whole pack is a small body for the clients of S3."""
 BODY_BYTES = PACK_BYTES // 4
 """A larger body has an object of its own."""
-UNIT = 1024
-"""A pack has fewer bodies than this: see K2."""
+PADDING = 1024
+"""The bodies of a pack are padded to a multiple of so many bytes. A pack has fewer bodies than this (K2)."""
 FOLDER, SUFFIX = "packs/", ".pack"
-PACK = r"(?:0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-_UID = re.compile(rf"({PACK})\.(0|[1-9][0-9]*)-([1-9][0-9]*)")
-_NAME = re.compile(PACK)
+UID_PATTERN = r"(?:0|[1-9][0-9]*)/[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+_UID = re.compile(rf"({UID_PATTERN})\.(0|[1-9][0-9]*)-([1-9][0-9]*)")
+_NAME = re.compile(UID_PATTERN)
 MAX_ATTEMPTS = 20
-"""How often an edit of a pack begins again, because others edit it too."""
+"""Largest number of attempts of one edit. An attempt fails if another process edits the pack meanwhile."""
 PAUSE_S = 0.05
-"""Seconds until an edit begins again: a random part of this, times the number of the attempt, up to ten."""
+"""The pause before attempt n + 1 is random, at most this many seconds times min(n, 10)."""
 
 
 class Place(NamedTuple):
@@ -83,9 +85,9 @@ class PackAllotment(UidAllotment):
     @override
     def uid_for(self, body: bytes) -> str:
         size = len(body)
-        if size > BODY_BYTES or body[:1] in (b"", b"\0"):  # the latter may be in a body that does not fit the model
+        if size > BODY_BYTES or body[:1] in (b"", b"\0"):  # a body that does not fit the model may begin so
             return self._new_uid()
-        if not self._pack or self._size + size > PACK_BYTES or self._count == UNIT - 1:
+        if not self._pack or self._size + size > PACK_BYTES or self._count == PADDING - 1:
             self._pack, self._size, self._count = self._new_uid(), 0, 0
         start, self._size, self._count = self._size, self._size + size, self._count + 1
         return f"{self._pack}.{start}-{self._size}"
@@ -102,7 +104,7 @@ def content_of(bodies: Mapping[Place, bytes]) -> bytes:
         if place.start != len(content) or place.end != place.start + len(bodies[place]):
             raise ValueError(f"{place} is not the place of a body that follows {len(content)} bytes")
         content += bodies[place]
-    return bytes(content) + bytes(-len(content) % UNIT + len(bodies))
+    return bytes(content) + bytes(-len(content) % PADDING + len(bodies))
 
 
 class _Removal:
@@ -119,7 +121,6 @@ class _Turns:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.waiting: list[_Removal] = []
-        self.calls = 0
 
 
 class Packs:
@@ -130,8 +131,8 @@ class Packs:
 
     def __init__(self, objects: ObjectStore, prefix: str) -> None:
         self._objects, self._folder = objects, prefix + FOLDER
-        self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Turns]] = (
-            weakref.WeakKeyDictionary()
+        self._turns_of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[str, _Turns]] = (
+            WeakKeyDictionary()
         )
 
     def _key(self, pack: str) -> str:
@@ -144,17 +145,22 @@ class Packs:
     async def put_and_try(self, pack: str, bodies: Mapping[Place, bytes]) -> bool:
         """Store a new pack. Return whether the server answers a GET of a range with that range.
 
-        Raises StoreUnavailable if the pack is gone, because a sweep removed it before it was read.
+        Raises StoreUnavailable if the pack is gone, because the pin of the import was dropped and a sweep removed it.
         """
         await self.put(pack, bodies)
-        start, end = UNIT // 2, UNIT  # each pack has these bytes
-        found = await self._objects.get_range(self._key(pack), start, end)
+        start, end = PADDING // 2, PADDING  # each pack has these bytes
+        try:
+            found = await self._objects.get_range(self._key(pack), start, end)
+        except RangesUnsupported:
+            return False
         if found is None and await self._objects.get(self._key(pack)) is None:
-            raise StoreUnavailable("bodies were removed while they were stored, because it took too long; try again")
+            raise StoreUnavailable(
+                "a sweep removed bodies of this import, which was suspended for more than 10 minutes; start it again"
+            )
         return found == content_of(bodies)[start:end]
 
     async def get(self, places: Sequence[Place]) -> list[bytes | None]:
-        """Return bodies of one pack, by one request; None for each that was removed, or is not there in full."""
+        """Return bodies of one pack by one request; None for a body that was removed or is incomplete."""
         first, last = min(place.start for place in places), max(place.end for place in places)
         found = await self._objects.get_range(self._key(places[0].pack), first, last)
         if found is None:
@@ -168,9 +174,8 @@ class Packs:
     async def remove(self, places: Sequence[Place]) -> None:
         """Remove bodies of one pack. Calls that wait for the same pack share one edit."""
         pack, removal = places[0].pack, _Removal(places)
-        of_loop = self._turns.setdefault(asyncio.get_running_loop(), {})
+        of_loop = self._turns_of_loops.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
         turns = of_loop.setdefault(pack, _Turns())
-        turns.calls += 1
         turns.waiting.append(removal)
         try:
             async with turns.lock:
@@ -179,9 +184,6 @@ class Packs:
         finally:
             if removal in turns.waiting:  # this call was cancelled, or its edit raised another error
                 turns.waiting.remove(removal)
-            turns.calls -= 1
-            if not turns.calls:
-                del of_loop[pack]
         if removal.error is not None:
             raise removal.error
 
@@ -204,7 +206,7 @@ class Packs:
         turns.waiting = [removal for removal in turns.waiting if removal not in removals]
 
     async def retain(self, pack: str, places: Sequence[Place]) -> None:
-        """Remove all bodies of a pack but these."""
+        """Remove all other bodies of a pack."""
         if not places:
             await self._objects.delete([self._key(pack)])
             return
@@ -230,7 +232,7 @@ class Packs:
             found = await self._objects.get(key)
             if found is None:
                 return
-            count = len(found.body) % UNIT
+            count = len(found.body) % PADDING
             damaged = any(found.body[len(found.body) - count :])
             content = bytearray(found.body if damaged else found.body[: len(found.body) - count])
             left = max(edit(content, count), 0)
@@ -245,7 +247,9 @@ class Packs:
                 return
             # Another process was faster, or the outcome is unknown: look again (K1).
             await asyncio.sleep(random.uniform(0, PAUSE_S * min(attempt + 1, 10)))
-        raise StoreUnavailable("bodies that are not needed any more could not be removed; the next sweep does it")
+        raise StoreUnavailable(
+            f"other processes edited a pack at the same time, or the outcome was unknown, {MAX_ATTEMPTS} times"
+        )
 
     async def older_than(self, generation: int, after: str = "", limit: int = 1000) -> list[StoredPack]:
         """Return packs of generations below `generation`, ascending, that follow the pack `after`."""
@@ -253,7 +257,7 @@ class Packs:
         async for listed in self._objects.list(self._folder, self._key(after) if after else ""):
             pack = listed.key.removeprefix(self._folder).removesuffix(SUFFIX)
             if self._key(pack) == listed.key and _NAME.fullmatch(pack) and int(pack.partition("/")[0]) < generation:
-                found.append(StoredPack(pack, listed.size % UNIT))
+                found.append(StoredPack(pack, listed.size % PADDING))
                 if len(found) == limit:
                     break
         return found

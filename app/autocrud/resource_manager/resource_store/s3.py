@@ -7,7 +7,8 @@ import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
@@ -19,16 +20,16 @@ from ..contract.packs import BodyPacking, StoredPack, UidAllotment
 from ..contract.protocols import BodySweeping, IndexKeeping
 from ..contract.snapshots import PAGE_BYTES, BodySnapshot, BodySnapshots
 from ..contract.store_errors import generation_of
-from .packs import PACK, PackAllotment, Packs, Place, place_of, places_by_pack
+from ..runtime.limited import limited
+from .packs import UID_PATTERN, PackAllotment, Packs, Place, place_of, places_by_pack
 
 if TYPE_CHECKING:
     from ..meta_store.sqlite3 import S3SqliteMetaStore
 
-UID = re.compile(PACK)
+UID = re.compile(UID_PATTERN)
 """The uid of a body with an object of its own. Packs are named alike."""
 EDITS_AT_ONCE = 8
 """Bodies are removed from so many packs at the same time."""
-_Read: TypeAlias = Callable[[Sequence[str], int, int], Awaitable[Mapping[str, bytes | None]]]
 
 
 class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, IndexKeeping):
@@ -123,7 +124,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
 
     @override
     async def put_many(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
-        """Store bodies. Those of a pack are among the `bodies` of one call, and are not put into caches."""
+        """Store bodies. All bodies of a pack must be in one call. Bodies in packs are not put into caches."""
         single: list[tuple[RevisionInfo, bytes]] = []
         packed: dict[str, dict[Place, bytes]] = {}
         for info, body in bodies:
@@ -143,15 +144,15 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
     @override
     async def get_many(self, uids: Sequence[str]) -> list[bytes]:
         if len(uids) == 1:
-            return [self._found(uids[0], await self._get(uids[0]))]
-        found = await self._read(uids, CONCURRENT_GETS)
+            return [await S3ResourceStore.get(self, uids[0])]
+        found = await self.read(uids, CONCURRENT_GETS)
         return [self._found(uid, found[uid]) for uid in uids]
 
     @override
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[BodySnapshot]:
         """Give the bodies of the bucket. A body never changes, and a pin keeps it. Caches are left as they are."""
-        yield _BodiesOnS3(self._read)
+        yield _BodiesOnS3(self)
 
     async def _get(self, uid: str) -> bytes | None:
         if (place := place_of(uid)) is not None:
@@ -159,41 +160,37 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
             return body
         return await self._objects.read(self._prefix + uid)
 
-    async def _read(self, uids: Sequence[str], at_once: int, most: int | None = None) -> dict[str, bytes | None]:
+    async def read(self, uids: Sequence[str], at_once: int, most: int | None = None) -> dict[str, bytes | None]:
         """Return the bodies of these uids; None for each one that is missing. Those of one pack take one request.
 
         at_once  how many requests are under way at the same time
-        most     no further request is sent once the bodies take more bytes; None: all bodies are read
+        most     no further request is sent once the bodies take more than this many bytes; None: all bodies are read
         """
         found: dict[str, bytes | None] = {}
-        packed: dict[str, dict[str, Place]] = {}
-        requests: dict[str, dict[str, Place] | None] = {}  # by uid or pack, in the order of the uids
+        size = 0
+
+        async def single(uid: str) -> None:
+            nonlocal size
+            found[uid] = body = await self._get(uid)
+            size += len(body or b"")
+
+        async def packed(places: Mapping[str, Place]) -> None:
+            nonlocal size
+            bodies = await self._packs.get(list(places.values()))
+            found.update(zip(places, bodies, strict=True))
+            size += sum(len(body or b"") for body in bodies)
+
+        packs: dict[str, dict[str, Place]] = {}
+        requests: dict[str, Callable[[], Awaitable[None]]] = {}  # by uid or pack, in the order of the uids
         for uid in uids:
             if (place := place_of(uid)) is None:
-                requests[uid] = None
+                requests[uid] = partial(single, uid)
             else:
-                requests[place.pack] = packed.setdefault(place.pack, {})
-                packed[place.pack][uid] = place
-        left, size = iter(requests.items()), 0
-
-        async def work() -> None:
-            nonlocal size
-            for name, places in left:
-                if places is None:
-                    found[name] = await self._get(name)
-                    size += len(found[name] or b"")
-                else:
-                    bodies = await self._packs.get(list(places.values()))
-                    found.update(zip(places, bodies, strict=True))
-                    size += sum(len(body or b"") for body in bodies)
-                if most is not None and size > most:
-                    return
-
-        try:
-            await asyncio.gather(*(work() for _ in range(min(at_once, len(requests)))))
-        finally:
-            for _ in left:  # after a failure, the others send no further requests
-                pass
+                places = packs.setdefault(place.pack, {})
+                places[uid] = place
+                requests.setdefault(place.pack, partial(packed, places))
+        wanted = itertools.takewhile(lambda _: most is None or size <= most, requests.values())
+        await limited(min(at_once, len(requests)), wanted)
         return found
 
     @staticmethod
@@ -208,27 +205,22 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
         if single:
             await self._objects.delete([self._prefix + uid for uid in single])
         packs = places_by_pack(uids)
-        turns = asyncio.Semaphore(EDITS_AT_ONCE)
-
-        async def remove(places: Sequence[Place]) -> None:
-            async with turns:
-                await self._packs.remove(places)
-
-        await asyncio.gather(*map(remove, packs.values()))
+        removals = (partial(self._packs.remove, places) for places in packs.values())
+        await limited(min(EDITS_AT_ONCE, len(packs)), removals)
 
     # Packs
 
     async def _put_first(self, pack: str, bodies: Mapping[Place, bytes]) -> None:
-        """Store a pack, and look whether the server returns parts of it. Raises ConfigError if it does not."""
+        """Store a pack, and check that the server returns a part of it. Raises ConfigError if not."""
         if not await self._packs.put_and_try(pack, bodies):
             raise ConfigError(
                 "the object storage does not answer a GET of a range with that range, so imported bodies could not be"
-                " read; `crudstack s3-check` tells more"
+                " read: run `crudstack s3-check`, and use a server that supports ranges"
             )
         self._read_a_pack = True
 
     @override
-    def allotment(self, new_uid: Callable[[], str]) -> UidAllotment:
+    def uid_allotment(self, new_uid: Callable[[], str]) -> UidAllotment:
         return PackAllotment(new_uid)
 
     @override
@@ -236,7 +228,7 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
         return await self._packs.older_than(generation, after, limit)
 
     @override
-    async def retain(self, pack: str, uids: Sequence[str]) -> None:
+    async def retain_in_pack(self, pack: str, uids: Sequence[str]) -> None:
         await self._packs.retain(pack, [place for uid in uids if (place := place_of(uid)) is not None])
 
     @override
@@ -261,10 +253,10 @@ class S3ResourceStore(ResourceStore, BodySweeping, BodyPacking, BodySnapshots, I
 
 
 class _BodiesOnS3(BodySnapshot):
-    def __init__(self, read: _Read) -> None:
-        self._read = read
+    def __init__(self, store: S3ResourceStore) -> None:
+        self._store = store
 
     @override
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        found = await self._read(uids, 2 * CONCURRENT_GETS, PAGE_BYTES)
+        found = await self._store.read(uids, 2 * CONCURRENT_GETS, PAGE_BYTES)
         return [found[uid] for uid in itertools.takewhile(found.__contains__, uids)]

@@ -90,7 +90,7 @@ class StorageImports(ImportStorage):
     @override
     def allotment(self) -> UidAllotment:
         if isinstance(self.resource_store, BodyPacking) and isinstance(self.meta_store, PackReferences):
-            return self.resource_store.allotment(self._sweep.new_uid)
+            return self.resource_store.uid_allotment(self._sweep.new_uid)
         return SingleUids(self._sweep.new_uid)
 
     @override

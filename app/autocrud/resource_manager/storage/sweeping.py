@@ -4,19 +4,21 @@
   sweep first advances the generation to g. Then it removes bodies older than g - 1 that no record names. The MetaStore
   refuses to commit these uids in the same step that commits, and the body is put again under a new uid. No clock
   decides.
-- M4 *A body that an import loads is not swept.* An import holds a pin from before it stores bodies until a record names
-  them, so the generation does not matter to it (L3). The sweep lists bodies, then finds that there is no pin, then
-  looks for references, and removes what has none. When there was no pin, the imports that stored the listed bodies had
-  ended, so this last look sees their records.
-- P1 (see `contract.snapshots`) *A pin keeps bodies.* The sweep first looks for bodies that no record names, then for
-  pins, and only then removes the bodies. So it looks for references twice: before it asks for pins, and after.
+- M4 *A body that an import loads is not swept.* An import holds a pin from before it stores bodies until records name
+  them, so the generation does not matter to it (L3). If the sweep finds no pin, each import that stored a listed body
+  has ended. So a look for references after that sees its records.
+- P1 (see `contract.snapshots`) *A pin keeps bodies.* If the sweep finds no pin, a pin that is added later protects a
+  later moment, which does not need a body that no record named before.
+
+Because of M4 and P1, the sweep removes a body only if no record named it at two looks, one before and one after it
+found that there is no pin.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from uuid_utils import uuid7
 
@@ -24,13 +26,14 @@ from ..basic import MetaStore, ResourceStore
 from ..contract.packs import BodyPacking, PackReferences, StoredPack
 from ..contract.protocols import BodySweeping, MetaSweeping
 from ..contract.snapshots import Pinning
+from ..runtime.limited import limited
 
 SWEEP_PAGE = 1000
 """How many bodies are looked up and removed at a time."""
-PACKS_PAGE = 100
-"""How many packs are looked up and cleared at a time."""
+PACKS_AT_ONCE = 100
+"""How many packs are looked up at a time. Their records may name a thousand bodies each."""
 EDITS_AT_ONCE = 8
-"""So many of them are cleared at the same time."""
+"""How many packs are cleared at the same time."""
 
 
 class Sweep:
@@ -93,7 +96,7 @@ class Sweep:
         if orphans:
             if self._pins is not None and await self._pins.has_pins():
                 return ""
-            if orphans := await self._references.unreferenced(orphans):  # M4
+            if orphans := await self._references.unreferenced(orphans):  # at the second look
                 await self._resource_store.delete(orphans)
         return uids[-1]
 
@@ -108,25 +111,25 @@ class _PackSweep:
     async def run(self, generation: int, deadline: float) -> None:
         """Remove the orphans in packs before a generation, until the deadline."""
         while time.monotonic() < deadline:
-            packs = await self._bodies.packs_older_than(generation, self._after, PACKS_PAGE)
-            if not await self._clear([pack for pack in packs if pack.bodies]):
-                return
-            self._after = packs[-1].name if len(packs) == PACKS_PAGE else ""
-            if not self._after:
+            packs = await self._bodies.packs_older_than(generation, self._after, SWEEP_PAGE)
+            for start in range(0, len(packs), PACKS_AT_ONCE):
+                some = packs[start : start + PACKS_AT_ONCE]
+                if time.monotonic() >= deadline or not await self._clear(some):
+                    return
+                self._after = some[-1].name
+            if len(packs) < SWEEP_PAGE:
+                self._after = ""
                 return
 
     async def _clear(self, packs: Sequence[StoredPack]) -> bool:
         """Remove the orphans in these packs. Return False if a pin keeps them."""
-        found = await self._references.packs_with_orphans(packs) if packs else {}
-        if found:
+        before = await self._references.packs_with_orphans(packs)
+        if before:
             if self._pins is not None and await self._pins.has_pins():
                 return False
-            found = await self._references.packs_with_orphans([pack for pack in packs if pack.name in found])  # M4
-        turns = asyncio.Semaphore(EDITS_AT_ONCE)
-
-        async def retain(pack: str, uids: Sequence[str]) -> None:
-            async with turns:
-                await self._bodies.retain(pack, uids)
-
-        await asyncio.gather(*(retain(pack, uids) for pack, uids in found.items()))
+            after = await self._references.packs_with_orphans([pack for pack in packs if pack.name in before])
+            named = {name: sorted({*before[name], *uids}) for name, uids in after.items()}  # at one look or the other
+            await limited(
+                EDITS_AT_ONCE, (partial(self._bodies.retain_in_pack, name, uids) for name, uids in named.items())
+            )
         return True

@@ -23,6 +23,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...runtime.moments import Moment
@@ -67,6 +68,11 @@ ones."""
 def kind_of(size: int) -> RequestKind:
     """Return the kind of an unconditional PUT with a body of `size` bytes."""
     return "small" if size <= LARGE else "large" if size <= FILE else "file"
+
+
+def content_of(path: Path) -> bytes | Path:
+    """Return what obstore is to upload: the bytes of a small file, sent in one request, or the path of a large one."""
+    return path if path.stat().st_size > FILE else path.read_bytes()
 
 
 class Attempts:

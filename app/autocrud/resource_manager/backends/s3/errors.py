@@ -15,7 +15,7 @@ from ....errors import StoreUnavailable
 
 log = logging.getLogger("crudstack.s3")
 
-BEHIND_THE_END = 416, "InvalidRange"
+RANGE_NOT_SATISFIABLE = 416, "InvalidRange"
 """The answer of S3 to a GET of a range that starts behind the end of the object."""
 LONGEST = 300
 """A message of the server is cut after so many characters, because some quote the whole request."""
@@ -32,9 +32,15 @@ _DNS = re.compile(r'"dns error",.*?error: "([^"]*)"', re.DOTALL)
 _PROVIDER = re.compile(r"External AWS credential provider: (?:\w+: )?(.*)", re.DOTALL)
 
 
+class RangesUnsupported(StoreUnavailable):
+    """The object storage answers a GET of a range with the whole object."""
+
+
 def unavailable(method: str, key: str, error: Exception) -> StoreUnavailable:
     """Return the error for the client. The details, for example an address, go only to the log."""
     log.error("%s %s: %s: %s", method, key, type(error).__name__, describe(error))
+    if "non-partial response" in str(error):
+        return RangesUnsupported("the object storage does not support ranges, which `crudstack s3-check` looks for")
     return StoreUnavailable("the object storage cannot be used right now; nothing was changed")
 
 

@@ -26,9 +26,9 @@ from ....secret import Secret, hidden, plain
 from ...runtime.disk_space import full, is_full
 from ...runtime.drivers import driver
 from . import credentials as s3_credentials
-from .clients import FILE, Attempts, Clients, RequestKind, kind_of
+from .clients import FILE, Attempts, Clients, RequestKind, content_of, kind_of
 from .endpoint import server_name, trusted_certificates
-from .errors import BEHIND_THE_END, describe, s3_answer, status_and_code, unavailable
+from .errors import RANGE_NOT_SATISFIABLE, RangesUnsupported, describe, s3_answer, status_and_code, unavailable
 from .objects import (
     CACHED,
     REQUESTS,
@@ -216,6 +216,7 @@ class S3ObjectStore(ObjectStore):
 
         self._clients = Clients(client, renew)
         self._verifies: bool | None = None
+        self._has_ranges = True
         self._signed = SignedRequests(bucket, lambda key: self.presign(key, "GET", 60), provider, renew, public_url)
         wait_at_exit(MemoryStore)  # a call of obstore, after which it drops what its threads gave up
 
@@ -269,7 +270,11 @@ class S3ObjectStore(ObjectStore):
     @override
     async def read(self, key: str) -> bytes | None:
         # A GET of a range is one call of obstore, any other GET is two. Each costs about 130 us of CPU.
-        return await self.get_range(key, 0, 1 << 40)
+        try:
+            return await (self.get_range(key, 0, 1 << 40) if self._has_ranges else super().read(key))
+        except RangesUnsupported:
+            self._has_ranges = False
+            return await super().read(key)
 
     @override
     async def get_range(self, key: str, start: int, end: int) -> bytes | None:
@@ -282,7 +287,7 @@ class S3ObjectStore(ObjectStore):
         except self._failed as error:
             if isinstance(error, self._missing):
                 return None
-            if s3_answer(error) == BEHIND_THE_END:
+            if s3_answer(error) == RANGE_NOT_SATISFIABLE:
                 return b""
             raise unavailable("GET", key, error) from error
 
@@ -385,7 +390,7 @@ class S3ObjectStore(ObjectStore):
         except self._failed as error:
             if isinstance(error, self._missing):
                 return None
-            if s3_answer(error) == BEHIND_THE_END:
+            if s3_answer(error) == RANGE_NOT_SATISFIABLE:
                 return no_bytes()
             raise unavailable("GET", key, error) from error
         return self._received(key, reception)
@@ -407,7 +412,7 @@ class S3ObjectStore(ObjectStore):
 
     @override
     async def upload(self, key: str, path: Path) -> None:
-        body = await asyncio.to_thread(_content, path)
+        body = await asyncio.to_thread(content_of, path)
         await self._put(key, body, len(body) if isinstance(body, bytes) else FILE + 1)
 
     @override
@@ -471,11 +476,6 @@ def _shared(
 ) -> S3ObjectStore:
     given = endpoint_url, access_key_id, secret_access_key, region_name
     return S3ObjectStore(bucket, *given, public_url=public_url)
-
-
-def _content(path: Path) -> bytes | Path:
-    """Return what obstore is to upload: the bytes of a small file, sent in one request, or the path of a large one."""
-    return path if path.stat().st_size > FILE else path.read_bytes()
 
 
 __all__ = [

@@ -14,11 +14,11 @@ from .tables import ResourceTables
 def packs_with_orphans(
     tables: ResourceTables, connection: apsw.Connection, packs: Sequence[StoredPack]
 ) -> dict[str, list[str]]:
-    """Return those packs that have more bodies than records name, each with the uids that records name."""
+    """Return the packs that have more bodies than records name. Each one comes with the uids that records name."""
     found = {}
     statement = tables.indexed(connection, "SELECT uid FROM revisions WHERE uid > ? AND uid < ?")
     for pack in packs:
         rows = connection.execute(statement, (f"{pack.name}.", f"{pack.name}/")).fetchall()  # "/" follows "."
-        if len(rows) < pack.bodies:
+        if len(rows) < max(1, pack.bodies):  # without any, it was damaged
             found[pack.name] = [cast("str", uid) for (uid,) in rows]
     return found
