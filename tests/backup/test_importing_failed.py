@@ -178,5 +178,5 @@ async def test_a_pack_that_a_sweep_removed_says_nothing_about_the_server(program
         return None
 
     monkeypatch.setattr(objects, "get_range", get_range)
-    with pytest.raises(StoreUnavailable, match="bodies were removed while they were stored"):
+    with pytest.raises(StoreUnavailable, match="a sweep removed bodies of this import"):
         await import_all(crud.managers, tmp_path / "a.tar.gz")

@@ -269,9 +269,9 @@ class BatchedImport:
             await asyncio.to_thread(self._notes.take_up, self._model, ids)
 
     async def _stored_uids(self, piece: Piece) -> list[tuple[str, str]]:
-        """Return the uids of the bodies of a piece, as they were and as they are stored.
+        """Return pairs of uids for the bodies of a piece: in the archive, and as they are stored.
 
-        Another program may have removed some of the records since they were committed, or all.
+        Records that another program has removed since they were committed are left out.
         """
         found = await records_of(self._storage, piece.meta.resource_id)
         stored = {record.revision: record.uid for record in found}

@@ -26,7 +26,7 @@ class ImportConflict(CrudError):
     """Ids or unique values of the archive exist already. Nothing was changed, unless the message says how much was.
 
     cause   the first part of the message: what was found
-    advice  the second part: what to do
+    advice  the second part, which is only in the message: what to do
     ids     some ids of the archive that the model has already
     fields  how many resources of the archive have a unique value that another resource has, by field
     """

@@ -4,8 +4,8 @@
 - X2 *A body or a blob is missing from the archive only if its resource was purged.* Such a resource is listed as
   absent. If anything else is missing, the export fails, and no file has the name of the archive.
 - X3 *Memory use is constant.* At most two pages of bodies are in memory, and pieces of one blob. A page ends once its
-  bodies take more than PAGE_BYTES. If the bodies of a store on S3 suddenly become large, up to 64 more of them may be
-  under way, because their sizes are known only once they are read.
+  bodies take more than PAGE_BYTES. Stores on S3 may read up to 64 more bodies or packs, because a size is known only
+  after the read. Stores without snapshots of bodies may read READ_AT_ONCE more.
 """
 
 from __future__ import annotations

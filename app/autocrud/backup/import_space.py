@@ -16,7 +16,7 @@ from .survey import Survey
 log = logging.getLogger("crudstack.import")
 
 
-class _Needed:
+class _DiskDemand:
     """The bytes that an import needs on one disk, a directory there, and the models that need them."""
 
     def __init__(self, directory: Path) -> None:
@@ -29,17 +29,17 @@ def check_space(storages: Mapping[str, IStorage], survey: Survey) -> None:
 
     storages  of the models that are imported as a whole, by name
 
-    Stores that keep their data elsewhere are not looked at. Metadata and the index need some space too, so an import
+    Stores that keep their data elsewhere are ignored. Metadata and the index need some space too, so an import
     that passes may still find a full disk. Blocks.
     """
-    disks: dict[int, _Needed] = {}
+    disks: dict[int, _DiskDemand] = {}
     for name, storage in storages.items():
         if not isinstance(storage, DirectoryStorage):
             continue
         bodies, blobs = storage.directories
         for directory, size in ((bodies, survey.body_bytes[name]), (blobs, survey.blob_bytes[name])):
             if directory is not None and size:
-                one = disks.setdefault(device(directory), _Needed(directory))
+                one = disks.setdefault(device(directory), _DiskDemand(directory))
                 one.size += size
                 one.models[name] = None
     for one in disks.values():

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..resource_manager.basic import IStorage, RevisionInfo, StoredKey
 from ..resource_manager.contract.import_journal import BlobRestoring, ImportStorage
 from ..resource_manager.contract.loading import LoadedResource, Loader
+from ..resource_manager.contract.packs import UidAllotment
 from .archive_reader import VerifiedArchive
 from .blob_import import blobs_of, import_blobs
 from .import_states import ModelImport
@@ -71,13 +72,13 @@ class ModelLoad:
         assert isinstance(storage, ImportStorage), "the caller has looked"
         if self._archive.model(model).blobs:
             self._result.blobs = await import_blobs(storage, self._archive, model, loader=self._loader)
-        self._uids = storage.allotment()
-        rewriting = Rewriting(self._uids.uid_for, lambda key: notes.new_blob(model, key))
+        allotment = storage.allotment()
+        rewriting = Rewriting(allotment.uid_for, lambda key: notes.new_blob(model, key))
         ascending = _Ascending()
         batches = batches_of(pieces_of(self._archive, model, self._index))
         async with aclosing(prefetched(batches)) as prepared:
             async for batch in prepared:
-                await self._store(batch, rewriting, ascending)
+                await self._store(batch, allotment, rewriting, ascending)
                 await self._add(most=BATCHES_AT_ONCE - 1)
                 progress(self._result.created)
         await self._add(most=0)
@@ -86,7 +87,9 @@ class ModelLoad:
             await self._loader.add_keys(page)
             self._result.keys += len(page)
 
-    async def _store(self, batch: Sequence[Piece], rewriting: Rewriting, ascending: _Ascending) -> None:
+    async def _store(
+        self, batch: Sequence[Piece], allotment: UidAllotment, rewriting: Rewriting, ascending: _Ascending
+    ) -> None:
         """Begin to store the bodies of a batch."""
         items: list[LoadedResource | RevisionInfo] = []
         bodies: list[tuple[RevisionInfo, bytes]] = []
@@ -101,7 +104,7 @@ class ModelLoad:
                 items.append(LoadedResource(writes[0].change.meta, piece.entry))
                 self._result.created += 1
             items += ascending.records(piece, records)
-        self._uids.end_batch()
+        allotment.end_batch()
         assert isinstance(self._storage, ImportStorage), "`fill` has looked"
         await asyncio.to_thread(self._archive.notes.keep_bodies, self._model, [record.uid for record, _ in bodies])
         stored = asyncio.ensure_future(self._storage.put_bodies(bodies))

@@ -139,7 +139,7 @@ async def prefetched(items: Iterator[T]) -> AsyncGenerator[T, None]:
 class Rewriting:
     """Gives bodies new uids, and blobs the keys that they have in the store of a model.
 
-    new_uid   returns the uid of a new body, which is given
+    new_uid   returns the uid for a new body; its argument is the body
     new_blob  returns the key of a blob in the store, by its key in the records; None if it is not stored. May block
     """
 

@@ -1,4 +1,4 @@
-"""Stores whose data are in a directory of this machine, so that the free space of its disk bounds them."""
+"""Stores that keep their data in a directory of this machine. The size of its disk limits them."""
 
 from __future__ import annotations
 

@@ -286,11 +286,11 @@ class ImportStorage(Protocol):
 
     @abstractmethod
     def allotment(self) -> UidAllotment:
-        """Return what gives uids to the bodies of a model that is loaded in one step."""
+        """Return an object that gives uids to the bodies of a model that is loaded in one step."""
 
     @abstractmethod
     async def put_bodies(self, bodies: Sequence[tuple[RevisionInfo, bytes]]) -> None:
-        """Store bodies that no record names yet: those of a whole batch, if `allotment` gave their uids."""
+        """Store bodies that no record names yet. If `allotment` gave the uids, one call has all bodies of a batch."""
 
     @abstractmethod
     async def discard_bodies(self, uids: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ PIN_LIFE_S = 600.0
 RENEW_PIN_S = 60.0
 """Seconds between two renewals of a pin."""
 PAGE_BYTES = 8 * 1024 * 1024
-"""A snapshot reads no further bodies at once if those so far take more than this."""
+"""A snapshot reads no further bodies for a call once those that it has read take more bytes than this."""
 
 
 @runtime_checkable
@@ -98,9 +98,9 @@ class BodySnapshot(Protocol):
     """The bodies of one moment."""
 
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        """Return bodies in the order of the uids; None for each one that is missing.
+        """Return the bodies of the first uids, in their order; None for each one that is missing.
 
-        May leave out the last ones, but not the first one, once the bodies take more than PAGE_BYTES.
+        Returns at least one, and may stop once the bodies take more than PAGE_BYTES.
         """
 
 
@@ -135,9 +135,9 @@ class StorageSnapshot(Protocol):
         """Yield the results that are kept for Idempotency-Keys, by ascending key."""
 
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        """Return bodies in the order of the uids; None for each one that is missing.
+        """Return the bodies of the first uids, in their order; None for each one that is missing.
 
-        Leaves out the last ones, but not the first one, if the bodies take much more than PAGE_BYTES.
+        Returns at least one, and may stop once the bodies take more than PAGE_BYTES.
         """
 
     async def blob_rows(self, keys: Sequence[str]) -> list[BlobRow]:

@@ -108,7 +108,7 @@ class Codec(Generic[T]):
         try:
             data = self._json.decode(body)
             canonical = canonical_json(data)
-            # The decoder looks into a Raw for its end only. It may hold a number that no decoder reads, or a key twice.
+            # msgspec only looks for the end of a Raw, which may have a key twice or a number that no decoder reads.
             if (self._has_raw or canonical != body) and not self._unknown.has_none(body):
                 violations = tuple(itertools.islice(self._unknown.violations(_decode_strictly(body)), MAX_VIOLATIONS))
                 if violations:
@@ -158,7 +158,7 @@ class Codec(Generic[T]):
         if encoding == Encoding.json:
             return model_data.json
         try:
-            # A Raw has JSON, which is no MessagePack.
+            # A Raw contains JSON, so it must be decoded before it is encoded as MessagePack.
             return _msgpack(msgspec.json.decode(model_data.json) if self._has_raw else model_data.data)
         except OverflowError:
             detail = "integers outside 64 bits cannot be stored as MessagePack"

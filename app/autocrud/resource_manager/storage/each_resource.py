@@ -117,7 +117,7 @@ class EachResource(MetaSnapshot, BodySnapshot):
 
     @override
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        """Return bodies that `items` has read already, and the others from the store, up to one that it left out."""
+        """Return bodies: those that `items` has read, the others from the store. Stops where the store stops."""
         missing = [uid for uid in uids if uid not in self._kept]
         found = dict(zip(missing, await self._stored.bodies(missing), strict=False)) if missing else {}
         first = list(itertools.takewhile(lambda uid: uid in self._kept or uid in found, uids))

@@ -23,7 +23,7 @@ from ...basic import Findings
 from ..s3.object_store import Object, ObjectStore, Outcome, Stored, Unknown
 from ..sqlite import blob_tables
 from .copy_files import new_path
-from .formats import format_of, reveal
+from .formats import format_of, restore_copy_table
 from .head import Head, Snapshot, snapshot_key
 
 log = logging.getLogger("crudstack.s3sqlite")
@@ -151,7 +151,7 @@ def _exported(body: bytes, directory: Path, key: str) -> tuple[Head, bytes]:
     connection = None
     try:
         connection = apsw.Connection(str(path))
-        reveal(connection)
+        restore_copy_table(connection)
         seq = int(connection.execute("SELECT seq FROM copy JOIN state").get)
         epoch = blob_tables.epoch(connection)
         head = Head(store=uuid4().hex, nonce=os.urandom(8), seq=seq, fmt=format_of(connection), blob_epoch=epoch)

@@ -1,4 +1,4 @@
-"""The format that HEAD must have for a database, so that no program uses it that would lose data.
+"""The format in HEAD, by which older programs refuse a database whose data they would lose.
 
 A plain database that `export` wrote has no HEAD. If it names bodies in packs, its table `copy` has another name, so
 that older programs refuse it.
@@ -11,7 +11,7 @@ import apsw
 from ..sqlite import blob_tables
 from .head import FORMAT, FORMAT_WITH_BLOBS, FORMAT_WITH_PACKS
 
-_CONCEALED = "copy_with_packs"
+_OTHER_NAME = "copy_with_packs"
 
 
 def format_of(connection: apsw.Connection) -> int:
@@ -25,13 +25,13 @@ def format_without_packs(connection: apsw.Connection) -> int:
     return FORMAT_WITH_BLOBS if blob_tables.is_marked(connection) else FORMAT
 
 
-def conceal(connection: apsw.Connection) -> None:
+def rename_copy_table(connection: apsw.Connection) -> None:
     """Let older programs refuse an exported database, if it needs the format with packs."""
     if format_of(connection) == FORMAT_WITH_PACKS:
-        connection.execute(f"ALTER TABLE copy RENAME TO {_CONCEALED}")
+        connection.execute(f"ALTER TABLE copy RENAME TO {_OTHER_NAME}")
 
 
-def reveal(connection: apsw.Connection) -> None:
-    """Undo `conceal`."""
-    if connection.table_exists("main", _CONCEALED):
-        connection.execute(f"ALTER TABLE {_CONCEALED} RENAME TO copy")
+def restore_copy_table(connection: apsw.Connection) -> None:
+    """Undo `rename_copy_table`."""
+    if connection.table_exists("main", _OTHER_NAME):
+        connection.execute(f"ALTER TABLE {_OTHER_NAME} RENAME TO copy")

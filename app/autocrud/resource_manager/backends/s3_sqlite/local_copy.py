@@ -39,7 +39,7 @@ from ..sqlite.replay import replay
 from ..sqlite.snapshot import SqliteSnapshot, begin_reading
 from ..sqlite.tables import ResourceTables
 from .copy_files import remove_database
-from .formats import conceal, format_without_packs
+from .formats import format_without_packs, rename_copy_table
 from .head import Head, IndexSchema, LogRecord, decode_head, decode_ops
 from .write_requests import Attempt, WriteRequest, attempt
 
@@ -466,7 +466,7 @@ class LocalCopy:
         """Write a plain database to a new file, as `copy_to` does."""
         self.copy_to(path)
         with contextlib.closing(apsw.Connection(str(path))) as exported:
-            conceal(exported)
+            rename_copy_table(exported)
 
 
 def _state(connection: apsw.Connection) -> HeadState:

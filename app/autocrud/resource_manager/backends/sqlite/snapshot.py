@@ -83,9 +83,9 @@ class SqliteSnapshot:
         return await self._run(lambda db: [_blob_row(db, key) for key in keys])
 
     async def bodies(self, uids: Sequence[str]) -> list[bytes | None]:
-        """Return bodies in the order of the uids; None for each one that is missing.
+        """Return the bodies of the first uids, in their order; None for each one that is missing.
 
-        Leaves out the last ones, but not the first one, once the bodies take more than `snapshots.PAGE_BYTES`.
+        Stops after the first one with which the bodies take more than `snapshots.PAGE_BYTES`.
         """
         return await self._run(lambda db: _first_bodies(db, uids))
 
