@@ -31,8 +31,8 @@ class Site(LocalServer):
                 if self.path.startswith("/to?"):  # sends the browser on, with the same method and body
                     self._answer(307, location=self.path.removeprefix("/to?"))
                 elif self.path == "/switch":
+                    site.at_switch()  # before the page can go on
                     self._answer(200)
-                    site.at_switch()
                 else:
                     self._answer(200, site.page.encode())
 

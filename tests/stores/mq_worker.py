@@ -30,10 +30,14 @@ class Counting(S3ObjectStore):
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
-        self.read: list[str] = []
+        self.keys_read: list[str] = []
+
+    async def get_range(self, key, start, end):
+        self.keys_read.append(key)
+        return await super().get_range(key, start, end)
 
     async def _read(self, key, options):
-        self.read.append(key)
+        self.keys_read.append(key)
         return await super()._read(key, options)
 
 
@@ -90,7 +94,7 @@ class Worker:
 
     async def read_keys(self):
         """Return the keys that were read from S3 since the last call."""
-        read, self.bodies._objects.read = self.bodies._objects.read, []
+        read, self.bodies._objects.keys_read = self.bodies._objects.keys_read, []
         return read
 
     async def state(self):
