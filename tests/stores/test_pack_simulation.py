@@ -464,7 +464,7 @@ def simulate(seed: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[
     monkeypatch.setattr(packs, "PACK_BYTES", random.Random(seed).choice([150, 400]))
     monkeypatch.setattr(packs, "BODY_BYTES", 100)
     monkeypatch.setattr(sweeping, "SWEEP_PAGE", 3)
-    monkeypatch.setattr(sweeping, "PACKS_PAGE", 2)
+    monkeypatch.setattr(sweeping, "PACKS_AT_ONCE", 2)
 
     async def main() -> Counter[str]:
         world = World(seed, root)
