@@ -177,6 +177,22 @@ async def test_a_sweep_reads_only_packs_with_orphans(tmp_path):
     assert not read
 
 
+async def test_a_sweep_removes_nothing_while_there_is_a_pin(tmp_path):
+    manager, objects = await imported("s3-sqlite", tmp_path)
+    (body,), prefix = packs_of(objects).values(), prefix_of(objects)
+    orphans = {f"{prefix}0/{uuid7()}", f"{prefix}packs/0/{uuid7()}.pack"}
+    for key in orphans:
+        await objects.put(key, body)
+    meta_store, pin = manager.storage.meta_store, "ab" * 16
+    await meta_store.add_pin(pin)
+    await advance(manager)
+    assert orphans <= objects.objects.keys()
+    assert await meta_store.remove_pin(pin)
+    await advance(manager)
+    assert not orphans & objects.objects.keys()
+    await check_packs(manager, objects)
+
+
 async def test_a_sweep_deletes_a_pack_whose_length_names_no_bodies(tmp_path):
     """It was cut short, so its length tells nothing."""
     manager, objects = await imported("s3-sqlite", tmp_path)
