@@ -290,7 +290,10 @@ class BatchedImport:
             self._result.created += 1
 
     async def _leave_out(self, piece: Piece, error: UniqueConflict) -> None:
-        """Leave out a resource whose unique value another one has, or raise ImportConflict."""
+        """Leave out a resource of the archive, because another resource has one of its unique values.
+
+        Raises ImportConflict if conflicts are to fail.
+        """
         resource_id = piece.meta.resource_id
         if self._state.on_conflict == "fail":
             raise unique_conflict({error.field: 1}, [resource_id]) from None

@@ -17,7 +17,12 @@ log = logging.getLogger("crudstack.import")
 
 
 class _DiskDemand:
-    """The bytes that an import needs on one disk, a directory there, and the models that need them."""
+    """The need of an import on one disk.
+
+    size       in bytes
+    models     the names of the models that need these bytes
+    directory  a directory on this disk, for the log
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.size = directory, 0

@@ -156,7 +156,7 @@ class FileHash:
         self._hash, self.size, self._report = hashlib.sha256(), 0, report
 
     def __call__(self, raw: bytes) -> None:
-        """Add bytes of the file."""
+        """Take the next bytes of the file into the hash, and report how many there were so far."""
         self._hash.update(raw)
         self.size += len(raw)
         self._report(self.size)

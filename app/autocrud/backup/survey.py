@@ -99,7 +99,7 @@ class Survey(Visitor):
         self.blob_bytes[model] += sum(row.size for row in rows)
 
     def end(self) -> None:
-        """End the last resource. Called once more after the archive was verified."""
+        """Add up the resource that was read last. Called when the next one begins, and at the end of the archive."""
         meta, self._meta = self._meta, None
         if meta is None or self._current is None or not self._complete:
             return

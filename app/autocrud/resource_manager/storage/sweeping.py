@@ -128,7 +128,7 @@ class _PackSweep:
             if self._pins is not None and await self._pins.has_pins():
                 return False
             after = await self._references.packs_with_orphans([pack for pack in packs if pack.name in before])
-            named = {name: sorted({*before[name], *uids}) for name, uids in after.items()}  # at one look or the other
+            named = {name: sorted({*before[name], *uids}) for name, uids in after.items()}  # at either look
             await limited(
                 EDITS_AT_ONCE, (partial(self._bodies.retain_in_pack, name, uids) for name, uids in named.items())
             )
