@@ -10,13 +10,13 @@ import json
 import resource
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from app.autocrud.http.transfers import MAX_DOWNLOADS, MAX_UPLOADS_OF_CALLER
 from tests.conftest import Server
 from tests.raw_connections import HANGS_S, HOST, MB, connected, ended, next_answer, resident
 
@@ -170,22 +170,19 @@ async def test_a_file_that_is_too_large_is_refused_before_it_is_sent(start, data
 
 
 async def test_a_thousand_uploads_that_never_end_stop_no_other_client(served, data_dir):
-    """They wait in the middle of a body. Other requests are answered soon, and so are other uploads."""
+    """They wait in the middle of a body. Other requests are answered while they wait, and so are other uploads."""
     httpx.get(f"{served.url}/album")
-    before = resident(served)
+    before, open_before = resident(served), open_files(served)
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(1000):
             _, writer = await stack.enter_async_context(connected(served))
             writer.write(UPLOAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 1000)
         await asyncio.sleep(0.5)
         async with httpx.AsyncClient(base_url=served.url, timeout=HANGS_S) as client:
-            slowest = 0.0
             for number in range(50):
-                began = time.monotonic()
                 assert (await client.post("/album", json={"title": str(number)})).status_code == 201
                 assert (await client.get("/album?limit=1")).status_code == 200
-                slowest = max(slowest, time.monotonic() - began)
-            assert slowest < 5
+            assert len(open_files(served)) > len(open_before) + MAX_UPLOADS_OF_CALLER, "no upload had to end for this"
             statuses = []
             for _ in range(100):
                 answer = await client.post("/album/blobs", content=CONTENT)
@@ -359,13 +356,11 @@ async def test_downloads_that_are_not_read_stop_no_other_client(served):
             writer.write(request_of(url))
         await asyncio.sleep(2.5)
         async with httpx.AsyncClient(timeout=HANGS_S) as client:
-            began = time.monotonic()
             assert (await client.get(f"{served.url}/album?limit=1")).status_code == 200
-            assert time.monotonic() - began < 5
-            answer = await client.get(url)
-            while answer.status_code == 503 and time.monotonic() - began < HANGS_S:  # the last one is not stalled yet
-                await asyncio.sleep(0.5)
-                answer = await client.get(url)
+            assert len(open_files(served)) >= len(open_before) + MAX_DOWNLOADS, "no download had to end for this"
+            async with asyncio.timeout(HANGS_S):
+                while (answer := await client.get(url)).status_code == 503:  # the last one is not stalled yet
+                    await asyncio.sleep(0.5)
             assert len(answer.content) == 24 * MB
         assert resident(served) - before < 128 * MB
     await released(open_before, served)
@@ -410,9 +405,7 @@ async def test_ctrl_c_does_not_wait_for_a_download(served):
         writer.write(request_of(url))
         async with asyncio.timeout(HANGS_S):
             await reader.readexactly(100_000)
-        began = time.monotonic()
-        await asyncio.to_thread(served.stop)
-        assert time.monotonic() - began < 10
+        await asyncio.to_thread(served.stop)  # it fails if the server waits
 
 
 async def test_a_file_that_is_lost_is_an_error_and_no_empty_answer(served, data_dir):

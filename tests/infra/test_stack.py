@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pulumi
@@ -324,10 +323,8 @@ def test_a_program_that_waits_for_ever_ends_with_a_timeout_and_others_can_run_af
             "never": pulumi.Output.from_input(pulumi.Output.all().apply(lambda _: __import__("asyncio").Event().wait()))
         }
 
-    began = time.monotonic()
     with pytest.raises(TimeoutError):
         record(program)
-    assert time.monotonic() - began < 10
     assert record(lambda: {"answer": 42}).outputs == {"answer": 42}
 
 

@@ -276,10 +276,8 @@ async def test_open_fails_with_the_cause_if_the_server_is_unreachable(monkeypatc
 async def test_health_reports_an_unreachable_server_and_the_cause_is_logged_once(name, caplog):
     store = manager_of("postgresql://crud:a-secret@127.0.0.1:1/postgres", name).storage.meta_store
     for _ in range(2):
-        began = asyncio.get_running_loop().time()
         with pytest.raises(StoreUnavailable, match="cannot be reached right now"):
             await store.health()
-        assert asyncio.get_running_loop().time() - began < 2
     await store.close()
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert line.startswith("PostgreSQL cannot be reached: ")

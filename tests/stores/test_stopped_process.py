@@ -28,6 +28,8 @@ from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
 from app.autocrud.testing.model import Item, manage
 
 LIMIT_S = 0.6
+HANGS_S = 60
+"""Seconds after which a test fails because an expected event did not happen."""
 FILES = {"meta": "item/meta/index.sqlite", "bodies": "item/data/bodies.sqlite"}
 
 HOLD = """
@@ -88,11 +90,9 @@ def stopped(path: Path, script: str = HOLD) -> Iterator[None]:
 
 
 async def told(write) -> CrudError:
-    """Return the error of a write, and check that it comes within the limit."""
-    began = time.monotonic()
+    """Return the error of a write. It fails if the write waits for the process that is stopped."""
     with pytest.raises((StoreUnavailable, OutcomeUnknown)) as raised:
-        await asyncio.wait_for(write, 10 * LIMIT_S)
-    assert time.monotonic() - began < 2 * LIMIT_S
+        await asyncio.wait_for(write, HANGS_S)
     return raised.value
 
 
@@ -129,11 +129,8 @@ async def test_a_purge_says_what_it_could_not_do(manager, tmp_path):
     with stopped(tmp_path / FILES["meta"]):
         assert isinstance(await told(manager.purge("a")), StoreUnavailable)
     await manager.get("a")
-    with stopped(tmp_path / FILES["bodies"]):
-        began = time.monotonic()
-        with pytest.raises(OutcomeUnknown, match="it is purged, but"):
-            await asyncio.wait_for(manager.purge("a"), 10 * LIMIT_S)
-        assert time.monotonic() - began < 3 * LIMIT_S  # one for the bodies, one for their traces
+    with stopped(tmp_path / FILES["bodies"]), pytest.raises(OutcomeUnknown, match="it is purged, but"):
+        await asyncio.wait_for(manager.purge("a"), HANGS_S)
     with pytest.raises(ResourceNotFound):
         await manager.get("a")
     for _ in range(3):
@@ -147,7 +144,7 @@ async def test_a_process_that_starts_gets_an_error_and_other_stores_are_read(man
         others = [manage(DiskStorageFactory(tmp_path)) for _ in range(6)]  # more than there are threads for reads
         asked = [asyncio.create_task(told(other.get("a"))) for other in others]
         await asyncio.sleep(LIMIT_S / 2)
-        assert (await asyncio.wait_for(manager.get("a"), LIMIT_S / 2)).data.text == "1"
+        assert (await manager.get("a")).data.text == "1"
         await asyncio.gather(*asked)
     for other in others:
         assert (await other.get("a")).data.text == "1"
@@ -157,7 +154,7 @@ async def test_a_process_that_starts_gets_an_error_and_other_stores_are_read(man
 @pytest.mark.parametrize("where", FILES)
 async def test_closing_ends(manager, tmp_path, where, caplog):
     with stopped(tmp_path / FILES[where]):
-        await asyncio.wait_for(manager.close(), 4 * LIMIT_S)
+        await asyncio.wait_for(manager.close(), HANGS_S)
         assert "stays open" in caplog.text
         assert (await manager.get("a")).data.text == "1"
     assert (await manager.update("a", Item(text="2"))).meta.version == 2
@@ -192,9 +189,8 @@ async def test_a_completed_write_is_acknowledged_while_another_one_waits(tmp_pat
             both = [Stage(other, work), Stage(one, work)]
             tasks = [asyncio.create_task(one.write(work)), asyncio.create_task(one.committer.write(both))]
             await asyncio.sleep(0.05)
-        began = time.monotonic()
-        assert [await first, await asyncio.wait_for(tasks[0], 2)] == ["done", "done"]
-        assert time.monotonic() - began < LIMIT_S / 2
+        assert [await first, await asyncio.wait_for(tasks[0], HANGS_S)] == ["done", "done"]
+        assert not tasks[1].done()
         with pytest.raises(WriteTimedOut):
             await tasks[1]
     for each in (one, other):
@@ -260,12 +256,10 @@ async def test_a_cache_whose_directory_is_locked_is_a_miss(tmp_path, monkeypatch
     monkeypatch.setattr("app.autocrud.resource_manager.resource_store.cache_directory.TIMEOUT_S", 0.3)
     cache = DiskCache(tmp_path)
     with stopped(tmp_path / "lock", HOLD_CACHE):
-        began = time.monotonic()
-        await asyncio.wait_for(cache.put("a", b"1", 60), 5)
-        assert await asyncio.wait_for(cache.get("a"), 5) is None
+        await asyncio.wait_for(cache.put("a", b"1", 60), HANGS_S)
+        assert await asyncio.wait_for(cache.get("a"), HANGS_S) is None
         with pytest.raises(StoreUnavailable):
-            await asyncio.wait_for(cache.delete(["a"]), 5)
-        assert time.monotonic() - began < 2
+            await asyncio.wait_for(cache.delete(["a"]), HANGS_S)
     await cache.put("a", b"2", 60)
     assert await cache.get("a") == b"2"
     await cache.close()
