@@ -34,7 +34,9 @@ from infra.protected import check, deployed_stage
 from infra.stack import build
 from tests.engine.inline import CommitResult, run
 from tests.engine.provider import VERSION, Provider, serve
-from tests.infra import recorder  # noqa: F401 - loads the SDK's services, some of which warn of deprecated names
+from tests.infra.sdk_classes import load_services
+
+load_services()
 
 PASSPHRASE = "a passphrase of the tests"  # noqa: S105
 PROJECT = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["name"]
