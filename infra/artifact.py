@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 import shutil
 import sys
@@ -64,6 +65,10 @@ class Artifact(NamedTuple):
     """Files of the app that are not in the zip."""
 
 
+FOUND_AGAIN = ("path", "python", "left_out")
+"""Fields of an Artifact that each build finds, also if it does not write a zip."""
+
+
 def build(
     out: Path,
     *,
@@ -80,7 +85,8 @@ def build(
     target          the machine and the Python that run the zip
     requirements    files of locked wheels: one for all storages, and one for each driver
     app             the package `app`; its parent is the project, with `.gitignore` and pyproject.toml
-    cache           the directory of the zipped wheels, which are made again only if one of their inputs has changed
+    cache           the directory of the zipped wheels, which are made again only if one of their inputs has changed,
+                    and of the descriptions of zips: if `out` is the zip of the same inputs, it is not built again
     """
     if target.platform is not None and _architecture(target) not in MACHINES:
         raise ConfigError(f"the platform is {target.platform!r}, expected one that starts with {' or '.join(MACHINES)}")
@@ -94,6 +100,10 @@ def build(
         # From a copy, because a file may be edited meanwhile: the bytecode in the zip must belong to its source.
         selection = app_files.copy(app, selection, scratch / "app")
         files = [f"app/{path}" for path in selection.files]
+        description = cache / f"{_inputs(packages, scratch, files)}.json"
+        if (same := _built_before(out, description)) is not None:
+            _check_limits(out, same)
+            return same._replace(python=python.release, left_out=tuple(selection.left_out))
         failed = compile_modules(scratch, files, target, python.path)
         if failed:
             raise ConfigError(f"the app does not compile with Python {python.release}: {'; '.join(failed)}")
@@ -102,6 +112,7 @@ def build(
         artifact = _described(written, target)
         _check_limits(written, artifact)
         written.replace(out)
+    _describe(artifact, description)
     return artifact._replace(path=out, python=python.release, left_out=tuple(selection.left_out))
 
 
@@ -146,6 +157,32 @@ def contents(path: Path) -> str:
                         hashed.update(block)
             digest.update(f"{info.filename}\0{info.external_attr >> 16:o}\0{hashed.hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _inputs(packages: Path, scratch: Path, files: Sequence[str]) -> str:
+    """Return a hash of what a zip is made from: the wheels, whose name tells their inputs, and the files of the app."""
+    hashes = [(name, hashlib.sha256((scratch / name).read_bytes()).hexdigest()) for name in files]
+    return hashlib.sha256(repr((packages.name, hashes)).encode()).hexdigest()
+
+
+def _describe(artifact: Artifact, description: Path) -> None:
+    """Write the description of a zip for `_built_before`, in one step."""
+    facts = {name: value for name, value in artifact._asdict().items() if name not in FOUND_AGAIN}
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=description.parent) as scratch:
+        written = Path(scratch, description.name)
+        written.write_text(json.dumps(facts))
+        written.replace(description)
+
+
+def _built_before(out: Path, description: Path) -> Artifact | None:
+    """Return the description of `out` if that is the zip that an earlier build described there."""
+    try:
+        found = Artifact(**{**json.loads(description.read_text()), "path": out})
+        with out.open("rb") as file:
+            is_same = hashlib.file_digest(file, "sha256").hexdigest() == found.sha256
+    except (OSError, ValueError, TypeError):  # there is none, or it is damaged
+        return None
+    return found if is_same else None
 
 
 def _wheels(target: Target, python: Interpreter, requirements: Sequence[Path], cache: Path) -> Path:

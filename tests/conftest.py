@@ -23,6 +23,11 @@ from tests.rabbitmq import rabbitmq
 from tests.services import BUCKET, S3Server, ministack_s3, s3_server, seaweed_s3
 from tests.valkey import valkey
 
+# The many processes of the tests take half of their start to compile the modules that they import. So they keep the
+# bytecode, as on the machine of a user, even if this environment, such as that of a container, turns that off.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 __all__ = ["ministack_s3", "pgbouncer", "postgres", "rabbitmq", "s3_server", "seaweed_s3", "serve", "valkey"]
 
 # The tests start thousands of processes. Each one would compile all its modules again if an image or a user forbids

@@ -35,7 +35,7 @@ class Account:
             content = self._read()
             yield content
             new = self._file.with_suffix(".new")
-            new.write_text(json.dumps(content, indent=1, sort_keys=True))
+            new.write_text(json.dumps(content, sort_keys=True))
             new.replace(self._file)
 
     def _read(self) -> dict[str, Any]:

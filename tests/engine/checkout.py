@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -30,8 +31,10 @@ class Checkout:
         copy_project(self.path)
         (self.path / ".venv").symlink_to(ROOT / ".venv")
         (self.path / ".local").mkdir()
-        # The wheels for Lambda are built here, with the package registry's settings; the copy uses their cache.
-        package(StackConfig(storage=storage))
+        # The zip is built here, with the settings of the package registry. The copy has it, and the cache of wheels.
+        built = _zip(storage)
+        (self.path / "dist").mkdir()
+        shutil.copy2(built, self.path / "dist")
         (self.path / ".local/artifacts").symlink_to(ROOT / ".local/artifacts")
         self.environment = isolated(directory, cli)
         programs = directory / "programs"
@@ -80,6 +83,11 @@ class Checkout:
         for attributes in (self.directory / "state").rglob("*.attrs"):
             if attributes.stat().st_size == 0:
                 attributes.unlink()
+
+
+@functools.cache
+def _zip(storage: str) -> Path:
+    return package(StackConfig(storage=storage)).path
 
 
 def copy_project(target: Path) -> None:

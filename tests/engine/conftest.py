@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from infra.config import StackConfig
 from tests.engine import install
-from tests.engine.engine import Engine
+from tests.engine.copies import StackCopies
+from tests.engine.engine import Engine, EngineStack
 from tests.not_run import not_run
 
 
@@ -35,3 +37,14 @@ def oldest_cli() -> Path:
 def engine(tmp_path, cli) -> Iterator[Engine]:
     with Engine(tmp_path, cli) as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def stack_copies(tmp_path_factory, cli) -> StackCopies:
+    return StackCopies(tmp_path_factory.mktemp("created-stacks"), cli)
+
+
+@pytest.fixture
+def created(engine, stack_copies) -> Callable[[StackConfig], EngineStack]:
+    """Return a function that returns a stack of the engine in which `up` has succeeded with a config."""
+    return lambda config: stack_copies.copy(engine, config)

@@ -11,6 +11,7 @@ process by the Automation API, so the SDK is imported once.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -34,7 +35,9 @@ from infra.protected import check, deployed_stage
 from infra.stack import build
 from tests.engine.inline import CommitResult, run
 from tests.engine.provider import VERSION, Provider, serve
-from tests.infra import recorder  # noqa: F401 - loads the SDK's services, some of which warn of deprecated names
+from tests.infra.sdk_classes import load_services
+
+load_services()
 
 PASSPHRASE = "a passphrase of the tests"  # noqa: S105
 PROJECT = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["name"]
@@ -81,6 +84,7 @@ class EngineStack:
         self.engine, self.name, self.config = engine, name, config
         self._work = engine.directory / f"work-{name}"
         self._work.mkdir(parents=True, exist_ok=True)
+        self._file = self._work / f"Pulumi.{name}.yaml"
         # The project's own Pulumi.yaml, so that its config is checked too; an inline program has no `main`.
         lines = (ROOT / "Pulumi.yaml").read_text().splitlines()
         (self._work / "Pulumi.yaml").write_text("\n".join(line for line in lines if not line.startswith("main:")))
@@ -89,9 +93,10 @@ class EngineStack:
                 stack_name=name,
                 project_name=PROJECT,
                 program=self._program,
-                opts=auto.LocalWorkspaceOptions(work_dir=str(self._work)),
+                opts=auto.LocalWorkspaceOptions(work_dir=str(self._work), pulumi_command=_command(engine.cli)),
             )
-            self._stack.set_config("aws:region", auto.ConfigValue("eu-central-1"))
+            if "aws:region" not in self._settings():
+                self._stack.set_config("aws:region", auto.ConfigValue("eu-central-1"))
         self.program: Callable[[], Mapping[str, Any]] | None = None
         """If set, runs instead of the project's own program."""
         self.checks_protection = True
@@ -131,11 +136,15 @@ class EngineStack:
 
     def _write_config(self) -> None:
         """Write the settings that differ from the defaults into Pulumi.STACK.yaml. Region and salt stay."""
-        file = self._work / f"Pulumi.{self.name}.yaml"
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(self._file.read_text())
         kept = {key: value for key, value in content["config"].items() if not key.startswith(f"{PROJECT}:")}
         content["config"] = {**kept, **{f"{PROJECT}:{key}": value for key, value in written(self.config).items()}}
-        file.write_text(yaml.safe_dump(content))
+        self._file.write_text(yaml.safe_dump(content))
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what Pulumi.STACK.yaml holds."""
+        found: dict[str, Any] = yaml.safe_load(self._file.read_text()).get("config", {}) if self._file.exists() else {}
+        return found
 
     def outputs(self) -> dict[str, Any]:
         text = self.engine.run("stack", "output", "--json", "--stack", self.name, cwd=self._work)
@@ -186,6 +195,13 @@ class Engine:
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout if check else done.stdout + done.stderr
+
+
+@functools.cache
+def _command(cli: Path) -> auto.PulumiCommand:
+    """Return the CLI for the Automation API, which would ask it for its version for each stack. It is first on PATH."""
+    with mock.patch.dict(os.environ, {"PATH": str(cli.parent)}):
+        return auto.PulumiCommand()
 
 
 def written(config: StackConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import os
 import re
 import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -330,6 +331,7 @@ def serve(directory: Path) -> Iterator[tuple[Provider, int]]:
 
 def main() -> None:
     """Serve as a plugin: the engine reads the port from stdout, and ends this process."""
+    warnings.simplefilter("ignore")  # the SDK warns of deprecated names in its own code
     with serve(Path(os.environ["CRUDSTACK_TEST_ACCOUNT"])) as (_, port):
         print(port, flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -158,10 +158,9 @@ def test_every_key_is_changed_once():
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_key_changes_only_the_expected_resources(engine, name):
+def test_a_key_changes_only_the_expected_resources(engine, created, name):
     change = CHANGES[name]
-    stack = engine.stack("test", change.before)
-    assert stack.up().error == ""
+    stack = created(change.before)
     stack.config = msgspec.structs.replace(change.before, **{change.key: change.value})
     planned = stack.preview()
     done = stack.up()
@@ -187,9 +186,8 @@ def test_a_key_changes_only_the_expected_resources(engine, name):
     assert_unchanged(stack.up())
 
 
-def test_a_change_of_tags_updates_everything_that_has_tags(engine):
-    stack = engine.stack("test", FULL)
-    assert stack.up().error == ""
+def test_a_change_of_tags_updates_everything_that_has_tags(engine, created):
+    stack = created(FULL)
     stack.config = msgspec.structs.replace(FULL, tags={"team": "blue"})
     done = stack.up()
     assert (done.error, done.changed("replace", "create", "delete")) == ("", set())
@@ -197,10 +195,9 @@ def test_a_change_of_tags_updates_everything_that_has_tags(engine):
     assert all(each["tags"]["team"] == "blue" for each in engine.account.all().values() if each.get("tags"))
 
 
-def test_a_change_of_the_stage_replaces_every_resource(engine):
+def test_a_change_of_the_stage_replaces_every_resource(engine, created):
     """docs/deploy.md warns of that. In prod the change is refused."""
-    stack = engine.stack("test", FULL)
-    assert stack.up().error == ""
+    stack = created(FULL)
     old = engine.account.all()
     stack.config = msgspec.structs.replace(FULL, stage="pr-7")
     done = stack.up()
@@ -217,20 +214,18 @@ def test_the_preview_shows_no_token_that_up_does_not_use(engine):
     assert again.outputs["auth"]["token_sha256"] == sha256
 
 
-def test_aws_upgrades_its_valkey_and_nothing_is_replaced(engine):
+def test_aws_upgrades_its_valkey_and_nothing_is_replaced(engine, created):
     group = "aws:elasticache/replicationGroup:ReplicationGroup"
-    stack = engine.stack("test", msgspec.structs.replace(FULL, cache=Cache(mode="nodes")))
-    assert stack.up().error == ""
+    stack = created(msgspec.structs.replace(FULL, cache=Cache(mode="nodes")))
     (name,) = engine.account.all(group)
     engine.account.change(group, name, engineVersion="8.1")
     assert stack.refresh().error == ""
     assert_unchanged(stack.up())
 
 
-def test_a_deleted_secret_is_made_again_and_the_broker_follows(engine):
+def test_a_deleted_secret_is_made_again_and_the_broker_follows(engine, created):
     version = "aws:secretsmanager/secretVersion:SecretVersion"
-    stack = engine.stack("test", StackConfig(storage="mq-cached-s3"))
-    assert stack.up().error == ""
+    stack = created(StackConfig(storage="mq-cached-s3"))
     (broken,) = [id for id in engine.account.all(version) if "-broker-" in id]
     old = engine.account.get(version, broken)["secretString"]
     engine.account.remove(version, broken)
@@ -241,9 +236,8 @@ def test_a_deleted_secret_is_made_again_and_the_broker_follows(engine):
 
 
 @pytest.mark.parametrize("change", [{"mode": "cluster"}, {"version": "3.13", "instance": "mq.m5.large"}], ids=str)
-def test_a_broker_that_is_replaced_after_a_refresh_has_the_password_of_its_secret(engine, change):
-    stack = engine.stack("test", StackConfig(storage="mq-cached-s3"))
-    assert stack.up().error == ""
+def test_a_broker_that_is_replaced_after_a_refresh_has_the_password_of_its_secret(engine, created, change):
+    stack = created(StackConfig(storage="mq-cached-s3"))
     assert_unchanged(stack.refresh())
     stack.config = msgspec.structs.replace(stack.config, broker=Broker(**change))
     done = stack.up()

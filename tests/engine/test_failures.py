@@ -52,9 +52,8 @@ def test_up_succeeds_after_a_resource_could_not_be_created(engine, urn):
 
 @pytest.mark.parametrize("urn", ["SecretVersion::crudstack-dev-token-2", "Function::crudstack-dev-api"])
 @pytest.mark.parametrize("fault", ["create", "update"])
-def test_up_completes_a_failed_rotation(engine, urn, fault):
-    stack = engine.stack("test", StackConfig())
-    assert stack.up().error == ""
+def test_up_completes_a_failed_rotation(engine, created, urn, fault):
+    stack = created(StackConfig())
     stack.config = StackConfig(token_generation=2)
     engine.faults.set(**{fault: urn})
     stack.up()
@@ -65,9 +64,8 @@ def test_up_completes_a_failed_rotation(engine, urn, fault):
 
 
 @pytest.mark.parametrize("fault", ["create", "delete", "update"])
-def test_up_completes_a_failed_replacement_of_the_broker(engine, fault):
-    stack = engine.stack("test", StackConfig(storage="mq-cached-s3"))
-    assert stack.up().error == ""
+def test_up_completes_a_failed_replacement_of_the_broker(engine, created, fault):
+    stack = created(StackConfig(storage="mq-cached-s3"))
     stack.config = msgspec.structs.replace(stack.config, broker=Broker(mode="cluster"))
     engine.faults.set(**{fault: "Function::crudstack-dev-api" if fault == "update" else "aws:mq/broker:Broker"})
     assert stack.up().error != ""
@@ -78,9 +76,8 @@ def test_up_completes_a_failed_replacement_of_the_broker(engine, fault):
 
 
 @pytest.mark.parametrize("fault", ["delete"])
-def test_destroy_completes_after_a_failed_destroy(engine, fault):
-    stack = engine.stack("test", FULL)
-    assert stack.up().error == ""
+def test_destroy_completes_after_a_failed_destroy(engine, created, fault):
+    stack = created(FULL)
     engine.faults.set(**{fault: "aws:ec2/vpc:Vpc"})
     assert stack.destroy().error != ""
     engine.faults.clear()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from typing import Any
 from unittest import mock
 
 import pulumi
-import pulumi_aws as aws
 from google.protobuf import empty_pb2, json_format
 from pulumi import _types
 from pulumi.runtime import mocks, rpc, settings, stack
@@ -29,13 +27,9 @@ from pulumi.runtime.proto import engine_pb2, resource_pb2
 
 from tests.engine.wire import opened
 from tests.infra.hcl import attribute, terraform_type
+from tests.infra.sdk_classes import load_services, resource_class
 
-SERVICES = "acm apigatewayv2 budgets cloudwatch ec2 elasticache iam lambda_ mq rds route53 s3 secretsmanager sns vpc"
-with warnings.catch_warnings():
-    # The SDK loads a service at its first use, and then warns of deprecated names in its own code.
-    warnings.simplefilter("ignore")
-    for service in SERVICES.split():
-        getattr(getattr(aws, service), "anything", None)
+load_services()
 
 LIMIT_S = 60
 """The timeout of one program. A program takes 1 to 5 s, but may wait for ever after a mistake."""
@@ -311,9 +305,3 @@ NESTED_WITHIN = {
     )
 }
 """Outputs that AWS adds to an object among the inputs."""
-
-
-def resource_class(token: str) -> type:
-    """Return the SDK's class of a type such as "aws:s3/bucket:Bucket"."""
-    module, _, name = token.partition(":")[2].partition("/")[0], "", token.rpartition(":")[2]
-    return getattr(getattr(aws, {"lambda": "lambda_"}.get(module, module)), name)

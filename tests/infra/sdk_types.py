@@ -10,13 +10,16 @@ import inspect
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pulumi
 from pulumi import _types
 from pulumi.runtime import rpc
 
-from tests.infra.recorder import Resource, resource_class
+from tests.infra.sdk_classes import resource_class
+
+if TYPE_CHECKING:
+    from tests.infra.recorder import Resource
 
 ASSETS = (rpc._special_asset_sig, rpc._special_archive_sig)
 

@@ -200,6 +200,38 @@ def test_files_of_the_app_that_are_private_stay_here(cache, small_app, tmp_path)
     assert deployed == {"app/__init__.py", "app/page.html", "app/more/cli.py"}
 
 
+def test_a_zip_that_is_there_is_not_built_again(cache, small_app, tmp_path, monkeypatch):
+    (small_app / "prod.env").write_text("secret")
+    out = tmp_path / "x.zip"
+    first = build(out, app=small_app, cache=cache)
+    monkeypatch.setattr(artifact, "compile_modules", None)
+    assert build(out, app=small_app, cache=cache) == first
+    moved = tmp_path / "y.zip"
+    out.rename(moved)
+    assert build(moved, app=small_app, cache=cache) == first._replace(path=moved)
+
+
+@pytest.mark.parametrize("damage", ["the zip", "no zip", "the description", "the app"])
+def test_a_zip_that_is_not_that_of_the_inputs_is_built_again(cache, small_app, tmp_path, damage):
+    out = tmp_path / "x.zip"
+    (small_app / "own.py").write_text(f"text = {damage!r}\n")  # the tests share the cache
+    known = set(cache.iterdir())
+    first = build(out, app=small_app, cache=cache)
+    (description,) = {*cache.iterdir()} - known
+    match damage:
+        case "the zip":
+            out.write_bytes(out.read_bytes()[:-1] + b"x")
+        case "no zip":
+            out.unlink()
+        case "the description":
+            description.write_text("{")
+        case "the app":
+            (small_app / "own.py").write_text(f"text = {damage[::-1]!r}\n")
+    again = build(out, app=small_app, cache=cache)
+    assert again.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert (again == first) == (damage != "the app")
+
+
 def test_left_out_files_are_reported_and_do_not_change_the_zip(cache, small_app, tmp_path):
     before = build(tmp_path / "x.zip", app=small_app, cache=cache)
     (small_app.parent / ".gitignore").write_text("*.json\n")

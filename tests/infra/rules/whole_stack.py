@@ -12,8 +12,9 @@ import msgspec
 
 from app.settings import StackOutputs
 from infra.config import StackConfig
-from tests.infra.recorder import Recording, Resource, resource_class
+from tests.infra.recorder import Recording, Resource
 from tests.infra.rules.registry import rule
+from tests.infra.sdk_classes import resource_class
 from tests.infra.sdk_types import findings
 from tests.infra.stacks import environment
 
