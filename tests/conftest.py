@@ -30,11 +30,6 @@ sys.dont_write_bytecode = False
 
 __all__ = ["ministack_s3", "pgbouncer", "postgres", "rabbitmq", "s3_server", "seaweed_s3", "serve", "valkey"]
 
-# The tests start thousands of processes. Each one would compile all its modules again if an image or a user forbids
-# files of bytecode.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
-
 
 class Server:
     """`crudstack serve` as a process."""
