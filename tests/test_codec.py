@@ -1,9 +1,12 @@
-"""The fast check of a body never accepts a body that the complete check refuses."""
+"""The fast check of a body never accepts a body that the complete check refuses, and no part of data is lost."""
 
 from __future__ import annotations
 
+import datetime as dt
 import json
-from typing import Annotated
+import math
+from typing import Annotated, Any
+from uuid import UUID
 
 import pytest
 from hypothesis import example, given
@@ -83,3 +86,61 @@ def test_unknown_fields_are_found_below_fields_with_a_description(body, pointer)
     with pytest.raises(InvalidData) as refused:
         Codec(Described).parse(body)
     assert [violation.pointer for violation in refused.value.violations] == [pointer]
+
+
+class Keyed(Struct):
+    any: Any = None
+    ints: dict[int, int] = {}
+    floats: dict[float, int] = {}
+    uuids: list[dict[UUID, int]] = []
+    times: dict[str, dict[dt.datetime, int]] = {}
+    maybe: float | None = None
+
+
+UUIDS = ("00000000-0000-0000-0000-0000000000AA", "00000000-0000-0000-0000-0000000000aa")
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({"ints": {"0": 1, "-0": 2}}, "/ints/-0"),
+        ({"floats": {"1.0": 1, "2.0": 1, "1e0": 2}}, "/floats/1e0"),
+        ({"uuids": [{}, dict.fromkeys(UUIDS, 1)]}, f"/uuids/1/{UUIDS[1]}"),
+        ({"times": {"a": {"2026-01-01T00:00:00Z": 1, "2026-01-01T01:00:00+01:00": 2}}}, None),
+    ],
+)
+def test_keys_that_the_model_reads_as_equal_are_refused(body, pointer):
+    with pytest.raises(InvalidData, match="equals") as refused:
+        Codec(Keyed).parse(json.dumps(body).encode())
+    (violation,) = refused.value.violations
+    assert pointer in (None, violation.pointer)
+
+
+def test_keys_of_other_types_are_accepted_if_they_differ():
+    body = {"ints": {"1": 1, "-1": 2}, "floats": {"1e0": 1, "2": 2}, "uuids": [{UUIDS[0]: 1}]}
+    read = Codec(Keyed).parse(json.dumps(body).encode()).data
+    assert (read.ints, read.floats, read.uuids) == ({1: 1, -1: 2}, {1.0: 1, 2.0: 2}, [{UUID(UUIDS[0]): 1}])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1: "a", "1": "b"},
+        [{"x": {1.5: "a", "1.5": "b"}}],
+        {b"x": 1, "eA==": 2},
+        {dt.date(2026, 1, 1): 1, "2026-01-01": 2},
+    ],
+)
+def test_data_from_python_with_keys_that_json_writes_alike_is_refused(value):
+    with pytest.raises(InvalidData, match="stands twice in one object"):
+        Codec(Keyed).accept(Keyed(any=value))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_does_not_have_are_refused_from_python(number):
+    """The encoder writes null for them."""
+    for data, pointer in ((Keyed(any=[{"a": number}]), "/any/0/a"), (Keyed(maybe=number), "/maybe")):
+        with pytest.raises(InvalidData, match="NaN and infinities") as refused:
+            Codec(Keyed).accept(data)
+        assert refused.value.violations[0].pointer == pointer
+    assert Codec(Keyed).accept(Keyed(any=[None, 1.5])).data.any == [None, 1.5]

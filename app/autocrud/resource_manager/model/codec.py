@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -25,7 +26,7 @@ from ..contract.limits import MAX_FIELDS
 from .blob_references import BlobFinder, BlobReference, nodes
 from .fields import MISSING, FieldPath, project, step_of
 from .json_shape import MAX_STORED_DEPTH, excessive_depth, strings
-from .unknown_fields import UnknownFields, escaped
+from .unknown_fields import UNKNOWN, UnknownFields, escaped
 
 T = TypeVar("T")
 
@@ -41,6 +42,34 @@ def canonical_json(data: Any) -> bytes:
         return _sorted_json(data)
     except TypeError:  # msgspec sorts text only, so keys like those of dict[int, X] must be text first
         return _sorted_json(msgspec.json.decode(msgspec.json.encode(data)))
+
+
+def strict_json(data: Any) -> bytes:
+    """Return the JSON of data, with sorted keys, like `canonical_json`.
+
+    Raises InvalidData if JSON cannot express all of it: two keys of a dict that JSON writes alike, such as 1 and "1",
+    or a float that is no number. Raises the errors of msgspec if it cannot be encoded.
+    """
+    try:
+        canonical = _sorted_json(data)
+    except TypeError:
+        canonical = _sorted_json(_decode_strictly(msgspec.json.encode(data)))
+    if b"null" in canonical:
+        # The hook gets a Raw, which is JSON already.
+        pointer = _not_finite(msgspec.to_builtins(data, enc_hook=lambda _: None))
+        if pointer is not None:
+            detail = f"{pointer}: NaN and infinities are no numbers of JSON"
+            raise InvalidData(detail, (Violation(pointer, "expected a finite number"),))
+    return canonical
+
+
+def _not_finite(tree: Any, pointer: str = "") -> str | None:
+    """Return the JSON Pointer of the first float that is NaN or infinite, or None."""
+    if isinstance(tree, float):
+        return None if math.isfinite(tree) else pointer
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    found = (_not_finite(inner, f"{pointer}/{escaped(str(key))}") for key, inner in parts)
+    return next((each for each in found if each is not None), None)
 
 
 def _msgpack(data: Any) -> bytes:
@@ -102,8 +131,8 @@ class Codec(Generic[T]):
     def parse(self, body: bytes) -> ModelData[T]:
         """Decode and validate JSON from a client.
 
-        Raises InvalidData if the JSON does not fit the model, has unknown fields, has a key twice in one object, has a
-        number that no decoder reads, or has an invalid reference to a blob.
+        Raises InvalidData if the JSON does not fit the model, has unknown fields, has a key twice in one object, has
+        keys that the model reads as equal, has a number that no decoder reads, or has an invalid reference to a blob.
         """
         try:
             data = self._json.decode(body)
@@ -112,7 +141,7 @@ class Codec(Generic[T]):
             if (self._has_raw or canonical != body) and not self._unknown.has_none(body):
                 violations = tuple(itertools.islice(self._unknown.violations(_decode_strictly(body)), MAX_VIOLATIONS))
                 if violations:
-                    raise InvalidData(f"the data has fields that {self.model.__name__} does not have", violations)
+                    raise InvalidData(_summary(self.model, violations), violations)
             if self.has_blobs:
                 self._blobs.check(data)
         except msgspec.ValidationError as error:
@@ -130,12 +159,15 @@ class Codec(Generic[T]):
     def accept(self, data: T | ModelData[T]) -> ModelData[T]:
         """Validate data from Python as if a client had sent it. A Struct's constructor checks no types.
 
-        A ModelData is valid already and is returned unchanged. Raises InvalidData.
+        A ModelData is valid already and is returned unchanged. Raises InvalidData, also if JSON cannot express all of
+        the data.
         """
         if isinstance(data, ModelData):
             return data
         try:
-            canonical = canonical_json(data)
+            canonical = strict_json(data)
+        except InvalidData:
+            raise
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidData(f"the data cannot be encoded: {error}", (Violation("", str(error)),)) from None
         if (depth := excessive_depth(canonical)) is not None:
@@ -295,6 +327,12 @@ def _indexed_field(given: IndexedField | tuple[str, Any] | str) -> IndexedField:
     if isinstance(given, IndexedField):
         return given
     return IndexedField(given) if isinstance(given, str) else IndexedField(*given)
+
+
+def _summary(model: type, violations: Sequence[Violation]) -> str:
+    if any(each.detail.startswith(UNKNOWN) for each in violations):
+        return f"the data has fields that {model.__name__} does not have"
+    return f"the data does not fit: {violations[0].detail} at {violations[0].pointer}"
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

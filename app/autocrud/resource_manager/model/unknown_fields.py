@@ -1,9 +1,12 @@
-"""Fields of a JSON body that the model does not have."""
+"""Fields of a JSON body that the model does not have, and keys that it would merge."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import datetime as dt
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import msgspec
 
@@ -20,6 +23,22 @@ _SCALARS = (
 )
 
 
+UNKNOWN = "unknown field"
+"""The detail of a violation begins with this if the model lacks the field."""
+_KEYS: Mapping[type, type] = {
+    msgspec.inspect.IntType: int,
+    msgspec.inspect.FloatType: float,
+    msgspec.inspect.DecimalType: Decimal,
+    msgspec.inspect.UUIDType: UUID,
+    msgspec.inspect.BytesType: bytes,
+    msgspec.inspect.DateTimeType: dt.datetime,
+    msgspec.inspect.DateType: dt.date,
+    msgspec.inspect.TimeType: dt.time,
+    msgspec.inspect.TimeDeltaType: dt.timedelta,
+}
+"""Types of keys of which JSON has several texts."""
+
+
 def bare(node: Any) -> Any:
     """Return a type without its annotations, such as a description, which do not change what it accepts."""
     while isinstance(node, msgspec.inspect.Metadata):
@@ -33,9 +52,10 @@ def escaped(key: str) -> str:
 
 
 class UnknownFields:
-    """Finds the fields of a tree of JSON that a type does not have, at every depth.
+    """Finds the fields of a tree of JSON that a type does not have, at every depth, and keys that it reads as equal.
 
-    msgspec rejects unknown fields only if each Struct is declared with `forbid_unknown_fields`. Models need not be.
+    Of two equal keys, such as 1.0 and 1e0 in a `dict[float, X]`, msgspec keeps the last one. It rejects unknown fields
+    only if each Struct is declared with `forbid_unknown_fields`. Models need not be.
     """
 
     def __init__(self, root: msgspec.inspect.Type) -> None:
@@ -57,7 +77,10 @@ class UnknownFields:
         return tree.keys() <= fields.keys() and 2 * (len(tree) + len(strings)) == body.count(b'"')
 
     def violations(self, tree: Any) -> Iterator[Violation]:
-        """Yield a violation for each unknown field of a tree of JSON that fits the type otherwise."""
+        """Yield a violation for each unknown field, and each key that equals another one.
+
+        The tree of JSON fits the type otherwise.
+        """
         return self._walk(self._root, tree, "")
 
     def _walk(self, node: msgspec.inspect.Type, value: Any, pointer: str) -> Iterator[Violation]:
@@ -70,10 +93,11 @@ class UnknownFields:
                     for key, inner in value.items():
                         at = f"{pointer}/{escaped(key)}"
                         if key not in fields:
-                            yield Violation(at, f"unknown field; expected one of {', '.join(fields)}")
+                            yield Violation(at, f"{UNKNOWN}; expected one of {', '.join(fields)}")
                         elif isinstance(inner, dict | list):
                             yield from self._walk(fields[key], inner, at)
-                case i.DictType(value_type=inner_type):
+                case i.DictType(key_type=key_type, value_type=inner_type):
+                    yield from _equal_keys(key_type, value, pointer)
                     for key, inner in value.items():
                         if isinstance(inner, dict | list):
                             yield from self._walk(inner_type, inner, f"{pointer}/{escaped(key)}")
@@ -120,3 +144,15 @@ class UnknownFields:
                 fields[node.tag_field] = msgspec.inspect.AnyType()
             self._fields[node.cls] = fields, all(type(type_) in _SCALARS for type_ in fields.values())
         return self._fields[node.cls]
+
+
+def _equal_keys(key_type: msgspec.inspect.Type, value: dict[str, Any], pointer: str) -> Iterator[Violation]:
+    """Yield a violation for each key that has the same value as an earlier one."""
+    python = _KEYS.get(type(bare(key_type)))
+    if python is None:
+        return
+    first: dict[Any, str] = {}
+    for key in value:
+        (read,) = msgspec.convert({key: None}, dict[python, None], strict=False)  # type: ignore[valid-type]
+        if first.setdefault(read, key) != key:
+            yield Violation(f"{pointer}/{escaped(key)}", f"the key {key!r} equals {first[read]!r}")
