@@ -1,7 +1,7 @@
 """The survey of an archive for an import, made while the archive is verified, before anything is changed.
 
 It refuses an archive whose data refer to files that their records do not name, or give a file another size than it
-has. It counts the bodies that do not fit
+has, and bodies in MessagePack that have another hash than their records say. It counts the bodies that do not fit
 the models of this program, finds unique values that two resources of the archive share, and keeps the current revisions
 of large resources, which must be stored before the others.
 """
@@ -19,6 +19,7 @@ from ..resource_manager.model.codec import Codec, CodecIndex
 from .archive_format import Manifest
 from .archive_notes import ArchiveNotes
 from .archive_reader import Visitor
+from .bodies import check_hash
 from .errors import BadArchive
 
 LARGE_REVISIONS = 1000
@@ -94,8 +95,10 @@ class Survey(Visitor):
         data = index.data(body, record.encoding)
         if data is None:
             self.not_fitting[model] += 1
-        elif self._strict and index.codec.has_blobs:
-            self._references(model, index.codec, record, data)
+        if self._strict:
+            check_hash(index.codec, record, body, data)
+            if data is not None and index.codec.has_blobs:
+                self._references(model, index.codec, record, data)
         if record.revision == meta.revision:
             self._current = record, body
 
