@@ -7,6 +7,7 @@ import pytest
 from app.autocrud.resource_manager.model.blob import name_error
 from app.autocrud.resource_manager.model.blob_references import BlobFinder
 from app.autocrud.resource_manager.model.codec import Codec
+from app.autocrud.resource_manager.storage_factory import IStorageFactory
 from tests.backup.imports import KINDS, Place
 
 from .album_fixtures import CONTENT, PNG, album_fixture, api_fixture, crud_and_app_fixture, crud_fixture  # noqa: F401
@@ -74,11 +75,9 @@ def unchecked_fixture(monkeypatch):
     monkeypatch.setattr(BlobFinder, "check", lambda *_: None)
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("size", [{}, {"size": 0}, {"size": 5}, {"size": 10**9}])
-@pytest.mark.parametrize("kind", ["memory", "disk", "memory-disk", "s3-sqlite"])
-async def test_the_size_is_that_of_the_stored_file(kind, size, tmp_path):
-    app, crud = app_of(storage_factory=KINDS[kind](Place(tmp_path)))
+async def check_size(factory: IStorageFactory, size: dict[str, int]) -> None:
+    """Assert that a download has the size of the stored file, if the data has another size or none."""
+    app, crud = app_of(storage_factory=factory)
     async with client_of(app) as api:
         sha256 = (await sent(api, CONTENT))["sha256"]
         made = await api.post("/album", json={"title": "x", "cover": {"sha256": sha256, **size}})
@@ -97,6 +96,24 @@ async def test_the_size_is_that_of_the_stored_file(kind, size, tmp_path):
         beyond = await api.get(url, headers={"range": f"bytes={len(CONTENT)}-"})
         assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(CONTENT)}")
     await crud.close()
+
+
+WRONG_SIZES: list[dict[str, int]] = [{}, {"size": 0}, {"size": 5}, {"size": 10**9}]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("size", WRONG_SIZES)
+@pytest.mark.parametrize("kind", ["memory", "disk", "memory-disk", "s3-sqlite", "memory-s3", "cached-s3"])
+async def test_the_size_is_that_of_the_stored_file(kind, size, tmp_path):
+    await check_size(KINDS[kind](Place(tmp_path)), size)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", ["postgres-disk", "redis-disk", "redis-postgres"])
+async def test_the_size_is_that_of_the_stored_file_on_servers(kind, tmp_path, postgres, valkey):
+    for number, size in enumerate(WRONG_SIZES):
+        await check_size(KINDS[kind](Place(tmp_path / str(number), postgres, valkey)), size)
 
 
 @pytest.mark.usefixtures("unchecked")
