@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.autocrud import AutoCRUD, Blob, Encoding
 from app.autocrud.backup.errors import BadArchive
@@ -20,6 +21,7 @@ from app.autocrud.resource_manager.meta_store.simple import MemoryMetaStore
 from app.autocrud.resource_manager.resource_store.simple import MemoryResourceStore
 
 from .archives import Content, blob, read_back, resource, write
+from .imports import KINDS as STORES
 from .imports import Note, Place, program
 from .test_importing import Killed, programs, stop_after
 
@@ -161,7 +163,7 @@ async def test_references_to_files_that_the_record_does_not_name_are_refused(tmp
     crud.add_model(Photo)
 
     def photo(*rows: BlobRow) -> dict[str, Any]:
-        return {"title": "t", "images": [{"sha256": row.sha256} for row in rows]}
+        return {"title": "t", "images": [{"sha256": row.sha256, "size": row.size} for row in rows]}
 
     async def refusal(datas: list[Any], blobs: list[list[str]]) -> str:
         resources = [resource("a", datas, blobs=blobs, encoding=encoding)]
@@ -184,3 +186,66 @@ async def test_references_to_files_that_the_record_does_not_name_are_refused(tmp
     await write(tmp_path / "a.tar.gz", {"photo": Content(resources=named, blobs=[(one, text)])})
     assert (await crud.import_all(tmp_path / "a.tar.gz")).models["photo"].blobs == 1
     await crud.close()
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize(
+    ("given", "said"), [(None, "no size, or 0 bytes"), (0, "no size, or 0 bytes"), (99, "99 bytes")]
+)
+async def test_references_with_another_size_than_their_files_are_refused(tmp_path, encoding, given, said):
+    """Also those of earlier revisions, and if another reference to the file has its size."""
+    one, other = blob(b"one"), blob(b"other")
+    size = {} if given is None else {"size": given}
+    wrong = {"title": "t", "cover": {"sha256": one[0].sha256, **size}}
+    right = {"title": "t", "images": [{"sha256": row.sha256, "size": row.size} for row, _ in (one, other)]}
+    keys = [one[0].key, other[0].key]
+    crud = AutoCRUD()
+    manager = crud.add_model(Photo)
+    blobs = sorted((one, other), key=lambda one: one[0].key)
+    path = tmp_path / "a.tar.gz"
+    for number, datas in ((1, [wrong]), (1, [wrong, right]), (2, [right, {**right, **wrong}])):
+        good = resource("a", [right], blobs=[keys], encoding=encoding)
+        bad = resource("b", datas, blobs=[keys] * 2, encoding=encoding)
+        await write(path, {"photo": Content(resources=[good, bad], blobs=blobs)})
+        with pytest.raises(BadArchive) as caught:
+            await crud.import_all(path)
+        assert caught.value.detail == (
+            f"the data of revision {number} of resource 'b' of model 'photo' give the file {one[0].sha256} {said}, but"
+            " the archive holds it with 3 bytes: each reference must have the size of its file"
+        )
+    assert [meta async for meta in manager.storage.scan()] == []
+    assert await manager.storage.blobs.rows([one[0].sha256]) == []
+    await write(path, {"photo": Content(resources=[good, bad], blobs=blobs, absent=("b",))})
+    assert (await crud.import_all(path)).models["photo"].created == 1
+    await crud.close()
+
+
+async def test_a_reference_to_an_empty_file_needs_no_size(tmp_path):
+    empty = blob(b"")
+    crud = AutoCRUD()
+    crud.add_model(Photo)
+    data = {"title": "t", "cover": {"sha256": empty[0].sha256}}
+    await write(
+        tmp_path / "a.tar.gz",
+        {"photo": Content(resources=[resource("a", [data], blobs=[[empty[0].key]])], blobs=[empty])},
+    )
+    assert (await crud.import_all(tmp_path / "a.tar.gz")).models["photo"].blobs == 1
+    await crud.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_program_refuses_no_file_of_its_own_backups(tmp_path, kind):
+    """The data of revisions have the sizes of files, whatever the requests said."""
+    crud = AutoCRUD(storage_factory=STORES[kind](Place(tmp_path / "one")))
+    manager = crud.add_model(Photo)
+    refs = [await manager.upload(content) for content in (b"", b"one", b"other")]
+    made = await manager.create(Photo("t", images=[replace(ref, size=7) for ref in refs]), status="draft")
+    resource_id = made.meta.resource_id
+    await manager.modify(resource_id, Photo("t", images=[Blob(sha256=refs[1].sha256)]))
+    await manager.update(resource_id, Photo("u", cover=Blob(sha256=refs[1].sha256, size=1), images=[refs[2]]))
+    await crud.export_all(tmp_path / "a.tar.gz")
+    await crud.close()
+    other = AutoCRUD(storage_factory=STORES[kind](Place(tmp_path / "two")))
+    other.add_model(Photo)
+    assert (await other.import_all(tmp_path / "a.tar.gz")).models["photo"].created == 1
+    await other.close()

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from app.autocrud.resource_manager.model.blob import name_error
+from app.autocrud.resource_manager.model.blob_references import BlobFinder
+from app.autocrud.resource_manager.model.codec import Codec
+from app.autocrud.resource_manager.storage_factory import IStorageFactory
+from tests.backup.imports import KINDS, Place
+
 from .album_fixtures import CONTENT, PNG, album_fixture, api_fixture, crud_and_app_fixture, crud_fixture  # noqa: F401
-from .albums import sent
-from .conftest import MERGE, problem
+from .albums import Album, app_of, sent
+from .conftest import MERGE, client_of, problem
 
 
 async def test_a_download_has_the_content_and_its_headers(api, album):
@@ -60,6 +66,97 @@ async def test_only_harmless_types_are_shown(api, content_type, name, shown_type
     answer = await api.get(f"{made.headers['location']}/blobs/{ref['sha256']}")
     assert answer.headers["content-type"] == shown_type
     assert answer.headers["content-disposition"] == disposition
+
+
+@pytest.fixture(name="unchecked")
+def unchecked_fixture(monkeypatch):
+    """Store references as they are, as an import of an earlier program did."""
+    monkeypatch.setattr(Codec, "with_sizes", lambda _, model_data, __: model_data)
+    monkeypatch.setattr(BlobFinder, "check", lambda *_: None)
+
+
+async def check_size(factory: IStorageFactory, size: dict[str, int]) -> None:
+    """Assert that a download has the size of the stored file, if the data has another size or none."""
+    app, crud = app_of(storage_factory=factory)
+    async with client_of(app) as api:
+        sha256 = (await sent(api, CONTENT))["sha256"]
+        made = await api.post("/album", json={"title": "x", "cover": {"sha256": sha256, **size}})
+        assert made.json()["data"]["cover"]["size"] == size.get("size", 0)
+        url = f"{made.headers['location']}/blobs/{sha256}?redirect=false"
+        answer = await api.get(url)
+        assert (answer.status_code, answer.content) == (200, CONTENT)
+        assert answer.headers["content-length"] == str(len(CONTENT))
+        assert (await api.head(url)).headers["content-length"] == str(len(CONTENT))
+        for header, content in (("bytes=-3", CONTENT[-3:]), ("bytes=2-", CONTENT[2:]), ("bytes=0-99999", CONTENT)):
+            part = await api.get(url, headers={"range": header})
+            assert (part.status_code, part.content) == (206, content)
+            assert part.headers["content-range"].endswith(f"/{len(CONTENT)}")
+        several = await api.get(url, headers={"range": "bytes=0-1,-2"})
+        assert f"/{len(CONTENT)}\r\n".encode() in several.content
+        beyond = await api.get(url, headers={"range": f"bytes={len(CONTENT)}-"})
+        assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(CONTENT)}")
+    await crud.close()
+
+
+WRONG_SIZES: list[dict[str, int]] = [{}, {"size": 0}, {"size": 5}, {"size": 10**9}]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("size", WRONG_SIZES)
+@pytest.mark.parametrize("kind", ["memory", "disk", "memory-disk", "s3-sqlite", "memory-s3", "cached-s3"])
+async def test_the_size_is_that_of_the_stored_file(kind, size, tmp_path):
+    await check_size(KINDS[kind](Place(tmp_path)), size)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", ["postgres-disk", "redis-disk", "redis-postgres"])
+async def test_the_size_is_that_of_the_stored_file_on_servers(kind, tmp_path, postgres, valkey):
+    for number, size in enumerate(WRONG_SIZES):
+        await check_size(KINDS[kind](Place(tmp_path / str(number), postgres, valkey)), size)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "content_type", "shown_type", "disposition"),
+    [
+        ("../../x", "image/png", "image/png", 'inline; filename="x"'),
+        ("C:\\temp\\x.png", "image/png", "image/png", 'inline; filename="x.png"'),
+        ("..", "image/png", "image/png", "inline"),
+        ("a\r\nset-cookie: x=1", "image/png", "image/png", 'inline; filename="a__set-cookie: x=1"'),
+        ("\u202egpj.exe", "image/png", "image/png", 'inline; filename="_gpj.exe"'),
+        ("x" * 10_000 + ".png", "image/png", "image/png", f'inline; filename="{"x" * 251}.png"'),
+        ("x", "image/png; " + "a" * 20_000, "application/octet-stream", 'attachment; filename="x"'),
+        ("x", "text/plain;\r\nx-evil: 1", "application/octet-stream", 'attachment; filename="x"'),
+        ("x", "text/plain; \u5b57", "application/octet-stream", 'attachment; filename="x"'),
+    ],
+)
+async def test_names_and_types_that_no_upload_may_have_are_not_sent(
+    crud, api, name, content_type, shown_type, disposition
+):
+    ref = await sent(api, CONTENT)
+    made = await api.post("/album", json={"title": "x", "cover": ref | {"name": name, "content_type": content_type}})
+    answer = await api.get(f"{made.headers['location']}/blobs/{ref['sha256']}")
+    assert answer.headers["content-type"] == shown_type
+    assert answer.headers["content-disposition"] == disposition
+    assert {"set-cookie", "x-evil"}.isdisjoint(answer.headers)
+    stored = await crud.resource_manager(Album).blob(made.json()["meta"]["resource_id"], ref["sha256"])
+    assert name_error(stored.blob.name) is None
+
+
+async def test_a_file_whose_row_is_missing_is_damage(crud, api, album, monkeypatch):
+    path, cover = album
+    manager = crud.resource_manager(Album)
+
+    async def no_rows(_):
+        return []
+
+    monkeypatch.setattr(manager.storage.blobs, "rows", no_rows)
+    answer = await api.get(f"{path}/blobs/{cover['sha256']}")
+    assert (
+        "is not among the files of the store; restore it from a backup"
+        in problem(answer, 503, "store-damaged")["detail"]
+    )
 
 
 async def test_the_first_reference_gives_name_and_type(api):

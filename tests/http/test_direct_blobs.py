@@ -19,6 +19,8 @@ from app import aws_lambda
 from app.autocrud import AutoCRUD, Blob
 from app.autocrud.http import direct_blobs
 from app.autocrud.resource_manager.contract.direct import RESERVED
+from app.autocrud.resource_manager.model.blob_references import BlobFinder
+from app.autocrud.resource_manager.model.codec import Codec
 from app.autocrud.resource_manager.storage.direct_s3 import S3DirectTransfer
 from app.autocrud.resource_manager.storage_factory import MemoryStorageFactory, PairStorageFactory, S3StorageFactory
 from tests.services import BUCKET
@@ -114,6 +116,25 @@ async def test_how_a_download_is_answered(client):
     assert unchanged.status_code == 304
     wrong = await client.get(path, params={"redirect": "yes"})
     assert (wrong.status_code, wrong.json()["type"]) == (400, "urn:crudstack:invalid-query")
+
+
+async def test_a_stored_reference_with_a_wrong_size_name_and_type(client, monkeypatch):
+    """An import of an earlier program has stored it."""
+    cover = (await client.post((await uploaded(client))["complete"])).json()
+    wrong = {"size": 5, "name": "../../x", "content_type": "image/png; " + "a" * 20_000}
+    monkeypatch.setattr(Codec, "with_sizes", lambda _, model_data, __: model_data)
+    monkeypatch.setattr(BlobFinder, "check", lambda *_: None)
+    created = await client.post("/album", json={"title": "Sun", "cover": cover | wrong})
+    assert created.json()["data"]["cover"] == cover | wrong
+    path = f"{created.headers['location']}/blobs/{SHA256}"
+    answer = await client.get(path)
+    query = parse_qs(urlsplit(answer.headers["location"]).query)
+    assert query["response-content-type"] == ["application/octet-stream"]
+    assert query["response-content-disposition"] == ['attachment; filename="x"']
+    async with httpx.AsyncClient() as s3:
+        assert (await s3.get(answer.headers["location"])).content == BODY
+    assert (await client.get(path, params={"redirect": "false"})).content == BODY
+    assert (await client.head(path)).headers["content-length"] == str(len(BODY))
 
 
 async def test_wrong_content_and_a_second_use_of_the_url(client):

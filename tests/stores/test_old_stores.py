@@ -8,9 +8,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from msgspec import Struct
 
 from app import settings
-from app.autocrud import AutoCRUD, Query, field
+from app.autocrud import AutoCRUD, Encoding, Query, field
+from app.autocrud.backup.exporting import export_all
 from app.autocrud.errors import ConfigError, MetadataTooLarge, UniqueConflict
 from app.autocrud.resource_manager.engine import planning
 from tests.stores.old_stores import (
@@ -95,6 +97,30 @@ async def test_a_store_into_which_an_earlier_commit_imported(servers: Servers, n
 @pytest.mark.parametrize("name", FILES)
 async def test_a_store_of_an_earlier_commit(servers: Servers, name: str):
     await check_old_store(servers, OLD / name)
+
+
+class LaterNote(Struct):
+    """A later version of Note, with other fields in another order."""
+
+    number: float = 0
+    more: list[str] = []
+    text: str = ""
+
+
+@pytest.mark.parametrize("model", [Note, LaterNote])
+@pytest.mark.parametrize("name", [name for name in FILES if "msgpack" in name])
+async def test_a_backup_of_an_earlier_store_in_messagepack_is_accepted(
+    servers: Servers, tmp_path: Path, name: str, model: type
+):
+    """Its bodies have the hashes of their JSON, also if the model has changed since."""
+    unpack(OLD / name, servers)
+    manager = program(name.partition("/")[2].removesuffix(".tar.gz"), servers)
+    await export_all({"note": manager}, tmp_path / "a.tar.gz")
+    await manager.storage.close()
+    crud = AutoCRUD(encoding=Encoding.msgpack)
+    crud.add_model(model, name="note")
+    assert (await crud.import_all(tmp_path / "a.tar.gz")).models["note"].created == 8
+    await crud.close()
 
 
 async def check_old_store(servers: Servers, path: Path) -> None:

@@ -16,7 +16,14 @@ from msgspec import Meta, Struct
 from app.autocrud import Blob, ConfigError
 from app.autocrud.errors import InvalidData
 from app.autocrud.resource_manager.basic import Encoding
-from app.autocrud.resource_manager.model.blob import MAX_NAME, name_error, type_error
+from app.autocrud.resource_manager.model.blob import (
+    MAX_NAME,
+    OCTET_STREAM,
+    name_error,
+    safe_name,
+    safe_type,
+    type_error,
+)
 from app.autocrud.resource_manager.model.blob_references import MAX_BLOBS
 from app.autocrud.resource_manager.model.codec import Codec
 
@@ -260,3 +267,45 @@ def test_unknown_fields_of_a_reference_are_refused():
     with pytest.raises(InvalidData) as refused:
         Codec(Everything).parse(json.dumps({"required": ref(1, owner="x")}).encode())
     assert [violation.pointer for violation in refused.value.violations] == ["/required/owner"]
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("", ""),
+        ("sun.png", "sun.png"),
+        ("..", ""),
+        (".", ""),
+        ("../../x", "x"),
+        ("/etc/passwd", "passwd"),
+        ("C:\\x\\y.txt", "y.txt"),
+        ("x/", ""),
+        ("a/..", ""),
+        ("a\r\nSet-Cookie: x=1", "a__Set-Cookie: x=1"),
+        ("\0", "_"),
+        ("\u202egpj.exe", "_gpj.exe"),
+        ("x" * 300 + ".png", "x" * 251 + ".png"),
+        ("x" * 10_000, "x" * 255),
+        ("\u5b57" * 100, "\u5b57" * 85),
+        ("\u5b57" * 100 + ".png", "\u5b57" * 83 + ".png"),
+        ("x." + "y" * 300, "x." + "y" * 253),
+        ("." + "y" * 300, "." + "y" * 254),
+    ],
+)
+def test_safe_names(name, safe):
+    assert safe_name(name) == safe
+
+
+@given(st.text() | st.text("./\\\u202e\ud800\n\u5b57x", max_size=300))
+def test_a_safe_name_breaks_no_rule_and_a_good_name_stays(name):
+    assert name_error(safe_name(name)) is None
+    if name_error(name) is None:
+        assert safe_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "x", "text/plain;\r\nx-evil: 1", "image/png; " + "a" * 20_000, "text/plain,text/html"]
+)
+def test_safe_types(wrong):
+    assert safe_type(wrong) == OCTET_STREAM
+    assert safe_type("text/plain; charset=utf-8") == "text/plain; charset=utf-8"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 import msgspec
@@ -19,7 +19,9 @@ from ..values import Key
 
 _TABLES = """
 CREATE TABLE blob_refs (model TEXT, key TEXT, id TEXT, PRIMARY KEY (model, key, id)) WITHOUT ROWID;
-CREATE TABLE blobs (model TEXT, key TEXT, new TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
+CREATE TABLE blobs (model TEXT, key TEXT, size INTEGER, new TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
+CREATE TABLE sizes (model TEXT, sha256 TEXT, size INTEGER, id TEXT, revision INTEGER,
+    PRIMARY KEY (model, sha256, size, id)) WITHOUT ROWID;
 CREATE TABLE rows (model TEXT, key TEXT, size INTEGER, owner TEXT, PRIMARY KEY (model, key)) WITHOUT ROWID;
 CREATE TABLE uids (model TEXT, uid TEXT, new TEXT, PRIMARY KEY (model, uid)) WITHOUT ROWID;
 CREATE TABLE bodies (number INTEGER PRIMARY KEY, model TEXT, uids BLOB);
@@ -33,17 +35,28 @@ BEGIN;
 """
 
 MOST = 200_000
-"""How many references to missing blobs are looked at."""
+"""How many references to missing blobs, or with wrong sizes, are looked at."""
 _UNRESOLVED = "WHERE model = ?1 AND NOT EXISTS (SELECT 1 FROM blobs b WHERE b.model = r.model AND b.key = r.key)"
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(RevisionInfo).decode
+
+
+class WrongSize(NamedTuple):
+    """Data of a revision that give a blob another size than it has."""
+
+    resource_id: str
+    revision: int
+    sha256: str
+    given: int
+    size: int
 
 
 class ArchiveNotes:
     """A temporary database. Blocks. May be used by several threads.
 
     blob_refs  the resources whose records name a blob
-    blobs      the blobs of the archive, with their keys in the store of the model
+    blobs      the blobs of the archive, with their sizes, and their keys in the store of the model
+    sizes      the sizes of blobs as data give them, with a revision that has the data
     rows       the rows of blobs
     uids       the bodies that results of Idempotency-Keys name, with their uids in the store of the model
     bodies     the uids of the bodies that an import has stored before their records
@@ -75,9 +88,28 @@ class ArchiveNotes:
         """Note that a record of a resource names these blobs."""
         self._write("INSERT OR IGNORE INTO blob_refs VALUES (?, ?, ?)", [(model, key, resource_id) for key in keys])
 
-    def note_blobs(self, model: str, keys: Iterable[str]) -> None:
+    def note_blobs(self, model: str, rows: Iterable[BlobRow]) -> None:
         """Note that the archive has these blobs."""
-        self._write("INSERT OR IGNORE INTO blobs VALUES (?, ?, NULL)", [(model, key) for key in keys])
+        values = [(model, row.key, row.size) for row in rows]
+        self._write("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?, NULL)", values)
+
+    def note_sizes(self, model: str, record: RevisionInfo, sizes: Iterable[tuple[str, int]]) -> None:
+        """Note that the data of a revision give blobs, by their SHA-256, these sizes."""
+        values = [(model, sha256, size, record.resource_id, record.revision) for sha256, size in sizes]
+        self._write("INSERT OR IGNORE INTO sizes VALUES (?, ?, ?, ?, ?)", values)
+
+    def wrong_size(self, model: str, absent: Collection[str]) -> WrongSize | None:
+        """Return data that give a blob of the archive another size than it has, of no absent resource; None if none."""
+        rows = self._rows(
+            "SELECT s.id, s.revision, s.sha256, s.size, b.size FROM sizes s JOIN blobs b ON b.model = s.model"
+            " AND b.key > s.sha256 || '/' AND b.key < s.sha256 || '0' AND b.size <> s.size"
+            f" WHERE s.model = ? LIMIT {MOST}",
+            (model,),
+        )
+        found = next((row for row in rows if row[0] not in absent), None)
+        if found is None and len(rows) == MOST:
+            found = rows[-1]
+        return None if found is None else WrongSize(*found)
 
     def referred_to(self, model: str, after: str, limit: int) -> list[str]:
         """Return up to `limit` blobs that records name, ascending, that follow `after`."""

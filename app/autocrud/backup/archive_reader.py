@@ -225,7 +225,7 @@ class _Verification:
                 for _ in blob_chunks(line.row, found, self._entries):
                     pass
                 present.append(line.row)
-        self._notes.note_blobs(check.name, [row.key for row in present])
+        self._notes.note_blobs(check.name, present)
         if self._visitor is not None:
             self._visitor.blobs(check.name, present)
 

@@ -226,7 +226,7 @@ class ArchiveWriter:
                 if row.size > MAX_BLOB:
                     raise ArchiveTooLarge(f"the blob {row.key} has {row.size} bytes, expected at most {MAX_BLOB}")
             await self._part("blobs", "ndjson", [encode(row) + b"\n" for row in found])
-            stored = [row.key for row in found if await self._blob(row, read(row.key))]
+            stored = [row for row in found if await self._blob(row, read(row.key))]
             await asyncio.to_thread(self._notes.note_blobs, model.name, stored)
             model.blobs += len(found)
             model.blob_bytes += sum(row.size for row in found)

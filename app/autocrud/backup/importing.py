@@ -125,12 +125,12 @@ async def import_all(
     indexes = {name: Index(manager.codec) for name, manager in chosen.items()}
     async with readable_twice(source, max_bytes) as path:
         notes = ArchiveNotes()
-        survey = Survey(indexes, notes, noted)
+        survey = Survey(indexes, notes, noted, strict=not abort)
         archive = await verify_in_thread(
             path, max_bytes=max_bytes, sha256=sha256, notes=notes, visitor=survey, progress=progress
         )
         try:
-            await asyncio.to_thread(survey.end)
+            await asyncio.to_thread(survey.finish, archive.manifest)
             names = names_of(archive, managers, models)
             run = _Import(managers, archive, names, indexes, survey, surveyed or _untold, progress)
             if abort:

@@ -1,6 +1,7 @@
 """The survey of an archive for an import, made while the archive is verified, before anything is changed.
 
-It refuses an archive whose data refer to files that their records do not name. It counts the bodies that do not fit
+It refuses an archive whose data refer to files that their records do not name, or give a file another size than it
+has, and bodies in MessagePack that have another hash than their records say. It counts the bodies that do not fit
 the models of this program, finds unique values that two resources of the archive share, and keeps the current revisions
 of large resources, which must be stored before the others.
 """
@@ -15,8 +16,10 @@ from typing_extensions import override
 
 from ..resource_manager.basic import BlobRow, Encoding, IndexEntry, ResourceMeta, RevisionInfo
 from ..resource_manager.model.codec import Codec, CodecIndex
+from .archive_format import Manifest
 from .archive_notes import ArchiveNotes
 from .archive_reader import Visitor
+from .bodies import check_hash
 from .errors import BadArchive
 
 LARGE_REVISIONS = 1000
@@ -51,10 +54,13 @@ class Survey(Visitor):
 
     indexes  of the models that are imported, by name
     noted    the models whose ids are noted
+    strict   whether to refuse data that an import must not store. An import that is taken back stores nothing
     taken    how many resources have a unique value that an earlier one of the archive has, by model and field
     """
 
-    def __init__(self, indexes: Mapping[str, Index], notes: ArchiveNotes, noted: Collection[str] = ()) -> None:
+    def __init__(
+        self, indexes: Mapping[str, Index], notes: ArchiveNotes, noted: Collection[str] = (), *, strict: bool = True
+    ) -> None:
         self.not_fitting: Counter[str] = Counter()
         """How many bodies do not fit the model, by model."""
         self.taken: dict[str, Counter[str]] = {name: Counter() for name in indexes}
@@ -62,7 +68,7 @@ class Survey(Visitor):
         """Bytes of the bodies of whole resources, by model."""
         self.blob_bytes: Counter[str] = Counter()
         """Bytes of the blobs whose content the archive has, by model."""
-        self._indexes, self._notes, self._noted = indexes, notes, noted
+        self._indexes, self._notes, self._noted, self._strict = indexes, notes, noted, strict
         self._model = ""
         self._meta: ResourceMeta | None = None
         self._current: tuple[RevisionInfo, bytes] | None = None
@@ -89,14 +95,28 @@ class Survey(Visitor):
         data = index.data(body, record.encoding)
         if data is None:
             self.not_fitting[model] += 1
-        else:
-            _check_references(index.codec, record, data)
+        if self._strict:
+            check_hash(index.codec, record, body, data)
+            if data is not None and index.codec.has_blobs:
+                self._references(model, index.codec, record, data)
         if record.revision == meta.revision:
             self._current = record, body
 
     @override
     def blobs(self, model: str, rows: Sequence[BlobRow]) -> None:
         self.blob_bytes[model] += sum(row.size for row in rows)
+
+    def finish(self, manifest: Manifest) -> None:
+        """End the survey, after the archive was verified. Raises BadArchive if data give a file a wrong size."""
+        self.end()
+        for model in manifest.models:
+            if (wrong := self._notes.wrong_size(model.name, set(model.absent))) is not None:
+                given = f"{wrong.given} bytes" if wrong.given else "no size, or 0 bytes"
+                raise BadArchive(
+                    f"the data of revision {wrong.revision} of resource {wrong.resource_id!r} of model {model.name!r}"
+                    f" give the file {wrong.sha256} {given}, but the archive holds it with {wrong.size} bytes: each"
+                    " reference must have the size of its file"
+                )
 
     def end(self) -> None:
         """Add up the resource that was read last. Called when the next one begins, and at the end of the archive."""
@@ -124,18 +144,17 @@ class Survey(Visitor):
         for name, key in keys.items():
             self._notes.claim(self._model, name, key, resource_id)
 
+    def _references(self, model: str, codec: Codec[Any], record: RevisionInfo, data: Any) -> None:
+        """Note the sizes of references in data. Raises BadArchive if one is to a blob that the record does not name.
 
-def _check_references(codec: Codec[Any], record: RevisionInfo, data: Any) -> None:
-    """Raise BadArchive if data refer to a blob that their record does not name.
-
-    A record may name more blobs, because the model may have had more fields.
-    """
-    if not codec.has_blobs:
-        return
-    named = {key.partition("/")[0] for key in record.blobs}
-    for _, blob in codec.references(data):
-        if blob.sha256 not in named:
-            raise BadArchive(
-                f"the data of revision {record.revision} of resource {record.resource_id!r} refer to the file"
-                f" {blob.sha256}, which its record does not name"
-            )
+        A record may name more blobs, because the model may have had more fields.
+        """
+        named = {key.partition("/")[0] for key in record.blobs}
+        found = [blob for _, blob in codec.references(data)]
+        for blob in found:
+            if blob.sha256 not in named:
+                raise BadArchive(
+                    f"the data of revision {record.revision} of resource {record.resource_id!r} refer to the file"
+                    f" {blob.sha256}, which its record does not name"
+                )
+        self._notes.note_sizes(model, record, [(blob.sha256, blob.size) for blob in found])

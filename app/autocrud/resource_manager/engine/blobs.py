@@ -6,12 +6,22 @@ import hashlib
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ...errors import BlobNotFound, ConfigError, DigestMismatch, InvalidData, RevisionNotFound, Violation
+from msgspec.structs import replace
+
+from ...errors import (
+    BlobNotFound,
+    ConfigError,
+    DigestMismatch,
+    InvalidData,
+    RevisionNotFound,
+    StoreDamaged,
+    Violation,
+)
 from ...query import Filter
-from ..basic import Encoding, IStorage, RevisionInfo
+from ..basic import BlobRow, Encoding, IStorage, RevisionInfo
 from ..contract.blobs import Blobs, BlobStorage
 from ..contract.store_errors import check_name
-from ..model.blob import Blob, is_sha256, name_error, type_error
+from ..model.blob import Blob, is_sha256, name_error, safe_name, safe_type, type_error
 from ..model.codec import Codec
 from ..model.resource import Resource
 from ..model.verification import UNDECODABLE
@@ -41,7 +51,8 @@ class BlobLimits(NamedTuple):
 class StoredBlob:
     """A blob that a revision of a resource refers to.
 
-    blob  the first reference to it in the data; its size is that of the content
+    blob  the first reference to it in the data. Its size is that of the stored content, and its name and its type are
+          safe to send, whatever the data has: an import stores data as it is in the archive
     key   the key of the content in the store
     """
 
@@ -97,8 +108,10 @@ class BlobExecutor(Generic[T]):
     ) -> StoredBlob:
         """Return the blob of a resource with this hash.
 
-        Raises BlobNotFound if the revision does not refer to such a blob, and the errors of `ReadExecutor.get`.
+        Raises BlobNotFound if the revision does not refer to such a blob, StoreDamaged if its row is missing, and the
+        errors of `ReadExecutor.get`.
         """
+        missing = False
         for _ in range(MAX_ATTEMPTS):
             resource = await self._reads.get(
                 resource_id, revision=revision, include_deleted=include_deleted, read_filter=read_filter
@@ -108,7 +121,15 @@ class BlobExecutor(Generic[T]):
                 key = next((key for key in record.blobs if key.startswith(f"{sha256}/")), None)
                 if key is None or not is_sha256(sha256):
                     raise BlobNotFound(f"resource {resource_id!r} refers to no file with the SHA-256 {sha256[:80]!r}")
-                return StoredBlob(self._blobs, await self._reference(resource.json, key), key)
+                row = next((row for row in await self._blobs.rows([sha256]) if row.key == key), None)
+                if row is not None:
+                    return StoredBlob(self._blobs, await self._reference(resource.json, row), key)
+                missing = True  # F1: the record that names it was removed meanwhile, unless the store is damaged
+        if missing:
+            raise StoreDamaged(
+                f"the file {sha256} of resource {resource_id!r} is not among the files of the store; restore it from a"
+                " backup, or write the resource again without it"
+            )
         raise contention()
 
     async def _record_of(self, resource: Resource[T]) -> RevisionInfo | None:
@@ -122,12 +143,12 @@ class BlobExecutor(Generic[T]):
             return None
         return record if record.uid == meta.uid else None
 
-    async def _reference(self, json: bytes, key: str) -> Blob:
-        """Return the first reference to a blob in data.
+    async def _reference(self, json: bytes, row: BlobRow) -> Blob:
+        """Return the first reference to a blob in data, with the size of its row, and a safe name and type.
 
         If the model no longer has the field of the reference, returns one without a name and a type.
         """
-        sha256, codec = key.partition("/")[0], self._codec
+        sha256, codec = row.sha256, self._codec
 
         def find() -> Blob | None:
             try:
@@ -137,11 +158,9 @@ class BlobExecutor(Generic[T]):
             return next((found.blob for found in codec.references(data) if found.blob.sha256 == sha256), None)
 
         found = await heavy(len(json), find, json)
-        if found is not None:
-            return found
-        rows = await self._blobs.rows([sha256])
-        size = next((row.size for row in rows if row.key == key), 0)
-        return Blob(sha256=sha256, size=size)
+        if found is None:
+            return Blob(sha256=sha256, size=row.size)
+        return replace(found, size=row.size, content_type=safe_type(found.content_type), name=safe_name(found.name))
 
 
 def blobs_of(name: str, codec: Codec[Any], storage: IStorage) -> Blobs | None:

@@ -12,6 +12,8 @@ MAX_NAME = 255
 """Largest name of a file, in bytes of UTF-8. Most file systems have this limit."""
 MAX_TYPE = 255
 """Largest content type, in characters."""
+MAX_EXTENSION = 20
+"""Largest extension that stays if a name is shortened, in characters."""
 
 _RESTRICTED = r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}"  # RFC 6838, 4.2
 _WORD = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
@@ -83,3 +85,27 @@ def type_error(content_type: str) -> str | None:
     if _TYPE.fullmatch(content_type) is None:
         return f"expected a content type like image/png, got {content_type!r}"
     return None
+
+
+def safe_name(name: str) -> str:
+    """Return a file name that breaks no rule, for a stored reference that no write has checked.
+
+    Takes the last part of a path, replaces each control character and mark of writing direction by "_", and shortens a
+    long name before its extension.
+    """
+    last = _PATH.split(name)[-1]
+    if last in (".", ".."):
+        return ""
+    last = _BIDI.sub("_", _CONTROL.sub("_", last))
+    if len(last.encode()) <= MAX_NAME:
+        return last
+    stem, dot, extension = last.rpartition(".")
+    if not stem or len(extension) > MAX_EXTENSION:
+        stem, dot, extension = last, "", ""
+    end = f"{dot}{extension}".encode()
+    return (stem.encode()[: MAX_NAME - len(end)] + end).decode(errors="ignore")
+
+
+def safe_type(content_type: str) -> str:
+    """Return a content type, or that of plain bytes if it breaks a rule, as one that no write has checked may."""
+    return content_type if type_error(content_type) is None else OCTET_STREAM

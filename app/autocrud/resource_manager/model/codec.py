@@ -128,6 +128,11 @@ class Codec(Generic[T]):
         if len(self.fields) != len(self._paths):
             raise ConfigError(f"{model.__name__} has a field that is indexed twice")
 
+    @property
+    def has_raw(self) -> bool:
+        """Return whether the model has a `msgspec.Raw`, whose text is kept as it is in JSON bodies only."""
+        return self._has_raw
+
     def parse(self, body: bytes) -> ModelData[T]:
         """Decode and validate JSON from a client.
 
