@@ -203,18 +203,18 @@ def import_archive(
             print(f"{name}: {', '.join([found[name], *_left_out(one)]) if check else _outcome(one)}")
             if one.ids:
                 print(f"{name}: {_some(one.ids)}")
-    if not check and _tell_left_out(result.models):
+    if _tell_left_out(result.models, "would be" if check else "were"):
         sys.exit(FAILED)
 
 
-def _tell_left_out(models: Mapping[str, ModelImport]) -> bool:
-    """Print how many resources of each model were left out, and return whether there are any."""
+def _tell_left_out(models: Mapping[str, ModelImport], are: str) -> bool:
+    """Print how many resources of each model were or would be left out, and return whether there are any."""
     found = False
     for name, model in models.items():
         if counts := [f"{count} for the value of {field}" for field, count in model.unique_conflicts.items() if count]:
             found = True
             print(
-                f"crudstack: resources of {name!r} were left out, because other resources have their unique values:"
+                f"crudstack: resources of {name!r} {are} left out, because other resources have their unique values:"
                 f" {', '.join(counts)}",
                 file=sys.stderr,
             )

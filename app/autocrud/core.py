@@ -347,7 +347,9 @@ class AutoCRUD:
                 not fit.
             progress: Called with the amount that is done, the total if it is known, and what is counted.
 
-        Raises BadArchive, ArchiveTooLarge, ImportConflict, ImportUnfinished or ImportTakenOver.
+        Raises BadArchive, ArchiveTooLarge, ImportConflict, ImportUnfinished or ImportTakenOver. Raises ImportIncomplete
+        or an error of the stores if the import fails after it has changed something; the message says how much is
+        imported, and what to do.
         """
         from .backup.importing import import_all
 

@@ -264,6 +264,11 @@ async def test_archives_of_other_formats_and_versions_are_refused(path):
     entries = entries_of(await archived({"m": content()}))
     future = json.dumps({"format": "crudstack-archive", "version": 2, "more": []}).encode()
     assert "format version 2, this program knows 1" in refusal(path, packed([("format.json", future), *entries[1:]]))
+    assert "use a newer program" in refusal(path, packed([("format.json", future), *entries[1:]]))
+    for version in (0, -1):
+        past = json.dumps({"format": "crudstack-archive", "version": version}).encode()
+        said = f"format version {version}, this program knows 1: no program writes it, make another archive"
+        assert said in refusal(path, packed([("format.json", past), *entries[1:]]))
     other = json.dumps({"format": "other", "version": 1}).encode()
     assert "'other'" in refusal(path, packed([("format.json", other), *entries[1:]]))
     for text in (b"", b"{}", b"1", b'{"format":1,"version":1}'):

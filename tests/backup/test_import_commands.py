@@ -75,7 +75,12 @@ def test_the_exit_code_tells_that_resources_were_left_out(tmp_path: Path):
             assert json.loads(done.stdout)["models"]["user"]["unique_conflicts"] == {"email": 1}
         else:
             assert "user: 1 left out for the value of email" in done.stdout.splitlines()
-    run(given, "import", tmp_path / "x.tar.gz", "--on-conflict", "skip", "--check")
+        done = run(given, "import", tmp_path / "x.tar.gz", "--on-conflict", on_conflict, "--check", code=1)
+        assert done.stderr == (
+            "crudstack: resources of 'user' would be left out, because other resources have their unique values:"
+            " 1 for the value of email\n"
+        )
+        assert "user: 1 resources, 1 revisions, 1 left out for the value of email" in done.stdout.splitlines()
     run(environment(tmp_path / "data"), "import", tmp_path / "x.tar.gz", "--on-conflict", "skip")
 
 

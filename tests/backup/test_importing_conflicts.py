@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import pytest
@@ -62,6 +63,8 @@ async def test_unique_values_move_between_resources_of_any_batch(programs, tmp_p
     await export_all(crud.managers, tmp_path / "a.tar.gz")
     await change(manager, MOVES[moves])
     monkeypatch.setattr(pieces, "BATCH", batch)
+    checked = (await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict="replace", check=True)).models["note"]
+    assert (checked.unique_conflicts, checked.ids) == ({}, [])
     (model,) = (await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict="replace")).models.values()
     circle = batch == 1 and moves in ("between two", "in a circle", "in two circles")
     left_out = len(MOVES[moves]) if circle else 0
@@ -92,12 +95,37 @@ async def test_the_same_resources_are_left_out_with_any_batch(
             return [planned[0].piece] if len(planned) == 1 else []
 
         monkeypatch.setattr(batched_import.BatchedImport, "_refused", unknown)
+    path = tmp_path / "a.tar.gz"
+    checked = (await import_all(crud.managers, path, on_conflict=on_conflict, check=True)).models["note"]
     (model,) = (await import_all(crud.managers, tmp_path / "a.tar.gz", on_conflict=on_conflict)).models.values()
     counts = model.created, model.replaced, model.skipped, model.unique_conflicts["code"]
     if on_conflict == "skip":
         assert (counts, model.ids) == ((4, 0, 2, 3), ["n1", "n5", "n7"])
     else:
         assert (counts, model.ids) == ((5, 2, 0, 2), ["n1", "n5"])
+    assert (checked.unique_conflicts, checked.ids) == (model.unique_conflicts, model.ids)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("on_conflict", ["skip", "replace"])
+async def test_a_check_tells_which_resources_an_import_leaves_out(programs, tmp_path, on_conflict, seed):
+    """Values are spread at random. Some resources of the archive share one, and some belong to the model alone."""
+    chosen, path = random.Random(seed), tmp_path / "a.tar.gz"
+    ids, values = [f"n{number}" for number in range(8)], [f"c{number}" for number in range(8)]
+    archived = sorted(chosen.sample(ids, 6))
+    shared = chosen.choices(values, k=6) if seed % 3 == 0 else chosen.sample(values, 6)
+    datas = [{"text": "x", "code": code} for code in shared]
+    resources = [resource(rid, [data]) for rid, data in zip(archived, datas, strict=True)]
+    await write(path, {"note": Content(resources=resources)})
+    crud = programs("disk")
+    manager = crud.resource_manager(Note)
+    for rid, code in zip(chosen.sample(ids, 5), chosen.sample(values, 5), strict=True):
+        await manager.create(Note(text="mine", code=code), resource_id=rid)
+    before = await codes(manager)
+    checked = (await import_all(crud.managers, path, on_conflict=on_conflict, check=True)).models["note"]
+    assert await codes(manager) == before
+    (model,) = (await import_all(crud.managers, path, on_conflict=on_conflict)).models.values()
+    assert (checked.unique_conflicts, checked.ids) == (model.unique_conflicts, model.ids)
 
 
 @pytest.mark.parametrize("kind", JOURNALLED)

@@ -1,4 +1,4 @@
-"""Imports into empty models that fail before anything is visible: they leave nothing that takes space."""
+"""Imports that fail: before anything is visible they leave nothing, and later they say how much is imported."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 
-from app.autocrud.backup import importing, pieces
+from app.autocrud import AutoCRUD
+from app.autocrud.backup import batched_import, importing, pieces
+from app.autocrud.backup.errors import ImportConflict, ImportIncomplete
 from app.autocrud.backup.importing import import_all
-from app.autocrud.errors import ModelNotEmpty, OutcomeUnknown, StoreDamaged, StoreUnavailable
+from app.autocrud.backup.option_names import PARAMETERS, options_named
+from app.autocrud.errors import ConfigError, InvalidData, ModelNotEmpty, OutcomeUnknown, StoreDamaged, StoreUnavailable
 from app.autocrud.resource_manager.runtime.disk_space import DiskFull
 from tests.small_disk import small_disk
 
 from .archives import Content, blob, resource, write
+from .imports import KINDS as MADE
 from .imports import Note, Place, program
 from .test_importing import programs
 
@@ -180,3 +184,152 @@ async def test_a_pack_that_a_sweep_removed_says_nothing_about_the_server(program
     monkeypatch.setattr(objects, "get_range", get_range)
     with pytest.raises(StoreUnavailable, match="a sweep removed bodies of this import"):
         await import_all(crud.managers, tmp_path / "a.tar.gz")
+
+
+NAMES = ("first", "second", "third")
+
+
+@pytest.fixture
+async def models(tmp_path: Path, request: pytest.FixtureRequest) -> AutoCRUD:
+    """A program with three models, of which the second one has data."""
+    crud = AutoCRUD(storage_factory=MADE[getattr(request, "param", "disk")](Place(tmp_path / "models")))
+    for name in NAMES:
+        crud.add_model(Note, name=name, indexed_fields=["text"])
+    await crud.managers["second"].create(Note(text="mine"), resource_id="mine")
+    yield crud
+    await crud.close()
+
+
+@pytest.fixture
+async def archive_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive of these models. Its resources are imported in batches of three, unless a model is empty."""
+    monkeypatch.setattr(pieces, "BATCH", 3)
+    monkeypatch.setattr(batched_import, "ATTEMPTS", 1)
+    resources = [resource(f"n{number}", [{"text": "t"}]) for number in range(9)]
+    await write(tmp_path / "m.tar.gz", {name: Content(resources=resources) for name in NAMES})
+    return tmp_path / "m.tar.gz"
+
+
+def refused_at(patch: pytest.MonkeyPatch, crud: AutoCRUD, number: int, error: Exception) -> None:
+    """Let a commit of the second model fail."""
+    storage, count = crud.managers["second"].storage, 0
+    commit = storage.commit
+
+    async def refused(writes: Any, once: Any = None) -> Any:
+        nonlocal count
+        count += 1
+        if count == number:
+            raise error
+        return await commit(writes, once)
+
+    patch.setattr(storage, "commit", refused)
+
+
+DONE = {
+    1: "imported: 'first'; not imported: 'second', 'third'",
+    2: "imported: 'first'; imported in part: 'second'; not imported: 'third'",
+}
+ADVICE = "import that archive with --resume to continue, or with --abort to take it back"
+FAILURES = {
+    "unavailable": (StoreUnavailable("the store is down; nothing was changed, try again"), "the store is down"),
+    "invalid": (InvalidData("the store cannot hold this"), "the store cannot hold this"),
+    "settings": (ConfigError("the store is of a newer program"), "the store is of a newer program"),
+}
+
+
+@pytest.mark.parametrize("number", DONE)
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_a_failure_says_how_much_is_imported(models, archive_of_models, monkeypatch, failure, number):
+    error, cause = FAILURES[failure]
+    with monkeypatch.context() as patch:
+        refused_at(patch, models, number, type(error)(error.detail))
+        expected = StoreUnavailable if failure == "unavailable" else ImportIncomplete
+        with pytest.raises(expected) as caught:
+            await import_all(models.managers, archive_of_models)
+    assert not isinstance(caught.value, (InvalidData, ConfigError)), "these say that nothing was changed"
+    assert caught.value.detail == f"{cause}; {DONE[number]}; {ADVICE}"
+    with monkeypatch.context() as patch:
+        refused_at(patch, models, 1, type(error)(error.detail))
+        with pytest.raises(expected) as caught:
+            await import_all(models.managers, archive_of_models, resume=True)
+    assert caught.value.detail == f"{cause}; {DONE[2]}; {ADVICE}"
+    with monkeypatch.context() as patch:
+        refused_at(patch, models, 1, type(error)(error.detail))
+        if number == 2 and failure == "unavailable":
+            with pytest.raises(
+                StoreUnavailable, match="is not taken back completely: import that archive with --abort again"
+            ):
+                await import_all(models.managers, archive_of_models, abort=True)
+    await import_all(models.managers, archive_of_models, abort=True)
+    assert [[meta.resource_id async for meta in models.managers[name].storage.scan()] for name in NAMES] == [
+        [],
+        ["mine"],
+        [],
+    ]
+
+
+async def test_a_failure_names_the_parameters_of_a_request(models, archive_of_models, monkeypatch):
+    refused_at(monkeypatch, models, 2, StoreUnavailable("the store is down"))
+    with (
+        options_named(PARAMETERS),
+        pytest.raises(StoreUnavailable, match="with resume=true to continue, or with abort="),
+    ):
+        await import_all(models.managers, archive_of_models)
+
+
+async def test_a_conflict_that_appears_later_says_how_much_is_imported(models, archive_of_models, monkeypatch):
+    storage, states = models.managers["second"].storage, importing.check_conflicts
+
+    async def check_conflicts(checked: Any, *arguments: Any) -> None:
+        await states(checked, *arguments)
+        if checked is storage:
+            await models.managers["second"].create(Note(text="faster"), resource_id="n4")
+
+    monkeypatch.setattr(importing, "check_conflicts", check_conflicts)
+    with pytest.raises(ImportConflict) as caught:
+        await import_all(models.managers, archive_of_models)
+    assert caught.value.detail == (
+        f"1 resources of the archive have ids that the model has already, among them 'n4'; {DONE[2]}; continue with"
+        " --resume and --on-conflict skip or replace, or take it back with --abort"
+    )
+
+
+@pytest.mark.parametrize("models", ["custom"], indirect=True)
+async def test_a_failure_in_a_store_without_a_journal_says_that_all_stays(models, archive_of_models, monkeypatch):
+    refused_at(monkeypatch, models, 2, StoreUnavailable("the store is down"))
+    with pytest.raises(StoreUnavailable) as caught:
+        await import_all(models.managers, archive_of_models, without_journal=True)
+    assert caught.value.detail == (
+        f"the store is down; {DONE[2]}; the stores of 'first', 'second', 'third' keep no journal, so what is imported"
+        " there stays: import that archive with --on-conflict skip to continue"
+    )
+
+
+async def test_an_import_that_is_stopped_says_how_much_is_imported(models, archive_of_models, caplog):
+    def stop(done: int, _: int | None, what: str) -> None:
+        if (done, what) == (3, "second"):
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await import_all(models.managers, archive_of_models, progress=stop)
+    assert f"the import has stopped; {DONE[2]}; {ADVICE}" in caplog.text
+
+
+async def test_a_write_into_an_empty_model_meanwhile_is_told_truly(programs, archive, monkeypatch):
+    crud = programs("disk")
+    manager = crud.resource_manager(Note)
+    await manager.open()
+    storage: Any = manager.storage
+    put = storage.put_bodies
+
+    async def put_bodies(bodies: Any) -> None:
+        if not [one async for one in storage.scan()]:
+            await manager.create(Note(text="faster"), resource_id="mine")
+        await put(bodies)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "put_bodies", put_bodies)
+        with pytest.raises(ModelNotEmpty, match="run the import again, which is done in batches then, or purge what"):
+            await import_all(crud.managers, archive)
+    (model,) = (await import_all(crud.managers, archive)).models.values()
+    assert (model.created, model.in_one_step) == (30, False)

@@ -365,7 +365,8 @@ async def test_an_import_is_resumed_with_another_answer_to_conflicts(empty, arch
     await killed_at(monkeypatch, empty, path, 2)
     await manager.update("n00001", Note(text="edited", code="c1"))
     with pytest.raises(
-        ImportConflict, match=r"'n00001': a part .* --resume and --on-conflict skip or replace, or .*--abort"
+        ImportConflict,
+        match=r"'n00001'; imported in part: 'note'; .* --resume and --on-conflict skip or replace, or .*--abort",
     ):
         await import_all(empty.managers, path, resume=True)
     (model,) = (await import_all(empty.managers, path, resume=True, on_conflict=on_conflict)).models.values()

@@ -28,6 +28,8 @@ CREATE TABLE bodies (number INTEGER PRIMARY KEY, model TEXT, uids BLOB);
 CREATE TABLE currents (model TEXT, id TEXT, record BLOB, body BLOB, PRIMARY KEY (model, id));
 CREATE TABLE uniques (model TEXT, field TEXT, value, id TEXT, PRIMARY KEY (model, field, value)) WITHOUT ROWID;
 CREATE TABLE excluded (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
+CREATE TABLE blockers (model TEXT, id TEXT, field TEXT, blocker TEXT, PRIMARY KEY (model, id, field)) WITHOUT ROWID;
+CREATE INDEX blocked ON blockers (model, blocker);
 CREATE TABLE left_out (model TEXT, id TEXT, field TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
 CREATE TABLE ids (model TEXT, id TEXT, PRIMARY KEY (model, id)) WITHOUT ROWID;
 CREATE TABLE digests (model TEXT, digest BLOB, PRIMARY KEY (model, digest)) WITHOUT ROWID;
@@ -65,6 +67,7 @@ class ArchiveNotes:
     excluded   the resources that are never written: another one of the archive has a unique value of theirs, or the
                model has them and keeps its own
     left_out   the resources that are left out, because another one of the model has a unique value of theirs
+    blockers   the resources that have a unique value which one of the archive wants, and that it may change
     ids        the ids of the resources of models with data
     digests    the resources that an interrupted import may have created
     """
@@ -251,6 +254,25 @@ class ArchiveNotes:
     def leave_out(self, model: str, resource_id: str, field: str) -> None:
         """Note that a resource is left out for now, because another one has its value of a unique field."""
         self._write("INSERT OR REPLACE INTO left_out VALUES (?, ?, ?)", [(model, resource_id, field)])
+
+    def note_blocker(self, model: str, resource_id: str, field: str, blocker: str) -> None:
+        """Note that a resource of the archive is left out, with this field, if `blocker` is left out."""
+        self._write("INSERT OR IGNORE INTO blockers VALUES (?, ?, ?, ?)", [(model, resource_id, field, blocker)])
+
+    def leave_out_blocked(self, model: str) -> None:
+        """Note as left out whichever resources are blocked by one that is left out."""
+        before, count = 0, self.count_left_out(model)
+        while before != count:
+            self._write(
+                "INSERT OR IGNORE INTO left_out SELECT b.model, b.id, b.field FROM blockers b JOIN left_out l"
+                " ON l.model = b.model AND l.id = b.blocker WHERE b.model = ? ORDER BY b.field",
+                [(model,)],
+            )
+            before, count = count, self.count_left_out(model)
+
+    def has_id(self, model: str, resource_id: str) -> bool:
+        """Return whether the id of a resource is noted."""
+        return self._first("SELECT id FROM ids WHERE model = ? AND id = ?", (model, resource_id)) is not None
 
     def take_up(self, model: str, ids: Iterable[str]) -> None:
         """Note that resources are not left out any more."""

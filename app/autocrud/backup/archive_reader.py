@@ -69,6 +69,10 @@ class Visitor(Protocol):
         """See a revision of this resource."""
         return None
 
+    def key(self, model: str, key: StoredKey) -> None:
+        """See the results of an Idempotency-Key."""
+        return None
+
     def blobs(self, model: str, rows: Sequence[BlobRow]) -> None:
         """See the rows of some blobs that the archive has, by ascending key."""
         return None
@@ -171,9 +175,8 @@ class _Verification:
         if found.format != FORMAT:
             raise BadArchive(f"the archive is a {found.format!r}, expected a {FORMAT!r}")
         if found.version != VERSION:
-            raise BadArchive(
-                f"the archive has format version {found.version}, this program knows {VERSION}: use a newer program"
-            )
+            advice = "use a newer program" if found.version > VERSION else "no program writes it, make another archive"
+            raise BadArchive(f"the archive has format version {found.version}, this program knows {VERSION}: {advice}")
 
     def _entry(self, check: _ModelCheck, name: Name, header: Header) -> None:
         match name.kind:
@@ -184,6 +187,8 @@ class _Verification:
                 self._add(check, part)
                 for key in check.keys.items(content, header.name):
                     self._notes.want_uids(check.name, [meta.uid for meta in key.results if meta is not None])
+                    if self._visitor is not None:
+                        self._visitor.key(check.name, key)
             case "blobs":
                 self._blobs(check, header)
             case _:

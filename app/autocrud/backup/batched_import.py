@@ -317,12 +317,17 @@ class BatchedImport:
 
     async def end(self) -> None:
         """Count the resources that stay left out."""
-        counts = dict(self._result.unique_conflicts)
-        for field, count, ids in await asyncio.to_thread(self._notes.left_out, self._model, NAMED):
-            counts[field] = counts.get(field, 0) + count
-            for resource_id in ids:
-                self._result.name(resource_id)
-        self._result.unique_conflicts = counts
+        await count_left_out(self._notes, self._model, self._result)
+
+
+async def count_left_out(notes: ArchiveNotes, model: str, result: ModelImport) -> None:
+    """Add the resources that are noted as left out to a result."""
+    counts = dict(result.unique_conflicts)
+    for field, count, ids in await asyncio.to_thread(notes.left_out, model, NAMED):
+        counts[field] = counts.get(field, 0) + count
+        for resource_id in ids:
+            result.name(resource_id)
+    result.unique_conflicts = counts
 
 
 def conflict(ids: Sequence[str], count: int) -> ImportConflict:

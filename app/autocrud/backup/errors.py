@@ -46,6 +46,15 @@ class ImportUnfinished(CrudError):
     type, title, status = "import-unfinished", "Another import is not finished", 409
 
 
+class ImportIncomplete(CrudError):
+    """An import failed after it had changed something. The message says what is imported, and what to do.
+
+    It replaces the errors that say by their type that nothing was changed. Its cause is that error.
+    """
+
+    type, title, status = "import-incomplete", "A part of the archive is imported", 500
+
+
 class NoSuchImport(CrudError, LookupError):
     """There is no interrupted import of this archive to resume or abort."""
 

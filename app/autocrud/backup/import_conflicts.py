@@ -6,10 +6,10 @@ import asyncio
 
 from ..query import Compare, Resolved
 from ..resource_manager.basic import IStorage
-from ..resource_manager.contract.import_journal import ImportState
+from ..resource_manager.contract.import_journal import ImportState, OnConflict
 from .archive_notes import ArchiveNotes
-from .batched_import import conflict, unique_conflict
-from .import_states import is_written, states_of
+from .batched_import import conflict, count_left_out, unique_conflict
+from .import_states import ModelImport, is_written, states_of
 from .pieces import BATCH
 
 IDS = 100
@@ -38,6 +38,34 @@ async def check_conflicts(storage: IStorage, notes: ArchiveNotes, model: str) ->
         last = claims[-1][:2]
     if fields:
         raise unique_conflict(fields, ids)
+
+
+async def find_left_out(
+    storage: IStorage, notes: ArchiveNotes, model: str, result: ModelImport, on_conflict: OnConflict
+) -> None:
+    """Count the resources that an import would leave out, because others of the model have their unique values.
+
+    With "replace", a resource that the archive has too gives its values up, unless it is left out itself (B1 of
+    `batched_import`).
+    """
+    last = None
+    while claims := await asyncio.to_thread(notes.claims, model, last, BATCH):
+        last = claims[-1][:2]
+        found = await states_of(storage, [one for _, _, one in claims]) if on_conflict == "skip" else {}
+        for field, value, resource_id in claims:
+            if found.get(resource_id) is not None:
+                continue  # it is skipped
+            query = Resolved(where=Compare(field, "eq", value), limit=BATCH, include_deleted=True)
+            for holder in [hit.meta.resource_id for hit in (await storage.search(query)).items]:
+                if holder == resource_id:
+                    continue
+                changes = on_conflict == "replace" and notes.has_id(model, holder)
+                if changes and not notes.is_excluded(model, holder):
+                    await asyncio.to_thread(notes.note_blocker, model, resource_id, field, holder)
+                else:
+                    await asyncio.to_thread(notes.leave_out, model, resource_id, field)
+    await asyncio.to_thread(notes.leave_out_blocked, model)
+    await count_left_out(notes, model, result)
 
 
 async def exclude_skipped(storage: IStorage, notes: ArchiveNotes, model: str, state: ImportState) -> int:

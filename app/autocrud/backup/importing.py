@@ -19,9 +19,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-import itertools
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import uuid4
@@ -38,29 +37,25 @@ from ..errors import (
     PinLost,
     UniqueConflict,
 )
-from ..resource_manager.basic import (
-    AlreadyCommitted,
-    IdempotentCommit,
-    IStorage,
-    ResourceMeta,
-    StoredKey,
-)
+from ..resource_manager.basic import IStorage
 from ..resource_manager.contract.import_journal import ImportJournal, ImportState, ImportStorage, OnConflict
 from ..resource_manager.contract.loading import LoadingStorage
+from ..resource_manager.contract.storable import MetadataLimits
 from .archive_notes import ArchiveNotes
 from .archive_reader import Progress, VerifiedArchive, verify_in_thread
 from .batched_import import BatchedImport, unique_conflict
 from .blob_import import import_blobs
-from .errors import ImportConflict, ImportTakenOver, ImportUnfinished, NoSuchImport
-from .import_conflicts import check_conflicts, exclude_skipped
-from .import_messages import add_outcome, advise_to_continue, unfinished
+from .errors import BadArchive, ImportTakenOver, ImportUnfinished, NoSuchImport
+from .import_conflicts import check_conflicts, exclude_skipped, find_left_out
+from .import_messages import Extent, add_outcome, incomplete, still_to_take_back, unfinished, unstorable
 from .import_options import Managers, check_options, names_of
 from .import_owner import ImportOwner
 from .import_space import check_space
 from .import_states import ImportResult, ModelImport, ModelSurvey, Surveyed, is_empty
+from .key_import import import_keys, key_pages
 from .model_load import ModelLoad
 from .option_names import option_names
-from .pieces import BATCH, Rewriting, batches_of, pieces_of, prefetched
+from .pieces import Rewriting, batches_of, pieces_of, prefetched
 from .sources import Source, readable_twice
 from .survey import Index, Survey
 from .undo_import import TakingBack, Undoing
@@ -103,8 +98,8 @@ async def import_all(
         undo: Whether to take back what was written if the import fails, but not if it is cancelled. Not for `resume`.
         without_journal: Whether to import into models with data whose store keeps no journal. Such an import cannot be
             resumed or taken back.
-        check: Whether to stop before anything is changed. The result then tells what does not fit the models, and which
-            unique values the archive has twice.
+        check: Whether to stop before anything is changed. The result then tells what does not fit the models, and how
+            many resources would be left out because others have their unique values.
         surveyed: Called before anything is changed, unless an import is aborted. If it raises, nothing is changed.
         progress: Called with the amount that is done, the total, and what is counted: "verify" for bytes, or the name
             of a model for resources.
@@ -112,8 +107,8 @@ async def import_all(
     Raises BadArchive, ArchiveTooLarge, InvalidData or ConfigError if the archive cannot be imported into these models,
     ImportConflict, ImportUnfinished if another import is not finished, and NoSuchImport if there is none to resume or
     abort. Then nothing was changed, unless ImportConflict says otherwise. Raises ModelNotEmpty if an empty model was
-    written meanwhile, ImportTakenOver if another program has resumed or aborted this import, and what the stores raise.
-    Then the import can be resumed or aborted.
+    written meanwhile, ImportTakenOver if another program has resumed or aborted this import, ImportIncomplete, and what
+    the stores raise. If something was changed, the message says how much is imported, and what to do.
     """
     check_options(managers, models, on_conflict, resume=resume, abort=abort, check=check)
     chosen = {name: manager for name, manager in managers.items() if models is None or name in models}
@@ -121,11 +116,15 @@ async def import_all(
         await manager.open()
     fresh = not resume and not abort
     empty = {name: await is_empty(manager.storage) for name, manager in chosen.items()} if fresh else {}
-    noted = [name for name in chosen if not empty.get(name, False)] if resume or on_conflict != "replace" else []
+    noted = (
+        [name for name in chosen if not empty.get(name, False)] if resume or check or on_conflict != "replace" else []
+    )
+    storages = {} if abort else {name: manager.storage for name, manager in chosen.items()}
+    limits = {name: storage for name, storage in storages.items() if isinstance(storage, MetadataLimits)}
     indexes = {name: Index(manager.codec) for name, manager in chosen.items()}
     async with readable_twice(source, max_bytes) as path:
         notes = ArchiveNotes()
-        survey = Survey(indexes, notes, noted, strict=not abort)
+        survey = Survey(indexes, notes, noted, limits, strict=not abort)
         archive = await verify_in_thread(
             path, max_bytes=max_bytes, sha256=sha256, notes=notes, visitor=survey, progress=progress
         )
@@ -194,9 +193,11 @@ class _Import:
     ) -> ImportResult:
         """Check whether everything can be imported, and then import it, unless it is a check alone."""
         for name in self._names:
-            journal = self._journal(name)
+            journal, storage = self._journal(name), self._storage(name)
             if journal is not None and (state := await journal.state()) is not None:
                 raise unfinished(name, state)
+            if name in self._survey.unstorable:
+                raise unstorable(self._survey.unstorable[name])
             if journal is None and not empty[name] and not without_journal:
                 raise ConfigError(
                     f"the model {name!r} has data, and its store keeps no journal of imports, so that this import could"
@@ -208,7 +209,9 @@ class _Import:
                 if taken:
                     raise unique_conflict(taken, [])
                 if not empty[name]:
-                    await check_conflicts(self._storage(name), self._archive.notes, name)
+                    await check_conflicts(storage, self._archive.notes, name)
+            elif check and not empty[name]:
+                await find_left_out(storage, self._archive.notes, name, self._results[name], on_conflict)
         whole = {name: self._storage(name) for name in self._names if empty[name] or on_conflict != "skip"}
         await asyncio.to_thread(check_space, whole, self._survey)
         self._tell_survey()
@@ -236,14 +239,31 @@ class _Import:
                     with contextlib.suppress(ImportTakenOver):
                         await owner.note(ending=True)
                         await owner.end()
-            elif not all(map(self._journal, self._owners)):
-                pass  # it cannot be resumed or taken back
-            elif undo and isinstance(error, Exception) and not isinstance(error, ImportTakenOver):
+            elif not (undo and all(map(self._journal, self._owners)) and isinstance(error, Exception)):
+                self._raise_incomplete(error, again=False)
+            elif not isinstance(error, ImportTakenOver):
                 await self._take_back_failed(error)
-            elif isinstance(error, ImportConflict):
-                advise_to_continue(error)
             raise
         return self._result
+
+    def _raise_incomplete(self, error: BaseException, *, again: bool) -> None:
+        """Say in the error of an import that has changed something how much is imported, or raise another error."""
+        missing = [name for name in self._names if (owner := self._owners.get(name)) and not owner.state.finished]
+        # Models are imported one after the other.
+        results = [self._results[name] for name in missing[:1]]
+        is_begun = again or isinstance(error, OutcomeUnknown) or any(one.created or one.replaced for one in results)
+        begun = 1 if is_begun else 0
+        failure = incomplete(
+            error,
+            Extent(
+                [name for name in self._names if name not in missing],
+                missing[:begun],
+                missing[begun:],
+                [name for name in self._owners if self._journal(name) is None],
+            ),
+        )
+        if failure is not error:
+            raise failure from error
 
     async def _take_back_failed(self, error: Exception) -> None:
         """Take back what this import has written, and say so in the error."""
@@ -279,7 +299,7 @@ class _Import:
                             self._results[name].skipped += skipped
                         self._results[name].blobs = await import_blobs(storage, self._archive, name, again=again)
                     await self._import_batches(name, owner)
-                    await self._import_keys(name, owner)
+                    self._results[name].keys += await import_keys(storage, self._archive, name, owner)
         except (PinLost, ModelNotEmpty):
             await owner.check()  # another attempt may have dropped the pin, or filled the model
             raise
@@ -310,7 +330,7 @@ class _Import:
                     # It has files or Idempotency-Keys, an earlier attempt has filled it, or the archive is too large.
                     return False
                 load = ModelLoad(storage, loader, self._archive, name, self._indexes[name], self._results[name])
-                await load.fill(lambda done: self._report(done, name), self._keys(name))
+                await load.fill(lambda done: self._report(done, name), key_pages(self._archive, name))
                 discarded = False
                 try:
                     await loader.publish()
@@ -321,7 +341,9 @@ class _Import:
                     self._changed = True
                     raise
                 self._changed = True
-        except BaseException:
+        except BaseException as error:
+            if discarded or (isinstance(error, CrudError) and not isinstance(error, OutcomeUnknown)):
+                self._results[name].created = 0  # nothing of the load is visible
             if load is not None and discarded:
                 await load.discard()
             raise
@@ -358,33 +380,6 @@ class _Import:
                 async for batch in prepared:
                     await importer.add(batch)
         await importer.end()
-
-    async def _import_keys(self, name: str, owner: ImportOwner) -> None:
-        storage = self._storage(name)
-
-        async def add(key: StoredKey) -> None:
-            once = IdempotentCommit(key=key.key, request=key.request, time=key.time, results=key.results)
-            with contextlib.suppress(AlreadyCommitted):
-                await storage.commit([], once)
-
-        async for keys in self._keys(name):
-            await owner.check()
-            await asyncio.gather(*map(add, keys))
-            self._results[name].keys += len(keys)
-
-    async def _keys(self, name: str) -> AsyncIterator[list[StoredKey]]:
-        """Yield the Idempotency-Keys in pages, with the new uids of bodies."""
-        notes, keys = self._archive.notes, self._archive.keys(name)
-
-        def moved(meta: ResourceMeta | None) -> ResourceMeta | None:
-            new = None if meta is None else notes.new_uid(name, meta.uid)
-            return meta if meta is None or new is None else replace(meta, uid=new)
-
-        def page() -> list[StoredKey]:
-            return [replace(key, results=tuple(map(moved, key.results))) for key in itertools.islice(keys, BATCH)]
-
-        while found := await asyncio.to_thread(page):
-            yield found
 
     def _report(self, done: int, name: str) -> None:
         if self._progress is not None:
@@ -431,6 +426,10 @@ class _Import:
                     f"the import of the archive with the SHA-256 {state.sha256} into the model {name!r} is being taken"
                     f" back, so it cannot be resumed: import that archive with {option_names().abort}"
                 )
+        for name in states:
+            if name in self._survey.unstorable:
+                error = unstorable(self._survey.unstorable[name])
+                raise BadArchive(f"{error.detail}; take back the import that is not finished ({option_names().abort})")
         self._tell_survey()
         self._changed = True
         await self._take_over(states, **({} if on_conflict == "fail" else {"on_conflict": on_conflict}))
@@ -449,8 +448,8 @@ class _Import:
                     self._owners[name] = ImportOwner(journal, state)
         try:
             await self._run(again=True)
-        except ImportConflict as error:
-            advise_to_continue(error)
+        except BaseException as error:
+            self._raise_incomplete(error, again=True)
             raise
         return self._result
 
@@ -464,8 +463,14 @@ class _Import:
                 f"the import of the archive with the SHA-256 {self._archive.sha256} was complete, so nothing was taken"
                 " back"
             )
-        await self._take_over(states, aborting=True)
-        await self._take_back()
+        try:
+            await self._take_over(states, aborting=True)
+            await self._take_back()
+        except CrudError as error:
+            failure = still_to_take_back(error)
+            if failure is error:
+                raise
+            raise failure from error
         return self._result
 
     async def _take_back(self) -> None:

@@ -160,8 +160,8 @@ def blob_gone(key: str) -> BlobGone:
 def model_not_empty(found: str) -> ModelNotEmpty:
     """Return the error for a model that has data. `found`: what it has."""
     return ModelNotEmpty(
-        f"found {found} in the model, expected it to be empty; nothing was loaded: import into it in batches, or purge"
-        " what it has"
+        f"found {found} in the model, expected it to be empty; nothing was loaded: run the import again, which is"
+        " done in batches then, or purge what the model has"
     )
 
 

@@ -67,6 +67,7 @@ from ..runtime.threads import shielded
 from .fast_slow import Fence
 from .postgres_access import server_error
 from .postgres_imports import PostgresImports
+from .postgres_limits import PostgresLimits
 from .postgres_loading import PostgresLoading
 from .postgres_snapshots import PostgresSnapshots
 
@@ -78,7 +79,13 @@ ELSE coalesce(extract(epoch FROM clock_timestamp() - fast_since)::float8, -1) EN
 
 
 class PostgresMetaStore(
-    PostgresLoading, PostgresSnapshots, PostgresImports, IndexMigration, FindingsKeeping, MetaSweeping
+    PostgresLoading,
+    PostgresSnapshots,
+    PostgresImports,
+    PostgresLimits,
+    IndexMigration,
+    FindingsKeeping,
+    MetaSweeping,
 ):
     """A MetaStore in tables of a PostgreSQL database. Durable, and shared by any number of processes.
 

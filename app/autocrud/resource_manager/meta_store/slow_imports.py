@@ -1,4 +1,4 @@
-"""The part of FastSlowMetaStore for imports: the journal is in the slow store."""
+"""The part of FastSlowMetaStore for imports: the journal is in the slow store, which also limits the metadata."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
+from ..basic import IndexEntry
 from ..contract.import_journal import ImportKeeping
+from ..contract.storable import MetadataLimits
 
 
-class SlowImports(ImportKeeping):
-    """The entries of a journal in the slow store."""
+class SlowImports(ImportKeeping, MetadataLimits):
+    """The entries of a journal in the slow store, and its limits."""
 
     @property
     @abstractmethod
@@ -33,3 +35,8 @@ class SlowImports(ImportKeeping):
     @override
     async def remove_import_entries(self, names: Sequence[str]) -> None:
         await self._import_keeping.remove_import_entries(names)
+
+    @override
+    def unstorable(self, resource_id: str, *, names: Sequence[str] = (), entry: IndexEntry | None = None) -> str:
+        slow = self._import_keeping
+        return slow.unstorable(resource_id, names=names, entry=entry) if isinstance(slow, MetadataLimits) else ""

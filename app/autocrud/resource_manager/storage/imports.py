@@ -13,11 +13,12 @@ from contextlib import asynccontextmanager
 from typing_extensions import override
 
 from ...errors import CrudError
-from ..basic import MetaStore, ResourceStore, RevisionInfo, Write
+from ..basic import IndexEntry, MetaStore, ResourceStore, RevisionInfo, Write
 from ..contract.import_journal import ImportJournal, ImportKeeping, ImportStorage, is_importing
 from ..contract.packs import BodyPacking, PackReferences, SingleUids, UidAllotment
 from ..contract.protocols import RecordKeeping
 from ..contract.snapshots import Pinning
+from ..contract.storable import MetadataLimits
 from .held_pin import HeldPin
 from .sweeping import Sweep
 
@@ -54,7 +55,7 @@ class JournalledPins(Pinning):
         return self._keeping is not None and await is_importing(self._keeping)
 
 
-class StorageImports(ImportStorage):
+class StorageImports(ImportStorage, MetadataLimits):
     """The methods of a storage for imports. SimpleStorage sets the attributes."""
 
     meta_store: MetaStore
@@ -100,6 +101,12 @@ class StorageImports(ImportStorage):
     @override
     async def discard_bodies(self, uids: Sequence[str]) -> None:
         await self.resource_store.delete(uids)
+
+    @override
+    def unstorable(self, resource_id: str, *, names: Sequence[str] = (), entry: IndexEntry | None = None) -> str:
+        if isinstance(self.meta_store, MetadataLimits):
+            return self.meta_store.unstorable(resource_id, names=names, entry=entry)
+        return ""
 
     async def _kept_of_purged(self, writes: Sequence[Write]) -> list[RevisionInfo]:
         """Return the records that the journal keeps of the resources that these writes purge (J3)."""
