@@ -330,6 +330,10 @@ def _run(
         with suppress(NotImplementedError, RuntimeError):  # not on this platform, or not in the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
+            if crud is not None and needs_s3(settings):
+                from .bucket_check import check_bucket_of_settings
+
+                await check_bucket_of_settings(settings)
             return await work(crud)
         finally:
             if crud is not None:
