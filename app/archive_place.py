@@ -15,8 +15,7 @@ from .autocrud.errors import ConfigError
 from .autocrud.resource_manager.backends.s3.object_store import ObjectStore
 from .autocrud.resource_manager.runtime.drivers import driver
 from .autocrud.resource_manager.runtime.temporary import ProcessDirectory
-from .settings import Settings, s3_endpoint
-from .wiring import region_of
+from .settings import Settings
 
 STDIO = "-"
 
@@ -64,7 +63,7 @@ class ArchivePlace:
             self._refuse_existing(await asyncio.to_thread(os.path.lexists, self.text), force=force)
             yield Path(self.text)
         else:
-            objects = self._objects(settings)
+            objects = await self._objects(settings)
             self._refuse_existing(await self._exists(objects), force=force)
             with ProcessDirectory() as directory:
                 path = directory.path / self.name
@@ -85,7 +84,7 @@ class ArchivePlace:
         else:
             with ProcessDirectory() as directory:
                 path = directory.path / "archive"
-                if not await self._objects(settings).download(self._key, path):
+                if not await (await self._objects(settings)).download(self._key, path):
                     raise ConfigError(f"there is no object {self.text}")
                 yield path
 
@@ -96,11 +95,13 @@ class ArchivePlace:
     async def _exists(self, objects: ObjectStore) -> bool:
         return await objects.head(self._key) is not None
 
-    def _objects(self, settings: Settings) -> ObjectStore:
-        """Return the client of the bucket, with the endpoint and the keys of `serve`."""
+    async def _objects(self, settings: Settings) -> ObjectStore:
+        """Return the client of the bucket. Raises ConfigError if there is no such bucket, or no access to it."""
         with driver("s3"):
-            from .autocrud.resource_manager.backends.s3.object_store import s3
-        return s3(self._bucket, settings.local.s3_endpoint_url or s3_endpoint(), region_name=region_of(settings))
+            from .bucket_check import bucket_client, check_bucket
+        objects = bucket_client(self._bucket, settings)
+        await check_bucket(objects, self._bucket, "create it, or correct the address of the archive")
+        return objects
 
 
 def _binary(stream: TextIO | None, name: str) -> BinaryIO:

@@ -322,7 +322,7 @@ def _run(
         from .main import create_app
 
         crud = create_app(settings).state.crud
-        _check_durable(crud, models)
+        _check_readable(crud, models)
 
     async def run() -> T:
         task = asyncio.current_task()
@@ -330,6 +330,10 @@ def _run(
         with suppress(NotImplementedError, RuntimeError):  # not on this platform, or not in the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
+            if crud is not None and needs_s3(settings):
+                from .bucket_check import check_bucket_of_settings
+
+                await check_bucket_of_settings(settings)
             return await work(crud)
         finally:
             if crud is not None:
@@ -368,10 +372,10 @@ def _with_local_s3(settings: Settings, running: ExitStack) -> Settings:
     return replace(settings, local=local_s3.start(settings.local, running, share=True))
 
 
-def _check_durable(crud: AutoCRUD, models: Collection[str] | None) -> None:
+def _check_readable(crud: AutoCRUD, models: Collection[str] | None) -> None:
     """Raise ConfigError if a model is in the memory of a server, which only the server can read."""
     for name, manager in crud.managers.items():
-        if not manager.storage.durable and (not models or name in models):
+        if manager.storage.in_process and (not models or name in models):
             raise ConfigError(
                 f"the model {name!r} is in the memory of the running server: export it with"
                 " `curl -fo backup.tar.gz http://localhost:8000/export`, and import it with"

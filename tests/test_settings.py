@@ -374,6 +374,12 @@ def test_models_that_are_not_durable_are_reported_once(tmp_path):
     assert logged == "not durable, gone when the process ends: article, airport, user\n"
 
 
+def test_models_in_redis_are_not_said_to_end_with_the_process(valkey, tmp_path):
+    given = {"CRUDSTACK_REDIS_URL": valkey, "CRUDSTACK_DATA_DIR": str(tmp_path), "CRUDSTACK_PREFIX": tmp_path.name}
+    logged = log_at_start(tmp_path, "durable", CRUDSTACK_STORAGE='{"meta": "redis", "resource": "disk"}', **given)
+    assert logged == "not durable, may be lost when the server of the store ends: article, airport, user\n"
+
+
 def test_missing_aws_keys_are_named():
     asked = (
         "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 2ms - 403\n\n"

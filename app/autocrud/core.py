@@ -261,10 +261,17 @@ class AutoCRUD:
                     log.error("%s is stopped, the other models are served: %s", name, error.detail)
         if damaged and len(damaged) == len(self._managers):
             raise damaged[0]
-        lost = [name for name, manager in self._managers.items() if not manager.storage.durable]
-        if lost and not self._warned:
+        if not self._warned:
             self._warned = True
-            log.warning("not durable, gone when the process ends: %s", ", ".join(lost))
+            self._warn_of_losses()
+
+    def _warn_of_losses(self) -> None:
+        lost = [name for name, manager in self._managers.items() if not manager.storage.durable]
+        in_process = [name for name in lost if self._managers[name].storage.in_process]
+        if in_process:
+            log.warning("not durable, gone when the process ends: %s", ", ".join(in_process))
+        if elsewhere := [name for name in lost if name not in in_process]:
+            log.warning("not durable, may be lost when the server of the store ends: %s", ", ".join(elsewhere))
 
     async def maintain(self, budget_s: float = MAINTAIN_BUDGET_S) -> None:
         """Run the housekeeping of all models for at most `budget_s` seconds; the next call does the remaining work.

@@ -23,11 +23,23 @@ from app.autocrud import AutoCRUD
 from app.autocrud.resource_manager.core import ResourceManager
 from app.autocrud.resource_manager.engine.operations import Create
 from app.autocrud.resource_manager.storage_factory import DiskStorageFactory
+from tests.local_server import LocalServer, QuietHandler
 from tests.services import BUCKET, S3Server
 
 from .exports import read
 
 PROGRAM = [sys.executable, "-c", "from app.cli import main; main()"]
+
+
+class Refusing(QuietHandler):
+    """An S3 server that knows no key."""
+
+    def do_GET(self) -> None:
+        body = b"<Error><Code>InvalidAccessKeyId</Code><Message>no such key</Message></Error>"
+        self.send_response(403)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 def environment(data_dir: Path, storage: str = "disk", **more: str) -> dict[str, str]:
@@ -273,9 +285,52 @@ def test_an_export_to_s3(s3: dict[str, str], tmp_path: Path):
     assert "exists: give another name, or --force" in done.stderr
     again = json.loads(run(s3, "export", url, "--json", "--force").stdout)
     assert told["models"] == again["models"]
-    done = run(s3, "export", "s3://no-such-bucket-anywhere/x.tar.gz", code=1)
-    assert "NoSuchBucket" in done.stderr
-    assert "Traceback" not in done.stderr
+
+
+WRONG = {
+    "bucket": ({"CRUDSTACK_BUCKET": "nosuchbucket"}, "there is no bucket 'nosuchbucket': create it, or correct "),
+    "no keys": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no AWS credentials found: AWS_ACCESS_KEY_ID "),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize(("wrong", "sentence"), WRONG.values(), ids=WRONG)
+def test_a_bucket_or_keys_that_are_wrong_are_named(s3: dict[str, str], tmp_path: Path, postgres: str, wrong, sentence):
+    """An empty model needs no request to S3. Its export tells it too, because an archive of nothing is no backup."""
+    run(s3, "export", tmp_path / "good.tar.gz")
+    given = {name: value for name, value in (s3 | {"AWS_EC2_METADATA_DISABLED": "true"} | wrong).items() if value}
+    given |= {"HOME": str(tmp_path)}
+    pg = {"CRUDSTACK_STORAGE": "postgres-s3", "CRUDSTACK_PG_DSN": postgres, "CRUDSTACK_PREFIX": tmp_path.name}
+    told = []
+    for models_in, more in (
+        ("postgres", pg | {"CRUDSTACK_BUCKET": BUCKET}),
+        ("s3", {"CRUDSTACK_STORAGE": "s3-sqlite"}),
+    ):
+        given_here = given | more | {name: value for name, value in wrong.items() if value}
+        given_here.setdefault("CRUDSTACK_BUCKET", BUCKET)
+        told.append(run(given_here, "export", tmp_path / f"{models_in}.tar.gz", code=2))
+        told.append(run(given_here, "import", tmp_path / "good.tar.gz", code=2))
+    url = f"s3://{wrong.get('CRUDSTACK_BUCKET', BUCKET)}/x.tar.gz"
+    told += [run(given, "export", url, code=2), run(given, "import", url, code=2)]
+    for done in told:
+        assert done.stderr.startswith(f"crudstack: {sentence}")
+        assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*s3.tar.gz"))
+
+
+@pytest.mark.slow
+def test_keys_that_the_server_refuses_and_a_server_that_does_not_answer_are_told(data: Path, tmp_path: Path):
+    keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "key")
+    given = environment(data, "s3-sqlite", CRUDSTACK_BUCKET=BUCKET, **keys)
+    with LocalServer(Refusing) as server:
+        more = {"CRUDSTACK_S3_ENDPOINT_URL": server.url}
+        done = run(given | more, "export", tmp_path / "x.tar.gz", code=2)
+    assert done.stderr.startswith(f"crudstack: the credentials for the bucket {BUCKET!r} are refused (GET ")
+    assert "403 Forbidden, InvalidAccessKeyId: no such key): correct AWS_ACCESS_KEY_ID" in done.stderr
+    done = run(given | {"CRUDSTACK_S3_ENDPOINT_URL": server.url}, "export", tmp_path / "x.tar.gz", code=1)
+    assert "the object storage cannot be used right now (GET " in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # Snapshots of the data directory
@@ -290,6 +345,11 @@ def test_a_snapshot_of_the_data_directory(data: Path, tmp_path: Path):
     asyncio.run(crud.close())
     done = run(environment(data), "snapshot", tmp_path / "copy", code=2)
     assert done.stderr == f"crudstack: {tmp_path}/copy exists: expected the name of a new directory\n"
+    (tmp_path / "link").symlink_to(data)
+    for inside in (data / "in", data / "article/in", tmp_path / "link/in"):
+        done = run(environment(data), "snapshot", inside, code=2)
+        assert f"{inside} is inside of the data directory {data}: expected a directory outside of it" in done.stderr
+        assert not inside.exists()
     told = json.loads(run(environment(data), "snapshot", tmp_path / "other", "--json").stdout)
     assert told == {
         "directory": str(tmp_path / "other"),

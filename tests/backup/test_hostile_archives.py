@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -175,7 +176,13 @@ async def test_names_that_no_archive_has_are_refused(path, name):
     entries = entries_of(await archived({"m": content()}))
     for position in range(1, len(entries) + 1):
         refusal(path, packed([*entries[:position], (name, b"x"), *entries[position:]]))
-    assert f"the entry {name!r}, which no archive" in refusal(path, packed([entries[0], (name, b"x"), *entries[1:]]))
+    sentence = refusal(path, packed([entries[0], (name, b"x"), *entries[1:]]))
+    if name.startswith("/"):
+        assert f"the entry {name!r} has an absolute path: pack the files under the names" in sentence
+    elif ".." in name:
+        assert f"the entry {name!r} has a path with `..`: pack the files under the names" in sentence
+    else:
+        assert f"the entry {name!r}, which no archive" in sentence
 
 
 @pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"x", b"g", b"L", b"K", b"S", b"\0", b"N"])
@@ -185,7 +192,7 @@ async def test_entries_that_are_no_regular_files_are_refused(path, kind):
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     first = encode_header("format.json", 44, 0) + b'{"format":"crudstack-archive","version":1}  ' + bytes(468)
-    assert "regular files" in refusal(path, gzip.compress(first + header + bytes(1024), mtime=0))
+    assert re.search("regular files only: [a-z]+ ", refusal(path, gzip.compress(first + header + bytes(1024), mtime=0)))
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -377,14 +384,6 @@ def test_files_that_are_no_archives_are_refused(path, tmp_path):
     with pytest.raises(InvalidData):
         verify(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-
-
-async def test_gzip_headers_with_extras_are_refused(path):
-    """They may hold anything, and no checksum covers them."""
-    file = io.BytesIO()
-    with gzip.GzipFile("name", "wb", fileobj=file, mtime=0) as compressed:
-        compressed.write(gzip.decompress(await archived({"m": content()})))
-    assert "gzip -n" in refusal(path, file.getvalue())
 
 
 def bomb(size: int) -> bytes:

@@ -22,6 +22,7 @@ from app.autocrud.resource_manager.storage_factory import (
     IStorageFactory,
     MemoryDiskStorageFactory,
     MemoryStorageFactory,
+    PairStorageFactory,
 )
 
 from .exports import Account, read
@@ -110,8 +111,11 @@ async def test_an_import_without_names_of_models_takes_those_of_the_archive():
     await client.aclose()
 
 
-async def test_stores_that_commands_can_reach_are_left_to_the_commands(tmp_path: Path):
-    crud, client = application(DiskStorageFactory(tmp_path / "data"))
+@pytest.mark.parametrize("kind", ["disk", "redis"])
+async def test_stores_that_commands_can_reach_are_left_to_the_commands(kind: str, tmp_path: Path):
+    """Redis is not called durable. Every process can read it all the same."""
+    redis = PairStorageFactory("redis", "disk", data_dir=tmp_path / "data", redis_url="redis://127.0.0.1:1/0")
+    crud, client = application(DiskStorageFactory(tmp_path / "data") if kind == "disk" else redis)
     for method, path in (("GET", "/export"), ("POST", "/import")):
         answer = await client.request(method, path)
         assert (answer.status_code, answer.json()["type"]) == (409, "urn:crudstack:stored-elsewhere")

@@ -181,6 +181,33 @@ def test_an_archive_on_s3(ministack_s3: S3Server, tmp_path: Path):
     assert "there is no object s3://" in done.stderr
 
 
+@pytest.mark.parametrize("runs", [False, True], ids=["no server", "server"])
+def test_metadata_in_redis_are_exported_and_imported_by_the_commands(serve, valkey: str, tmp_path: Path, runs: bool):
+    """Redis is not called durable, but every process can read it."""
+    kind = '{"meta": "redis", "resource": "disk"}'
+
+    def given(name: str) -> dict[str, str]:
+        more = {"CRUDSTACK_REDIS_URL": valkey, "CRUDSTACK_PREFIX": f"{tmp_path.name}-{runs}-{name}-"}
+        return environment(tmp_path / name, kind, **more)
+
+    (tmp_path / "a").mkdir()
+    server = serve(kind, tmp_path / "a", environment=given("a"))
+    article = {"title": "Sun", "content": "", "author": "a"}
+    httpx.put(f"{server.url}/article/a", json=article, headers={"if-none-match": "*"}).raise_for_status()
+    if runs:
+        answer = httpx.get(f"{server.url}/export")
+        assert (answer.status_code, answer.json()["type"]) == (409, "urn:crudstack:stored-elsewhere")
+    else:
+        server.stop()
+    done = run(given("a"), "export", tmp_path / "x.tar.gz")
+    assert "article: 1 resources, 1 revisions, 0 files; each resource as at some moment" in done.stdout
+    assert "article: 1 created" in run(given("b"), "import", tmp_path / "x.tar.gz").stdout
+    done = run(given("a"), "import", tmp_path / "x.tar.gz", "--on-conflict", "replace")
+    assert "article: 1 replaced" in done.stdout
+    if runs:
+        assert httpx.get(f"{server.url}/article/a").json()["meta"]["version"] == 2
+
+
 def test_the_s3_server_of_make_run_is_used_whether_it_runs_or_not(serve, tmp_path: Path):
     given = environment(tmp_path / "data", "s3-sqlite", CRUDSTACK_BUCKET=BUCKET)
     server = serve("s3-sqlite", tmp_path / "data", "--local-s3", "--make-bucket")

@@ -59,6 +59,7 @@ async def test_a_hostile_name_is_refused(api, disposition):
         *('attachment; filename="x', "attachment; filename", "attachment filename=x; =y", "a; filename=x; filename=y"),
         *("attachment; filename*=UTF-8''%FF", "attachment; filename*=UTF-16''x", "attachment; filename*=x"),
         *("attachment; filename*=UTF-8''%zz", 'attachment; filename="a"b'),
+        *('filename="x"', 'filename="x"; size=3', '; filename="x"', "filename*=UTF-8''x"),
     ],
 )
 async def test_a_content_disposition_that_is_not_valid_is_refused(api, disposition):

@@ -7,7 +7,8 @@ import contextlib
 
 import pytest
 
-from app.autocrud.http import transfers
+from app.autocrud.errors import CrudError
+from app.autocrud.http import problems, transfers
 from app.autocrud.http.transfers import TooManyUploads, Transfers
 
 
@@ -134,3 +135,15 @@ async def test_each_event_loop_has_counts_of_its_own():
         return transfers.transfers()
 
     assert await asyncio.to_thread(lambda: asyncio.run(elsewhere())) is not here
+
+
+def test_every_429_says_when_to_try_again():
+    """Uploads that were announced are counted elsewhere than those in progress, with an error of their own."""
+    kinds, found = [CrudError], []
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if kind.status == 429:
+            assert (b"retry-after", b"1") in problems.response(kind("too many")).headers, kind
+            found.append(kind)
+    assert len(found) >= 2

@@ -45,10 +45,10 @@ from .archive_format import (
 )
 from .archive_notes import ArchiveNotes
 from .bodies import check_body
-from .compression import Compression, compression_of
+from .compression import GZIP_HEADER, Compression, compression_of
 from .entries import BlobItems, Entries, Item, KeyItems, Name, ResourceItems
 from .errors import ArchiveTooLarge, BadArchive
-from .plain_stream import HEADER, READ, FileHash, PlainStream, Start
+from .plain_stream import READ, FileHash, PlainStream, Start
 from .tar import Header
 
 Progress = Callable[[int, int | None, str], None]
@@ -170,7 +170,10 @@ class _Verification:
     def _check_format(self) -> None:
         header = self._entries.next()
         if header is None or header.name != FORMAT_ENTRY:
-            raise BadArchive(f"the archive does not begin with {FORMAT_ENTRY}, so it is none of this program")
+            raise BadArchive(
+                f"the archive does not begin with {FORMAT_ENTRY}: expected an archive that `crudstack export` wrote, or"
+                " its entries in the same order"
+            )
         found = decode_json(self._entries.content(header, MAX_MANIFEST), _format, FORMAT_ENTRY)
         if found.format != FORMAT:
             raise BadArchive(f"the archive is a {found.format!r}, expected a {FORMAT!r}")
@@ -332,7 +335,7 @@ class VerifiedArchive:
     @property
     def compression(self) -> Compression:
         """How the archive is compressed."""
-        return compression_of(os.pread(self._file.fileno(), HEADER, 0))
+        return compression_of(os.pread(self._file.fileno(), GZIP_HEADER, 0))
 
     def model(self, name: str) -> ModelEntry:
         """Return the entry of a model in the manifest. Raises KeyError if it has none."""

@@ -22,6 +22,9 @@ GZIP_LEVEL, ZSTD_LEVEL = 6, 3
 ZSTD_WINDOW_LOG = 23
 """zstd frames that need a larger window than 2 to the power of this, in bytes, are refused: a reader holds it."""
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+GZIP_HEADER = 10
+"""Bytes of a gzip header without extras. No frame of zstd has fewer."""
+_FHCRC, _FEXTRA, _FNAME, _FCOMMENT = 2, 4, 8, 16
 _DENSE = 0.95
 """If gzip makes a sample no smaller than this ratio, the data is stored as it is, ten times as fast."""
 
@@ -129,6 +132,25 @@ class GzipDecompressor:
             return self._inflate.decompress(self._inflate.unconsumed_tail + data, most)
         except zlib.error as error:
             raise _damaged(error) from None
+
+
+def gzip_header_size(start: bytes) -> int | None:
+    """Return the size of the gzip header (RFC 1952) that these bytes begin with, or None if they end before it does.
+
+    zlib checks what the header says. It skips names, comments and extra fields of any length.
+    """
+    if len(start) < GZIP_HEADER:
+        return None
+    flags, size = start[3], GZIP_HEADER
+    if flags & _FEXTRA:
+        size += 2 + int.from_bytes(start[size : size + 2], "little")
+    for text in (_FNAME, _FCOMMENT):
+        if flags & text:
+            size = start.find(b"\0", size) + 1
+            if not size:
+                return None
+    size += 2 if flags & _FHCRC else 0
+    return size if size <= len(start) else None
 
 
 class ZstdCompressor:

@@ -71,7 +71,7 @@ class Name:
     def __init__(self, name: str) -> None:
         found = _NAME.fullmatch(name)
         if found is None:
-            raise BadArchive(f"the archive holds the entry {name!r}, which no archive of this format has")
+            raise BadArchive(f"the archive holds the entry {name!r}, which no archive of this format has: remove it")
         self.model = found[1]
         self.kind = found[2] or found[4] or "blob"
         self.number = int(found[3] or found[5] or 0)

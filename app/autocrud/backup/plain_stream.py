@@ -12,16 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .compression import GZIP_MAGIC, Decompressor, compression_of, decompressor
+from .compression import GZIP_HEADER, Compression, Decompressor, compression_of, decompressor, gzip_header_size
 from .errors import ArchiveTooLarge, BadArchive
 from .option_names import option_names
 
 READ = 256 * 1024
 CHUNK = 1024 * 1024
 """Largest number of bytes that are decompressed at a time."""
-
-HEADER = 10
-"""Bytes of a gzip header without extras. No frame of zstd has fewer."""
+MAX_GZIP_HEADER = 64 * 1024
+"""Largest size of a gzip header with its name, comment and extra field. Ordinary programs write less than 1 KB."""
 
 
 class Start(NamedTuple):
@@ -45,8 +44,7 @@ class PlainStream:
     ) -> None:
         self._handle, self._max_bytes, self._read = handle, max_bytes, read
         self._offset = self._end = offset  # of the first byte that no decompressor has, and of the next byte to read
-        self._first = os.pread(handle, HEADER, offset)
-        self._compression = compression_of(self._first)
+        self._compression = compression_of(os.pread(handle, GZIP_HEADER, offset))
         self._raw = b""
         self._member: Decompressor | None = None
         self._pending = False  # whether the member may have more output without more input
@@ -121,20 +119,33 @@ class PlainStream:
 
     def _begin(self) -> bool:
         """Begin the next member. Return False at the end of the file."""
-        while len(self._raw) < HEADER and (more := self._from_file()):
-            self._raw += more
+        self._read_until(GZIP_HEADER)
         if not self._raw:
             return False
-        if len(self._raw) < HEADER or not self._raw.startswith(self._compression.magic):
+        if len(self._raw) < GZIP_HEADER or not self._raw.startswith(self._compression.magic):
             raise BadArchive("the archive is followed by other data, or damaged between two members")
-        if self._raw.startswith(GZIP_MAGIC) and (any(self._raw[3:8]) or self._raw[9] != self._first[9]):
-            raise BadArchive(
-                "the archive has a gzip header with a time, a name or other extras: compress it with gzip -n"
-            )
+        if self._compression is Compression.gzip:
+            self._check_gzip_header()
         self._starts.append(Start(self._produced, self._offset))
         self._drop_starts()
         self._member = decompressor(self._compression)
         return True
+
+    def _check_gzip_header(self) -> None:
+        """Raise BadArchive if the gzip header that begins here is too large, or cut off."""
+        if gzip_header_size(self._raw[:MAX_GZIP_HEADER]) is None:
+            self._read_until(MAX_GZIP_HEADER)
+            if gzip_header_size(self._raw[:MAX_GZIP_HEADER]) is None:
+                if len(self._raw) < MAX_GZIP_HEADER:
+                    raise BadArchive("the archive is truncated: its end is missing")
+                raise BadArchive(
+                    f"the archive has a gzip header of more than {MAX_GZIP_HEADER} bytes: compress it with gzip -n"
+                )
+
+    def _read_until(self, size: int) -> None:
+        """Read from the file until `size` bytes wait for a decompressor, or until its end."""
+        while len(self._raw) < size and (more := self._from_file()):
+            self._raw += more
 
     def _next_raw(self) -> bytes:
         raw, self._raw = self._raw or self._from_file(), b""

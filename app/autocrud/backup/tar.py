@@ -1,6 +1,7 @@
-"""Headers of tar files in the format ustar of POSIX, and nothing else: regular entries, no links, no extensions.
+"""Headers of tar files: regular entries only, no links, no extensions.
 
-The module `tarfile` reads many formats, among them hostile ones. An archive needs one.
+An archive is written in the format ustar of POSIX. The format of GNU tar, which many programs write, is read too: its
+regular entries differ by the magic only. The module `tarfile` reads more formats, among them hostile ones.
 """
 
 from __future__ import annotations
@@ -14,20 +15,25 @@ BLOCK = 512
 MAX_SIZE = 8**11 - 1
 _ZERO = b"0000000\0"
 _MAGIC = b"ustar\x0000"
+_GNU_MAGIC = b"ustar  \0"
 _SIZE = re.compile(rb"[0-7]{11}[\0 ]")
 _CHECKSUM = re.compile(rb"[0-7]{6}[\0 ]{2}")
+_FORMAT = "write the tar file in the format ustar, for example with `tar --format=ustar`"
+_FILES = "pack the files alone, for example with `tar --no-recursion`"
+_CONTENT = "pack the file itself"
+_OTHER = "remove it from the archive"
 _TYPES = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"3": "a device",
-    b"4": "a device",
-    b"5": "a directory",
-    b"6": "a pipe",
-    b"x": "an extended header (PAX)",
-    b"g": "an extended header (PAX)",
-    b"L": "a long name of GNU tar",
-    b"K": "a long link of GNU tar",
-    b"S": "a sparse file",
+    b"1": ("a hard link", _CONTENT),
+    b"2": ("a symbolic link", _CONTENT),
+    b"3": ("a device", _OTHER),
+    b"4": ("a device", _OTHER),
+    b"5": ("a directory", _FILES),
+    b"6": ("a pipe", _OTHER),
+    b"x": ("an extended header (PAX)", _FORMAT),
+    b"g": ("an extended header (PAX)", _FORMAT),
+    b"L": ("a long name of GNU tar", _FORMAT),
+    b"K": ("a long link of GNU tar", _FORMAT),
+    b"S": ("a sparse file", "pack it without `--sparse`"),
 }
 
 
@@ -75,26 +81,46 @@ def encode_header(name: str, size: int, time: int) -> bytes:
 
 
 def decode_header(block: bytes) -> Header | None:
-    """Return the header in a block of 512 bytes, or None for a block of zeros. Raises BadArchive for any other."""
+    """Return the header of a regular file in a block of 512 bytes, or None for a block of zeros.
+
+    Raises BadArchive for any other header, and if the name is an absolute path or has a part `.` or `..`.
+    """
     if not any(block):
         return None
-    if block[257:265] != _MAGIC:
-        raise BadArchive("the archive holds a header that is not one of a tar file in the format ustar")
+    magic = block[257:265]
+    if magic not in (_MAGIC, _GNU_MAGIC):
+        raise BadArchive(f"the archive holds a header that is not one of a tar file in the format ustar: {_FORMAT}")
     if not _CHECKSUM.fullmatch(block[148:156]) or int(block[148:154], 8) != (
         sum(block) - sum(block[148:156]) + 8 * ord(" ")
     ):
         raise BadArchive("the header of an entry is damaged: its checksum is wrong")
     name = _text(block[:100])
-    if prefix := _text(block[345:500]):
+    if magic == _MAGIC and (prefix := _text(block[345:500])):
         name = f"{prefix}/{name}"
     if block[156:157] != b"0":
-        found = _TYPES.get(block[156:157], f"an entry of the type {block[156:157]!r}")
-        raise BadArchive(f"the entry {name!r} is {found}, but an archive holds regular files only")
+        found, advice = _TYPES.get(block[156:157], (f"an entry of the type {block[156:157]!r}", _OTHER))
+        raise BadArchive(f"the entry {name!r} is {found}, but an archive holds regular files only: {advice}")
     if any(block[157:257]):
-        raise BadArchive(f"the entry {name!r} names a link, but an archive holds regular files only")
+        raise BadArchive(f"the entry {name!r} names a link, but an archive holds regular files only: {_CONTENT}")
+    if magic == _GNU_MAGIC and any(block[369:]):  # before them are times, which `tar --listed-incremental` writes
+        raise BadArchive(f"the entry {name!r} is divided, sparse or of several volumes: {_FORMAT}")
     if not _SIZE.fullmatch(block[124:136]):
-        raise BadArchive(f"the size of the entry {name!r} cannot be read")
+        raise BadArchive(f"the size of the entry {name!r} cannot be read: expected 11 octal digits; {_FORMAT}")
+    _check_path(name)
     return Header(name, int(block[124:135], 8))
+
+
+def _check_path(name: str) -> None:
+    parts = name.split("/")
+    if name.startswith("/"):
+        found = "an absolute path"
+    elif ".." in parts:
+        found = "a path with `..`"
+    elif "." in parts:
+        found = "a path with `.`"
+    else:
+        return
+    raise BadArchive(f"the entry {name!r} has {found}: pack the files under the names that the export gave them")
 
 
 def _text(field: bytes) -> str:

@@ -39,6 +39,8 @@ def with_parameters(field: str, value: str) -> tuple[str, dict[str, str]]:
     first, _, _ = value.partition(";")
     found: dict[str, str] = {}
     at = len(first)
+    if "=" in first or (at < len(value) and not first.strip(" \t")):  # a file name in this place would be lost
+        raise InvalidUpload(f"{field}: expected a type before the parameters, got {value[:MAX_SHOWN]!r}")
     while at < len(value):
         match = _PARAMETER.match(value, at)
         if match is None:

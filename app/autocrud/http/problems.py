@@ -10,14 +10,14 @@ import msgspec
 from ..access import Unauthenticated
 from ..errors import CrudError, KeyInFlight, NotEnoughTime, Overloaded, StoreUnavailable, WriteContention
 from .messages import Response, Scope
-from .transfers import TooManyDownloads, TooManyUploads
+from .transfers import TooManyDownloads
 
 log = logging.getLogger("crudstack.http")
 
 CONTENT_TYPE = b"application/problem+json"
 MAX_TEXT, MAX_VIOLATIONS = 1000, 100
-AGAIN = (Overloaded, StoreUnavailable, WriteContention, KeyInFlight, TooManyUploads, TooManyDownloads)
-"""Errors after which the same request can succeed a second later."""
+AGAIN = (Overloaded, StoreUnavailable, WriteContention, KeyInFlight, TooManyDownloads)
+"""Errors after which the same request can succeed a second later, besides those with the status 429."""
 ROUTE = "crudstack.route"
 """The key in the scope of the template of the path, which logs show."""
 _encode = msgspec.json.Encoder().encode
@@ -60,7 +60,7 @@ def response(error: CrudError, headers: tuple[tuple[bytes, bytes], ...] = ()) ->
             {"pointer": shortened(violation.pointer), "detail": shortened(violation.detail)}
             for violation in error.violations[:MAX_VIOLATIONS]
         ]
-    if isinstance(error, AGAIN) or (isinstance(error, NotEnoughTime) and error.may_fit):
+    if error.status == 429 or isinstance(error, AGAIN) or (isinstance(error, NotEnoughTime) and error.may_fit):
         headers = (*headers, (b"retry-after", b"1"))
     if isinstance(error, Unauthenticated):
         headers = (*headers, (b"www-authenticate", error.challenge.encode()))

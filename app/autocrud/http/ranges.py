@@ -7,7 +7,9 @@ import re
 from ..errors import CrudError
 
 MAX_RANGES = 16
-_SPEC = re.compile(r"[ \t]*(?:([0-9]{1,19})-([0-9]{0,19})|-([0-9]{1,19}))[ \t]*")
+_SPEC = re.compile(r"[ \t]*(?:([0-9]+)-([0-9]*)|-([0-9]+))[ \t]*")
+_MOST = 10**19
+"""Larger than any content. Larger numbers are taken for this one, because Python refuses to read very long ones."""
 
 
 class RangeNotSatisfiable(CrudError):
@@ -31,17 +33,19 @@ def parse_ranges(header: str | None, size: int) -> list[tuple[int, int]] | None:
     if not equals or unit.strip().lower() != "bytes":
         return None
     found: list[tuple[int, int]] = []
-    listed = specs.split(",")
+    listed = [spec for spec in specs.split(",") if spec.strip(" \t")]  # RFC 9110, 5.6.1: empty elements are ignored
+    if not listed:
+        return None
     for spec in listed:
         match = _SPEC.fullmatch(spec)
         if match is None:
             return None
         first, last, suffix = match.groups()
         if suffix is not None:
-            start, end = max(0, size - int(suffix)), size
+            start, end = max(0, size - _number(suffix)), size
         else:
-            start, end = int(first), size if not last else min(size, int(last) + 1)
-            if last and int(last) < start:
+            start, end = _number(first), size if not last else min(size, _number(last) + 1)
+            if last and _number(last) < start:
                 return None
         if start < end:
             found.append((start, end))
@@ -50,6 +54,11 @@ def parse_ranges(header: str | None, size: int) -> list[tuple[int, int]] | None:
     if not found:
         raise RangeNotSatisfiable(f"expected a range of the {size} bytes of the content, got {header[:100]!r}")
     return _joined(found)
+
+
+def _number(digits: str) -> int:
+    digits = digits.lstrip("0")
+    return int(digits or "0") if len(digits) < len(str(_MOST)) else _MOST
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

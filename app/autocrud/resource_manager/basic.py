@@ -9,8 +9,7 @@
 - A **BlobStore** holds files by key. A file is stored before the commit of its row; see `contract.blobs`.
 
 The abstract methods are the contract that every store fulfils. Abilities that only some stores have are protocols in
-`contract.protocols`: stale reads, unique fields that are activated later, records, sweeping, findings. The engine asks
-a store for them with `isinstance`, once, when the storage is composed.
+`contract.protocols`. The engine asks a store for them with `isinstance`, once, when the storage is composed.
 
 All methods are `async` unless stated otherwise, and may be called from several event loops at once. A store whose data
 survive a crash sets `durable = True`. `app.autocrud.testing` has the tests that every store must pass.
@@ -66,7 +65,7 @@ class Store(ABC):  # noqa: B024 - the abstract methods differ between the two be
     """Whether acknowledged data survive the end of the process."""
 
     remote: ClassVar[bool] = False
-    """Whether the data lie outside this machine, and so survive its loss."""
+    """Whether the data lie outside this machine. Otherwise, data that are not durable lie in this process."""
 
     def bind(self, spec: ModelSpec) -> None:
         """Set the model. Called before all other methods. Does no I/O. A store in memory is empty afterwards."""
@@ -109,8 +108,7 @@ class MetaStore(Store):
 
     If the store is authoritative, its `commit` decides whether a write succeeds.
 
-    Optional abilities, in `contract.protocols`: Freshness, IndexMigration, FindingsKeeping, MetaSweeping and, if the
-    store is not authoritative, RecordReplay.
+    Optional abilities, in `contract.protocols`: Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay.
     """
 
     authoritative: ClassVar[bool] = True
@@ -288,9 +286,14 @@ class IStorage(ABC):
         return False
 
     @property
+    def in_process(self) -> bool:
+        """Return whether the data are in the memory of this process: no other can read them, and they end with it."""
+        return not self.durable
+
+    @property
     def exclusive(self) -> bool:
         """Return whether only this process can read the data while it runs."""
-        return not self.durable
+        return self.in_process
 
     @property
     def location_keys(self) -> list[Hashable]:

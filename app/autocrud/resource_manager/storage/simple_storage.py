@@ -185,8 +185,17 @@ class SimpleStorage(
 
     @property
     @override
+    def in_process(self) -> bool:
+        records = self._records is not None
+        return any(
+            not store.durable and not store.remote and not (store is self.meta_store and records)
+            for store in self._stores
+        )
+
+    @property
+    @override
     def exclusive(self) -> bool:
-        return not self.durable or self._records is not None
+        return self.in_process or self._records is not None
 
     @property
     @override
