@@ -268,6 +268,17 @@ async def test_a_failure_says_how_much_is_imported(models, archive_of_models, mo
     ]
 
 
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_a_failure_that_cannot_be_taken_back_says_so(models, archive_of_models, monkeypatch, failure):
+    error, cause = FAILURES[failure]
+    refused_at(monkeypatch, models, 2, type(error)(error.detail))
+    monkeypatch.setattr(importing._Import, "_take_back", fail)
+    with pytest.raises(StoreUnavailable if failure == "unavailable" else ImportIncomplete) as caught:
+        await import_all(models.managers, archive_of_models, undo=True)
+    left = "a part is imported, and could not be taken back (the store is down)"
+    assert caught.value.detail == f"{cause}; {left}: {ADVICE}"
+
+
 async def test_a_failure_names_the_parameters_of_a_request(models, archive_of_models, monkeypatch):
     refused_at(monkeypatch, models, 2, StoreUnavailable("the store is down"))
     with (

@@ -118,12 +118,16 @@ def add_outcome(error: Exception, not_taken_back: int | None, failed: CrudError 
 
     not_taken_back  how many resources were left, because they were changed since
     failed          why it could not be taken back
+
+    Raises ImportIncomplete in place of an error that says by its type that nothing was changed, if something is left.
     """
     if failed is not None:
         outcome = f"a part is imported, and could not be taken back ({_cause(failed)}): {_continue()}"
     else:
         outcome = "what was imported until then is taken back"
         outcome += f", except {not_taken_back} resources that were changed since" if not_taken_back else ""
+    if failed is not None and isinstance(error, _UNCHANGED):
+        raise ImportIncomplete(f"{_cause(error)}; {outcome}") from error
     if isinstance(error, CrudError):
         _tell(error, f"{_NOTHING.sub('', error.detail)}; {outcome}")
     else:
