@@ -35,18 +35,18 @@ class Server(NamedTuple):
 
     pins     the file that pins it
     program  the file that runs it, below its directory in the cache
-    install  installs the server into a new, empty directory
+    install  installs the server into a new, empty directory; None if `make setup` has installed it beside Python
     """
 
     name: str
     version: str
     pins: Path
     program: str
-    install: Callable[[Server, Path], None]
+    install: Callable[[Server, Path], None] | None
 
     @property
     def directory(self) -> Path:
-        if self.install is setup:
+        if self.install is None:
             return Path(sys.executable).parent
         made_by = self.pins.read_bytes()
         if self.install is python:
@@ -57,11 +57,6 @@ class Server(NamedTuple):
         """Return the program, or None if it is not there. Never installs."""
         program = self.directory / self.program
         return program if program.exists() else None
-
-
-def setup(server: Server, _: Path) -> None:
-    """Do not install what `make setup` installs. Raises SystemExit, because it is not there."""
-    raise SystemExit(f"{server.name} is not there: run `make setup`")
 
 
 def go(package: str) -> Callable[[Server, Path], None]:
@@ -104,7 +99,7 @@ SERVERS = {
         Server("minio", "2026-02-12", HERE / "go/minio/go.sum", "minio", go("github.com/minio/minio")),
         Server("versitygw", "1.8.0", HERE / "go/versitygw-1.8.0/go.sum", "versitygw", go(VERSITYGW)),
         Server("versitygw", "1.7.0", HERE / "go/versitygw-1.7.0/go.sum", "versitygw", go(VERSITYGW)),
-        Server("seaweedfs", "4.48", ROOT / "requirements/dev.txt", "weed", setup),
+        Server("seaweedfs", "4.48", ROOT / "requirements/dev.txt", "weed", None),
         Server("localstack", "4.13.1", ROOT / "requirements/localstack.txt", "bin/python", python),
         Server("rclone", "1.75.2", ROOT / "requirements/rclone.txt", "bin/rclone", python),
         Server("s3rver", "3.7.1", HERE / "npm/package-lock.json", "node_modules/s3rver/bin/s3rver.js", npm),
@@ -117,6 +112,8 @@ def install(server: Server) -> Path:
     found = server.find()
     if found is not None:
         return found
+    if server.install is None:
+        raise SystemExit(f"{server.name} {server.version} is not there: run `make setup`")
     start = time.monotonic()
     print(f"{server.name} {server.version}: getting it", file=sys.stderr, flush=True)
     server.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +132,8 @@ def install(server: Server) -> Path:
 def main() -> None:
     failed = []
     for server in SERVERS.values():
+        if server.install is None:
+            continue
         try:
             print(f"{server.name} {server.version}: {install(server)}", flush=True)
         except SystemExit as error:
