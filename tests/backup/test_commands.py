@@ -345,6 +345,11 @@ def test_a_snapshot_of_the_data_directory(data: Path, tmp_path: Path):
     asyncio.run(crud.close())
     done = run(environment(data), "snapshot", tmp_path / "copy", code=2)
     assert done.stderr == f"crudstack: {tmp_path}/copy exists: expected the name of a new directory\n"
+    (tmp_path / "link").symlink_to(data)
+    for inside in (data / "in", data / "article/in", tmp_path / "link/in"):
+        done = run(environment(data), "snapshot", inside, code=2)
+        assert f"{inside} is inside of the data directory {data}: expected a directory outside of it" in done.stderr
+        assert not inside.exists()
     told = json.loads(run(environment(data), "snapshot", tmp_path / "other", "--json").stdout)
     assert told == {
         "directory": str(tmp_path / "other"),

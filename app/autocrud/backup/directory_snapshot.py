@@ -69,10 +69,13 @@ def snapshot_directory(data_dir: Path, target: Path, report: Report) -> list[Cop
 
     report  called with the bytes that are copied of a database, its size, and its name
 
-    Raises InvalidData if the target exists, ConfigError if there is no store, and StoreUnavailable.
+    Raises InvalidData if the target exists or is inside of the data directory, ConfigError if there is no store, and
+    StoreUnavailable.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidData(f"{target} exists: expected the name of a new directory")
+    if target.resolve().is_relative_to(data_dir.resolve()):
+        raise InvalidData(f"{target} is inside of the data directory {data_dir}: expected a directory outside of it")
     found = sorted(_models(data_dir))
     if not found:
         raise ConfigError(f"{data_dir} has no store of the kinds disk and memory-disk")
