@@ -246,15 +246,6 @@ async def test_a_manifest_that_lies_is_refused(path, name, value):
     assert "manifest" in refusal(path, packed(described(entries_of(await archived({"m": content()})), **{name: value})))
 
 
-async def test_a_resource_that_is_absent_and_complete_is_refused(path):
-    entries = entries_of(await archived({"m": content()}))
-    for absent in (["a"], ["b"], ["none", "b"]):
-        said = f"lists resource {absent[-1]!r} of model 'm' as absent, but the archive has all of it"
-        assert said in refusal(path, packed(described(entries, absent=absent)))
-    path.write_bytes(packed(described(entries, absent=["none"])))  # `crudstack export --stack` leaves its lines out
-    assert [meta.resource_id for meta, _ in read_back(path)["m"].resources] == ["a", "b"]
-
-
 async def test_a_manifest_with_other_hashes_sizes_or_models_is_refused(path):
     entries = entries_of(await archived({"m": content()}))
     manifest = json.loads(entries[-1][1])

@@ -29,7 +29,6 @@ from ..errors import InvalidData
 from ..resource_manager.basic import BlobRow, ResourceMeta, RevisionInfo, StoredKey
 from ..resource_manager.runtime.disk_space import space
 from ..resource_manager.runtime.threads import until_cancelled
-from .absent import check_absent
 from .archive_format import (
     FORMAT,
     FORMAT_ENTRY,
@@ -133,7 +132,6 @@ class _Verification:
         self._models: dict[str, _ModelCheck] = {}
         self._parts = 0
         self.sections: dict[str, Section] = {}
-        self.whole: dict[str, set[str]] = {}  # absent resources that lack nothing, if they are in the archive
 
     def run(self) -> Manifest:
         """Read all entries, and return the manifest. Raises BadArchive or ArchiveTooLarge."""
@@ -262,8 +260,6 @@ class _Verification:
         absent = set(model.absent)
         if lacking := found.resources.bodiless - absent:
             raise BadArchive(f"resource {min(lacking)!r} of model {model.name!r} lacks a body")
-        if absent:
-            self.whole[model.name] = absent - found.resources.bodiless - set(self._notes.unresolved_ids(model.name))
         if (unresolved := self._notes.unresolved(model.name, absent)) is not None:
             key, resource_id = unresolved
             raise BadArchive(
@@ -345,13 +341,13 @@ class VerifiedArchive:
         """Return the entry of a model in the manifest. Raises KeyError if it has none."""
         return next(model for model in self.manifest.models if model.name == name)
 
-    def resources(self, name: str, *, absent_too: bool = False) -> Iterator[Item]:
+    def resources(self, name: str) -> Iterator[Item]:
         """Yield each resource by ascending id: its metadata, then its records by ascending number, with bodies.
 
-        Absent resources are left out, so no body is None, unless they are asked for.
+        Absent resources are left out, so no body is None.
         """
         model, items = self.model(name), ResourceItems()
-        absent = set(() if absent_too else model.absent)
+        absent = set(model.absent)
         parts = [part for part in model.parts if Name(part.name).kind in ("resources", "bodies")]
         skipped = False
         if not parts:
@@ -450,11 +446,8 @@ def verify(
         stream = PlainStream(file.fileno(), limit, read=digest)
         verification = _Verification(stream, notes, visitor)
         manifest = verification.run()
-        archive = VerifiedArchive(file, manifest, digest.hexdigest(), limit, notes, verification.sections)
-        for name, whole in verification.whole.items():
-            check_absent(name, archive.resources(name, absent_too=True), whole)
         undo.pop_all()
-    return archive
+    return VerifiedArchive(file, manifest, digest.hexdigest(), limit, notes, verification.sections)
 
 
 async def verify_in_thread(
