@@ -27,6 +27,7 @@ from .protocols import (
     RecordReplay,
 )
 from .snapshots import BodySnapshots, Pinning, RecordSnapshots, SnapshotReading
+from .storable import MetadataLimits
 
 _STORE = {"place": "location_key", "impairments": "degradations", "erase": "purge_remnants"}
 RENAMED_OF_META_STORE = _STORE | {
@@ -47,7 +48,7 @@ RENAMED_OF_CACHE = {"erase": "purge_remnants"}
 
 META_STORE_PROTOCOLS = (
     *(Freshness, IndexMigration, FindingsKeeping, MetaSweeping, RecordReplay),
-    *(BlobRows, Pinning, SnapshotReading, ImportKeeping, BulkLoading, PackReferences),
+    *(BlobRows, Pinning, SnapshotReading, ImportKeeping, BulkLoading, MetadataLimits, PackReferences),
 )
 RESOURCE_STORE_PROTOCOLS = (
     *(BodySweeping, BodyPacking, RecordKeeping, IndexKeeping),
