@@ -34,6 +34,7 @@ NOT_DEPLOYED = frozenset(
         "archive_place.py",
         "autocrud/testing",
         "backup_commands.py",
+        "bucket_check.py",
         "cli.py",
         "dev/__init__.py",
         "dev/aws_account.py",
