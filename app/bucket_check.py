@@ -13,7 +13,7 @@ from .autocrud.errors import ConfigError, StoreUnavailable
 from .autocrud.resource_manager.backends.s3 import errors
 from .autocrud.resource_manager.backends.s3.object_store import S3ObjectStore, s3
 from .settings import Settings, s3_endpoint
-from .wiring import needs_s3, region_of
+from .wiring import region_of
 
 _WRONG_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "InvalidClientTokenId")
 _WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
@@ -25,9 +25,9 @@ def bucket_client(bucket: str, settings: Settings) -> S3ObjectStore:
 
 
 async def check_bucket_of_settings(settings: Settings) -> None:
-    """Check the bucket of the models, if any of them uses S3. Raises as `check_bucket` does."""
+    """Check the bucket of the models, which use S3. Raises as `check_bucket` does."""
     bucket = settings.outputs.bucket
-    if bucket is not None and needs_s3(settings):
+    if bucket is not None:
         await check_bucket(bucket_client(bucket, settings), bucket, "create it, or correct CRUDSTACK_BUCKET")
 
 

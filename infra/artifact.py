@@ -112,7 +112,7 @@ def build(
         artifact = _described(written, target)
         _check_limits(written, artifact)
         written.replace(out)
-    _describe(artifact, description)
+    _keep_description(artifact, description)
     return artifact._replace(path=out, python=python.release, left_out=tuple(selection.left_out))
 
 
@@ -165,7 +165,7 @@ def _inputs(packages: Path, scratch: Path, files: Sequence[str]) -> str:
     return hashlib.sha256(repr((packages.name, hashes)).encode()).hexdigest()
 
 
-def _describe(artifact: Artifact, description: Path) -> None:
+def _keep_description(artifact: Artifact, description: Path) -> None:
     """Write the description of a zip for `_built_before`, in one step."""
     facts = {name: value for name, value in artifact._asdict().items() if name not in FOUND_AGAIN}
     with tempfile.TemporaryDirectory(prefix=".building-", dir=description.parent) as scratch:
@@ -273,7 +273,7 @@ def _refuse(found: int, limit: int, how: str, sizes: Mapping[str, int]) -> None:
 
 
 def _described(path: Path, target: Target) -> Artifact:
-    """Return the description of a zip. Raises ConfigError if the target cannot load one of its libraries."""
+    """Return the sizes and hashes of a zip. Raises ConfigError if the target cannot load one of its libraries."""
     parts: dict[str, int] = {}
     unpacked = 0
     with zipfile.ZipFile(path) as archive:

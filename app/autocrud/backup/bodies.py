@@ -20,7 +20,7 @@ import msgspec
 
 from ..errors import InvalidData
 from ..resource_manager.basic import Encoding, RevisionInfo
-from ..resource_manager.model.codec import Codec, canonical_json, parse_json
+from ..resource_manager.model.codec import Codec, canonical_json, distinct_json
 from ..resource_manager.model.json_shape import MAX_STORED_DEPTH, excessive_depth
 from ..resource_manager.model.verification import UNDECODABLE
 from .errors import BadArchive
@@ -28,7 +28,6 @@ from .errors import BadArchive
 _json = msgspec.json.Decoder().decode
 _msgpack = msgspec.msgpack.Decoder().decode
 _as_json = msgspec.json.Encoder().encode
-_sorted_json = msgspec.json.Encoder(order="deterministic").encode
 _SIZES = (
     *((0, 0), (0, 0), (0, 0), (0, 0)),  # nil, unused, false, true
     *((1, 0), (2, 0), (4, 0)),  # bytes
@@ -47,36 +46,29 @@ def check_body(record: RevisionInfo, body: bytes) -> None:
     """Raise BadArchive unless a body is a JSON object, or a MessagePack map that can be written as a JSON object."""
     try:
         if record.encoding == Encoding.json:
-            tree, text, wrong = _json(body), body, ""
+            tree, text = _json(body), body
         else:
             tree = _msgpack(body)
-            text, wrong = canonical_json(tree), _repeated_key(tree, body)
+            text = distinct_json(tree)
+    except InvalidData as error:
+        raise _bad(record, f"cannot be written as JSON: {error.detail}") from None
     except (*UNDECODABLE, OverflowError) as error:
         raise _bad(record, f"cannot be decoded as {record.encoding}: {error}") from None
     if not isinstance(tree, dict):
         raise _bad(record, "is not an object")
-    if wrong:
-        raise _bad(record, f"cannot be written as JSON: {wrong}")
     if (depth := excessive_depth(text)) is not None:
         raise _bad(record, f"is nested {depth} deep, expected at most {MAX_STORED_DEPTH}")
+    if record.encoding != Encoding.json and _has_key_twice(tree, body):
+        raise _bad(record, "cannot be written as JSON: a key stands twice in one map")
 
 
-def _repeated_key(tree: Any, body: bytes) -> str:
-    """Return which key stands twice in a map of a MessagePack body, in MessagePack or as JSON; "" if none does."""
-    # A decoder keeps one of two equal keys. Bodies differ from what is encoded again if a map has a longer header than
-    # it needs, as that of a Struct without its defaults, so then the keys are counted.
-    if _as_msgpack(tree) != body and _keys_in(body) != sum(
-        len(node) for node in _nodes(tree) if isinstance(node, dict)
-    ):
-        return "a key stands twice in one map"
-    try:
-        _sorted_json(tree)
-    except TypeError:  # msgspec sorts text only, so a key is no text
-        try:
-            parse_json(_as_json(tree))
-        except InvalidData as error:
-            return error.detail
-    return ""
+def _has_key_twice(tree: Any, body: bytes) -> bool:
+    """Return whether a map of a MessagePack body has a key twice. `tree`: what the body was decoded to."""
+    # A decoder keeps one of two equal keys. But a body also differs from what is encoded again if a map has a longer
+    # header than it needs, as that of a Struct without its defaults. So then the keys are counted.
+    if _as_msgpack(tree) == body:
+        return False
+    return _keys_in(body) != sum(len(node) for node in _nodes(tree) if isinstance(node, dict))
 
 
 def _keys_in(body: bytes) -> int:

@@ -85,7 +85,7 @@ class Decompressor(Protocol):
 
 
 class GzipCompressor:
-    """Writes gzip members."""
+    """Compresses data to gzip members, which any gunzip reads one after the other."""
 
     def __init__(self) -> None:
         self._level, self._used = GZIP_LEVEL, False

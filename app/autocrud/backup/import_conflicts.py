@@ -17,7 +17,10 @@ IDS = 100
 
 
 async def check_conflicts(storage: IStorage, notes: ArchiveNotes, model: str) -> None:
-    """Raise ImportConflict if the model has an id of the archive already, or a unique value."""
+    """Raise ImportConflict if the model has resources with ids of the archive, or with unique values of its resources.
+
+    The error names up to IDS of them.
+    """
     ids: list[str] = []
     count, after = 0, ""
     while page := await asyncio.to_thread(notes.ids, model, after, BATCH):

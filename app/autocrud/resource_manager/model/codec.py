@@ -44,16 +44,21 @@ def canonical_json(data: Any) -> bytes:
         return _sorted_json(msgspec.json.decode(msgspec.json.encode(data)))
 
 
-def strict_json(data: Any) -> bytes:
+def distinct_json(data: Any) -> bytes:
     """Return the JSON of data, with sorted keys, like `canonical_json`.
 
-    Raises InvalidData if JSON cannot express all of it: two keys of a dict that JSON writes alike, such as 1 and "1",
-    or a float that is no number. Raises the errors of msgspec if it cannot be encoded.
+    Raises InvalidData if JSON writes two keys of a dict alike, such as 1 and "1", of which a reader keeps one only.
+    Raises the errors of msgspec if the data cannot be encoded.
     """
     try:
-        canonical = _sorted_json(data)
+        return _sorted_json(data)
     except TypeError:
-        canonical = _sorted_json(_decode_strictly(msgspec.json.encode(data)))
+        return _sorted_json(_decode_strictly(msgspec.json.encode(data)))
+
+
+def strict_json(data: Any) -> bytes:
+    """Return the JSON of data, as `distinct_json` does. Also raises InvalidData if a float is NaN or infinite."""
+    canonical = distinct_json(data)
     if b"null" in canonical:
         # The hook gets a Raw, which is JSON already.
         pointer = _not_finite(msgspec.to_builtins(data, enc_hook=lambda _: None))
